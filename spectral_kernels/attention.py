@@ -1,0 +1,882 @@
+"""Attention over spectral (cold) pages and over exact phase-aligned tokens; both return the state (o, lse).
+
+Cold.   With the projected query u of each chunk (rope.py) and the integers x of a page (pages.py; z their offsets)
+
+    score_t = scale * sum_r (x_tr + z_r) u_r          o = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z_r))
+
+no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. Both sums are integer dots:
+u is split once per chunk and head as  s (hi + lo/254), the softmax weights once per tile as  (hi + lo/127)/127  of the
+largest weight of the tile, hi and lo int8; products accumulate exactly in int32 and are rescaled in float32. Errors: at most
+s/508 a component of u, at most 2**-15 of the tile's largest weight in a weight. A 16-bit side uses three-product tf32 dots.
+
+Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
+
+Keys are split over programs (grid from capacity, lengths read on the device); the splits' states are joined by
+`merge_many_states`, in a fixed order: the same inputs and settings give the same bits.
+
+Source: Dao et al., FlashAttention (2022), section 3; Flash-Decoding (split keys).
+Oracle: reference/attention.py.   Test: tests/test_attention.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._checks import FLOATS, check_in, check_output, check_tensor
+from ._launch import cos_sin, dot_f32
+from .merge import merge_many_states
+from .pages import CHUNKS, HEAD_DIMS, Bands, Pages, code_offsets, unpack_rows, v_rows
+from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the rounded integer in a float's low bits
+
+
+def blocks(bands: Bands, smallest: int, largest: int) -> tuple[tuple[int, int, int, int, int, int], ...]:
+    """Each band cut into power-of-two runs of bytes that one dot takes: (first byte, bytes, block, bits, first component,
+    components from one field of a byte to the next). A block reaches past `bytes` when the band is narrower."""
+    out = []
+    for byte, size, bits, component, rank in bands.planes():
+        fields = 1 if bits == 16 else 8 // bits
+        lanes = rank // fields
+        lane = 0
+        while lane < lanes:
+            left = lanes - lane
+            block = triton.next_power_of_2(left)
+            if left < 0.7 * block:  # less padding, one dot more
+                block //= 2
+            block = min(max(block, smallest), largest)
+            used = min(left, block)
+            out.append((byte + lane * size // lanes, used, block, bits, component + lane, lanes))
+            lane += used
+    return tuple(out)
+
+
+@triton.constexpr_function
+def _at(blocks, n, i):
+    return blocks[n][i]
+
+
+@triton.constexpr_function
+def _plane(blocks, n, f):
+    """Which accumulator belongs to field f of block n."""
+    return sum(1 if block[3] == 16 else 8 // block[3] for block in blocks[:n]) + f
+
+
+@triton.jit
+def _field(x, BITS: tl.constexpr, F: tl.constexpr, ASM: tl.constexpr):
+    """Field F of every byte as int8; four bytes an instruction where inline assembly is to be had."""
+    if BITS == 8:
+        y = x.to(tl.int8, bitcast=True)
+    elif ASM:
+        if BITS == 4:
+            if F == 0:
+                y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [x], tl.int8, True, 4)
+            else:
+                y = tl.inline_asm_elementwise(
+                    "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [x], tl.int8, True, 4
+                )
+        else:
+            if F == 0:
+                y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x03030303;", "=r,r", [x], tl.int8, True, 4)
+            elif F == 1:
+                y = tl.inline_asm_elementwise(
+                    "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
+                )
+            elif F == 2:
+                y = tl.inline_asm_elementwise(
+                    "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
+                )
+            else:
+                y = tl.inline_asm_elementwise(
+                    "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
+                )
+    else:
+        y = ((x >> (BITS * F)) & ((1 << BITS) - 1)).to(tl.int8)
+    return y
+
+
+@triton.jit
+def _dot_int8(a, b, MATRIX: tl.constexpr):
+    """a [M, K] @ b [K, N], int8 to int32, exact."""
+    if MATRIX:
+        out = tl.dot(a, b, out_dtype=tl.int32)
+    else:
+        out = tl.sum(a.to(tl.int32)[:, :, None] * b.to(tl.int32)[None, :, :], 1)
+    return out
+
+
+@triton.jit
+def _split_int8(x, FINER: tl.constexpr):
+    """x in [-127, 127] as hi + lo/FINER, both int8, and that value; by rounding to nearest."""
+    shifted = x + _MAGIC
+    hi = shifted - _MAGIC
+    finer = (x - hi) * FINER + _MAGIC
+    value = hi + (finer - _MAGIC) * (1.0 / FINER)
+    return shifted.to(tl.int32, bitcast=True).to(tl.int8), finer.to(tl.int32, bitcast=True).to(tl.int8), value
+
+
+@triton.jit
+def _offset_of(r, R8: tl.constexpr, R4: tl.constexpr, IS_FLOAT: tl.constexpr):
+    """What is added to a stored integer: +1/2 (8 bits), -15/2 (4), -3/2 (2), by component."""
+    if IS_FLOAT:
+        z = tl.zeros(r.shape, dtype=tl.float32)
+    else:
+        z = tl.where(r < R8, 0.5, tl.where(r < R8 + R4, -7.5, -1.5))
+    return z
+
+
+@triton.jit
+def _split_query_kernel(
+    q_ptr,
+    positions_ptr,
+    turns_ptr,
+    basis_ptr,
+    scale_ptr,
+    segment_table_ptr,
+    lengths_ptr,
+    u_ptr,
+    u_scale_ptr,
+    u_bias_ptr,
+    max_chunks,
+    Q,
+    G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_segments_b,
+    HG: tl.constexpr,
+    HG_PAD: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    R: tl.constexpr,
+    R8: tl.constexpr,
+    R4: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """The projected queries of CHUNKS chunks and one KV head, as the attention kernel reads them, in log2 units.
+
+    u [B*Q, G, max_chunks, HG, 2, R] int8 (hi, lo) with scale and bias (sum of u z) [B*Q, G, max_chunks, HG];
+    a 16-bit side: u [B*Q, G, max_chunks, HG, R] float32.
+    """
+    M: tl.constexpr = CHUNKS * HG_PAD
+    first = tl.program_id(0) * CHUNKS
+    g = tl.program_id(1).to(tl.int64)
+    bq = tl.program_id(2).to(tl.int64)
+    b = bq // Q
+    length = tl.load(lengths_ptr + b)
+    if first * C < length:
+        row = tl.arange(0, M)
+        chunk = first + row // HG_PAD
+        h = row % HG_PAD
+        live = (h < HG) & (chunk * C < length)
+        position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
+        # A segment seldom ends inside a block: project on the first row's, and again for each other one that occurs.
+        segments = tl.load(segment_table_ptr + b * stride_segments_b + chunk, mask=live, other=0)
+        q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
+        row_offset = (g * HG + h) * stride_q_h
+        r = tl.arange(0, BLOCK_R)
+        u = tl.zeros([M, BLOCK_R], dtype=tl.float32)
+        low = tl.min(tl.where(live, segments, 2147483647), 0)
+        high = tl.max(tl.where(live, segments, -1), 0)
+        while low <= high:
+            mine = live & (segments == low)
+            one = projected_query(
+                q_ptr,
+                turns_ptr,
+                basis_ptr + (low.to(tl.int64) * G + g) * R * D,
+                position - chunk.to(tl.int64) * C,
+                row_offset,
+                mine,
+                rotary_scale,
+                D,
+                PAIRS,
+                R,
+                BLOCK_R,
+                BLOCK_K,
+                M,
+                MATRIX,
+            )
+            scale = tl.load(scale_ptr + (low.to(tl.int64) * G + g) * R + r, mask=r < R, other=0.0) * softmax_scale
+            u = tl.where(mine[:, None], one * scale[None, :], u)
+            low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
+        out_row = ((bq * G + g) * max_chunks + chunk) * HG + h
+        mask = live[:, None] & (r < R)[None, :]
+        if IS_FLOAT:
+            tl.store(u_ptr + out_row[:, None] * R + r[None, :], u, mask=mask)
+        else:
+            step = tl.max(tl.abs(u), 1) * (1.0 / 127.0)
+            step = tl.where(step > 0.0, step, 1.0)
+            hi, lo, value = _split_int8(u * (1.0 / step)[:, None], 254.0)
+            tl.store(u_ptr + out_row[:, None] * (2 * R) + r[None, :], hi, mask=mask)
+            tl.store(u_ptr + out_row[:, None] * (2 * R) + R + r[None, :], lo, mask=mask)
+            bias = tl.sum(value * _offset_of(r, R8, R4, IS_FLOAT)[None, :], 1) * step
+            tl.store(u_scale_ptr + out_row, step, mask=live)
+            tl.store(u_bias_ptr + out_row, bias, mask=live)
+
+
+@triton.jit
+def _attend_spectral_kernel(
+    k_ptr,
+    v_ptr,
+    skip_ptr,
+    u_ptr,
+    u_scale_ptr,
+    u_bias_ptr,
+    basis_ptr,
+    scale_ptr,
+    page_table_ptr,
+    segment_table_ptr,
+    lengths_ptr,
+    o_ptr,
+    lse_ptr,
+    max_chunks,
+    Q,
+    G,
+    stride_pages_b,
+    stride_segments_b,
+    HG: tl.constexpr,
+    HG_PAD: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RK: tl.constexpr,
+    RV: tl.constexpr,
+    V8: tl.constexpr,
+    V4: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    V_BLOCKS: tl.constexpr,
+    K_FLOAT: tl.constexpr,
+    V_FLOAT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    RUN: tl.constexpr,
+    MATRIX: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One split of the chunks of one row, query and KV head: its state over all heads of the group."""
+    TILES: tl.constexpr = C // BLOCK_T
+    split = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    bq = tl.program_id(2).to(tl.int64)
+    b = bq // Q
+    length = tl.load(lengths_ptr + b)
+    chunks = tl.cdiv(length, C)
+    each = tl.cdiv(chunks, SPLITS)
+    chunk = split * each
+    end = tl.minimum(chunk + each, chunks)
+    page_table_ptr += b * stride_pages_b
+    segment_table_ptr += b * stride_segments_b
+    u_row = (bq * G + g) * max_chunks
+
+    t = tl.arange(0, BLOCK_T)
+    h = tl.arange(0, HG_PAD)
+    hl = tl.arange(0, 2 * HG_PAD)
+    d = tl.arange(0, BLOCK_D)
+    m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
+    l_all = tl.zeros([HG_PAD], dtype=tl.float32)
+    o_all = tl.zeros([BLOCK_D, HG_PAD], dtype=tl.float32)
+    while chunk < end:
+        # A run of chunks that share a segment: its V basis is applied once, at its end.
+        segment = tl.load(segment_table_ptr + chunk)
+        i = tl.arange(0, RUN)
+        others = tl.load(segment_table_ptr + chunk + i, mask=chunk + i < end, other=-1) != segment
+        run = tl.min(tl.where(others, i, RUN), 0)
+        m = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
+        l = tl.zeros([HG_PAD], dtype=tl.float32)
+        w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
+        acc = ()
+        for n in tl.static_range(len(V_BLOCKS)):
+            for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
+                acc = acc + (tl.zeros([_at(V_BLOCKS, n, 2), HG_PAD], dtype=tl.float32),)
+        for tile in range(chunk * TILES, (chunk + run) * TILES):
+            j = tile // TILES
+            token = (tile % TILES) * BLOCK_T + t  # within the page
+            page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
+            if K_FLOAT:
+                s = tl.zeros([BLOCK_T, HG_PAD], dtype=tl.float32)
+                for n in tl.static_range(len(K_BLOCKS)):
+                    lane = tl.arange(0, _at(K_BLOCKS, n, 2))
+                    used = lane < _at(K_BLOCKS, n, 1)
+                    k = tl.load(
+                        k_ptr.to(tl.pointer_type(tl.float16))
+                        + (page * C + token)[:, None] * RK
+                        + (_at(K_BLOCKS, n, 4) + lane)[None, :],
+                        mask=used[None, :],
+                        other=0.0,
+                    )
+                    u = tl.load(
+                        u_ptr.to(tl.pointer_type(tl.float32))
+                        + ((u_row + j) * HG + h)[None, :] * RK
+                        + (_at(K_BLOCKS, n, 4) + lane)[:, None],
+                        mask=used[:, None] & (h < HG)[None, :],
+                        other=0.0,
+                    )
+                    s += dot_f32(k.to(tl.float32), u, MATRIX)
+            else:
+                dots = tl.zeros([BLOCK_T, 2 * HG_PAD], dtype=tl.int32)
+                for n in tl.static_range(len(K_BLOCKS)):
+                    lane = tl.arange(0, _at(K_BLOCKS, n, 2))
+                    used = lane < _at(K_BLOCKS, n, 1)
+                    k = tl.load(
+                        k_ptr + (page * C + token)[:, None] * K_BYTES + (_at(K_BLOCKS, n, 0) + lane)[None, :],
+                        mask=used[None, :],
+                        other=0,
+                    )
+                    for f in tl.static_range(8 // _at(K_BLOCKS, n, 3)):
+                        u = tl.load(
+                            u_ptr
+                            + ((u_row + j) * (2 * HG) + hl)[None, :] * RK
+                            + (_at(K_BLOCKS, n, 4) + f * _at(K_BLOCKS, n, 5) + lane)[:, None],
+                            mask=used[:, None] & (hl < 2 * HG)[None, :],
+                            other=0,
+                        )
+                        dots += _dot_int8(_field(k, _at(K_BLOCKS, n, 3), f, ASM), u, MATRIX)
+                hi, lo = tl.split(tl.reshape(dots, [BLOCK_T, HG_PAD, 2]))
+                u_scale = tl.load(u_scale_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
+                u_bias = tl.load(u_bias_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
+                s = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * u_scale[None, :] + u_bias[None, :]
+            skip = tl.load(skip_ptr + page * (C // 32) + token // 32)
+            seen = (((skip >> (token % 32)) & 1) == 0) & (j * C + token < length)
+            s = tl.where(seen[:, None], s, float("-inf"))  # [BLOCK_T, HG_PAD]
+            m_tile = tl.max(s, 0)
+            p = tl.exp2(s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :])
+            m_new = tl.maximum(m, m_tile)
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old = tl.exp2(m - top)
+            new = tl.exp2(m_tile - top)
+            l = l * old + tl.sum(p, 0) * new
+            m = m_new
+            w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
+            w_sum = w_sum * old + tl.sum(w, 0) * new
+            rescaled = ()
+            for n in tl.static_range(len(V_BLOCKS)):
+                lane = tl.arange(0, _at(V_BLOCKS, n, 2))
+                used = lane < _at(V_BLOCKS, n, 1)
+                if V_FLOAT:
+                    v = tl.load(
+                        v_ptr.to(tl.pointer_type(tl.float16))
+                        + (page * RV + _at(V_BLOCKS, n, 4) + lane)[:, None] * C
+                        + token[None, :],
+                        mask=used[:, None] & seen[None, :],  # weights are 0 there; what is stored may be NaN
+                        other=0.0,
+                    )
+                    part = dot_f32(v.to(tl.float32), p, MATRIX)
+                    rescaled = rescaled + (acc[_plane(V_BLOCKS, n, 0)] * old[None, :] + part * new[None, :],)
+                else:
+                    v = tl.load(
+                        v_ptr + (page * V_BYTES + _at(V_BLOCKS, n, 0) + lane)[:, None] * C + token[None, :],
+                        mask=used[:, None],
+                        other=0,
+                    )
+                    for f in tl.static_range(8 // _at(V_BLOCKS, n, 3)):
+                        y = _field(v, _at(V_BLOCKS, n, 3), f, ASM)
+                        part = _dot_int8(y, w_hi, MATRIX).to(tl.float32)
+                        part += _dot_int8(y, w_lo, MATRIX).to(tl.float32) * (1.0 / 127.0)
+                        rescaled = rescaled + (acc[_plane(V_BLOCKS, n, f)] * old[None, :] + part * new[None, :],)
+            acc = rescaled
+        # The run's output: coefficients, normalised, times the V basis.
+        if V_FLOAT:
+            norm = tl.where(l > 0.0, 1.0 / l, 0.0)
+        else:
+            norm = tl.where(l > 0.0, 1.0 / (127.0 * l), 0.0)
+        o = tl.zeros([BLOCK_D, HG_PAD], dtype=tl.float32)
+        basis_row = (segment.to(tl.int64) * G + g) * RV
+        for n in tl.static_range(len(V_BLOCKS)):
+            lane = tl.arange(0, _at(V_BLOCKS, n, 2))
+            used = lane < _at(V_BLOCKS, n, 1)
+            for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
+                r = _at(V_BLOCKS, n, 4) + f * _at(V_BLOCKS, n, 5) + lane
+                scale = tl.load(scale_ptr + basis_row + r, mask=used, other=0.0)
+                coefficient = acc[_plane(V_BLOCKS, n, f)] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
+                coefficient *= scale[:, None] * norm[None, :]  # [lanes, HG_PAD]
+                basis = tl.load(
+                    basis_ptr + (basis_row + r)[None, :] * D + d[:, None],
+                    mask=used[None, :] & (d < D)[:, None],
+                    other=0,
+                )
+                o += dot_f32(basis.to(tl.float32), coefficient, MATRIX)
+        m_new = tl.maximum(m_all, m)
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old = tl.exp2(m_all - top) * l_all
+        new = tl.exp2(m - top) * l
+        l_all = old + new
+        norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
+        o_all = o_all * (old * norm)[None, :] + o * (new * norm)[None, :]
+        m_all = m_new
+        chunk += run
+    head = (b * G + g) * HG + h
+    out = (head * Q + bq % Q) * SPLITS + split
+    tl.store(lse_ptr + out, tl.where(l_all > 0.0, m_all * 0.6931471805599453 + tl.log(l_all), float("-inf")), mask=h < HG)
+    tl.store(o_ptr + out[None, :] * D + d[:, None], o_all, mask=(h < HG)[None, :] & (d < D)[:, None])
+
+
+def _launch_settings(group: int, layout, matrix: bool) -> dict:
+    """Tile sizes and warps of `_attend_spectral_kernel` by shape and path: a pure function."""
+    if matrix:
+        # 32: the least depth of an int8 dot; tokens are its M and, for V, its depth.
+        return {
+            "HG_PAD": max(4, triton.next_power_of_2(group)),
+            "BLOCK_T": min(layout.chunk, 128),
+            "K_BLOCKS": blocks(layout.k, 32, 128),
+            "V_BLOCKS": blocks(layout.v, 16, 128),
+            "num_warps": 4,
+            "num_stages": 3,
+        }
+    return {  # multiply and sum: [BLOCK_T, block, heads] products live in registers
+        "HG_PAD": triton.next_power_of_2(group),
+        "BLOCK_T": 32,
+        "K_BLOCKS": blocks(layout.k, 16, 16),
+        "V_BLOCKS": blocks(layout.v, 16, 16),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
+def count_splits(programs: int, tiles: int, device: torch.device) -> int:
+    """Splits of the keys: enough programs for about eight a multiprocessor, none with less than one chunk."""
+    if device.type != "cuda":
+        return max(1, min(tiles, 2))
+    wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(tiles, wanted // max(programs, 1), 64))
+
+
+def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
+    check_queries(q, positions, kv_heads, head_dim, batch, rope)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+def attend_spectral(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    pages: Pages,
+    rope: Rope,
+    *,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    splits: int | None = None,
+    matrix_units: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of queries over cold pages: every token below a row's length whose skip bit is clear.
+
+    Args:
+        q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1; H a multiple of G.
+        positions: int32 or int64 [B] or [B, Q], positions of the queries. No causal mask: every cold token must lie at or
+            before every query, as in a cache whose newest tokens are hot.
+        pages: cold pages, tables and lengths (read on the device: lengths may change between replays of a CUDA graph).
+        rope: frequencies and attention scaling.
+        scale: factor of the scores, default D**-0.5.
+        out, lse: float32 [B, H, (Q,) D] and [B, H, (Q,)], contiguous, written in place.
+        splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
+        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards and runs anywhere.
+    Returns:
+        (o, lse), float32: normalised output and natural-log log-sum-exp of the scaled scores; (0, -inf) without keys.
+        Arithmetic: see the module. Deterministic for given inputs and settings.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    if not isinstance(pages, Pages):
+        raise TypeError(f"pages: expected Pages, got {type(pages).__name__}")
+    layout = pages.layout
+    batch = pages.page_table.shape[0]
+    scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
+    check_tensor("pages.k_pages", pages.k_pages, device=q.device)
+    out = check_output("out", out, q, q.shape)
+    lse = check_output("lse", lse, q, q.shape[:-1])
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits: expected at least 1, got {splits}")
+    if not _launch.runs_kernel(q):
+        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        return out.copy_(o), lse.copy_(total)
+    if q.numel() == 0 or pages.max_chunks == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
+    positions = positions if positions.stride(-1) == 1 else positions.contiguous()
+    _, heads, queries, dim = q4.shape
+    kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
+    matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
+    settings = _launch_settings(group, layout, matrix)
+    splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
+    ranks = {bits: rank for rank, bits in layout.k.bands}
+    v_ranks = {bits: rank for rank, bits in layout.v.bands}
+    u_shape = (rows, kv_heads, chunks, group, layout.k.rank)
+    if layout.k.is_float:
+        u = torch.empty(u_shape, dtype=torch.float32, device=q.device)
+    else:
+        u = torch.empty((*u_shape[:4], 2, u_shape[4]), dtype=torch.int8, device=q.device)
+    u_scale, u_bias = torch.empty((2, *u_shape[:4]), dtype=torch.float32, device=q.device)
+    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
+    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    head_block = triton.next_power_of_2(group)
+    chunk_block = max(1, 32 // head_block)
+    with torch.cuda.device_of(q):
+        _split_query_kernel[(triton.cdiv(chunks, chunk_block), kv_heads, rows)](
+            q4,
+            positions,
+            rope.turns,
+            pages.k_basis,
+            pages.k_scale,
+            pages.segment_table,
+            pages.lengths,
+            u,
+            u_scale,
+            u_bias,
+            chunks,
+            queries,
+            kv_heads,
+            scale * LOG2_E,
+            rope.scaling**2,
+            *q4.stride()[:3],
+            positions.stride(0),
+            pages.segment_table.stride(0),
+            HG=group,
+            HG_PAD=head_block,
+            C=layout.chunk,
+            D=dim,
+            PAIRS=rope.turns.shape[0],
+            R=layout.k.rank,
+            R8=ranks.get(8, 0),
+            R4=ranks.get(4, 0),
+            IS_FLOAT=layout.k.is_float,
+            BLOCK_R=triton.next_power_of_2(layout.k.rank),
+            BLOCK_K=16,
+            CHUNKS=chunk_block,
+            MATRIX=matrix,
+            num_warps=4,
+        )
+        _attend_spectral_kernel[(splits, kv_heads, rows)](
+            pages.k_pages,
+            pages.v_pages,
+            pages.skip,
+            u,
+            u_scale,
+            u_bias,
+            pages.v_basis,
+            pages.v_scale,
+            pages.page_table,
+            pages.segment_table,
+            pages.lengths,
+            o_splits,
+            lse_splits,
+            chunks,
+            queries,
+            kv_heads,
+            pages.page_table.stride(0),
+            pages.segment_table.stride(0),
+            HG=group,
+            C=layout.chunk,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            RK=layout.k.rank,
+            RV=layout.v.rank,
+            V8=v_ranks.get(8, 0),
+            V4=v_ranks.get(4, 0),
+            K_BYTES=layout.k.bytes,
+            V_BYTES=layout.v.bytes,
+            K_FLOAT=layout.k.is_float,
+            V_FLOAT=layout.v.is_float,
+            SPLITS=splits,
+            RUN=64,
+            MATRIX=matrix,
+            ASM=q.is_cuda,
+            **settings,
+        )
+        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+
+
+def attend_spectral_torch(
+    q: torch.Tensor, positions: torch.Tensor, pages: Pages, rope: Rope, *, scale: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without int8 splitting."""
+    layout, batch = pages.layout, pages.page_table.shape[0]
+    scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
+    q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
+    chunks = min(pages.max_chunks, -(-int(pages.lengths.max()) // layout.chunk)) if batch else 0
+    if chunks == 0 or q.numel() == 0:
+        return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+    index = torch.arange(chunks * layout.chunk, device=q.device)
+    live = index < pages.lengths[:, None]  # [B, T]
+    table = torch.where(live[:, :: layout.chunk], pages.page_table[:, :chunks], 0).long()
+    segments = torch.where(live[:, :: layout.chunk], pages.segment_table[:, :chunks], 0).long()
+    bits = torch.arange(32, device=q.device)
+    skipped = ((pages.skip[table][..., None] >> bits) & 1).flatten(3).bool()  # [B, chunks, G, C]
+    seen = live.unflatten(1, (chunks, -1))[:, :, None] & ~skipped
+
+    # A 16-bit page may hold NaN where nothing was written or is seen.
+    k = unpack_rows(pages.k_pages[table], layout.k).masked_fill(~seen[..., None], 0.0)  # [B, chunks, G, C, R]
+    v = unpack_rows(v_rows(pages.v_pages, layout.v)[table], layout.v).masked_fill(~seen[..., None], 0.0)
+    u = project_queries_torch(q4, pos, pages, rope)[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
+    scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) * scale
+    scores = scores.masked_fill(~seen.transpose(1, 2)[:, :, None, None], float("-inf")).flatten(-2)
+    lse = torch.logsumexp(scores, dim=-1)  # [B, G, H/G, Q]
+    weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp().unflatten(-1, (chunks, -1))
+    coefficients = torch.einsum("bghqct,bcgtr->bcghqr", weights, v) * pages.v_scale[segments][:, :, :, None, None]
+    o = torch.einsum("bcghqr,bcgrd->bghqd", coefficients, pages.v_basis[segments].float())
+    return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])
+
+
+@triton.jit
+def _attend_exact_kernel(
+    q_ptr,
+    positions_ptr,
+    k_ptr,
+    v_ptr,
+    key_positions_ptr,
+    turns_ptr,
+    o_ptr,
+    lse_ptr,
+    N,
+    Q,
+    G,
+    HG,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_k_b,
+    stride_k_g,
+    stride_k_n,
+    stride_v_b,
+    stride_v_g,
+    stride_v_n,
+    stride_key_positions_b,
+    stride_key_positions_g,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """One split of the keys of one row and KV head, for BLOCK_M rows, each a query and a head of the group."""
+    split = tl.program_id(0)
+    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
+    g = (tl.program_id(1) // blocks_m).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(1) % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < Q * HG
+    query = (row // HG).to(tl.int64)
+    head = g * HG + row % HG
+    position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
+
+    # The query turned to its absolute position; angles are exact modulo a turn at any position.
+    i = tl.arange(0, BLOCK_PAIRS)
+    turns = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
+    q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
+    mask = live[:, None] & (i < PAIRS)[None, :]
+    q1 = tl.load(q_row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+    q2 = tl.load(q_row[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+    cos, sin = cos_sin(position[:, None], turns[None, :])
+    qa = (q1 * cos - q2 * sin) * softmax_scale  # [BLOCK_M, BLOCK_PAIRS]
+    qb = (q1 * sin + q2 * cos) * softmax_scale
+    rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)
+    if 2 * PAIRS < D:
+        mask = live[:, None] & (rest < D)[None, :]
+        qc = tl.load(q_row[:, None] + rest[None, :], mask=mask, other=0.0).to(tl.float32) * softmax_scale
+
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    each = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    k_ptr += b * stride_k_b + g * stride_k_g
+    v_ptr += b * stride_v_b + g * stride_v_g
+    key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
+    for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1).to(tl.int64)
+        used = key_position >= 0  # an unused slot may hold NaN
+        n = n.to(tl.int64)
+        mask = (i < PAIRS)[:, None] & used[None, :]
+        k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=mask, other=0.0).to(tl.float32)
+        k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
+        cos, sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None])
+        s = dot_f32(qa, k1 * cos - k2 * sin, MATRIX)
+        s += dot_f32(qb, k1 * sin + k2 * cos, MATRIX)
+        if 2 * PAIRS < D:
+            mask = (rest < D)[:, None] & used[None, :]
+            kc = tl.load(k_ptr + n[None, :] * stride_k_n + rest[:, None], mask=mask, other=0.0).to(tl.float32)
+            s += dot_f32(qc, kc, MATRIX)
+        seen = used[None, :] & (key_position[None, :] <= position[:, None])
+        s = tl.where(seen, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m, tl.max(s, 1))
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old = tl.exp2(m - top)
+        p = tl.exp2(s - top[:, None])
+        l = l * old + tl.sum(p, 1)
+        mask = used[:, None] & (d < D)[None, :]
+        v = tl.load(v_ptr + n[:, None] * stride_v_n + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        o = o * old[:, None] + dot_f32(p, v, MATRIX)
+        m = m_new
+    o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
+    out = ((b * (G * HG) + head) * Q + query) * SPLITS + split
+    tl.store(lse_ptr + out, tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf")), mask=live)
+    tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
+
+
+def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
+    check_tensor("k", k, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
+    batch, kv_heads, tokens, dim = k.shape
+    check_in("k: head dimension", dim, HEAD_DIMS)
+    check_in("chunk", chunk, CHUNKS)
+    scale = _check_attention(q, positions, kv_heads, dim, batch, rope, scale)
+    check_tensor("k", k, device=q.device)
+    check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=q.device, unit_stride=True)
+    check_tensor("key_positions", key_positions, dtype=torch.int32, device=q.device, unit_stride=True)
+    if tuple(key_positions.shape) not in ((batch, tokens), (batch, kv_heads, tokens)):
+        raise ValueError(
+            f"key_positions: expected shape [{batch}, {tokens}] or [{batch}, {kv_heads}, {tokens}], "
+            f"got {list(key_positions.shape)}"
+        )
+    return scale
+
+
+def attend_exact(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_positions: torch.Tensor,
+    rope: Rope,
+    *,
+    chunk: int,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    splits: int | None = None,
+    matrix_units: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of queries over exact tokens: hot window, sinks and landmarks, in any order.
+
+    A query at position m sees the keys at positions 0 .. m.
+
+    Args:
+        q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1; H a multiple of G.
+        positions: int32 or int64 [B] or [B, Q], positions of the queries.
+        k: [B, G, N, D] phase-aligned keys (`phase_align` with this chunk); last dimension of stride 1, others any.
+        v: [B, G, N, D] values, likewise.
+        key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
+        rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
+        chunk: the chunk length of the phase alignment.
+    Returns:
+        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
+    out = check_output("out", out, q, q.shape)
+    lse = check_output("lse", lse, q, q.shape[:-1])
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits: expected at least 1, got {splits}")
+    if not _launch.runs_kernel(q):
+        o, total = attend_exact_torch(q, positions, k, v, key_positions, rope, chunk=chunk, scale=scale)
+        return out.copy_(o), lse.copy_(total)
+    batch, kv_heads, tokens, dim = k.shape
+    if q.numel() == 0 or tokens == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
+    positions = positions if positions.stride(-1) == 1 else positions.contiguous()
+    _, heads, queries, _ = q4.shape
+    group, pairs = heads // kv_heads, rope.turns.shape[0]
+    matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
+    block_m = 16 if matrix else min(4, triton.next_power_of_2(group * queries))
+    block_n = 32 if matrix else 16
+    tiles = triton.cdiv(tokens, block_n)
+    blocks_m = triton.cdiv(group * queries, block_m)
+    splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device), tiles)
+    key_strides = (key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0)
+    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
+    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _attend_exact_kernel[(splits, kv_heads * blocks_m, batch)](
+            q4,
+            positions,
+            k,
+            v,
+            key_positions,
+            rope.turns,
+            o_splits,
+            lse_splits,
+            tokens,
+            queries,
+            kv_heads,
+            group,
+            scale * LOG2_E,
+            rope.scaling**2,
+            *q4.stride()[:3],
+            positions.stride(0),
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *key_strides,
+            C=chunk,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            PAIRS=pairs,
+            BLOCK_PAIRS=max(16, triton.next_power_of_2(pairs)),
+            BLOCK_REST=max(16, triton.next_power_of_2(dim - 2 * pairs)),
+            SPLITS=splits,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            MATRIX=matrix,
+            num_warps=4,
+        )
+        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+
+
+def attend_exact_torch(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_positions: torch.Tensor,
+    rope: Rope,
+    *,
+    chunk: int,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_exact` in plain PyTorch, float32."""
+    scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
+    q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
+    kv_heads = k.shape[1]
+    if key_positions.dim() == 2:
+        key_positions = key_positions[:, None].expand(-1, kv_heads, -1)
+    used = key_positions >= 0
+    starts = torch.where(used, key_positions - key_positions % chunk, 0).long()
+    keys = _turn_torch(k.float().masked_fill(~used[..., None], 0.0), *_cos_sin_torch(starts, rope))
+    values = v.float().masked_fill(~used[..., None], 0.0)
+    scaled = q4.float()
+    scaled = torch.cat((scaled[..., : rope.rotary_dim] * rope.scaling**2, scaled[..., rope.rotary_dim :]), dim=-1)
+    cos, sin = _cos_sin_torch(pos.long(), rope)  # [B, Q, pairs]
+    turned = _turn_torch(scaled, cos[:, None], sin[:, None]).unflatten(1, (kv_heads, -1))
+    scores = torch.einsum("bghqd,bgnd->bghqn", turned, keys) * scale
+    seen = used[:, :, None] & (key_positions[:, :, None] <= pos[:, None, :, None])  # [B, G, Q, N]
+    scores = scores.masked_fill(~seen[:, :, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1) if k.shape[2] else scores.new_full(scores.shape[:-1], float("-inf"))
+    weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
+    o = torch.einsum("bghqn,bgnd->bghqd", weights, values)
+    return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])

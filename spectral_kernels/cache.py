@@ -1,0 +1,705 @@
+"""A minimal KV cache over spectral pages: plain tensors and the operations of this package; no transformers.
+
+Tokens of a row enter hot: exact, phase-aligned, in a ring of slots. When a full chunk has left the window it is encoded into
+a page (cold). Some tokens stay exact for good (pinned: attention sinks and landmarks); their bits in `Pages.skip` are set.
+A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
+
+    position     0 .. cold                     cold .. length
+    cold         pages, chunk by chunk         -
+    exact        pinned slots                  hot slot  pinned_slots + position % hot_slots
+
+Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device.
+Test: tests/test_cache.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ._checks import FLOATS, check_in, check_tensor
+from .attention import attend_exact, attend_spectral
+from .compress import decode, encode, fit_encoder, fit_side, query_metric
+from .merge import merge_states
+from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
+from .rope import Rope, phase_align, rotate
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a cache stores its tokens.
+
+    Args:
+        k, v: bands of cold keys and values by head dimension D, or None: every token stays exact.
+        chunk: chunk length C, 32, 64, 128 or 256.
+        window: newest tokens that are always exact (up to C - 1 more are).
+        sinks: first tokens that stay exact.
+        min_fit: tokens older than the window that a row must have before its bases are fitted: fewer would fit noise.
+    """
+
+    k: dict[int, str] | None = None
+    v: dict[int, str] | None = None
+    chunk: int = 64
+    window: int = 64
+    sinks: int = 4
+    min_fit: int = 512
+
+    def __post_init__(self) -> None:
+        check_in("chunk", self.chunk, CHUNKS)
+        if (self.k is None) != (self.v is None):
+            raise ValueError("v: expected bands for both k and v, or for neither")
+        for name in ("window", "sinks", "min_fit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected a number that is not negative, got {getattr(self, name)}")
+
+    def layout(self, head_dim: int) -> PageLayout | None:
+        """The page layout for a head dimension; None if every token stays exact."""
+        check_in("head_dim", head_dim, HEAD_DIMS)
+        if self.k is None or self.v is None:
+            return None
+        for name, side in (("k", self.k), ("v", self.v)):
+            if head_dim not in side:
+                raise ValueError(f"{name}: expected bands for head_dim {head_dim}, got them for {sorted(side)}")
+        return PageLayout(Bands.parse(self.k[head_dim]), Bands.parse(self.v[head_dim]), head_dim, self.chunk)
+
+
+# Every component of K and V keeps at least 2 bits: cutting the tail of the spectrum costs more than it saves.
+PRESETS: dict[str, Preset] = {
+    "exact": Preset(),
+    "quality": Preset(
+        k={64: "16x8+48x4", 80: "16x8+64x4", 96: "16x8+80x4", 128: "16x8+112x4", 256: "32x8+224x4"},
+        v={64: "64x4", 80: "80x4", 96: "96x4", 128: "128x4", 256: "256x4"},
+    ),
+    "balanced": Preset(
+        k={64: "16x8+16x4+32x2", 80: "16x8+16x4+48x2", 96: "16x8+16x4+64x2", 128: "16x8+16x4+96x2", 256: "32x8+32x4+192x2"},
+        v={64: "16x4+48x2", 80: "32x4+48x2", 96: "32x4+64x2", 128: "32x4+96x2", 256: "64x4+192x2"},
+    ),
+    "small": Preset(
+        k={64: "16x8+48x2", 80: "16x8+64x2", 96: "16x8+80x2", 128: "16x8+112x2", 256: "32x8+224x2"},
+        v={64: "64x2", 80: "80x2", 96: "96x2", 128: "128x2", 256: "256x2"},
+    ),
+}
+
+
+class LayerCache:
+    """Keys and values of one layer. See `SpectralCache`, which makes one a layer and whose methods these are."""
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: Rope,
+        preset: Preset,
+        pinned: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        device: torch.device,
+        v_metric: torch.Tensor | None,
+    ) -> None:
+        self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
+        self.rope, self.preset, self.layout = rope, preset, preset.layout(head_dim)
+        self.dtype, self.device, self.v_metric = dtype, device, v_metric
+        self.pinned = [list(row) for row in pinned]
+        self.pinned_slots = max(map(len, self.pinned), default=0) if self.layout else 0
+        self.reset(batch)
+
+    def reset(self, batch: int | None = None) -> None:
+        batch = len(self.lengths) if batch is None else batch
+        if self.pinned and len(self.pinned) != batch:
+            raise ValueError(f"batch: expected {len(self.pinned)} rows as in landmarks, got {batch}")
+        self.lengths = [0] * batch  # tokens a row
+        self.chunks = [0] * batch  # cold chunks a row
+        self.page_rows: list[list[int]] = [[] for _ in range(batch)]
+        self.segment_rows: list[list[int]] = [[] for _ in range(batch)]
+        self.segment: list[int | None] = [None] * batch  # segment that a row's next chunks are encoded in
+        self.encoders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.pages: Pages | None = None
+        self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
+        self.query_padding = [0] * batch
+        self.hot_slots = 0
+        self.k = torch.empty((batch, self.kv_heads, self.pinned_slots, self.head_dim), dtype=self.dtype, device=self.device)
+        self.v = torch.empty_like(self.k)
+        self.key_positions = torch.full((batch, self.pinned_slots), -1, dtype=torch.int32, device=self.device)
+        self.length = torch.zeros(batch, dtype=torch.int32, device=self.device)  # self.lengths on the device
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def cold(self) -> list[int]:
+        """Cold tokens a row."""
+        return [n * self.preset.chunk for n in self.chunks]
+
+    @property
+    def nbytes(self) -> int:
+        exact = (self.k, self.v, self.key_positions, self.length)
+        encoders = [t for pair in self.encoders.values() for t in pair]
+        total = sum(t.nbytes for t in (*exact, *encoders, *(self.queries or ())))
+        return total + (self.pages.nbytes if self.pages is not None else 0)
+
+    # ---- append -----------------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        queries: torch.Tensor | None = None,
+        padding: Sequence[int] | None = None,
+    ) -> None:
+        pad = self._check_append(k, v, queries, padding)
+        tokens = k.shape[2]
+        if tokens == 0:
+            return
+        after = [n + tokens - p for n, p in zip(self.lengths, pad, strict=True)]
+        targets = [self._chunks_wanted(row, n) for row, n in enumerate(after)]
+        saved = self._host_state() if targets != self.chunks else {**self.__dict__}
+        try:
+            self._append(k, v, queries, pad, after, targets)
+        except BaseException:
+            # What was written meanwhile lies in free pages and at positions past the lengths, where nothing looks.
+            self.__dict__.update(saved)
+            raise
+
+    def _host_state(self) -> dict[str, Any]:
+        """Attributes with copies of all lists that compression edits in place."""
+        copies = {
+            "chunks": list(self.chunks),
+            "segment": list(self.segment),
+            "page_rows": [list(row) for row in self.page_rows],
+            "segment_rows": [list(row) for row in self.segment_rows],
+            "encoders": dict(self.encoders),
+        }
+        return {**self.__dict__, **copies}
+
+    def _append(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        queries: torch.Tensor | None,
+        pad: list[int],
+        after: list[int],
+        targets: list[int],
+    ) -> None:
+        chunk, tokens = self.preset.chunk, k.shape[2]
+        offset = torch.tensor(pad, dtype=torch.int32, device=self.device) if any(pad) else 0
+        steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
+        positions = (self.length - offset)[:, None] + steps  # negative on padding
+        aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=chunk)
+        v = v.to(self.dtype)
+        if self.queries is not None:
+            self._note_queries(queries, pad)
+        # Tokens of a row that was empty go straight to pages; others through the ring.
+        straight = [t * chunk if n == 0 else 0 for t, n in zip(targets, self.lengths, strict=True)]
+        first_hot = [max(s, c) for s, c in zip(straight, self.cold, strict=True)]
+        hot = max(n - f for n, f in zip(after, first_hot, strict=True))
+        if hot > self.hot_slots:
+            growing = self.layout is None or any(s is None for s in self.segment)
+            self._resize_ring(max(hot + (hot // 8 if growing else 0), self.preset.window + chunk))
+        keep = None
+        if any(straight):
+            self._compress(targets, (aligned, v, pad), [r for r, s in enumerate(straight) if s])
+            keep = positions >= torch.tensor(first_hot, dtype=torch.int32, device=self.device)[:, None]
+        elif any(pad):
+            keep = positions >= 0
+        self._store_hot(aligned, v, positions, keep)
+        self.lengths = after
+        self.length = self.length + (tokens - offset)
+        rows = [r for r, t in enumerate(targets) if t != self.chunks[r]]
+        if rows:
+            self._compress(targets, None, rows)
+            least = max(self.preset.window + chunk, *(n - c for n, c in zip(self.lengths, self.cold, strict=True)))
+            if self.hot_slots > 2 * least:  # the tokens that waited for the first fit have left
+                self._resize_ring(least)
+
+    def _check_append(self, k, v, queries, padding) -> list[int]:
+        shape = (self.batch, self.kv_heads, None, self.head_dim)
+        check_tensor("k", k, shape=shape, dtype=FLOATS, device=self.device, unit_stride=True)
+        check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=self.device, unit_stride=True)
+        tokens = k.shape[2]
+        if queries is not None:
+            shape = (self.batch, self.query_heads, tokens, self.head_dim)
+            check_tensor("queries", queries, shape=shape, dtype=FLOATS, device=self.device)
+        if padding is None:
+            return [0] * self.batch
+        pad = [int(p) for p in padding]
+        if len(pad) != self.batch or any(not 0 <= p <= tokens for p in pad):
+            raise ValueError(f"padding: expected {self.batch} numbers in 0 .. {tokens}, got {pad}")
+        if any(pad) and any(self.lengths):
+            raise ValueError(f"padding: expected none on a cache that holds tokens, got {pad}")
+        return pad
+
+    def _chunks_wanted(self, row: int, length: int) -> int:
+        """Cold chunks a row of this length should have: never fewer than it has."""
+        if self.layout is None:
+            return 0
+        old = length - self.preset.window
+        if self.segment[row] is None and old < max(self.preset.min_fit, self.preset.chunk):
+            return 0
+        return max(self.chunks[row], old // self.preset.chunk)
+
+    def _note_queries(self, queries: torch.Tensor | None, pad: list[int]) -> None:
+        """Keep queries for the metric of K until every row has fitted its segment; one call without ends that."""
+        if queries is None or self.layout is None or all(s is not None for s in self.segment):
+            self.queries = None
+        elif self.queries is not None:
+            if not self.queries:
+                self.query_padding = pad
+            self.queries = [*self.queries, queries.to(self.dtype)]
+
+    def _resize_ring(self, slots: int) -> None:
+        """A ring of another size, at least the hot tokens of any row; they move to their new slots."""
+        pinned = self.pinned_slots
+        shape = (self.batch, self.kv_heads, pinned + slots, self.head_dim)
+        k, v = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        key_positions = torch.full((self.batch, pinned + slots), -1, dtype=torch.int32, device=self.device)
+        k[:, :, :pinned], v[:, :, :pinned] = self.k[:, :, :pinned], self.v[:, :, :pinned]
+        key_positions[:, :pinned] = self.key_positions[:, :pinned]
+        for row, (cold, length) in enumerate(zip(self.cold, self.lengths, strict=True)):
+            position = torch.arange(cold, length, device=self.device)
+            if len(position):
+                old, new = pinned + position % self.hot_slots, pinned + position % slots
+                k[row, :, new], v[row, :, new] = self.k[row, :, old], self.v[row, :, old]
+                key_positions[row, new] = position.int()
+        self.k, self.v, self.key_positions, self.hot_slots = k, v, key_positions, slots
+
+    def _store_hot(
+        self, aligned: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None
+    ) -> None:
+        """Write tokens to their slots; `keep` [B, T] leaves some out."""
+        slots = self.pinned_slots + positions.long() % self.hot_slots  # [B, T]
+        if keep is None:
+            index = slots[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
+            self.k.scatter_(2, index, aligned)
+            self.v.scatter_(2, index, v)
+            self.key_positions.scatter_(1, slots, positions)
+            return
+        row, token = keep.nonzero(as_tuple=True)
+        slot = slots[row, token]
+        self.k[row, :, slot], self.v[row, :, slot] = aligned[row, :, token], v[row, :, token]
+        self.key_positions[row, slot] = positions[row, token]
+
+    # ---- compression ------------------------------------------------------------------------------------------------
+
+    def _compress(
+        self, targets: list[int], call: tuple[torch.Tensor, torch.Tensor, list[int]] | None, rows: list[int]
+    ) -> None:
+        """Encode chunks chunks[row] .. targets[row] - 1 of `rows`, from a call's (aligned k, v, padding) or from the ring.
+
+        Rows alike (same padding, length and chunks) go together. Pages are written before any table names them.
+        """
+        assert self.layout is not None
+        chunk = self.preset.chunk
+        groups: dict[tuple[int, int, int, int], list[int]] = {}
+        for row in rows:
+            new = self.segment[row] is None
+            alike = (call[2][row] if call else 0, self.chunks[row], targets[row], self.lengths[row] if new else -1)
+            groups.setdefault(alike, []).append(row)
+        self._reserve(rows, targets)
+        assert self.pages is not None
+        free = self._free_pages()
+        pins = []
+        for (start, first, last, length), members in groups.items():
+            if call:
+                k_rows, v_rows = (x[members, :, start:] if len(members) < self.batch else x[:, :, start:] for x in call[:2])
+            else:
+                position = torch.arange(first * chunk, max(last * chunk, length), device=self.device)
+                slot = self.pinned_slots + position % self.hot_slots
+                k_rows, v_rows = self.k[members][:, :, slot], self.v[members][:, :, slot]
+            if length >= 0:
+                self._fit(members, k_rows, v_rows)
+            span = (last - first) * chunk
+            k_rows, v_rows = k_rows[:, :, :span], v_rows[:, :, :span]
+            ids = [[free.pop() for _ in range(first, last)] for _ in members]
+            page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
+            pairs = [self._encoder(self.segment[r]) for r in members]
+            encode(k_rows, torch.stack([k for k, _ in pairs]), self.layout.k, self.pages.k_pages, page_ids, side="k")
+            encode(v_rows, torch.stack([v for _, v in pairs]), self.layout.v, self.pages.v_pages, page_ids, side="v")
+            pins.append((members, ids, first, k_rows, v_rows))
+        for members, ids, first, k_rows, v_rows in pins:
+            self._pin(members, ids, first, k_rows, v_rows)
+            for row, new_pages in zip(members, ids, strict=True):
+                segment = self.segment[row]
+                assert segment is not None
+                self.page_rows[row] += new_pages
+                self.segment_rows[row] += [segment] * len(new_pages)
+                self.chunks[row] += len(new_pages)
+        self._write_tables()
+
+    def _encoder(self, segment: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use."""
+        assert segment is not None and self.pages is not None
+        if segment in self.encoders:
+            return self.encoders.pop(segment)
+        p = self.pages
+        return (
+            fit_encoder(p.k_basis[segment], p.k_scale[segment]),
+            fit_encoder(p.v_basis[segment], p.v_scale[segment], self.v_metric),
+        )
+
+    def _fit(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Fit a new segment for each of these rows on all their tokens, of one number and padding."""
+        assert self.layout is not None and self.pages is not None
+        metric = None
+        if self.queries:
+            q = torch.cat(self.queries, dim=2)[members]
+            q = q[:, :, self.query_padding[members[0]] :]
+            metric = query_metric(q, self.rope, chunk=self.preset.chunk, kv_heads=self.kv_heads)
+        k_basis, k_scale, k_encoder = fit_side(k, self.layout.k, metric)
+        v_basis, v_scale, v_encoder = fit_side(v, self.layout.v, self.v_metric)
+        used = {s for row in self.segment_rows for s in row} | {s for s in self.segment if s is not None}
+        ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
+        for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
+            self.pages.k_basis[segment], self.pages.k_scale[segment] = k_basis[i], k_scale[i]
+            self.pages.v_basis[segment], self.pages.v_scale[segment] = v_basis[i], v_scale[i]
+            self.encoders[segment] = (k_encoder[i], v_encoder[i])
+            self.segment[row] = segment
+        if all(s is not None for s in self.segment):
+            self.queries = None
+
+    def _pin(self, members: list[int], ids: list[list[int]], first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Copy sinks and landmarks of the new chunks to their slots, and have the cold kernel skip them."""
+        assert self.pages is not None
+        chunk = self.preset.chunk
+        words = torch.zeros((len(members), len(ids[0]), chunk // 32), dtype=torch.int64)
+        where: list[tuple[int, int, int, int]] = []  # row, slot, member, token
+        for i, row in enumerate(members):
+            for slot, position in enumerate(self.pinned[row]):
+                token = position - first * chunk
+                if 0 <= token < len(ids[0]) * chunk:
+                    words[i, token // chunk, token % chunk // 32] |= 1 << (token % 32)
+                    where.append((row, slot, i, token))
+        words = torch.where(words >= 2**31, words - 2**32, words)
+        page_ids = torch.tensor(ids, dtype=torch.long, device=self.device)
+        self.pages.skip[page_ids] = words.int().to(self.device)[:, :, None].expand(-1, -1, self.kv_heads, -1)
+        if where:
+            row, slot, i, token = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
+            self.k[row, :, slot], self.v[row, :, slot] = k[i, :, token], v[i, :, token]
+            self.key_positions[row, slot] = (token + first * chunk).int()
+
+    def _free_pages(self) -> list[int]:
+        assert self.pages is not None
+        used = {page for row in self.page_rows for page in row}
+        return [p for p in range(self.pages.k_pages.shape[0] - 1, -1, -1) if p not in used]
+
+    def _reserve(self, rows: list[int], targets: list[int]) -> None:
+        """Room for the chunks and segments that `rows` are about to get."""
+        assert self.layout is not None
+        used = len({page for row in self.page_rows for page in row})
+        need = used + sum(targets[r] - self.chunks[r] for r in rows)
+        live = {s for row in self.segment_rows for s in row} | {s for s in self.segment if s is not None}
+        segments = len(live) + sum(self.segment[r] is None for r in rows)
+        table = max(targets)
+        if self.pages is None:
+            self.pages = self._allocate(need, segments, table)
+            return
+        have, have_segments = self.pages.k_pages.shape[0], self.pages.k_basis.shape[0]
+        if need > have or segments > have_segments or table > self.pages.max_chunks:
+            old = self.pages
+            new = self._allocate(
+                max(have, need + max(8, need // 8) if need > have else 0),
+                max(segments, have_segments),
+                max(old.max_chunks, table + max(8, table // 8) if table > old.max_chunks else 0),
+            )
+            for name in ("k_pages", "v_pages", "skip"):
+                getattr(new, name)[:have] = getattr(old, name)
+            for name in ("k_basis", "k_scale", "v_basis", "v_scale"):
+                getattr(new, name)[:have_segments] = getattr(old, name)
+            self.pages = new
+            self._write_tables()
+
+    def _allocate(self, pages: int, segments: int, max_chunks: int) -> Pages:
+        assert self.layout is not None
+        return allocate_pages(
+            self.layout,
+            pages=pages,
+            segments=segments,
+            kv_heads=self.kv_heads,
+            batch=self.batch,
+            max_chunks=max_chunks,
+            device=self.device,
+        )
+
+    def _write_tables(self) -> None:
+        """The host's tables and cold lengths to the device."""
+        if self.pages is None:
+            return
+        width = self.pages.max_chunks
+        for rows, table in ((self.page_rows, self.pages.page_table), (self.segment_rows, self.pages.segment_table)):
+            table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32).view(-1, width))
+        self.pages.lengths.copy_(torch.tensor(self.cold, dtype=torch.int32))
+        if self.hot_slots:
+            hot = self.key_positions[:, self.pinned_slots :]
+            hot.masked_fill_(hot < self.pages.lengths[:, None], -1)
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def attend(self, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+        shape = (self.batch, self.query_heads, None, self.head_dim)
+        check_tensor("q", q, shape=shape, dtype=FLOATS, device=self.device, unit_stride=True)
+        queries = q.shape[2]
+        if queries > min(n - c for n, c in zip(self.lengths, self.cold, strict=True)):
+            raise ValueError(
+                f"q: expected at most as many queries as each row has newest exact tokens, got {queries} "
+                f"for lengths {self.lengths} of which {self.cold} are cold"
+            )
+        positions = (self.length - queries)[:, None] + torch.arange(queries, dtype=torch.int32, device=self.device)
+        o, lse = attend_exact(
+            q, positions, self.k, self.v, self.key_positions, self.rope, chunk=self.preset.chunk, scale=scale
+        )
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if self.pages is None or not any(self.chunks):
+            return out.copy_(o)
+        cold = attend_spectral(q, positions, self.pages, self.rope, scale=scale)
+        return merge_states(o, lse, *cold, out=out)[0]
+
+    def get_kv(self, *, rope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        check_in("rope", rope, ("pre", "rotated"))
+        total = max(self.lengths, default=0)
+        k = torch.zeros((self.batch, self.kv_heads, total, self.head_dim), dtype=torch.float32, device=self.device)
+        v = torch.zeros_like(k)
+        if self.pages is not None and any(self.chunks):
+            cold = max(self.cold)
+            k[:, :, :cold] = decode(self.pages, side="k")[:, :, :cold]
+            v[:, :, :cold] = decode(self.pages, side="v")[:, :, :cold]
+        if self.hot_slots:
+            row, slot = ((self.key_positions >= 0) & (self.key_positions < self.length[:, None])).nonzero(as_tuple=True)
+            position = self.key_positions[row, slot].long()
+            k[row, :, position], v[row, :, position] = self.k[row, :, slot].float(), self.v[row, :, slot].float()
+        positions = torch.arange(total, device=self.device).expand(self.batch, -1)
+        if rope == "pre":
+            k = rotate(k, positions, self.rope, chunk=self.preset.chunk, inverse=True)
+        else:
+            k = rotate(k, positions - positions % self.preset.chunk, self.rope)
+        valid = positions < self.length[:, None]
+        return k.to(self.dtype), v.to(self.dtype), valid
+
+    # ---- editing ----------------------------------------------------------------------------------------------------
+
+    def crop(self, lengths: list[int]) -> None:
+        if len(lengths) != self.batch or any(not 0 <= n <= old for n, old in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"length: expected {self.batch} numbers within 0 .. {self.lengths}, got {lengths}")
+        chunk = self.preset.chunk
+        rows = [r for r, n in enumerate(lengths) if n < self.cold[r]]
+        if rows:
+            # The chunk that is cut comes back, rebuilt, into the ring: cold tokens end at a chunk.
+            k, v, _ = self.get_kv(rope="pre")
+        self._drop_queries(lengths)
+        for r in rows:
+            self.chunks[r] = lengths[r] // chunk
+            del self.page_rows[r][self.chunks[r] :], self.segment_rows[r][self.chunks[r] :]
+            if not self.chunks[r]:
+                self.segment[r] = None  # no page uses it: what comes next gets bases of its own
+        self.lengths = list(lengths)
+        self.length.copy_(torch.tensor(lengths, dtype=torch.int32))
+        self.key_positions.masked_fill_(self.key_positions >= self.length[:, None], -1)
+        for r in rows:
+            pinned = self.key_positions[r, : self.pinned_slots]
+            pinned.masked_fill_(pinned >= self.cold[r], -1)
+        self._write_tables()
+        if rows:
+            start = torch.tensor(self.cold, dtype=torch.int32, device=self.device)
+            position = start[:, None] + torch.arange(chunk, dtype=torch.int32, device=self.device)
+            mine = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
+            mine[rows] = True
+            index = position.clamp_max(k.shape[2] - 1).long()[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
+            k, v = k.gather(2, index), v.gather(2, index)
+            aligned = phase_align(k, position, self.rope, chunk=chunk)
+            self._store_hot(aligned, v, position, mine[:, None] & (position < self.length[:, None]))
+
+    def _drop_queries(self, lengths: list[int]) -> None:
+        if not self.queries or lengths == self.lengths:
+            return
+        if any(self.query_padding) or len(set(lengths)) > 1:
+            self.queries = None  # ragged: fit without a metric rather than with another row's queries
+        else:
+            self.queries = [torch.cat(self.queries, dim=2)[:, :, : lengths[0]]] if lengths[0] else []
+
+    def reorder(self, index: list[int]) -> None:
+        device_index = torch.tensor(index, dtype=torch.long, device=self.device)
+        self.lengths = [self.lengths[i] for i in index]
+        self.chunks = [self.chunks[i] for i in index]
+        self.page_rows = [list(self.page_rows[i]) for i in index]
+        self.segment_rows = [list(self.segment_rows[i]) for i in index]
+        self.segment = [self.segment[i] for i in index]
+        self.pinned = [self.pinned[i] for i in index] if self.pinned else []
+        self.query_padding = [self.query_padding[i] for i in index]
+        if self.queries:
+            self.queries = [q[device_index] for q in self.queries]
+        self.k, self.v = self.k[device_index], self.v[device_index]
+        self.key_positions, self.length = self.key_positions[device_index], self.length[device_index]
+        if self.pages is not None:
+            shape = (len(index), self.pages.max_chunks)
+            tables = [torch.empty(shape, dtype=torch.int32, device=self.device) for _ in range(2)]
+            lengths = torch.empty(len(index), dtype=torch.int32, device=self.device)
+            self.pages = replace(self.pages, page_table=tables[0], segment_table=tables[1], lengths=lengths)
+            self._write_tables()
+
+
+class SpectralCache:
+    """Keys and values of a model's layers: newest tokens, sinks and landmarks exact, older ones in spectral pages.
+
+    Args:
+        layers, batch, query_heads, kv_heads, head_dim: L, B, H, G, D.
+        rope: frequencies, on `device`.
+        preset: a name in PRESETS or a Preset.
+        dtype: of the exact tokens: fp16, bf16 or fp32.      device: of all tensors.
+        landmarks: positions that stay exact: the same for all rows, or a sequence of them a row.
+        v_metrics: for each layer float32 [G, D, D], the sum over a group's heads of W_o^T W_o, or None: plain least squares.
+    Raises:
+        TypeError, ValueError: an argument is not as above. A call that raises leaves the cache as it was.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        query_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rope: Rope,
+        preset: str | Preset = "balanced",
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str = "cpu",
+        landmarks: Sequence[Any] = (),
+        v_metrics: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        if isinstance(preset, str):
+            check_in("preset", preset, list(PRESETS))
+            preset = PRESETS[preset]
+        check_in("dtype", dtype, FLOATS)
+        check_in("head_dim", head_dim, HEAD_DIMS)
+        for name, value in (("layers", layers), ("batch", batch), ("kv_heads", kv_heads)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        if query_heads < 1 or query_heads % kv_heads:
+            raise ValueError(f"query_heads: expected a positive multiple of kv_heads = {kv_heads}, got {query_heads}")
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        check_tensor("rope.turns", rope.turns, device=device)
+        if rope.rotary_dim > head_dim:
+            raise ValueError(f"rope: expected a rotary_dim of at most D = {head_dim}, got {rope.rotary_dim}")
+        if v_metrics is None:
+            v_metrics = [None] * layers
+        if len(v_metrics) != layers:
+            raise ValueError(f"v_metrics: expected one a layer, {layers}, got {len(v_metrics)}")
+        for i, metric in enumerate(v_metrics):
+            if metric is not None:
+                shape = (kv_heads, head_dim, head_dim)
+                check_tensor(f"v_metrics[{i}]", metric, shape=shape, dtype=torch.float32, device=device)
+        named = list(landmarks)
+        per_row = [list(map(int, row)) for row in named] if named and not isinstance(named[0], int) else [named] * batch
+        if len(per_row) != batch or any(p < 0 for row in per_row for p in row):
+            raise ValueError(f"landmarks: expected positions that are not negative, for {batch} rows, got {named}")
+        pinned = [sorted({*range(preset.sinks), *row}) for row in per_row]
+        self.rope, self.preset, self.dtype, self.device = rope, preset, dtype, device
+        self.layers = [
+            LayerCache(
+                batch=batch,
+                query_heads=query_heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                rope=rope,
+                preset=preset,
+                pinned=pinned,
+                dtype=dtype,
+                device=device,
+                v_metric=v_metrics[i],
+            )
+            for i in range(layers)
+        ]
+
+    def _layer(self, layer: int) -> LayerCache:
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"layer: expected 0 .. {len(self.layers) - 1}, got {layer}")
+        return self.layers[layer]
+
+    @property
+    def batch(self) -> int:
+        return self.layers[0].batch
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens a row (of the first layer: within a forward pass later layers lag behind)."""
+        return list(self.layers[0].lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that the cache holds (not of what belongs to the model: frequencies, metrics of V)."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def append(
+        self,
+        layer: int,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        queries: torch.Tensor | None = None,
+        padding: Sequence[int] | None = None,
+    ) -> None:
+        """Add tokens to a layer, at positions lengths .. lengths + T - 1; chunks that leave the window are compressed.
+
+        Args:
+            k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
+            queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
+            padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
+        Raises:
+            TypeError, ValueError: an argument is not as above; the cache is as it was.
+        """
+        self._layer(layer).append(k, v, queries=queries, padding=padding)
+
+    def attend(self, layer: int, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
+        """Causal attention of the newest tokens over all of a layer's tokens.
+
+        Args:
+            q: [B, H, Q, D] before RoPE, of the Q newest tokens (already appended), which must still be hot.
+            scale: factor of the scores, default D**-0.5.
+        Returns:
+            [B, H, Q, D] in the dtype of q, contiguous.
+        Raises:
+            TypeError, ValueError: an argument is not as above.
+        """
+        return self._layer(layer).attend(q, scale=scale)
+
+    def get_kv(self, layer: int, *, rope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rebuild a layer's keys and values (for tests and fallbacks; decoding never does).
+
+        Args:
+            rope: "pre" for keys before RoPE, "rotated" for keys turned to their positions (without attention scaling).
+        Returns:
+            (k, v [B, G, T, D] in the cache's dtype by position, valid bool [B, T]), T the longest row; zeros where invalid.
+        """
+        return self._layer(layer).get_kv(rope=rope)
+
+    def reset(self) -> None:
+        """Forget everything: the next append starts at position 0."""
+        for layer in self.layers:
+            layer.reset()
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Keep the first `lengths` tokens of every row (one number, or one a row; none above the row's length)."""
+        wanted = [lengths] * self.batch if isinstance(lengths, int) else [int(n) for n in lengths]
+        for layer in self.layers:
+            if len(wanted) != layer.batch or any(not 0 <= n <= old for n, old in zip(wanted, layer.lengths, strict=True)):
+                raise ValueError(f"lengths: expected {layer.batch} numbers within 0 .. {layer.lengths}, got {wanted}")
+        for layer in self.layers:
+            layer.crop(wanted)
+
+    def reorder(self, index: torch.Tensor | Sequence[int]) -> None:
+        """Row i becomes a copy of row index[i] (beam search; may repeat, drop, or change the number of rows).
+
+        Pages are shared by copies, not copied.
+        """
+        rows = [int(i) for i in (index.tolist() if isinstance(index, torch.Tensor) else index)]
+        if not rows or any(not 0 <= i < self.batch for i in rows):
+            raise ValueError(f"index: expected row numbers in 0 .. {self.batch - 1}, got {rows}")
+        for layer in self.layers:
+            layer.reorder(rows)

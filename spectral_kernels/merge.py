@@ -1,0 +1,199 @@
+"""Merge attention states computed over disjoint sets of keys.
+
+A state is (o, lse): the normalised output of attention over a set of keys and the natural-log log-sum-exp of its scaled
+scores; the empty set is (0, -inf). For sets i with states (o_i, lse_i)
+
+    lse = log sum_i exp(lse_i)          o = sum_i exp(lse_i - lse) o_i
+
+which is associative and commutative up to rounding, with the empty state as its neutral element.
+
+Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); FlashInfer's attention states.
+Oracle: reference/merge.py.   Test: tests/test_merge.py.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._checks import FLOATS, check_tensor
+
+
+@triton.jit
+def _merge_states_kernel(
+    o_a_ptr,
+    lse_a_ptr,
+    o_b_ptr,
+    lse_b_ptr,
+    o_ptr,
+    lse_ptr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    lse_a = tl.load(lse_a_ptr + row)
+    lse_b = tl.load(lse_b_ptr + row)
+    top = tl.maximum(lse_a, lse_b)
+    top = tl.where(top == float("-inf"), 0.0, top)  # both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    w_a = tl.exp(lse_a - top)
+    w_b = tl.exp(lse_b - top)
+    total = w_a + w_b
+    o_a = tl.load(o_a_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    o_b = tl.load(o_b_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    o = tl.where(total > 0.0, (w_a * o_a + w_b * o_b) / total, 0.0)
+    tl.store(o_ptr + row * D + d, o, mask=d < D)
+    tl.store(lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
+
+
+def _check_state(name: str, o: torch.Tensor, lse: torch.Tensor, shape: torch.Size | None = None) -> None:
+    check_tensor(f"o{name}", o, shape=shape, dtype=FLOATS)
+    check_tensor(f"lse{name}", lse, shape=o.shape[:-1], dtype=torch.float32, device=o.device)
+    if o.dim() < 2:
+        raise ValueError(f"o{name}: expected shape [..., D], got {list(o.shape)}")
+    for label, value in ((f"o{name}", o), (f"lse{name}", lse)):
+        if not value.is_contiguous():
+            raise ValueError(f"{label}: expected a contiguous tensor, got strides {list(value.stride())}")
+
+
+def _outputs(like, shape, out, lse):
+    if out is None:
+        out = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if lse is None:
+        lse = torch.empty(shape[:-1], dtype=torch.float32, device=like.device)
+    _check_state("ut", out, lse, shape)
+    check_tensor("out", out, device=like.device)
+    return out, lse
+
+
+def merge_states(
+    o_a: torch.Tensor,
+    lse_a: torch.Tensor,
+    o_b: torch.Tensor,
+    lse_b: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join two states over disjoint sets of keys.
+
+    Args:
+        o_a, o_b: [..., D] normalised outputs, fp16, bf16 or fp32, contiguous, of one shape (dtypes may differ).
+        lse_a, lse_b: float32 [...], natural log, contiguous; -inf marks an empty set (its o must be finite, such as 0).
+        out, lse: where to write, contiguous; `out` of any float dtype. May be the inputs themselves.
+    Returns:
+        (out [..., D], in the dtype of o_a unless `out` is given, lse float32 [...]). Float32 arithmetic.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    _check_state("_a", o_a, lse_a)
+    _check_state("_b", o_b, lse_b, o_a.shape)
+    check_tensor("o_b", o_b, device=o_a.device)
+    out, lse = _outputs(o_a, o_a.shape, out, lse)
+    if not _launch.runs_kernel(o_a):
+        o, total = merge_states_torch(o_a, lse_a, o_b, lse_b)
+        return out.copy_(o), lse.copy_(total)
+    if lse.numel():
+        dim = o_a.shape[-1]
+        with torch.cuda.device_of(o_a):
+            _merge_states_kernel[(lse.numel(),)](
+                o_a, lse_a, o_b, lse_b, out, lse, D=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=1
+            )
+    return out, lse
+
+
+def merge_states_torch(
+    o_a: torch.Tensor, lse_a: torch.Tensor, o_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_states` in plain PyTorch (without `out` and `lse`)."""
+    o = torch.stack((o_a.float(), o_b.float()), dim=-2)
+    o, lse = merge_many_states_torch(o, torch.stack((lse_a, lse_b), dim=-1))
+    return o.to(o_a.dtype), lse
+
+
+@triton.jit
+def _merge_many_states_kernel(
+    o_ptr,
+    lse_in_ptr,
+    out_ptr,
+    lse_ptr,
+    N,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    top = tl.full([], float("-inf"), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        top = tl.maximum(top, tl.max(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")), 0))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.full([], 0.0, dtype=tl.float32)
+    o = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        w = tl.exp(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)  # [BLOCK_N]
+        total += tl.sum(w, 0)
+        # A weight of zero must not multiply what an empty split never wrote.
+        mask = (w > 0.0)[:, None] & (d < D)[None, :]
+        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        o += tl.sum(w[:, None] * x, 0)
+    o = tl.where(total > 0.0, o / total, 0.0)
+    tl.store(out_ptr + row * D + d, o, mask=d < D)
+    if tl.program_id(1) == 0:
+        tl.store(lse_ptr + row, top + tl.log(total))
+
+
+def merge_many_states(
+    o: torch.Tensor, lse: torch.Tensor, *, out: torch.Tensor | None = None, out_lse: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join N states over disjoint sets of keys.
+
+    Args:
+        o: [..., N, D] normalised outputs, fp16, bf16 or fp32, contiguous; rows whose lse is -inf are not read.
+        lse: float32 [..., N], natural log, contiguous.
+        out, out_lse: where to write ([..., D] of any float dtype; float32 [...]), contiguous.
+    Returns:
+        (out [..., D] in the dtype of o unless `out` is given, out_lse float32 [...]); N = 0 gives the empty state.
+        Float32 arithmetic, in the order of N: the same bits for the same inputs.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    _check_state("", o, lse)
+    if o.dim() < 3:
+        raise ValueError(f"o: expected shape [..., N, D], got {list(o.shape)}")
+    out, out_lse = _outputs(o, (*o.shape[:-2], o.shape[-1]), out, out_lse)
+    if not _launch.runs_kernel(o):
+        merged, total = merge_many_states_torch(o, lse)
+        return out.copy_(merged), out_lse.copy_(total)
+    if out_lse.numel():
+        dim, n = o.shape[-1], o.shape[-2]
+        block_d = min(64, triton.next_power_of_2(dim))
+        with torch.cuda.device_of(o):
+            _merge_many_states_kernel[(out_lse.numel(), triton.cdiv(dim, block_d))](
+                o, lse, out, out_lse, n, D=dim, BLOCK_N=32, BLOCK_D=block_d, num_warps=4
+            )
+    return out, out_lse
+
+
+def merge_many_states_torch(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`merge_many_states` in plain PyTorch (without `out` and `out_lse`)."""
+    if lse.shape[-1] == 0:
+        return o.new_zeros(*o.shape[:-2], o.shape[-1]), lse.new_full(lse.shape[:-1], float("-inf"))
+    total = torch.logsumexp(lse, dim=-1)
+    weights = torch.where(lse == float("-inf"), 0.0, (lse - total[..., None]).exp())[..., None]
+    values = torch.where(weights > 0, o.float(), 0.0)
+    return (weights * values).sum(dim=-2).to(o.dtype), total
+
+
+def lse_to_log2(lse: torch.Tensor) -> torch.Tensor:
+    """Natural-log to base-2 log-sum-exp (FlashInfer's convention); -inf stays."""
+    return lse * math.log2(math.e)
+
+
+def lse_from_log2(lse: torch.Tensor) -> torch.Tensor:
+    """Base-2 to natural-log log-sum-exp; -inf stays."""
+    return lse * math.log(2)

@@ -1,0 +1,303 @@
+"""How far a result may lie from the float64 oracle: derived elementwise from the arithmetic, never found by trial.
+
+Every budget is  u_out * |oracle|  +  depth * u_acc * magnitude,  where the magnitude is the sum of the absolute values of
+what is added up and each depth says which roundings it counts. What a low rank or a quantiser loses is no part of it: the
+oracle gets the same codes and bases.
+
+    U[dtype]    unit roundoff: the largest relative error of rounding to nearest
+    ANGLE       radians: the error of an angle (the contract: 1e-6 at any position). Derived: the float32 rounding of up to
+                half a turn, of its product and of the constant, 0.5e-6, and the errors of cosine and sine, 2**-22 each
+    PRODUCT     relative error of a product that is taken as three tf32 (or fp16 hi + lo) products: 11 + 10 bits are kept
+    EXP, LOG    error of exp relative to it, and of log absolutely: the GPU's ex2 and lg2 units are good to 2**-22; the
+                factors log2(e) and ln(2) round once more
+    QUERY_SPLIT u = s (hi + lo/254), s = max|u|/127, both rounded to nearest: half a step of lo is s/508
+    WEIGHT_SPLIT p = (hi + lo/127)/127: half a step of lo is 1/(2 * 127 * 127) of the largest weight of a tile
+    TILE        tokens that share one such largest weight, at most
+"""
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from reference import pages as pages_oracle
+from reference import rope as rope_oracle
+from reference.attention import State
+from reference.pages import PageArrays
+
+F64 = NDArray[np.float64]
+
+U = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+SMALLEST = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134, torch.float32: 2.0**-150}  # half a subnormal step
+ACC = U[torch.float32]
+ANGLE = 1e-6
+PRODUCT = 2.0**-20
+EXP = 2.0**-21
+LOG = 2.0**-21
+QUERY_SPLIT = 1 / (127 * 508)
+WEIGHT_SPLIT = 1 / (2 * 127 * 127)
+TILE = 128
+
+
+def outside(actual: ArrayLike | torch.Tensor, expected: ArrayLike, budget: ArrayLike) -> float:
+    """The largest error in units of its budget (NaN counts as infinite): at most 1 passes."""
+    if isinstance(actual, torch.Tensor):
+        actual = actual.detach().double().cpu().numpy()
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    budget = np.asarray(budget, np.float64)
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shape: expected {expected.shape}, got {actual.shape}")
+    if actual.size == 0:
+        return 0.0
+    if not np.isfinite(np.broadcast_to(budget, expected.shape)).all():
+        raise AssertionError("a budget that is not finite accepts anything")
+    same = actual == expected  # infinities of one sign among them
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.where(same, 0.0, np.abs(actual - expected) / budget)
+    return float(np.where(np.isnan(ratio), np.inf, ratio).max())
+
+
+def check(actual: ArrayLike | torch.Tensor, expected: ArrayLike, budget: ArrayLike, what: str = "result") -> None:
+    """Fail unless every element lies within its budget."""
+    worst = outside(actual, expected, budget)
+    assert worst <= 1, f"{what}: {worst:.3g} times the budget"
+
+
+def check_rejects(mutant: ArrayLike | torch.Tensor, expected: ArrayLike, budget: ArrayLike, mistake: str) -> None:
+    """Fail unless the budget turns the mistake down, and not by a hair."""
+    worst = outside(mutant, expected, budget)
+    assert worst > 2, f"the budget accepts '{mistake}' ({worst:.3g} times the budget)"
+
+
+def rounding(value: ArrayLike, dtype: torch.dtype) -> F64:
+    """Of storing `value` in `dtype`."""
+    return U[dtype] * np.abs(value) + SMALLEST[dtype]
+
+
+# rope.py
+
+
+def rotate(x: ArrayLike, expected: ArrayLike, inv_freq: ArrayLike, dtype: torch.dtype) -> F64:
+    """x [..., D] turned: two products and a sum (3 roundings) of cosine and sine with an angle error, then the output's.
+
+    Dimensions that do not turn are copied: nothing is allowed there.
+    """
+    n = 2 * len(np.asarray(inv_freq))
+    budget = np.zeros(np.shape(x))
+    size = rope_oracle.pair_magnitude(x, inv_freq)[..., :n]
+    budget[..., :n] = rounding(np.asarray(expected)[..., :n], dtype) + (1 + U[dtype]) * (ANGLE + 3 * ACC) * size
+    return budget
+
+
+def turned_query(q: ArrayLike, inv_freq: ArrayLike, scaling: float) -> F64:
+    """What a turned, scaled query's components are at most, [..., D]."""
+    return rope_oracle.scale_rotary(rope_oracle.pair_magnitude(q, inv_freq), inv_freq, scaling**2)
+
+
+def projection(rank: int, dim: int) -> float:
+    """Relative to sum_d |basis_d| |q_d|: turning (angle, 3 roundings), scaling twice, D products added, k_scale, softmax
+    scale and log2(e)."""
+    del rank
+    return ANGLE + PRODUCT + (3 + 2 + dim + 3) * ACC
+
+
+def project_queries(
+    q: ArrayLike, expected: F64, pages: PageArrays, inv_freq: ArrayLike, scaling: float
+) -> F64:
+    """Of u [B, H, Q, max_chunks, R]; nothing is allowed past a row's length."""
+    size = projection_magnitude(q, pages, inv_freq, scaling)
+    starts = np.arange(expected.shape[3]) * pages.chunk
+    live = starts[None, :] < pages.lengths[:, None]
+    budget = projection(expected.shape[-1], pages.head_dim) * size + SMALLEST[torch.float32]
+    return np.where(live[:, None, None, :, None], budget, 0.0)
+
+
+def projection_magnitude(q: ArrayLike, pages: PageArrays, inv_freq: ArrayLike, scaling: float) -> F64:
+    """|k_scale_r| sum_d |basis_rd| |S q_d|, [B, H, Q, max_chunks, R] (zero past a row's length)."""
+    size = turned_query(q, inv_freq, scaling)  # [B, H, Q, D]
+    vectors = np.abs(pages.k_scale[..., None].astype(np.float64) * pages.k_basis)
+    batch, heads, queries, _ = size.shape
+    chunks, (groups, rank) = pages.segment_table.shape[1], vectors.shape[1:3]
+    out = np.zeros((batch, heads, queries, chunks, rank))
+    for b in range(batch):
+        for j in range(-(-int(pages.lengths[b]) // pages.chunk)):
+            for g in range(groups):
+                own = slice(g * heads // groups, (g + 1) * heads // groups)
+                out[b, own, :, j] = size[b, own] @ vectors[pages.segment_table[b, j], g].T
+    return out
+
+
+# attention.py
+
+
+def state(expected: State, score_error: F64, o_error: F64) -> tuple[F64, F64]:
+    """(of o, of lse) when each score is off by at most score_error [B, H, Q, T], and o by o_error [B, H, Q, D] besides.
+
+    With scores s_t + e_t:  o' - o = sum_t w_t (exp(e_t) - 1) (v_t - o) / sum_t w_t exp(e_t)   and
+    lse' - lse = log sum_t w_t exp(e_t). The exp itself adds EXP to e_t; the difference of score and maximum rounds, and so
+    do the changes of base (4 roundings of numbers up to |score| + |lse|).
+    """
+    weights, group = expected.weights, expected.scores.shape[1] // expected.values.shape[1]
+    seen = np.isfinite(expected.scores)
+    lse = np.where(np.isfinite(expected.lse), expected.lse, 0.0)
+    size = np.where(seen, np.abs(np.where(seen, expected.scores, 0.0)) + np.abs(lse)[..., None], 0.0)
+    error = np.where(seen, score_error, 0.0) + EXP + 4 * ACC * size
+    grown = np.expm1(np.minimum(error, 600.0))  # past that the test case is useless, and outside() says so
+    drift = np.log1p((weights * grown).sum(-1))
+    o_budget = np.empty(expected.o.shape)
+    for b, h, m in np.ndindex(*expected.lse.shape):
+        spread = np.abs(expected.values[b, h // group] - expected.o[b, h, m])  # [T, D]
+        o_budget[b, h, m] = (weights[b, h, m] * grown[b, h, m]) @ spread
+    # l is summed and divided by: as many roundings as tokens are added one by one at worst (a tree needs fewer).
+    adds = min(expected.scores.shape[-1], 2 * TILE) + 8
+    o_budget = o_budget * np.exp(drift)[..., None] + o_error + adds * ACC * (expected.magnitude + np.abs(expected.o))
+    # Weights taken as exp(score - lse) with a rounded lse do not quite add up to 1.
+    o_budget += 2 * ACC * np.abs(lse)[..., None] * expected.magnitude
+    lse_budget = drift + LOG + adds * ACC + 3 * ACC * np.abs(lse)
+    empty = ~np.isfinite(expected.lse)
+    return np.where(empty[..., None], 0.0, o_budget), np.where(empty, 0.0, lse_budget)
+
+
+def attend_spectral(
+    q: ArrayLike,
+    expected: State,
+    pages: PageArrays,
+    u: F64,
+    inv_freq: ArrayLike,
+    *,
+    scaling: float = 1.0,
+    scale: float | None = None,
+    integer: bool = True,
+) -> tuple[F64, F64]:
+    """(of o, of lse). u: the oracle's projected queries [B, H, Q, max_chunks, R_K]. integer: int8 hi + lo operands.
+
+    Scores: the projected query's own error, through |code|; the split of u (s/508 a component); float32 sums of the
+    stored integers and of their offsets (hi + lo/254, the step, the bias, and a rank-long sum where operands are floats).
+    Output: the split of the weights, relative to the largest of a tile; the coefficients' float32 sums over tiles and
+    splits, and the product with the V basis (rank-long).
+    """
+    batch, heads, queries, tokens = expected.scores.shape
+    groups, dim, chunk = pages.k_pages.shape[1], pages.head_dim, pages.chunk
+    group = heads // groups
+    scale = dim**-0.5 if scale is None else scale
+    k_rank, v_rank = pages.k_basis.shape[2], pages.v_basis.shape[2]
+    k_split = QUERY_SPLIT if integer and pages.k_bands[0][1] != 16 else 0.0
+    v_split = WEIGHT_SPLIT if integer and pages.v_bands[0][1] != 16 else 0.0
+    sizes = projection_magnitude(q, pages, inv_freq, scaling)
+    k_offset, v_offset = stored_offsets(pages.k_bands), stored_offsets(pages.v_bands)
+    weights = expected.weights
+    score_error = np.zeros(expected.scores.shape)
+    o_error = np.zeros(expected.o.shape)
+    for b in range(batch):
+        k_codes, v_codes, seen = pages_oracle.coefficients(pages, b)
+        # What an unseen token's bytes hold (NaN for instance) matters to nobody.
+        k_codes, v_codes = (np.where(seen[..., None], x, 0.0) for x in (k_codes, v_codes))
+        k_terms, v_terms = (
+            np.where(seen[..., None], np.abs(x - z) + np.abs(z), 0.0)
+            for x, z in ((k_codes, k_offset), (v_codes, v_offset))
+        )
+        for start in range(0, seen.shape[1], chunk):
+            part, j = slice(start, min(start + chunk, seen.shape[1])), start // chunk
+            segment = pages.segment_table[b, j]
+            v_vectors = np.abs(pages.v_scale[segment][..., None].astype(np.float64) * pages.v_basis[segment])
+            for h in range(heads):
+                g = h // group
+                codes, terms = np.abs(k_codes[g, part]), k_terms[g, part]
+                projected = np.abs(u[b, h, :, j])  # [Q, R_K]
+                error = sizes[b, h, :, j] @ codes.T * projection(k_rank, dim)
+                error += k_split * projected.max(-1)[:, None] * codes.sum(-1)[None, :]
+                error += (projected @ terms.T) * (8 * ACC + (0.0 if k_split else PRODUCT + k_rank * ACC))
+                score_error[b, h, :, part] = scale * error
+                adds = (tokens // min(chunk, TILE) + v_rank + 12) * ACC + PRODUCT
+                if not v_split:
+                    adds += min(tokens, TILE) * ACC  # weights times coefficients are float sums over a tile
+                o_error[b, h] += adds * (weights[b, h, :, part] @ (v_terms[g, part] @ v_vectors[g]))
+    if v_split:
+        size = np.abs(expected.values)
+        for start in range(0, tokens, TILE):
+            part = slice(start, start + TILE)
+            top = weights[..., part].max(-1)
+            for h in range(heads):
+                seen_here = np.isfinite(expected.scores[:, h, 0, part])  # cold tokens are seen by all queries or none
+                total = np.where(seen_here[..., None], size[:, h // group, part], 0.0).sum(1)  # [B, D]
+                o_error[:, h] += v_split * (1 + 1e-3) * top[:, h, :, None] * total[:, None]
+    return state(expected, score_error, o_error)
+
+
+def stored_offsets(bands: pages_oracle.Bands) -> F64:
+    """What a kernel adds to the stored integer to get the value, [R]."""
+    offset = {16: 0.0, 8: 0.5, 4: -7.5, 2: -1.5}
+    return np.array([offset[bits] for rank, bits in bands for _ in range(rank)])
+
+
+def attend_exact(
+    q: ArrayLike,
+    expected: State,
+    k: ArrayLike,
+    usable: NDArray[np.bool_],
+    inv_freq: ArrayLike,
+    *,
+    scaling: float = 1.0,
+    scale: float | None = None,
+) -> tuple[F64, F64]:
+    """(of o, of lse). Query and key are turned in float32 (an angle error and 3 roundings each), the D products are added
+    in float32; weights times values likewise. usable [B, G, N]: slots that hold a token (others may be NaN)."""
+    dim = np.shape(q)[-1]
+    scale = dim**-0.5 if scale is None else scale
+    keys = rope_oracle.pair_magnitude(np.where(usable[..., None], np.asarray(k, np.float64), 0.0), inv_freq)
+    size = turned_query(q, inv_freq, scaling)
+    group = size.shape[1] // keys.shape[1]
+    score_error = np.stack([size[:, h] @ keys[:, h // group].mT for h in range(size.shape[1])], axis=1)
+    score_error *= scale * (2 * ANGLE + 2 * PRODUCT + (6 + 4 + dim) * ACC)
+    tokens = expected.scores.shape[-1]
+    o_error = (PRODUCT + (min(tokens, TILE) + tokens // 32 + 8) * ACC) * expected.magnitude
+    return state(expected, score_error, o_error)
+
+
+# merge.py
+
+
+def merge(o: ArrayLike, lse: ArrayLike, expected: tuple[F64, F64], dtype: torch.dtype) -> tuple[F64, F64]:
+    """(of o, of lse). Each of the N weights exp(lse_n - max) is off by EXP and by the rounding of its exponent (3 of the
+    difference, of the product with log2(e) and of the maximum); sums of N terms, a division, a log."""
+    o, lse = np.asarray(o, np.float64), np.asarray(lse, np.float64)
+    merged, total = expected
+    live = np.isfinite(lse)
+    finite = np.where(np.isfinite(total), total, 0.0)
+    gap = np.where(live, np.abs(np.where(live, lse, 0.0) - finite[..., None]), 0.0)
+    weights = np.where(live, np.exp(-gap), 0.0)
+    n = lse.shape[-1]
+    off = np.expm1(EXP + 3 * ACC * (np.minimum(gap, 200.0) + 1)) + (n + 3) * ACC  # exp(-200) is 0 in float32
+    # The twin subtracts lse itself, which it rounded: one rounding of |lse| in every exponent.
+    off = off + 2 * ACC * np.abs(finite)[..., None]
+    spread = np.abs(np.where(live[..., None], o, 0.0) - merged[..., None, :])
+    o_budget = (weights[..., None] * off[..., None] * (spread + np.abs(merged)[..., None, :])).sum(-2)
+    o_budget += (n + 3) * ACC * (weights[..., None] * np.abs(np.where(live[..., None], o, 0.0))).sum(-2)
+    o_budget += rounding(merged, dtype)
+    lse_budget = (weights * off).sum(-1) + LOG + 3 * ACC * np.abs(finite)
+    empty = ~np.isfinite(total)
+    return np.where(empty[..., None], 0.0, o_budget), np.where(empty, 0.0, lse_budget)
+
+
+# compress.py
+
+
+def gram(x: ArrayLike) -> F64:
+    """Products of float32 operands (as three tf32 products at worst) added over T tokens one by one at worst."""
+    x = np.abs(np.asarray(x, np.float64))
+    return (PRODUCT + (x.shape[2] + 2) * ACC) * (x.mT @ x) + SMALLEST[torch.float32]
+
+
+def coefficients(x: ArrayLike, encoder: ArrayLike) -> F64:
+    """Of x @ encoder in float32: D products added."""
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(encoder, np.float64))
+    return (PRODUCT + (np.shape(x)[-1] + 2) * ACC) * size
+
+
+def decode(values: F64, bands: pages_oracle.Bands, basis: ArrayLike, scale: ArrayLike) -> F64:
+    """Of sum_r value_r scale_r basis_r: the values are exact, times the scale they round, R products are added.
+
+    values [..., R] in units of their steps, basis [R, D], scale [R].
+    """
+    vectors = np.abs(np.asarray(scale, np.float64)[:, None] * np.asarray(basis, np.float64))
+    rank = sum(r for r, _ in bands)
+    return (PRODUCT + (rank + 3) * ACC) * (np.abs(values) @ vectors) + SMALLEST[torch.float32]
