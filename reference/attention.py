@@ -1,6 +1,8 @@
-"""Oracle of spectral_kernels/attention.py: every key and value rebuilt, query and key turned to their absolute positions.
+"""Oracle of spectral_kernels/attention.py: every key and value rebuilt, query and key turned to their absolute
+positions.
 
-    score_t = scale * (S R(m) q) . (S R(p_t) k_t)      w = softmax of the scores of the tokens seen      o = sum_t w_t v_t
+    score_t = scale * (S R(m) q) . (S R(p_t) k_t)      w = softmax of the scores of the tokens seen      o = sum_t w_t
+    v_t
 
 with S the attention scaling on the rotary dimensions. All in float64. A set without tokens is o = 0, lse = -inf.
 """
@@ -77,8 +79,9 @@ def dense(
 ) -> State:
     """Attention of q [B, H, Q, D] at positions [B, Q] over k, v [B, G, T, D] at key_positions [B, G, T].
 
-    A token is seen iff `seen` [B, G, T] holds, 0 <= key_position and, if `causal`, key_position <= position. k is before
-    RoPE, or carries the rotations `rotated_by` [B, G, T] already (phase-aligned keys: their offset in the chunk).
+    A token is seen iff `seen` [B, G, T] holds, 0 <= key_position and, if `causal`, key_position <= position. k is
+    before RoPE, or carries the rotations `rotated_by` [B, G, T] already (phase-aligned keys: their offset in the
+    chunk).
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     positions, key_positions = np.asarray(positions, np.int64), np.asarray(key_positions, np.int64)

@@ -1,27 +1,44 @@
 """Oracle of spectral_kernels/compress.py: second moments by sums, the basis by the SVD of the whitened tokens.
 
-The basis of X [T, D] under a metric M [D, D] is the rank-R factorisation X ~ (X E) B that loses least in
-|| (X - X E B) M^(1/2) ||_F. With  X M^(1/2) = U S V^T :   E = M^(1/2) V_R,   B = V_R^T M^(-1/2).
+The basis of X [T, D] under a metric M [D, D] is the rank-R factorisation X ~ C B that loses least in
+|| (X - C B) M^(1/2) ||_F. With  X M^(1/2) = U S V^T :  B = V_R^T M^(-1/2)  and the loss is the sum of the other S^2.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .pages import Bands, code_of
+from .rope import rotate, scale_rotary
 
 F64 = NDArray[np.float64]
 
 
-def gram(x: ArrayLike, lengths: ArrayLike | None = None) -> F64:
-    """sum_t x_t x_t^T over the first lengths[b] tokens: x [B, G, T, D] -> [B, G, D, D]."""
+def gram(x: ArrayLike) -> F64:
+    """sum_t x_t x_t^T: x [B, G, T, D] -> [B, G, D, D]."""
     x = np.asarray(x, np.float64)
     batch, groups, tokens, dim = x.shape
     total = np.zeros((batch, groups, dim, dim))
-    for b in range(batch):
-        for t in range(tokens if lengths is None else int(np.asarray(lengths)[b])):
-            for g in range(groups):
-                total[b, g] += np.outer(x[b, g, t], x[b, g, t])
+    for b, g, t in np.ndindex(batch, groups, tokens):
+        total[b, g] += np.outer(x[b, g, t], x[b, g, t])
     return total
+
+
+def query_metric(q: ArrayLike, inv_freq: ArrayLike, scaling: float, *, chunk: int, kv_heads: int) -> F64:
+    """Mean of y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D], heads of a group, chunk starts t0 <=
+    m."""
+    q = np.asarray(q, np.float64)
+    batch, heads, tokens, dim = q.shape
+    group = heads // kv_heads
+    total = np.zeros((batch, kv_heads, dim, dim))
+    count = 0
+    for start in range(0, tokens, chunk):
+        later = np.arange(start, tokens)
+        turned = scale_rotary(rotate(q[:, :, start:], later - start, inv_freq), inv_freq, scaling**2)
+        count += group * len(later)
+        for b, h in np.ndindex(batch, heads):
+            for y in turned[b, h]:
+                total[b, h // group] += np.outer(y, y)
+    return total / count
 
 
 def symmetric_root(metric: ArrayLike) -> tuple[F64, F64]:
@@ -30,42 +47,49 @@ def symmetric_root(metric: ArrayLike) -> tuple[F64, F64]:
     return (left * np.sqrt(sizes)) @ left.T, (left / np.sqrt(sizes)) @ left.T
 
 
-def fit_basis(x: ArrayLike, metric: ArrayLike | None, rank: int) -> tuple[F64, F64, F64]:
-    """Tokens x [T, D], metric [D, D] -> encoder [D, R], basis [R, D] and all singular values of X M^(1/2)."""
+def fit_basis(x: ArrayLike, metric: ArrayLike | None, rank: int) -> tuple[F64, F64]:
+    """Tokens x [T, D], metric [D, D] or None for the identity -> basis [R, D], all singular values of X M^(1/2)."""
     x = np.asarray(x, np.float64)
     root, inverse = symmetric_root(np.eye(x.shape[1]) if metric is None else metric)
     _, singular, right = np.linalg.svd(x @ root, full_matrices=True)
-    return root @ right[:rank].T, right[:rank] @ inverse, singular
+    return right[:rank] @ inverse, singular
 
 
-def loss(x: ArrayLike, encoder: ArrayLike, basis: ArrayLike, metric: ArrayLike | None) -> float:
-    """|| (X - X E B) M^(1/2) ||_F^2: what the basis is chosen to make small."""
-    x, encoder, basis = (np.asarray(a, np.float64) for a in (x, encoder, basis))
-    rest = x - x @ encoder @ basis
-    return float(np.sum((rest @ symmetric_root(np.eye(x.shape[1]) if metric is None else metric)[0]) ** 2))
+def fit_encoder(basis: ArrayLike, metric: ArrayLike | None) -> F64:
+    """E [D, R] whose coefficients X E of the basis [R, D] lose least under the metric: a least-squares problem a
+    column."""
+    basis = np.asarray(basis, np.float64)
+    root, _ = symmetric_root(np.eye(basis.shape[1]) if metric is None else metric)
+    return np.linalg.lstsq((basis @ root).T, root, rcond=None)[0].T  # rows of X = rows of the identity
+
+
+def loss(x: ArrayLike, basis: ArrayLike, metric: ArrayLike | None) -> float:
+    """|| (X - C B) M^(1/2) ||_F^2 with the best coefficients C."""
+    x, basis = np.asarray(x, np.float64), np.asarray(basis, np.float64)
+    root, _ = symmetric_root(np.eye(x.shape[1]) if metric is None else metric)
+    rest = (x - x @ fit_encoder(basis, metric) @ basis) @ root
+    return float(np.sum(rest**2))
 
 
 def quantise_basis(basis: ArrayLike) -> tuple[NDArray[np.int64], F64]:
-    """Rows [.., R, D] as scale * integer in -127 .. 127, scale = the largest magnitude of the row / 127."""
+    """Rows [.., R, D] as scale * integer in -127 .. 127, scale = the largest magnitude of the row / 127 (1 for
+    zeros)."""
     basis = np.asarray(basis, np.float64)
     scale = np.abs(basis).max(-1) / 127
+    scale[scale == 0] = 1.0
     codes = np.zeros(basis.shape, np.int64)
     for index in np.ndindex(*scale.shape):
-        if scale[index] > 0:
-            codes[index] = np.rint(basis[index] / scale[index])
+        codes[index] = np.rint(basis[index] / scale[index])
     return codes, scale
 
 
-def quantise(coefficients: ArrayLike, steps: ArrayLike, bands: Bands) -> F64:
-    """Coefficients [..., R] as the values they are stored as: step * (n - (2**bits - 1)/2), or step * fp16."""
-    coefficients, steps = np.asarray(coefficients, np.float64), np.asarray(steps, np.float64)
-    out = np.empty(np.broadcast_shapes(coefficients.shape, steps.shape))
-    bits_of = [bits for rank, bits in bands for _ in range(rank)]
-    for r, bits in enumerate(bits_of):
-        units = coefficients[..., r] / steps[..., r]
+def quantise(units: ArrayLike, bands: Bands) -> F64:
+    """Coefficients in units of their steps [..., R] as the values they are stored as: n - (2**bits - 1)/2, or fp16."""
+    units = np.asarray(units, np.float64)
+    out = np.empty(units.shape)
+    for r, bits in enumerate([bits for rank, bits in bands for _ in range(rank)]):
         if bits == 16:
-            stored = units.astype(np.float16).astype(np.float64)
+            out[..., r] = units[..., r].astype(np.float16)
         else:
-            stored = code_of(units, bits) - (2**bits - 1) / 2
-        out[..., r] = stored * steps[..., r]
+            out[..., r] = code_of(units[..., r], bits) - (2**bits - 1) / 2
     return out

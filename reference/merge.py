@@ -1,6 +1,7 @@
 """Oracle of spectral_kernels/merge.py: the softmax over the union of disjoint sets of keys.
 
-A set enters as one key that has score lse and value o: that is what a state means, so merging is attending over the states.
+A set enters as one key that has score lse and value o: that is what a state means, so merging is attending over the
+states.
 """
 
 import math

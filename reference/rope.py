@@ -38,7 +38,8 @@ def scale_rotary(x: ArrayLike, inv_freq: ArrayLike, scaling: float) -> F64:
 
 
 def pair_magnitude(x: ArrayLike, inv_freq: ArrayLike) -> F64:
-    """|x| [..., D] with each rotary dimension replaced by the length of its pair: no rotation makes a component larger."""
+    """|x| [..., D] with each rotary dimension replaced by the length of its pair: no rotation makes a component
+    larger."""
     out = np.abs(np.asarray(x, np.float64))
     n = len(np.asarray(inv_freq))
     length = np.hypot(out[..., :n], out[..., n : 2 * n])

@@ -33,7 +33,7 @@ def check_tensor(
             raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    if unit_stride and value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if unit_stride and value.dim() and value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(f"{name}: expected a last dimension of stride 1, got strides {list(value.stride())}")
 
 

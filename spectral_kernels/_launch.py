@@ -24,16 +24,55 @@ def dot_f32(a, b, MATRIX: tl.constexpr):
     if MATRIX:
         out = tl.dot(a, b, input_precision="tf32x3")
     else:
-        out = tl.sum(a[:, :, None] * b[None, :, :], 1)
+        # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
+        a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
+        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), 1)
     return out
 
 
 @triton.jit
-def cos_sin(distance, turns):
+def dot_int8_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr):
+    """int8 a [M, K] @ float32 b [K, N] in float32 accuracy: int8 is exact in bf16, and b is the sum of three bf16 parts.
+
+    Half the registers of `dot_f32`. Not NATIVE: the interpreter's bf16 arithmetic is wrong.
+    """
+    if MATRIX and NATIVE:
+        a16 = a.to(tl.bfloat16)
+        b1 = b.to(tl.bfloat16)
+        rest = b - b1.to(tl.float32)
+        b2 = rest.to(tl.bfloat16)
+        b3 = (rest - b2.to(tl.float32)).to(tl.bfloat16)
+        out = tl.dot(a16, b3)
+        out = tl.dot(a16, b2, out)
+        out = tl.dot(a16, b1, out)
+    else:
+        out = dot_f32(a.to(tl.float32), b, MATRIX)
+    return out
+
+
+@triton.jit
+def cos_sin(distance, turns, FAST: tl.constexpr = False):
     """Cosine and sine of distance * turns * 2**-64 full turns, float32; distance and turns broadcast, int64.
 
-    The product wraps modulo one turn exactly; its upper 32 bits, read as signed, are the angle in (-1/2, 1/2] turn.
+    The product wraps modulo one turn exactly. Its top two bits, rounded, are quarter turns; the rest is an angle of at most
+    pi/4, where Taylor's polynomials are good to 3e-8. (libdevice's sine keeps a slow path for large angles, with local memory.)
+    FAST: the special-function unit, good to 2**-20; not in the interpreter.
     """
     phase = ((distance * turns) >> 32).to(tl.int32)
-    angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
-    return tl.cos(angle), tl.sin(angle)
+    if FAST:
+        angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
+        c = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+        s = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)
+    else:
+        quarter = ((phase >> 29) + 1) >> 1  # -2 .. 2
+        x = (phase - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09
+        y = x * x
+        sin = x + x * y * (-1.6666667e-1 + y * (8.3333333e-3 + y * (-1.9841270e-4 + y * 2.7557319e-6)))
+        cos = 1.0 + y * (-0.5 + y * (4.1666667e-2 + y * (-1.3888889e-3 + y * 2.4801587e-5)))
+        odd = (quarter & 1) != 0
+        half = (quarter & 2) != 0
+        c = tl.where(odd, -sin, cos)
+        s = tl.where(odd, cos, sin)
+        c = tl.where(half, -c, c)
+        s = tl.where(half, -s, s)
+    return c, s

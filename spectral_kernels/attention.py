@@ -28,7 +28,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, dot_f32
+from ._launch import cos_sin, dot_f32, dot_int8_f32
 from .merge import merge_many_states
 from .pages import CHUNKS, HEAD_DIMS, Bands, Pages, code_offsets, unpack_rows, v_rows
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
@@ -70,11 +70,11 @@ def _plane(blocks, n, f):
 
 
 @triton.jit
-def _field(x, BITS: tl.constexpr, F: tl.constexpr, ASM: tl.constexpr):
+def _field(x, BITS: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr):
     """Field F of every byte as int8; four bytes an instruction where inline assembly is to be had."""
     if BITS == 8:
         y = x.to(tl.int8, bitcast=True)
-    elif ASM:
+    elif NATIVE:
         if BITS == 4:
             if F == 0:
                 y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [x], tl.int8, True, 4)
@@ -114,12 +114,12 @@ def _dot_int8(a, b, MATRIX: tl.constexpr):
 
 @triton.jit
 def _split_int8(x, FINER: tl.constexpr):
-    """x in [-127, 127] as hi + lo/FINER, both int8, and that value; by rounding to nearest."""
+    """x in [-127, 127] as hi + lo/FINER, by rounding to nearest: int32 whose low bytes are hi and lo, and that value."""
     shifted = x + _MAGIC
     hi = shifted - _MAGIC
     finer = (x - hi) * FINER + _MAGIC
     value = hi + (finer - _MAGIC) * (1.0 / FINER)
-    return shifted.to(tl.int32, bitcast=True).to(tl.int8), finer.to(tl.int32, bitcast=True).to(tl.int8), value
+    return shifted.to(tl.int32, bitcast=True), finer.to(tl.int32, bitcast=True), value
 
 
 @triton.jit
@@ -167,6 +167,7 @@ def _split_query_kernel(
     BLOCK_K: tl.constexpr,
     CHUNKS: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """The projected queries of CHUNKS chunks and one KV head, as the attention kernel reads them, in log2 units.
 
@@ -180,53 +181,92 @@ def _split_query_kernel(
     b = bq // Q
     length = tl.load(lengths_ptr + b)
     if first * C < length:
-        row = tl.arange(0, M)
-        chunk = first + row // HG_PAD
-        h = row % HG_PAD
+        column = tl.arange(0, M)
+        chunk = first + column // HG_PAD
+        h = column % HG_PAD
         live = (h < HG) & (chunk * C < length)
         position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
-        # A segment seldom ends inside a block: project on the first row's, and again for each other one that occurs.
-        segments = tl.load(segment_table_ptr + b * stride_segments_b + chunk, mask=live, other=0)
+        distance = position - chunk.to(tl.int64) * C
         q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-        row_offset = (g * HG + h) * stride_q_h
+        offset = (g * HG + h) * stride_q_h
+        segments = tl.load(segment_table_ptr + b * stride_segments_b + chunk, mask=live, other=0)
         r = tl.arange(0, BLOCK_R)
-        u = tl.zeros([M, BLOCK_R], dtype=tl.float32)
+        if not IS_FLOAT:
+            # The largest magnitude that a turned query can have: one scale for its int8 parts at any distance.
+            largest = tl.zeros([M], dtype=tl.float32)
+            for start in range(0, PAIRS, BLOCK_K):
+                i = start + tl.arange(0, BLOCK_K)
+                mask = (i < PAIRS)[:, None] & live[None, :]
+                q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+                q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
+                q2 *= rotary_scale
+                largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 0))
+            for start in range(2 * PAIRS, D, BLOCK_K):
+                i = start + tl.arange(0, BLOCK_K)
+                mask = (i < D)[:, None] & live[None, :]
+                q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
+                largest = tl.maximum(largest, tl.max(tl.abs(q1), 0))
+            q_step = tl.where(largest > 0.0, largest * (1.0 / 126.9), 1.0)  # 126.9: sine and cosine may exceed 1 by 2**-20
+        # A segment seldom ends inside a block: project on the first one, and again on each other that occurs.
+        u = tl.zeros([BLOCK_R, M], dtype=tl.float32)
         low = tl.min(tl.where(live, segments, 2147483647), 0)
         high = tl.max(tl.where(live, segments, -1), 0)
         while low <= high:
             mine = live & (segments == low)
-            one = projected_query(
-                q_ptr,
-                turns_ptr,
-                basis_ptr + (low.to(tl.int64) * G + g) * R * D,
-                position - chunk.to(tl.int64) * C,
-                row_offset,
-                mine,
-                rotary_scale,
-                D,
-                PAIRS,
-                R,
-                BLOCK_R,
-                BLOCK_K,
-                M,
-                MATRIX,
-            )
+            basis = basis_ptr + (low.to(tl.int64) * G + g) * R * D
+            if IS_FLOAT:
+                one = projected_query(
+                    q_ptr, turns_ptr, basis, distance, offset, mine, rotary_scale,
+                    D, PAIRS, R, BLOCK_R, BLOCK_K, M, MATRIX, NATIVE,
+                )  # fmt: skip
+            else:
+                hi = tl.zeros([BLOCK_R, M], dtype=tl.int32)
+                lo = tl.zeros([BLOCK_R, M], dtype=tl.int32)
+                inverse = (1.0 / q_step)[None, :]
+                for start in range(0, PAIRS, BLOCK_K):
+                    i = start + tl.arange(0, BLOCK_K)
+                    in_pairs = i < PAIRS
+                    mask = in_pairs[:, None] & mine[None, :]
+                    q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
+                    q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
+                    q1 *= rotary_scale * inverse
+                    q2 *= rotary_scale * inverse
+                    turns = tl.load(turns_ptr + i, mask=in_pairs, other=0)
+                    cos, sin = cos_sin(distance[None, :], turns[:, None], NATIVE)  # [BLOCK_K, M]
+                    basis_mask = (r < R)[:, None] & in_pairs[None, :]
+                    b1 = tl.load(basis + r[:, None] * D + i[None, :], mask=basis_mask, other=0)
+                    b2 = tl.load(basis + r[:, None] * D + PAIRS + i[None, :], mask=basis_mask, other=0)
+                    a_hi, a_lo, _ = _split_int8(q1 * cos - q2 * sin, 254.0)
+                    hi += _dot_int8(b1, a_hi.to(tl.int8), MATRIX)
+                    lo += _dot_int8(b1, a_lo.to(tl.int8), MATRIX)
+                    a_hi, a_lo, _ = _split_int8(q1 * sin + q2 * cos, 254.0)
+                    hi += _dot_int8(b2, a_hi.to(tl.int8), MATRIX)
+                    lo += _dot_int8(b2, a_lo.to(tl.int8), MATRIX)
+                for start in range(2 * PAIRS, D, BLOCK_K):
+                    i = start + tl.arange(0, BLOCK_K)
+                    mask = (i < D)[:, None] & mine[None, :]
+                    q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
+                    b1 = tl.load(basis + r[:, None] * D + i[None, :], mask=(r < R)[:, None] & (i < D)[None, :], other=0)
+                    a_hi, a_lo, _ = _split_int8(q1 * inverse, 254.0)
+                    hi += _dot_int8(b1, a_hi.to(tl.int8), MATRIX)
+                    lo += _dot_int8(b1, a_lo.to(tl.int8), MATRIX)
+                one = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * q_step[None, :]
             scale = tl.load(scale_ptr + (low.to(tl.int64) * G + g) * R + r, mask=r < R, other=0.0) * softmax_scale
-            u = tl.where(mine[:, None], one * scale[None, :], u)
+            u = tl.where(mine[None, :], one * scale[:, None], u)
             low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
-        out_row = ((bq * G + g) * max_chunks + chunk) * HG + h
-        mask = live[:, None] & (r < R)[None, :]
+        out = ((bq * G + g) * max_chunks + chunk) * HG + h
+        mask = live[None, :] & (r < R)[:, None]
         if IS_FLOAT:
-            tl.store(u_ptr + out_row[:, None] * R + r[None, :], u, mask=mask)
+            tl.store(u_ptr + out[None, :] * R + r[:, None], u, mask=mask)
         else:
-            step = tl.max(tl.abs(u), 1) * (1.0 / 127.0)
+            step = tl.max(tl.abs(u), 0) * (1.0 / 127.0)
             step = tl.where(step > 0.0, step, 1.0)
-            hi, lo, value = _split_int8(u * (1.0 / step)[:, None], 254.0)
-            tl.store(u_ptr + out_row[:, None] * (2 * R) + r[None, :], hi, mask=mask)
-            tl.store(u_ptr + out_row[:, None] * (2 * R) + R + r[None, :], lo, mask=mask)
-            bias = tl.sum(value * _offset_of(r, R8, R4, IS_FLOAT)[None, :], 1) * step
-            tl.store(u_scale_ptr + out_row, step, mask=live)
-            tl.store(u_bias_ptr + out_row, bias, mask=live)
+            u_hi, u_lo, value = _split_int8(u / step[None, :], 254.0)
+            tl.store(u_ptr + out[None, :] * (2 * R) + r[:, None], u_hi.to(tl.int8), mask=mask)
+            tl.store(u_ptr + out[None, :] * (2 * R) + R + r[:, None], u_lo.to(tl.int8), mask=mask)
+            bias = tl.sum(value * _offset_of(r, R8, R4, IS_FLOAT)[:, None], 0) * step
+            tl.store(u_scale_ptr + out, step, mask=live)
+            tl.store(u_bias_ptr + out, bias, mask=live)
 
 
 @triton.jit
@@ -268,7 +308,7 @@ def _attend_spectral_kernel(
     BLOCK_T: tl.constexpr,
     RUN: tl.constexpr,
     MATRIX: tl.constexpr,
-    ASM: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """One split of the chunks of one row, query and KV head: its state over all heads of the group."""
     TILES: tl.constexpr = C // BLOCK_T
@@ -288,10 +328,9 @@ def _attend_spectral_kernel(
     t = tl.arange(0, BLOCK_T)
     h = tl.arange(0, HG_PAD)
     hl = tl.arange(0, 2 * HG_PAD)
-    d = tl.arange(0, BLOCK_D)
+    out = (((b * G + g) * HG + h) * Q + bq % Q) * SPLITS + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
-    o_all = tl.zeros([BLOCK_D, HG_PAD], dtype=tl.float32)
     while chunk < end:
         # A run of chunks that share a segment: its V basis is applied once, at its end.
         segment = tl.load(segment_table_ptr + chunk)
@@ -347,7 +386,7 @@ def _attend_spectral_kernel(
                             mask=used[:, None] & (hl < 2 * HG)[None, :],
                             other=0,
                         )
-                        dots += _dot_int8(_field(k, _at(K_BLOCKS, n, 3), f, ASM), u, MATRIX)
+                        dots += _dot_int8(_field(k, _at(K_BLOCKS, n, 3), f, NATIVE), u, MATRIX)
                 hi, lo = tl.split(tl.reshape(dots, [BLOCK_T, HG_PAD, 2]))
                 u_scale = tl.load(u_scale_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
                 u_bias = tl.load(u_bias_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
@@ -365,6 +404,8 @@ def _attend_spectral_kernel(
             m = m_new
             w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
             w_sum = w_sum * old + tl.sum(w, 0) * new
+            # hi and lo as neighbouring columns of one operand; cast after the reshape (triton 3.6 fails on the other order).
+            w_both = tl.reshape(tl.join(w_hi, w_lo), [BLOCK_T, 2 * HG_PAD]).to(tl.int8)
             rescaled = ()
             for n in tl.static_range(len(V_BLOCKS)):
                 lane = tl.arange(0, _at(V_BLOCKS, n, 2))
@@ -386,45 +427,51 @@ def _attend_spectral_kernel(
                         other=0,
                     )
                     for f in tl.static_range(8 // _at(V_BLOCKS, n, 3)):
-                        y = _field(v, _at(V_BLOCKS, n, 3), f, ASM)
-                        part = _dot_int8(y, w_hi, MATRIX).to(tl.float32)
-                        part += _dot_int8(y, w_lo, MATRIX).to(tl.float32) * (1.0 / 127.0)
+                        y = _field(v, _at(V_BLOCKS, n, 3), f, NATIVE)
+                        both = tl.reshape(_dot_int8(y, w_both, MATRIX), [_at(V_BLOCKS, n, 2), HG_PAD, 2])
+                        hi, lo = tl.split(both.to(tl.float32))
+                        part = hi + lo * (1.0 / 127.0)
                         rescaled = rescaled + (acc[_plane(V_BLOCKS, n, f)] * old[None, :] + part * new[None, :],)
             acc = rescaled
-        # The run's output: coefficients, normalised, times the V basis.
-        if V_FLOAT:
-            norm = tl.where(l > 0.0, 1.0 / l, 0.0)
-        else:
-            norm = tl.where(l > 0.0, 1.0 / (127.0 * l), 0.0)
-        o = tl.zeros([BLOCK_D, HG_PAD], dtype=tl.float32)
-        basis_row = (segment.to(tl.int64) * G + g) * RV
-        for n in tl.static_range(len(V_BLOCKS)):
-            lane = tl.arange(0, _at(V_BLOCKS, n, 2))
-            used = lane < _at(V_BLOCKS, n, 1)
-            for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
-                r = _at(V_BLOCKS, n, 4) + f * _at(V_BLOCKS, n, 5) + lane
-                scale = tl.load(scale_ptr + basis_row + r, mask=used, other=0.0)
-                coefficient = acc[_plane(V_BLOCKS, n, f)] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
-                coefficient *= scale[:, None] * norm[None, :]  # [lanes, HG_PAD]
-                basis = tl.load(
-                    basis_ptr + (basis_row + r)[None, :] * D + d[:, None],
-                    mask=used[None, :] & (d < D)[:, None],
-                    other=0,
-                )
-                o += dot_f32(basis.to(tl.float32), coefficient, MATRIX)
+        # The run's output, coefficients times the V basis, joins that of earlier runs in global memory, a few dimensions
+        # at a time: held in registers it would cost the loop above half its warps.
         m_new = tl.maximum(m_all, m)
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
         old = tl.exp2(m_all - top) * l_all
-        new = tl.exp2(m - top) * l
-        l_all = old + new
-        norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
-        o_all = o_all * (old * norm)[None, :] + o * (new * norm)[None, :]
+        new = tl.exp2(m - top)
         m_all = m_new
+        l_all = old + new * l
+        norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
+        old *= norm
+        new *= norm if V_FLOAT else norm * (1.0 / 127.0)
+        basis_row = (segment.to(tl.int64) * G + g) * RV
+        scaled = ()
+        for n in tl.static_range(len(V_BLOCKS)):
+            lane = tl.arange(0, _at(V_BLOCKS, n, 2))
+            for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
+                r = _at(V_BLOCKS, n, 4) + f * _at(V_BLOCKS, n, 5) + lane
+                scale = tl.load(scale_ptr + basis_row + r, mask=lane < _at(V_BLOCKS, n, 1), other=0.0)
+                coefficient = acc[_plane(V_BLOCKS, n, f)] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
+                scaled = scaled + (coefficient * scale[:, None] * new[None, :],)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            mask = (d < D)[:, None] & (h < HG)[None, :]
+            o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
+            o *= old[None, :]
+            for n in tl.static_range(len(V_BLOCKS)):
+                lane = tl.arange(0, _at(V_BLOCKS, n, 2))
+                for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
+                    r = _at(V_BLOCKS, n, 4) + f * _at(V_BLOCKS, n, 5) + lane
+                    basis = tl.load(
+                        basis_ptr + (basis_row + r)[None, :] * D + d[:, None],
+                        mask=(lane < _at(V_BLOCKS, n, 1))[None, :] & (d < D)[:, None],
+                        other=0,
+                    )
+                    o += dot_int8_f32(basis, scaled[_plane(V_BLOCKS, n, f)], MATRIX, NATIVE)
+            tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
+        tl.debug_barrier()  # the next run's threads read what others wrote
         chunk += run
-    head = (b * G + g) * HG + h
-    out = (head * Q + bq % Q) * SPLITS + split
     tl.store(lse_ptr + out, tl.where(l_all > 0.0, m_all * 0.6931471805599453 + tl.log(l_all), float("-inf")), mask=h < HG)
-    tl.store(o_ptr + out[None, :] * D + d[:, None], o_all, mask=(h < HG)[None, :] & (d < D)[:, None])
 
 
 def _launch_settings(group: int, layout, matrix: bool) -> dict:
@@ -433,17 +480,19 @@ def _launch_settings(group: int, layout, matrix: bool) -> dict:
         # 32: the least depth of an int8 dot; tokens are its M and, for V, its depth.
         return {
             "HG_PAD": max(4, triton.next_power_of_2(group)),
-            "BLOCK_T": min(layout.chunk, 128),
+            "BLOCK_T": min(layout.chunk, 64),
             "K_BLOCKS": blocks(layout.k, 32, 128),
             "V_BLOCKS": blocks(layout.v, 16, 128),
-            "num_warps": 4,
-            "num_stages": 3,
+            "BLOCK_D": 32,
+            "num_warps": 1,
+            "num_stages": 5,
         }
     return {  # multiply and sum: [BLOCK_T, block, heads] products live in registers
         "HG_PAD": triton.next_power_of_2(group),
         "BLOCK_T": 32,
         "K_BLOCKS": blocks(layout.k, 16, 16),
         "V_BLOCKS": blocks(layout.v, 16, 16),
+        "BLOCK_D": 16,
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -527,7 +576,8 @@ def attend_spectral(
     o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
     lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     head_block = triton.next_power_of_2(group)
-    chunk_block = max(1, 32 // head_block)
+    chunk_block = max(1, 32 // head_block) if matrix else 1
+    pairs = rope.turns.shape[0]
     with torch.cuda.device_of(q):
         _split_query_kernel[(triton.cdiv(chunks, chunk_block), kv_heads, rows)](
             q4,
@@ -558,10 +608,12 @@ def attend_spectral(
             R4=ranks.get(4, 0),
             IS_FLOAT=layout.k.is_float,
             BLOCK_R=triton.next_power_of_2(layout.k.rank),
-            BLOCK_K=16,
+            BLOCK_K=min(max(triton.next_power_of_2(pairs), 32), 64) if matrix else 8,
             CHUNKS=chunk_block,
             MATRIX=matrix,
-            num_warps=4,
+            NATIVE=q.is_cuda,
+            num_warps=2 if layout.k.rank <= 128 else 4,
+            num_stages=2 if layout.k.rank <= 128 else 1,
         )
         _attend_spectral_kernel[(splits, kv_heads, rows)](
             pages.k_pages,
@@ -585,7 +637,6 @@ def attend_spectral(
             HG=group,
             C=layout.chunk,
             D=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
             RK=layout.k.rank,
             RV=layout.v.rank,
             V8=v_ranks.get(8, 0),
@@ -597,7 +648,7 @@ def attend_spectral(
             SPLITS=splits,
             RUN=64,
             MATRIX=matrix,
-            ASM=q.is_cuda,
+            NATIVE=q.is_cuda,
             **settings,
         )
         return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
@@ -629,7 +680,9 @@ def attend_spectral_torch(
     scores = scores.masked_fill(~seen.transpose(1, 2)[:, :, None, None], float("-inf")).flatten(-2)
     lse = torch.logsumexp(scores, dim=-1)  # [B, G, H/G, Q]
     weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp().unflatten(-1, (chunks, -1))
-    coefficients = torch.einsum("bghqct,bcgtr->bcghqr", weights, v) * pages.v_scale[segments][:, :, :, None, None]
+    # A row shorter than the longest reads segment 0 for its missing chunks, which may hold NaN.
+    v_scale = pages.v_scale[segments].masked_fill(~live[:, :: layout.chunk, None, None], 0.0)
+    coefficients = torch.einsum("bghqct,bcgtr->bcghqr", weights, v) * v_scale[:, :, :, None, None]
     o = torch.einsum("bcghqr,bcgrd->bghqd", coefficients, pages.v_basis[segments].float())
     return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])
 
@@ -712,15 +765,15 @@ def _attend_exact_kernel(
         key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1).to(tl.int64)
         used = key_position >= 0  # an unused slot may hold NaN
         n = n.to(tl.int64)
-        mask = (i < PAIRS)[:, None] & used[None, :]
-        k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=mask, other=0.0).to(tl.float32)
-        k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
-        cos, sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None])
-        s = dot_f32(qa, k1 * cos - k2 * sin, MATRIX)
-        s += dot_f32(qb, k1 * sin + k2 * cos, MATRIX)
+        pair_mask = (i < PAIRS)[:, None] & used[None, :]
+        k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
+        k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
+        k_cos, k_sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None])
+        s = dot_f32(qa, k1 * k_cos - k2 * k_sin, MATRIX)
+        s += dot_f32(qb, k1 * k_sin + k2 * k_cos, MATRIX)
         if 2 * PAIRS < D:
-            mask = (rest < D)[:, None] & used[None, :]
-            kc = tl.load(k_ptr + n[None, :] * stride_k_n + rest[:, None], mask=mask, other=0.0).to(tl.float32)
+            rest_mask = (rest < D)[:, None] & used[None, :]
+            kc = tl.load(k_ptr + n[None, :] * stride_k_n + rest[:, None], mask=rest_mask, other=0.0).to(tl.float32)
             s += dot_f32(qc, kc, MATRIX)
         seen = used[None, :] & (key_position[None, :] <= position[:, None])
         s = tl.where(seen, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
@@ -729,8 +782,8 @@ def _attend_exact_kernel(
         old = tl.exp2(m - top)
         p = tl.exp2(s - top[:, None])
         l = l * old + tl.sum(p, 1)
-        mask = used[:, None] & (d < D)[None, :]
-        v = tl.load(v_ptr + n[:, None] * stride_v_n + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        v_mask = used[:, None] & (d < D)[None, :]
+        v = tl.load(v_ptr + n[:, None] * stride_v_n + d[None, :], mask=v_mask, other=0.0).to(tl.float32)
         o = o * old[:, None] + dot_f32(p, v, MATRIX)
         m = m_new
     o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]

@@ -106,13 +106,12 @@ class LayerCache:
         self.dtype, self.device, self.v_metric = dtype, device, v_metric
         self.pinned = [list(row) for row in pinned]
         self.pinned_slots = max(map(len, self.pinned), default=0) if self.layout else 0
-        self.reset(batch)
+        self.lengths: list[int] = [0] * batch  # tokens a row
+        self.reset()
 
-    def reset(self, batch: int | None = None) -> None:
-        batch = len(self.lengths) if batch is None else batch
-        if self.pinned and len(self.pinned) != batch:
-            raise ValueError(f"batch: expected {len(self.pinned)} rows as in landmarks, got {batch}")
-        self.lengths = [0] * batch  # tokens a row
+    def reset(self) -> None:
+        batch = len(self.lengths)
+        self.lengths = [0] * batch
         self.chunks = [0] * batch  # cold chunks a row
         self.page_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment_rows: list[list[int]] = [[] for _ in range(batch)]
@@ -379,9 +378,9 @@ class LayerCache:
         page_ids = torch.tensor(ids, dtype=torch.long, device=self.device)
         self.pages.skip[page_ids] = words.int().to(self.device)[:, :, None].expand(-1, -1, self.kv_heads, -1)
         if where:
-            row, slot, i, token = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
-            self.k[row, :, slot], self.v[row, :, slot] = k[i, :, token], v[i, :, token]
-            self.key_positions[row, slot] = (token + first * chunk).int()
+            rows, slots, i, tokens = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
+            self.k[rows, :, slots], self.v[rows, :, slots] = k[i, :, tokens], v[i, :, tokens]
+            self.key_positions[rows, slots] = (tokens + first * chunk).int()
 
     def _free_pages(self) -> list[int]:
         assert self.pages is not None

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
-from ._launch import dot_f32
+from ._launch import dot_f32, dot_int8_f32
 from .attention import _at, _field, _offset_of, blocks
 from .pages import Bands, Pages, pack_rows, unpack_rows, v_pages_from_rows, v_rows
 from .rope import Rope, rotate
@@ -252,10 +252,11 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
         float32 [..., R], positive. 16-bit components get a power of two that brings the largest magnitude below 2**12.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
-    tiny = torch.finfo(torch.float32).tiny
-    largest = coefficients.abs().amax(-2).clamp_min(tiny)
+    largest = coefficients.abs().amax(-2)
+    # A component without variance in the sample still gets a step that later rows can use.
+    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     if bands.is_float:
-        return torch.exp2(torch.ceil(torch.log2(largest)) - 12).clamp_min(tiny)
+        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
     levels = torch.tensor([2.0**b for b in bands.bits], device=coefficients.device)
     widest = largest / (levels / 2)  # no value clipped
     best, least = widest, torch.full_like(widest, float("inf"))
@@ -319,9 +320,9 @@ def _encode_kernel(
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     page = tl.load(page_ids_ptr + b * stride_ids_b + chunk).to(tl.int64)
+    x_row = x_ptr + b * stride_x_b + g * stride_x_g + (chunk.to(tl.int64) * C + token)[:, None] * stride_x_t
+    encoder_ptr += (b * G + g) * D * R
     if page >= 0:
-        x_ptr += b * stride_x_b + g * stride_x_g + (chunk.to(tl.int64) * C + token)[:, None] * stride_x_t
-        encoder_ptr += (b * G + g) * D * R
         page = page * G + g
         for n in tl.static_range(len(BLOCKS)):
             lane = tl.arange(0, _at(BLOCKS, n, 2))
@@ -332,19 +333,17 @@ def _encode_kernel(
                 c = tl.zeros([BLOCK_T, _at(BLOCKS, n, 2)], dtype=tl.float32)
                 for start in range(0, D, BLOCK_K):
                     k = start + tl.arange(0, BLOCK_K)
-                    x = tl.load(x_ptr + k[None, :], mask=(k < D)[None, :], other=0.0).to(tl.float32)
-                    e = tl.load(
-                        encoder_ptr + k[:, None] * R + r[None, :], mask=(k < D)[:, None] & used[None, :], other=0.0
-                    )
+                    x = tl.load(x_row + k[None, :], mask=(k < D)[None, :], other=0.0).to(tl.float32)
+                    e = tl.load(encoder_ptr + k[:, None] * R + r[None, :], mask=(k < D)[:, None] & used[None, :], other=0.0)
                     c += dot_f32(x, e, MATRIX)
                 if IS_FLOAT:
                     at = (page * C + token)[:, None] * R + r[None, :]
                     if not TOKEN_MAJOR:
                         at = (page * R + r)[None, :] * C + token[:, None]
-                    tl.store(pages_ptr.to(tl.pointer_type(tl.float16)) + at, c.to(tl.float16), mask=used[None, :])
+                    tl.store(pages_ptr.to(tl.pointer_type(tl.float16)) + at, tl.clamp(c, -65504.0, 65504.0).to(tl.float16), mask=used[None, :])
                 else:
-                    LEVELS: tl.constexpr = 1 << _at(BLOCKS, n, 3)
-                    code = tl.minimum(tl.maximum(tl.floor(c + LEVELS // 2), 0.0), LEVELS - 1.0).to(tl.int32)
+                    code = tl.floor(c + (1 << (_at(BLOCKS, n, 3) - 1)))
+                    code = tl.minimum(tl.maximum(code, 0.0), (1 << _at(BLOCKS, n, 3)) - 1.0).to(tl.int32)
                     byte |= code << (_at(BLOCKS, n, 3) * f)
             if not IS_FLOAT:
                 if _at(BLOCKS, n, 3) == 8:
@@ -455,17 +454,20 @@ def _decode_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """BLOCK_T tokens of one chunk of one row and head: unpack and multiply by the basis."""
+    """BLOCK_T tokens, BLOCK_D dimensions of one chunk of one row and head: unpack and multiply by the basis."""
     TILES: tl.constexpr = C // BLOCK_T
-    chunk = tl.program_id(0) // TILES
-    token = (tl.program_id(0) % TILES) * BLOCK_T + tl.arange(0, BLOCK_T)
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    tile = tl.program_id(0) // blocks_d
+    chunk = tile // TILES
+    token = (tile % TILES) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + b)
-    d = tl.arange(0, BLOCK_D)
     live = chunk * C + token < length
-    x = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    x = tl.zeros([BLOCK_D, BLOCK_T], dtype=tl.float32)
     if chunk * C < length:
         page = tl.load(page_table_ptr + b * stride_pages_b + chunk).to(tl.int64) * G + g
         basis_row = (tl.load(segment_table_ptr + b * stride_segments_b + chunk).to(tl.int64) * G + g) * R
@@ -473,31 +475,31 @@ def _decode_kernel(
             lane = tl.arange(0, _at(BLOCKS, n, 2))
             used = lane < _at(BLOCKS, n, 1)
             if not IS_FLOAT:
-                at = (page * C + token)[:, None] * BYTES + (_at(BLOCKS, n, 0) + lane)[None, :]
+                at = (page * C + token)[None, :] * BYTES + (_at(BLOCKS, n, 0) + lane)[:, None]
                 if not TOKEN_MAJOR:
-                    at = (page * BYTES + _at(BLOCKS, n, 0) + lane)[None, :] * C + token[:, None]
-                byte = tl.load(pages_ptr + at, mask=used[None, :], other=0)
+                    at = (page * BYTES + _at(BLOCKS, n, 0) + lane)[:, None] * C + token[None, :]
+                byte = tl.load(pages_ptr + at, mask=used[:, None], other=0)
             for f in tl.static_range(1 if IS_FLOAT else 8 // _at(BLOCKS, n, 3)):
                 r = _at(BLOCKS, n, 4) + f * _at(BLOCKS, n, 5) + lane
                 if IS_FLOAT:
-                    at = (page * C + token)[:, None] * R + r[None, :]
+                    at = (page * C + token)[None, :] * R + r[:, None]
                     if not TOKEN_MAJOR:
-                        at = (page * R + r)[None, :] * C + token[:, None]
+                        at = (page * R + r)[:, None] * C + token[None, :]
                     half_ptr = pages_ptr.to(tl.pointer_type(tl.float16))
-                    c = tl.load(half_ptr + at, mask=live[:, None] & used[None, :], other=0.0).to(tl.float32)
+                    c = tl.load(half_ptr + at, mask=used[:, None] & live[None, :], other=0.0).to(tl.float32)
                 else:
                     c = _field(byte, _at(BLOCKS, n, 3), f, False).to(tl.float32)
-                    c += _offset_of(r, R8, R4, IS_FLOAT)[None, :]
+                    c += _offset_of(r, R8, R4, IS_FLOAT)[:, None]
                 basis = tl.load(
-                    basis_ptr + (basis_row + r)[:, None] * D + d[None, :],
-                    mask=used[:, None] & (d < D)[None, :],
+                    basis_ptr + (basis_row + r)[None, :] * D + d[:, None],
+                    mask=used[None, :] & (d < D)[:, None],
                     other=0,
-                ).to(tl.float32)
-                c *= tl.load(scale_ptr + basis_row + r, mask=used, other=0.0)[None, :]
-                x += dot_f32(c, basis, MATRIX)
+                )
+                c *= tl.load(scale_ptr + basis_row + r, mask=used, other=0.0)[:, None]
+                x += dot_int8_f32(basis, c, MATRIX, NATIVE)
     out = ((b * G + g) * max_chunks + chunk) * C + token
-    x = tl.where(live[:, None], x, 0.0)
-    tl.store(out_ptr + out[:, None] * D + d[None, :], x, mask=(d < D)[None, :])
+    x = tl.where(live[None, :], x, 0.0)
+    tl.store(out_ptr + out[None, :] * D + d[:, None], x, mask=(d < D)[:, None])
 
 
 def decode(pages: Pages, *, side: str) -> torch.Tensor:
@@ -525,9 +527,9 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
         return out
     matrix = _launch.has_matrix_units(data.device)
     ranks = {bits: rank for rank, bits in bands.bands}
-    block_t = 32 if matrix else 16
+    block_t, block_d = (32, 64) if matrix else (16, 16)
     with torch.cuda.device_of(data):
-        _decode_kernel[(chunks * chunk // block_t, heads, batch)](
+        _decode_kernel[(chunks * chunk // block_t * triton.cdiv(dim, block_d), heads, batch)](
             data,
             pages.k_basis if side == "k" else pages.v_basis,
             pages.k_scale if side == "k" else pages.v_scale,
@@ -549,8 +551,9 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
             TOKEN_MAJOR=side == "k",
             IS_FLOAT=bands.is_float,
             BLOCK_T=block_t,
-            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_D=block_d,
             MATRIX=matrix,
+            NATIVE=data.is_cuda,
             num_warps=4,
         )
     return out
@@ -568,5 +571,6 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     values = unpack_rows(rows[table], layout.k if k else layout.v)  # [B, chunks, G, C, R]
     values = values.masked_fill(~live.unflatten(1, (-1, chunk))[:, :, None, :, None], 0.0)
     basis = (pages.k_basis if k else pages.v_basis)[segments].float()
-    scale = (pages.k_scale if k else pages.v_scale)[segments]
+    # A missing chunk reads segment 0, which may hold NaN.
+    scale = (pages.k_scale if k else pages.v_scale)[segments].masked_fill(~live[:, ::chunk, None, None], 0.0)
     return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).contiguous()

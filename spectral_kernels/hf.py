@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -35,9 +35,6 @@ from ._checks import FLOATS
 from .cache import PRESETS, Preset, SpectralCache
 from .rope import Rope, rotate, rotate_torch
 
-if TYPE_CHECKING:
-    from typing import Self
-
 NAME = "spectral"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Frequencies that do not depend on the length: dynamic and longrope leave old keys turned by old frequencies.
@@ -49,7 +46,7 @@ _CROP_COUNTS = tuple(int(part) for part in transformers.__version__.split(".")[:
 
 
 class ModelCache(Cache):
-    """The `past_key_values` of an enabled model: a `SpectralCache`, filled at the first forward, and what generate asks of it.
+    """The `past_key_values` of an enabled model: a `SpectralCache` and what generate asks of a cache.
 
     Attributes:
         spectral: the SpectralCache, None while empty.
@@ -89,7 +86,9 @@ class ModelCache(Cache):
         """
         handle = self._owner()
         if not self._busy or handle is None or not handle.enabled:
-            raise RuntimeError("past_key_values: a spectral cache works only in the model that it was made for, while enabled")
+            raise RuntimeError(
+                "past_key_values: a spectral cache works only in the model that it was made for, while enabled"
+            )
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -200,7 +199,7 @@ class Handle:
             self._hooks = []
             self.model.config._attn_implementation = self._implementation
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Handle:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -242,6 +241,11 @@ class Handle:
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             return (), kwargs  # transformers' own error follows
+        implementation = self.model.config._attn_implementation
+        if implementation != NAME:  # another function would take unrotated queries and keys for rotated ones
+            raise ValueError(
+                f"model: expected attn_implementation {NAME!r} while enabled, got {implementation!r}; disable() first"
+            )
         if decoder.training:
             raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
         outputs = kwargs.get("output_attentions")
@@ -302,8 +306,8 @@ class Handle:
             )
         if given.get_seq_length() > 0:
             raise ValueError(
-                f"past_key_values: expected an empty cache, got a DynamicCache of {given.get_seq_length()} tokens: keys that "
-                "the model stored before enable() are already rotated; pass the whole prompt again"
+                f"past_key_values: expected an empty cache, got a DynamicCache of {given.get_seq_length()} tokens: keys "
+                "that the model stored before enable() are already rotated; pass the whole prompt again"
             )
         return ModelCache(self)
 
@@ -327,7 +331,7 @@ def enable(model: PreTrainedModel, preset: str | Preset = "balanced", *, landmar
     Returns:
         A Handle: a context manager with `disable()` and `new_cache()`.
         The model's `past_key_values` are a `ModelCache`; every generate() without one starts a new one. The first forward
-        of a sequence attends densely by SDPA, with the left padding of a 2-D attention mask; so do forwards without a cache.
+        of a sequence attends densely by SDPA, with the left padding of a 2-D attention mask; so does one without a cache.
     Raises:
         TypeError, ValueError, NotImplementedError: the model or an argument is not as above; nothing was changed.
         ValueError and TypeError also come from forwards, before they change anything: training mode, output_attentions,
@@ -366,7 +370,8 @@ def _check_model(model: PreTrainedModel) -> None:
     config = model.config
     if config.model_type not in MODEL_TYPES or "ForCausalLM" not in type(model).__name__:
         raise NotImplementedError(
-            f"model: expected a ForCausalLM of type {', '.join(MODEL_TYPES)}, got {type(model).__name__} ({config.model_type})"
+            f"model: expected a ForCausalLM of type {', '.join(MODEL_TYPES)}, "
+            f"got {type(model).__name__} ({config.model_type})"
         )
     if config._attn_implementation == NAME:
         raise ValueError("model: already enabled (or it shares its config with an enabled model); disable() that first")
@@ -381,7 +386,8 @@ def _check_model(model: PreTrainedModel) -> None:
     decoder = model.get_decoder()
     if decoder.rotary_emb.rope_type not in ROPE_TYPES:
         raise NotImplementedError(
-            f"model: expected RoPE of type {', '.join(ROPE_TYPES)} (constant frequencies), got {decoder.rotary_emb.rope_type}"
+            f"model: expected RoPE of type {', '.join(ROPE_TYPES)} (constant frequencies), "
+            f"got {decoder.rotary_emb.rope_type}"
         )
     dim = decoder.layers[0].self_attn.head_dim
     if 2 * decoder.rotary_emb.inv_freq.shape[0] != dim:
@@ -399,13 +405,17 @@ def _left_padding(attention_mask: Any, batch: int, columns: int) -> list[int] | 
         shape = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
         raise ValueError(f"attention_mask: expected a 2-D tensor [batch, tokens] or None, got {shape}")
     if attention_mask.shape != (batch, columns):
-        raise ValueError(f"attention_mask: expected shape [{batch}, {columns}] (cached and new tokens), got {list(attention_mask.shape)}")
+        raise ValueError(
+            f"attention_mask: expected shape [{batch}, {columns}] (cached and new tokens), got {list(attention_mask.shape)}"
+        )
     seen = attention_mask.bool()
     padding = columns - seen.sum(dim=1)
     holes = (seen != (torch.arange(columns, device=seen.device) >= padding[:, None])).any()
     *counts, has_holes = torch.cat((padding, holes[None])).tolist()  # one read of the device a forward
     if has_holes:
-        raise ValueError("attention_mask: expected left padding only (zeros, then ones, in each row), got holes or right padding")
+        raise ValueError(
+            "attention_mask: expected left padding only (zeros, then ones, in each row), got holes or right padding"
+        )
     return counts
 
 
@@ -426,7 +436,9 @@ def _position_offsets(position_ids: Any, padding: Sequence[int], past: int, quer
     return low
 
 
-def _no_rotation(module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _no_rotation(
+    module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones_like(output[0]), torch.zeros_like(output[1])
 
 
@@ -446,20 +458,21 @@ def _attention(
     step: _Step | None = kwargs.pop(NAME, None)
     if step is None:  # a model that shares its config object with an enabled one: plain SDPA
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    layer: Any = module.layer_idx
     if step.past:
-        out = _cached_attention(step, module.layer_idx, query, key, value, scaling)
+        out = _cached_attention(step, layer, query, key, value, scaling)
     else:
         out = _dense_attention(step, query, key, value, scaling)
         if step.cache is not None:
             with torch.no_grad():
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
-                step.cache.spectral.append(module.layer_idx, key, value, queries=query, padding=step.padding)
+                step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding)
     return out.transpose(1, 2), None
 
 
 def _cached_attention(
-    step: _Step, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    step: _Step, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     """Append the new tokens and attend to the cache, causally; in pieces whose tokens are all exact when they attend."""
     assert step.cache is not None and step.cache.spectral is not None
@@ -478,6 +491,7 @@ def _dense_attention(
 ) -> torch.Tensor:
     """Causal attention among the tokens of one forward, exact up to rounding; zeros in the padding."""
     rope = step.handle.rope.to(query.device)
+    assert step.positions is not None
     turn = rotate_torch if query.requires_grad else rotate  # the kernel has no backward
     query, key = turn(query, step.positions, rope), turn(key, step.positions, rope)
     # cos and sin of both sides carry the attention scaling, and every dimension turns.

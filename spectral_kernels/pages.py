@@ -220,7 +220,7 @@ def code_offsets(bands: Bands, device: torch.device) -> torch.Tensor:
 def pack_rows(values: torch.Tensor, bands: Bands) -> torch.Tensor:
     """Coefficients in units of their steps, float [..., R], to token rows, uint8 [..., bytes]: rounds and packs.
 
-    A code is clamp(floor(value + 2**(bits-1)), 0, 2**bits - 1), so values past the range saturate; 16 bits round to fp16.
+    A code is clamp(floor(value + 2**(bits-1)), 0, 2**bits - 1), so values past the range saturate; 16 bits round to fp16 (and saturate at +-65504).
     """
     check_tensor("values", values)
     if values.shape[-1] != bands.rank:
@@ -229,7 +229,7 @@ def pack_rows(values: torch.Tensor, bands: Bands) -> torch.Tensor:
     for _, size, bits, first, rank in bands.planes():
         x = values[..., first : first + rank].float()
         if bits == 16:
-            rows.append(x.half().contiguous().view(torch.uint8))
+            rows.append(x.clamp(-65504, 65504).half().contiguous().view(torch.uint8))
             continue
         code = torch.floor(x + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
         if bits == 8:

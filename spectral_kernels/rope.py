@@ -24,7 +24,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, dot_f32
+from ._launch import cos_sin, dot_int8_f32
 from .pages import CHUNKS, Pages
 
 INTS = (torch.int32, torch.int64)
@@ -240,12 +240,12 @@ def phase_align_torch(
 
 @triton.jit
 def projected_query(
-    q_ptr,  # first query head of the group
+    q_ptr,
     turns_ptr,
     basis_ptr,  # [R, D] of the segment and head
-    distance,  # [M] int64, of each row
-    row_offset,  # [M] int64, elements from q_ptr to each row's query
-    row_live,  # [M]
+    distance,  # [M] int64, of each column
+    offset,  # [M] int64, elements from q_ptr to each column's query
+    live,  # [M]
     rotary_scale,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -254,31 +254,31 @@ def projected_query(
     BLOCK_K: tl.constexpr,
     M: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """basis . S R(distance) q for M rows (a row is a query head and a chunk), float32 [M, BLOCK_R], without k_scale."""
+    """basis . S R(distance) q for M columns (each a query head and a chunk), float32 [BLOCK_R, M], without k_scale."""
     r = tl.arange(0, BLOCK_R)
-    u = tl.zeros([M, BLOCK_R], dtype=tl.float32)
+    row = basis_ptr + r[:, None] * D
+    in_rank = (r < R)[:, None]
+    u = tl.zeros([BLOCK_R, M], dtype=tl.float32)
     for start in range(0, PAIRS, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
         in_pairs = i < PAIRS
-        mask = row_live[:, None] & in_pairs[None, :]
+        mask = in_pairs[:, None] & live[None, :]
         turns = tl.load(turns_ptr + i, mask=in_pairs, other=0)
-        cos, sin = cos_sin(distance[:, None], turns[None, :])  # [M, BLOCK_K]
-        q1 = tl.load(q_ptr + row_offset[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-        q2 = tl.load(q_ptr + row_offset[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        q2 *= rotary_scale
-        basis_mask = in_pairs[:, None] & (r < R)[None, :]
-        b1 = tl.load(basis_ptr + i[:, None] + r[None, :] * D, mask=basis_mask, other=0).to(tl.float32)
-        u += dot_f32(q1 * cos - q2 * sin, b1, MATRIX)
-        b2 = tl.load(basis_ptr + PAIRS + i[:, None] + r[None, :] * D, mask=basis_mask, other=0).to(tl.float32)
-        u += dot_f32(q1 * sin + q2 * cos, b2, MATRIX)
+        cos, sin = cos_sin(distance[None, :], turns[:, None])  # [BLOCK_K, M]
+        q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+        q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+        basis_mask = in_rank & in_pairs[None, :]
+        b1 = tl.load(row + i[None, :], mask=basis_mask, other=0)
+        u += dot_int8_f32(b1, q1 * cos - q2 * sin, MATRIX, NATIVE)
+        b2 = tl.load(row + PAIRS + i[None, :], mask=basis_mask, other=0)
+        u += dot_int8_f32(b2, q1 * sin + q2 * cos, MATRIX, NATIVE)
     for start in range(2 * PAIRS, D, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
-        mask = row_live[:, None] & (i < D)[None, :]
-        q = tl.load(q_ptr + row_offset[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32)
-        basis_mask = (i < D)[:, None] & (r < R)[None, :]
-        b = tl.load(basis_ptr + i[:, None] + r[None, :] * D, mask=basis_mask, other=0).to(tl.float32)
-        u += dot_f32(q, b, MATRIX)
+        q = tl.load(q_ptr + offset[None, :] + i[:, None], mask=(i < D)[:, None] & live[None, :], other=0.0)
+        b = tl.load(row + i[None, :], mask=in_rank & (i < D)[None, :], other=0)
+        u += dot_int8_f32(b, q.to(tl.float32), MATRIX, NATIVE)
     return u
 
 
@@ -310,6 +310,7 @@ def _project_queries_kernel(
     BLOCK_K: tl.constexpr,
     M: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     chunk = tl.program_id(0)
     g = tl.program_id(1)
@@ -320,8 +321,8 @@ def _project_queries_kernel(
     r = tl.arange(0, BLOCK_R)
     head = (g * HG + h).to(tl.int64)
     u_row = ((b * (G * HG) + head) * Q + query) * max_chunks + chunk
-    mask = (h < HG)[:, None] & (r < R)[None, :]
-    u = tl.zeros([M, BLOCK_R], dtype=tl.float32)
+    mask = (r < R)[:, None] & (h < HG)[None, :]
+    u = tl.zeros([BLOCK_R, M], dtype=tl.float32)
     if chunk * C < length:
         segment = tl.load(segment_table_ptr + b * stride_segments_b + chunk).to(tl.int64)
         position = tl.load(positions_ptr + b * stride_positions_b + query).to(tl.int64)
@@ -341,9 +342,10 @@ def _project_queries_kernel(
             BLOCK_K,
             M,
             MATRIX,
+            NATIVE,
         )
-        u *= tl.load(scale_ptr + (segment * G + g) * R + r, mask=r < R, other=0.0)[None, :]
-    tl.store(u_ptr + u_row[:, None] * R + r[None, :], u, mask=mask)
+        u *= tl.load(scale_ptr + (segment * G + g) * R + r, mask=r < R, other=0.0)[:, None]
+    tl.store(u_ptr + u_row[None, :] * R + r[:, None], u, mask=mask)
 
 
 def check_queries(q: torch.Tensor, positions: torch.Tensor, kv_heads: int, head_dim: int, batch: int, rope: Rope) -> None:
@@ -420,6 +422,7 @@ def project_queries(
             BLOCK_K=16,
             M=max(16, triton.next_power_of_2(group)),
             MATRIX=_launch.has_matrix_units(q.device),
+            NATIVE=q.is_cuda,
         )
     return out
 

@@ -1,8 +1,9 @@
 """Random inputs for the operations, and poison for everything an operation must not read or must overwrite.
 
-A case holds its inputs twice: as the tensors an operation gets and as the float64 (or byte) arrays of the oracle, rounded
-alike. What no operation may use is filled with NaN, or with bytes that read as NaN in fp16: unused pages and segments, the
-tail of a row's last page, table entries past a row's length, gaps between the rows of strided tensors, fresh outputs.
+A case holds its inputs twice: as the tensors an operation gets and as the float64 (or byte) arrays of the oracle,
+rounded alike. What no operation may use is filled with NaN, or with bytes that read as NaN in fp16: unused pages and
+segments, the tail of a row's last page, table entries past a row's length, gaps between the rows of strided tensors,
+fresh outputs.
 """
 
 import contextlib
@@ -85,7 +86,9 @@ def strided(x: torch.Tensor, pattern: str) -> torch.Tensor:
     padded: rows 16 elements apart from each other, and odd: rows one element apart (no alignment).
     """
     x = x.to(DEVICE)
-    if pattern == "plain" or x.dim() < 3:
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=DEVICE)  # what NumPy gives for empty arrays has strides of 0
+    if pattern == "plain":
         return x.contiguous()
     if pattern == "swapped":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -251,9 +254,7 @@ def pages_of(arrays: PageArrays) -> Pages:
         wide[:, : x.shape[1]] = torch.from_numpy(x).to(DEVICE)
         return wide[:, : x.shape[1]]
 
-    layout = PageLayout(
-        Bands(tuple(arrays.k_bands)), Bands(tuple(arrays.v_bands)), arrays.head_dim, arrays.chunk
-    )
+    layout = PageLayout(Bands(tuple(arrays.k_bands)), Bands(tuple(arrays.v_bands)), arrays.head_dim, arrays.chunk)
     names = ("k_pages", "v_pages", "skip", "k_basis", "k_scale", "v_basis", "v_scale")
     tensors = {name: torch.from_numpy(getattr(arrays, name)).to(DEVICE) for name in names}
     return Pages(
@@ -300,9 +301,9 @@ def make_exact_tokens(
 ) -> ExactTokens:
     """Random tokens at random different positions below `far`, in any order; a share of the slots is unused and NaN."""
     batch, groups, slots, _ = shape
-    at = np.stack(
-        [[rng.permutation(max(far, slots))[:slots] for _ in range(groups)] for _ in range(batch)]
-    ).reshape(batch, groups, slots)
+    at = np.stack([[rng.permutation(max(far, slots))[:slots] for _ in range(groups)] for _ in range(batch)]).reshape(
+        batch, groups, slots
+    )
     at = np.where(rng.random(at.shape) < unused, -1 - at % 7, at).astype(np.int64)
     if not per_head:
         at = np.repeat(at[:, :1], groups, axis=1)

@@ -2,6 +2,9 @@
 
 import os
 
+# Oracles multiply small matrices: threads would only fight for the cores. Read when NumPy is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
 # Before anything imports triton. Launchers still use their twins for CPU tensors unless tests.cases.kernels() is on.

@@ -1,5 +1,6 @@
 """spectral_kernels/merge.py against reference/merge.py."""
 
+import itertools
 import math
 
 import numpy as np
@@ -55,7 +56,7 @@ def test_oracle_is_the_softmax_over_the_union(rng):
     scores, values = rng.standard_normal((1, 2, 1, 90)) * 3, rng.standard_normal((1, 1, 90, 16))
     whole = attention_oracle.softmax_state(scores, values)
     cuts = [0, 1, 40, 40, 90]  # one of the sets is empty
-    parts = [attention_oracle.softmax_state(scores[..., a:b], values[:, :, a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [attention_oracle.softmax_state(scores[..., a:b], values[:, :, a:b]) for a, b in itertools.pairwise(cuts)]
     o, lse = oracle.merge(np.stack([p.o for p in parts], -2), np.stack([p.lse for p in parts], -1))
     np.testing.assert_allclose(o, whole.o, rtol=1e-12)
     np.testing.assert_allclose(lse, whole.lse, rtol=1e-12)

@@ -82,7 +82,8 @@ def test_every_code_returns(rng, text):
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_codes_round_down_and_saturate(bits):
-    """n = clamp(floor(c + 2**(bits - 1)), 0, 2**bits - 1): a step's interval is closed below, values in its middle return."""
+    """n = clamp(floor(c + 2**(bits - 1)), 0, 2**bits - 1): a step's interval is closed below, values in its middle
+    return."""
     half = 2 ** (bits - 1)
     c = np.array([-1e9, -half - 0.01, -half, -half + 0.99, -0.01, 0.0, 0.5, 0.99, 1.0, half - 0.01, half, 1e9], np.float32)
     n = np.array([0, 0, 0, 0, half - 1, half, half, half, half + 1, 2 * half - 1, 2 * half - 1, 2 * half - 1])

@@ -1,0 +1,37 @@
+"""Every kernel compiles for every supported card, on a machine that has none."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# Shared memory a block may use, bytes (CUDA programming guide, table of compute capabilities).
+SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+KERNELS = {
+    "_attend_exact_kernel",
+    "_attend_spectral_kernel",
+    "_decode_kernel",
+    "_encode_kernel",
+    "_gram_kernel",
+    "_merge_many_states_kernel",
+    "_merge_states_kernel",
+    "_project_queries_kernel",
+    "_rotate_kernel",
+    "_split_query_kernel",
+}
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_LIMIT))
+def test_kernels_compile(capability: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compile_kernels", str(capability), "--few"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["capability"] == capability
+        assert 0 < row["registers"] <= 255, row
+        assert row["shared_bytes"] <= SHARED_LIMIT[capability], row

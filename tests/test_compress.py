@@ -1,0 +1,484 @@
+"""spectral_kernels/compress.py against reference/compress.py."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from reference import compress as oracle
+from reference import pages as pages_oracle
+from reference import rope as rope_oracle
+from spectral_kernels import compress
+from spectral_kernels.pages import Bands
+from tests import budgets
+from tests.cases import (
+    DEVICE,
+    DTYPES,
+    F64,
+    IMPLEMENTATIONS,
+    PageSpec,
+    inverse_frequencies,
+    kernels,
+    make_pages,
+    operation,
+    pages_of,
+    rope_of,
+    strided,
+    to_numpy,
+)
+
+SIDES = ("k", "v")
+
+
+def spectrum(rng: np.random.Generator, shape: tuple[int, ...], dim: int, decay: float = 6.0) -> F64:
+    """Rows [*shape, D] with a falling spectrum in a random frame: what keys and values look like."""
+    frame = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
+    return rng.standard_normal((*shape, dim)) * np.exp(-decay * np.arange(dim) / dim) @ frame
+
+
+def random_metric(rng: np.random.Generator, dim: int) -> F64:
+    y = spectrum(rng, (4 * dim,), dim, decay=2.0)
+    return y.T @ y / len(y)
+
+
+def held_metric(metric: F64) -> F64:
+    """The metric a fit is documented to use: mean eigenvalue 1, and METRIC_FLOOR more on the diagonal."""
+    return metric / np.trace(metric) * len(metric) + compress.METRIC_FLOOR * np.eye(len(metric))
+
+
+def tensor(x: F64, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x)).to(DEVICE, dtype)
+
+
+# gram and query_metric
+
+
+def check_gram(implementation: str, x: torch.Tensor) -> None:
+    got = operation(compress, "gram", implementation, x.dtype)(x)
+    budgets.check(got, oracle.gram(to_numpy(x)), budgets.gram(to_numpy(x)))
+    assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((1, 2, 70, 64), "swapped"), ((2, 1, 33, 80), "odd"), ((1, 1, 1, 128), "plain"), ((1, 2, 0, 64), "plain")],
+)
+def test_gram(rng, implementation, dtype, shape, stride):
+    check_gram(implementation, strided(torch.from_numpy(rng.standard_normal(shape)).to(dtype), stride))
+
+
+def test_gram_of_several_splits(rng):
+    """More tokens than one program adds up."""
+    check_gram("triton", torch.from_numpy(rng.standard_normal((1, 1, 2100, 64))).to(DEVICE, torch.float32))
+
+
+def test_gram_budget_has_teeth(rng):
+    x = to_numpy(torch.from_numpy(rng.standard_normal((1, 2, 60, 64)) + 0.1).half())
+    expected, budget = oracle.gram(x), budgets.gram(x)
+    for mistake, mutant in {
+        "zeros": np.zeros_like(expected),
+        "the last token left out": oracle.gram(x[:, :, :-1]),
+        "centred": oracle.gram(x - x.mean(2, keepdims=True)),
+        "the mean": expected / x.shape[2],
+        "other heads": expected[:, ::-1],
+        "half precision": np.float16(expected),
+        "tf32 operands": oracle.gram(np.float16(np.float32(x) * 1.0003)),
+    }.items():
+        budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+def metric_budget(q: F64, inv_freq: np.ndarray, scaling: float, dtype: torch.dtype, chunk: int, kv_heads: int) -> F64:
+    """The mean of |y||y|^T, with |y| the pairs' lengths: queries are turned and stored in their dtype (twice in a
+    product), turned by up to 4 more angles, and as many products are added as there are queries in a chunk, then
+    chunks."""
+    size = rope_oracle.scale_rotary(rope_oracle.pair_magnitude(q, inv_freq), inv_freq, scaling**2)
+    batch, heads, tokens, _ = q.shape
+    # A dimension that does not turn is paired with another one, and products of pairs are what is summed.
+    size = np.maximum(size, np.abs(q).max(-1, keepdims=True) * scaling**4) if len(inv_freq) * 2 < q.shape[-1] else size
+    seen = np.array([m // chunk + 1 for m in range(tokens)])
+    mean = np.zeros((batch, kv_heads, q.shape[-1], q.shape[-1]))
+    for b, h in np.ndindex(batch, heads):
+        mean[b, h * kv_heads // heads] += (size[b, h] * seen[:, None]).T @ size[b, h]
+    mean /= seen.sum() * (heads // kv_heads)
+    depth = chunk * (heads // kv_heads) + tokens // chunk + 16
+    return (2 * budgets.U[dtype] + 6 * budgets.ANGLE + 4 * depth * budgets.ACC) * mean
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "rotary_dim", "scaling", "tokens"), [(64, 64, 1.0, 70), (80, 40, 1.2, 97), (64, 32, 1.0, 1)]
+)
+def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, tokens):
+    inv_freq, chunk = inverse_frequencies(rotary_dim), 32
+    q = torch.from_numpy(rng.standard_normal((2, 4, tokens, dim))).to(DEVICE, dtype)
+    expected = oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=chunk, kv_heads=2)
+    args, kwargs = (q, rope_of(inv_freq, scaling)), {"chunk": chunk, "kv_heads": 2}
+    if implementation == "triton" and not (dtype == torch.bfloat16 and DEVICE.type == "cpu"):
+        with kernels():
+            got = compress.query_metric(*args, **kwargs)
+    else:
+        got = compress.query_metric(*args, **kwargs)
+    budget = metric_budget(to_numpy(q), inv_freq, scaling, dtype, chunk, 2)
+    budgets.check(got, expected, budget)
+    if dtype != torch.float32:
+        return  # the budget's teeth, where it is sharpest
+    wrong = {
+        "zeros": np.zeros_like(expected),
+        "scaling once": oracle.query_metric(to_numpy(q), inv_freq, scaling**0.5, chunk=chunk, kv_heads=2),
+        "not turned": oracle.query_metric(to_numpy(q), inv_freq * 0, scaling, chunk=chunk, kv_heads=2),
+        "one chunk": oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=4096, kv_heads=2),
+        "the other heads": expected[:, ::-1],
+    }
+    if tokens == 1:  # one query in one chunk is not turned at all
+        del wrong["not turned"], wrong["one chunk"]
+    if scaling == 1:
+        del wrong["scaling once"]
+    for mistake, mutant in wrong.items():
+        budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+# bases
+
+
+def loss_budget(x: F64, metric: F64 | None, singular: F64, rank: int, units: float = 2.0**-24) -> float:
+    """How much more than the least a basis may lose: rounding it leaks, relative to its length, `units` of everything
+    that the kept components hold into what is lost, in squares, times the condition of the metric."""
+    least = float(np.sum(singular[rank:] ** 2))
+    condition = 1.0 if metric is None else np.linalg.cond(metric)
+    return least * 1e-6 + 4 * x.shape[1] * units**2 * condition * float(np.sum(singular**2))
+
+
+@pytest.mark.parametrize("rank", [16, 48, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fit_basis_loses_least(rng, rank, weighted):
+    dim = 64
+    x = spectrum(rng, (300,), dim)
+    metric = random_metric(rng, dim) if weighted else None
+    held = held_metric(metric) if weighted else None
+    best, singular = oracle.fit_basis(x, held, rank)
+    moment = tensor(x.T @ x, torch.float64)
+    got = compress.fit_basis(moment, None if metric is None else tensor(metric, torch.float64), rank=rank)
+    assert got.dtype == torch.float32 and tuple(got.shape) == (rank, dim)
+    basis = to_numpy(got)
+    least = float(np.sum(singular[rank:] ** 2))
+    budget = loss_budget(x, held, singular, rank)
+    np.testing.assert_allclose(oracle.loss(x, best, held), least, atol=1e-9 * np.sum(singular**2))
+    assert oracle.loss(x, basis, held) <= least + budget
+    for prefix in (1, 5, rank):  # best component first
+        assert oracle.loss(x, basis[:prefix], held) <= np.sum(singular[prefix:] ** 2) + loss_budget(
+            x, held, singular, prefix
+        )
+    inside = basis @ (np.eye(dim) if held is None else held) @ basis.T
+    size = np.abs(basis) @ np.abs(np.eye(dim) if held is None else held) @ np.abs(basis.T)
+    budgets.check(inside, np.eye(rank), 4 * budgets.ACC * size + 1e-9, "orthonormal in the metric")
+    assert (np.take_along_axis(basis, np.abs(basis).argmax(-1)[:, None], -1) > 0).all()
+    if rank < dim:
+        wrong = {
+            "the least components": oracle.fit_basis(x, held, dim)[0][-rank:],
+            "random": rng.standard_normal((rank, dim)),
+            "one component too few": best[:-1],
+            "of half the tokens": oracle.fit_basis(x[:150], held, rank)[0],
+        }
+        if weighted:
+            wrong["no metric"] = oracle.fit_basis(x, None, rank)[0]
+            wrong["the metric's inverse"] = oracle.fit_basis(x, np.linalg.inv(held), rank)[0]
+        for mistake, mutant in wrong.items():
+            assert oracle.loss(x, mutant, held) > least + 2 * budget, mistake
+
+
+def test_fit_basis_of_batches_and_broken_metrics(rng):
+    """Leading dimensions are independent; a metric of low rank, or of zeros, still gives a basis of full rank."""
+    x = np.stack([spectrum(rng, (90,), 64) for _ in range(4)]).reshape(2, 2, 90, 64)
+    moments = x.mT @ x
+    metrics = np.stack([random_metric(rng, 64) for _ in range(2)])
+    together = to_numpy(compress.fit_basis(tensor(moments), tensor(metrics), rank=32))
+    for b, g in np.ndindex(2, 2):
+        held = held_metric(metrics[g])
+        _, singular = oracle.fit_basis(x[b, g], held, 32)
+        # The moments came in float32, each entry rounded.
+        extra = 64 * 2.0**-24 * np.linalg.cond(held) * np.sum(singular**2)
+        assert oracle.loss(x[b, g], together[b, g], held) <= np.sum(singular[32:] ** 2) + extra
+    thin = metrics[0] * 0
+    thin[:3, :3] = np.eye(3)
+    for metric in (thin, metrics[0] * 0):
+        basis = to_numpy(compress.fit_basis(tensor(moments[0, 0]), tensor(metric), rank=64))
+        assert np.isfinite(basis).all() and np.linalg.matrix_rank(basis, tol=1e-6) == 64
+
+
+def test_quantise_basis(rng):
+    basis = (rng.standard_normal((2, 3, 16, 64)) * np.exp(rng.standard_normal((2, 3, 16, 1)) * 5)).astype(np.float32)
+    basis[0, 0, 3] = 0.0
+    codes, scale = compress.quantise_basis(tensor(basis))
+    expected_codes, expected_scale = oracle.quantise_basis(basis)
+    assert codes.dtype == torch.int8 and scale.dtype == torch.float32
+    budgets.check(scale, expected_scale, 2 * budgets.ACC * expected_scale, "scale")
+    # A float32 quotient may fall on the other side of a tie.
+    nearest = np.abs(to_numpy(codes) - basis / expected_scale[..., None])
+    assert nearest.max() <= 0.5 + 1e-4
+    assert (to_numpy(codes) != expected_codes).mean() < 1e-3
+    assert np.abs(to_numpy(codes)).max(-1).min() == 0 and (np.abs(to_numpy(codes)).max(-1) == 127).sum() == 2 * 3 * 16 - 1
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fit_encoder(rng, rank, weighted):
+    """The coefficients of least error for the basis as it is held; with R = D its inverse."""
+    dim = 64
+    metric = random_metric(rng, dim) if weighted else None
+    held = held_metric(metric) if weighted else None
+    rows, scale = oracle.quantise_basis(oracle.fit_basis(spectrum(rng, (200,), dim), held, rank)[0])
+    scale = scale.astype(np.float32)
+    basis = rows * scale[:, None].astype(np.float64)
+    got = compress.fit_encoder(
+        tensor(rows, torch.int8), tensor(scale), None if metric is None else tensor(metric, torch.float64)
+    )
+    expected = oracle.fit_encoder(basis, held)
+    condition = np.linalg.cond(basis) ** 2 * (1.0 if held is None else np.linalg.cond(held))
+    budgets.check(
+        got, expected, budgets.rounding(expected, torch.float32) + 1e-14 * condition * np.abs(expected).max(), "encoder"
+    )
+    np.testing.assert_allclose(basis @ to_numpy(got), np.eye(rank), atol=1e-4)
+    if rank == dim:
+        np.testing.assert_allclose(to_numpy(got) @ basis, np.eye(dim), atol=1e-4)
+
+
+def test_fit_encoder_with_a_component_of_zeros(rng):
+    rows, scale = oracle.quantise_basis(rng.standard_normal((16, 64)))
+    rows[5] = 0
+    got = to_numpy(compress.fit_encoder(tensor(rows, torch.int8), tensor(scale)))
+    others = np.delete(np.arange(16), 5)
+    expected = oracle.fit_encoder(rows[others] * scale[others, None], None)
+    np.testing.assert_allclose(got[:, others], expected, atol=1e-4 * np.abs(expected).max())
+    assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("kind", ["normal", "uniform", "outliers"])
+def test_fit_steps(rng, bits, kind):
+    """Near the least squared error of a uniform quantiser, found here by a scan thirty times as fine.
+
+    Neighbouring steps of the fit lie a thirtieth of the widest apart, and the error goes with the square of the step:
+    7 % for a component that wants the widest, and as much again for the sample's noise; less on average over
+    components.
+    """
+    c = {
+        "normal": lambda: rng.standard_normal((400, 16)),
+        "uniform": lambda: rng.uniform(-1, 1, (400, 16)),
+        "outliers": lambda: rng.standard_normal((400, 16)) * np.where(rng.random((400, 16)) < 0.01, 20, 1),
+    }[kind]() * np.exp(3 * rng.standard_normal(16))
+    bands = Bands(((16, bits),))
+    steps = to_numpy(compress.fit_steps(tensor(c), bands))
+    assert (steps > 0).all()
+
+    def error(step: F64) -> F64:
+        return ((oracle.quantise(c / step, bands.bands) * step - c) ** 2).sum(0)
+
+    widest = np.abs(c).max(0) / 2 ** (bits - 1)
+    best = np.min([error(widest * share) for share in np.linspace(0.2, 1, 750)], axis=0)
+    assert (error(steps) <= 1.15 * best).all() and np.mean(error(steps) / best) <= 1.05
+
+
+def test_fit_steps_of_floats_and_zeros(rng):
+    c = rng.standard_normal((50, 16)) * np.exp(8 * rng.standard_normal(16))
+    steps = to_numpy(compress.fit_steps(tensor(c), Bands.parse("16x16")))
+    assert (np.log2(steps) % 1 == 0).all() and (np.abs(c).max(0) / steps < 2.0**12 * 1.001).all()
+    for text in ("16x16", "16x8", "16x2"):
+        zeros = to_numpy(compress.fit_steps(torch.zeros(3, 16, device=DEVICE), Bands.parse(text)))
+        assert np.isfinite(zeros).all() and (zeros > 0).all()
+
+
+# encode and decode
+
+
+def check_encode(
+    implementation: str,
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    bands: Bands,
+    chunk: int,
+    side: str,
+    rng: np.random.Generator,
+) -> None:
+    """Codes within what float32 may make of the coefficients; pages that were not asked for keep their bytes."""
+    batch, heads, tokens, _ = x.shape
+    chunks = tokens // chunk
+    pool = batch * chunks + 3
+    ids = rng.permutation(pool)[: batch * chunks].reshape(batch, chunks).astype(np.int32)
+    ids[rng.random(ids.shape) < 0.2] = -1
+    shape = (pool, heads, chunk, bands.bytes) if side == "k" else (pool, heads, bands.bytes, chunk)
+    before = rng.integers(0, 256, shape).astype(np.uint8)
+    pages = torch.from_numpy(before.copy()).to(DEVICE)
+    wide = torch.full((batch, chunks + 2), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    wide[:, :chunks] = torch.from_numpy(ids).to(DEVICE)
+    got = operation(compress, "encode", implementation, x.dtype)(x, encoder, bands, pages, wide[:, :chunks], side=side)
+    assert got is None
+    after = pages.cpu().numpy()
+    rows = after if side == "k" else pages_oracle.v_rows(after, bands.bands)
+    exact = to_numpy(x) @ to_numpy(encoder)  # [B, G, T, R], in units of steps
+    slack = budgets.coefficients(to_numpy(x), to_numpy(encoder))
+    low, high = (oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
+    for b, j in np.ndindex(batch, chunks):
+        if ids[b, j] < 0:
+            continue
+        stored = pages_oracle.unpack_rows(rows[ids[b, j]], bands.bands)  # [G, C, R]
+        part = slice(j * chunk, (j + 1) * chunk)
+        assert (low[b, :, part] <= stored).all() and (stored <= high[b, :, part]).all()
+    if not bands.is_float and tokens:
+        # The interval has teeth: it is a single code but for a small share of the coefficients.
+        assert (low != high).mean() < 0.02
+    untouched = np.setdiff1d(np.arange(pool), ids)
+    np.testing.assert_array_equal(after[untouched], before[untouched])
+
+
+ENCODE_CASES = [
+    # bands, D, C, B, G, chunks, dtype, strides
+    ("16x8+16x4+32x2", 64, 32, 2, 2, 2, torch.float16, "swapped"),
+    ("48x4", 80, 64, 1, 1, 2, torch.float32, "odd"),
+    ("96x16", 96, 64, 1, 2, 1, torch.float32, "plain"),
+    ("32x8+96x2", 128, 128, 1, 1, 1, torch.bfloat16, "padded"),
+    ("16x8+240x2", 256, 32, 1, 1, 1, torch.float16, "plain"),
+    ("16x8", 64, 32, 1, 2, 0, torch.float32, "plain"),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("case", ENCODE_CASES, ids=lambda c: f"{c[0]}-D{c[1]}")
+def test_encode(rng, implementation, side, case):
+    text, dim, chunk, batch, heads, chunks, dtype, stride = case
+    bands = Bands.parse(text)
+    x = strided(torch.from_numpy(rng.standard_normal((batch, heads, chunks * chunk, dim))).to(dtype), stride)
+    levels = np.concatenate([np.full(rank, 8.0 if bits == 16 else 2.0**bits / 4) for rank, bits in bands.bands])
+    encoder = tensor(rng.standard_normal((batch, heads, dim, bands.rank)) / dim**0.5 * levels)
+    check_encode(implementation, x, encoder, bands, chunk, side, rng)
+
+
+def decode_oracle(arrays: pages_oracle.PageArrays, side: str) -> tuple[F64, F64]:
+    """[B, G, max_chunks * C, D] by position, and its budget."""
+    bands = arrays.k_bands if side == "k" else arrays.v_bands
+    basis, scale = (arrays.k_basis, arrays.k_scale) if side == "k" else (arrays.v_basis, arrays.v_scale)
+    batch, chunks = arrays.page_table.shape
+    groups = basis.shape[1]
+    out = np.zeros((batch, groups, chunks * arrays.chunk, arrays.head_dim))
+    budget = np.zeros(out.shape)
+    for b in range(batch):
+        keys, values, _ = pages_oracle.rebuild(arrays, b)
+        codes = pages_oracle.coefficients(arrays, b)[0 if side == "k" else 1]
+        length = int(arrays.lengths[b])
+        out[b, :, :length] = keys if side == "k" else values
+        for start in range(0, length, arrays.chunk):
+            segment = arrays.segment_table[b, start // arrays.chunk]
+            for g in range(groups):
+                part = slice(start, min(start + arrays.chunk, length))
+                budget[b, g, part] = budgets.decode(codes[g, part], bands, basis[segment, g], scale[segment, g])
+    return out, budget
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PageSpec("16x8+16x4+32x2", "32x4+32x2", 64, 32, 2, (0, 1, 70), segments=3, skip=0.5, mixed=True),
+        PageSpec("48x4", "80x16", 80, 64, 1, (65,)),
+        PageSpec("128x16", "32x8+96x2", 128, 64, 1, (64, 3)),
+        PageSpec("16x8+240x2", "256x2", 256, 32, 1, (33,)),
+        PageSpec("16x8", "16x8", 64, 32, 1, (0,), spare_chunks=0),
+    ],
+    ids=lambda s: f"{s.k_bands}-{s.v_bands}",
+)
+def test_decode(rng, implementation, side, spec):
+    """Every token below a row's length, skipped or not; exact zeros from there on, whatever the pages hold."""
+    arrays = make_pages(rng, spec)
+    expected, budget = decode_oracle(arrays, side)
+    got = operation(compress, "decode", implementation)(pages_of(arrays), side=side)
+    budgets.check(got, expected, budget)
+    assert got.dtype == torch.float32
+
+
+def test_decode_budget_has_teeth(rng):
+    spec = PageSpec("16x8+16x4+32x2", "32x4+32x2", 64, 32, 2, (70,), segments=3, spare_chunks=0)
+    arrays = make_pages(rng, spec)
+    arrays.segment_table[0] = np.flatnonzero(np.isfinite(arrays.k_scale[:, 0, 0]))
+    expected, budget = decode_oracle(arrays, "k")
+
+    def changed(**fields: np.ndarray) -> F64:
+        return decode_oracle(pages_oracle.PageArrays(**{**vars(arrays), **fields}), "k")[0]
+
+    high = arrays.k_pages.copy()
+    high[..., 16:24] = high[..., 16:24] % 16 * 16 + high[..., 16:24] // 16
+    for mistake, mutant in {
+        "zeros": np.zeros_like(expected),
+        "swapped segments": changed(segment_table=arrays.segment_table[:, ::-1]),
+        "swapped pages": changed(page_table=arrays.page_table[:, ::-1]),
+        "swapped nibbles": changed(k_pages=high),
+        "signs of 8 bits": changed(k_pages=arrays.k_pages ^ np.uint8(0x80)),
+        "scales shifted by a component": changed(k_scale=np.roll(arrays.k_scale, 1, -1)),
+        "fp16 sums": np.float16(expected),
+    }.items():
+        budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+# the whole side
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_fit_side_then_encode_then_decode(rng, implementation, side, weighted):
+    """More bytes lose less; 16 bits of full rank lose what rounding coefficients to fp16 loses."""
+    dim, chunk, tokens, heads = 64, 32, 96, 1
+    x = spectrum(rng, (1, heads, tokens), dim)
+    metric = np.stack([random_metric(rng, dim) for _ in range(heads)]) if weighted else None
+    errors = []
+    run_encode, run_decode = (operation(compress, name, implementation) for name in ("encode", "decode"))
+    texts = ("16x2", "64x2", "16x8+48x2", "16x8+48x4", "64x8", "64x16")
+    for text in texts if implementation == "torch" else texts[2::3]:
+        bands = Bands.parse(text)
+        basis, scale, encoder = compress.fit_side(tensor(x), bands, None if metric is None else tensor(metric))
+        assert basis.dtype == torch.int8 and scale.dtype == encoder.dtype == torch.float32
+        arrays = make_pages(rng, PageSpec(text, text, dim, chunk, heads, (tokens,), spare_chunks=0))
+        held = pages_of(arrays)
+        segment = int(arrays.segment_table[0, 0])
+        target = held.k_pages if side == "k" else held.v_pages
+        (held.k_basis if side == "k" else held.v_basis)[segment] = basis[0]
+        (held.k_scale if side == "k" else held.v_scale)[segment] = scale[0]
+        run_encode(tensor(x), encoder, bands, target, held.page_table, side=side)
+        rebuilt = to_numpy(run_decode(held, side=side))
+        difference = rebuilt - x
+        root = [np.eye(dim) if metric is None else oracle.symmetric_root(held_metric(metric[g]))[0] for g in range(heads)]
+        errors.append(sum(np.sum((difference[0, g] @ root[g]) ** 2) for g in range(heads)) / np.sum(x**2))
+        if bands.is_float:
+            units = to_numpy(tensor(x) @ encoder)
+            vectors = np.abs(to_numpy(scale)[..., None] * to_numpy(basis))
+            # fp16 rounding and float32 error of each coefficient, through the basis; the inverse was rounded to
+            # float32.
+            slack = budgets.rounding(units, torch.float16) + 2 * budgets.coefficients(x, to_numpy(encoder))
+            budgets.check(rebuilt, x, slack @ vectors + 1e-6 * np.abs(x).max())
+    assert all(more < 0.9 * less for less, more in itertools.pairwise(errors))
+
+
+def test_arguments_are_named(rng):
+    x = torch.zeros(1, 2, 64, 64, device=DEVICE)
+    bands = Bands.parse("16x8")
+    pages = torch.zeros(4, 2, 32, 16, dtype=torch.uint8, device=DEVICE)
+    ids = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
+    encoder = torch.zeros(1, 2, 64, 16, device=DEVICE)
+    for call, error, name in [
+        (lambda: compress.gram(x[0]), ValueError, "x"),
+        (lambda: compress.fit_basis(x[..., :32], rank=4), ValueError, "moment"),
+        (lambda: compress.fit_basis(x, rank=65), ValueError, "rank"),
+        (lambda: compress.quantise_basis(x.half()), TypeError, "basis"),
+        (lambda: compress.encode(x, encoder[..., :8], bands, pages, ids, side="k"), ValueError, "encoder"),
+        (lambda: compress.encode(x, encoder, bands, pages, ids, side="q"), ValueError, "side"),
+        (lambda: compress.encode(x[:, :, :40], encoder, bands, pages, ids, side="k"), ValueError, "x"),
+        (lambda: compress.encode(x, encoder, bands, pages[..., :8], ids, side="k"), ValueError, "pages"),
+        (lambda: compress.encode(x, encoder, bands, pages, ids.long(), side="k"), TypeError, "page_ids"),
+        (lambda: compress.decode(x, side="k"), TypeError, "pages"),
+    ]:
+        with pytest.raises(error, match=name):
+            call()

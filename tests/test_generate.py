@@ -1,0 +1,193 @@
+"""The main job: what it prints, measures and refuses. With tiny random models; perf/tiny_model has its own tests."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("tqdm")
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from perf import generate as job
+from perf.generate import Run, agreement
+from tests.test_hf import VOCAB, single_thread, tiny  # noqa: F401
+
+WORDS = VOCAB - 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a tokenizer of the words w0, w1, ..., and ? for others."""
+    where = tmp_path_factory.mktemp("model")
+    tiny().cpu().save_pretrained(where)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)} | {"?": WORDS}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(where)
+    return where
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.txt"
+    path.write_text(" ".join(f"w{(7 * i * i + 3) % WORDS}" for i in range(900)))
+    return path
+
+
+def run(*arguments: Any) -> int:
+    return job.main([*map(str, arguments), "--dtype", "float32", "--device", "cpu"])
+
+
+def cells(line: str) -> list[float]:
+    return [float(cell) for cell in line[16:].split()]
+
+
+def test_exact_beside_dense(folder: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--model", folder, "--prompt-file", prompt_file, "--preset", "exact", "--compare")
+    assert run(*arguments, "--max-new-tokens", 12) == 0
+    out = capsys.readouterr().out
+    texts = {
+        line.split(": ")[0]: line.split(": ")[1] for line in out.splitlines() if line.startswith(("exact: ", "dense: "))
+    }
+    assert texts["exact"] == texts["dense"] and len(texts["exact"].split()) == 12
+    assert "same tokens     12 of 12 (100.0 %), no difference" in out
+    table = {line[:16].strip(): line for line in out.splitlines()}
+    dense, exact = cells(table["cache, MB"])
+    # 2 layers, K and V, 2 heads, 64 dimensions, float32, 911 tokens; "exact" keeps an eighth of spare slots and positions.
+    assert dense == pytest.approx(2 * 2 * 2 * 64 * 4 * 911 / 1e6, abs=5e-4)
+    assert dense <= exact <= 1.2 * dense
+    assert all(rate > 0 for name in ("prompt tokens/s", "new tokens/s") for rate in cells(table[name]))
+
+
+def test_lossy_cache_is_reported_smaller(folder: Path, prompt_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--model", folder, "--prompt-file", prompt_file, "--preset", "small", "--compare")
+    assert run(*arguments, "--max-new-tokens", 3) == 0
+    out = capsys.readouterr().out
+    ratio = next(float(line.split()[3]) for line in out.splitlines() if line.startswith("dense cache is"))
+    assert ratio > 2
+    assert "prompt (900 tokens)" in out
+
+
+def test_alone_prints_no_dense_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--model", folder, "--prompt", "w1 w2 w3 w4", "--prompt-tokens", 3, "--max-new-tokens", 1) == 0
+    out = capsys.readouterr().out
+    assert "prompt (3 tokens): ...w1 w2 w3\n" in out
+    assert "dense" not in out and "same tokens" not in out
+
+
+def test_sampling_repeats_with_its_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(seed: int) -> str:
+        arguments = (
+            "--model",
+            folder,
+            "--prompt",
+            "w1 w2 w3",
+            "--preset",
+            "exact",
+            "--temperature",
+            2.0,
+            "--seed",
+            seed,
+        )
+        assert run(*arguments, "--max-new-tokens", 12) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("exact: "))
+
+    assert text(3) == text(3) != text(4)
+
+
+class Bar:
+    """Stands in for tqdm and remembers what was drawn."""
+
+    def __init__(self, *, total: int, desc: str, unit: str) -> None:
+        self.total, self.n, self.steps, self.closed = total, 0, 0, False
+
+    def update(self, n: int) -> None:
+        self.n, self.steps = self.n + n, self.steps + 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_the_bar_moves_with_every_layer_of_the_prompt(
+    folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars: list[Bar] = []
+
+    def draw(**options: Any) -> Bar:
+        bars.append(Bar(**options))
+        return bars[-1]
+
+    monkeypatch.setattr(job, "tqdm", draw)
+    assert run("--model", folder, "--prompt-file", prompt_file, "--prompt-tokens", 31, "--max-new-tokens", 5) == 0
+    prompt_bar, new_bar = bars
+    assert (prompt_bar.n, prompt_bar.total, prompt_bar.steps, prompt_bar.closed) == (31, 31, 2, True)
+    assert (new_bar.n, new_bar.total, new_bar.closed) == (5, 5, True)
+
+
+def test_watching_leaves_the_model_as_it_was(folder: Path) -> None:
+    model, tokenizer = job.load(str(folder), device="cpu", dtype="float32")
+    ids = torch.tensor([[5, 6, 7]])
+    result = job.generate(model, tokenizer, ids, label="x", max_new_tokens=4)
+    assert len(result.tokens) == 4 and result.prompt_tokens == 3
+    assert result.prompt_seconds > 0 and result.seconds > 0
+    assert not any(module._forward_hooks for module in model.modules())
+    model.model.layers[1].forward = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        job.generate(model, tokenizer, ids, label="x", max_new_tokens=4)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ([1, 2, 3], [1, 2, 3], (3, 3, None)),
+        ([1, 2, 3], [1, 9, 3], (2, 3, 1)),
+        ([1, 2, 3], [1, 2], (2, 3, 2)),
+        ([4], [1, 2], (0, 2, 0)),
+    ],
+)
+def test_agreement(a: list[int], b: list[int], expected: tuple[int, int, int | None]) -> None:
+    assert agreement(a, b) == expected
+
+
+def test_rates() -> None:
+    run = Run(tokens=[1, 2, 3], text="", cache_bytes=0, prompt_tokens=100, prompt_seconds=4.0, seconds=0.5)
+    assert (run.prompt_rate, run.rate) == (25.0, 4.0)
+    assert math.isnan(Run([1], "", 0, 1, 1.0, 0.0).rate)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "FOLDER"), "--prompt or --prompt-file is needed"),
+        (("--model", "FOLDER", "--prompt", ""), "prompt is empty"),
+        (("--model", "FOLDER", "--prompt", "w1", "--preset", "fast"), "--preset"),
+        (("--model", "FOLDER", "--prompt", "w1", "--max-new-tokens", "0"), "at least 1"),
+        (("--model", "FOLDER", "--prompt", "w1", "--temperature", "-1"), "at least 0"),
+        (("--model", "FOLDER", "--prompt-file", "/nowhere/at/all"), "--prompt-file"),
+        (("--model", "/nowhere/at/all", "--prompt", "w1"), "nowhere"),
+        (("--gguf", "/nowhere/at/all.gguf", "--prompt", "w1"), "no such file"),
+        (("--gguf", "a", "--model", "b", "--prompt", "w1"), "not allowed with"),
+    ],
+)
+def test_wrong_arguments_are_named(
+    folder: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(*(str(folder) if argument == "FOLDER" else argument for argument in arguments))
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (job.TINY_MODEL / "model.safetensors").exists(), reason="perf/tiny_model is not trained yet")
+def test_default_run_recalls_the_hidden_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--preset", "exact", "--max-new-tokens", 2) == 0
+    out = capsys.readouterr().out
+    lines = dict(line.split(": ", 1) for line in out.splitlines() if ": " in line)
+    assert lines["exact"].split()[0] == lines["expected first"]
