@@ -27,10 +27,11 @@ def check_tensor(
         allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
         if value.dtype not in allowed:
             raise TypeError(f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {value.dtype}")
-    if shape is not None:
-        if value.dim() != len(shape) or any(e is not None and e != s for e, s in zip(shape, value.shape, strict=True)):
-            wanted = "[" + ", ".join("any" if e is None else str(e) for e in shape) + "]"
-            raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
+    if shape is not None and (
+        value.dim() != len(shape) or any(e is not None and e != s for e, s in zip(shape, value.shape, strict=True))
+    ):
+        wanted = "[" + ", ".join("any" if e is None else str(e) for e in shape) + "]"
+        raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
     if unit_stride and value.dim() and value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:

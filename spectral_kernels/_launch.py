@@ -14,7 +14,7 @@ def runs_kernel(x: torch.Tensor) -> bool:
 
 
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether Triton reaches matrix units there: from sm_80 (its sm_75 `tl.dot` unrolls into scalar code). Cached by torch."""
+    """Whether Triton reaches matrix units there: from sm_80 (its sm_75 `tl.dot` unrolls into scalar code)."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -55,7 +55,7 @@ def cos_sin(distance, turns, FAST: tl.constexpr = False):
     """Cosine and sine of distance * turns * 2**-64 full turns, float32; distance and turns broadcast, int64.
 
     The product wraps modulo one turn exactly. Its top two bits, rounded, are quarter turns; the rest is an angle of at most
-    pi/4, where Taylor's polynomials are good to 3e-8. (libdevice's sine keeps a slow path for large angles, with local memory.)
+    pi/4, where Taylor's polynomials are good to 3e-8. (libdevice's sine has a slow path for large angles, in local memory.)
     FAST: the special-function unit, good to 2**-20; not in the interpreter.
     """
     phase = ((distance * turns) >> 32).to(tl.int32)

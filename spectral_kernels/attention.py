@@ -4,10 +4,14 @@ Cold.   With the projected query u of each chunk (rope.py) and the integers x of
 
     score_t = scale * sum_r (x_tr + z_r) u_r          o = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z_r))
 
-no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. Both sums are integer dots:
-u is split once per chunk and head as  s (hi + lo/254), the softmax weights once per tile as  (hi + lo/127)/127  of the
-largest weight of the tile, hi and lo int8; products accumulate exactly in int32 and are rescaled in float32. Errors: at most
-s/508 a component of u, at most 2**-15 of the tile's largest weight in a weight. A 16-bit side uses three-product tf32 dots.
+no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums are integer dots. The
+turned query is split as  s (hi + lo/254)  with one s a head, u again once per chunk and head, the softmax weights once per
+tile as  (hi + lo/127)/127  of the tile's largest weight, hi and lo int8; products accumulate exactly in int32 and are
+rescaled in float32. Errors: at most s/508 an entry of the turned query and a component of u, at most 2**-15 of the tile's
+largest weight in a weight. A 16-bit side uses three-product tf32 dots instead.
+
+A program is one warp (from sm_80): the planes of a page are narrower than four warps' share of a dot, which then all four
+would compute (measured on an H200: 4 warps 1,253 us, 2 warps 478, 1 warp 387, at B=16 H=32 G=8 D=128 T=65,536, balanced).
 
 Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
 
@@ -30,7 +34,7 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
 from ._launch import cos_sin, dot_f32, dot_int8_f32
 from .merge import merge_many_states
-from .pages import CHUNKS, HEAD_DIMS, Bands, Pages, code_offsets, unpack_rows, v_rows
+from .pages import CHUNKS, HEAD_DIMS, Bands, Pages, unpack_rows, v_rows
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
 LOG2_E = math.log2(math.e)
@@ -132,7 +136,7 @@ def _offset_of(r, R8: tl.constexpr, R4: tl.constexpr, IS_FLOAT: tl.constexpr):
     return z
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_chunks", "Q", "stride_segments_b"])
 def _split_query_kernel(
     q_ptr,
     positions_ptr,
@@ -269,7 +273,7 @@ def _split_query_kernel(
             tl.store(u_bias_ptr + out, bias, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_chunks", "Q", "splits", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
@@ -285,6 +289,7 @@ def _attend_spectral_kernel(
     o_ptr,
     lse_ptr,
     max_chunks,
+    splits,
     Q,
     G,
     stride_pages_b,
@@ -304,7 +309,6 @@ def _attend_spectral_kernel(
     V_BLOCKS: tl.constexpr,
     K_FLOAT: tl.constexpr,
     V_FLOAT: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     RUN: tl.constexpr,
     MATRIX: tl.constexpr,
@@ -318,7 +322,7 @@ def _attend_spectral_kernel(
     b = bq // Q
     length = tl.load(lengths_ptr + b)
     chunks = tl.cdiv(length, C)
-    each = tl.cdiv(chunks, SPLITS)
+    each = tl.cdiv(chunks, splits)
     chunk = split * each
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
@@ -328,7 +332,7 @@ def _attend_spectral_kernel(
     t = tl.arange(0, BLOCK_T)
     h = tl.arange(0, HG_PAD)
     hl = tl.arange(0, 2 * HG_PAD)
-    out = (((b * G + g) * HG + h) * Q + bq % Q) * SPLITS + split  # [HG_PAD], row of the split's state
+    out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
     while chunk < end:
@@ -342,7 +346,7 @@ def _attend_spectral_kernel(
         w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
         acc = ()
         for n in tl.static_range(len(V_BLOCKS)):
-            for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
+            for _ in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
                 acc = acc + (tl.zeros([_at(V_BLOCKS, n, 2), HG_PAD], dtype=tl.float32),)
         for tile in range(chunk * TILES, (chunk + run) * TILES):
             j = tile // TILES
@@ -404,7 +408,7 @@ def _attend_spectral_kernel(
             m = m_new
             w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
             w_sum = w_sum * old + tl.sum(w, 0) * new
-            # hi and lo as neighbouring columns of one operand; cast after the reshape (triton 3.6 fails on the other order).
+            # hi and lo as neighbouring columns of one operand; cast last (triton 3.6 fails on the other order).
             w_both = tl.reshape(tl.join(w_hi, w_lo), [BLOCK_T, 2 * HG_PAD]).to(tl.int8)
             rescaled = ()
             for n in tl.static_range(len(V_BLOCKS)):
@@ -630,6 +634,7 @@ def attend_spectral(
             o_splits,
             lse_splits,
             chunks,
+            splits,
             queries,
             kv_heads,
             pages.page_table.stride(0),
@@ -645,7 +650,6 @@ def attend_spectral(
             V_BYTES=layout.v.bytes,
             K_FLOAT=layout.k.is_float,
             V_FLOAT=layout.v.is_float,
-            SPLITS=splits,
             RUN=64,
             MATRIX=matrix,
             NATIVE=q.is_cuda,
@@ -687,7 +691,7 @@ def attend_spectral_torch(
     return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "Q", "splits", "stride_key_positions_b", "stride_key_positions_g"])
 def _attend_exact_kernel(
     q_ptr,
     positions_ptr,
@@ -698,6 +702,7 @@ def _attend_exact_kernel(
     o_ptr,
     lse_ptr,
     N,
+    splits,
     Q,
     G,
     HG,
@@ -721,7 +726,6 @@ def _attend_exact_kernel(
     PAIRS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MATRIX: tl.constexpr,
@@ -756,7 +760,7 @@ def _attend_exact_kernel(
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     l = tl.zeros([BLOCK_M], dtype=tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    each = tl.cdiv(tl.cdiv(N, BLOCK_N), SPLITS) * BLOCK_N
+    each = tl.cdiv(tl.cdiv(N, BLOCK_N), splits) * BLOCK_N
     k_ptr += b * stride_k_b + g * stride_k_g
     v_ptr += b * stride_v_b + g * stride_v_g
     key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
@@ -787,7 +791,7 @@ def _attend_exact_kernel(
         o = o * old[:, None] + dot_f32(p, v, MATRIX)
         m = m_new
     o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
-    out = ((b * (G * HG) + head) * Q + query) * SPLITS + split
+    out = ((b * (G * HG) + head) * Q + query) * splits + split
     tl.store(lse_ptr + out, tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf")), mask=live)
     tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
 
@@ -876,6 +880,7 @@ def attend_exact(
             o_splits,
             lse_splits,
             tokens,
+            splits,
             queries,
             kv_heads,
             group,
@@ -892,7 +897,6 @@ def attend_exact(
             PAIRS=pairs,
             BLOCK_PAIRS=max(16, triton.next_power_of_2(pairs)),
             BLOCK_REST=max(16, triton.next_power_of_2(dim - 2 * pairs)),
-            SPLITS=splits,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             MATRIX=matrix,

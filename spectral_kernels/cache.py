@@ -35,7 +35,7 @@ class Preset:
     Args:
         k, v: bands of cold keys and values by head dimension D, or None: every token stays exact.
         chunk: chunk length C, 32, 64, 128 or 256.
-        window: newest tokens that are always exact (up to C - 1 more are).
+        window: newest tokens that are always exact, at least 1 (up to C - 1 more are).
         sinks: first tokens that stay exact.
         min_fit: tokens older than the window that a row must have before its bases are fitted: fewer would fit noise.
     """
@@ -51,9 +51,10 @@ class Preset:
         check_in("chunk", self.chunk, CHUNKS)
         if (self.k is None) != (self.v is None):
             raise ValueError("v: expected bands for both k and v, or for neither")
-        for name in ("window", "sinks", "min_fit"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number that is not negative, got {getattr(self, name)}")
+        # The newest token is always exact: it is what the next query is of.
+        for name, least in (("window", 1), ("sinks", 0), ("min_fit", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def layout(self, head_dim: int) -> PageLayout | None:
         """The page layout for a head dimension; None if every token stays exact."""

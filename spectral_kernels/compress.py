@@ -34,17 +34,17 @@ from .rope import Rope, rotate
 METRIC_FLOOR = 1e-3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "splits"])
 def _gram_kernel(
     x_ptr,
     out_ptr,
     T,
+    splits,
     G,
     stride_x_b,
     stride_x_g,
     stride_x_t,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MATRIX: tl.constexpr,
@@ -56,14 +56,14 @@ def _gram_kernel(
     split = tl.program_id(1)
     bg = tl.program_id(2).to(tl.int64)
     x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
-    each = tl.cdiv(tl.cdiv(T, BLOCK_T), SPLITS) * BLOCK_T
+    each = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
     acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
     for start in range(split * each, tl.minimum(split * each + each, T), BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
         a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
         b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
         acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-    out = ((bg * SPLITS + split) * D + i[:, None]) * D + j[None, :]
+    out = ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
     tl.store(out_ptr + out, acc, mask=(i < D)[:, None] & (j < D)[None, :])
 
 
@@ -92,10 +92,10 @@ def gram(x: torch.Tensor) -> torch.Tensor:
             x,
             parts,
             tokens,
+            splits,
             heads,
             *x.stride()[:3],
             D=dim,
-            SPLITS=splits,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             MATRIX=matrix,
@@ -291,7 +291,7 @@ def fit_side(
     return basis, scale * steps, encoder / steps[..., None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_ids_b"])
 def _encode_kernel(
     x_ptr,
     encoder_ptr,
@@ -340,7 +340,11 @@ def _encode_kernel(
                     at = (page * C + token)[:, None] * R + r[None, :]
                     if not TOKEN_MAJOR:
                         at = (page * R + r)[None, :] * C + token[:, None]
-                    tl.store(pages_ptr.to(tl.pointer_type(tl.float16)) + at, tl.clamp(c, -65504.0, 65504.0).to(tl.float16), mask=used[None, :])
+                    tl.store(
+                        pages_ptr.to(tl.pointer_type(tl.float16)) + at,
+                        tl.clamp(c, -65504.0, 65504.0).to(tl.float16),
+                        mask=used[None, :],
+                    )
                 else:
                     code = tl.floor(c + (1 << (_at(BLOCKS, n, 3) - 1)))
                     code = tl.minimum(tl.maximum(code, 0.0), (1 << _at(BLOCKS, n, 3)) - 1.0).to(tl.int32)
@@ -429,7 +433,7 @@ def encode_torch(
     pages[page_ids[keep].long()] = chosen if side == "k" else v_pages_from_rows(chosen, bands)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_chunks", "stride_pages_b", "stride_segments_b"])
 def _decode_kernel(
     pages_ptr,
     basis_ptr,

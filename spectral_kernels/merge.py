@@ -113,7 +113,7 @@ def merge_states_torch(
     return o.to(o_a.dtype), lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _merge_many_states_kernel(
     o_ptr,
     lse_in_ptr,

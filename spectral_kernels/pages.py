@@ -211,16 +211,11 @@ def allocate_pages(
     )
 
 
-def code_offsets(bands: Bands, device: torch.device) -> torch.Tensor:
-    """float32 [R]: what to add to a stored integer (8-bit: signed; 4, 2: unsigned) to get value / step; 0 for 16 bits."""
-    offset = {16: 0.0, 8: 0.5, 4: -7.5, 2: -1.5}
-    return torch.tensor([offset[b] for b in bands.bits], dtype=torch.float32, device=device)
-
-
 def pack_rows(values: torch.Tensor, bands: Bands) -> torch.Tensor:
     """Coefficients in units of their steps, float [..., R], to token rows, uint8 [..., bytes]: rounds and packs.
 
-    A code is clamp(floor(value + 2**(bits-1)), 0, 2**bits - 1), so values past the range saturate; 16 bits round to fp16 (and saturate at +-65504).
+    A code is clamp(floor(value + 2**(bits-1)), 0, 2**bits - 1), so values past the range saturate;
+    16 bits round to fp16 and saturate at +-65504.
     """
     check_tensor("values", values)
     if values.shape[-1] != bands.rank:

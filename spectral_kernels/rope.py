@@ -80,7 +80,7 @@ def _check_rope(rope: Rope, head_dim: int, device: torch.device) -> None:
         raise ValueError(f"rope: expected a rotary_dim of at most D = {head_dim}, got {rope.rotary_dim}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "stride_positions_b"])
 def _rotate_kernel(
     x_ptr,
     positions_ptr,
@@ -282,7 +282,7 @@ def projected_query(
     return u
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_chunks", "Q", "stride_positions_b", "stride_segments_b"])
 def _project_queries_kernel(
     q_ptr,
     positions_ptr,

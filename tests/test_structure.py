@@ -60,7 +60,8 @@ def kernels_of(stem: str) -> set[str]:
     return {
         name
         for name, node in functions
-        if name.endswith("_kernel") and "triton.jit" in map(ast.unparse, node.decorator_list)
+        if name.endswith("_kernel")
+        and any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list)
     }
 
 

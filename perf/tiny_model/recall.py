@@ -272,9 +272,7 @@ def make_recall_contexts(
         end = max(place for place, word in enumerate(words) if word == ".") + 1
         # The answer of a question is the token at end + len(asking).
         stated = (documents.kinds[row] == RANDOM).nonzero().flatten().tolist()
-        values = [
-            i for i in stated if words[i] in VALUES and near <= end + len(asking) - i <= far and i + 1 < end
-        ]
+        values = [i for i in stated if words[i] in VALUES and near <= end + len(asking) - i <= far and i + 1 < end]
         if len(values) < questions:
             raise ValueError(f"questions: expected at most {len(values)} for distance {distance}, got {questions}")
         values.sort(key=pick[row].tolist().__getitem__)

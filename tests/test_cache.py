@@ -1,0 +1,829 @@
+"""spectral_kernels/cache.py against dense attention in float64 over all tokens that a row was ever given.
+
+Pages of full rank in 16 bits lose one fp16 rounding of each coefficient, so the whole machinery (ring, pages, tables,
+segments, crop, reorder) is held to a derived budget; what few bits lose is a separate, comparative test.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from reference import attention as oracle
+from reference import rope as rope_oracle
+from spectral_kernels import cache as cache_module
+from spectral_kernels.cache import PRESETS, LayerCache, Preset, SpectralCache
+from tests import budgets
+from tests.cases import DEVICE, DTYPES, F64, inverse_frequencies, rope_of, strided, to_numpy
+
+DIM, CHUNK = 64, 32
+INV_FREQ = inverse_frequencies(DIM)
+LOSSLESS = Preset(k={64: "64x16"}, v={64: "64x16"}, chunk=CHUNK, window=32, sinks=2, min_fit=48)
+COARSE = Preset(k={64: "64x2"}, v={64: "64x2"}, chunk=CHUNK, window=32, sinks=2, min_fit=48)
+KINDS = {"exact": PRESETS["exact"], "lossless": LOSSLESS}
+
+
+def make_cache(preset: str | Preset = LOSSLESS, *, batch: int = 2, **changes: Any) -> SpectralCache:
+    shape = {"layers": 1, "query_heads": 4, "kv_heads": 2, "head_dim": DIM, "dtype": torch.float32}
+    rope = changes.pop("rope", None) or rope_of(INV_FREQ)
+    return SpectralCache(**{**shape, "batch": batch, "rope": rope, "preset": preset, "device": DEVICE, **changes})
+
+
+def draw(rng: np.random.Generator, *shape: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> torch.Tensor:
+    return torch.from_numpy(rng.standard_normal(shape) * size).to(DEVICE, dtype)
+
+
+class Trial:
+    """A cache, and all tokens that its rows hold: k, v [G, n, D] a row, as they were given."""
+
+    def __init__(
+        self,
+        rng: np.random.Generator,
+        preset: str | Preset = LOSSLESS,
+        *,
+        batch: int = 2,
+        dim: int = DIM,
+        rotary_dim: int = DIM,
+        scaling: float = 1.0,
+        metric: bool = False,
+        **changes: Any,
+    ) -> None:
+        self.rng, self.metric, self.dim, self.scaling = rng, metric, dim, scaling
+        self.inv_freq = inverse_frequencies(rotary_dim)
+        self.cache = make_cache(preset, batch=batch, head_dim=dim, rope=rope_of(self.inv_freq, scaling), **changes)
+        self.dtype = self.cache.dtype
+        self.k, self.v = ([np.zeros((2, 0, dim))] * batch for _ in range(2))
+        self.condition = {"k": 1.0, "v": 1.0}
+        self.roundings = 1
+
+    @property
+    def layer(self) -> LayerCache:
+        return self.cache.layers[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [k.shape[1] for k in self.k]
+
+    def append(self, tokens: int, padding: Sequence[int] | None = None) -> None:
+        batch = len(self.k)
+        k, v = (draw(self.rng, batch, 2, tokens, self.dim, dtype=self.dtype) for _ in range(2))
+        queries = draw(self.rng, batch, 4, tokens, self.dim, dtype=self.dtype) if self.metric else None
+        for row, pad in enumerate(padding or [0] * batch):
+            for x, held in ((k, self.k), (v, self.v)):
+                held[row] = np.concatenate((held[row], to_numpy(x[row, :, pad:])), axis=1)
+                x[row, :, :pad] = float("nan")
+            if queries is not None:
+                queries[row, :, :pad] = float("nan")
+        self.cache.append(0, strided(k, "swapped"), strided(v, "padded"), queries=queries, padding=padding)
+        assert self.cache.lengths == self.lengths
+        self.note_conditions()
+
+    def note_conditions(self) -> None:
+        """The condition number of the bases in use, rows normalised: how much a coefficient's rounding can grow."""
+        pages = self.layer.pages
+        for segment in {s for row in self.layer.segment_rows for s in row}:
+            for side, basis in (("k", pages.k_basis), ("v", pages.v_basis)):
+                rows = to_numpy(basis[segment])
+                rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+                self.condition[side] = max(self.condition[side], float(np.linalg.cond(rows).max()))
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        self.cache.crop(lengths)
+        wanted = [lengths] * len(self.k) if isinstance(lengths, int) else lengths
+        for held in (self.k, self.v):
+            held[:] = [x[:, :n] for x, n in zip(held, wanted, strict=True)]
+        self.roundings += 1  # the chunk that was cut is rebuilt and will be encoded again
+
+    def reorder(self, index: Sequence[int]) -> None:
+        self.cache.reorder(index)
+        self.k, self.v = [self.k[i] for i in index], [self.v[i] for i in index]
+
+    def reset(self) -> None:
+        self.cache.reset()
+        self.k, self.v = ([np.zeros((2, 0, self.dim))] * self.layer.batch for _ in range(2))
+
+    def attend(self, queries: int = 1) -> tuple[torch.Tensor, list[oracle.State], list[F64]]:
+        """What the cache gives for random queries, and a row's reference and budget."""
+        q = draw(self.rng, len(self.k), 4, queries, self.dim, size=2.0)
+        states = [self.dense(to_numpy(q)[row : row + 1], row) for row in range(len(self.k))]
+        allowed = [self.budget(to_numpy(q)[row : row + 1], state, row) for row, state in enumerate(states)]
+        return self.cache.attend(0, q), states, allowed
+
+    def dense(self, q: F64, row: int, *, later: int = 0, drop: int = 0, again: int = 0, scaling: float = 0) -> oracle.State:
+        """Attention of the newest tokens q [1, H, Q, D] over all of a row; the keywords make mutants of it."""
+        k, v, n = self.k[row][None], self.v[row][None], self.k[row].shape[1]
+        positions = n - q.shape[2] + np.arange(q.shape[2])[None]
+        at = np.arange(n)
+        order = np.concatenate((at[drop:], at[:again]))
+        k, v, at = k[:, :, order], v[:, :, order], np.broadcast_to(at[order], (1, 2, len(order)))
+        factor = scaling or self.scaling
+        return oracle.dense(q, positions + later, k, v, at, self.inv_freq, scaling=factor, causal=not later)
+
+    def budget(self, q: F64, state: oracle.State, row: int) -> F64:
+        """Of o. Relative to |q| |k_t|, scores are off by what is stored of a key, by three turns (query, key to its offset,
+        key or query to the chunk: ANGLE and 3 roundings each), and by D products. A coefficient is off by an fp16 rounding,
+        and by the float32 sums of encoding it and of rebuilding from it, sqrt(D) for the norm of D such errors."""
+        exact_keys = budgets.U[self.dtype] * (self.dtype != torch.float32)
+        sums = np.sqrt(self.dim) * (2 * budgets.PRODUCT + (2 * self.dim + 10) * budgets.ACC)
+        cold = self.roundings * (budgets.U[torch.float16] + sums) if any(self.layer.chunks) or self.roundings > 1 else 0.0
+        if self.layer.layout is None:
+            cold = 0.0
+        floats = 3 * budgets.ANGLE + 2 * budgets.PRODUCT + (9 + self.dim) * budgets.ACC
+        lengths = np.linalg.norm(self.k[row], axis=-1)[:, None], np.linalg.norm(self.v[row], axis=-1)  # [G, 1, n], [G, n]
+        size = np.linalg.norm(q[0], axis=-1)[..., None] * self.scaling**2  # [H, Q, 1]
+        score = np.stack([size[h] * lengths[0][h // 2] for h in range(4)])[None] * self.dim**-0.5
+        value = np.stack([state.weights[0, h] @ lengths[1][h // 2] for h in range(4)])[None, ..., None]
+        added = budgets.PRODUCT + (budgets.TILE + state.scores.shape[-1] // 32 + self.dim + 12) * budgets.ACC
+        # Two states are merged: weights off by EXP and by 4 roundings of the exponent, above and below the fraction.
+        added += 4 * (budgets.EXP + 4 * budgets.ACC * (1 + np.abs(state.lse)[..., None]))
+        score_error = score * (exact_keys + self.condition["k"] * cold + floats)
+        return budgets.state(state, score_error, self.condition["v"] * cold * value + added * state.magnitude)[0]
+
+    def outside(self, queries: int = 1) -> float:
+        o, states, allowed = self.attend(queries)
+        return max(budgets.outside(o[b : b + 1], states[b].o, allowed[b]) for b in range(len(states)))
+
+    def check(self, queries: int = 1, what: str = "attend") -> None:
+        worst = self.outside(queries)
+        assert worst <= 1, f"{what}: {worst:.3g} times the budget"
+
+
+def nonempty(preset: str | Preset) -> bool:
+    return (PRESETS[preset] if isinstance(preset, str) else preset).k is not None
+
+
+# ---- against dense attention ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scaling", [1.0, 1.2])
+def test_exact_preset_is_dense_attention(rng, dtype, scaling):
+    trial = Trial(rng, "exact", batch=3, dtype=dtype, scaling=scaling)
+    trial.append(90, padding=[0, 31, 85])
+    trial.check(5, "several queries, left padding")
+    for _ in range(3):
+        trial.append(1)
+        trial.check(1, "decoding")
+    trial.append(40)
+    trial.check(40, "a second prompt")
+    trial.crop([100, 20, 7])
+    trial.append(2)
+    trial.check(2, "after a crop")
+    trial.reorder([2, 0, 0, 1])
+    trial.check(1, "after reordering")
+    trial.append(3)
+    trial.check(3, "appended after reordering")
+    trial.reset()
+    trial.append(9)
+    trial.check(9, "after a reset")
+    assert trial.layer.pages is None
+
+
+@pytest.mark.parametrize("metric", [False, True])
+@pytest.mark.parametrize(("dim", "rotary_dim", "chunk", "scaling"), [(64, 64, 32, 1.0), (80, 40, 64, 1.1)])
+def test_lossless_preset_is_dense_attention(rng, metric, dim, rotary_dim, chunk, scaling):
+    """Two rows fitted straight from the prompt, one later from the ring; then chunks that leave the window one by one."""
+    bands = {dim: f"{dim}x16"}
+    preset = Preset(k=bands, v=bands, chunk=chunk, window=20, sinks=3, min_fit=70)
+    trial = Trial(
+        rng, preset, batch=3, dim=dim, rotary_dim=rotary_dim, scaling=scaling, metric=metric, landmarks=[40, 77, 300]
+    )
+    trial.append(197, padding=[0, 53, 190])
+    chunks = list(trial.layer.chunks)
+    assert chunks[0] > 0 and chunks[1] > 0 and chunks[2] == 0
+    trial.check(7, "prompt")
+    for tokens in (1, 5, 1, 33, 1, 90, 1, 64, 1, 1, 17):
+        trial.append(tokens)
+        trial.check(min(tokens, 20), f"{tokens} tokens appended, lengths {trial.lengths}")
+    grown = [after - before for after, before in zip(trial.layer.chunks, chunks, strict=True)]
+    assert min(grown) >= 2
+    assert trial.layer.cold == [(n - 20) // chunk * chunk for n in trial.lengths]
+    assert trial.layer.queries is None
+
+
+def test_short_prompts_are_fitted_later(rng):
+    """A row stays exact until it has min_fit old tokens; a ring that waited for that shrinks."""
+    trial = Trial(rng, LOSSLESS, metric=True)
+    trial.append(1)
+    while not any(trial.layer.chunks):
+        assert trial.lengths[0] - LOSSLESS.window < LOSSLESS.min_fit
+        trial.check(1)
+        trial.append(1)
+    assert trial.lengths[0] - LOSSLESS.window == LOSSLESS.min_fit
+    assert trial.layer.chunks == [1, 1]
+    for _ in range(70):
+        trial.append(1)
+    trial.check(3)
+    assert trial.layer.chunks == [3, 3]
+
+
+def test_every_length_around_a_chunk(rng):
+    """Prompts of every length from one below to one above what first fills a chunk, and just as many steps after."""
+    for tokens in range(LOSSLESS.window + 63, LOSSLESS.window + 66):
+        trial = Trial(rng, LOSSLESS, batch=1)
+        trial.append(tokens)
+        for _ in range(3):
+            trial.check(1, f"prompt of {tokens}")
+            trial.append(1)
+
+
+def test_budget_has_teeth(rng):
+    trial = Trial(rng, LOSSLESS, batch=2, scaling=1.1)
+    trial.append(150)
+    trial.append(30)
+    q = draw(rng, 2, 4, 1, DIM, size=2.0)
+    o = trial.cache.attend(0, q)
+    for row in range(2):
+        query = to_numpy(q)[row : row + 1]
+        state = trial.dense(query, row)
+        allowed = trial.budget(query, state, row)
+        budgets.check(o[row : row + 1], state.o, allowed)
+        mutants = {
+            "the next position": trial.dense(query, row, later=1),
+            "the first token lost": trial.dense(query, row, drop=1),
+            "old tokens lost": trial.dense(query, row, drop=128),
+            "sinks counted twice": trial.dense(query, row, again=2),
+            "no attention scaling": trial.dense(query, row, scaling=1.0),
+            "the other row": trial.dense(query, 1 - row),
+            "heads dealt out in turn": trial.dense(query[:, [0, 2, 1, 3]], row),
+        }
+        for mistake, mutant in mutants.items():
+            budgets.check_rejects(mutant.o, state.o, allowed, mistake)
+        budgets.check_rejects(np.zeros_like(state.o), state.o, allowed, "zeros")
+    eight_bits = Trial(rng, Preset(k={64: "64x8"}, v={64: "64x8"}, chunk=CHUNK, window=32, min_fit=48))
+    eight_bits.append(180)
+    assert eight_bits.outside() > 1.5, "the budget accepts 8 bits for 16"
+
+
+# ---- sinks and landmarks --------------------------------------------------------------------------------------------
+
+
+def skipped(layer: LayerCache, row: int) -> set[int]:
+    """Positions of a row whose skip bit is set, the same for all KV heads."""
+    words = layer.pages.skip[layer.page_rows[row]].cpu().numpy().astype(np.int64)  # [chunks, G, C/32]
+    bits = (words[..., None] >> np.arange(32)) & 1
+    assert (bits[:, 0] == bits[:, 1]).all()
+    return set(np.flatnonzero(bits[:, 0].reshape(-1)).tolist())
+
+
+@pytest.mark.parametrize("straight", [True, False])
+@pytest.mark.parametrize("landmarks", [[70, 31, 102, 103, 400], [[64, 95], [5, 33, 127]], [[], [66]]])
+def test_sinks_and_landmarks_stay_exact(rng, straight, landmarks):
+    trial = Trial(rng, COARSE, landmarks=landmarks)
+    if straight:
+        trial.append(180)
+    for _ in range(0 if straight else 6):
+        trial.append(30)
+    k, v, valid = trial.cache.get_kv(0, rope="pre")
+    assert valid.all() and trial.layer.cold == [128, 128]
+    for row in range(2):
+        named = landmarks if isinstance(landmarks[0], int) else landmarks[row]
+        pinned = {p for p in {0, 1, *named} if p < 128}
+        assert skipped(trial.layer, row) == pinned
+        exact = sorted(pinned | set(range(128, 180)))
+        rest = sorted(set(range(128)) - pinned)
+        # Turned to its offset and back: twice the error of a rotation.
+        size = rope_oracle.pair_magnitude(trial.k[row], INV_FREQ)
+        allowed = 2 * ((budgets.ANGLE + 3 * budgets.ACC) * size + budgets.rounding(size, torch.float32))
+        off = np.abs(to_numpy(k[row]) - trial.k[row])
+        assert (off <= allowed)[:, exact].all()
+        assert (off > 100 * allowed)[:, rest].any(-1).all(), "a token that nobody named is exact"
+        same = to_numpy(v[row]) == trial.v[row]
+        assert same[:, exact].all() and not same[:, rest].all(-1).any()
+
+
+@pytest.mark.parametrize("landmarks", [[70, 31], [[70], [31, 64, 65]]])
+def test_pinned_tokens_count_once(rng, landmarks):
+    trial = Trial(rng, LOSSLESS, landmarks=landmarks)
+    trial.append(150)
+    trial.append(40)
+    trial.check(2)
+    kept, layer = copy.deepcopy(trial.cache), trial.layer
+    layer.pages.skip.zero_()
+    assert trial.outside() > 2, "pinned tokens seen by both kernels"
+    trial.cache = copy.deepcopy(kept)
+    trial.layer.key_positions[:, : trial.layer.pinned_slots] = -1
+    assert trial.outside() > 2, "pinned tokens seen by none"
+    trial.cache = kept
+    trial.crop([110, 50])  # some of them go back to the ring
+    trial.append(1)
+    trial.check(1, "after a crop")
+    trial.append(80)
+    trial.check(1, "pinned again")
+
+
+# ---- lengths, bytes, rebuilding -------------------------------------------------------------------------------------
+
+
+def tensors_of(x: Any) -> Iterator[torch.Tensor]:
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, dict):
+        yield from (t for value in x.values() for t in tensors_of(value))
+    elif isinstance(x, (list, tuple)):
+        yield from (t for value in x for t in tensors_of(value))
+    elif isinstance(x, cache_module.Pages):
+        yield from tensors_of(vars(x))
+
+
+def test_nbytes_is_the_sum_over_tensors(rng):
+    trial = Trial(rng, LOSSLESS, metric=True, layers=1, v_metrics=[torch.eye(DIM, device=DEVICE).repeat(2, 1, 1)])
+
+    def total() -> int:
+        kept = {name: value for name, value in vars(trial.layer).items() if name not in ("rope", "v_metric")}
+        return sum({t.data_ptr(): t.nbytes for t in tensors_of(kept) if t.numel()}.values())
+
+    for tokens in (1, 40, 5, 50, 1, 100):
+        trial.append(tokens)
+        assert trial.cache.nbytes == total() > 0
+    trial.crop(20)
+    assert trial.cache.nbytes == total()
+    trial.reorder([0, 1, 1])
+    assert trial.cache.nbytes == total()
+    two = make_cache("exact", layers=2)
+    k = draw(rng, 2, 2, 64, DIM)
+    two.append(0, k, k)
+    one = two.nbytes
+    two.append(1, k, k)
+    assert two.nbytes - one >= 2 * k.nbytes
+    two.reset()
+    assert two.nbytes == 2 * 2 * 4  # the lengths of two rows and layers
+
+
+def test_nbytes_shrinks(rng):
+    """Far below dense for long sequences, and the ring that waited for the first fit goes when it comes."""
+    tokens = 2048
+    k = draw(rng, 2, 2, tokens, DIM, dtype=torch.float16)
+    sizes = {}
+    for name in PRESETS:
+        cache = make_cache(name, dtype=torch.float16)
+        cache.append(0, k, k)
+        sizes[name] = cache.nbytes
+    assert sizes["exact"] >= 2 * k.nbytes
+    assert sizes["small"] < sizes["balanced"] < sizes["quality"] < sizes["exact"] / 2
+    for name in ("small", "balanced", "quality"):
+        layout = PRESETS[name].layout(DIM)
+        cold = 2 * 2 * tokens * layout.token_bytes
+        bases = 2 * 2 * 2 * DIM * (DIM + 4)
+        exact = 2 * 2 * 2 * 2 * DIM * (4 + 2 * 128)  # K and V of two rows and heads: sinks, window and a chunk
+        assert sizes[name] < 1.1 * (cold + bases + exact)
+
+    trial = Trial(rng, Preset(k={64: "64x4"}, v={64: "64x4"}, chunk=CHUNK, window=32, min_fit=600))
+    trial.append(620)
+    before = trial.cache.nbytes
+    assert trial.layer.hot_slots >= 620 and trial.layer.pages is None
+    trial.append(30)
+    assert trial.layer.hot_slots == 64 and trial.cache.nbytes < before / 3
+    trial.check_after = None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_get_kv(rng, dtype):
+    trial = Trial(rng, LOSSLESS, batch=3, dtype=dtype)
+    assert trial.cache.get_kv(0, rope="pre")[0].shape == (3, 2, 0, DIM)
+    trial.append(150, padding=[0, 100, 149])
+    trial.append(20)
+    lengths = np.array(trial.lengths)
+    sums = np.sqrt(DIM) * (2 * budgets.PRODUCT + (2 * DIM + 10) * budgets.ACC)
+    unit = budgets.U[torch.float16] + sums
+    for rope in ("pre", "rotated"):
+        k, v, valid = trial.cache.get_kv(0, rope=rope)
+        assert k.dtype == v.dtype == dtype and k.shape == v.shape == (3, 2, 170, DIM)
+        assert (valid.cpu().numpy() == (np.arange(170) < lengths[:, None])).all()
+        for row, n in enumerate(lengths):
+            assert not k[row, :, n:].any() and not v[row, :, n:].any()
+            wanted = trial.k[row] if rope == "pre" else rope_oracle.rotate(trial.k[row], np.arange(n), INV_FREQ)
+            roundings = 2 * budgets.U[dtype] + 2 * (budgets.ANGLE + 3 * budgets.ACC)  # turned twice, stored twice
+            for x, expected, condition in ((k, wanted, "k"), (v, trial.v[row], "v")):
+                relative = trial.condition[condition] * unit + roundings
+                allowed = np.broadcast_to(relative * np.linalg.norm(expected, axis=-1, keepdims=True), expected.shape)
+                budgets.check(x[row, :, :n], expected, allowed, f"{rope} {condition}, row {row}")
+            if rope == "rotated" and n > 2:
+                turned = rope_oracle.rotate(trial.k[row], np.arange(n) + 1, INV_FREQ)
+                budgets.check_rejects(turned, wanted, allowed, "turned by the next position")
+    for wrong in ("post", None, "Pre"):
+        with pytest.raises(ValueError, match="rope"):
+            trial.cache.get_kv(0, rope=wrong)
+    with pytest.raises(ValueError, match="layer"):
+        trial.cache.get_kv(1, rope="pre")
+
+
+# ---- a new generation -----------------------------------------------------------------------------------------------
+
+
+def generation(cache: SpectralCache, seed: int, tokens: int = 130, padding: Sequence[int] | None = None) -> list[Any]:
+    """Everything that can be seen of a generation of `tokens` tokens and 40 steps."""
+    rng, batch = np.random.default_rng(seed), cache.batch
+    seen: list[Any] = []
+    for step in (tokens, *[1] * 40):
+        k, v = (draw(rng, batch, 2, step, DIM) for _ in range(2))
+        q = draw(rng, batch, 4, step, DIM)
+        cache.append(0, k, v, queries=q, padding=padding if step == tokens else None)
+        seen += [cache.lengths, cache.attend(0, q[:, :, -1:].contiguous())]
+    return [*seen, *cache.get_kv(0, rope="pre"), *cache.get_kv(0, rope="rotated")]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x, y) if isinstance(x, torch.Tensor) and x.shape == y.shape else x is y or bool(x == y)
+               if not isinstance(x, torch.Tensor) else False for x, y in pairs)
+
+
+def keeps_counting(layer: LayerCache) -> None:
+    lengths, length = list(layer.lengths), layer.length.clone()
+    layer.reset()
+    layer.lengths, layer.length = lengths, length
+
+
+def keeps_sinks(layer: LayerCache) -> None:
+    k, v, positions, pinned = layer.k, layer.v, layer.key_positions, layer.pinned_slots
+    layer.reset()
+    layer.k, layer.v, layer.key_positions = k[:, :, :pinned], v[:, :, :pinned], positions[:, :pinned]
+
+
+def keeps_hot_slots(layer: LayerCache) -> None:
+    k, v, positions, slots = layer.k, layer.v, layer.key_positions % 40, layer.k.shape[2]
+    layer.reset()
+    layer.k, layer.v, layer.key_positions, layer.pinned_slots = k, v, positions, slots
+
+
+def keeps_segments(layer: LayerCache) -> None:
+    pages, segment = layer.pages, list(layer.segment)
+    layer.reset()
+    layer.pages, layer.segment = pages, segment
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("padding", [None, [0, 70]])
+def test_new_generation_never_sees_the_old_one(kind, padding):
+    """Defect 1: the cache lived across generations, and positions went on counting."""
+    preset, first, second = KINDS[kind], 200, 130
+    expected = generation(make_cache(preset), 2, second, padding)
+    assert expected[0] == [second - p for p in padding or (0, 0)], "positions start at 0"
+
+    def after(forget: Callable[[SpectralCache], None]) -> list[Any]:
+        cache = make_cache(preset)
+        generation(cache, 1, first, padding and [30, 0])
+        forget(cache)
+        return generation(cache, 2, second)if padding is None else generation(cache, 2, second, padding)
+
+    for forget in (SpectralCache.reset, lambda cache: cache.crop(0), lambda cache: cache.crop([0, 0])):
+        assert same(after(forget), expected)
+    if padding:  # the mutants that go on counting would be turned down for padding alone
+        return
+    mutants = [keeps_counting, keeps_hot_slots] + ([keeps_sinks, keeps_segments] if kind == "lossless" else [])
+    for mutant in mutants:
+        assert not same(after(lambda cache, mutant=mutant: mutant(cache.layers[0])), expected), mutant.__name__
+
+
+# ---- crop and reorder -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [190, 129, 128, 100, 97, 96, 33, 3, 1, [0, 200], [200, 65], [64, 31], [1, 0]])
+def test_crop_then_go_on(rng, lengths):
+    """Into the ring, at a chunk's edges, into cold chunks, row by row; then tokens that compress again."""
+    trial = Trial(rng, LOSSLESS, landmarks=[90, 99])
+    trial.append(150)
+    trial.append(50)
+    assert trial.layer.cold == [160, 160]
+    trial.crop(lengths)
+    assert trial.cache.lengths == trial.lengths
+    if all(trial.lengths):
+        trial.check(1, "cropped")
+    for tokens in (1, 1, 70, 1, 100):
+        trial.append(tokens)
+        trial.check(1, f"{tokens} appended")
+    assert trial.layer.cold == [(n - 32) // CHUNK * CHUNK if n >= 80 else 0 for n in trial.lengths]
+
+
+def test_crop_again_and_again(rng):
+    """Speculative decoding: five tokens in, some out."""
+    trial = Trial(rng, LOSSLESS)
+    trial.append(140)
+    for step in range(30):
+        trial.append(5)
+        roundings = trial.roundings
+        trial.crop([n - step % 5 for n in trial.lengths])
+        trial.roundings = roundings  # all within the window: nothing is rebuilt
+        trial.check(1)
+
+
+def test_crop_turns_down(rng):
+    trial = Trial(rng, LOSSLESS)
+    trial.append(150)
+    for wrong in (151, -1, [1], [1, 2, 3], [150, 151]):
+        with pytest.raises(ValueError, match="lengths"):
+            trial.cache.crop(wrong)
+    trial.check(1)
+
+
+def test_reorder_shares_pages_and_never_overwrites_them(rng):
+    trial = Trial(rng, LOSSLESS, batch=3, landmarks=[[40], [50], [60]])
+    trial.append(160, padding=[0, 40, 100])
+    before = trial.layer.pages.k_pages.shape
+    trial.reorder([0, 0, 1, 2, 0])
+    layer = trial.layer
+    assert layer.pages.k_pages.shape == before and layer.page_rows[0] == layer.page_rows[1]
+    old = {page: (layer.pages.k_pages[page].clone(), layer.pages.v_pages[page].clone()) for page in layer.page_rows[0]}
+    trial.check(1, "copies")
+    for _ in range(3):
+        trial.append(40)  # differs from row to row
+        trial.check(1, "after copies diverged")
+    for page, (k, v) in old.items():
+        assert torch.equal(trial.layer.pages.k_pages[page], k) and torch.equal(trial.layer.pages.v_pages[page], v)
+    rows = trial.layer.page_rows
+    assert rows[0][: len(old)] == rows[1][: len(old)] and not set(rows[0][len(old) :]) & set(rows[1][len(old) :])
+    trial.crop([50, 270, 230, 180, 280])
+    trial.append(90)
+    trial.check(1, "one copy cropped and continued")
+    trial.reorder(torch.tensor([1], device=DEVICE))
+    trial.append(100)
+    trial.check(1, "one row left, freed pages used again")
+    for wrong in ([], [1], [-1], [0, 5]):
+        with pytest.raises(ValueError, match="index"):
+            trial.cache.reorder(wrong)
+    trial.check(1)
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+def visible(cache: SpectralCache) -> list[Any]:
+    """What a caller can see: sizes, tokens, and the answer to one query of the rows that hold any."""
+    seen = [cache.lengths, cache.nbytes, *cache.get_kv(0, rope="pre"), *cache.get_kv(0, rope="rotated")]
+    rows = [row for row, n in enumerate(cache.lengths) if n]
+    if rows:
+        twin = copy.deepcopy(cache)
+        twin.reorder(rows)
+        seen.append(twin.attend(0, draw(np.random.default_rng(0), len(rows), 4, 1, DIM)))
+    return seen
+
+
+def bad_appends(rng: np.random.Generator) -> list[tuple[str, type[Exception], str, tuple[Any, ...], dict[str, Any]]]:
+    k = draw(rng, 2, 2, 70, DIM)
+    q = draw(rng, 2, 4, 70, DIM)
+    ok = {"queries": q}
+    return [
+        ("no tensor", TypeError, "k", (k.tolist(), k), ok),
+        ("dtype", TypeError, "k", (k.double(), k), ok),
+        ("dtype", TypeError, "v", (k, k.int()), ok),
+        ("heads", ValueError, "k", (k[:, :1], k), ok),
+        ("batch", ValueError, "k", (k[:1], k[:1]), ok),
+        ("dimension", ValueError, "k", (k[..., :32], k), ok),
+        ("rank", ValueError, "k", (k[0], k[0]), ok),
+        ("tokens", ValueError, "v", (k, k[:, :, 1:]), ok),
+        ("strides", ValueError, "k", (k.mT.contiguous().mT, k), ok),
+        ("device", ValueError, "k", (k.to("meta"), k), ok),
+        ("device", ValueError, "v", (k, k.to("meta")), ok),
+        ("query heads", ValueError, "queries", (k, k), {"queries": q[:, :3]}),
+        ("query tokens", ValueError, "queries", (k, k), {"queries": q[:, :, 1:]}),
+        ("query dtype", TypeError, "queries", (k, k), {"queries": q.long()}),
+        ("query device", ValueError, "queries", (k, k), {"queries": q.to("meta")}),
+        ("rows of padding", ValueError, "padding", (k, k), {"padding": [0]}),
+        ("negative padding", ValueError, "padding", (k, k), {"padding": [0, -1]}),
+        ("too much padding", ValueError, "padding", (k, k), {"padding": [71, 0]}),
+    ]
+
+
+def test_bad_arguments_leave_the_cache_as_it_was(rng):
+    for tokens in (0, 60, 150):
+        trial = Trial(rng, LOSSLESS, metric=True)
+        if tokens:
+            trial.append(tokens)
+        before = visible(trial.cache)
+        bad = bad_appends(rng)
+        if tokens:
+            k = draw(rng, 2, 2, 70, DIM)
+            bad.append(("padding of a cache that holds tokens", ValueError, "padding", (k, k), {"padding": [1, 0]}))
+        for what, error, name, args, kwargs in bad:
+            with pytest.raises(error, match=rf"^{name}"):
+                trial.cache.append(0, *args, **kwargs)
+            assert same(visible(trial.cache), before), what
+        for layer in (-1, 1):
+            with pytest.raises(ValueError, match="layer"):
+                trial.cache.append(layer, *bad[0][3])
+        q = draw(rng, 2, 4, 1, DIM)
+        too_many = max(trial.layer.hot_slots, 1) + 1
+        for wrong, error in (
+            (q[:, :3], ValueError),
+            (q[:1], ValueError),
+            (q.double(), TypeError),
+            (q.to("meta"), ValueError),
+            (q.expand(-1, -1, too_many, -1).contiguous(), ValueError),
+            (q if not tokens else q[..., :32], ValueError),
+        ):
+            with pytest.raises(error, match="^q"):
+                trial.cache.attend(0, wrong)
+        assert same(visible(trial.cache), before)
+        trial.append(70)
+        trial.check(3, "going on")
+
+
+def test_bad_settings_are_named():
+    bands = {64: "64x4"}
+    for wrong, name in (
+        ({"window": 0}, "window"),
+        ({"window": -1}, "window"),
+        ({"sinks": -1}, "sinks"),
+        ({"min_fit": -1}, "min_fit"),
+        ({"chunk": 48}, "chunk"),
+        ({"v": None}, "v"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{name}"):
+            Preset(**{"k": bands, "v": bands, **wrong})
+    for wrong, error, name in (
+        ({"layers": 0}, ValueError, "layers"),
+        ({"batch": 0}, ValueError, "batch"),
+        ({"query_heads": 3}, ValueError, "query_heads"),
+        ({"head_dim": 63}, ValueError, "head_dim"),
+        ({"head_dim": 80}, ValueError, "k"),
+        ({"dtype": torch.float64}, ValueError, "dtype"),
+        ({"preset": "best"}, ValueError, "preset"),
+        ({"rope": rope_of(inverse_frequencies(128))}, ValueError, "rope"),
+        ({"landmarks": [-1]}, ValueError, "landmarks"),
+        ({"landmarks": [[1], [2], [3]]}, ValueError, "landmarks"),
+        ({"v_metrics": []}, ValueError, "v_metrics"),
+        ({"v_metrics": [torch.eye(DIM, device=DEVICE)]}, ValueError, "v_metrics"),
+    ):
+        with pytest.raises(error, match=rf"^{name}"):
+            make_cache(**wrong)
+    assert Preset(k=bands, v=bands, window=1).window == 1
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_smallest_window(rng, window):
+    bands = {64: "64x16"}
+    trial = Trial(rng, Preset(k=bands, v=bands, chunk=CHUNK, window=window, sinks=0, min_fit=0))
+    trial.append(63)
+    for _ in range(36):
+        trial.check(1)
+        trial.append(1)
+
+
+def test_nothing_to_store(rng):
+    """No tokens, or padding alone, change nothing; a row may be all padding while others are not."""
+    for tokens, padding in ((0, None), (5, [5, 5]), (0, [0, 0])):
+        trial = Trial(rng, LOSSLESS, metric=True)
+        trial.append(tokens, padding)
+        trial.append(90, [90, 3])
+        assert trial.cache.lengths == [0, 87]
+        trial.append(60)
+        trial.check(2)
+        trial.append(60)
+        trial.check(1)
+    before = visible(trial.cache)
+    trial.append(0)
+    assert same(visible(trial.cache), before)
+
+
+class InjectedError(RuntimeError):
+    pass
+
+
+def failing(function: Callable[..., Any], at: int, late: bool, calls: list[int]) -> Callable[..., Any]:
+    """The function, failing in its call number `at`, before or after it has done its work."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == at + 1 and not late:
+            raise InjectedError
+        result = function(*args, **kwargs)
+        if calls[0] == at + 1:
+            raise InjectedError
+        return result
+
+    return run
+
+
+STEPS = [(cache_module, name) for name in ("phase_align", "encode", "fit_side", "fit_encoder", "query_metric")]
+STEPS += [
+    (LayerCache, name)
+    for name in ("_resize_ring", "_store_hot", "_compress", "_fit", "_pin", "_reserve", "_allocate", "_write_tables")
+]
+STEPS.append((torch.linalg, "eigh"))
+
+
+def before_a_failure(name: str) -> tuple[SpectralCache, dict[str, Any]]:
+    """A cache, and the append that is going to fail, in a few situations."""
+    rng = np.random.default_rng(5)
+    trial = Trial(rng, LOSSLESS, batch=3, metric=True, landmarks=[[40, 66], [3], []])
+    kwargs: dict[str, Any] = {}
+    tokens = 110
+    if name == "an empty cache":
+        kwargs["padding"] = [0, 20, 105]
+    elif name == "rows in all states":
+        trial.append(150)
+        trial.crop([150, 0, 60])  # chunks to add, a fit straight from the call, a first fit from the ring
+    elif name == "the first fit from the ring":
+        trial.append(70)
+        tokens = 20
+    elif name == "one step":
+        trial.append(159)
+        tokens = 1
+    elif name == "one step without compression":
+        trial.append(150)
+        tokens = 1
+    k, v = (draw(rng, 3, 2, tokens, DIM) for _ in range(2))
+    return trial.cache, {"k": k, "v": v, "queries": draw(rng, 3, 4, tokens, DIM), **kwargs}
+
+
+@pytest.mark.parametrize(
+    "situation",
+    ["an empty cache", "rows in all states", "the first fit from the ring", "one step", "one step without compression"],
+)
+def test_failure_in_the_middle_leaves_the_cache_as_it_was(monkeypatch, situation):
+    """Each step of an append fails once, before or after its work; then the same append succeeds."""
+    start, call = before_a_failure(situation)
+    before = visible(start)
+    twin = copy.deepcopy(start)
+    twin.append(0, **call)
+    expected = visible(twin)
+    failures = 0
+    for owner, name in STEPS:
+        at, failed = 0, True
+        while failed:
+            for late in (False, True):
+                cache, calls = copy.deepcopy(start), [0]
+                with monkeypatch.context() as patch:
+                    patch.setattr(owner, name, failing(getattr(owner, name), at, late, calls))
+                    try:
+                        cache.append(0, **call)
+                        failed = False
+                        break
+                    except InjectedError:
+                        failures += 1
+                what = f"{name} failed in call {at + 1}, {'after' if late else 'before'} its work"
+                assert same(visible(cache), before), what
+                cache.append(0, **call)
+                assert same(visible(cache), expected), f"{what}: going on"
+            at += 1
+    assert failures >= 4
+
+
+# ---- quality --------------------------------------------------------------------------------------------------------
+
+
+def low_rank(rng: np.random.Generator, batch: int, tokens: int, rank: int = 12, noise: float = 0.15) -> torch.Tensor:
+    """[B, 2, T, D] with a falling spectrum of its own for each row and head, and noise."""
+    basis = rng.standard_normal((batch, 2, rank, DIM)) * np.exp(-np.arange(rank) / 5)[:, None]
+    x = rng.standard_normal((batch, 2, tokens, rank)) @ basis + noise * rng.standard_normal((batch, 2, tokens, DIM))
+    return torch.from_numpy(x).to(DEVICE, torch.float32)
+
+
+def relative_error(o: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((o - expected).square().sum().sqrt() / expected.square().sum().sqrt())
+
+
+def test_presets_order_and_beat_dropping(rng):
+    tokens = 1100
+    k, v = (low_rank(rng, 2, tokens) for _ in range(2))
+    q = torch.cat([low_rank(rng, 2, tokens), low_rank(rng, 2, tokens)], dim=1)
+    caches = {name: make_cache(name) for name in PRESETS}
+    for cache in caches.values():
+        cache.append(0, k[:, :, :1000], v[:, :, :1000], queries=q[:, :, :1000])
+        cache.append(0, k[:, :, 1000:], v[:, :, 1000:])
+    last = q[:, :, -16:].contiguous()
+    exact = caches["exact"].attend(0, last)
+    error = {name: relative_error(cache.attend(0, last), exact) for name, cache in caches.items()}
+    assert 0 < error["quality"] < error["balanced"] < error["small"]
+    dropped = copy.deepcopy(caches["small"])
+    dropped.layers[0].chunks = [0, 0]  # sinks and window alone
+    assert error["small"] < relative_error(dropped.attend(0, last), exact) / 3
+
+
+def test_each_row_has_a_segment_of_its_own(rng):
+    k, v = (low_rank(rng, 3, 700) for _ in range(2))
+    q = draw(rng, 3, 4, 1, DIM)
+    cache, exact = make_cache("balanced", batch=3), make_cache("exact", batch=3)
+    for each in (cache, exact):
+        each.append(0, k, v, padding=[0, 0, 10])
+    layer = cache.layers[0]
+    assert len(set(layer.segment)) == 3 and None not in layer.segment
+    assert [set(row) for row in layer.segment_rows] == [{s} for s in layer.segment]
+    table = layer.pages.segment_table.cpu().numpy()
+    assert all((table[row, : layer.chunks[row]] == layer.segment[row]).all() for row in range(3))
+    expected = exact.attend(0, q)
+    own = relative_error(cache.attend(0, q), expected)
+    layer.pages.segment_table.copy_(layer.pages.segment_table.roll(1, 0))
+    assert relative_error(cache.attend(0, q), expected) > 5 * own, "another row's bases would do"
+
+
+def test_long_generation(rng):
+    """600 steps: the error does not grow. Cold tokens' roundings are independent, so more of them average out."""
+    trial = Trial(rng, LOSSLESS, batch=1)
+    trial.append(200)
+    errors = []
+    for step in range(600):
+        trial.append(1)
+        if step < 100 or step >= 500:
+            o, states, allowed = trial.attend()
+            budgets.check(o, states[0].o, allowed[0], f"step {step}")
+            errors.append(np.mean((to_numpy(o) - states[0].o) ** 2))
+    assert trial.layer.chunks == [(800 - 32) // CHUNK]
+    first, last = np.sqrt(np.mean(errors[:100])), np.sqrt(np.mean(errors[100:]))
+    assert 0 < last < 1.5 * first
