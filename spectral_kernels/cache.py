@@ -155,27 +155,31 @@ class LayerCache:
     ) -> None:
         pad = self._check_append(k, v, queries, padding)
         tokens = k.shape[2]
-        if tokens == 0:
-            return
+        if min(pad) == tokens:
+            return  # no tokens, or nothing but padding
         after = [n + tokens - p for n, p in zip(self.lengths, pad, strict=True)]
         targets = [self._chunks_wanted(row, n) for row, n in enumerate(after)]
         saved = self._host_state() if targets != self.chunks else {**self.__dict__}
         try:
             self._append(k, v, queries, pad, after, targets)
         except BaseException:
-            # What was written meanwhile lies in free pages and at positions past the lengths, where nothing looks.
+            # What was written meanwhile lies in free pages and slots and at positions past the lengths: nothing looks there.
             self.__dict__.update(saved)
             raise
 
     def _host_state(self) -> dict[str, Any]:
-        """Attributes with copies of all lists that compression edits in place."""
-        copies = {
+        """Attributes with copies of all lists and tables that compression edits in place."""
+        copies: dict[str, Any] = {
+            "key_positions": self.key_positions.clone(),
             "chunks": list(self.chunks),
             "segment": list(self.segment),
             "page_rows": [list(row) for row in self.page_rows],
             "segment_rows": [list(row) for row in self.segment_rows],
             "encoders": dict(self.encoders),
         }
+        if self.pages is not None:
+            tables = {name: getattr(self.pages, name).clone() for name in ("page_table", "segment_table", "lengths")}
+            copies["pages"] = replace(self.pages, **tables)
         return {**self.__dict__, **copies}
 
     def _append(
@@ -485,6 +489,8 @@ class LayerCache:
     def crop(self, lengths: list[int]) -> None:
         if len(lengths) != self.batch or any(not 0 <= n <= old for n, old in zip(lengths, self.lengths, strict=True)):
             raise ValueError(f"length: expected {self.batch} numbers within 0 .. {self.lengths}, got {lengths}")
+        if not any(lengths):
+            return self.reset()
         chunk = self.preset.chunk
         rows = [r for r, n in enumerate(lengths) if n < self.cold[r]]
         if rows:

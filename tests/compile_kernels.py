@@ -1,6 +1,6 @@
 """Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY ...` (75 80 86 89 90).
 
-Launchers run on CPU tensors with `JITFunction.run` replaced: what they would launch is compiled for each capability instead,
+Launchers run on CPU tensors with `JITFunction.run` replaced: what they would launch is compiled for the capability instead,
 and one JSON line a kernel and case says what it needs. Runs in a process of its own, without TRITON_INTERPRET.
 """
 

@@ -493,8 +493,11 @@ def test_crop_then_go_on(rng, lengths):
     assert trial.layer.cold == [160, 160]
     trial.crop(lengths)
     assert trial.cache.lengths == trial.lengths
-    if all(trial.lengths):
+    if min(n - cold for n, cold in zip(trial.lengths, trial.layer.cold, strict=True)):
         trial.check(1, "cropped")
+    else:
+        with pytest.raises(ValueError, match="^q: .* newest exact tokens"):
+            trial.attend()
     for tokens in (1, 1, 70, 1, 100):
         trial.append(tokens)
         trial.check(1, f"{tokens} appended")
@@ -658,8 +661,8 @@ def test_bad_settings_are_named():
 @pytest.mark.parametrize("window", [1, 2])
 def test_smallest_window(rng, window):
     bands = {64: "64x16"}
-    trial = Trial(rng, Preset(k=bands, v=bands, chunk=CHUNK, window=window, sinks=0, min_fit=0))
-    trial.append(63)
+    trial = Trial(rng, Preset(k=bands, v=bands, chunk=CHUNK, window=window, sinks=0, min_fit=96))
+    trial.append(120)
     for _ in range(36):
         trial.check(1)
         trial.append(1)
@@ -793,7 +796,7 @@ def test_presets_order_and_beat_dropping(rng):
     assert 0 < error["quality"] < error["balanced"] < error["small"]
     dropped = copy.deepcopy(caches["small"])
     dropped.layers[0].chunks = [0, 0]  # sinks and window alone
-    assert error["small"] < relative_error(dropped.attend(0, last), exact) / 3
+    assert error["small"] < relative_error(dropped.attend(0, last), exact) / 2
 
 
 def test_each_row_has_a_segment_of_its_own(rng):
