@@ -1,7 +1,7 @@
 """A minimal KV cache over spectral pages: plain tensors and the operations of this package; no transformers.
 
-Tokens of a row enter hot: exact, phase-aligned, in a ring of slots. When a full chunk has left the window it is encoded into
-a page (cold). Some tokens stay exact for good (pinned: attention sinks and landmarks); their bits in `Pages.skip` are set.
+Tokens of a row enter hot: exact, phase-aligned, in a ring of slots. A full chunk that has left the window is encoded into a
+page (cold). Some tokens stay exact for good (pinned: attention sinks and landmarks); their bits in `Pages.skip` are set.
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
 
     position     0 .. cold                     cold .. length
@@ -163,7 +163,7 @@ class LayerCache:
         try:
             self._append(k, v, queries, pad, after, targets)
         except BaseException:
-            # What was written meanwhile lies in free pages and slots and at positions past the lengths: nothing looks there.
+            # What was written meanwhile lies in free pages, in free slots and past the lengths, where nothing looks.
             self.__dict__.update(saved)
             raise
 
@@ -383,8 +383,8 @@ class LayerCache:
         page_ids = torch.tensor(ids, dtype=torch.long, device=self.device)
         self.pages.skip[page_ids] = words.int().to(self.device)[:, :, None].expand(-1, -1, self.kv_heads, -1)
         if where:
-            rows, slots, i, tokens = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
-            self.k[rows, :, slots], self.v[rows, :, slots] = k[i, :, tokens], v[i, :, tokens]
+            rows, slots, own, tokens = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
+            self.k[rows, :, slots], self.v[rows, :, slots] = k[own, :, tokens], v[own, :, tokens]
             self.key_positions[rows, slots] = (tokens + first * chunk).int()
 
     def _free_pages(self) -> list[int]:
@@ -557,7 +557,7 @@ class SpectralCache:
         preset: a name in PRESETS or a Preset.
         dtype: of the exact tokens: fp16, bf16 or fp32.      device: of all tensors.
         landmarks: positions that stay exact: the same for all rows, or a sequence of them a row.
-        v_metrics: for each layer float32 [G, D, D], the sum over a group's heads of W_o^T W_o, or None: plain least squares.
+        v_metrics: a layer float32 [G, D, D], the sum over a group's heads of W_o^T W_o, or None: plain least squares.
     Raises:
         TypeError, ValueError: an argument is not as above. A call that raises leaves the cache as it was.
     """
