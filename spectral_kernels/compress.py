@@ -249,10 +249,13 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
     Args:
         coefficients: float32 [..., T, R], T at least 1.
     Returns:
-        float32 [..., R], positive. 16-bit components get a power of two that brings the largest magnitude below 2**12.
+        float32 [..., R], positive. 16-bit components share the power of two that brings the largest
+        magnitude of all below 2**12.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
     largest = coefficients.abs().amax(-2)
+    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
+        largest = largest.amax(-1, keepdim=True).expand_as(largest)
     # A component without variance in the sample still gets a step that later rows can use.
     largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     if bands.is_float:

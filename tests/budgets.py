@@ -144,7 +144,10 @@ def state(expected: State, score_error: F64, o_error: F64) -> tuple[F64, F64]:
     size = np.where(seen, np.abs(np.where(seen, expected.scores, 0.0)) + np.abs(lse)[..., None], 0.0)
     error = np.where(seen, score_error, 0.0) + EXP + 4 * ACC * size
     grown = np.expm1(np.minimum(error, 300.0))
-    drift = np.log1p((weights * grown).sum(-1))
+    # log sum_t w_t exp(e_t), shifted by the largest e_t: scores of 1e7 may be off by more than exp can hold.
+    most = np.where(seen, error, 0.0).max(-1, initial=0.0)
+    total = (weights * np.exp(np.where(seen, error, 0.0) - most[..., None])).sum(-1)
+    drift = most + np.log(np.where(total > 0.0, total, 1.0))
     o_budget = np.zeros(expected.o.shape)
     for b, h, m in np.ndindex(*expected.lse.shape):
         if not seen[b, h, m].any():
