@@ -143,10 +143,14 @@ def state(expected: State, score_error: F64, o_error: F64) -> tuple[F64, F64]:
     lse = np.where(np.isfinite(expected.lse), expected.lse, 0.0)
     size = np.where(seen, np.abs(np.where(seen, expected.scores, 0.0)) + np.abs(lse)[..., None], 0.0)
     error = np.where(seen, score_error, 0.0) + EXP + 4 * ACC * size
-    grown = np.expm1(np.minimum(error, 300.0))
+    # w_t (exp(e_t) - 1) from the logarithm of w_t: where scores are 1e7, w_t underflows though e_t could lift it to 1.
+    log_weights = np.where(seen, np.where(seen, expected.scores, 0.0) - lse[..., None], -np.inf)
+    grown = np.where(
+        error < 1.0, weights * np.expm1(np.minimum(error, 1.0)), np.exp(np.minimum(log_weights + error, 300.0))
+    )
     # log sum_t w_t exp(e_t), shifted by the largest e_t: scores of 1e7 may be off by more than exp can hold.
     most = np.where(seen, error, 0.0).max(-1, initial=0.0)
-    total = (weights * np.exp(np.where(seen, error, 0.0) - most[..., None])).sum(-1)
+    total = np.exp(log_weights + np.where(seen, error, 0.0) - most[..., None]).sum(-1)
     drift = most + np.log(np.where(total > 0.0, total, 1.0))
     o_budget = np.zeros(expected.o.shape)
     for b, h, m in np.ndindex(*expected.lse.shape):
@@ -154,7 +158,7 @@ def state(expected: State, score_error: F64, o_error: F64) -> tuple[F64, F64]:
             continue
         own = seen[b, h, m]
         spread = np.abs(expected.values[b, h // group][own] - expected.o[b, h, m])  # [T, D]
-        off = (weights[b, h, m] * grown[b, h, m])[own] @ spread * np.exp(min(drift[b, h, m], 300.0))
+        off = grown[b, h, m][own] @ spread * np.exp(min(drift[b, h, m], 300.0))
         o_budget[b, h, m] = np.minimum(off, spread.max(0))  # whatever the weights, o' lies among the values
     # l is summed and divided by: as many roundings as tokens are added one by one at worst (a tree needs fewer).
     adds = min(expected.scores.shape[-1], 2 * TILE) + 8
