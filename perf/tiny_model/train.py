@@ -1,6 +1,10 @@
 """Train the tiny model: a small Llama that must look thousands of tokens back to answer.
 
-python -m perf.tiny_model.train --out DIR [--seconds 200] [--resume last.pt]
+    python -m perf.tiny_model.train --out DIR [--seconds 110] [--resume last.pt]
+
+Writes DIR/model: weights in bfloat16 (7 MB), configuration and tokenizer, to be copied beside this file; and DIR/last.pt.
+The model here: 4,690 steps in 110 s on one H200 (torch 2.11, transformers 5.17). Questions answered right by the exported
+model in float32, of 192 each: 100 % where the fact lies 500 to 3,000 tokens back, 99.5 % 3,000 to 4,000, 100 % 4,000 to 4,800.
 """
 
 import argparse
@@ -83,7 +87,7 @@ class Plan:
     # it did not come within 170 s of training that began with 256 tokens.
     stages: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 5120)
     tokens_per_step: int = 32768
-    seconds: float = 150.0
+    seconds: float = 110.0
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     decay_from: float = 0.6  # share of the time after which the rate falls, linearly, to a fiftieth
