@@ -13,6 +13,11 @@ def runs_kernel(x: torch.Tensor) -> bool:
     return x.is_cuda or (KERNELS_ON_CPU and x.device.type == "cpu")
 
 
+def is_native(x: torch.Tensor) -> bool:
+    """Whether kernels on this tensor may use inline assembly and bf16: on a GPU, not in the interpreter."""
+    return x.is_cuda
+
+
 def has_matrix_units(device: torch.device) -> bool:
     """Whether Triton reaches matrix units there: from sm_80 (its sm_75 `tl.dot` unrolls into scalar code)."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -606,7 +606,7 @@ def attend_spectral(
             HG_PAD=head_block,
             C=layout.chunk,
             D=dim,
-            PAIRS=rope.turns.shape[0],
+            PAIRS=pairs,
             R=layout.k.rank,
             R8=ranks.get(8, 0),
             R4=ranks.get(4, 0),
@@ -615,7 +615,7 @@ def attend_spectral(
             BLOCK_K=min(max(triton.next_power_of_2(pairs), 32), 64) if matrix else 8,
             CHUNKS=chunk_block,
             MATRIX=matrix,
-            NATIVE=q.is_cuda,
+            NATIVE=_launch.is_native(q),
             num_warps=2 if layout.k.rank <= 128 else 4,
             num_stages=2 if layout.k.rank <= 128 else 1,
         )
@@ -652,7 +652,7 @@ def attend_spectral(
             V_FLOAT=layout.v.is_float,
             RUN=64,
             MATRIX=matrix,
-            NATIVE=q.is_cuda,
+            NATIVE=_launch.is_native(q),
             **settings,
         )
         return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)

@@ -560,7 +560,7 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             MATRIX=matrix,
-            NATIVE=data.is_cuda,
+            NATIVE=_launch.is_native(data),
             num_warps=4,
         )
     return out

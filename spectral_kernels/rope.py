@@ -422,7 +422,7 @@ def project_queries(
             BLOCK_K=16,
             M=max(16, triton.next_power_of_2(group)),
             MATRIX=_launch.has_matrix_units(q.device),
-            NATIVE=q.is_cuda,
+            NATIVE=_launch.is_native(q),
         )
     return out
 
