@@ -115,11 +115,6 @@ def unpack_rows(rows: ArrayLike, bands: Bands) -> F64:
     return values
 
 
-def k_page(rows: U8) -> U8:
-    """Token rows [..., C, bytes] as they lie in k_pages: row by row."""
-    return rows.copy()
-
-
 def v_page(rows: U8, bands: Bands) -> U8:
     """Token rows [..., C, bytes] as they lie in v_pages [..., bytes, C]: byte j of token d at [j, d].
 
