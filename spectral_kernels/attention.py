@@ -112,12 +112,6 @@ def _offset(groups, i):
 
 
 @triton.jit
-def _by_block(column, x: tl.constexpr, y: tl.constexpr):
-    """x for columns below 16, y for the others, float32."""
-    return tl.where(column < 16, x, y).to(tl.float32)
-
-
-@triton.jit
 def _masked(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexpr):
     """Some bits of every byte, where they are or from SHIFT on, as int8; four bytes an instruction where inline assembly is
     to be had."""
@@ -229,114 +223,15 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _turned_part(
-    q_ptr, turns_ptr, distance, local, live, factor,
-    START: tl.constexpr, SECOND: tl.constexpr, ALIGN: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """hi and lo, int8 [M, 32], of the first (or SECOND) dimensions of pairs START .. START + 31 of each row's query, times
-    `factor` [M], turned by `distance` (a scalar) less ALIGN times `local` [M]."""
-    i = START + tl.arange(0, 32)
-    mask = live[:, None] & (i < PAIRS)[None, :]
-    q1 = tl.load(q_ptr[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    q2 = tl.load(q_ptr[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    turns = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
-    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
-    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[
-        None, :
-    ]
+def _turned(q1, q2, phase, NATIVE: tl.constexpr):
+    """hi and lo, int8, of both dimensions of pairs (q1, q2) turned by phase: 32 pairs of M rows, [M, 32]."""
     cos, sin = cos_sin_of_phase(phase, NATIVE)
-    if SECOND:
-        x = q1 * sin + q2 * cos
-    else:
-        x = q1 * cos - q2 * sin
-    hi, lo, _ = _split_int16(x, NATIVE)
-    return hi, lo
+    hi_1, lo_1, _ = _split_int16(q1 * cos - q2 * sin, NATIVE)
+    hi_2, lo_2, _ = _split_int16(q1 * sin + q2 * cos, NATIVE)
+    return hi_1, lo_1, hi_2, lo_2
 
 
-@triton.jit
-def _largest_pair(q_ptr, live, rotary_scale, D: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr):
-    """The largest magnitude that a turned query can have at any distance, float32 [M]."""
-    largest = tl.zeros([M], dtype=tl.float32)
-    for start in tl.static_range(0, PAIRS, 32):
-        i = start + tl.arange(0, 32)
-        mask = live[:, None] & (i < PAIRS)[None, :]
-        q1 = tl.load(q_ptr[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-        q2 = tl.load(q_ptr[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-        largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
-    for start in tl.static_range(2 * PAIRS, D, 32):
-        i = start + tl.arange(0, 32)
-        q = tl.load(q_ptr[:, None] + i[None, :], mask=live[:, None] & (i < D)[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(q.to(tl.float32)), 1))
-    return largest
-
-
-@triton.jit
-def _project_rows(
-    q_ptr, turns_ptr, basis_ptr, scale_ptr, u_ptr, unit_ptr, bias_ptr,
-    distance, local, live, largest, softmax_scale, rotary_scale, out,
-    HG_PAD: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr,
-    GROUPS: tl.constexpr, M: tl.constexpr, MATRIX: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Project M rows, each a block (`local` after the one at `distance`) and a head, on one basis: see `_project_kernel`.
-
-    q_ptr, out [M]: each row's query, and its index (block, head) in the output.
-    """
-    STEPS: tl.constexpr = (R + 31) // 32
-    TURNED: tl.constexpr = 2 * ((PAIRS + 31) // 32)  # parts of 32 dimensions that turn
-    full = tl.where(largest > 0.0, _FULL / largest, 0.0)
-    a = ()
-    for start in tl.static_range(0, PAIRS, 32):
-        for second in tl.static_range(2):
-            a = a + _turned_part(
-                q_ptr, turns_ptr, distance, local, live, full * rotary_scale, start, second, ALIGN, PAIRS, NATIVE
-            )
-    for start in tl.static_range(2 * PAIRS, D, 32):
-        i = start + tl.arange(0, 32)
-        q = tl.load(q_ptr[:, None] + i[None, :], mask=live[:, None] & (i < D)[None, :], other=0.0).to(tl.float32)
-        hi, lo, _ = _split_int16(q * full[:, None], NATIVE)
-        a = a + (hi, lo)
-    k = tl.arange(0, 32)
-    component = k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2  # of a product's column: see the store below
-    parts = ()
-    top = tl.zeros([M], dtype=tl.float32)
-    for step in tl.static_range(STEPS):
-        r = step * 32 + component
-        hi = tl.zeros([M, 32], dtype=tl.int32)
-        lo = tl.zeros([M, 32], dtype=tl.int32)
-        for n in tl.static_range(len(a) // 2):
-            if n < TURNED:
-                i = n // 2 * 32 + k
-                inside = i < PAIRS
-                i += n % 2 * PAIRS
-            else:
-                i = 2 * PAIRS + (n - TURNED) * 32 + k
-                inside = i < D
-            b = tl.load(basis_ptr + r[None, :] * D + i[:, None], mask=inside[:, None] & (r < R)[None, :], other=0)
-            hi += _dot_int8(a[2 * n], b, MATRIX)
-            lo += _dot_int8(a[2 * n + 1], b, MATRIX)
-        scale = tl.load(scale_ptr + r, mask=r < R, other=0.0) * softmax_scale
-        scale *= _by_block(component, _weight(GROUPS, 2 * step), _weight(GROUPS, 2 * step + 1))
-        u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
-        top = tl.maximum(top, tl.max(tl.abs(u), 1))
-        parts = parts + (u,)
-    unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
-    inverse = tl.where(top > 0.0, _FULL / top, 0.0)
-    bias = tl.zeros([M], dtype=tl.float32)
-    at = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64 + k[None, :]
-    for step in tl.static_range(STEPS):
-        hi, lo, value = _split_int16(parts[step] * inverse[:, None], NATIVE)
-        offset = _by_block(component, _offset(GROUPS, 2 * step), _offset(GROUPS, 2 * step + 1))
-        bias += tl.sum(value * offset[None, :], 1)
-        # Columns 8 j + 2 t + e of a product lie in thread t of four: they go to bytes 8 t + 2 j + e.
-        hi = tl.reshape(tl.permute(tl.reshape(hi, [M, 4, 4, 2]), [0, 2, 1, 3]), [M, 32])
-        lo = tl.reshape(tl.permute(tl.reshape(lo, [M, 4, 4, 2]), [0, 2, 1, 3]), [M, 32])
-        tl.store(at + step * (64 * HG_PAD), hi, mask=live[:, None])
-        tl.store(at + step * (64 * HG_PAD) + 32, lo, mask=live[:, None])
-    tl.store(unit_ptr + out, unit, mask=live)
-    tl.store(bias_ptr + out, bias * unit, mask=live)
-
-
-@triton.jit(do_not_specialize=["max_blocks", "Q", "stride_positions_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "Q", "each", "stride_positions_b", "stride_segments_b"])
 def _project_kernel(
     q_ptr,
     positions_ptr,
@@ -349,6 +244,7 @@ def _project_kernel(
     unit_ptr,
     bias_ptr,
     max_blocks,
+    each,
     Q,
     G,
     softmax_scale,
@@ -371,49 +267,127 @@ def _project_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of M / HG_PAD blocks and one KV head, as the attention kernel reads them, in log2 units:
+    """The projected queries of `each` blocks and one KV head, as the attention kernel reads them, in log2 units:
 
     u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
     by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
     A 16-bit side: u [B*Q, G, max_blocks, HG_PAD, R] float32.
+    M rows at a time, each a block and a head of the group.
     """
-    first = tl.program_id(0) * (M // HG_PAD)
+    STEPS: tl.constexpr = (R + 31) // 32
+    ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
+    first = tl.program_id(0) * each
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
-    length = tl.load(lengths_ptr + b)
-    if first * ALIGN < length:
-        h = tl.arange(0, M) % HG_PAD
-        local = tl.arange(0, M) // HG_PAD
-        live = (h < HG) & ((first + local) * ALIGN < length)
-        distance = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64) - first * ALIGN
-        q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-        q_row = q_ptr + (g * HG + h) * stride_q_h
-        out = ((bq * G + g) * max_blocks + first + local) * HG_PAD + h
-        segments = tl.load(segment_table_ptr + b * stride_segments_b + first + local, mask=live, other=0)
-        largest = _largest_pair(q_row, live, rotary_scale, D, PAIRS, M)
-        # A segment seldom ends among these blocks: project on the first one, and again on each other that occurs.
-        low = tl.min(tl.where(live, segments, 2147483647), 0)
-        high = tl.max(tl.where(live, segments, -1), 0)
-        while low <= high:
-            mine = live & (segments == low)
-            row = (low.to(tl.int64) * G + g) * R
-            if IS_FLOAT:
-                r = tl.arange(0, BLOCK_R)
-                u = projected_query(
-                    q_ptr, turns_ptr, basis_ptr + row * D, distance - local * ALIGN, (g * HG + h) * stride_q_h, mine,
-                    rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
-                )  # fmt: skip
-                u *= (tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale)[:, None]
-                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
-                tl.store(u_float_ptr + out[None, :] * R + r[:, None], u, mask=mine[None, :] & (r < R)[:, None])
-            else:
-                _project_rows(
-                    q_row, turns_ptr, basis_ptr + row * D, scale_ptr + row, u_ptr, unit_ptr, bias_ptr,
-                    distance, local, mine, largest, softmax_scale, rotary_scale, out,
-                    HG_PAD, ALIGN, D, PAIRS, R, GROUPS, M, MATRIX, NATIVE,
-                )  # fmt: skip
-            low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
+    blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
+    segment_table_ptr += b * stride_segments_b
+    h = tl.arange(0, M) % HG_PAD
+    local = tl.arange(0, M) // HG_PAD
+    position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
+    q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
+    q_row = q_ptr + (g * HG + h) * stride_q_h
+    row_out = ((bq * G + g) * max_blocks + local) * HG_PAD + h
+    if not IS_FLOAT:
+        # The rows' queries, in units in which the longest pair is _FULL: one unit at any distance.
+        largest = tl.zeros([M], dtype=tl.float32)
+        k = tl.arange(0, 32)
+        pairs = ()
+        rest = ()
+        for start in tl.static_range(0, PAIRS, 32):
+            mask = (h < HG)[:, None] & (start + k < PAIRS)[None, :]
+            q1 = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+            q2 = tl.load(q_row[:, None] + (PAIRS + start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+            largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
+            pairs = pairs + (q1, q2)
+        for start in tl.static_range(2 * PAIRS, D, 32):
+            mask = (h < HG)[:, None] & (start + k < D)[None, :]
+            x = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+            rest = rest + (x,)
+        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, None]
+        scaled = ()
+        for n in tl.static_range(len(pairs)):
+            scaled = scaled + (pairs[n] * full,)
+        column = tl.arange(0, BLOCK_R)
+        # The component of a product's column: see the stores below.
+        r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+        weight = tl.full([BLOCK_R], 1.0, dtype=tl.float32)
+        offset = tl.zeros([BLOCK_R], dtype=tl.float32)
+        for n in tl.static_range(R // 16):
+            weight *= tl.where(r // 16 == n, _weight(GROUPS, n), 1.0)
+            offset += tl.where(r // 16 == n, _offset(GROUPS, n), 0.0)
+    # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
+    start = first
+    while start < blocks:
+        segment = tl.load(segment_table_ptr + start).to(tl.int64)
+        row = (segment * G + g) * R
+        if IS_FLOAT:
+            live = (h < HG) & (start + local < blocks)
+            live = live & (tl.load(segment_table_ptr + start + local, mask=live, other=-1) == segment)
+            out = row_out + start * HG_PAD
+            i = tl.arange(0, BLOCK_R)
+            u = projected_query(
+                q_ptr, turns_ptr, basis_ptr + row * D, position - (start + local) * ALIGN, (g * HG + h) * stride_q_h, live,
+                rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
+            )  # fmt: skip
+            u *= (tl.load(scale_ptr + row + i, mask=i < R, other=0.0) * softmax_scale)[:, None]
+            u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
+            tl.store(u_float_ptr + out[None, :] * R + i[:, None], u, mask=live[None, :] & (i < R)[:, None])
+            same = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+            start += tl.min(tl.where(same, ROWS, local), 0)
+        else:
+            basis = ()
+            for n in tl.static_range(len(pairs) + len(rest)):
+                if n < len(pairs):
+                    inside = n // 2 * 32 + k < PAIRS
+                    i = n % 2 * PAIRS + n // 2 * 32 + k
+                else:
+                    i = 2 * PAIRS + (n - len(pairs)) * 32 + k
+                    inside = i < D
+                at = basis_ptr + row * D + r[None, :] * D + i[:, None]
+                basis = basis + (tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0),)
+            scale = tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale * weight
+            more = start < blocks
+            while more:
+                live = (h < HG) & (start + local < blocks)
+                here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+                live = live & here
+                distance = position - start.to(tl.int64) * ALIGN
+                hi = tl.zeros([M, BLOCK_R], dtype=tl.int32)
+                lo = tl.zeros([M, BLOCK_R], dtype=tl.int32)
+                for n in tl.static_range(len(pairs) // 2):
+                    turns = tl.load(turns_ptr + n * 32 + k, mask=n * 32 + k < PAIRS, other=0)
+                    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
+                    back = ((ALIGN * turns) >> 32).to(tl.int32)
+                    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * back[None, :]
+                    hi_1, lo_1, hi_2, lo_2 = _turned(scaled[2 * n], scaled[2 * n + 1], phase, NATIVE)
+                    hi += _dot_int8(hi_1, basis[2 * n], MATRIX)
+                    lo += _dot_int8(lo_1, basis[2 * n], MATRIX)
+                    hi += _dot_int8(hi_2, basis[2 * n + 1], MATRIX)
+                    lo += _dot_int8(lo_2, basis[2 * n + 1], MATRIX)
+                for n in tl.static_range(len(rest)):
+                    hi_1, lo_1, _ = _split_int16(rest[n] * full, NATIVE)
+                    hi += _dot_int8(hi_1, basis[len(pairs) + n], MATRIX)
+                    lo += _dot_int8(lo_1, basis[len(pairs) + n], MATRIX)
+                u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
+                top = tl.max(tl.abs(u), 1)
+                hi, lo, value = _split_int16(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], NATIVE)
+                unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
+                out = row_out + start * HG_PAD
+                tl.store(unit_ptr + out, unit, mask=live)
+                tl.store(bias_ptr + out, tl.sum(value * offset[None, :], 1) * unit, mask=live)
+                # Columns 8 j + 2 t + e of every 32 lie in thread t of four: they go to bytes 8 t + 2 j + e.
+                hi = tl.reshape(tl.permute(tl.reshape(hi, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                lo = tl.reshape(tl.permute(tl.reshape(lo, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                u_row = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
+                u_row += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
+                stored = live[:, None] & (column < STEPS * 32)[None, :]
+                tl.store(u_row, hi, mask=stored)
+                tl.store(u_row + 32, lo, mask=stored)
+                done = tl.min(tl.where(here, ROWS, local), 0)
+                start += done
+                more = (done == ROWS) & (start < blocks)
 
 
 @triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
@@ -603,17 +577,17 @@ def _launch_settings(group: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        return {"HG_PAD": pad, "M": 64, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": 4, "num_stages": 1}
+        return project, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Splits of the keys: enough programs for about eight a multiprocessor, none with less than one chunk."""
+    """Splits of the keys: enough programs for about twelve a multiprocessor, none with less than one chunk."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, wanted // max(programs, 1), 64))
+    return max(1, min(tiles, 12 * _launch.multiprocessors(device) // max(programs, 1), 64))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -682,8 +656,10 @@ def attend_spectral(
     unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
     o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
     lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    each = project["M"] // pad  # blocks of a program of `_project_kernel`: more of them once all multiprocessors are busy
+    each *= max(1, triton.cdiv(blocks, each) * kv_heads * rows // (4 * _launch.multiprocessors(q.device)))
     with torch.cuda.device_of(q):
-        _project_kernel[(triton.cdiv(blocks, max(1, project["M"] // pad)), kv_heads, rows)](
+        _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
             q4,
             positions,
             rope.turns,
@@ -695,6 +671,7 @@ def attend_spectral(
             unit,
             bias,
             blocks,
+            each,
             queries,
             kv_heads,
             scale * LOG2_E,
@@ -707,7 +684,7 @@ def attend_spectral(
             D=dim,
             PAIRS=rope.turns.shape[0],
             R=k_rank,
-            BLOCK_R=triton.next_power_of_2(k_rank),
+            BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
             GROUPS=layout.k.groups,
             IS_FLOAT=layout.k.is_float,
             MATRIX=matrix,
