@@ -62,7 +62,7 @@ class Card:
 
     def copies(self, nbytes: int) -> int:
         """How many copies of `nbytes` of inputs keep a call's inputs out of the L2 cache until its turn comes again."""
-        return max(1, min(256, -(-2 * self.properties.L2_cache_size // max(nbytes, 1))))
+        return max(1, min(256, -(-3 * self.properties.L2_cache_size // max(nbytes, 1))))
 
     @cached_property
     def read_bandwidth(self) -> float:
@@ -146,31 +146,33 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
     return Times.of([sample(replays) / len(calls) for _ in range(count)])
 
 
-def kernel_times(calls: Sequence[Call], *, replays: int = 10) -> dict[str, float]:
-    """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's records of graph replays.
+def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]:
+    """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's records.
 
-    Empty where the profiler sees no kernels (CUPTI may be refused).
+    Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by one: a kernel's own time
+    does not depend on that.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    graph = capture(calls)
-    graph.replay()
+    for call in calls:
+        call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(replays):
-            graph.replay()
+        for _ in range(rounds):
+            for call in calls:
+                call()
         torch.cuda.synchronize()
     found: dict[str, list[float]] = {}
     for event in profiler.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             found.setdefault(event.name, []).append(event.time_range.elapsed_us())
-    runs = len(calls) * replays
+    runs = len(calls) * rounds
     # A kernel that a call starts n times counts n times.
     return {name: statistics.median(times) * round(len(times) / runs) for name, times in found.items()}
 
 
-def versions() -> dict[str, Any]:
-    """What ran: commit (with "+" where files differ from it), torch, triton. Without git: "unknown"."""
+def versions(commit: str | None = None) -> dict[str, Any]:
+    """What ran: commit (git's, with "+" where files differ from it, unless given; without git "unknown"), torch, triton."""
 
     def git(*args: str) -> str | None:
         try:
@@ -179,10 +181,6 @@ def versions() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    commit = git("rev-parse", "--short", "HEAD")
-    dirty = git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "commit": "unknown" if commit is None else commit + ("+" if dirty else ""),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
+    if commit is None and (commit := git("rev-parse", "--short", "HEAD")):
+        commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"commit": commit or "unknown", "torch": torch.__version__, "triton": triton.__version__}

@@ -303,6 +303,9 @@ def warm_up(card: Card, layouts: Sequence[str], heads: Sequence[str], dims: Sequ
 
 def compile_in_parallel(shapes: Sequence[Shape], layouts: Sequence[str]) -> None:
     """One process a kernel variant (a compiler holds Python's lock), as many at a time as there are cores to spare."""
+    workers = (os.cpu_count() or 1) - 2
+    if workers < 2:
+        return  # Colab: it would be no faster
     variants = sorted({(f"{s.heads}/{s.kv_heads}", s.dim, layout) for s in shapes for layout in layouts})
     waiting = [
         [sys.executable, "-m", "perf.attention", "--warm-up", "--heads", heads, "--dims", str(dim), "--layouts", layout]
@@ -310,7 +313,7 @@ def compile_in_parallel(shapes: Sequence[Shape], layouts: Sequence[str]) -> None
     ]
     running: list[subprocess.Popen] = []
     while waiting or running:
-        while waiting and len(running) < max(1, (os.cpu_count() or 2) - 2):
+        while waiting and len(running) < workers:
             running.append(subprocess.Popen(waiting.pop(0), cwd=ROOT, stderr=subprocess.DEVNULL))
         running = [process for process in running if process.poll() is None]
         time.sleep(0.05)
@@ -352,6 +355,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     results = tables.RESULTS / "attention.jsonl"
     parser.add_argument("--json", type=Path, nargs="?", const=results, help=f"append rows (default file: {results})")
     parser.add_argument("--plot", type=Path, help="after measuring, draw speed-up against T from the rows of --json as PNG")
+    parser.add_argument("--commit", help="what rows say is measured; default: git's word")
     parser.add_argument("--warm-up", action="store_true", help="compile only")
     args = parser.parse_args(argv)
     if args.plot and not args.json:
@@ -380,7 +384,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = list(shapes_of(args))
     wanted = args.peers or [peer.name for peer in PEERS if not (args.quick and peer.name == "flex")]
     compile_in_parallel(shapes, args.layouts)
-    same = {"gpu": card.name, **versions(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")}
+    same = {
+        "gpu": card.name,
+        **versions(args.commit),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+    }
     print(
         f"{card.name}, commit {same['commit']}, {card.dtype}, read-only pass {card.read_bandwidth / 1e9:.0f} GB/s",
         flush=True,

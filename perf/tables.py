@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from perf._cases import LAYOUTS
+from perf._timing import ROOT
+
 RESULTS = ROOT / "perf" / "results"
 Row = dict[str, Any]
 ATTENTION_KEY = ("gpu", "B", "H", "G", "D", "T", "layout")
-ATTENTION_LAYOUTS = ("quality", "balanced", "small", "32x8")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 
 
@@ -62,7 +63,7 @@ def attention_table(rows: Iterable[Row]) -> str:
         peer = next((row for row in own.values() if row["best_peer"] is not None), None)
         cells = [gpu, f"{heads}/{groups}", str(dim), str(batch), f"{tokens:,}"]
         cells.append("-" if peer is None else f"{peer['best_peer_us']:.4g} {peer['best_peer']}")
-        for layout in ATTENTION_LAYOUTS:
+        for layout in LAYOUTS:
             row = own.get(layout, {})
             if not row:
                 cells.append("-")
@@ -72,7 +73,7 @@ def attention_table(rows: Iterable[Row]) -> str:
             cells.append(f"{row['p50_us']:.4g}{speedup}{share}")
         lines.append(cells)
     commits = sorted({row["commit"] for own in shapes.values() for row in own.values()})
-    header = ["card", "H/G", "D", "B", "T", "best dense peer, us", *ATTENTION_LAYOUTS]
+    header = ["card", "H/G", "D", "B", "T", "best dense peer, us", *LAYOUTS]
     return f"{markdown(header, lines)}\nMeasured at {', '.join(commits)}.\n"
 
 
@@ -113,7 +114,7 @@ def plot_attention(rows: Iterable[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(batches), figsize=(3.2 * len(batches), 3.2), sharey=True, squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         for gpu in sorted({row["gpu"] for row in shown}):
-            for layout in ATTENTION_LAYOUTS:
+            for layout in LAYOUTS:
                 points = [(r["T"], r["speedup"]) for r in shown if (r["gpu"], r["B"], r["layout"]) == (gpu, batch, layout)]
                 if points:
                     axis.plot(*zip(*points, strict=True), marker="o", label=f"{layout}, {gpu}")

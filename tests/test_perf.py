@@ -152,7 +152,7 @@ def test_without_a_card_nothing_is_measured():
 
 class SmallCard(_timing.Card):
     properties = SimpleNamespace(name="none", major=8, L2_cache_size=1 << 16)
-    free = 256 << 20
+    free = 32 << 20
     read_bandwidth = 1e9
 
 
