@@ -402,8 +402,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if need > free:
             print(f"{shape}: skipped, needs {need / 1e9:.0f} GB of {free / 1e9:.0f} GB free", file=sys.stderr)
             continue
-        peers = time_peers(shape, [peer for peer in PEERS if peer.name in wanted], card)
-        print(f"[{index + 1}/{len(shapes)}] {shape}: {peers}", file=sys.stderr, flush=True)
+        peers: dict[str, float | str] = {peer.name: "not asked for" for peer in PEERS}
+        peers |= time_peers(shape, [peer for peer in PEERS if peer.name in wanted], card)
+        shown = "; ".join(f"{name} {t if isinstance(t, str) else format(t, '.4g')}" for name, t in peers.items())
+        print(f"[{index + 1}/{len(shapes)}] {shape}: {shown}", file=sys.stderr, flush=True)
         for layout in args.layouts:
             try:
                 row = {**same, **measure(shape, layout, peers, card)}

@@ -49,7 +49,7 @@ class Kernel:
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
-    """Tokens (a power of two) that take three to six times the L2 cache, 64 MiB or more, at most an eighth of free memory."""
+    """Tokens (a power of two) that take 3 to 6 times the L2 cache, at least 64 MiB, at most an eighth of free memory."""
     size = min(max(6 * card.properties.L2_cache_size, 128 << 20), card.free // 8)
     return 1 << (size // token_bytes).bit_length() - 1
 

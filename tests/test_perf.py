@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -134,6 +135,46 @@ def test_percentiles():
     assert _timing.Times.of(range(101)) == _timing.Times(20.0, 50.0, 80.0)
 
 
+class FakeDevice:
+    """A clock that only replays move, by 120 microseconds each, and the events and graphs that go with it."""
+
+    def __init__(self) -> None:
+        self.now, self.replays = 0.0, 0
+
+    def replay(self) -> None:
+        self.now += 120.0
+        self.replays += 1
+
+    def event(self, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(at=0.0, synchronize=lambda: None)
+        event.record = lambda: setattr(event, "at", self.now)
+        event.elapsed_time = lambda end: (end.at - event.at) / 1e3
+        return event
+
+
+def test_a_call_takes_its_share_of_a_replay(monkeypatch):
+    device = FakeDevice()
+    monkeypatch.setattr(_timing, "capture", lambda calls: device)
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    times = _timing.device_times([lambda: None] * 3, seconds=0.01)
+    assert (times.p20, times.p50, times.p80) == pytest.approx((40.0, 40.0, 40.0))
+    assert device.replays == 3 + 167 + 4 * 21  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
+
+
+def test_kernel_times_are_of_one_call(monkeypatch):
+    """Two calls, five rounds; one kernel runs twice a call, and the host's records are not counted."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(name: str, us: float, device=cuda) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
+
+    events = [event("attend", 7.0)] * 9 + [event("attend", 90.0)] + [event("merge", 2.0)] * 20 + [event("launch", 5.0, cpu)]
+    profiler = SimpleNamespace(events=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert _timing.kernel_times([lambda: None] * 2, rounds=5) == {"attend": 7.0, "merge": 4.0}
+
+
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernel itself, in the interpreter")
 def test_the_read_only_pass_reads_everything():
     x = torch.randint(-(2**20), 2**20, (4096,), dtype=torch.int32)  # NumPy does not wrap its sums, a card does
@@ -152,7 +193,7 @@ def test_without_a_card_nothing_is_measured():
 
 class SmallCard(_timing.Card):
     properties = SimpleNamespace(name="none", major=8, L2_cache_size=1 << 16)
-    free = 32 << 20
+    free = 128 << 20
     read_bandwidth = 1e9
 
 
