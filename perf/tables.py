@@ -123,7 +123,7 @@ def plot_attention(rows: Iterable[Row], path: Path) -> None:
         ticks = sorted({row["T"] for row in shown})
         axis.set_xticks(ticks, [f"{t // 1024}K" for t in ticks], minor=False)
         axis.minorticks_off()
-    axes[0][0].set_ylabel("times as fast as the best dense peer")
+    axes[0][0].set_ylabel("speed-up over the best peer")
     axes[0][-1].legend(fontsize="x-small")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
