@@ -1,15 +1,14 @@
-"""Oracle of spectral_kernels/pages.py: where each component's bits lie, looked up one component at a time.
+"""Oracle of spectral_kernels/pages.py: where each component's bits lie, looked up one token and component at a time.
 
-bands is ((rank, bits), ...). A row (one token) is its bands side by side; inside a band of rank r
-    16 bits: fp16, little-endian, components in order
-    8 bits:  component i is byte i, holding n - 128 in two's complement
-    4 bits:  component i is byte i mod (r/2), bits 0-3 for i < r/2 and bits 4-7 for the others
-    2 bits:  component i is byte i mod (r/4), bits 2f and 2f + 1 with f = i div (r/4)
-and a component's value, in units of its step, is n - (2**bits - 1)/2 (16 bits: the number itself).
+bands is ((rank, bits), ...). Components are taken in blocks of 16 of one width. Blocks share the bytes of a group of 16
+columns, from the low bits up, as long as they fit in 8 bits. The value of a component, in units of its step, is
+n - (2**bits - 1)/2 for its code n; 8 bits hold n - 128 in two's complement. A 16-bit side is
+fp16, [C, R] for K, [R, C] for V.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -39,29 +38,59 @@ class PageArrays:
     lengths: NDArray[np.int32]
 
 
+def groups_of(bands: Bands) -> list[list[int]]:
+    """The bits of the blocks in each group."""
+    blocks = [bits for rank, bits in bands for _ in range(rank // 16)]
+    groups: list[list[int]] = []
+    for bits in blocks:
+        if not groups or sum(groups[-1]) + bits > 8:
+            groups.append([])
+        groups[-1].append(bits)
+    return groups
+
+
 def row_bytes(bands: Bands) -> int:
-    return sum(rank * bits for rank, bits in bands) // 8
+    """Bytes a token: two tokens share the bytes of a group that uses 4 bits or less."""
+    if bands[0][1] == 16:
+        return 2 * bands[0][0]
+    return sum(16 if sum(group) > 4 else 8 for group in groups_of(bands))
 
 
-def component_bits(bands: Bands) -> list[tuple[int, int, int]]:
-    """For each component of a row: (byte of the row, lowest bit in that byte, number of bits)."""
-    where = []
-    first_byte = 0
-    for rank, bits in bands:
-        for i in range(rank):
-            if bits == 16:
-                where.append((first_byte + 2 * i, 0, 16))
-            elif bits == 8:
-                where.append((first_byte + i, 0, 8))
-            elif bits == 4:
-                where.append((first_byte + i, 0, 4) if i < rank // 2 else (first_byte + i - rank // 2, 4, 4))
-            elif bits == 2:
-                field = i // (rank // 4)
-                where.append((first_byte + i - field * (rank // 4), 2 * field, 2))
-            else:
-                raise ValueError(f"bits: expected 16, 8, 4 or 2, got {bits}")
-        first_byte += rank * bits // 8
-    return where
+def byte_in_subtile(token: int, column: int, side: str) -> int:
+    """Byte, of 512, of a column of one of 32 tokens."""
+    if side == "k":
+        return 64 * (token % 8) + 16 * (column // 4) + 4 * (token // 8) + column % 4
+    return 64 * (column % 8) + 16 * (token // 8) + 8 * (column // 8) + token % 8
+
+
+@cache
+def _places(
+    bands: tuple[tuple[int, int], ...], chunk: int, side: str
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """For token d and component r of a page: byte [C, R] (16 bits: the lower one), lowest bit [C, R], and bits [R]."""
+    rank = sum(r for r, _ in bands)
+    byte, low = np.zeros((2, chunk, rank), np.int64)
+    bits = np.array([b for r, b in bands for _ in range(r)], np.int64)
+    if bands[0][1] == 16:
+        for d in range(chunk):
+            for r in range(rank):
+                byte[d, r] = 2 * (d * rank + r if side == "k" else r * chunk + d)
+        return byte, low, bits
+    start = first = 0
+    for group in groups_of(bands):
+        half = sum(group) <= 4
+        used = 0
+        for width in group:
+            for d in range(chunk):
+                tile, sub, token = d // 64, d // 32 % 2, d % 32
+                for column in range(16):
+                    at = byte_in_subtile(token, column, side)
+                    byte[d, first + column] = start + (tile * 512 if half else tile * 1024 + sub * 512) + at
+                    low[d, first + column] = used + (4 * sub if half else 0)
+            first += 16
+            used += width
+        start += chunk * (8 if half else 16)
+    return byte, low, bits
 
 
 def code_of(value: ArrayLike, bits: int) -> NDArray[np.int64]:
@@ -71,81 +100,57 @@ def code_of(value: ArrayLike, bits: int) -> NDArray[np.int64]:
     return np.clip(floored + 2 ** (bits - 1), 0, 2**bits - 1)
 
 
-def pack_rows(values: ArrayLike, bands: Bands) -> U8:
-    """Coefficients in units of their steps [..., R] to rows of bytes [..., bytes]."""
+def places(bands: Bands, chunk: int, side: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """For token d and component r of a page: byte [C, R] (16 bits: the lower one), lowest bit [C, R], and bits [R]."""
+    return _places(tuple((int(rank), int(bits)) for rank, bits in bands), chunk, side)
+
+
+def pack_pages(values: ArrayLike, bands: Bands, side: str) -> U8:
+    """Coefficients in units of their steps [..., C, R] to pages [..., C * bytes]."""
     values = np.asarray(values)
     codes = np.empty(values.shape, np.int64)
-    for r, (_, _, bits) in enumerate(component_bits(bands)):
+    for r, bits in enumerate(b for rank, b in bands for _ in range(rank)):
         if bits == 16:
             codes[..., r] = values[..., r].astype(np.float16).view(np.uint16)
         else:
             codes[..., r] = code_of(values[..., r], bits)
-    return pack_codes(codes, bands)
+    return pack_codes(codes, bands, side)
 
 
-def pack_codes(codes: NDArray[np.int64], bands: Bands) -> U8:
-    """Codes n [..., R] (for 16 bits: the bit pattern of the fp16) to rows of bytes [..., bytes]."""
-    rows = np.zeros((*codes.shape[:-1], row_bytes(bands)), np.uint8)
-    for r, (byte, low, bits) in enumerate(component_bits(bands)):
+def pack_codes(codes: NDArray[np.int64], bands: Bands, side: str) -> U8:
+    """Codes n [..., C, R] (for 16 bits: the bit pattern of the fp16) to pages [..., C * bytes]."""
+    chunk = codes.shape[-2]
+    pages = np.zeros((*codes.shape[:-2], chunk * row_bytes(bands)), np.uint8)
+    byte, low, bits = places(bands, chunk, side)
+    for r, width in enumerate(bits):
         n = codes[..., r]
-        if bits == 16:
-            rows[..., byte] = n % 256
-            rows[..., byte + 1] = n // 256
-        elif bits == 8:
-            rows[..., byte] = (n - 128) % 256
-        else:
-            rows[..., byte] += (n * 2**low).astype(np.uint8)
-    return rows
+        if width == 16:
+            pages[..., byte[:, r]] = n % 256
+            pages[..., byte[:, r] + 1] = n // 256
+            continue
+        stored = (n - 128) % 256 if width == 8 else n
+        for sub in range(2):  # two tokens may share a byte: one assignment for each
+            part = np.arange(chunk) // 32 % 2 == sub
+            pages[..., byte[part, r]] += (stored[..., part] * 2 ** low[part, r]).astype(np.uint8)
+    return pages
 
 
-def unpack_rows(rows: ArrayLike, bands: Bands) -> F64:
-    """Rows of bytes [..., bytes] to coefficients in units of their steps [..., R]."""
-    rows = np.asarray(rows).astype(np.int64)
-    where = component_bits(bands)
-    values = np.empty((*rows.shape[:-1], len(where)))
-    for r, (byte, low, bits) in enumerate(where):
-        if bits == 16:
-            pattern = (rows[..., byte] + 256 * rows[..., byte + 1]).astype(np.uint16)
+def unpack_pages(pages: ArrayLike, bands: Bands, side: str) -> F64:
+    """Pages [..., C * bytes] to coefficients in units of their steps [..., C, R]."""
+    pages = np.asarray(pages).astype(np.int64)
+    chunk = pages.shape[-1] // row_bytes(bands)
+    byte, low, bits = places(bands, chunk, side)
+    values = np.empty((*pages.shape[:-1], chunk, len(bits)))
+    for r, width in enumerate(bits):
+        n = pages[..., byte[:, r]]
+        if width == 16:
+            pattern = (n + 256 * pages[..., byte[:, r] + 1]).astype(np.uint16)
             values[..., r] = pattern.view(np.float16)
-        elif bits == 8:
-            signed = np.where(rows[..., byte] < 128, rows[..., byte], rows[..., byte] - 256)
-            values[..., r] = signed + 128 - 127.5
+        elif width == 8:
+            values[..., r] = np.where(n < 128, n, n - 256) + 128 - 127.5
         else:
-            values[..., r] = rows[..., byte] // 2**low % 2**bits - (2**bits - 1) / 2
+            values[..., r] = n // 2 ** low[:, r] % 2**width - (2**width - 1) / 2
     return values
-
-
-def v_page(rows: U8, bands: Bands) -> U8:
-    """Token rows [..., C, bytes] as they lie in v_pages [..., bytes, C]: byte j of token d at [j, d].
-
-    A 16-bit side viewed as fp16 is [..., R, C]: the two bytes of component r of token d are neighbours.
-    """
-    chunk, size = rows.shape[-2:]
-    page = np.empty((*rows.shape[:-2], size, chunk), np.uint8)
-    if bands[0][1] == 16:
-        flat = page.reshape(*rows.shape[:-2], size * chunk)
-        for r in range(size // 2):
-            for half in range(2):
-                flat[..., 2 * r * chunk + half : 2 * (r + 1) * chunk : 2] = rows[..., 2 * r + half]
-    else:
-        for j in range(size):
-            page[..., j, :] = rows[..., j]
-    return page
-
-
-def v_rows(page: U8, bands: Bands) -> U8:
-    """The inverse of `v_page`."""
-    size, chunk = page.shape[-2:]
-    rows = np.empty((*page.shape[:-2], chunk, size), np.uint8)
-    if bands[0][1] == 16:
-        flat = np.ascontiguousarray(page).reshape(*page.shape[:-2], size * chunk)
-        for r in range(size // 2):
-            for half in range(2):
-                rows[..., 2 * r + half] = flat[..., 2 * r * chunk + half : 2 * (r + 1) * chunk : 2]
-    else:
-        for j in range(size):
-            rows[..., j] = page[..., j, :]
-    return rows
 
 
 def coefficients(pages: PageArrays, b: int) -> tuple[F64, F64, NDArray[np.bool_]]:
@@ -153,8 +158,8 @@ def coefficients(pages: PageArrays, b: int) -> tuple[F64, F64, NDArray[np.bool_]
     length, groups, chunk = int(pages.lengths[b]), pages.k_pages.shape[1], pages.chunk
     chunks = -(-length // chunk)
     table = pages.page_table[b, :chunks]
-    k = unpack_rows(pages.k_pages[table], pages.k_bands)  # [chunks, G, C, R_K]
-    v = unpack_rows(v_rows(pages.v_pages[table], pages.v_bands), pages.v_bands)
+    k = unpack_pages(pages.k_pages[table], pages.k_bands, "k")  # [chunks, G, C, R_K]
+    v = unpack_pages(pages.v_pages[table], pages.v_bands, "v")
     words = pages.skip[table].astype(np.int64) % 2**32  # [chunks, G, C/32], as unsigned
     skipped = np.stack([words[..., d // 32] // 2 ** (d % 32) % 2 for d in range(chunk)], axis=-1)  # [chunks, G, C]
 

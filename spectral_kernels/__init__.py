@@ -12,7 +12,7 @@ from .attention import attend_exact, attend_spectral
 from .cache import PRESETS, Preset, SpectralCache
 from .compress import decode, encode, fit_basis, fit_encoder, fit_side, fit_steps, gram, quantise_basis, query_metric
 from .merge import lse_from_log2, lse_to_log2, merge_many_states, merge_states
-from .pages import Bands, PageLayout, Pages, allocate_pages, pack_rows, unpack_rows
+from .pages import Bands, PageLayout, Pages, allocate_pages, pack_pages, unpack_pages
 from .rope import Rope, phase_align, project_queries, rotate
 
 __all__ = [
@@ -37,11 +37,11 @@ __all__ = [
     "lse_to_log2",
     "merge_many_states",
     "merge_states",
-    "pack_rows",
+    "pack_pages",
     "phase_align",
     "project_queries",
     "quantise_basis",
     "query_metric",
     "rotate",
-    "unpack_rows",
+    "unpack_pages",
 ]

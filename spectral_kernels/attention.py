@@ -34,65 +34,70 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
 from ._launch import cos_sin, dot_f32, dot_int8_f32
 from .merge import merge_many_states
-from .pages import CHUNKS, HEAD_DIMS, Bands, Pages, unpack_rows, v_rows
+from .pages import CHUNKS, HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
 LOG2_E = math.log2(math.e)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the rounded integer in a float's low bits
 
 
-def blocks(bands: Bands, smallest: int, largest: int) -> tuple[tuple[int, int, int, int, int, int], ...]:
-    """Each band cut into power-of-two runs of bytes that one dot takes: (first byte, bytes, block, bits, first component,
-    components from one field of a byte to the next). A block reaches past `bytes` when the band is narrower."""
-    out = []
-    for byte, size, bits, component, rank in bands.planes():
-        fields = 1 if bits == 16 else 8 // bits
-        lanes = rank // fields
-        lane = 0
-        while lane < lanes:
-            left = lanes - lane
-            block = triton.next_power_of_2(left)
-            if left < 0.7 * block:  # less padding, one dot more
-                block //= 2
-            block = min(max(block, smallest), largest)
-            used = min(left, block)
-            out.append((byte + lane * size // lanes, used, block, bits, component + lane, lanes))
-            lane += used
-    return tuple(out)
+@triton.constexpr_function
+def _first(groups, n):
+    """First component of group n."""
+    return groups[n][0]
 
 
 @triton.constexpr_function
-def _at(blocks, n, i):
-    return blocks[n][i]
+def _fields(groups, n):
+    """Bits of each field of group n."""
+    return groups[n][1]
 
 
 @triton.constexpr_function
-def _plane(blocks, n, f):
-    """Which accumulator belongs to field f of block n."""
-    return sum(1 if block[3] == 16 else 8 // block[3] for block in blocks[:n]) + f
+def _shift(groups, n, f):
+    """Lowest bit of field f of group n."""
+    return sum(groups[n][1][:f])
+
+
+@triton.constexpr_function
+def _half(groups, n):
+    """Whether group n holds two tokens a byte (pages.is_half)."""
+    return sum(groups[n][1]) <= 4
+
+
+@triton.constexpr_function
+def _subtiles(groups, n):
+    """Sub-tiles of 512 bytes in a tile of group n."""
+    return 1 if sum(groups[n][1]) <= 4 else 2
+
+
+@triton.constexpr_function
+def _group_offset(groups, n):
+    """Bytes a token of the groups before n: all are full."""
+    return 16 * n
 
 
 @triton.jit
-def _field(x, BITS: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr):
-    """Field F of every byte as int8; four bytes an instruction where inline assembly is to be had."""
+def _field(x, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """BITS bits from SHIFT of every byte as int8; four bytes an instruction where inline assembly is to be had."""
     if BITS == 8:
         y = x.to(tl.int8, bitcast=True)
     elif NATIVE:
         if BITS == 4:
-            if F == 0:
+            if SHIFT == 0:
                 y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [x], tl.int8, True, 4)
             else:
                 y = tl.inline_asm_elementwise(
                     "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [x], tl.int8, True, 4
                 )
         else:
-            if F == 0:
+            if SHIFT == 0:
                 y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x03030303;", "=r,r", [x], tl.int8, True, 4)
-            elif F == 1:
+            elif SHIFT == 2:
                 y = tl.inline_asm_elementwise(
                     "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
                 )
-            elif F == 2:
+            elif SHIFT == 4:
                 y = tl.inline_asm_elementwise(
                     "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
                 )
@@ -101,8 +106,59 @@ def _field(x, BITS: tl.constexpr, F: tl.constexpr, NATIVE: tl.constexpr):
                     "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
                 )
     else:
-        y = ((x >> (BITS * F)) & ((1 << BITS) - 1)).to(tl.int8)
+        y = ((x >> SHIFT) & ((1 << BITS) - 1)).to(tl.int8)
     return y
+
+
+# Pages hold operand fragments (pages.py): these views move no data between the threads of a warp.
+
+
+@triton.jit
+def _k_columns(ptr, SUBTILES: tl.constexpr):
+    """Bytes [32 SUBTILES tokens, 16 columns] of a tile of a K group."""
+    x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
+    x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 4, 4]), [0, 3, 1, 2, 4])
+    return tl.reshape(x, [32 * SUBTILES, 16])
+
+
+@triton.jit
+def _v_columns(ptr, SUBTILES: tl.constexpr):
+    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group."""
+    x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
+    x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 2, 8]), [3, 1, 0, 2, 4])
+    return tl.reshape(x, [16, 32 * SUBTILES])
+
+
+@triton.jit
+def _k_block(x, HALF: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """One block of components of 64 tokens, int8 [64, 16]."""
+    y = _field(x, SHIFT, BITS, NATIVE)
+    if HALF:
+        y = tl.reshape(tl.permute(tl.join(y, _field(x, SHIFT + 4, BITS, NATIVE)), [2, 0, 1]), [64, 16])
+    return y
+
+
+@triton.jit
+def _v_block(x, HALF: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """One block of components of 64 tokens, int8 [16, 64]."""
+    y = _field(x, SHIFT, BITS, NATIVE)
+    if HALF:
+        y = tl.reshape(tl.permute(tl.join(y, _field(x, SHIFT + 4, BITS, NATIVE)), [0, 2, 1]), [16, 64])
+    return y
+
+
+@triton.jit
+def _side_by_side(x, y):
+    """Two blocks [64, 16] as [64, 32]: columns 8t + b of x for b < 4, of y for b >= 4. `_split_query_kernel` stores u so"""
+    x = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
+    return tl.reshape(tl.permute(x, [0, 1, 3, 2]), [64, 32])
+
+
+@triton.jit
+def _u_operand(ptr, N: tl.constexpr):
+    """The projected queries of two blocks, int8 [32, N], in the order of `_side_by_side`."""
+    x = tl.reshape(tl.load(ptr + tl.arange(0, 32 * N)), [N, 32])
+    return tl.permute(x, [1, 0])
 
 
 @triton.jit
@@ -163,6 +219,7 @@ def _split_query_kernel(
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     R: tl.constexpr,
+    STEPS: tl.constexpr,
     R8: tl.constexpr,
     R4: tl.constexpr,
     IS_FLOAT: tl.constexpr,
@@ -174,8 +231,9 @@ def _split_query_kernel(
 ):
     """The projected queries of CHUNKS chunks and one KV head, as the attention kernel reads them, in log2 units.
 
-    u [B*Q, G, max_chunks, HG, 2, R] int8 (hi, lo) with scale and bias (sum of u z) [B*Q, G, max_chunks, HG];
-    a 16-bit side: u [B*Q, G, max_chunks, HG, R] float32.
+    u [B*Q, G, max_chunks, ceil(R/32), 2 HG_PAD, 32] int8: columns (head, hi or lo), 32 components in the order of
+    `_side_by_side`; with scale and bias (sum of u z) [B*Q, G, max_chunks, HG].
+    A 16-bit side: u [B*Q, G, max_chunks, HG, R] float32.
     """
     M: tl.constexpr = CHUNKS * HG_PAD
     first = tl.program_id(0) * CHUNKS
@@ -193,8 +251,10 @@ def _split_query_kernel(
         q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
         offset = (g * HG + h) * stride_q_h
         segments = tl.load(segment_table_ptr + b * stride_segments_b + chunk, mask=live, other=0)
-        r = tl.arange(0, BLOCK_R)
+        at = tl.arange(0, BLOCK_R)
+        r = at
         if not IS_FLOAT:
+            r = at // 32 * 32 + at % 8 // 4 * 16 + at % 32 // 8 * 4 + at % 4
             # The largest magnitude that a turned query can have: one scale for its int8 parts at any distance.
             largest = tl.zeros([M], dtype=tl.float32)
             for start in range(0, PAIRS, BLOCK_K):
@@ -257,16 +317,20 @@ def _split_query_kernel(
             scale = tl.load(scale_ptr + (low.to(tl.int64) * G + g) * R + r, mask=r < R, other=0.0) * softmax_scale
             u = tl.where(mine[None, :], one * scale[:, None], u)
             low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
-        out = ((bq * G + g) * max_chunks + chunk) * HG + h
-        mask = live[None, :] & (r < R)[:, None]
+        row = (bq * G + g) * max_chunks + chunk
+        out = row * HG + h
         if IS_FLOAT:
-            tl.store(u_ptr + out[None, :] * R + r[:, None], u, mask=mask)
+            tl.store(u_ptr + out[None, :] * R + r[:, None], u, mask=live[None, :] & (r < R)[:, None])
         else:
             step = tl.max(tl.abs(u), 0) * (1.0 / 127.0)
             step = tl.where(step > 0.0, step, 1.0)
             u_hi, u_lo, value = _split_int8(u / step[None, :], 254.0)
-            tl.store(u_ptr + out[None, :] * (2 * R) + r[:, None], u_hi.to(tl.int8), mask=mask)
-            tl.store(u_ptr + out[None, :] * (2 * R) + R + r[:, None], u_lo.to(tl.int8), mask=mask)
+            # Columns of heads that pad the operand are written too: zeros, as their queries were read.
+            inside = (chunk * C < length) & (h < HG_PAD)
+            mask = inside[None, :] & (at < STEPS * 32)[:, None]
+            u_at = (row[None, :] * STEPS + (at // 32)[:, None]) * (64 * HG_PAD) + (h * 64)[None, :] + (at % 32)[:, None]
+            tl.store(u_ptr + u_at, u_hi.to(tl.int8), mask=mask)
+            tl.store(u_ptr + u_at + 32, u_lo.to(tl.int8), mask=mask)
             bias = tl.sum(value * _offset_of(r, R8, R4, IS_FLOAT)[:, None], 0) * step
             tl.store(u_scale_ptr + out, step, mask=live)
             tl.store(u_bias_ptr + out, bias, mask=live)
@@ -304,17 +368,18 @@ def _attend_spectral_kernel(
     V4: tl.constexpr,
     K_BYTES: tl.constexpr,
     V_BYTES: tl.constexpr,
-    K_BLOCKS: tl.constexpr,
-    V_BLOCKS: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
     K_FLOAT: tl.constexpr,
     V_FLOAT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     RUN: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """One split of the chunks of one row, query and KV head: its state over all heads of the group."""
-    TILES: tl.constexpr = C // BLOCK_T
+    TILES: tl.constexpr = C // 64
+    N: tl.constexpr = 2 * HG_PAD
+    STEPS: tl.constexpr = (RK + 31) // 32
     split = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
@@ -328,9 +393,9 @@ def _attend_spectral_kernel(
     segment_table_ptr += b * stride_segments_b
     u_row = (bq * G + g) * max_chunks
 
-    t = tl.arange(0, BLOCK_T)
+    t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
-    hl = tl.arange(0, 2 * HG_PAD)
+    i16 = tl.arange(0, 16)
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
@@ -344,59 +409,46 @@ def _attend_spectral_kernel(
         l = tl.zeros([HG_PAD], dtype=tl.float32)
         w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
         acc = ()
-        for n in tl.static_range(len(V_BLOCKS)):
-            for _ in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
-                acc = acc + (tl.zeros([_at(V_BLOCKS, n, 2), HG_PAD], dtype=tl.float32),)
+        for _ in tl.static_range(RV // 16):
+            acc = acc + (tl.zeros([16, HG_PAD], dtype=tl.float32),)
         for tile in range(chunk * TILES, (chunk + run) * TILES):
             j = tile // TILES
-            token = (tile % TILES) * BLOCK_T + t  # within the page
+            part = tile % TILES  # of the page
             page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
             if K_FLOAT:
-                s = tl.zeros([BLOCK_T, HG_PAD], dtype=tl.float32)
-                for n in tl.static_range(len(K_BLOCKS)):
-                    lane = tl.arange(0, _at(K_BLOCKS, n, 2))
-                    used = lane < _at(K_BLOCKS, n, 1)
-                    k = tl.load(
-                        k_ptr.to(tl.pointer_type(tl.float16))
-                        + (page * C + token)[:, None] * RK
-                        + (_at(K_BLOCKS, n, 4) + lane)[None, :],
-                        mask=used[None, :],
-                        other=0.0,
-                    )
-                    u = tl.load(
-                        u_ptr.to(tl.pointer_type(tl.float32))
-                        + ((u_row + j) * HG + h)[None, :] * RK
-                        + (_at(K_BLOCKS, n, 4) + lane)[:, None],
-                        mask=used[:, None] & (h < HG)[None, :],
-                        other=0.0,
-                    )
+                s = tl.zeros([64, HG_PAD], dtype=tl.float32)
+                k_half_ptr = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.float16))
+                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + (u_row + j) * (HG * RK)
+                for start in tl.static_range(0, RK, 16):
+                    k = tl.load(k_half_ptr + (part * 64 + t)[:, None] * RK + (start + i16)[None, :])
+                    u = tl.load(u_float_ptr + h[None, :] * RK + (start + i16)[:, None], mask=(h < HG)[None, :], other=0.0)
                     s += dot_f32(k.to(tl.float32), u, MATRIX)
             else:
-                dots = tl.zeros([BLOCK_T, 2 * HG_PAD], dtype=tl.int32)
-                for n in tl.static_range(len(K_BLOCKS)):
-                    lane = tl.arange(0, _at(K_BLOCKS, n, 2))
-                    used = lane < _at(K_BLOCKS, n, 1)
-                    k = tl.load(
-                        k_ptr + (page * C + token)[:, None] * K_BYTES + (_at(K_BLOCKS, n, 0) + lane)[None, :],
-                        mask=used[None, :],
-                        other=0,
-                    )
-                    for f in tl.static_range(8 // _at(K_BLOCKS, n, 3)):
-                        u = tl.load(
-                            u_ptr
-                            + ((u_row + j) * (2 * HG) + hl)[None, :] * RK
-                            + (_at(K_BLOCKS, n, 4) + f * _at(K_BLOCKS, n, 5) + lane)[:, None],
-                            mask=used[:, None] & (hl < 2 * HG)[None, :],
-                            other=0,
+                blocks = ()
+                for n in tl.static_range(len(K_GROUPS)):
+                    k_group_ptr = k_ptr + page * (C * K_BYTES) + _group_offset(K_GROUPS, n) * C
+                    x = _k_columns(k_group_ptr + part * (512 * _subtiles(K_GROUPS, n)), _subtiles(K_GROUPS, n))
+                    for f in tl.static_range(len(_fields(K_GROUPS, n))):
+                        blocks = blocks + (
+                            _k_block(x, _half(K_GROUPS, n), _shift(K_GROUPS, n, f), _fields(K_GROUPS, n)[f], NATIVE),
                         )
-                        dots += _dot_int8(_field(k, _at(K_BLOCKS, n, 3), f, NATIVE), u, MATRIX)
-                hi, lo = tl.split(tl.reshape(dots, [BLOCK_T, HG_PAD, 2]))
+                if RK % 32:
+                    blocks = blocks + (tl.zeros([64, 16], dtype=tl.int8),)
+                dots = tl.zeros([64, N], dtype=tl.int32)
+                for step in tl.static_range(STEPS):
+                    u = _u_operand(u_ptr + ((u_row + j) * STEPS + step) * (32 * N), N)
+                    dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
+                hi, lo = tl.split(tl.reshape(dots, [64, HG_PAD, 2]))
                 u_scale = tl.load(u_scale_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
                 u_bias = tl.load(u_bias_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
                 s = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * u_scale[None, :] + u_bias[None, :]
-            skip = tl.load(skip_ptr + page * (C // 32) + token // 32)
-            seen = (((skip >> (token % 32)) & 1) == 0) & (j * C + token < length)
-            s = tl.where(seen[:, None], s, float("-inf"))  # [BLOCK_T, HG_PAD]
+            # Tokens kept exact elsewhere, and those past the row's length: seldom any, and one branch for all threads.
+            hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
+            left = length - (j * C + part * 64)
+            if left < 64:
+                hidden |= tl.full([], -1, dtype=tl.int64) << tl.maximum(left, 0).to(tl.int64)
+            if hidden != 0:
+                s = tl.where((((hidden >> t) & 1) == 0)[:, None], s, float("-inf"))  # [64, HG_PAD]
             m_tile = tl.max(s, 0)
             p = tl.exp2(s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :])
             m_new = tl.maximum(m, m_tile)
@@ -405,36 +457,29 @@ def _attend_spectral_kernel(
             new = tl.exp2(m_tile - top)
             l = l * old + tl.sum(p, 0) * new
             m = m_new
-            w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
-            w_sum = w_sum * old + tl.sum(w, 0) * new
-            # hi and lo as neighbouring columns of one operand; cast last (triton 3.6 fails on the other order).
-            w_both = tl.reshape(tl.join(w_hi, w_lo), [BLOCK_T, 2 * HG_PAD]).to(tl.int8)
             rescaled = ()
-            for n in tl.static_range(len(V_BLOCKS)):
-                lane = tl.arange(0, _at(V_BLOCKS, n, 2))
-                used = lane < _at(V_BLOCKS, n, 1)
-                if V_FLOAT:
+            if V_FLOAT:
+                v_half_ptr = (v_ptr + page * (C * V_BYTES)).to(tl.pointer_type(tl.float16))
+                for n in tl.static_range(RV // 16):
                     v = tl.load(
-                        v_ptr.to(tl.pointer_type(tl.float16))
-                        + (page * RV + _at(V_BLOCKS, n, 4) + lane)[:, None] * C
-                        + token[None, :],
-                        mask=used[:, None] & seen[None, :],  # weights are 0 there; what is stored may be NaN
+                        v_half_ptr + (n * 16 + i16)[:, None] * C + (part * 64 + t)[None, :],
+                        mask=(((hidden >> t) & 1) == 0)[None, :],  # weights are 0 there; what is stored may be NaN
                         other=0.0,
                     )
-                    part = dot_f32(v.to(tl.float32), p, MATRIX)
-                    rescaled = rescaled + (acc[_plane(V_BLOCKS, n, 0)] * old[None, :] + part * new[None, :],)
-                else:
-                    v = tl.load(
-                        v_ptr + (page * V_BYTES + _at(V_BLOCKS, n, 0) + lane)[:, None] * C + token[None, :],
-                        mask=used[:, None],
-                        other=0,
-                    )
-                    for f in tl.static_range(8 // _at(V_BLOCKS, n, 3)):
-                        y = _field(v, _at(V_BLOCKS, n, 3), f, NATIVE)
-                        both = tl.reshape(_dot_int8(y, w_both, MATRIX), [_at(V_BLOCKS, n, 2), HG_PAD, 2])
-                        hi, lo = tl.split(both.to(tl.float32))
-                        part = hi + lo * (1.0 / 127.0)
-                        rescaled = rescaled + (acc[_plane(V_BLOCKS, n, f)] * old[None, :] + part * new[None, :],)
+                    rescaled = rescaled + (acc[n] * old[None, :] + dot_f32(v.to(tl.float32), p, MATRIX) * new[None, :],)
+            else:
+                w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
+                w_sum = w_sum * old + tl.sum(w, 0) * new
+                # hi and lo as neighbouring columns of one operand; cast last (triton 3.6 fails on the other order).
+                w_both = tl.reshape(tl.join(w_hi, w_lo), [64, N]).to(tl.int8)
+                for n in tl.static_range(len(V_GROUPS)):
+                    v_group_ptr = v_ptr + page * (C * V_BYTES) + _group_offset(V_GROUPS, n) * C
+                    x = _v_columns(v_group_ptr + part * (512 * _subtiles(V_GROUPS, n)), _subtiles(V_GROUPS, n))
+                    for f in tl.static_range(len(_fields(V_GROUPS, n))):
+                        y = _v_block(x, _half(V_GROUPS, n), _shift(V_GROUPS, n, f), _fields(V_GROUPS, n)[f], NATIVE)
+                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX).to(tl.float32), [16, HG_PAD, 2]))
+                        part_sum = (hi + lo * (1.0 / 127.0)) * new[None, :]
+                        rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
             acc = rescaled
         # The run's output, coefficients times the V basis, joins that of earlier runs in global memory, a few dimensions
         # at a time: held in registers it would cost the loop above half its warps.
@@ -449,56 +494,30 @@ def _attend_spectral_kernel(
         new *= norm if V_FLOAT else norm * (1.0 / 127.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
-        for n in tl.static_range(len(V_BLOCKS)):
-            lane = tl.arange(0, _at(V_BLOCKS, n, 2))
-            for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
-                r = _at(V_BLOCKS, n, 4) + f * _at(V_BLOCKS, n, 5) + lane
-                scale = tl.load(scale_ptr + basis_row + r, mask=lane < _at(V_BLOCKS, n, 1), other=0.0)
-                coefficient = acc[_plane(V_BLOCKS, n, f)] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
-                scaled = scaled + (coefficient * scale[:, None] * new[None, :],)
+        for n in tl.static_range(RV // 16):
+            r = n * 16 + i16
+            coefficient = acc[n] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
+            scaled = scaled + (coefficient * tl.load(scale_ptr + basis_row + r)[:, None] * new[None, :],)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = (d < D)[:, None] & (h < HG)[None, :]
             o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
             o *= old[None, :]
-            for n in tl.static_range(len(V_BLOCKS)):
-                lane = tl.arange(0, _at(V_BLOCKS, n, 2))
-                for f in tl.static_range(1 if V_FLOAT else 8 // _at(V_BLOCKS, n, 3)):
-                    r = _at(V_BLOCKS, n, 4) + f * _at(V_BLOCKS, n, 5) + lane
-                    basis = tl.load(
-                        basis_ptr + (basis_row + r)[None, :] * D + d[:, None],
-                        mask=(lane < _at(V_BLOCKS, n, 1))[None, :] & (d < D)[:, None],
-                        other=0,
-                    )
-                    o += dot_int8_f32(basis, scaled[_plane(V_BLOCKS, n, f)], MATRIX, NATIVE)
+            for n in tl.static_range(RV // 16):
+                rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
+                basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
+                o += dot_int8_f32(basis, scaled[n], MATRIX, NATIVE)
             tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
         tl.debug_barrier()  # the next run's threads read what others wrote
         chunk += run
     tl.store(lse_ptr + out, tl.where(l_all > 0.0, m_all * 0.6931471805599453 + tl.log(l_all), float("-inf")), mask=h < HG)
 
 
-def _launch_settings(group: int, layout, matrix: bool) -> dict:
+def _launch_settings(group: int, matrix: bool) -> dict:
     """Tile sizes and warps of `_attend_spectral_kernel` by shape and path: a pure function."""
-    if matrix:
-        # 32: the least depth of an int8 dot; tokens are its M and, for V, its depth.
-        return {
-            "HG_PAD": max(4, triton.next_power_of_2(group)),
-            "BLOCK_T": min(layout.chunk, 64),
-            "K_BLOCKS": blocks(layout.k, 32, 128),
-            "V_BLOCKS": blocks(layout.v, 16, 128),
-            "BLOCK_D": 32,
-            "num_warps": 1,
-            "num_stages": 5,
-        }
-    return {  # multiply and sum: [BLOCK_T, block, heads] products live in registers
-        "HG_PAD": triton.next_power_of_2(group),
-        "BLOCK_T": 32,
-        "K_BLOCKS": blocks(layout.k, 16, 16),
-        "V_BLOCKS": blocks(layout.v, 16, 16),
-        "BLOCK_D": 16,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
+    if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
+        return {"HG_PAD": max(4, triton.next_power_of_2(group)), "BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+    return {"HG_PAD": triton.next_power_of_2(group), "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:
@@ -566,20 +585,20 @@ def attend_spectral(
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    settings = _launch_settings(group, layout, matrix)
+    settings = _launch_settings(group, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
     ranks = {bits: rank for rank, bits in layout.k.bands}
     v_ranks = {bits: rank for rank, bits in layout.v.bands}
     u_shape = (rows, kv_heads, chunks, group, layout.k.rank)
+    steps = triton.cdiv(layout.k.rank, 32)
     if layout.k.is_float:
         u = torch.empty(u_shape, dtype=torch.float32, device=q.device)
     else:
-        u = torch.empty((*u_shape[:4], 2, u_shape[4]), dtype=torch.int8, device=q.device)
+        u = torch.empty((*u_shape[:3], steps, 2 * settings["HG_PAD"], 32), dtype=torch.int8, device=q.device)
     u_scale, u_bias = torch.empty((2, *u_shape[:4]), dtype=torch.float32, device=q.device)
     o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
     lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
-    head_block = triton.next_power_of_2(group)
-    chunk_block = max(1, 32 // head_block) if matrix else 1
+    chunk_block = max(1, 32 // settings["HG_PAD"]) if matrix else 1
     pairs = rope.turns.shape[0]
     with torch.cuda.device_of(q):
         _split_query_kernel[(triton.cdiv(chunks, chunk_block), kv_heads, rows)](
@@ -602,15 +621,16 @@ def attend_spectral(
             positions.stride(0),
             pages.segment_table.stride(0),
             HG=group,
-            HG_PAD=head_block,
+            HG_PAD=settings["HG_PAD"],
             C=layout.chunk,
             D=dim,
             PAIRS=pairs,
             R=layout.k.rank,
+            STEPS=steps,
             R8=ranks.get(8, 0),
             R4=ranks.get(4, 0),
             IS_FLOAT=layout.k.is_float,
-            BLOCK_R=triton.next_power_of_2(layout.k.rank),
+            BLOCK_R=triton.next_power_of_2(32 * steps),
             BLOCK_K=min(max(triton.next_power_of_2(pairs), 32), 64) if matrix else 8,
             CHUNKS=chunk_block,
             MATRIX=matrix,
@@ -647,6 +667,8 @@ def attend_spectral(
             V4=v_ranks.get(4, 0),
             K_BYTES=layout.k.bytes,
             V_BYTES=layout.v.bytes,
+            K_GROUPS=layout.k.groups,
+            V_GROUPS=layout.v.groups,
             K_FLOAT=layout.k.is_float,
             V_FLOAT=layout.v.is_float,
             RUN=64,
@@ -676,8 +698,8 @@ def attend_spectral_torch(
     seen = live.unflatten(1, (chunks, -1))[:, :, None] & ~skipped
 
     # A 16-bit page may hold NaN where nothing was written or is seen.
-    k = unpack_rows(pages.k_pages[table], layout.k).masked_fill(~seen[..., None], 0.0)  # [B, chunks, G, C, R]
-    v = unpack_rows(v_rows(pages.v_pages, layout.v)[table], layout.v).masked_fill(~seen[..., None], 0.0)
+    k = unpack_pages(pages.k_pages[table], layout.k, side="k").masked_fill(~seen[..., None], 0.0)  # [B, chunks, G, C, R]
+    v = unpack_pages(pages.v_pages[table], layout.v, side="v").masked_fill(~seen[..., None], 0.0)
     u = project_queries_torch(q4, pos, pages, rope)[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
     scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) * scale
     scores = scores.masked_fill(~seen.transpose(1, 2)[:, :, None, None], float("-inf")).flatten(-2)

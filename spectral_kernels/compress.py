@@ -26,8 +26,8 @@ import triton.language as tl
 from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
 from ._launch import dot_f32, dot_int8_f32
-from .attention import _at, _field, _offset_of, blocks
-from .pages import Bands, Pages, pack_rows, unpack_rows, v_pages_from_rows, v_rows
+from .attention import _field, _fields, _first, _group_offset, _half, _offset_of, _shift, _subtiles
+from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate
 
 # Share of the mean eigenvalue added to a metric: directions that no query used must still be encoded, if coarsely.
@@ -294,6 +294,26 @@ def fit_side(
     return basis, scale * steps, encoder / steps[..., None, :]
 
 
+@triton.jit
+def _byte_of(token, column, IS_K: tl.constexpr):
+    """Byte of a sub-tile (pages.py) for tokens below 32 and columns below 16."""
+    if IS_K:
+        byte = token % 8 * 64 + column // 4 * 16 + token // 8 * 4 + column % 4
+    else:
+        byte = column % 8 * 64 + token // 8 * 16 + column // 8 * 8 + token % 8
+    return byte
+
+
+@triton.jit
+def _code(c, BITS: tl.constexpr):
+    """The code of a coefficient in units of its step, as stored (pages.py), int32."""
+    code = tl.floor(c + (1 << (BITS - 1)))
+    code = tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
+    if BITS == 8:
+        code ^= 128
+    return code
+
+
 @triton.jit(do_not_specialize=["stride_ids_b"])
 def _encode_kernel(
     x_ptr,
@@ -309,56 +329,69 @@ def _encode_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     BYTES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TOKEN_MAJOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_K: tl.constexpr,
     IS_FLOAT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MATRIX: tl.constexpr,
 ):
-    """BLOCK_T tokens of one chunk of one row and head: project, quantise, pack."""
-    TILES: tl.constexpr = C // BLOCK_T
+    """A tile of 64 tokens of one chunk of one row and head: project, quantise, pack."""
+    TILES: tl.constexpr = C // 64
     chunk = tl.program_id(0) // TILES
-    token = (tl.program_id(0) % TILES) * BLOCK_T + tl.arange(0, BLOCK_T)
+    tile = tl.program_id(0) % TILES
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     page = tl.load(page_ids_ptr + b * stride_ids_b + chunk).to(tl.int64)
-    x_row = x_ptr + b * stride_x_b + g * stride_x_g + (chunk.to(tl.int64) * C + token)[:, None] * stride_x_t
+    x_ptr += b * stride_x_b + g * stride_x_g + (chunk.to(tl.int64) * C + tile * 64) * stride_x_t
     encoder_ptr += (b * G + g) * D * R
+    t = tl.arange(0, 32)
+    column = tl.arange(0, 16)
     if page >= 0:
-        page = page * G + g
-        for n in tl.static_range(len(BLOCKS)):
-            lane = tl.arange(0, _at(BLOCKS, n, 2))
-            used = lane < _at(BLOCKS, n, 1)
-            byte = tl.zeros([BLOCK_T, _at(BLOCKS, n, 2)], dtype=tl.int32)
-            for f in tl.static_range(1 if IS_FLOAT else 8 // _at(BLOCKS, n, 3)):
-                r = _at(BLOCKS, n, 4) + f * _at(BLOCKS, n, 5) + lane
-                c = tl.zeros([BLOCK_T, _at(BLOCKS, n, 2)], dtype=tl.float32)
-                for start in range(0, D, BLOCK_K):
-                    k = start + tl.arange(0, BLOCK_K)
-                    x = tl.load(x_row + k[None, :], mask=(k < D)[None, :], other=0.0).to(tl.float32)
-                    e = tl.load(encoder_ptr + k[:, None] * R + r[None, :], mask=(k < D)[:, None] & used[None, :], other=0.0)
-                    c += dot_f32(x, e, MATRIX)
-                if IS_FLOAT:
-                    at = (page * C + token)[:, None] * R + r[None, :]
-                    if not TOKEN_MAJOR:
-                        at = (page * R + r)[None, :] * C + token[:, None]
-                    tl.store(
-                        pages_ptr.to(tl.pointer_type(tl.float16)) + at,
-                        tl.clamp(c, -65504.0, 65504.0).to(tl.float16),
-                        mask=used[None, :],
-                    )
-                else:
-                    code = tl.floor(c + (1 << (_at(BLOCKS, n, 3) - 1)))
-                    code = tl.minimum(tl.maximum(code, 0.0), (1 << _at(BLOCKS, n, 3)) - 1.0).to(tl.int32)
-                    byte |= code << (_at(BLOCKS, n, 3) * f)
-            if not IS_FLOAT:
-                if _at(BLOCKS, n, 3) == 8:
-                    byte ^= 128
-                at = (page * C + token)[:, None] * BYTES + (_at(BLOCKS, n, 0) + lane)[None, :]
-                if not TOKEN_MAJOR:
-                    at = (page * BYTES + _at(BLOCKS, n, 0) + lane)[None, :] * C + token[:, None]
-                tl.store(pages_ptr + at, byte.to(tl.uint8), mask=used[None, :])
+        page_ptr = pages_ptr + (page * G + g) * (C * BYTES)
+        if IS_FLOAT:
+            for n in tl.static_range(R // 16):
+                for i in tl.static_range(2):
+                    c = _coefficients(x_ptr, encoder_ptr + n * 16, stride_x_t, i, D, R, BLOCK_K, MATRIX)
+                    token = tile * 64 + i * 32 + t
+                    r = n * 16 + column
+                    at = token[:, None] * R + r[None, :]
+                    if not IS_K:
+                        at = r[None, :] * C + token[:, None]
+                    tl.store(page_ptr.to(tl.pointer_type(tl.float16)) + at, tl.clamp(c, -65504.0, 65504.0).to(tl.float16))
+        else:
+            for n in tl.static_range(len(GROUPS)):
+                tile_ptr = page_ptr + _group_offset(GROUPS, n) * C + tile * (512 * _subtiles(GROUPS, n))
+                both = tl.zeros([32, 16], dtype=tl.int32)
+                for i in tl.static_range(2):
+                    byte = tl.zeros([32, 16], dtype=tl.int32)
+                    for f in tl.static_range(len(_fields(GROUPS, n))):
+                        c = _coefficients(
+                            x_ptr, encoder_ptr + _first(GROUPS, n) + f * 16, stride_x_t, i, D, R, BLOCK_K, MATRIX
+                        )
+                        byte |= _code(c, _fields(GROUPS, n)[f]) << _shift(GROUPS, n, f)
+                    at = _byte_of(t[:, None], column[None, :], IS_K)
+                    if _half(GROUPS, n):
+                        both |= byte << (4 * i)
+                    else:
+                        tl.store(tile_ptr + i * 512 + at, byte.to(tl.uint8))
+                if _half(GROUPS, n):
+                    tl.store(tile_ptr + _byte_of(t[:, None], column[None, :], IS_K), both.to(tl.uint8))
+
+
+@triton.jit
+def _coefficients(
+    x_ptr, encoder_ptr, stride_x_t, i, D: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, MATRIX: tl.constexpr
+):
+    """Tokens 32 i .. 32 i + 31 times 16 columns of the encoder, float32 [32, 16]."""
+    token = i * 32 + tl.arange(0, 32)
+    column = tl.arange(0, 16)
+    c = tl.zeros([32, 16], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptr + token[:, None] * stride_x_t + k[None, :], mask=(k < D)[None, :], other=0.0).to(tl.float32)
+        e = tl.load(encoder_ptr + k[:, None] * R + column[None, :], mask=(k < D)[:, None], other=0.0)
+        c += dot_f32(x, e, MATRIX)
+    return c
 
 
 def _check_encode(x, encoder, bands, pages, page_ids, side):
@@ -366,9 +399,9 @@ def _check_encode(x, encoder, bands, pages, page_ids, side):
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     batch, heads, tokens, dim = x.shape
     check_tensor("encoder", encoder, shape=(batch, heads, dim, bands.rank), dtype=torch.float32, device=x.device)
-    check_tensor("pages", pages, shape=(None, heads, None, None), dtype=torch.uint8, device=x.device)
-    chunk = pages.shape[2 if side == "k" else 3]
-    if pages.shape[3 if side == "k" else 2] != bands.bytes or not pages.is_contiguous():
+    check_tensor("pages", pages, shape=(None, heads, None), dtype=torch.uint8, device=x.device)
+    chunk, rest = divmod(pages.shape[2], bands.bytes)
+    if rest or chunk not in CHUNKS or not pages.is_contiguous():
         raise ValueError(f"pages: expected contiguous pages of {bands.bytes} bytes a token, got {list(pages.shape)}")
     if tokens % chunk:
         raise ValueError(f"x: expected a multiple of C = {chunk} tokens, got {tokens}")
@@ -385,9 +418,9 @@ def encode(
         x: [B, G, T, D] phase-aligned keys or values, fp16, bf16 or fp32; T a multiple of C; last dimension of stride 1.
         encoder: float32 [B, G, D, R]: x @ encoder is in units of the quantiser's steps (`fit_side`).
         bands: of the side.
-        pages: uint8 k_pages [P, G, C, bytes] or v_pages [P, G, bytes, C], contiguous; written in place.
+        pages: uint8 k_pages or v_pages [P, G, C * bytes], contiguous; written in place.
         page_ids: int32 [B, T/C], page of each chunk, no page twice; negative: the chunk is left out.
-        side: "k" (token-major pages) or "v" (token-contiguous pages).
+        side: "k" or "v": the order of the bytes.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     Float32 arithmetic (three-product tf32 dots); codes as in pages.py.
@@ -399,9 +432,8 @@ def encode(
     if x.numel() == 0:
         return None
     matrix = _launch.has_matrix_units(x.device)
-    block_t = 32 if matrix else 16
     with torch.cuda.device_of(x):
-        _encode_kernel[(tokens // block_t, heads, batch)](
+        _encode_kernel[(tokens // 64, heads, batch)](
             x,
             encoder.contiguous(),
             page_ids,
@@ -413,11 +445,10 @@ def encode(
             D=dim,
             R=bands.rank,
             BYTES=bands.bytes,
-            BLOCKS=blocks(bands, 16, 64 if matrix else 16),
-            TOKEN_MAJOR=side == "k",
+            GROUPS=bands.groups,
+            IS_K=side == "k",
             IS_FLOAT=bands.is_float,
-            BLOCK_T=block_t,
-            BLOCK_K=16,
+            BLOCK_K=32 if matrix else 8,
             MATRIX=matrix,
             num_warps=4,
         )
@@ -429,11 +460,9 @@ def encode_torch(
 ) -> None:
     """`encode` in plain PyTorch."""
     chunk = _check_encode(x, encoder, bands, pages, page_ids, side)
-    rows = pack_rows(x.float() @ encoder, bands)  # [B, G, T, bytes]
-    rows = rows.unflatten(2, (-1, chunk)).transpose(1, 2)  # [B, chunks, G, C, bytes]
+    values = (x.float() @ encoder).unflatten(2, (-1, chunk)).transpose(1, 2)  # [B, chunks, G, C, R]
     keep = page_ids >= 0
-    chosen = rows[keep]
-    pages[page_ids[keep].long()] = chosen if side == "k" else v_pages_from_rows(chosen, bands)
+    pages[page_ids[keep].long()] = pack_pages(values[keep], bands, side=side)
 
 
 @triton.jit(do_not_specialize=["max_chunks", "stride_pages_b", "stride_segments_b"])
@@ -455,58 +484,61 @@ def _decode_kernel(
     R8: tl.constexpr,
     R4: tl.constexpr,
     BYTES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TOKEN_MAJOR: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_K: tl.constexpr,
     IS_FLOAT: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_T tokens, BLOCK_D dimensions of one chunk of one row and head: unpack and multiply by the basis."""
-    TILES: tl.constexpr = C // BLOCK_T
+    """32 tokens (a sub-tile), BLOCK_D dimensions of one chunk of one row and head: unpack and multiply by the basis."""
     blocks_d = tl.cdiv(D, BLOCK_D)
     tile = tl.program_id(0) // blocks_d
-    chunk = tile // TILES
-    token = (tile % TILES) * BLOCK_T + tl.arange(0, BLOCK_T)
+    chunk = tile // (C // 32)
+    sub = tile % (C // 32)
+    t = tl.arange(0, 32)
+    token = sub * 32 + t
+    column = tl.arange(0, 16)
     d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     length = tl.load(lengths_ptr + b)
     live = chunk * C + token < length
-    x = tl.zeros([BLOCK_D, BLOCK_T], dtype=tl.float32)
+    x = tl.zeros([BLOCK_D, 32], dtype=tl.float32)
     if chunk * C < length:
-        page = tl.load(page_table_ptr + b * stride_pages_b + chunk).to(tl.int64) * G + g
+        page_ptr = pages_ptr + (tl.load(page_table_ptr + b * stride_pages_b + chunk).to(tl.int64) * G + g) * (C * BYTES)
         basis_row = (tl.load(segment_table_ptr + b * stride_segments_b + chunk).to(tl.int64) * G + g) * R
-        for n in tl.static_range(len(BLOCKS)):
-            lane = tl.arange(0, _at(BLOCKS, n, 2))
-            used = lane < _at(BLOCKS, n, 1)
-            if not IS_FLOAT:
-                at = (page * C + token)[None, :] * BYTES + (_at(BLOCKS, n, 0) + lane)[:, None]
-                if not TOKEN_MAJOR:
-                    at = (page * BYTES + _at(BLOCKS, n, 0) + lane)[:, None] * C + token[None, :]
-                byte = tl.load(pages_ptr + at, mask=used[:, None], other=0)
-            for f in tl.static_range(1 if IS_FLOAT else 8 // _at(BLOCKS, n, 3)):
-                r = _at(BLOCKS, n, 4) + f * _at(BLOCKS, n, 5) + lane
-                if IS_FLOAT:
-                    at = (page * C + token)[None, :] * R + r[:, None]
-                    if not TOKEN_MAJOR:
-                        at = (page * R + r)[:, None] * C + token[None, :]
-                    half_ptr = pages_ptr.to(tl.pointer_type(tl.float16))
-                    c = tl.load(half_ptr + at, mask=used[:, None] & live[None, :], other=0.0).to(tl.float32)
+        if IS_FLOAT:
+            for n in tl.static_range(R // 16):
+                r = n * 16 + column
+                at = token[None, :] * R + r[:, None]
+                if not IS_K:
+                    at = r[:, None] * C + token[None, :]
+                c = tl.load(page_ptr.to(tl.pointer_type(tl.float16)) + at, mask=live[None, :], other=0.0).to(tl.float32)
+                x += _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D, MATRIX, NATIVE)
+        else:
+            at = _byte_of(t[None, :], column[:, None], IS_K)
+            for n in tl.static_range(len(GROUPS)):
+                group_ptr = page_ptr + _group_offset(GROUPS, n) * C
+                if _half(GROUPS, n):
+                    byte = tl.load(group_ptr + sub // 2 * 512 + at) >> (sub % 2 * 4).to(tl.uint8)
                 else:
-                    c = _field(byte, _at(BLOCKS, n, 3), f, False).to(tl.float32)
+                    byte = tl.load(group_ptr + sub * 512 + at)
+                for f in tl.static_range(len(_fields(GROUPS, n))):
+                    r = _first(GROUPS, n) + f * 16 + column
+                    c = _field(byte, _shift(GROUPS, n, f), _fields(GROUPS, n)[f], False).to(tl.float32)
                     c += _offset_of(r, R8, R4, IS_FLOAT)[:, None]
-                basis = tl.load(
-                    basis_ptr + (basis_row + r)[None, :] * D + d[:, None],
-                    mask=used[None, :] & (d < D)[:, None],
-                    other=0,
-                )
-                c *= tl.load(scale_ptr + basis_row + r, mask=used, other=0.0)[:, None]
-                x += dot_int8_f32(basis, c, MATRIX, NATIVE)
+                    x += _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D, MATRIX, NATIVE)
     out = ((b * G + g) * max_chunks + chunk) * C + token
     x = tl.where(live[None, :], x, 0.0)
     tl.store(out_ptr + out[None, :] * D + d[:, None], x, mask=(d < D)[:, None])
+
+
+@triton.jit
+def _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D: tl.constexpr, MATRIX: tl.constexpr, NATIVE: tl.constexpr):
+    """What 16 components c [16, 32] of rows r add to dimensions d, float32."""
+    basis = tl.load(basis_ptr + (basis_row + r)[None, :] * D + d[:, None], mask=(d < D)[:, None], other=0)
+    return dot_int8_f32(basis, c * tl.load(scale_ptr + basis_row + r)[:, None], MATRIX, NATIVE)
 
 
 def decode(pages: Pages, *, side: str) -> torch.Tensor:
@@ -534,9 +566,9 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
         return out
     matrix = _launch.has_matrix_units(data.device)
     ranks = {bits: rank for rank, bits in bands.bands}
-    block_t, block_d = (32, 64) if matrix else (16, 16)
+    block_d = 64 if matrix else 16
     with torch.cuda.device_of(data):
-        _decode_kernel[(chunks * chunk // block_t * triton.cdiv(dim, block_d), heads, batch)](
+        _decode_kernel[(chunks * chunk // 32 * triton.cdiv(dim, block_d), heads, batch)](
             data,
             pages.k_basis if side == "k" else pages.v_basis,
             pages.k_scale if side == "k" else pages.v_scale,
@@ -554,10 +586,9 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
             R8=ranks.get(8, 0),
             R4=ranks.get(4, 0),
             BYTES=bands.bytes,
-            BLOCKS=blocks(bands, 16, 32 if matrix else 16),
-            TOKEN_MAJOR=side == "k",
+            GROUPS=bands.groups,
+            IS_K=side == "k",
             IS_FLOAT=bands.is_float,
-            BLOCK_T=block_t,
             BLOCK_D=block_d,
             MATRIX=matrix,
             NATIVE=_launch.is_native(data),
@@ -574,8 +605,8 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     live = index < pages.lengths[:, None]  # [B, T]
     table = torch.where(live[:, ::chunk], pages.page_table, 0).long()
     segments = torch.where(live[:, ::chunk], pages.segment_table, 0).long()
-    rows = pages.k_pages if k else v_rows(pages.v_pages, layout.v)
-    values = unpack_rows(rows[table], layout.k if k else layout.v)  # [B, chunks, G, C, R]
+    data = pages.k_pages if k else pages.v_pages
+    values = unpack_pages(data[table], layout.k if k else layout.v, side=side)  # [B, chunks, G, C, R]
     values = values.masked_fill(~live.unflatten(1, (-1, chunk))[:, :, None, :, None], 0.0)
     basis = (pages.k_basis if k else pages.v_basis)[segments].float()
     # A missing chunk reads segment 0, which may hold NaN.

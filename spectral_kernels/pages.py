@@ -1,29 +1,31 @@
 """The byte layout of cold (spectral) pages: the one place that knows bytes.
 
-A chunk of C tokens is a page. A token's row in a page is its K (or V) coefficients, quantised, band after band.
+A chunk of C tokens is a page: for K and for V the coefficients of its tokens, quantised, in the order in which the matrix
+units of a GPU want them (operand fragments of mma.m16n8k32 on int8): a lane's 16-byte load is an operand as it is.
 
-    side        bands ((rank, bits), ...): bits 16, 8, 4 or 2, not increasing; ranks multiples of 16; R = sum of ranks
-    value       component r of a token stands for  step_r * (n - (2**bits - 1) / 2)  with the code n in 0 .. 2**bits - 1;
-                steps are folded into `k_scale` / `v_scale`, so that attention uses the integers as they are.
-                A 16-bit band is the only band of its side; its value is step_r * (an fp16 number).
-    8-bit band  rank r takes r bytes; byte i is component i as two's complement of n - 128 (n ^ 0x80)
-    4-bit band  rank r takes r/2 bytes; byte j holds component j in bits 0-3 and component j + r/2 in bits 4-7
-    2-bit band  rank r takes r/4 bytes; byte j holds components j, j + r/4, j + 2r/4, j + 3r/4 in bits 0-1, 2-3, 4-5, 6-7
-    16-bit band component i is the little-endian fp16 at bytes 2i and 2i + 1
+    side      bands ((rank, bits), ...): bits 16, 8, 4 or 2, not increasing; ranks multiples of 16; R = sum of ranks
+    value     component r of a token stands for  step_r * (n - (2**bits - 1) / 2)  with the code n in 0 .. 2**bits - 1;
+              steps are folded into `k_scale` / `v_scale`, so that attention uses the integers as they are.
+              8 bits are stored as two's complement of n - 128 (n ^ 0x80), 4 and 2 bits as n.
+    group     the components, in blocks of 16 of one width, fill the fields of groups of 16 byte columns, low bits of a byte
+              first: (8), (4, 4), (4, 2, 2) or (2, 2, 2, 2) bits. Column c of a field is component c of its block. The last
+              group may have bits to spare; if it uses 4 or less it is a half group, whose bytes hold two tokens.
+    page      group after group. A group is C/64 tiles of 64 tokens, a tile two sub-tiles of 32 tokens (a half group: one
+              sub-tile, tokens 0-31 of the tile in bits 0-3, tokens 32-63 in bits 4-7 of its bytes).
+    sub-tile  512 bytes. With g in 0..7 and t in 0..3 at byte 64 g + 16 t:
+                K  byte 4 r + b (r, b in 0..3): token 8 r + g, column 4 t + b
+                V  byte 8 h + b (h in 0..1, b in 0..7): token 8 t + b, column 8 h + g
 
-so a plane (one field of all bytes of a band) is a contiguous run of components, and a mask and a shift unpack it.
-
-    k_pages [P, G, C, bytes_K]   a token's row is contiguous
-    v_pages [P, G, bytes_V, C]   byte j of token d is at [j, d]: what the product with the weights contracts (tokens) is
-                                 contiguous. A 16-bit side viewed as fp16 is [P, G, R, C].
+    k_pages [P, G, C * bytes_K]  v_pages [P, G, C * bytes_V]
     skip    [P, G, C/32] int32   bit d % 32 of word d // 32 set: token d is kept exact elsewhere and has no cold score
+
+A 16-bit band is the only band of its side: little-endian fp16 numbers in units of step_r, [C, R] for K and [R, C] for V.
 
 Oracle: reference/pages.py. Test: tests/test_pages.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,7 +33,8 @@ import torch
 
 from ._checks import check_in, check_tensor
 
-CHUNKS = (32, 64, 128, 256)
+CHUNKS = (64, 128, 256)
+BLOCK = 16  # components of a block, columns of a group
 HEAD_DIMS = (64, 80, 96, 128, 256)
 
 
@@ -74,9 +77,20 @@ class Bands:
         return sum(rank for rank, _ in self.bands)
 
     @cached_property
+    def groups(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Groups of byte columns as (first component, bits of each field); none for a 16-bit side. See the module."""
+        groups: list[tuple[int, tuple[int, ...]]] = []
+        for i, bits in enumerate(() if self.is_float else self.bits[::BLOCK]):
+            if groups and sum(groups[-1][1]) + bits <= 8:
+                groups[-1] = (groups[-1][0], (*groups[-1][1], bits))
+            else:
+                groups.append((i * BLOCK, (bits,)))
+        return tuple(groups)
+
+    @cached_property
     def bytes(self) -> int:
-        """Bytes of one token."""
-        return sum(rank * bits // 8 for rank, bits in self.bands)
+        """Bytes of one token: 2 a component of a 16-bit side, else 16 a group and 8 a half group."""
+        return 2 * self.rank if self.is_float else sum(8 if is_half(fields) else 16 for _, fields in self.groups)
 
     @property
     def is_float(self) -> bool:
@@ -88,13 +102,10 @@ class Bands:
         """Bits of each component, [R]."""
         return tuple(bits for rank, bits in self.bands for _ in range(rank))
 
-    def planes(self) -> Iterable[tuple[int, int, int, int, int]]:
-        """Each band as (first byte, bytes, bits, first component, components): what kernels and packers walk over."""
-        byte = component = 0
-        for rank, bits in self.bands:
-            size = rank * bits // 8
-            yield byte, size, bits, component, rank
-            byte, component = byte + size, component + rank
+
+def is_half(fields: tuple[int, ...]) -> bool:
+    """Whether a group of these fields holds two tokens a byte."""
+    return sum(fields) <= 4
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,7 @@ class Pages:
 
     Args:
         layout: bytes of a page.
-        k_pages: uint8 [P, G, C, bytes_K], contiguous.      v_pages: uint8 [P, G, bytes_V, C], contiguous.
+        k_pages: uint8 [P, G, C * bytes_K], contiguous.      v_pages: uint8 [P, G, C * bytes_V], contiguous.
         skip: int32 [P, G, C/32], contiguous.
         k_basis: int8 [S, G, R_K, D], k_scale: float32 [S, G, R_K]: component r of segment s stands for the vector
             k_scale[s, g, r] * k_basis[s, g, r]; the scale holds the quantiser's step. Contiguous. v_*: likewise.
@@ -150,9 +161,9 @@ class Pages:
 
     def __post_init__(self) -> None:
         lay, u8, i32, f32 = self.layout, torch.uint8, torch.int32, torch.float32
-        check_tensor("k_pages", self.k_pages, shape=(None, None, lay.chunk, lay.k.bytes), dtype=u8)
+        check_tensor("k_pages", self.k_pages, shape=(None, None, lay.chunk * lay.k.bytes), dtype=u8)
         device, (pages, heads) = self.k_pages.device, self.k_pages.shape[:2]
-        check_tensor("v_pages", self.v_pages, shape=(pages, heads, lay.v.bytes, lay.chunk), dtype=u8, device=device)
+        check_tensor("v_pages", self.v_pages, shape=(pages, heads, lay.chunk * lay.v.bytes), dtype=u8, device=device)
         check_tensor("skip", self.skip, shape=(pages, heads, lay.chunk // 32), dtype=i32, device=device)
         check_tensor("k_basis", self.k_basis, shape=(None, heads, lay.k.rank, lay.head_dim), dtype=torch.int8)
         segments = self.k_basis.shape[0]
@@ -198,8 +209,8 @@ def allocate_pages(
     u8, i8, f32, dim, chunk = torch.uint8, torch.int8, torch.float32, layout.head_dim, layout.chunk
     return Pages(
         layout=layout,
-        k_pages=empty(pages, kv_heads, chunk, layout.k.bytes, dtype=u8),
-        v_pages=empty(pages, kv_heads, layout.v.bytes, chunk, dtype=u8),
+        k_pages=empty(pages, kv_heads, chunk * layout.k.bytes, dtype=u8),
+        v_pages=empty(pages, kv_heads, chunk * layout.v.bytes, dtype=u8),
         skip=zeros(pages, kv_heads, chunk // 32),
         k_basis=empty(segments, kv_heads, layout.k.rank, dim, dtype=i8),
         k_scale=empty(segments, kv_heads, layout.k.rank, dtype=f32),
@@ -211,61 +222,81 @@ def allocate_pages(
     )
 
 
-def pack_rows(values: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """Coefficients in units of their steps, float [..., R], to token rows, uint8 [..., bytes]: rounds and packs.
+def _to_fragments(columns: torch.Tensor, side: str) -> torch.Tensor:
+    """Bytes [..., 32 n, 16] by token and column as sub-tiles [..., 512 n]."""
+    if side == "k":
+        x = columns.unflatten(-1, (4, 4)).unflatten(-3, (-1, 4, 8))  # [..., n, r, g, t, b]
+        return x.movedim(-4, -2).flatten(-5)
+    x = columns.unflatten(-1, (2, 8)).unflatten(-3, (-1, 4, 8))  # [..., n, t, b, h, g]
+    return x.movedim(-1, -4).movedim(-1, -2).flatten(-5)
+
+
+def _from_fragments(data: torch.Tensor, side: str) -> torch.Tensor:
+    """Undoes `_to_fragments`."""
+    if side == "k":
+        x = data.unflatten(-1, (-1, 8, 4, 4, 4))  # [..., n, g, t, r, b]
+        return x.movedim(-2, -4).flatten(-2).flatten(-4, -2)
+    x = data.unflatten(-1, (-1, 8, 4, 2, 8))  # [..., n, g, t, h, b]
+    return x.movedim(-2, -1).movedim(-4, -1).flatten(-2).flatten(-4, -2)
+
+
+def _check_side(side: str) -> None:
+    check_in("side", side, ("k", "v"))
+
+
+def pack_pages(values: torch.Tensor, bands: Bands, *, side: str) -> torch.Tensor:
+    """Coefficients in units of their steps, float [..., C, R], to pages, uint8 [..., C * bytes]: rounds and packs.
 
     A code is clamp(floor(value + 2**(bits-1)), 0, 2**bits - 1), so values past the range saturate;
-    16 bits round to fp16 and saturate at +-65504.
+    16 bits round to fp16 and saturate at +-65504. side: "k" or "v".
     """
     check_tensor("values", values)
-    if values.shape[-1] != bands.rank:
-        raise ValueError(f"values: expected last dimension {bands.rank}, got {values.shape[-1]}")
-    rows = []
-    for _, size, bits, first, rank in bands.planes():
-        x = values[..., first : first + rank].float()
-        if bits == 16:
-            rows.append(x.clamp(-65504, 65504).half().contiguous().view(torch.uint8))
-            continue
-        code = torch.floor(x + 2 ** (bits - 1)).clamp(0, 2**bits - 1).to(torch.uint8)
-        if bits == 8:
-            rows.append(code ^ 0x80)
-            continue
-        fields = code.unflatten(-1, (8 // bits, size))
-        row = fields[..., 0, :]
-        for f in range(1, 8 // bits):
-            row = row | (fields[..., f, :] << (bits * f))
-        rows.append(row)
-    return torch.cat(rows, dim=-1)
+    _check_side(side)
+    if values.dim() < 2 or values.shape[-1] != bands.rank:
+        raise ValueError(f"values: expected shape [..., C, {bands.rank}], got {list(values.shape)}")
+    check_in("values: C", values.shape[-2], CHUNKS)
+    if bands.is_float:
+        half = values.float().clamp(-65504, 65504).half()
+        return (half if side == "k" else half.mT).contiguous().view(torch.uint8).flatten(-2)
+    top = torch.tensor([2.0**bits for bits in bands.bits], device=values.device)
+    codes = torch.minimum(torch.floor(values.float() + top / 2).clamp_min(0), top - 1).to(torch.uint8)
+    parts = []
+    for first, fields in bands.groups:
+        columns, shift = torch.zeros_like(codes[..., :BLOCK]), 0
+        for f, bits in enumerate(fields):
+            block = codes[..., first + f * BLOCK : first + (f + 1) * BLOCK]
+            columns |= (block ^ 0x80 if bits == 8 else block) << shift
+            shift += bits
+        if is_half(fields):
+            pair = columns.unflatten(-2, (-1, 2, 32))
+            columns = (pair[..., 0, :, :] | (pair[..., 1, :, :] << 4)).flatten(-3, -2)
+        parts.append(_to_fragments(columns, side))
+    return torch.cat(parts, dim=-1)
 
 
-def unpack_rows(rows: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """Token rows, uint8 [..., bytes], to coefficients in units of their steps, float32 [..., R]."""
-    check_tensor("rows", rows, dtype=torch.uint8)
-    if rows.shape[-1] != bands.bytes:
-        raise ValueError(f"rows: expected last dimension {bands.bytes}, got {rows.shape[-1]}")
-    values = []
-    for byte, size, bits, _, _ in bands.planes():
-        x = rows[..., byte : byte + size]
-        if bits == 16:
-            values.append(x.contiguous().view(torch.float16).float())
-        elif bits == 8:
-            values.append((x ^ 0x80).float() - 127.5)
-        else:
-            fields = [(x >> (bits * f)) & (2**bits - 1) for f in range(8 // bits)]
-            values.append(torch.cat(fields, dim=-1).float() - (2**bits - 1) / 2)
+def unpack_pages(pages: torch.Tensor, bands: Bands, *, side: str) -> torch.Tensor:
+    """Pages, uint8 [..., C * bytes], to coefficients in units of their steps, float32 [..., C, R]. side: "k" or "v"."""
+    check_tensor("pages", pages, dtype=torch.uint8)
+    _check_side(side)
+    chunk, rest = divmod(pages.shape[-1], bands.bytes)
+    if rest or chunk not in CHUNKS:
+        expected = [chunk * bands.bytes for chunk in CHUNKS]
+        raise ValueError(f"pages: expected a last dimension of {expected}, got {pages.shape[-1]}")
+    if bands.is_float:
+        half = pages.contiguous().view(torch.float16)
+        return half.unflatten(-1, (chunk, -1)).float() if side == "k" else half.unflatten(-1, (-1, chunk)).mT.float()
+    values, start = [], 0
+    for _, fields in bands.groups:
+        size = chunk * (8 if is_half(fields) else 16)
+        columns = _from_fragments(pages[..., start : start + size], side)
+        if is_half(fields):
+            nibbles = columns.unflatten(-2, (-1, 1, 32))
+            columns = torch.cat((nibbles, nibbles >> 4), dim=-3).flatten(-4, -2)
+        start, shift = start + size, 0
+        for bits in fields:
+            if bits == 8:
+                values.append((columns ^ 0x80).float() - 127.5)
+            else:
+                values.append(((columns >> shift) & (2**bits - 1)).float() - (2**bits - 1) / 2)
+            shift += bits
     return torch.cat(values, dim=-1)
-
-
-def v_rows(v_pages: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """V pages [P, G, bytes_V, C] as token rows, uint8 [P, G, C, bytes_V] (a copy or a view)."""
-    if bands.is_float:
-        return v_pages.view(torch.float16).unflatten(2, (bands.rank, 2)).flatten(3).mT.contiguous().view(torch.uint8)
-    return v_pages.mT
-
-
-def v_pages_from_rows(rows: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """Token rows, uint8 [P, G, C, bytes_V], as V pages [P, G, bytes_V, C] (contiguous)."""
-    if bands.is_float:
-        pages = rows.contiguous().view(torch.float16).mT.contiguous().view(torch.uint8)  # [P, G, R, 2C]
-        return pages.unflatten(-1, (2, rows.shape[-2])).flatten(-3, -2)
-    return rows.mT.contiguous()

@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_in, check_output, check_tensor
+from ._checks import FLOATS, check_output, check_tensor
 from ._launch import cos_sin, dot_int8_f32
-from .pages import CHUNKS, Pages
+from .pages import Pages
 
 INTS = (torch.int32, torch.int64)
 
@@ -132,8 +132,8 @@ def _check_rotate(x, positions, rope, chunk, out):
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     check_tensor("positions", positions, shape=(x.shape[0], x.shape[2]), dtype=INTS, device=x.device)
     _check_rope(rope, x.shape[-1], x.device)
-    if chunk is not None:
-        check_in("chunk", chunk, CHUNKS)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
     if out is not None:
         check_tensor("out", out, shape=x.shape, dtype=x.dtype, device=x.device, unit_stride=True)
 

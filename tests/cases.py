@@ -185,8 +185,8 @@ def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> P
     page_table = np.full((batch, max_chunks), GARBAGE_INDEX, np.int32)
     segment_table = np.full((batch, max_chunks), GARBAGE_INDEX, np.int32)
     used_segments = rng.permutation(segments)[: spec.segments]
-    k_pages = np.full((pages, groups, chunk, layout.k.bytes), GARBAGE_BYTE, np.uint8)
-    v_pages = np.full((pages, groups, layout.v.bytes, chunk), GARBAGE_BYTE, np.uint8)
+    k_pages = np.full((pages, groups, chunk * layout.k.bytes), GARBAGE_BYTE, np.uint8)
+    v_pages = np.full((pages, groups, chunk * layout.v.bytes), GARBAGE_BYTE, np.uint8)
     skip = rng.integers(-(2**31), 2**31, (pages, groups, chunk // 32)).astype(np.int32)
     taken = 0
     for b, length in enumerate(spec.lengths):
@@ -198,9 +198,9 @@ def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> P
             page_table[b, j] = page
             segment_table[b, j] = used_segments[own[j] if spec.mixed else np.sort(own)[j]]
             for side, bands, target in (("k", layout.k.bands, k_pages), ("v", layout.v.bands, v_pages)):
-                rows = np.full((groups, chunk, pages_oracle.row_bytes(bands)), GARBAGE_BYTE, np.uint8)
-                rows[:, :live] = pages_oracle.pack_codes(random_codes(rng, (groups, live), bands), bands)
-                target[page] = rows if side == "k" else pages_oracle.v_page(rows, bands)
+                codes = np.stack([np.full((groups, chunk), garbage_code(bits)) for r, bits in bands for _ in range(r)], -1)
+                codes[:, :live] = random_codes(rng, (groups, live), bands)
+                target[page] = pages_oracle.pack_codes(codes, bands, side)
             bits = rng.random((groups, chunk)) < spec.skip
             bits[:, live:] = rng.random((groups, chunk - live)) < 0.5  # past the length a bit says nothing
             words = (bits.reshape(groups, -1, 32) * 2 ** np.arange(32, dtype=np.int64)).sum(-1)
@@ -231,6 +231,11 @@ def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> P
         segment_table,
         np.array(spec.lengths, np.int32),
     )
+
+
+def garbage_code(bits: int) -> int:
+    """The code whose bits are all those of GARBAGE_BYTE: NaN for 16 bits."""
+    return 2**16 - 1 if bits == 16 else 127 if bits == 8 else 2**bits - 1
 
 
 def random_codes(rng: np.random.Generator, shape: tuple[int, ...], bands: pages_oracle.Bands) -> NDArray[np.int64]:
@@ -264,6 +269,12 @@ def pages_of(arrays: PageArrays) -> Pages:
         segment_table=table(arrays.segment_table),
         lengths=torch.from_numpy(arrays.lengths).to(DEVICE),
     )
+
+
+def swap_nibbles(pages: NDArray[np.uint8], byte: int, chunk: int) -> None:
+    """Exchange the nibbles of the group of byte columns that starts at a byte of a token, in place."""
+    group = pages[..., byte * chunk : (byte + 16) * chunk]
+    group[:] = group % 16 * 16 + group // 16
 
 
 def query_positions(rng: np.random.Generator, lengths: Sequence[int], queries: int, far: int = 100) -> NDArray[np.int64]:

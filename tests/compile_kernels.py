@@ -98,7 +98,7 @@ def cases(few: bool) -> Iterator[tuple[str, sk.PageLayout, int]]:
             for group in (1, 4, 6, 8):
                 if not few or (preset, dim, group) in {("small", 64, 6), ("balanced", 128, 4), ("quality", 256, 1)}:
                     yield f"{preset} {layout.k} {layout.v}", layout, group
-    lossless = sk.PageLayout(sk.Bands.parse("64x16"), sk.Bands.parse("64x16"), 64, 32)
+    lossless = sk.PageLayout(sk.Bands.parse("64x16"), sk.Bands.parse("64x16"), 64, 64)
     yield f"lossless {lossless.k} {lossless.v}", lossless, 1
 
 

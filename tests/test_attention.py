@@ -32,6 +32,7 @@ from tests.cases import (
     poisoned,
     query_positions,
     rope_of,
+    swap_nibbles,
     to_numpy,
 )
 from tests.test_rope import project_oracle
@@ -104,13 +105,13 @@ def check_exact(
 SPECTRAL_CASES = [
     # K bands, V bands, D, rotary_dim, C, G, heads a group, lengths, segments, share skipped, Q, dtype, strides, scaling
     ("16x8+16x4+32x2", "32x4+32x2", 64, 64, 64, 2, 2, (0, 1, 130), 3, 0.2, 1, F16, "swapped", 1.0),
-    ("16x8+48x4", "64x4", 80, 40, 32, 1, 7, (33, 70), 2, 0.0, 2, F32, "odd", 1.0),
+    ("16x8+48x4", "64x4", 80, 40, 64, 1, 7, (65, 140), 2, 0.0, 2, F32, "odd", 1.0),
     ("96x4", "96x2", 96, 96, 128, 1, 1, (128, 129), 1, 0.5, 1, F16, "plain", 1.0),
     ("16x8+16x4+96x2", "64x4+64x2", 128, 128, 64, 1, 6, (190,), 2, 0.1, 1, BF16, "plain", 1.2),
     ("128x16", "128x16", 128, 128, 64, 1, 4, (65,), 1, 0.3, 1, F16, "padded", 1.0),
     ("64x16", "32x8", 64, 32, 256, 2, 2, (300, 5), 2, 0.1, 1, F32, "plain", 0.9),
-    ("32x8", "48x16", 64, 64, 32, 1, 8, (95,), 3, 0.0, 1, F16, "plain", 1.0),
-    ("16x8+240x2", "256x2", 256, 64, 32, 1, 16, (40,), 1, 0.0, 1, F32, "swapped", 1.0),
+    ("32x8", "48x16", 64, 64, 64, 1, 8, (190,), 3, 0.0, 1, F16, "plain", 1.0),
+    ("16x8+240x2", "256x2", 256, 64, 64, 1, 16, (70,), 1, 0.0, 1, F32, "swapped", 1.0),
 ]
 
 
@@ -139,7 +140,7 @@ def test_attend_spectral(rng, implementation, case):
 @pytest.mark.parametrize("splits", [1, 2, 3, 100])
 def test_splits(rng, splits):
     """Runs of chunks of unequal length, some of none; a split that ends inside a segment."""
-    arrays = make_pages(rng, PageSpec("32x4", "32x4", 64, 32, 1, (5, 140), segments=2))
+    arrays = make_pages(rng, PageSpec("32x4", "32x4", 64, 64, 1, (10, 280), segments=2))
     queries = make_queries(rng, shape=(2, 2, 1, 64), at=np.array([[5], [150]]), size=2.0)
     check_spectral("triton", arrays, queries, inverse_frequencies(64), splits=splits)
 
@@ -157,7 +158,7 @@ def test_query_magnitudes(rng, implementation, size):
 @pytest.mark.parametrize("scale", [1.0, 0.05])
 def test_softmax_scale(rng, implementation, scale):
     inv_freq = inverse_frequencies(64)
-    arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 32, 1, (40,)))
+    arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 64, 1, (80,)))
     queries = make_queries(rng, shape=(1, 2, 1, 64), at=np.array([[99]]))
     check_spectral(implementation, arrays, queries, inv_freq, scale=scale)
     tokens = make_exact_tokens(rng, shape=(1, 1, 20, 64), far=100)
@@ -190,7 +191,7 @@ def test_sets_without_tokens(rng, implementation):
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 def test_rows_without_tokens_read_no_segment(rng, implementation):
     """A short row beside a longer one: what the unused segment 0 holds, NaN here, must not reach its output."""
-    arrays = make_pages(rng, PageSpec("16x8", "32x4", 64, 32, 1, (0, 3, 40)))
+    arrays = make_pages(rng, PageSpec("16x8", "32x4", 64, 64, 1, (0, 6, 80)))
     used = int(arrays.segment_table[1, 0])
     for name in ("k_basis", "k_scale", "v_basis", "v_scale"):
         table = getattr(arrays, name)
@@ -218,7 +219,7 @@ def test_no_queries(rng, implementation):
 EXACT_CASES = [
     # D, rotary_dim, C, G, heads a group, slots, Q, query dtype, key dtype, strides, positions a head, scaling
     (64, 64, 64, 2, 2, 37, 1, F16, F16, "swapped", True, 1.0),
-    (80, 40, 32, 1, 7, 70, 3, F32, F32, "odd", False, 1.0),
+    (80, 40, 64, 1, 7, 70, 3, F32, F32, "odd", False, 1.0),
     (96, 96, 128, 2, 1, 33, 2, F16, F32, "padded", True, 1.2),
     (128, 128, 64, 1, 6, 130, 1, BF16, BF16, "plain", False, 1.0),
     (256, 64, 256, 1, 4, 20, 5, F32, F16, "plain", True, 0.9),
@@ -248,7 +249,7 @@ def test_causal_inside_a_window(rng, implementation):
     tokens = make_exact_tokens(rng, shape=(1, 2, count, 64), far=count, unused=0.0)
     at = np.arange(count)[None]
     queries = make_queries(rng, shape=(1, 4, count, 64), at=at)
-    check_exact(implementation, tokens, queries, inv_freq, chunk=32)
+    check_exact(implementation, tokens, queries, inv_freq, chunk=64)
     o, lse = operation(attention, "attend_exact", implementation)(
         queries.tensor,
         queries.positions,
@@ -256,7 +257,7 @@ def test_causal_inside_a_window(rng, implementation):
         tokens.v_tensor,
         tokens.positions,
         rope_of(inv_freq),
-        chunk=32,
+        chunk=64,
     )
     for g in range(2):  # the first query sees one key, so its output is that key's value
         own = tokens.v[0, g, int(np.flatnonzero(tokens.at[0, g] == 0)[0])]
@@ -268,7 +269,7 @@ def test_causal_inside_a_window(rng, implementation):
 def test_halves_merged_are_the_whole(rng, implementation):
     """Skip bits cut the cold tokens in two; each half by itself and their merge are right, so nothing is seen twice."""
     inv_freq = inverse_frequencies(64)
-    arrays = make_pages(rng, PageSpec("16x8+16x4+32x2", "64x4", 64, 32, 2, (75,), segments=2))
+    arrays = make_pages(rng, PageSpec("16x8+16x4+32x2", "64x4", 64, 64, 2, (150,), segments=2))
     queries = make_queries(rng, shape=(1, 4, 1, 64), at=np.array([[80]]), size=2.0)
     whole = oracle.spectral(queries.q, queries.at, arrays, inv_freq)
     u = project_oracle(queries.q, queries.at, arrays, inv_freq)
@@ -360,7 +361,7 @@ def test_outputs_are_written_in_place(rng):
 
 
 def test_same_inputs_give_the_same_bits(rng):
-    arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 32, 1, (75,), skip=0.1))
+    arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 64, 1, (150,), skip=0.1))
     queries = make_queries(rng, shape=(1, 2, 1, 64), at=np.array([[99]]), size=2.0)
     run = operation(attention, "attend_spectral", "triton")
     args = queries.tensor, queries.positions, pages_of(arrays), rope_of(inverse_frequencies(64))
@@ -431,7 +432,7 @@ def test_integer_split_fits_its_budget_and_halves_of_it_do_not(rng, size):
 
 def test_spectral_budget_has_teeth(rng):
     inv_freq, dim, scaling = inverse_frequencies(64), 80, 1.1
-    spec = PageSpec("16x8+16x4+32x2", "32x4+32x2", dim, 64, 2, (200, 100), segments=3, skip=0.1, spare_chunks=0)
+    spec = PageSpec("16x8+32x4+16x2", "32x4+32x2", dim, 64, 2, (200, 100), segments=3, skip=0.1, spare_chunks=0)
     arrays = make_pages(rng, spec)
     used = np.flatnonzero(np.isfinite(arrays.k_scale[:, 0, 0]))
     arrays.segment_table[0] = used[[0, 1, 2, 0]]
@@ -450,9 +451,9 @@ def test_spectral_budget_has_teeth(rng):
     other_pages = arrays.page_table.copy()
     other_pages[0, :2] = other_pages[0, 1::-1]
     nibbles = arrays.k_pages.copy()
-    nibbles[..., 16:24] = nibbles[..., 16:24] % 16 * 16 + nibbles[..., 16:24] // 16
+    swap_nibbles(nibbles, 16, arrays.chunk)
     v_nibbles = arrays.v_pages.copy()
-    v_nibbles[..., :16, :] = v_nibbles[..., :16, :] % 16 * 16 + v_nibbles[..., :16, :] // 16
+    swap_nibbles(v_nibbles, 0, arrays.chunk)
     shifted = changed(k_pages=shift_codes(arrays))
     cosine = cosine_only(queries, arrays, inv_freq, scaling)
     mutants = {
@@ -498,8 +499,9 @@ def test_spectral_budget_has_teeth(rng):
 def shift_codes(arrays: PageArrays) -> np.ndarray:
     """K pages whose 4-bit codes are one lower where they can be: what a wrong offset of the code looks like."""
     out = arrays.k_pages.copy()
-    low, high = out[..., 16:24] % 16, out[..., 16:24] // 16
-    out[..., 16:24] = low - (low > 0) + 16 * (high - (high > 0))
+    group = out[..., 16 * arrays.chunk : 32 * arrays.chunk]
+    low, high = group % 16, group // 16
+    group[:] = low - (low > 0) + 16 * (high - (high > 0))
     return out
 
 
@@ -543,7 +545,7 @@ def test_exact_budget_has_teeth(rng):
         ),
         "keys turned as if before RoPE": oracle.dense(q, at, *filled, tokens.at, inv_freq, scaling=scaling),
         "keys left phase-aligned": oracle.dense(q, at, *filled, tokens.at, inv_freq, scaling=scaling, rotated_by=tokens.at),
-        "another chunk length": state(chunk=32),
+        "another chunk length": state(chunk=128),
         "keys one position late": state(tokens=dataclasses.replace(tokens, at=later)),
         "positions modulo two chunks": state(tokens=dataclasses.replace(tokens, at=two_chunks)),
         "no causal mask": unmasked,

@@ -25,6 +25,7 @@ from tests.cases import (
     pages_of,
     rope_of,
     strided,
+    swap_nibbles,
     to_numpy,
 )
 
@@ -113,7 +114,7 @@ def metric_budget(q: F64, inv_freq: np.ndarray, scaling: float, dtype: torch.dty
     ("dim", "rotary_dim", "scaling", "tokens"), [(64, 64, 1.0, 70), (80, 40, 1.2, 97), (64, 32, 1.0, 1)]
 )
 def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, tokens):
-    inv_freq, chunk = inverse_frequencies(rotary_dim), 32
+    inv_freq, chunk = inverse_frequencies(rotary_dim), 64
     q = torch.from_numpy(rng.standard_normal((2, 4, tokens, dim))).to(DEVICE, dtype)
     expected = oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=chunk, kv_heads=2)
     args, kwargs = (q, rope_of(inv_freq, scaling)), {"chunk": chunk, "kv_heads": 2}
@@ -309,22 +310,20 @@ def check_encode(
     pool = batch * chunks + 3
     ids = rng.permutation(pool)[: batch * chunks].reshape(batch, chunks).astype(np.int32)
     ids[rng.random(ids.shape) < 0.2] = -1
-    shape = (pool, heads, chunk, bands.bytes) if side == "k" else (pool, heads, bands.bytes, chunk)
-    before = rng.integers(0, 256, shape).astype(np.uint8)
+    before = rng.integers(0, 256, (pool, heads, chunk * bands.bytes)).astype(np.uint8)
     pages = torch.from_numpy(before.copy()).to(DEVICE)
     wide = torch.full((batch, chunks + 2), 2**31 - 1, dtype=torch.int32, device=DEVICE)
     wide[:, :chunks] = torch.from_numpy(ids).to(DEVICE)
     got = operation(compress, "encode", implementation, x.dtype)(x, encoder, bands, pages, wide[:, :chunks], side=side)
     assert got is None
     after = pages.cpu().numpy()
-    rows = after if side == "k" else pages_oracle.v_rows(after, bands.bands)
     exact = to_numpy(x) @ to_numpy(encoder)  # [B, G, T, R], in units of steps
     slack = budgets.coefficients(to_numpy(x), to_numpy(encoder))
     low, high = (oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
     for b, j in np.ndindex(batch, chunks):
         if ids[b, j] < 0:
             continue
-        stored = pages_oracle.unpack_rows(rows[ids[b, j]], bands.bands)  # [G, C, R]
+        stored = pages_oracle.unpack_pages(after[ids[b, j]], bands.bands, side)  # [G, C, R]
         part = slice(j * chunk, (j + 1) * chunk)
         assert (low[b, :, part] <= stored).all() and (stored <= high[b, :, part]).all()
     if not bands.is_float and tokens:
@@ -336,12 +335,12 @@ def check_encode(
 
 ENCODE_CASES = [
     # bands, D, C, B, G, chunks, dtype, strides
-    ("16x8+16x4+32x2", 64, 32, 2, 2, 2, torch.float16, "swapped"),
+    ("16x8+16x4+32x2", 64, 64, 2, 2, 2, torch.float16, "swapped"),
     ("48x4", 80, 64, 1, 1, 2, torch.float32, "odd"),
     ("96x16", 96, 64, 1, 2, 1, torch.float32, "plain"),
     ("32x8+96x2", 128, 128, 1, 1, 1, torch.bfloat16, "padded"),
-    ("16x8+240x2", 256, 32, 1, 1, 1, torch.float16, "plain"),
-    ("16x8", 64, 32, 1, 2, 0, torch.float32, "plain"),
+    ("16x8+240x2", 256, 64, 1, 1, 1, torch.float16, "plain"),
+    ("16x8", 64, 64, 1, 2, 0, torch.float32, "plain"),
 ]
 
 
@@ -383,11 +382,11 @@ def decode_oracle(arrays: pages_oracle.PageArrays, side: str) -> tuple[F64, F64]
 @pytest.mark.parametrize(
     "spec",
     [
-        PageSpec("16x8+16x4+32x2", "32x4+32x2", 64, 32, 2, (0, 1, 70), segments=3, skip=0.5, mixed=True),
+        PageSpec("16x8+16x4+32x2", "32x4+32x2", 64, 64, 2, (0, 1, 140), segments=3, skip=0.5, mixed=True),
         PageSpec("48x4", "80x16", 80, 64, 1, (65,)),
         PageSpec("128x16", "32x8+96x2", 128, 64, 1, (64, 3)),
-        PageSpec("16x8+240x2", "256x2", 256, 32, 1, (33,)),
-        PageSpec("16x8", "16x8", 64, 32, 1, (0,), spare_chunks=0),
+        PageSpec("16x8+240x2", "256x2", 256, 64, 1, (65,)),
+        PageSpec("16x8", "16x8", 64, 64, 1, (0,), spare_chunks=0),
     ],
     ids=lambda s: f"{s.k_bands}-{s.v_bands}",
 )
@@ -401,7 +400,7 @@ def test_decode(rng, implementation, side, spec):
 
 
 def test_decode_budget_has_teeth(rng):
-    spec = PageSpec("16x8+16x4+32x2", "32x4+32x2", 64, 32, 2, (70,), segments=3, spare_chunks=0)
+    spec = PageSpec("16x8+32x4+16x2", "32x4+32x2", 64, 64, 2, (140,), segments=3, spare_chunks=0)
     arrays = make_pages(rng, spec)
     arrays.segment_table[0] = np.flatnonzero(np.isfinite(arrays.k_scale[:, 0, 0]))
     expected, budget = decode_oracle(arrays, "k")
@@ -410,7 +409,7 @@ def test_decode_budget_has_teeth(rng):
         return decode_oracle(pages_oracle.PageArrays(**{**vars(arrays), **fields}), "k")[0]
 
     high = arrays.k_pages.copy()
-    high[..., 16:24] = high[..., 16:24] % 16 * 16 + high[..., 16:24] // 16
+    swap_nibbles(high, 16, arrays.chunk)
     for mistake, mutant in {
         "zeros": np.zeros_like(expected),
         "swapped segments": changed(segment_table=arrays.segment_table[:, ::-1]),
@@ -431,7 +430,7 @@ def test_decode_budget_has_teeth(rng):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fit_side_then_encode_then_decode(rng, implementation, side, weighted):
     """More bytes lose less; 16 bits of full rank lose what rounding coefficients to fp16 loses."""
-    dim, chunk, tokens, heads = 64, 32, 96, 1
+    dim, chunk, tokens, heads = 64, 64, 128, 1
     x = spectrum(rng, (1, heads, tokens), dim)
     metric = np.stack([random_metric(rng, dim) for _ in range(heads)]) if weighted else None
     errors = []
@@ -465,7 +464,7 @@ def test_fit_side_then_encode_then_decode(rng, implementation, side, weighted):
 def test_arguments_are_named(rng):
     x = torch.zeros(1, 2, 64, 64, device=DEVICE)
     bands = Bands.parse("16x8")
-    pages = torch.zeros(4, 2, 32, 16, dtype=torch.uint8, device=DEVICE)
+    pages = torch.zeros(4, 2, 64 * 16, dtype=torch.uint8, device=DEVICE)
     ids = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
     encoder = torch.zeros(1, 2, 64, 16, device=DEVICE)
     for call, error, name in [

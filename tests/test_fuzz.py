@@ -65,18 +65,18 @@ class Layout:
 
 LAYOUTS = (
     Layout("16x8+16x4+32x2", "32x4+32x2", 64, 64, 64, (1, 7)),
-    Layout("48x4", "64x4", 64, 32, 32, (2, 16)),
+    Layout("48x4", "64x4", 64, 32, 64, (2, 16)),
     Layout("64x16", "32x8", 64, 64, 256, (4, 6)),
     Layout("16x8+64x4", "80x16", 80, 80, 64, (8, 1)),
     Layout("80x2", "16x8+64x2", 80, 40, 128, (6, 2)),
-    Layout("16x8+48x4", "96x4", 96, 96, 32, (7, 4)),
+    Layout("16x8+48x4", "96x4", 96, 96, 64, (7, 4)),
     Layout("96x16", "96x16", 96, 48, 128, (16, 1)),
     Layout("16x8+16x4+96x2", "64x4+64x2", 128, 128, 64, (8, 6)),
     Layout("32x8", "128x4", 128, 64, 128, (4, 7)),
     Layout("128x16", "128x16", 128, 128, 64, (2, 8)),
     Layout("112x4", "128x2", 128, 128, 256, (1, 6)),
-    Layout("16x8+48x4+64x2", "16x8", 128, 0, 32, (4, 2)),
-    Layout("16x8+240x2", "256x2", 256, 64, 32, (1, 4)),
+    Layout("16x8+48x4+64x2", "16x8", 128, 0, 64, (4, 2)),
+    Layout("16x8+240x2", "256x2", 256, 64, 64, (1, 4)),
     Layout("64x8+64x4", "32x16", 256, 256, 64, (2, 8)),
 )
 THETAS = (1e2, 1e4, 1e6)
@@ -337,7 +337,7 @@ def test_the_shares_add_up() -> None:
 def test_layouts_cover_what_is_supported() -> None:
     """Every head dimension, chunk length, number of heads a group that the library promises, and every kind of band."""
     assert {layout.head_dim for layout in LAYOUTS} == {64, 80, 96, 128, 256}
-    assert {layout.chunk for layout in LAYOUTS} == {32, 64, 128, 256}
+    assert {layout.chunk for layout in LAYOUTS} == {64, 128, 256}
     assert {group for layout in LAYOUTS for group in layout.groups} == {1, 2, 4, 6, 7, 8, 16}
     for side in ("k_bands", "v_bands"):
         bits = {b for layout in LAYOUTS for _, b in Bands.parse(getattr(layout, side)).bands}

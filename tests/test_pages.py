@@ -11,73 +11,79 @@ from tests.cases import DEVICE, PageSpec, make_pages, pages_of, random_codes
 BANDS = ["16x8", "32x4", "64x2", "48x16", "16x8+16x4+96x2", "16x8+48x4", "32x4+96x2", "16x8+16x2", "256x2"]
 
 
-def test_a_row_by_hand():
-    """16x8+16x4+16x2: 16 + 8 + 4 bytes, every one written down."""
-    bands = pages.Bands.parse("16x8+16x4+16x2")
-    eight = [0, 1, 127, 128, 129, 254, 255, 100, 0, 0, 0, 0, 0, 0, 0, 255]  # codes n
-    four = [0, 1, 2, 3, 4, 5, 6, 7, 15, 14, 13, 12, 11, 10, 9, 8]
-    two = [0, 1, 2, 3, 3, 2, 1, 0, 0, 0, 1, 1, 3, 3, 3, 3]
-    row = [
-        # 8 bits: n - 128 in two's complement
-        0x80, 0x81, 0xFF, 0x00, 0x01, 0x7E, 0x7F, 0xE4, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x80, 0x7F,
-        # 4 bits: components j and j + 8
-        0xF0, 0xE1, 0xD2, 0xC3, 0xB4, 0xA5, 0x96, 0x87,
-        # 2 bits: components j, j + 4, j + 8, j + 12
-        0b11_00_11_00, 0b11_00_10_01, 0b11_01_01_10, 0b11_01_00_11,
-    ]  # fmt: skip
-    values = [n - 127.5 for n in eight] + [n - 7.5 for n in four] + [n - 1.5 for n in two]
-    packed = pages.pack_rows(torch.tensor([values], device=DEVICE), bands)
-    assert bands.bytes == len(row) and bands.rank == 48
-    assert packed.dtype == torch.uint8 and packed.tolist() == [row]
-    assert pages.unpack_rows(packed, bands).tolist() == [values]
-    assert oracle.pack_rows([values], bands.bands).tolist() == [row]
-    assert oracle.unpack_rows([row], bands.bands).tolist() == [values]
-
-
 def test_a_page_by_hand():
-    """Where byte j of token d lies in each pool: K by tokens, V by bytes, 16-bit V by components of fp16."""
-    bands = pages.Bands.parse("32x4")
-    rows = torch.arange(32 * 16, dtype=torch.int32).reshape(1, 1, 32, 16).to(torch.uint8)  # [P, G, C, bytes]
-    v = pages.v_pages_from_rows(rows, bands)
-    assert tuple(v.shape) == (1, 1, 16, 32)
-    assert all(v[0, 0, j, d] == rows[0, 0, d, j] for j in range(16) for d in range(32))
-    torch.testing.assert_close(pages.v_rows(v, bands), rows)
+    """16x8+16x4+16x2 of 64 tokens: a group of 8 bits and one of 4 + 2, bytes written down by hand."""
+    bands = pages.Bands.parse("16x8+16x4+16x2")
+    assert bands.groups == ((0, (8,)), (16, (4, 2))) and bands.bytes == 32 and bands.rank == 48
+    codes = np.zeros((64, 48), np.int64)
+    codes[:, :16] = 128
+    codes[0, :4] = 0, 1, 128, 255  # token 0, the first columns: two's complement of n - 128
+    codes[43, 7] = 200  # token 43 = 32 + 8 + 3: sub-tile 1, r = 1, g = 3; column 7 = 4 + 3: t = 1, b = 3
+    codes[43, 16 + 7], codes[43, 32 + 7] = 9, 2  # 4 bits, then 2 bits above them
+    values = torch.from_numpy(codes - np.array([127.5] * 16 + [7.5] * 16 + [1.5] * 16)).float().to(DEVICE)
+    k = pages.pack_pages(values, bands, side="k")
+    expected = np.zeros(64 * 32, np.int64)
+    expected[:4] = 0x80, 0x81, 0x00, 0x7F
+    expected[512 + 64 * 3 + 16 * 1 + 4 * 1 + 3] = 200 - 128
+    expected[1024 + 512 + 64 * 3 + 16 * 1 + 4 * 1 + 3] = 9 + 2 * 16
+    np.testing.assert_array_equal(k.cpu().numpy(), expected)
+    v = pages.pack_pages(values, bands, side="v")
+    expected = np.zeros(64 * 32, np.int64)
+    # token 0 is t = 0, b = 0; column c < 8 is h = 0, g = c
+    expected[[0, 64, 128, 192]] = 0x80, 0x81, 0x00, 0x7F
+    # token 43 = 32 + 8 + 3: sub-tile 1, t = 1, b = 3; column 7: h = 0, g = 7
+    expected[512 + 64 * 7 + 16 * 1 + 3] = 200 - 128
+    expected[1024 + 512 + 64 * 7 + 16 * 1 + 3] = 9 + 2 * 16
+    np.testing.assert_array_equal(v.cpu().numpy(), expected)
+    for side, page in (("k", k), ("v", v)):
+        torch.testing.assert_close(pages.unpack_pages(page, bands, side=side), values)
 
+
+def test_half_groups_by_hand():
+    """32x4+16x4: the last block alone uses 4 bits; tokens tau and tau + 32 of a tile share its bytes."""
+    bands = pages.Bands.parse("48x4")
+    assert bands.groups == ((0, (4, 4)), (32, (4,))) and bands.bytes == 24
+    codes = torch.zeros(128, 48)
+    codes[64 + 5, 32 + 9], codes[64 + 32 + 5, 32 + 9] = 3, 14  # tile 1: g = 5; column 9: t = 2, b = 1 (K), h = 1, g = 1 (V)
+    for side, byte in (("k", 64 * 5 + 16 * 2 + 1), ("v", 64 * 1 + 8 * 1 + 5)):
+        page = pages.pack_pages((codes - 7.5).to(DEVICE), bands, side=side)
+        assert page.nonzero().flatten().tolist() == [128 * 16 + 512 + byte] and page[page != 0].tolist() == [3 + 14 * 16]
+
+
+def test_a_float_page_by_hand():
+    """16 bits: little-endian fp16, K by tokens, V by components."""
     floats = pages.Bands.parse("16x16")
-    values = torch.arange(32 * 16).reshape(1, 1, 32, 16).float()  # exact in fp16
-    rows = pages.pack_rows(values, floats)
-    assert rows[0, 0, 0, 2:6].tolist() == [0x00, 0x3C, 0x00, 0x40]  # 1.0 and 2.0, little-endian
-    v = pages.v_pages_from_rows(rows, floats)
-    as_fp16 = v.view(torch.float16).reshape(1, 1, 16, 32)
-    torch.testing.assert_close(as_fp16.float(), values.mT)
-    torch.testing.assert_close(pages.v_rows(v, floats), rows)
+    values = torch.arange(64 * 16).reshape(1, 1, 64, 16).float()  # exact in fp16
+    k = pages.pack_pages(values, floats, side="k")
+    assert k[0, 0, 2:6].tolist() == [0x00, 0x3C, 0x00, 0x40]  # 1.0 and 2.0
+    v = pages.pack_pages(values, floats, side="v")
+    torch.testing.assert_close(v.view(torch.float16).reshape(1, 1, 16, 64).float(), values.mT)
 
 
+@pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("text", BANDS)
-def test_pack_and_unpack(rng, text):
+def test_pack_and_unpack(rng, text, side):
     bands = pages.Bands.parse(text)
     # Steps of a quarter fall on both sides of every boundary; the scale sends a share past the ends of the range.
-    values = np.round(rng.standard_normal((3, 40, bands.rank)) * 2.0 ** rng.integers(0, 9, bands.rank) * 4) / 4
-    packed = pages.pack_rows(torch.from_numpy(values).to(DEVICE, torch.float32), bands)
-    expected = oracle.pack_rows(values.astype(np.float32), bands.bands)
+    values = np.round(rng.standard_normal((3, 64, bands.rank)) * 2.0 ** rng.integers(0, 9, bands.rank) * 4) / 4
+    packed = pages.pack_pages(torch.from_numpy(values).to(DEVICE, torch.float32), bands, side=side)
+    expected = oracle.pack_pages(values.astype(np.float32), bands.bands, side)
+    assert packed.dtype == torch.uint8 and packed.is_contiguous() and expected.shape[-1] == 64 * bands.bytes
     np.testing.assert_array_equal(packed.cpu().numpy(), expected)
-    unpacked = pages.unpack_rows(packed, bands)
-    np.testing.assert_array_equal(unpacked.cpu().numpy(), oracle.unpack_rows(expected, bands.bands))
+    unpacked = pages.unpack_pages(packed, bands, side=side)
+    np.testing.assert_array_equal(unpacked.cpu().numpy(), oracle.unpack_pages(expected, bands.bands, side))
     assert unpacked.dtype == torch.float32
 
 
+@pytest.mark.parametrize("chunk", pages.CHUNKS)
+@pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("text", BANDS)
-def test_every_code_returns(rng, text):
-    """unpack then pack is the identity on every code, and v_rows undoes v_pages_from_rows."""
+def test_every_code_returns(rng, text, side, chunk):
+    """unpack then pack is the identity on every code, at every chunk length."""
     bands = pages.Bands.parse(text)
-    rows = oracle.pack_codes(random_codes(rng, (2, 3, 64), bands.bands), bands.bands)
-    tensor = torch.from_numpy(rows).to(DEVICE)
-    torch.testing.assert_close(pages.pack_rows(pages.unpack_rows(tensor, bands), bands), tensor)
-    v = pages.v_pages_from_rows(tensor, bands)
-    np.testing.assert_array_equal(v.cpu().numpy(), oracle.v_page(rows, bands.bands))
-    assert v.is_contiguous()
-    torch.testing.assert_close(pages.v_rows(v, bands), tensor)
-    np.testing.assert_array_equal(oracle.v_rows(oracle.v_page(rows, bands.bands), bands.bands), rows)
+    page = oracle.pack_codes(random_codes(rng, (2, 3, chunk), bands.bands), bands.bands, side)
+    tensor = torch.from_numpy(page).to(DEVICE)
+    torch.testing.assert_close(pages.pack_pages(pages.unpack_pages(tensor, bands, side=side), bands, side=side), tensor)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -90,22 +96,21 @@ def test_codes_round_down_and_saturate(bits):
     n = np.minimum(n, 2 * half - 1)
     np.testing.assert_array_equal(oracle.code_of(c, bits), n)
     bands = pages.Bands(((16, bits),))
-    padded = torch.zeros(1, 16, device=DEVICE)
+    padded = torch.zeros(64, 16, device=DEVICE)
     padded[0, : len(c)] = torch.from_numpy(c)
-    got = pages.unpack_rows(pages.pack_rows(padded, bands), bands)[0, : len(c)].cpu().numpy()
+    got = pages.unpack_pages(pages.pack_pages(padded, bands, side="k"), bands, side="k")[0, : len(c)].cpu().numpy()
     np.testing.assert_array_equal(got, n - (2**bits - 1) / 2)
 
 
 def test_layouts_that_are_wrong_differ(rng):
-    """Comparing bytes has teeth: neighbouring components in one byte, or the high bits first, are other bytes."""
-    bands = ((32, 4),)
-    codes = random_codes(rng, (4,), bands)
-    rows = oracle.pack_codes(codes, bands)
-    neighbours = (codes[:, 0::2] + 16 * codes[:, 1::2]).astype(np.uint8)
-    high_first = (16 * codes[:, :16] + codes[:, 16:]).astype(np.uint8)
-    assert (rows != neighbours).any() and (rows != high_first).any()
-    unsigned = random_codes(rng, (4,), ((16, 8),))
-    assert (oracle.pack_codes(unsigned, ((16, 8),)) != unsigned.astype(np.uint8)).all()
+    """Comparing bytes has teeth: the other side's order, swapped nibbles, unsigned 8 bits are other bytes."""
+    codes = random_codes(rng, (64,), ((32, 4),))
+    page = oracle.pack_codes(codes, ((32, 4),), "k")
+    assert (page != oracle.pack_codes(codes, ((32, 4),), "v")).any()
+    assert (page != oracle.pack_codes(np.roll(codes, 16, -1), ((32, 4),), "k")).any()
+    unsigned = random_codes(rng, (64,), ((16, 8),))
+    shifted = (unsigned + 128) % 256
+    assert (oracle.pack_codes(unsigned, ((16, 8),), "k") != oracle.pack_codes(shifted, ((16, 8),), "k")).all()
 
 
 def test_bands():
@@ -130,7 +135,7 @@ def test_layout_and_pages_name_what_is_wrong(rng):
     fields = {name: getattr(good, name) for name in good.__dataclass_fields__}
     for name, wrong, error in [
         ("k_pages", good.k_pages[..., :-1], ValueError),
-        ("v_pages", good.v_pages.mT, ValueError),
+        ("v_pages", good.v_pages[..., :-1], ValueError),
         ("skip", good.skip.long(), TypeError),
         ("k_basis", good.k_basis.float(), TypeError),
         ("v_scale", good.v_scale[:, :1], ValueError),
@@ -160,6 +165,6 @@ def test_pages_hold_tensors_without_copies(rng):
 def test_allocate_pages():
     layout = pages.PageLayout(pages.Bands.parse("16x8"), pages.Bands.parse("32x4"), 80, 128)
     empty = pages.allocate_pages(layout, pages=3, segments=2, kv_heads=2, batch=4, max_chunks=5, device=DEVICE)
-    assert tuple(empty.k_pages.shape) == (3, 2, 128, 16) and tuple(empty.v_pages.shape) == (3, 2, 16, 128)
+    assert tuple(empty.k_pages.shape) == (3, 2, 128 * 16) and tuple(empty.v_pages.shape) == (3, 2, 128 * 16)
     assert tuple(empty.page_table.shape) == (4, 5) and tuple(empty.v_basis.shape) == (2, 2, 32, 80)
     assert empty.lengths.tolist() == [0] * 4 and not empty.skip.any()
