@@ -141,19 +141,17 @@ def encode(card: Card, side: str) -> Kernel:
     x = torch.randn(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
     levels = torch.tensor([2.0**bits / 4 for bits in bands.bits], device=card.device)
     encoder = torch.randn(1, KV_HEADS, DIM, bands.rank, device=card.device) / DIM**0.5 * levels
-    page = (layout.chunk, bands.bytes) if side == "k" else (bands.bytes, layout.chunk)
-    pages = torch.zeros(chunks, KV_HEADS, *page, dtype=torch.uint8, device=card.device)
+    pages = torch.zeros(chunks, KV_HEADS, layout.chunk * bands.bytes, dtype=torch.uint8, device=card.device)
     ids = torch.randperm(chunks, dtype=torch.int32, device=card.device)[None]
     call = partial(sk.encode, x, encoder, bands, pages, ids, side=side)
 
     def check() -> None:
         call()
-        data, rows = numpy_of(x[0, -1, -layout.chunk :]), pages[int(ids[0, -1]), -1].cpu().numpy()
-        rows = rows if side == "k" else pages_oracle.v_rows(rows, bands.bands)
+        data, page = numpy_of(x[0, -1, -layout.chunk :]), pages[int(ids[0, -1]), -1].cpu().numpy()
         own = numpy_of(encoder[0, -1])
         exact, slack = data @ own, budgets.coefficients(data, own)
         low, high = (compress_oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
-        stored = pages_oracle.unpack_rows(rows, bands.bands)
+        stored = pages_oracle.unpack_pages(page, bands.bands, side)
         assert ((low <= stored) & (stored <= high)).all(), "a code lies outside of what float32 makes of its coefficient"
 
     nbytes = x.nbytes + encoder.nbytes + pages.nbytes + ids.nbytes

@@ -322,8 +322,8 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
         assert row["p20_us"] == 10 and row["p50_us"] == 20 and row["p80_us"] == 30
         assert row["best_peer"] == "math" and row["speedup"] == 1 and row["best_fp8"] is None
         assert 0 < row["budget_share"] <= 1
-    # 384 cold tokens of 2 KV heads at 64 bytes, 8 bytes of skip bits a chunk and head, 8 bytes of tables a chunk.
-    read = 2 * (384 * 64 + 6 * 8) + 6 * 8
+    # 384 cold tokens of 2 KV heads at 64 bytes, 16 bytes of skip bits a chunk and head, 8 bytes of tables a chunk.
+    read = 2 * (384 * 64 + 3 * 16) + 3 * 8
     assert rows[1]["kernel_gbs"] == pytest.approx(read / 16e3, rel=1e-3)
     assert rows[1]["read_share"] == pytest.approx(read / 16e3, rel=1e-3)  # of 1 GB/s
     assert shown.out.count("\n") == 4
