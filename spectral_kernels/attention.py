@@ -33,7 +33,7 @@ import triton.language as tl
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
 from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
-from .merge import merge_many_states
+from .merge import merge_many_states, merge_many_states_torch
 from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
@@ -403,8 +403,11 @@ def _attend_spectral_kernel(
     page_table_ptr,
     segment_table_ptr,
     lengths_ptr,
-    o_ptr,
+    c_ptr,
     lse_ptr,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
     max_blocks,
     splits,
     Q,
@@ -429,7 +432,11 @@ def _attend_spectral_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One split of the pages of one row, query and KV head: its state over all heads of the group."""
+    """One split of the pages of one row, query and KV head: its state over all heads of the group.
+
+    c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
+    [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
+    """
     TILES: tl.constexpr = C // 64
     PAGES: tl.constexpr = ALIGN // C
     N: tl.constexpr = 2 * HG_PAD
@@ -453,8 +460,10 @@ def _attend_spectral_kernel(
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
+    if chunk >= end:
+        tl.store(lse_ptr + out, tl.full([HG_PAD], float("-inf"), dtype=tl.float32), mask=h < HG)
     while chunk < end:
-        # A run of blocks that share a segment: its V basis is applied once, at its end.
+        # A run of blocks that share a segment.
         block = chunk // PAGES
         segment = tl.load(segment_table_ptr + block)
         i = tl.arange(0, RUN)
@@ -537,17 +546,8 @@ def _attend_spectral_kernel(
                         part_sum = (hi * 256 + lo).to(tl.float32) * new[None, :]
                         rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
             acc = rescaled
-        # The run's output, coefficients times the V basis, joins that of earlier runs in global memory, a few dimensions
-        # at a time: held in registers it would cost the loop above half its warps.
-        m_new = tl.maximum(m_all, m)
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m_all - top) * l_all
-        new = tl.exp2(m - top)
-        m_all = m_new
-        l_all = old + new * l
-        norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
-        old *= norm
-        new *= norm
+        # In V's basis; l and acc both count weights in units of 1 / _FULL.
+        norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
@@ -556,28 +556,138 @@ def _attend_spectral_kernel(
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
-            scaled = scaled + (coefficient * scale[:, None] * new[None, :],)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            mask = (d < D)[:, None] & (h < HG)[None, :]
-            o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
-            o *= old[None, :]
+            scaled = scaled + (coefficient * scale[:, None] * norm[None, :],)
+        if stop == end:
+            lse = tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+            tl.store(lse_ptr + out, lse, mask=h < HG)
+            tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
             for n in tl.static_range(RV // 16):
-                rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
-                basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
-                o += dot_int8_f32(basis, scaled[n], MATRIX, NATIVE)
-            tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
-        tl.debug_barrier()  # the next run's threads read what others wrote
+                tl.store(c_ptr + out[None, :] * RV + (n * 16 + i16)[:, None], scaled[n], mask=(h < HG)[None, :])
+        else:
+            # Join earlier runs' in global memory, a few dimensions at a time: registers are what the loop above lives on.
+            m_new = tl.maximum(m_all, m)
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old = tl.exp2(m_all - top) * l_all
+            new = tl.exp2(m - top) * l
+            m_all = m_new
+            l_all = old + new
+            both = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
+            old *= both
+            new *= both
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                mask = (d < D)[:, None] & (h < HG)[None, :]
+                o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
+                o *= old[None, :]
+                for n in tl.static_range(RV // 16):
+                    rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
+                    basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
+                    o += dot_int8_f32(basis, scaled[n] * new[None, :], MATRIX, NATIVE)
+                tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
+            tl.debug_barrier()  # the next run's threads read what others wrote
         chunk = stop
-    lse = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
-    tl.store(lse_ptr + out, tl.where(l_all > 0.0, lse, float("-inf")), mask=h < HG)
+    lse_all = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
+    tl.store(o_lse_ptr + out, tl.where(l_all > 0.0, lse_all, float("-inf")), mask=h < HG)
 
 
-def _launch_settings(group: int, matrix: bool) -> tuple[dict, dict]:
+@triton.jit
+def _add_states(o, o_ptr, lse_ptr, N, row, top, d, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """o plus the N states of a row, by their weights relative to `top`, and the sum of these."""
+    total = tl.full([], 0.0, dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        w = tl.exp(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)
+        total += tl.sum(w, 0)
+        if tl.max(w, 0) > 0.0:  # a weight of zero must not multiply what was never written
+            mask = (w > 0.0)[:, None] & (d < D)[None, :]
+            x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            o += tl.sum(w[:, None] * x, 0)
+    return o, total
+
+
+@triton.jit
+def _largest(lse_ptr, N, row, top, BLOCK_N: tl.constexpr):
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        top = tl.maximum(top, tl.max(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")), 0))
+    return top
+
+
+@triton.jit(do_not_specialize=["splits", "others", "Q", "H", "G"])
+def _finish_spectral_kernel(
+    c_ptr,
+    lse_ptr,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
+    other_ptr,
+    other_lse_ptr,
+    basis_ptr,
+    out_ptr,
+    out_lse_ptr,
+    splits,
+    others,
+    Q,
+    H,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Join the splits' states of one row, query and head (see `_attend_spectral_kernel`) and `others` more, in a fixed
+    order; the V basis is applied once a segment."""
+    row = tl.program_id(0).to(tl.int64)
+    g = (row // Q % H) // (H // G)
+    segment_ptr += ((row // (Q * H) * Q + row % Q) * G + g) * splits
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_R)
+    top = _largest(lse_ptr, splits, row, tl.full([], float("-inf"), dtype=tl.float32), BLOCK_N)
+    top = _largest(o_lse_ptr, splits, row, top, BLOCK_N)
+    top = _largest(other_lse_ptr, others, row, top, BLOCK_N)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    o = tl.zeros([BLOCK_D], dtype=tl.float32)
+    o, total = _add_states(o, o_ptr, o_lse_ptr, splits, row, top, d, D, BLOCK_N)
+    o, more = _add_states(o, other_ptr, other_lse_ptr, others, row, top, d, D, BLOCK_N)
+    total += more
+    low = tl.full([], -1, dtype=tl.int32)
+    high = tl.full([], 0, dtype=tl.int32)
+    while low < high:
+        # The next segment, and the last: the first pass finds them both.
+        after = low
+        low = tl.full([], 2147483647, dtype=tl.int32)
+        for start in range(0, splits, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            live = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf")) > float("-inf")
+            segment = tl.load(segment_ptr + n, mask=live, other=-1)
+            high = tl.maximum(high, tl.max(segment, 0))
+            low = tl.minimum(low, tl.min(tl.where(segment > after, segment, 2147483647), 0))
+        if low < 2147483647:
+            c = tl.zeros([BLOCK_R], dtype=tl.float32)
+            for start in range(0, splits, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                w = tl.exp(tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf")) - top)
+                mine = tl.load(segment_ptr + n, mask=w > 0.0, other=-1) == low
+                w = tl.where(mine, w, 0.0)
+                total += tl.sum(w, 0)
+                mask = (w > 0.0)[:, None] & (r < RV)[None, :]
+                x = tl.load(c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0)
+                c += tl.sum(w[:, None] * x, 0)
+            at = basis_ptr + ((low.to(tl.int64) * G + g) * RV + r)[:, None] * D + d[None, :]
+            basis = tl.load(at, mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+            o += tl.sum(c[:, None] * basis, 0)
+    o = tl.where(total > 0.0, o / total, 0.0)
+    tl.store(out_ptr + row * D + d, o, mask=d < D)
+    tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
+
+
+def _launch_settings(group: int, k_rank: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": 4, "num_stages": 1}
+        warps = 2 if k_rank <= 64 else 4
+        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": warps, "num_stages": 1, "maxnreg": 168}
         return project, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
@@ -587,7 +697,7 @@ def count_splits(programs: int, tiles: int, device: torch.device) -> int:
     """Splits of the keys: enough programs for about twelve a multiprocessor, none with less than one chunk."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    return max(1, min(tiles, 12 * _launch.multiprocessors(device) // max(programs, 1), 64))
+    return max(1, min(tiles, 12 * _launch.multiprocessors(device) // max(programs, 1), 128))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -597,6 +707,23 @@ def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
     return head_dim**-0.5 if scale is None else float(scale)
 
 
+def _check_others(others, q) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other states of a call, none if it names none."""
+    if others is None:
+        shape = (*q.shape[:-1], 0)
+        options = {"dtype": torch.float32, "device": q.device}
+        return torch.empty((*shape, q.shape[-1]), **options), torch.empty(shape, **options)
+    o, lse = others
+    check_tensor("others: o", o, dtype=torch.float32, device=q.device)
+    if o.dim() != q.dim() + 1 or o.shape[:-2] != q.shape[:-1] or o.shape[-1] != q.shape[-1]:
+        wanted = [*q.shape[:-1], "N", q.shape[-1]]
+        raise ValueError(f"others: expected o of shape {wanted}, got {list(o.shape)}")
+    check_tensor("others: lse", lse, shape=o.shape[:-1], dtype=torch.float32, device=q.device)
+    if not (o.is_contiguous() and lse.is_contiguous()):
+        raise ValueError(f"others: expected contiguous tensors, got strides {o.stride()} and {lse.stride()}")
+    return o, lse
+
+
 def attend_spectral(
     q: torch.Tensor,
     positions: torch.Tensor,
@@ -604,6 +731,7 @@ def attend_spectral(
     rope: Rope,
     *,
     scale: float | None = None,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -618,12 +746,15 @@ def attend_spectral(
         pages: cold pages, tables and lengths (read on the device: lengths may change between replays of a CUDA graph).
         rope: frequencies and attention scaling.
         scale: factor of the scores, default D**-0.5.
-        out, lse: float32 [B, H, (Q,) D] and [B, H, (Q,)], contiguous, written in place.
+        others: states of other keys that are joined in the same pass, as `attend_exact(.., merged=False)` returns them:
+            float32 o [B, H, (Q,) N, D] and lse [B, H, (Q,) N], contiguous.
+        out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
         splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards and runs anywhere.
     Returns:
-        (o, lse), float32: normalised output and natural-log log-sum-exp of the scaled scores; (0, -inf) without keys.
-        Arithmetic: see the module. Deterministic for given inputs and settings.
+        (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
+        over the cold tokens and `others`; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
+        inputs and settings.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -633,31 +764,35 @@ def attend_spectral(
     batch = pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     check_tensor("pages.k_pages", pages.k_pages, device=q.device)
-    out = check_output("out", out, q, q.shape)
+    others = _check_others(others, q)
+    out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
-        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale, others=others)
         return out.copy_(o), lse.copy_(total)
     if q.numel() == 0 or pages.max_chunks == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return merge_many_states(*others, out=out, out_lse=lse)
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    project, attend = _launch_settings(group, matrix)
+    project, attend = _launch_settings(group, layout.k.rank, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
     pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
     shape = (rows, kv_heads, blocks)
     u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
     u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
     unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
-    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
+    o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
+    split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
     each = project["M"] // pad  # blocks of a program of `_project_kernel`: more of them once all multiprocessors are busy
     each *= max(1, triton.cdiv(blocks, each) * kv_heads * rows // (4 * _launch.multiprocessors(q.device)))
+    other_o, other_lse = others
     with torch.cuda.device_of(q):
         _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
             q4,
@@ -703,8 +838,11 @@ def attend_spectral(
             pages.page_table,
             pages.segment_table,
             pages.lengths,
-            o_splits,
-            lse_splits,
+            c,
+            split_lse,
+            segments,
+            o,
+            o_lse,
             blocks,
             splits,
             queries,
@@ -729,13 +867,48 @@ def attend_spectral(
             NATIVE=_launch.is_native(q),
             **attend,
         )
-        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+        _finish_spectral_kernel[(lse.numel(),)](
+            c,
+            split_lse,
+            segments,
+            o,
+            o_lse,
+            other_o,
+            other_lse,
+            pages.v_basis,
+            out,
+            lse,
+            splits,
+            other_lse.shape[-1],
+            queries,
+            heads,
+            kv_heads,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            RV=layout.v.rank,
+            BLOCK_R=triton.next_power_of_2(layout.v.rank),
+            BLOCK_N=32,
+            num_warps=8,
+        )
+    return out, lse
 
 
 def attend_spectral_torch(
-    q: torch.Tensor, positions: torch.Tensor, pages: Pages, rope: Rope, *, scale: float | None = None
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    pages: Pages,
+    rope: Rope,
+    *,
+    scale: float | None = None,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without int8 splitting."""
+    if others is not None:
+        o, lse = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        other_o, other_lse = _check_others(others, q)
+        return merge_many_states_torch(
+            torch.cat((other_o, o[..., None, :]), -2), torch.cat((other_lse, lse[..., None]), -1)
+        )
     layout, batch = pages.layout, pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
@@ -899,6 +1072,7 @@ def attend_exact(
     *,
     chunk: int,
     scale: float | None = None,
+    merged: bool = True,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -916,22 +1090,27 @@ def attend_exact(
         key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
         rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
         chunk: positions of a block of phase alignment.
+        merged: False returns the splits' states for the `others` of `attend_spectral` (and takes no `out` and `lse`).
     Returns:
-        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
+        (o, lse), float32, as `attend_spectral`; unmerged [.., N, D] and [.., N]. Float32 arithmetic (three-product tf32
+        dots).
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
+    if not merged and (out is not None or lse is not None):
+        raise ValueError("merged: expected True with out or lse, got False")
     out = check_output("out", out, q, q.shape)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
         o, total = attend_exact_torch(q, positions, k, v, key_positions, rope, chunk=chunk, scale=scale)
-        return out.copy_(o), lse.copy_(total)
+        return (out.copy_(o), lse.copy_(total)) if merged else (o[..., None, :].contiguous(), total[..., None].contiguous())
     batch, kv_heads, tokens, dim = k.shape
     if q.numel() == 0 or tokens == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        out.zero_(), lse.fill_(float("-inf"))
+        return (out, lse) if merged else (out[..., None, :], lse[..., None])
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, _ = q4.shape
@@ -943,8 +1122,11 @@ def attend_exact(
     blocks_m = triton.cdiv(group * queries, block_m)
     splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device), tiles)
     key_strides = (key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0)
-    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    if splits == 1:
+        o_splits, lse_splits = out[..., None, :], lse[..., None]
+    else:
+        o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
+        lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attend_exact_kernel[(splits, kv_heads * blocks_m, batch)](
             q4,
@@ -978,7 +1160,9 @@ def attend_exact(
             MATRIX=matrix,
             num_warps=4,
         )
-        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+    if not merged:
+        return o_splits, lse_splits
+    return (out, lse) if splits == 1 else merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
 
 
 def attend_exact_torch(
