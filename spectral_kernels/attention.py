@@ -591,26 +591,18 @@ def _attend_spectral_kernel(
 
 
 @triton.jit
-def _add_states(o, o_ptr, lse_ptr, N, row, top, d, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """o plus the N states of a row, by their weights relative to `top`, and the sum of these."""
-    total = tl.full([], 0.0, dtype=tl.float32)
+def _add_states(o, total, o_ptr, lse_ptr, N, row, top, d, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """o and total plus the N states of a row, weighted relative to `top`."""
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         w = tl.exp(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)
-        total += tl.sum(w, 0)
-        if tl.max(w, 0) > 0.0:  # a weight of zero must not multiply what was never written
+        weight = tl.sum(w, 0)
+        total += weight
+        if weight > 0.0:  # a weight of zero must not multiply what was never written
             mask = (w > 0.0)[:, None] & (d < D)[None, :]
             x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
             o += tl.sum(w[:, None] * x, 0)
     return o, total
-
-
-@triton.jit
-def _largest(lse_ptr, N, row, top, BLOCK_N: tl.constexpr):
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        top = tl.maximum(top, tl.max(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")), 0))
-    return top
 
 
 @triton.jit(do_not_specialize=["splits", "others", "Q", "H", "G"])
@@ -641,42 +633,48 @@ def _finish_spectral_kernel(
     row = tl.program_id(0).to(tl.int64)
     g = (row // Q % H) // (H // G)
     segment_ptr += ((row // (Q * H) * Q + row % Q) * G + g) * splits
+    lse_ptr += row * splits
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    top = _largest(lse_ptr, splits, row, tl.full([], float("-inf"), dtype=tl.float32), BLOCK_N)
-    top = _largest(o_lse_ptr, splits, row, top, BLOCK_N)
-    top = _largest(other_lse_ptr, others, row, top, BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
+    largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+    lowest = tl.full([BLOCK_N], 2147483647, dtype=tl.int32)
+    highest = tl.full([BLOCK_N], -1, dtype=tl.int32)
+    for start in range(0, tl.maximum(splits, others), BLOCK_N):
+        n = start + lane
+        lse = tl.load(lse_ptr + n, mask=n < splits, other=float("-inf"))
+        segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
+        earlier = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
+        other = tl.load(other_lse_ptr + row * others + n, mask=n < others, other=float("-inf"))
+        largest = tl.maximum(tl.maximum(largest, lse), tl.maximum(earlier, other))
+        live = lse > float("-inf")  # of an empty split nothing else was written
+        highest = tl.where(live, tl.maximum(highest, segment), highest)
+        lowest = tl.where(live, tl.minimum(lowest, segment), lowest)
+    top = tl.max(largest, 0)
+    low = tl.min(lowest, 0)
+    high = tl.max(highest, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     o = tl.zeros([BLOCK_D], dtype=tl.float32)
-    o, total = _add_states(o, o_ptr, o_lse_ptr, splits, row, top, d, D, BLOCK_N)
-    o, more = _add_states(o, other_ptr, other_lse_ptr, others, row, top, d, D, BLOCK_N)
-    total += more
-    low = tl.full([], -1, dtype=tl.int32)
-    high = tl.full([], 0, dtype=tl.int32)
-    while low < high:
-        # The next segment, and the last: the first pass finds them both.
-        after = low
-        low = tl.full([], 2147483647, dtype=tl.int32)
+    total = tl.full([], 0.0, dtype=tl.float32)
+    while low <= high:
+        c = tl.zeros([BLOCK_R], dtype=tl.float32)
+        after = tl.full([BLOCK_N], 2147483647, dtype=tl.int32)
         for start in range(0, splits, BLOCK_N):
-            n = start + tl.arange(0, BLOCK_N)
-            live = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf")) > float("-inf")
-            segment = tl.load(segment_ptr + n, mask=live, other=-1)
-            high = tl.maximum(high, tl.max(segment, 0))
-            low = tl.minimum(low, tl.min(tl.where(segment > after, segment, 2147483647), 0))
-        if low < 2147483647:
-            c = tl.zeros([BLOCK_R], dtype=tl.float32)
-            for start in range(0, splits, BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N)
-                w = tl.exp(tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf")) - top)
-                mine = tl.load(segment_ptr + n, mask=w > 0.0, other=-1) == low
-                w = tl.where(mine, w, 0.0)
-                total += tl.sum(w, 0)
-                mask = (w > 0.0)[:, None] & (r < RV)[None, :]
-                x = tl.load(c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0)
-                c += tl.sum(w[:, None] * x, 0)
-            at = basis_ptr + ((low.to(tl.int64) * G + g) * RV + r)[:, None] * D + d[None, :]
-            basis = tl.load(at, mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
-            o += tl.sum(c[:, None] * basis, 0)
+            n = start + lane
+            w = tl.exp(tl.load(lse_ptr + n, mask=n < splits, other=float("-inf")) - top)
+            segment = tl.load(segment_ptr + n, mask=w > 0.0, other=-1)
+            after = tl.where(segment > low, tl.minimum(after, segment), after)
+            w = tl.where(segment == low, w, 0.0)
+            total += tl.sum(w, 0)
+            mask = (w > 0.0)[:, None] & (r < RV)[None, :]
+            x = tl.load(c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0)
+            c += tl.sum(w[:, None] * x, 0)
+        at = basis_ptr + ((low.to(tl.int64) * G + g) * RV + r)[:, None] * D + d[None, :]
+        basis = tl.load(at, mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        o += tl.sum(c[:, None] * basis, 0)
+        low = tl.min(after, 0)
+    o, total = _add_states(o, total, other_ptr, other_lse_ptr, others, row, top, d, D, 16)
+    o, total = _add_states(o, total, o_ptr, o_lse_ptr, splits, row, top, d, D, BLOCK_N)
     o = tl.where(total > 0.0, o / total, 0.0)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
@@ -887,7 +885,7 @@ def attend_spectral(
             BLOCK_D=triton.next_power_of_2(dim),
             RV=layout.v.rank,
             BLOCK_R=triton.next_power_of_2(layout.v.rank),
-            BLOCK_N=32,
+            BLOCK_N=128,
             num_warps=8,
         )
     return out, lse
@@ -977,6 +975,7 @@ def _attend_exact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """One split of the keys of one row and KV head, for BLOCK_M rows, each a query and a head of the group."""
     split = tl.program_id(0)
@@ -996,7 +995,7 @@ def _attend_exact_kernel(
     mask = live[:, None] & (i < PAIRS)[None, :]
     q1 = tl.load(q_row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
     q2 = tl.load(q_row[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-    cos, sin = cos_sin(position[:, None], turns[None, :])
+    cos, sin = cos_sin(position[:, None], turns[None, :], NATIVE)
     qa = (q1 * cos - q2 * sin) * softmax_scale  # [BLOCK_M, BLOCK_PAIRS]
     qb = (q1 * sin + q2 * cos) * softmax_scale
     rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)
@@ -1015,16 +1014,17 @@ def _attend_exact_kernel(
     for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1).to(tl.int64)
-        used = key_position >= 0  # an unused slot may hold NaN
+        used = key_position >= 0
+        inside = n < N
         n = n.to(tl.int64)
-        pair_mask = (i < PAIRS)[:, None] & used[None, :]
+        pair_mask = (i < PAIRS)[:, None] & inside[None, :]
         k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
         k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
-        k_cos, k_sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None])
+        k_cos, k_sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None], NATIVE)
         s = dot_f32(qa, k1 * k_cos - k2 * k_sin, MATRIX)
         s += dot_f32(qb, k1 * k_sin + k2 * k_cos, MATRIX)
         if 2 * PAIRS < D:
-            rest_mask = (rest < D)[:, None] & used[None, :]
+            rest_mask = (rest < D)[:, None] & inside[None, :]
             kc = tl.load(k_ptr + n[None, :] * stride_k_n + rest[:, None], mask=rest_mask, other=0.0).to(tl.float32)
             s += dot_f32(qc, kc, MATRIX)
         seen = used[None, :] & (key_position[None, :] <= position[:, None])
@@ -1034,8 +1034,9 @@ def _attend_exact_kernel(
         old = tl.exp2(m - top)
         p = tl.exp2(s - top[:, None])
         l = l * old + tl.sum(p, 1)
-        v_mask = used[:, None] & (d < D)[None, :]
+        v_mask = inside[:, None] & (d < D)[None, :]
         v = tl.load(v_ptr + n[:, None] * stride_v_n + d[None, :], mask=v_mask, other=0.0).to(tl.float32)
+        v = tl.where(used[:, None], v, 0.0)  # an unused slot may hold NaN; its score is -inf whatever its key
         o = o * old[:, None] + dot_f32(p, v, MATRIX)
         m = m_new
     o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
@@ -1158,6 +1159,7 @@ def attend_exact(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             MATRIX=matrix,
+            NATIVE=_launch.is_native(q),
             num_warps=4,
         )
     if not merged:
