@@ -27,11 +27,18 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
 from ._launch import dot_f32, dot_int8_f32
 from .attention import _field, _fields, _first, _group_offset, _half, _offset_of, _shift, _subtiles
-from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
+from .pages import CHUNKS, Bands, Pages, is_half, pack_pages, unpack_pages
 from .rope import Rope, rotate
 
 # Share of the mean eigenvalue added to a metric: directions that no query used must still be encoded, if coarsely.
 METRIC_FLOOR = 1e-3
+
+
+# Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with the terms. So no run of
+# tokens longer than this is added up by them (64 steps of 16: at most 64 * 2**-23 = 8e-6, a quarter of that on average).
+GRAM_RUN = 1024
+# Parts of a sum over tokens, in memory: 16 are 6 % of the bytes of keys and values at T = 32,768, D = 128.
+GRAM_SPLITS = 16
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
@@ -45,26 +52,41 @@ def _gram_kernel(
     stride_x_g,
     stride_x_t,
     D: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MATRIX: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """One [BLOCK_D, BLOCK_D] tile of the second moment of one split of the tokens of one row and head."""
+    """One [BLOCK_D, BLOCK_D] tile of the second moment of one split of the tokens of one row and head.
+
+    EXACT: x is 16 bits wide, and its products are exact in float32: they go to the matrix units as they are.
+    """
     tiles = tl.cdiv(D, BLOCK_D)
     i = (tl.program_id(0) // tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     j = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     bg = tl.program_id(2).to(tl.int64)
     x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
-    each = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
-    acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    for start in range(split * each, tl.minimum(split * each + each, T), BLOCK_T):
-        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
-        b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
-        acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
+    each = tl.cdiv(tl.cdiv(T, RUN), splits) * RUN
+    end = tl.minimum(split * each + each, T)
+    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    for run in range(split * each, end, RUN):
+        acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+        for start in range(run, tl.minimum(run + RUN, end), BLOCK_T):
+            t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+            if BLOCK_D >= D:
+                a = tl.trans(b)
+            else:
+                a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
+            if EXACT:
+                acc = tl.dot(a, b, acc)
+            else:
+                acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
+        total += acc
     out = ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
-    tl.store(out_ptr + out, acc, mask=(i < D)[:, None] & (j < D)[None, :])
+    tl.store(out_ptr + out, total, mask=(i < D)[:, None] & (j < D)[None, :])
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +95,7 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     Args:
         x: [B, G, T, D] fp16, bf16 or fp32; last dimension of stride 1, others any.
     Returns:
-        float32 [B, G, D, D], contiguous: sums over T in float32 per split of the tokens, splits summed in float64.
+        float32 [B, G, D, D], contiguous: float32 sums over GRAM_RUN tokens, added in float32, then in float64.
     Raises:
         TypeError, ValueError: x is not as above; nothing was launched.
     """
@@ -84,8 +106,9 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     if batch * heads == 0 or tokens == 0:
         return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
     matrix = _launch.has_matrix_units(x.device)
-    block_t, block_d = (32, 64) if matrix else (16, 16)
-    splits = min(triton.cdiv(tokens, 1024), 64)
+    exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
+    block_t, block_d = (64, min(128, triton.next_power_of_2(dim))) if exact else (32, 64) if matrix else (16, 16)
+    splits = min(triton.cdiv(tokens, GRAM_RUN), GRAM_SPLITS)
     parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _gram_kernel[(triton.cdiv(dim, block_d) ** 2, splits, batch * heads)](
@@ -96,10 +119,13 @@ def gram(x: torch.Tensor) -> torch.Tensor:
             heads,
             *x.stride()[:3],
             D=dim,
+            RUN=GRAM_RUN,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             MATRIX=matrix,
-            num_warps=4,
+            EXACT=exact,
+            num_warps=8 if block_d == 128 else 4,
+            num_stages=4,
         )
     return parts.sum(dim=2, dtype=torch.float64).float()
 
@@ -394,6 +420,113 @@ def _coefficients(
     return c
 
 
+@triton.jit(do_not_specialize=["tiles", "each", "stride_ids_b"])
+def _encode_matrix_kernel(
+    x_ptr,
+    encoder_ptr,
+    page_ids_ptr,
+    pages_ptr,
+    tiles,
+    each,
+    G,
+    stride_x_b,
+    stride_x_g,
+    stride_x_t,
+    stride_ids_b,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    R8: tl.constexpr,
+    R4: tl.constexpr,
+    BYTES: tl.constexpr,
+    RUNS: tl.constexpr,  # ((first component, components, first group, groups, whether the last is a half group), ...)
+    IS_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """`each` tiles of 64 tokens of one row and head times one run of components: project, quantise, pack.
+
+    x is 16 bits wide. The encoder is held as two parts of that type, its columns scaled by powers of two to the top of
+    fp16's range. Codes and their places in a byte (powers of two) are exact in 16-bit floats too, so that a third product
+    packs.
+    """
+    g = (tl.program_id(1) % G).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    first_r, components, first_group, groups, half = 0, 0, 0, 0, 0
+    for n in tl.static_range(len(RUNS)):
+        if tl.program_id(1) // G == n:
+            first_r, components, first_group, groups, half = RUNS[n]
+    n = tl.arange(0, BLOCK_R)
+    r = first_r + n
+    bits = tl.where(r < R8, 8, tl.where(r < R8 + R4, 4, 2))
+    d = tl.arange(0, BLOCK_D)
+    e = tl.load(
+        encoder_ptr + ((b * G + g) * D + d[:, None]) * R + r[None, :],
+        mask=(d < D)[:, None] & (n < components)[None, :],
+        other=0.0,
+    )
+    # Powers of two from exponents: `up` brings a column's largest magnitude to 2**14 or more, `down` undoes that.
+    exponent = tl.minimum(tl.maximum(tl.max(tl.abs(e), 0).to(tl.int32, bitcast=True) >> 23, 32), 250)
+    up = ((127 + 127 + 14 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    e *= up[None, :]
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty if NATIVE else tl.float32
+    high = e.to(TYPE)
+    low = (e - high.to(tl.float32)).to(TYPE)
+    # Blocks fill bytes in order, and none straddles two: the bits before a block say where it goes.
+    block = r // 16
+    before = (
+        8 * tl.minimum(block, R8 // 16)
+        + 4 * tl.minimum(tl.maximum(block - R8 // 16, 0), R4 // 16)
+        + 2 * tl.maximum(block - (R8 + R4) // 16, 0)
+    )
+    at = (before // 8 - first_group) * 16 + r % 16
+    column = tl.arange(0, 16 * BLOCK_GROUPS)
+    places = tl.where((at[:, None] == column[None, :]) & (n < components)[:, None], (1 << (before % 8))[:, None], 0)
+    places = places.to(tl.float32).to(TYPE)
+    top = (1 << bits).to(tl.float32)
+    group = tl.arange(0, BLOCK_GROUPS)
+    is_half = (group == groups - 1) & (half != 0)
+    offset = tl.arange(0, 512)
+    t = tl.arange(0, 64)
+    x_ptr += b * stride_x_b + g * stride_x_g
+    for tile in range(tl.program_id(0) * each, tl.minimum((tl.program_id(0) + 1) * each, tiles)):
+        page = tl.load(page_ids_ptr + b * stride_ids_b + tile // (C // 64)).to(tl.int64)
+        token = (tile * 64 + t).to(tl.int64)
+        x = tl.load(x_ptr + token[:, None] * stride_x_t + d[None, :], mask=(d < D)[None, :], other=0.0).to(TYPE)
+        c = tl.dot(x, low, input_precision="ieee")
+        c = tl.dot(x, high, c, input_precision="ieee") * down[None, :]
+        code = tl.minimum(tl.maximum(tl.floor(c + (top * 0.5)[None, :]), 0.0), top[None, :] - 1.0)
+        code = tl.where((bits == 8)[None, :], tl.where(code < 128.0, code + 128.0, code - 128.0), code)
+        byte = tl.dot(code.to(TYPE), places, input_precision="ieee").to(tl.uint8)  # [64, 16 * BLOCK_GROUPS]
+        if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> group, byte 64 g + 16 t + 4 r + b, i
+            byte = tl.permute(tl.reshape(byte, [2, 4, 8, BLOCK_GROUPS, 4, 4]), [3, 2, 4, 1, 5, 0])
+        else:  # token 32 i + 8 t + b, column 8 h + g -> group, byte 64 g + 16 t + 8 h + b, i
+            byte = tl.permute(tl.reshape(byte, [2, 4, 8, BLOCK_GROUPS, 2, 8]), [3, 5, 1, 4, 2, 0])
+        first, second = tl.split(tl.reshape(byte, [BLOCK_GROUPS, 512, 2]))
+        first = tl.where(is_half[:, None], first | (second << 4), first)
+        out = pages_ptr + (page * G + g) * (C * BYTES) + offset[None, :]
+        out += ((first_group + group) * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
+        live = (group < groups) & (page >= 0)
+        tl.store(out, first, mask=live[:, None])
+        tl.store(out + 512, second, mask=(live & (is_half == 0))[:, None])
+
+
+def _runs(bands: Bands, components: int) -> tuple[tuple[int, int, int, int, int], ...]:
+    """The groups of a side in runs of at most so many components, as `_encode_matrix_kernel` wants them."""
+    runs: list[tuple[int, int, int, int, int]] = []
+    for n, (first, fields) in enumerate(bands.groups):
+        size, half = 16 * len(fields), int(is_half(fields))
+        if runs and runs[-1][1] + size <= components:
+            r, have, group, groups, _ = runs[-1]
+            runs[-1] = (r, have + size, group, groups + 1, half)
+        else:
+            runs.append((first, size, n, 1, half))
+    return tuple(runs)
+
+
 def _check_encode(x, encoder, bands, pages, page_ids, side):
     check_in("side", side, ("k", "v"))
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
@@ -423,7 +556,8 @@ def encode(
         side: "k" or "v": the order of the bytes.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
-    Float32 arithmetic (three-product tf32 dots); codes as in pages.py.
+    Float32 arithmetic; of bf16 rows the encoder counts to 16 bits (two bf16 parts), of fp16 rows to 22: a code at the
+    boundary of two may be either. Codes as in pages.py.
     """
     chunk = _check_encode(x, encoder, bands, pages, page_ids, side)
     if not _launch.runs_kernel(x):
@@ -432,10 +566,14 @@ def encode(
     if x.numel() == 0:
         return None
     matrix = _launch.has_matrix_units(x.device)
+    encoder = encoder.contiguous()
+    if matrix and x.dtype != torch.float32 and not bands.is_float:
+        _encode_16(x, encoder, bands, pages, page_ids, chunk, side)
+        return None
     with torch.cuda.device_of(x):
         _encode_kernel[(tokens // 64, heads, batch)](
             x,
-            encoder.contiguous(),
+            encoder,
             page_ids,
             pages,
             heads,
@@ -453,6 +591,53 @@ def encode(
             num_warps=4,
         )
     return None
+
+
+def _encode_16(
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    bands: Bands,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    chunk: int,
+    side: str,
+) -> None:
+    """Launch `_encode_matrix_kernel`; arguments as checked by `encode`."""
+    batch, heads, tokens, dim = x.shape
+    ranks = {bits: rank for rank, bits in bands.bands}
+    block_d = triton.next_power_of_2(dim)
+    # 64 KiB of encoder in shared memory: with two tiles of tokens a block fits a card that has 99 KiB.
+    runs = _runs(bands, min(128, 128 * 128 // block_d))
+    tiles = tokens // 64
+    # Two blocks a multiprocessor: more would only read the encoder more often.
+    blocks = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    each = triton.cdiv(tiles * heads * batch * len(runs), blocks)
+    with torch.cuda.device_of(x):
+        _encode_matrix_kernel[(triton.cdiv(tiles, each), heads * len(runs), batch)](
+            x,
+            encoder,
+            page_ids,
+            pages,
+            tiles,
+            each,
+            heads,
+            *x.stride()[:3],
+            page_ids.stride(0),
+            C=chunk,
+            D=dim,
+            R=bands.rank,
+            R8=ranks.get(8, 0),
+            R4=ranks.get(4, 0),
+            BYTES=bands.bytes,
+            RUNS=runs,
+            IS_K=side == "k",
+            BLOCK_D=block_d,
+            BLOCK_R=triton.next_power_of_2(max(run[1] for run in runs)),
+            BLOCK_GROUPS=triton.next_power_of_2(max(run[3] for run in runs)),
+            NATIVE=_launch.is_native(x),
+            num_warps=4,
+            num_stages=3 if block_d <= 128 else 2,
+        )
 
 
 def encode_torch(
