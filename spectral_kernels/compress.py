@@ -2,11 +2,11 @@
 
 What a low rank and few bits lose must be lost where it counts, so the basis is fitted under a metric M [D, D]: for keys the
 second moment of the queries as the chunks see them (errors of scores), for values the sum over the group's heads of
-W_o^T W_o (errors of outputs). With X the rows (phase-aligned keys, or values) and G = X^T X
+W_o^T W_o (errors of outputs). With X the rows (phase-aligned keys, or values), G = X^T X and M = L L^T
 
-    M^(1/2) G M^(1/2) = V S^2 V^T        basis = V^T M^(-1/2)  [R, D]      encoder = M^(1/2) V  [D, R]
+    L^T G L = V S^2 V^T        basis = V^T L^(-1)  [R, D]      encoder = L V  [D, R]
 
-so X ~ (X encoder) basis has the least M-weighted error of its rank, from D x D eigenproblems alone (float64).
+so X ~ (X encoder) basis has the least M-weighted error of its rank, from D x D eigenproblems alone (eigen.py).
 Basis rows are then held in int8 with a float32 scale each. The encoder is recomputed for the basis as it is held,
 
     encoder = M B^T (B M B^T)^(-1)       (the inverse of B when R = D)
@@ -27,6 +27,7 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
 from ._launch import dot_f32, dot_int8_f32
 from .attention import _field, _fields, _first, _group_offset, _half, _offset_of, _shift, _subtiles
+from .eigen import eigenvectors
 from .pages import CHUNKS, Bands, Pages, is_half, pack_pages, unpack_pages
 from .rope import Rope, rotate
 
@@ -208,7 +209,7 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
         metric: like `moment`, broadcastable, or None for the identity.
         rank: R, 1 .. D.
     Returns:
-        float32 [..., R, D], contiguous: V^T M^(-1/2), orthonormal in the metric M (with METRIC_FLOOR of its mean eigenvalue
+        float32 [..., R, D], contiguous: V^T L^(-1), orthonormal in the metric M (with METRIC_FLOOR of its mean eigenvalue
         added, scaled to a mean eigenvalue of 1). The largest entry of each row is positive. Float64 arithmetic.
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -220,17 +221,13 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
     if not 1 <= rank <= dim:
         raise ValueError(f"rank: expected 1 .. {dim}, got {rank}")
     moment = moment.double()
-    moment = (moment + moment.mT) / 2
     if metric is None:
-        basis = torch.linalg.eigh(moment).eigenvectors.mT.flip(-2)[..., :rank, :]
+        basis = eigenvectors(moment)[..., :rank, :]
     else:
         check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=moment.device)
-        values, vectors = torch.linalg.eigh(_floored(metric))
-        root = (vectors * values.sqrt()[..., None, :]) @ vectors.mT
-        inverse = (vectors / values.sqrt()[..., None, :]) @ vectors.mT
-        weighted = root @ moment @ root
-        directions = torch.linalg.eigh((weighted + weighted.mT) / 2).eigenvectors.mT.flip(-2)
-        basis = directions[..., :rank, :] @ inverse
+        root = torch.linalg.cholesky_ex(_floored(metric)).L
+        basis = eigenvectors(root.mT @ moment @ root)[..., :rank, :]
+        basis = torch.linalg.solve_triangular(root.expand(*basis.shape[:-2], -1, -1), basis, upper=False, left=False)
     largest = basis.gather(-1, basis.abs().argmax(-1, keepdim=True))
     return (basis * torch.where(largest < 0, -1.0, 1.0)).float().contiguous()
 
@@ -264,9 +261,14 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     check_tensor("scale", scale, shape=basis.shape[:-1], dtype=torch.float32, device=basis.device)
     rows = basis.double() / 127
     weighted = rows if metric is None else rows @ _floored(metric)
-    # pinv of the small symmetric [R, R] matrix: a row of zeros (a component of no variance) must not spoil the others.
-    encoder = weighted.mT @ torch.linalg.pinv(rows @ weighted.mT, rtol=1e-12, hermitian=True)
-    return (encoder / (127 * scale.double()[..., None, :])).float()
+    inner = rows @ weighted.mT
+    # Rows as long as one another, and any length for a row of zeros (a component of no variance): it spoils no other.
+    length = inner.diagonal(dim1=-2, dim2=-1).sqrt()
+    length = torch.where(length > 0, length, 1.0)
+    inner = inner / (length[..., :, None] * length[..., None, :])
+    inner.diagonal(dim1=-2, dim2=-1).fill_(1 + 1e-13)  # room for the rounding of rows that are nearly dependent
+    solved = torch.cholesky_solve(weighted / length[..., None], torch.linalg.cholesky_ex(inner).L)
+    return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
 def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
