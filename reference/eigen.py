@@ -1,4 +1,4 @@
-"""Oracle of spectral_kernels/eigen.py: eigenvalues by the QR iteration of LAPACK, and how far rows are from eigenvectors."""
+"""Oracle of spectral_kernels/eigen.py: eigenvalues by LAPACK, and how far rows are from eigenvectors."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -12,7 +12,7 @@ def eigenvalues(matrix: ArrayLike) -> F64:
 
 
 def lost(matrix: ArrayLike, rows: ArrayLike) -> F64:
-    """[D]: what the first r rows (orthonormal, [D, D]) miss of the trace, r = 1 .. D: sum of the other eigenvalues at least."""
+    """What the first r of the orthonormal rows [D, D] miss of the trace, r = 1 .. D: the other eigenvalues, at least."""
     matrix, rows = np.asarray(matrix, np.float64), np.asarray(rows, np.float64)
     kept = np.array([row @ matrix @ row for row in rows])
     return np.trace(matrix) - np.cumsum(kept)

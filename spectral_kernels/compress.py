@@ -28,7 +28,7 @@ from ._checks import FLOATS, check_in, check_tensor
 from ._launch import dot_f32, dot_int8_f32
 from .attention import _field, _fields, _first, _group_offset, _half, _offset_of, _shift, _subtiles
 from .eigen import eigenvectors
-from .pages import CHUNKS, Bands, Pages, is_half, pack_pages, unpack_pages
+from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate
 
 # Share of the mean eigenvalue added to a metric: directions that no query used must still be encoded, if coarsely.
@@ -80,7 +80,9 @@ def _gram_kernel(
             if BLOCK_D >= D:
                 a = tl.trans(b)
             else:
-                a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
+                a = tl.load(
+                    x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0
+                )
             if EXACT:
                 acc = tl.dot(a, b, acc)
             else:
@@ -441,32 +443,27 @@ def _encode_matrix_kernel(
     R8: tl.constexpr,
     R4: tl.constexpr,
     BYTES: tl.constexpr,
-    RUNS: tl.constexpr,  # ((first component, components, first group, groups, whether the last is a half group), ...)
+    GROUPS: tl.constexpr,
     IS_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """`each` tiles of 64 tokens of one row and head times one run of components: project, quantise, pack.
+    """`each` tiles of 64 tokens of one row and head: project, quantise, pack.
 
     x is 16 bits wide. The encoder is held as two parts of that type, its columns scaled by powers of two to the top of
     fp16's range. Codes and their places in a byte (powers of two) are exact in 16-bit floats too, so that a third product
     packs.
     """
-    g = (tl.program_id(1) % G).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    first_r, components, first_group, groups, half = 0, 0, 0, 0, 0
-    for n in tl.static_range(len(RUNS)):
-        if tl.program_id(1) // G == n:
-            first_r, components, first_group, groups, half = RUNS[n]
-    n = tl.arange(0, BLOCK_R)
-    r = first_r + n
+    r = tl.arange(0, BLOCK_R)
     bits = tl.where(r < R8, 8, tl.where(r < R8 + R4, 4, 2))
     d = tl.arange(0, BLOCK_D)
     e = tl.load(
         encoder_ptr + ((b * G + g) * D + d[:, None]) * R + r[None, :],
-        mask=(d < D)[:, None] & (n < components)[None, :],
+        mask=(d < D)[:, None] & (r < R)[None, :],
         other=0.0,
     )
     # Powers of two from exponents: `up` brings a column's largest magnitude to 2**14 or more, `down` undoes that.
@@ -484,13 +481,14 @@ def _encode_matrix_kernel(
         + 4 * tl.minimum(tl.maximum(block - R8 // 16, 0), R4 // 16)
         + 2 * tl.maximum(block - (R8 + R4) // 16, 0)
     )
-    at = (before // 8 - first_group) * 16 + r % 16
+    at = before // 8 * 16 + r % 16
     column = tl.arange(0, 16 * BLOCK_GROUPS)
-    places = tl.where((at[:, None] == column[None, :]) & (n < components)[:, None], (1 << (before % 8))[:, None], 0)
+    places = tl.where((at[:, None] == column[None, :]) & (r < R)[:, None], (1 << (before % 8))[:, None], 0)
     places = places.to(tl.float32).to(TYPE)
     top = (1 << bits).to(tl.float32)
     group = tl.arange(0, BLOCK_GROUPS)
-    is_half = (group == groups - 1) & (half != 0)
+    LAST: tl.constexpr = len(GROUPS) - 1
+    is_half = (group == LAST) & _half(GROUPS, LAST)
     offset = tl.arange(0, 512)
     t = tl.arange(0, 64)
     x_ptr += b * stride_x_b + g * stride_x_g
@@ -510,23 +508,10 @@ def _encode_matrix_kernel(
         first, second = tl.split(tl.reshape(byte, [BLOCK_GROUPS, 512, 2]))
         first = tl.where(is_half[:, None], first | (second << 4), first)
         out = pages_ptr + (page * G + g) * (C * BYTES) + offset[None, :]
-        out += ((first_group + group) * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
-        live = (group < groups) & (page >= 0)
+        out += (group * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
+        live = (group <= LAST) & (page >= 0)
         tl.store(out, first, mask=live[:, None])
         tl.store(out + 512, second, mask=(live & (is_half == 0))[:, None])
-
-
-def _runs(bands: Bands, components: int) -> tuple[tuple[int, int, int, int, int], ...]:
-    """The groups of a side in runs of at most so many components, as `_encode_matrix_kernel` wants them."""
-    runs: list[tuple[int, int, int, int, int]] = []
-    for n, (first, fields) in enumerate(bands.groups):
-        size, half = 16 * len(fields), int(is_half(fields))
-        if runs and runs[-1][1] + size <= components:
-            r, have, group, groups, _ = runs[-1]
-            runs[-1] = (r, have + size, group, groups + 1, half)
-        else:
-            runs.append((first, size, n, 1, half))
-    return tuple(runs)
 
 
 def _check_encode(x, encoder, bands, pages, page_ids, side):
@@ -569,7 +554,8 @@ def encode(
         return None
     matrix = _launch.has_matrix_units(x.device)
     encoder = encoder.contiguous()
-    if matrix and x.dtype != torch.float32 and not bands.is_float:
+    # The encoder of D = 256 would not fit in the shared memory of every card.
+    if matrix and x.dtype != torch.float32 and dim <= 128 and not bands.is_float:
         _encode_16(x, encoder, bands, pages, page_ids, chunk, side)
         return None
     with torch.cuda.device_of(x):
@@ -607,15 +593,12 @@ def _encode_16(
     """Launch `_encode_matrix_kernel`; arguments as checked by `encode`."""
     batch, heads, tokens, dim = x.shape
     ranks = {bits: rank for rank, bits in bands.bands}
-    block_d = triton.next_power_of_2(dim)
-    # 64 KiB of encoder in shared memory: with two tiles of tokens a block fits a card that has 99 KiB.
-    runs = _runs(bands, min(128, 128 * 128 // block_d))
     tiles = tokens // 64
     # Two blocks a multiprocessor: more would only read the encoder more often.
     blocks = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    each = triton.cdiv(tiles * heads * batch * len(runs), blocks)
+    each = triton.cdiv(tiles * heads * batch, blocks)
     with torch.cuda.device_of(x):
-        _encode_matrix_kernel[(triton.cdiv(tiles, each), heads * len(runs), batch)](
+        _encode_matrix_kernel[(triton.cdiv(tiles, each), heads, batch)](
             x,
             encoder,
             page_ids,
@@ -631,14 +614,14 @@ def _encode_16(
             R8=ranks.get(8, 0),
             R4=ranks.get(4, 0),
             BYTES=bands.bytes,
-            RUNS=runs,
+            GROUPS=bands.groups,
             IS_K=side == "k",
-            BLOCK_D=block_d,
-            BLOCK_R=triton.next_power_of_2(max(run[1] for run in runs)),
-            BLOCK_GROUPS=triton.next_power_of_2(max(run[3] for run in runs)),
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_R=triton.next_power_of_2(bands.rank),
+            BLOCK_GROUPS=triton.next_power_of_2(len(bands.groups)),
             NATIVE=_launch.is_native(x),
             num_warps=4,
-            num_stages=3 if block_d <= 128 else 2,
+            num_stages=3,
         )
 
 

@@ -1,11 +1,14 @@
 """Eigenvectors of many small symmetric matrices at once: one-sided Jacobi, a matrix a thread block.
 
-With W + e I = L L^T (Cholesky, float64; rows and columns sorted by falling diagonal, which Jacobi likes) the rows of L^T are
-made orthogonal by plane rotations of pairs (i, i xor s), s = 1 .. D-1: all D/2 pairs of a step at once, D-1 steps a sweep.
-Then L^T = Q S V^T, so the rows are S V^T and W = V (S^2 - e) V^T: nothing else is accumulated. A rotation makes rows a and p
-with a.p = c orthogonal:  z = (p.p - a.a) / 2c,  t = sign(z) / (|z| + sqrt(1 + z^2)),  a' = (a - t p) / sqrt(1 + t^2); the
-partner's z is -z. Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and two
-Newton-Schulz steps in float64 make the vectors orthonormal beyond it.
+With W + e I = L L^T (Cholesky, float64; rows and columns sorted by falling diagonal, which Jacobi likes) the rows of L^T
+are made orthogonal by plane rotations of pairs (i, i xor s), s = 1 .. D-1: the D/2 pairs of a step at once, D-1 steps a
+sweep. Then L^T = Q S V^T, the rows are S V^T, and W = V (S^2 - e) V^T: nothing else is accumulated. A rotation makes rows
+a and p with a.p = c orthogonal:
+
+    z = (p.p - a.a) / 2c        t = sign(z) / (|z| + sqrt(1 + z^2))        a' = (a - t p) / sqrt(1 + t^2)
+
+and the partner's z is -z. Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough,
+and two Newton-Schulz steps in float64 make the vectors orthonormal beyond it.
 
 Source: Hestenes (1958); Veselic and Hari, A note on a one-sided Jacobi algorithm (1989).
 Oracle: reference/eigen.py.   Test: tests/test_eigen.py.

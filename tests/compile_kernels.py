@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import spectral_kernels as sk
 from spectral_kernels import _launch
+from spectral_kernels.eigen import eigenvectors
 
 TYPES = {
     torch.uint8: "*u8",
@@ -119,6 +120,7 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     sk.rotate(x, key_positions, rope)
     sk.phase_align(x, key_positions, rope, chunk=chunk)
     sk.gram(x)
+    eigenvectors(torch.eye(dim, dtype=torch.float64))
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
         sk.encode(x, encoder, bands, data, pages.page_table, side=side)

@@ -76,6 +76,12 @@ def test_gram_of_several_splits(rng):
     check_gram("triton", torch.from_numpy(rng.standard_normal((1, 1, 2100, 64))).to(DEVICE, torch.float32))
 
 
+def test_gram_of_several_runs_a_split(rng, monkeypatch):
+    monkeypatch.setattr(compress, "GRAM_RUN", 64)
+    monkeypatch.setattr(compress, "GRAM_SPLITS", 3)
+    check_gram("triton", torch.from_numpy(rng.standard_normal((1, 1, 700, 64))).to(DEVICE, torch.float16))
+
+
 def test_gram_budget_has_teeth(rng):
     x = to_numpy(torch.from_numpy(rng.standard_normal((1, 2, 60, 64)) + 0.1).half())
     expected, budget = oracle.gram(x), budgets.gram(x)
@@ -318,7 +324,7 @@ def check_encode(
     assert got is None
     after = pages.cpu().numpy()
     exact = to_numpy(x) @ to_numpy(encoder)  # [B, G, T, R], in units of steps
-    slack = budgets.coefficients(to_numpy(x), to_numpy(encoder))
+    slack = budgets.coefficients(to_numpy(x), to_numpy(encoder), x.dtype)
     low, high = (oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
     for b, j in np.ndindex(batch, chunks):
         if ids[b, j] < 0:
@@ -337,6 +343,8 @@ ENCODE_CASES = [
     # bands, D, C, B, G, chunks, dtype, strides
     ("16x8+16x4+32x2", 64, 64, 2, 2, 2, torch.float16, "swapped"),
     ("48x4", 80, 64, 1, 1, 2, torch.float32, "odd"),
+    ("16x8+16x4+16x2", 80, 128, 1, 1, 1, torch.float16, "odd"),
+    ("32x4+16x2", 96, 64, 1, 2, 3, torch.float16, "plain"),
     ("96x16", 96, 64, 1, 2, 1, torch.float32, "plain"),
     ("32x8+96x2", 128, 128, 1, 1, 1, torch.bfloat16, "padded"),
     ("16x8+240x2", 256, 64, 1, 1, 1, torch.float16, "plain"),
@@ -456,7 +464,7 @@ def test_fit_side_then_encode_then_decode(rng, implementation, side, weighted):
             vectors = np.abs(to_numpy(scale)[..., None] * to_numpy(basis))
             # fp16 rounding and float32 error of each coefficient, through the basis; the inverse was rounded to
             # float32.
-            slack = budgets.rounding(units, torch.float16) + 2 * budgets.coefficients(x, to_numpy(encoder))
+            slack = budgets.rounding(units, torch.float16) + 2 * budgets.coefficients(x, to_numpy(encoder), torch.float32)
             budgets.check(rebuilt, x, slack @ vectors + 1e-6 * np.abs(x).max())
     assert all(more < 0.9 * less for less, more in itertools.pairwise(errors))
 
