@@ -63,7 +63,12 @@ def cos_sin(distance, turns, FAST: tl.constexpr = False):
     pi/4, where Taylor's polynomials are good to 3e-8. (libdevice's sine has a slow path for large angles, in local memory.)
     FAST: the special-function unit, good to 2**-20; not in the interpreter.
     """
-    phase = ((distance * turns) >> 32).to(tl.int32)
+    return cos_sin_of_phase(((distance * turns) >> 32).to(tl.int32), FAST)
+
+
+@triton.jit
+def cos_sin_of_phase(phase, FAST: tl.constexpr):
+    """`cos_sin` of int32 counts of 2**-32 turns."""
     if FAST:
         angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
         c = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)

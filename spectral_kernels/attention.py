@@ -32,31 +32,41 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, dot_f32, dot_int8_f32
+from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
 from .merge import merge_many_states
-from .pages import CHUNKS, HEAD_DIMS, Pages, unpack_pages
+from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
 LOG2_E = math.log2(math.e)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the rounded integer in a float's low bits
+_LOG2_FULL = tl.constexpr(math.log2(127 * 256))
+_MAGIC = tl.constexpr(12583040.0)  # 1.5 * 2**23 + 128: adding it leaves the rounded integer + 128 in a float's low bits
+_FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
+
+
+# Where block i of 16 components lies, as pages.py has it, for compile-time loops.
 
 
 @triton.constexpr_function
-def _first(groups, n):
-    """First component of group n."""
-    return groups[n][0]
+def _block(groups, i):
+    """(group, field, its lowest bit, its bits, whether it is a byte's top field) of block i; None past the last one."""
+    for n in range(len(groups)):
+        fields = groups[n][1]
+        if i < len(fields):
+            low = sum(fields[:i])
+            return n, i, low, fields[i], low + fields[i] == 8
+        i -= len(fields)
+    return None
 
 
 @triton.constexpr_function
 def _fields(groups, n):
-    """Bits of each field of group n."""
-    return groups[n][1]
+    """How many fields group n has."""
+    return len(groups[n][1])
 
 
 @triton.constexpr_function
-def _shift(groups, n, f):
-    """Lowest bit of field f of group n."""
-    return sum(groups[n][1][:f])
+def _first_block(groups, n):
+    return groups[n][0] // 16
 
 
 @triton.constexpr_function
@@ -77,36 +87,51 @@ def _group_offset(groups, n):
     return 16 * n
 
 
+@triton.constexpr_function
+def _mask(groups, i):
+    """The bits of block i in a byte, four times."""
+    block = _block(groups, i)
+    return (((1 << block[3]) - 1) << block[2]) * 0x01010101
+
+
+@triton.constexpr_function
+def _weight(groups, i):
+    """What a stored integer is multiplied by to count codes: fields are masked, not shifted (0 past the last block)."""
+    block = _block(groups, i)
+    return 0.0 if block is None else 2.0 ** -block[2]
+
+
+@triton.constexpr_function
+def _offset(groups, i):
+    """What is added to the stored integer of block i, as masked, to get the coefficient over `_weight`: a byte's top field
+    is two's complement (+1/2), others are codes (-(2**bits - 1)/2)."""
+    block = _block(groups, i)
+    if block is None:
+        return 0.0
+    return (0.5 if block[4] else 0.5 - 2.0 ** (block[3] - 1)) * 2.0 ** block[2]
+
+
 @triton.jit
-def _field(x, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """BITS bits from SHIFT of every byte as int8; four bytes an instruction where inline assembly is to be had."""
-    if BITS == 8:
+def _by_block(column, x: tl.constexpr, y: tl.constexpr):
+    """x for columns below 16, y for the others, float32."""
+    return tl.where(column < 16, x, y).to(tl.float32)
+
+
+@triton.jit
+def _masked(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexpr):
+    """Some bits of every byte, where they are or from SHIFT on, as int8; four bytes an instruction where inline assembly is
+    to be had."""
+    if MASK & 0xFF == 0xFF:
         y = x.to(tl.int8, bitcast=True)
     elif NATIVE:
-        if BITS == 4:
-            if SHIFT == 0:
-                y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [x], tl.int8, True, 4)
-            else:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [x], tl.int8, True, 4
-                )
+        if SHIFT == 0:
+            y = tl.inline_asm_elementwise(f"and.b32 $0, $1, {MASK};", "=r,r", [x], tl.int8, True, 4)
         else:
-            if SHIFT == 0:
-                y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x03030303;", "=r,r", [x], tl.int8, True, 4)
-            elif SHIFT == 2:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
-                )
-            elif SHIFT == 4:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
-                )
-            else:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
-                )
+            y = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}", "=r,r", [x], tl.int8, True, 4
+            )
     else:
-        y = ((x >> SHIFT) & ((1 << BITS) - 1)).to(tl.int8)
+        y = ((x >> SHIFT) & (MASK & 0xFF)).to(tl.int8, bitcast=True)
     return y
 
 
@@ -123,33 +148,39 @@ def _k_columns(ptr, SUBTILES: tl.constexpr):
 
 @triton.jit
 def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group."""
+    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group; the tokens in the order of `_by_eights`."""
     x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
     x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 2, 8]), [3, 1, 0, 2, 4])
     return tl.reshape(x, [16, 32 * SUBTILES])
 
 
 @triton.jit
-def _k_block(x, HALF: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """One block of components of 64 tokens, int8 [64, 16]."""
-    y = _field(x, SHIFT, BITS, NATIVE)
-    if HALF:
-        y = tl.reshape(tl.permute(tl.join(y, _field(x, SHIFT + 4, BITS, NATIVE)), [2, 0, 1]), [64, 16])
+def _by_eights(w):
+    """[64, H] by token as [64, H] in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
+    return tl.reshape(tl.permute(tl.reshape(w, [8, 8, w.shape[1]]), [1, 0, 2]), [64, w.shape[1]])
+
+
+@triton.jit
+def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
+    """Block i of 64 tokens from the bytes of its group, int8 [64, 16]."""
+    y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
+    if _half(GROUPS, _block(GROUPS, i)[0]):
+        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [2, 0, 1]), [64, 16])
     return y
 
 
 @triton.jit
-def _v_block(x, HALF: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """One block of components of 64 tokens, int8 [16, 64]."""
-    y = _field(x, SHIFT, BITS, NATIVE)
-    if HALF:
-        y = tl.reshape(tl.permute(tl.join(y, _field(x, SHIFT + 4, BITS, NATIVE)), [0, 2, 1]), [16, 64])
+def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
+    """Block i of 64 tokens from the bytes of its group, int8 [16, 64]."""
+    y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
+    if _half(GROUPS, _block(GROUPS, i)[0]):
+        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 2, 1]), [16, 64])
     return y
 
 
 @triton.jit
 def _side_by_side(x, y):
-    """Two blocks [64, 16] as [64, 32]: columns 8t + b of x for b < 4, of y for b >= 4. `_split_query_kernel` stores u so"""
+    """Two blocks [64, 16] as [64, 32]: columns 8t + b of x for b < 4, of y for b >= 4. `_project_rows` stores u so"""
     x = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
     return tl.reshape(tl.permute(x, [0, 1, 3, 2]), [64, 32])
 
@@ -172,27 +203,141 @@ def _dot_int8(a, b, MATRIX: tl.constexpr):
 
 
 @triton.jit
-def _split_int8(x, FINER: tl.constexpr):
-    """x in [-127, 127] as hi + lo/FINER, by rounding to nearest: int32 whose low bytes are hi and lo, and that value."""
+def _split_int16(x, NATIVE: tl.constexpr):
+    """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: (hi, lo) int8 and the rounded x, float32."""
     shifted = x + _MAGIC
-    hi = shifted - _MAGIC
-    finer = (x - hi) * FINER + _MAGIC
-    value = hi + (finer - _MAGIC) * (1.0 / FINER)
-    return shifted.to(tl.int32, bitcast=True), finer.to(tl.int32, bitcast=True), value
+    value = shifted - _MAGIC
+    bits = shifted.to(tl.int32, bitcast=True)  # the low 16 bits are the integer + 128: hi is its high byte
+    if NATIVE:
+        hi, lo = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            prmt.b32 a, $2, $3, 0x5140;
+            prmt.b32 b, $4, $5, 0x5140;
+            prmt.b32 $0, a, b, 0x7632;
+            prmt.b32 a, a, b, 0x5410;
+            xor.b32 $1, a, 0x80808080; }""",
+            "=r,=r,r,r,r,r",
+            [bits],
+            (tl.int8, tl.int8),
+            True,
+            4,
+        )
+    else:
+        hi = (bits >> 8).to(tl.int8)
+        lo = (bits ^ 128).to(tl.int8)
+    return hi, lo, value
 
 
 @triton.jit
-def _offset_of(r, R8: tl.constexpr, R4: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """What is added to a stored integer: +1/2 (8 bits), -15/2 (4), -3/2 (2), by component."""
-    if IS_FLOAT:
-        z = tl.zeros(r.shape, dtype=tl.float32)
+def _turned_part(
+    q_ptr, turns_ptr, distance, local, live, factor,
+    START: tl.constexpr, SECOND: tl.constexpr, ALIGN: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """hi and lo, int8 [M, 32], of the first (or SECOND) dimensions of pairs START .. START + 31 of each row's query, times
+    `factor` [M], turned by `distance` (a scalar) less ALIGN times `local` [M]."""
+    i = START + tl.arange(0, 32)
+    mask = live[:, None] & (i < PAIRS)[None, :]
+    q1 = tl.load(q_ptr[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+    q2 = tl.load(q_ptr[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
+    turns = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
+    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
+    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[
+        None, :
+    ]
+    cos, sin = cos_sin_of_phase(phase, NATIVE)
+    if SECOND:
+        x = q1 * sin + q2 * cos
     else:
-        z = tl.where(r < R8, 0.5, tl.where(r < R8 + R4, -7.5, -1.5))
-    return z
+        x = q1 * cos - q2 * sin
+    hi, lo, _ = _split_int16(x, NATIVE)
+    return hi, lo
 
 
-@triton.jit(do_not_specialize=["max_chunks", "Q", "stride_segments_b"])
-def _split_query_kernel(
+@triton.jit
+def _largest_pair(q_ptr, live, rotary_scale, D: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr):
+    """The largest magnitude that a turned query can have at any distance, float32 [M]."""
+    largest = tl.zeros([M], dtype=tl.float32)
+    for start in tl.static_range(0, PAIRS, 32):
+        i = start + tl.arange(0, 32)
+        mask = live[:, None] & (i < PAIRS)[None, :]
+        q1 = tl.load(q_ptr[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+        q2 = tl.load(q_ptr[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+        largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
+    for start in tl.static_range(2 * PAIRS, D, 32):
+        i = start + tl.arange(0, 32)
+        q = tl.load(q_ptr[:, None] + i[None, :], mask=live[:, None] & (i < D)[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(q.to(tl.float32)), 1))
+    return largest
+
+
+@triton.jit
+def _project_rows(
+    q_ptr, turns_ptr, basis_ptr, scale_ptr, u_ptr, unit_ptr, bias_ptr,
+    distance, local, live, largest, softmax_scale, rotary_scale, out,
+    HG_PAD: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr,
+    GROUPS: tl.constexpr, M: tl.constexpr, MATRIX: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Project M rows, each a block (`local` after the one at `distance`) and a head, on one basis: see `_project_kernel`.
+
+    q_ptr, out [M]: each row's query, and its index (block, head) in the output.
+    """
+    STEPS: tl.constexpr = (R + 31) // 32
+    TURNED: tl.constexpr = 2 * ((PAIRS + 31) // 32)  # parts of 32 dimensions that turn
+    full = tl.where(largest > 0.0, _FULL / largest, 0.0)
+    a = ()
+    for start in tl.static_range(0, PAIRS, 32):
+        for second in tl.static_range(2):
+            a = a + _turned_part(
+                q_ptr, turns_ptr, distance, local, live, full * rotary_scale, start, second, ALIGN, PAIRS, NATIVE
+            )
+    for start in tl.static_range(2 * PAIRS, D, 32):
+        i = start + tl.arange(0, 32)
+        q = tl.load(q_ptr[:, None] + i[None, :], mask=live[:, None] & (i < D)[None, :], other=0.0).to(tl.float32)
+        hi, lo, _ = _split_int16(q * full[:, None], NATIVE)
+        a = a + (hi, lo)
+    k = tl.arange(0, 32)
+    component = k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2  # of a product's column: see the store below
+    parts = ()
+    top = tl.zeros([M], dtype=tl.float32)
+    for step in tl.static_range(STEPS):
+        r = step * 32 + component
+        hi = tl.zeros([M, 32], dtype=tl.int32)
+        lo = tl.zeros([M, 32], dtype=tl.int32)
+        for n in tl.static_range(len(a) // 2):
+            if n < TURNED:
+                i = n // 2 * 32 + k
+                inside = i < PAIRS
+                i += n % 2 * PAIRS
+            else:
+                i = 2 * PAIRS + (n - TURNED) * 32 + k
+                inside = i < D
+            b = tl.load(basis_ptr + r[None, :] * D + i[:, None], mask=inside[:, None] & (r < R)[None, :], other=0)
+            hi += _dot_int8(a[2 * n], b, MATRIX)
+            lo += _dot_int8(a[2 * n + 1], b, MATRIX)
+        scale = tl.load(scale_ptr + r, mask=r < R, other=0.0) * softmax_scale
+        scale *= _by_block(component, _weight(GROUPS, 2 * step), _weight(GROUPS, 2 * step + 1))
+        u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
+        top = tl.maximum(top, tl.max(tl.abs(u), 1))
+        parts = parts + (u,)
+    unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
+    inverse = tl.where(top > 0.0, _FULL / top, 0.0)
+    bias = tl.zeros([M], dtype=tl.float32)
+    at = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64 + k[None, :]
+    for step in tl.static_range(STEPS):
+        hi, lo, value = _split_int16(parts[step] * inverse[:, None], NATIVE)
+        offset = _by_block(component, _offset(GROUPS, 2 * step), _offset(GROUPS, 2 * step + 1))
+        bias += tl.sum(value * offset[None, :], 1)
+        # Columns 8 j + 2 t + e of a product lie in thread t of four: they go to bytes 8 t + 2 j + e.
+        hi = tl.reshape(tl.permute(tl.reshape(hi, [M, 4, 4, 2]), [0, 2, 1, 3]), [M, 32])
+        lo = tl.reshape(tl.permute(tl.reshape(lo, [M, 4, 4, 2]), [0, 2, 1, 3]), [M, 32])
+        tl.store(at + step * (64 * HG_PAD), hi, mask=live[:, None])
+        tl.store(at + step * (64 * HG_PAD) + 32, lo, mask=live[:, None])
+    tl.store(unit_ptr + out, unit, mask=live)
+    tl.store(bias_ptr + out, bias * unit, mask=live)
+
+
+@triton.jit(do_not_specialize=["max_blocks", "Q", "stride_positions_b", "stride_segments_b"])
+def _project_kernel(
     q_ptr,
     positions_ptr,
     turns_ptr,
@@ -201,9 +346,9 @@ def _split_query_kernel(
     segment_table_ptr,
     lengths_ptr,
     u_ptr,
-    u_scale_ptr,
-    u_bias_ptr,
-    max_chunks,
+    unit_ptr,
+    bias_ptr,
+    max_blocks,
     Q,
     G,
     softmax_scale,
@@ -215,135 +360,70 @@ def _split_query_kernel(
     stride_segments_b,
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
-    C: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     R: tl.constexpr,
-    STEPS: tl.constexpr,
-    R8: tl.constexpr,
-    R4: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    M: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of CHUNKS chunks and one KV head, as the attention kernel reads them, in log2 units.
+    """The projected queries of M / HG_PAD blocks and one KV head, as the attention kernel reads them, in log2 units:
 
-    u [B*Q, G, max_chunks, ceil(R/32), 2 HG_PAD, 32] int8: columns (head, hi or lo), 32 components in the order of
-    `_side_by_side`; with scale and bias (sum of u z) [B*Q, G, max_chunks, HG].
-    A 16-bit side: u [B*Q, G, max_chunks, HG, R] float32.
+    u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
+    by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
+    A 16-bit side: u [B*Q, G, max_blocks, HG_PAD, R] float32.
     """
-    M: tl.constexpr = CHUNKS * HG_PAD
-    first = tl.program_id(0) * CHUNKS
+    first = tl.program_id(0) * (M // HG_PAD)
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
     length = tl.load(lengths_ptr + b)
-    if first * C < length:
-        column = tl.arange(0, M)
-        chunk = first + column // HG_PAD
-        h = column % HG_PAD
-        live = (h < HG) & (chunk * C < length)
-        position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
-        distance = position - chunk.to(tl.int64) * C
+    if first * ALIGN < length:
+        h = tl.arange(0, M) % HG_PAD
+        local = tl.arange(0, M) // HG_PAD
+        live = (h < HG) & ((first + local) * ALIGN < length)
+        distance = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64) - first * ALIGN
         q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-        offset = (g * HG + h) * stride_q_h
-        segments = tl.load(segment_table_ptr + b * stride_segments_b + chunk, mask=live, other=0)
-        at = tl.arange(0, BLOCK_R)
-        r = at
-        if not IS_FLOAT:
-            r = at // 32 * 32 + at % 8 // 4 * 16 + at % 32 // 8 * 4 + at % 4
-            # The largest magnitude that a turned query can have: one scale for its int8 parts at any distance.
-            largest = tl.zeros([M], dtype=tl.float32)
-            for start in range(0, PAIRS, BLOCK_K):
-                i = start + tl.arange(0, BLOCK_K)
-                mask = (i < PAIRS)[:, None] & live[None, :]
-                q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-                q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                q2 *= rotary_scale
-                largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 0))
-            for start in range(2 * PAIRS, D, BLOCK_K):
-                i = start + tl.arange(0, BLOCK_K)
-                mask = (i < D)[:, None] & live[None, :]
-                q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                largest = tl.maximum(largest, tl.max(tl.abs(q1), 0))
-            q_step = tl.where(largest > 0.0, largest * (1.0 / 126.9), 1.0)  # 126.9: sine and cosine may exceed 1 by 2**-20
-        # A segment seldom ends inside a block: project on the first one, and again on each other that occurs.
-        u = tl.zeros([BLOCK_R, M], dtype=tl.float32)
+        q_row = q_ptr + (g * HG + h) * stride_q_h
+        out = ((bq * G + g) * max_blocks + first + local) * HG_PAD + h
+        segments = tl.load(segment_table_ptr + b * stride_segments_b + first + local, mask=live, other=0)
+        largest = _largest_pair(q_row, live, rotary_scale, D, PAIRS, M)
+        # A segment seldom ends among these blocks: project on the first one, and again on each other that occurs.
         low = tl.min(tl.where(live, segments, 2147483647), 0)
         high = tl.max(tl.where(live, segments, -1), 0)
         while low <= high:
             mine = live & (segments == low)
-            basis = basis_ptr + (low.to(tl.int64) * G + g) * R * D
+            row = (low.to(tl.int64) * G + g) * R
             if IS_FLOAT:
-                one = projected_query(
-                    q_ptr, turns_ptr, basis, distance, offset, mine, rotary_scale,
-                    D, PAIRS, R, BLOCK_R, BLOCK_K, M, MATRIX, NATIVE,
+                r = tl.arange(0, BLOCK_R)
+                u = projected_query(
+                    q_ptr, turns_ptr, basis_ptr + row * D, distance - local * ALIGN, (g * HG + h) * stride_q_h, mine,
+                    rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
                 )  # fmt: skip
+                u *= (tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale)[:, None]
+                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
+                tl.store(u_float_ptr + out[None, :] * R + r[:, None], u, mask=mine[None, :] & (r < R)[:, None])
             else:
-                hi = tl.zeros([BLOCK_R, M], dtype=tl.int32)
-                lo = tl.zeros([BLOCK_R, M], dtype=tl.int32)
-                inverse = (1.0 / q_step)[None, :]
-                for start in range(0, PAIRS, BLOCK_K):
-                    i = start + tl.arange(0, BLOCK_K)
-                    in_pairs = i < PAIRS
-                    mask = in_pairs[:, None] & mine[None, :]
-                    q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                    q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                    q1 *= rotary_scale * inverse
-                    q2 *= rotary_scale * inverse
-                    turns = tl.load(turns_ptr + i, mask=in_pairs, other=0)
-                    cos, sin = cos_sin(distance[None, :], turns[:, None], NATIVE)  # [BLOCK_K, M]
-                    basis_mask = (r < R)[:, None] & in_pairs[None, :]
-                    b1 = tl.load(basis + r[:, None] * D + i[None, :], mask=basis_mask, other=0)
-                    b2 = tl.load(basis + r[:, None] * D + PAIRS + i[None, :], mask=basis_mask, other=0)
-                    a_hi, a_lo, _ = _split_int8(q1 * cos - q2 * sin, 254.0)
-                    hi += _dot_int8(b1, a_hi.to(tl.int8), MATRIX)
-                    lo += _dot_int8(b1, a_lo.to(tl.int8), MATRIX)
-                    a_hi, a_lo, _ = _split_int8(q1 * sin + q2 * cos, 254.0)
-                    hi += _dot_int8(b2, a_hi.to(tl.int8), MATRIX)
-                    lo += _dot_int8(b2, a_lo.to(tl.int8), MATRIX)
-                for start in range(2 * PAIRS, D, BLOCK_K):
-                    i = start + tl.arange(0, BLOCK_K)
-                    mask = (i < D)[:, None] & mine[None, :]
-                    q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                    b1 = tl.load(basis + r[:, None] * D + i[None, :], mask=(r < R)[:, None] & (i < D)[None, :], other=0)
-                    a_hi, a_lo, _ = _split_int8(q1 * inverse, 254.0)
-                    hi += _dot_int8(b1, a_hi.to(tl.int8), MATRIX)
-                    lo += _dot_int8(b1, a_lo.to(tl.int8), MATRIX)
-                one = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * q_step[None, :]
-            scale = tl.load(scale_ptr + (low.to(tl.int64) * G + g) * R + r, mask=r < R, other=0.0) * softmax_scale
-            u = tl.where(mine[None, :], one * scale[:, None], u)
+                _project_rows(
+                    q_row, turns_ptr, basis_ptr + row * D, scale_ptr + row, u_ptr, unit_ptr, bias_ptr,
+                    distance, local, mine, largest, softmax_scale, rotary_scale, out,
+                    HG_PAD, ALIGN, D, PAIRS, R, GROUPS, M, MATRIX, NATIVE,
+                )  # fmt: skip
             low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
-        row = (bq * G + g) * max_chunks + chunk
-        out = row * HG + h
-        if IS_FLOAT:
-            tl.store(u_ptr + out[None, :] * R + r[:, None], u, mask=live[None, :] & (r < R)[:, None])
-        else:
-            step = tl.max(tl.abs(u), 0) * (1.0 / 127.0)
-            step = tl.where(step > 0.0, step, 1.0)
-            u_hi, u_lo, value = _split_int8(u / step[None, :], 254.0)
-            # Columns of heads that pad the operand are written too: zeros, as their queries were read.
-            inside = (chunk * C < length) & (h < HG_PAD)
-            mask = inside[None, :] & (at < STEPS * 32)[:, None]
-            u_at = (row[None, :] * STEPS + (at // 32)[:, None]) * (64 * HG_PAD) + (h * 64)[None, :] + (at % 32)[:, None]
-            tl.store(u_ptr + u_at, u_hi.to(tl.int8), mask=mask)
-            tl.store(u_ptr + u_at + 32, u_lo.to(tl.int8), mask=mask)
-            bias = tl.sum(value * _offset_of(r, R8, R4, IS_FLOAT)[:, None], 0) * step
-            tl.store(u_scale_ptr + out, step, mask=live)
-            tl.store(u_bias_ptr + out, bias, mask=live)
 
 
-@triton.jit(do_not_specialize=["max_chunks", "Q", "splits", "stride_pages_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
     skip_ptr,
     u_ptr,
-    u_scale_ptr,
-    u_bias_ptr,
+    unit_ptr,
+    bias_ptr,
     basis_ptr,
     scale_ptr,
     page_table_ptr,
@@ -351,7 +431,7 @@ def _attend_spectral_kernel(
     lengths_ptr,
     o_ptr,
     lse_ptr,
-    max_chunks,
+    max_blocks,
     splits,
     Q,
     G,
@@ -360,12 +440,11 @@ def _attend_spectral_kernel(
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
     C: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RK: tl.constexpr,
     RV: tl.constexpr,
-    V8: tl.constexpr,
-    V4: tl.constexpr,
     K_BYTES: tl.constexpr,
     V_BYTES: tl.constexpr,
     K_GROUPS: tl.constexpr,
@@ -376,8 +455,9 @@ def _attend_spectral_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One split of the chunks of one row, query and KV head: its state over all heads of the group."""
+    """One split of the pages of one row, query and KV head: its state over all heads of the group."""
     TILES: tl.constexpr = C // 64
+    PAGES: tl.constexpr = ALIGN // C
     N: tl.constexpr = 2 * HG_PAD
     STEPS: tl.constexpr = (RK + 31) // 32
     split = tl.program_id(0)
@@ -391,7 +471,7 @@ def _attend_spectral_kernel(
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
     segment_table_ptr += b * stride_segments_b
-    u_row = (bq * G + g) * max_chunks
+    u_row = (bq * G + g) * max_blocks
 
     t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
@@ -400,25 +480,27 @@ def _attend_spectral_kernel(
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
     while chunk < end:
-        # A run of chunks that share a segment: its V basis is applied once, at its end.
-        segment = tl.load(segment_table_ptr + chunk)
+        # A run of blocks that share a segment: its V basis is applied once, at its end.
+        block = chunk // PAGES
+        segment = tl.load(segment_table_ptr + block)
         i = tl.arange(0, RUN)
-        others = tl.load(segment_table_ptr + chunk + i, mask=chunk + i < end, other=-1) != segment
-        run = tl.min(tl.where(others, i, RUN), 0)
+        others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
+        stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
         m = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
         l = tl.zeros([HG_PAD], dtype=tl.float32)
         w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
         acc = ()
         for _ in tl.static_range(RV // 16):
             acc = acc + (tl.zeros([16, HG_PAD], dtype=tl.float32),)
-        for tile in range(chunk * TILES, (chunk + run) * TILES):
+        for tile in range(chunk * TILES, stop * TILES):
             j = tile // TILES
             part = tile % TILES  # of the page
+            u_at = u_row + j // PAGES
             page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
             if K_FLOAT:
                 s = tl.zeros([64, HG_PAD], dtype=tl.float32)
                 k_half_ptr = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.float16))
-                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + (u_row + j) * (HG * RK)
+                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + u_at * (HG_PAD * RK)
                 for start in tl.static_range(0, RK, 16):
                     k = tl.load(k_half_ptr + (part * 64 + t)[:, None] * RK + (start + i16)[None, :])
                     u = tl.load(u_float_ptr + h[None, :] * RK + (start + i16)[:, None], mask=(h < HG)[None, :], other=0.0)
@@ -428,29 +510,30 @@ def _attend_spectral_kernel(
                 for n in tl.static_range(len(K_GROUPS)):
                     k_group_ptr = k_ptr + page * (C * K_BYTES) + _group_offset(K_GROUPS, n) * C
                     x = _k_columns(k_group_ptr + part * (512 * _subtiles(K_GROUPS, n)), _subtiles(K_GROUPS, n))
-                    for f in tl.static_range(len(_fields(K_GROUPS, n))):
-                        blocks = blocks + (
-                            _k_block(x, _half(K_GROUPS, n), _shift(K_GROUPS, n, f), _fields(K_GROUPS, n)[f], NATIVE),
-                        )
+                    for f in tl.static_range(_fields(K_GROUPS, n)):
+                        blocks = blocks + (_k_block(x, K_GROUPS, _first_block(K_GROUPS, n) + f, NATIVE),)
                 if RK % 32:
                     blocks = blocks + (tl.zeros([64, 16], dtype=tl.int8),)
                 dots = tl.zeros([64, N], dtype=tl.int32)
                 for step in tl.static_range(STEPS):
-                    u = _u_operand(u_ptr + ((u_row + j) * STEPS + step) * (32 * N), N)
+                    u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)
                     dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
                 hi, lo = tl.split(tl.reshape(dots, [64, HG_PAD, 2]))
-                u_scale = tl.load(u_scale_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
-                u_bias = tl.load(u_bias_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
-                s = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * u_scale[None, :] + u_bias[None, :]
-            # Tokens kept exact elsewhere, and those past the row's length: seldom any, and one branch for all threads.
+                unit = tl.load(unit_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
+                bias = tl.load(bias_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
+                s = (hi * 256 + lo).to(tl.float32) * unit[None, :] + bias[None, :]
+            # Bit t: token t of the tile is kept exact elsewhere or lies past the row's length.
             hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
             left = length - (j * C + part * 64)
             if left < 64:
                 hidden |= tl.full([], -1, dtype=tl.int64) << tl.maximum(left, 0).to(tl.int64)
-            if hidden != 0:
-                s = tl.where((((hidden >> t) & 1) == 0)[:, None], s, float("-inf"))  # [64, HG_PAD]
+            i8 = tl.arange(0, 8)  # token 8 j + g: one long shift by g, then short ones
+            seen = (((hidden >> i8)[None, :] >> (8 * i8)[:, None]) & 1) == 0
+            seen = tl.reshape(seen, [64])
+            s = tl.where(seen[:, None], s, float("-inf"))  # [64, HG_PAD]
             m_tile = tl.max(s, 0)
-            p = tl.exp2(s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :])
+            # Weights in units of 1 / _FULL of the tile's largest.
+            p = tl.exp2(s - (tl.where(m_tile == float("-inf"), 0.0, m_tile) - _LOG2_FULL)[None, :])
             m_new = tl.maximum(m, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
             old = tl.exp2(m - top)
@@ -463,22 +546,21 @@ def _attend_spectral_kernel(
                 for n in tl.static_range(RV // 16):
                     v = tl.load(
                         v_half_ptr + (n * 16 + i16)[:, None] * C + (part * 64 + t)[None, :],
-                        mask=(((hidden >> t) & 1) == 0)[None, :],  # weights are 0 there; what is stored may be NaN
+                        mask=seen[None, :],  # weights are 0 there; what is stored may be NaN
                         other=0.0,
                     )
                     rescaled = rescaled + (acc[n] * old[None, :] + dot_f32(v.to(tl.float32), p, MATRIX) * new[None, :],)
             else:
-                w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
+                w_hi, w_lo, w = _split_int16(p, NATIVE)
                 w_sum = w_sum * old + tl.sum(w, 0) * new
-                # hi and lo as neighbouring columns of one operand; cast last (triton 3.6 fails on the other order).
-                w_both = tl.reshape(tl.join(w_hi, w_lo), [64, N]).to(tl.int8)
+                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [64, N])
                 for n in tl.static_range(len(V_GROUPS)):
                     v_group_ptr = v_ptr + page * (C * V_BYTES) + _group_offset(V_GROUPS, n) * C
                     x = _v_columns(v_group_ptr + part * (512 * _subtiles(V_GROUPS, n)), _subtiles(V_GROUPS, n))
-                    for f in tl.static_range(len(_fields(V_GROUPS, n))):
-                        y = _v_block(x, _half(V_GROUPS, n), _shift(V_GROUPS, n, f), _fields(V_GROUPS, n)[f], NATIVE)
-                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX).to(tl.float32), [16, HG_PAD, 2]))
-                        part_sum = (hi + lo * (1.0 / 127.0)) * new[None, :]
+                    for f in tl.static_range(_fields(V_GROUPS, n)):
+                        y = _v_block(x, V_GROUPS, _first_block(V_GROUPS, n) + f, NATIVE)
+                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [16, HG_PAD, 2]))
+                        part_sum = (hi * 256 + lo).to(tl.float32) * new[None, :]
                         rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
             acc = rescaled
         # The run's output, coefficients times the V basis, joins that of earlier runs in global memory, a few dimensions
@@ -491,13 +573,16 @@ def _attend_spectral_kernel(
         l_all = old + new * l
         norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
         old *= norm
-        new *= norm if V_FLOAT else norm * (1.0 / 127.0)
+        new *= norm
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
-            r = n * 16 + i16
-            coefficient = acc[n] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
-            scaled = scaled + (coefficient * tl.load(scale_ptr + basis_row + r)[:, None] * new[None, :],)
+            scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
+            coefficient = acc[n]
+            if not V_FLOAT:
+                coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
+                scale *= _weight(V_GROUPS, n)
+            scaled = scaled + (coefficient * scale[:, None] * new[None, :],)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             mask = (d < D)[:, None] & (h < HG)[None, :]
@@ -509,15 +594,18 @@ def _attend_spectral_kernel(
                 o += dot_int8_f32(basis, scaled[n], MATRIX, NATIVE)
             tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
         tl.debug_barrier()  # the next run's threads read what others wrote
-        chunk += run
-    tl.store(lse_ptr + out, tl.where(l_all > 0.0, m_all * 0.6931471805599453 + tl.log(l_all), float("-inf")), mask=h < HG)
+        chunk = stop
+    lse = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
+    tl.store(lse_ptr + out, tl.where(l_all > 0.0, lse, float("-inf")), mask=h < HG)
 
 
-def _launch_settings(group: int, matrix: bool) -> dict:
-    """Tile sizes and warps of `_attend_spectral_kernel` by shape and path: a pure function."""
+def _launch_settings(group: int, matrix: bool) -> tuple[dict, dict]:
+    """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
-        return {"HG_PAD": max(4, triton.next_power_of_2(group)), "BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
-    return {"HG_PAD": triton.next_power_of_2(group), "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
+        pad = max(4, triton.next_power_of_2(group))
+        return {"HG_PAD": pad, "M": 64, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+    pad = triton.next_power_of_2(group)
+    return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:
@@ -585,23 +673,17 @@ def attend_spectral(
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    settings = _launch_settings(group, matrix)
+    project, attend = _launch_settings(group, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
-    ranks = {bits: rank for rank, bits in layout.k.bands}
-    v_ranks = {bits: rank for rank, bits in layout.v.bands}
-    u_shape = (rows, kv_heads, chunks, group, layout.k.rank)
-    steps = triton.cdiv(layout.k.rank, 32)
-    if layout.k.is_float:
-        u = torch.empty(u_shape, dtype=torch.float32, device=q.device)
-    else:
-        u = torch.empty((*u_shape[:3], steps, 2 * settings["HG_PAD"], 32), dtype=torch.int8, device=q.device)
-    u_scale, u_bias = torch.empty((2, *u_shape[:4]), dtype=torch.float32, device=q.device)
+    pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
+    shape = (rows, kv_heads, blocks)
+    u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
+    u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
+    unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
     o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
     lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
-    chunk_block = max(1, 32 // settings["HG_PAD"]) if matrix else 1
-    pairs = rope.turns.shape[0]
     with torch.cuda.device_of(q):
-        _split_query_kernel[(triton.cdiv(chunks, chunk_block), kv_heads, rows)](
+        _project_kernel[(triton.cdiv(blocks, max(1, project["M"] // pad)), kv_heads, rows)](
             q4,
             positions,
             rope.turns,
@@ -610,9 +692,9 @@ def attend_spectral(
             pages.segment_table,
             pages.lengths,
             u,
-            u_scale,
-            u_bias,
-            chunks,
+            unit,
+            bias,
+            blocks,
             queries,
             kv_heads,
             scale * LOG2_E,
@@ -621,30 +703,24 @@ def attend_spectral(
             positions.stride(0),
             pages.segment_table.stride(0),
             HG=group,
-            HG_PAD=settings["HG_PAD"],
-            C=layout.chunk,
+            ALIGN=layout.align,
             D=dim,
-            PAIRS=pairs,
-            R=layout.k.rank,
-            STEPS=steps,
-            R8=ranks.get(8, 0),
-            R4=ranks.get(4, 0),
+            PAIRS=rope.turns.shape[0],
+            R=k_rank,
+            BLOCK_R=triton.next_power_of_2(k_rank),
+            GROUPS=layout.k.groups,
             IS_FLOAT=layout.k.is_float,
-            BLOCK_R=triton.next_power_of_2(32 * steps),
-            BLOCK_K=min(max(triton.next_power_of_2(pairs), 32), 64) if matrix else 8,
-            CHUNKS=chunk_block,
             MATRIX=matrix,
             NATIVE=_launch.is_native(q),
-            num_warps=2 if layout.k.rank <= 128 else 4,
-            num_stages=2 if layout.k.rank <= 128 else 1,
+            **project,
         )
         _attend_spectral_kernel[(splits, kv_heads, rows)](
             pages.k_pages,
             pages.v_pages,
             pages.skip,
             u,
-            u_scale,
-            u_bias,
+            unit,
+            bias,
             pages.v_basis,
             pages.v_scale,
             pages.page_table,
@@ -652,19 +728,19 @@ def attend_spectral(
             pages.lengths,
             o_splits,
             lse_splits,
-            chunks,
+            blocks,
             splits,
             queries,
             kv_heads,
             pages.page_table.stride(0),
             pages.segment_table.stride(0),
             HG=group,
+            HG_PAD=pad,
             C=layout.chunk,
+            ALIGN=layout.align,
             D=dim,
-            RK=layout.k.rank,
+            RK=k_rank,
             RV=layout.v.rank,
-            V8=v_ranks.get(8, 0),
-            V4=v_ranks.get(4, 0),
             K_BYTES=layout.k.bytes,
             V_BYTES=layout.v.bytes,
             K_GROUPS=layout.k.groups,
@@ -674,7 +750,7 @@ def attend_spectral(
             RUN=64,
             MATRIX=matrix,
             NATIVE=_launch.is_native(q),
-            **settings,
+            **attend,
         )
         return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
 
@@ -692,7 +768,7 @@ def attend_spectral_torch(
     index = torch.arange(chunks * layout.chunk, device=q.device)
     live = index < pages.lengths[:, None]  # [B, T]
     table = torch.where(live[:, :: layout.chunk], pages.page_table[:, :chunks], 0).long()
-    segments = torch.where(live[:, :: layout.chunk], pages.segment_table[:, :chunks], 0).long()
+    segments = torch.where(live[:, :: layout.chunk], pages.segment_table_by_chunk()[:, :chunks], 0).long()
     bits = torch.arange(32, device=q.device)
     skipped = ((pages.skip[table][..., None] >> bits) & 1).flatten(3).bool()  # [B, chunks, G, C]
     seen = live.unflatten(1, (chunks, -1))[:, :, None] & ~skipped
@@ -700,7 +776,8 @@ def attend_spectral_torch(
     # A 16-bit page may hold NaN where nothing was written or is seen.
     k = unpack_pages(pages.k_pages[table], layout.k, side="k").masked_fill(~seen[..., None], 0.0)  # [B, chunks, G, C, R]
     v = unpack_pages(pages.v_pages[table], layout.v, side="v").masked_fill(~seen[..., None], 0.0)
-    u = project_queries_torch(q4, pos, pages, rope)[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
+    u = project_queries_torch(q4, pos, pages, rope).repeat_interleave(layout.align // layout.chunk, -2)
+    u = u[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
     scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) * scale
     scores = scores.masked_fill(~seen.transpose(1, 2)[:, :, None, None], float("-inf")).flatten(-2)
     lse = torch.logsumexp(scores, dim=-1)  # [B, G, H/G, Q]
@@ -821,7 +898,8 @@ def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
     check_tensor("k", k, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     batch, kv_heads, tokens, dim = k.shape
     check_in("k: head dimension", dim, HEAD_DIMS)
-    check_in("chunk", chunk, CHUNKS)
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
     scale = _check_attention(q, positions, kv_heads, dim, batch, rope, scale)
     check_tensor("k", k, device=q.device)
     check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=q.device, unit_stride=True)
@@ -860,7 +938,7 @@ def attend_exact(
         v: [B, G, N, D] values, likewise.
         key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
         rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
-        chunk: the chunk length of the phase alignment.
+        chunk: positions of a block of phase alignment.
     Returns:
         (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
     Raises:
