@@ -19,6 +19,8 @@ Oracle: reference/compress.py.   Test: tests/test_compress.py.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -273,6 +275,63 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
+# Steps that are tried: shares 1 - j/30 of the widest one (which clips nothing), down to 0.2 of it.
+STEP_SHARES = 25
+
+
+@triton.jit(do_not_specialize=["T"])
+def _fit_steps_kernel(
+    coefficients_ptr,
+    widest_ptr,
+    top_ptr,
+    step_ptr,
+    T,
+    R: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The steps of 16 components of one row and head: squared errors of all shares in one pass."""
+    r = tl.program_id(0) * 16 + tl.arange(0, 16)
+    n = tl.program_id(1).to(tl.int64)
+    used = r < R
+    widest = tl.load(widest_ptr + n * R + r, mask=used, other=1.0)
+    half = tl.load(top_ptr + r, mask=used, other=2.0) * 0.5
+    share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
+    share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
+    step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
+    error = tl.zeros([BLOCK_SHARES, 16], dtype=tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        at = (n * T + t)[:, None] * R + r[None, :]
+        c = tl.load(coefficients_ptr + at, mask=(t < T)[:, None] & used[None, :], other=0.0)[None, :, :]
+        code = tl.floor(c / step) + 0.5
+        code = tl.minimum(tl.maximum(code, (0.5 - half)[None, None, :]), (half - 0.5)[None, None, :])
+        off = tl.where((t < T)[None, :, None], code * step - c, 0.0)
+        error += tl.sum(off * off, 1)
+    best = tl.argmin(error, 0, tie_break_left=True)
+    best = tl.where(best < SHARES, best, 0)
+    tl.store(step_ptr + n * R + r, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+
+
+def _widest_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
+    """Steps that clip no value of the sample; of a 16-bit side, its steps."""
+    largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
+    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
+        largest = largest.amax(-1, keepdim=True).expand_as(largest)
+    # A component without variance in the sample still gets a step that later rows can use.
+    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    if bands.is_float:
+        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
+    return largest / (_tops(bands, coefficients.device) / 2)
+
+
+@cache
+def _tops(bands: Bands, device: torch.device) -> torch.Tensor:
+    """2**bits of each component, float32 [R]."""
+    return torch.tensor([2.0**bits for bits in bands.bits], device=device)
+
+
 def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
     """The quantiser step of each component with the least squared error over a sample.
 
@@ -283,20 +342,40 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
         magnitude of all below 2**12.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
-    largest = coefficients.abs().amax(-2)
-    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
-        largest = largest.amax(-1, keepdim=True).expand_as(largest)
-    # A component without variance in the sample still gets a step that later rows can use.
-    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    if not _launch.runs_kernel(coefficients) or bands.is_float:
+        return fit_steps_torch(coefficients, bands)
+    widest = _widest_steps(coefficients, bands)
+    if widest.numel() == 0:
+        return widest
+    steps = torch.empty_like(widest)
+    tokens, rank = coefficients.shape[-2:]
+    with torch.cuda.device_of(coefficients):
+        _fit_steps_kernel[(triton.cdiv(rank, 16), widest.numel() // rank)](
+            coefficients.contiguous(),
+            widest,
+            _tops(bands, coefficients.device),
+            steps,
+            tokens,
+            R=rank,
+            SHARES=STEP_SHARES,
+            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
+            BLOCK_T=16,
+            num_warps=4,
+        )
+    return steps
+
+
+def fit_steps_torch(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
+    """`fit_steps` in plain PyTorch."""
+    widest = _widest_steps(coefficients, bands)
     if bands.is_float:
-        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
-    levels = torch.tensor([2.0**b for b in bands.bits], device=coefficients.device)
-    widest = largest / (levels / 2)  # no value clipped
+        return widest
+    top = _tops(bands, coefficients.device)
     best, least = widest, torch.full_like(widest, float("inf"))
-    for share in torch.linspace(1.0, 0.2, 25).tolist():
-        step = widest * share
+    for share in range(STEP_SHARES):
+        step = (1 - share / 30) * widest
         code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
-            (0.5 - levels / 2)[None, :], (levels / 2 - 0.5)[None, :]
+            (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
         )
         error = (code * step[..., None, :] - coefficients).square().sum(-2)
         best = torch.where(error < least, step, best)
@@ -513,7 +592,7 @@ def _encode_matrix_kernel(
     group = tl.arange(0, BLOCK_GROUPS)
     LAST: tl.constexpr = len(GROUPS) - 1
     is_half = (group == LAST) & _half(GROUPS, LAST)
-    # A field that ends at bit 7 is stored with its highest bit flipped: there is one unless the last group has bits to spare.
+    # A field that ends at bit 7 has its highest bit flipped: a byte has one unless it has bits to spare (the last group).
     spare = (group == LAST) & (_bits_of(GROUPS, LAST) < 8)
     flip = tl.where(spare, 0, 128).to(tl.uint8)
     offset = tl.arange(0, 512)

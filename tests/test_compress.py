@@ -263,23 +263,19 @@ def test_fit_encoder_with_a_component_of_zeros(rng):
     assert np.isfinite(got).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("kind", ["normal", "uniform", "outliers"])
-def test_fit_steps(rng, bits, kind):
-    """Near the least squared error of a uniform quantiser, found here by a scan thirty times as fine.
+def check_fit_steps(implementation: str, c: F64, bits: int) -> None:
+    """c [T, 16]. Near the least squared error of a uniform quantiser, found here by a scan thirty times as fine.
 
     Neighbouring steps of the fit lie a thirtieth of the widest apart, and the error goes with the square of the step:
     7 % for a component that wants the widest, and as much again for the sample's noise; less on average over
     components.
     """
-    c = {
-        "normal": lambda: rng.standard_normal((400, 16)),
-        "uniform": lambda: rng.uniform(-1, 1, (400, 16)),
-        "outliers": lambda: rng.standard_normal((400, 16)) * np.where(rng.random((400, 16)) < 0.01, 20, 1),
-    }[kind]() * np.exp(3 * rng.standard_normal(16))
     bands = Bands(((16, bits),))
-    steps = to_numpy(compress.fit_steps(tensor(c), bands))
-    assert (steps > 0).all()
+    both = to_numpy(operation(compress, "fit_steps", implementation)(tensor(np.stack([c, 3 * c])), bands))
+    steps = both[0]
+    assert (both > 0).all()
+    # A multiple of the coefficients gets that multiple of the step, but where rounding decides between neighbours.
+    np.testing.assert_allclose(both[1], 3 * steps, rtol=1 / 6)
 
     def error(step: F64) -> F64:
         return ((oracle.quantise(c / step, bands.bands) * step - c) ** 2).sum(0)
@@ -287,6 +283,18 @@ def test_fit_steps(rng, bits, kind):
     widest = np.abs(c).max(0) / 2 ** (bits - 1)
     best = np.min([error(widest * share) for share in np.linspace(0.2, 1, 750)], axis=0)
     assert (error(steps) <= 1.15 * best).all() and np.mean(error(steps) / best) <= 1.05
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("kind", ["normal", "uniform", "outliers"])
+def test_fit_steps(rng, implementation, bits, kind):
+    c = {
+        "normal": lambda: rng.standard_normal((400, 16)),
+        "uniform": lambda: rng.uniform(-1, 1, (400, 16)),
+        "outliers": lambda: rng.standard_normal((400, 16)) * np.where(rng.random((400, 16)) < 0.01, 20, 1),
+    }[kind]() * np.exp(3 * rng.standard_normal(16))
+    check_fit_steps(implementation, c, bits)
 
 
 def test_fit_steps_of_floats_and_zeros(rng):
