@@ -271,7 +271,10 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     length = torch.where(length > 0, length, 1.0)
     inner = inner / (length[..., :, None] * length[..., None, :])
     inner.diagonal(dim1=-2, dim2=-1).fill_(1 + 1e-13)  # room for the rounding of rows that are nearly dependent
-    solved = torch.cholesky_solve(weighted / length[..., None], torch.linalg.cholesky_ex(inner).L)
+    root = torch.linalg.cholesky_ex(inner).L
+    # Not cholesky_solve, which goes through a batch one matrix at a time on a GPU.
+    solved = torch.linalg.solve_triangular(root, weighted / length[..., None], upper=False)
+    solved = torch.linalg.solve_triangular(root.mT, solved, upper=True)
     return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
