@@ -442,6 +442,7 @@ def _stored(c, GROUPS: tl.constexpr, i: tl.constexpr):
 def _encode_kernel(
     x_ptr,
     encoder_ptr,
+    offset_ptr,  # [B, G, R] or None
     page_ids_ptr,
     pages_ptr,
     G,
@@ -468,6 +469,8 @@ def _encode_kernel(
     page = tl.load(page_ids_ptr + b * stride_ids_b + chunk).to(tl.int64)
     x_ptr += b * stride_x_b + g * stride_x_g + (chunk.to(tl.int64) * C + tile * 64) * stride_x_t
     encoder_ptr += (b * G + g) * D * R
+    if offset_ptr is not None:
+        offset_ptr += (b * G + g) * R
     t = tl.arange(0, 32)
     column = tl.arange(0, 16)
     if page >= 0:
@@ -475,7 +478,9 @@ def _encode_kernel(
         if IS_FLOAT:
             for n in tl.static_range(R // 16):
                 for i in tl.static_range(2):
-                    c = _coefficients(x_ptr, encoder_ptr + n * 16, stride_x_t, _token_of(t, i, IS_K), D, R, BLOCK_K, MATRIX)
+                    c = _coefficients(
+                        x_ptr, encoder_ptr, offset_ptr, n * 16, stride_x_t, _token_of(t, i, IS_K), D, R, BLOCK_K, MATRIX
+                    )
                     token = tile * 64 + _token_of(t, i, IS_K)
                     r = n * 16 + column
                     at = token[:, None] * R + r[None, :]
@@ -491,7 +496,9 @@ def _encode_kernel(
                     for f in tl.static_range(_fields(GROUPS, n)):
                         c = _coefficients(
                             x_ptr,
-                            encoder_ptr + (_first_block(GROUPS, n) + f) * 16,
+                            encoder_ptr,
+                            offset_ptr,
+                            (_first_block(GROUPS, n) + f) * 16,
                             stride_x_t,
                             _token_of(t, i, IS_K),
                             D,
@@ -511,16 +518,27 @@ def _encode_kernel(
 
 @triton.jit
 def _coefficients(
-    x_ptr, encoder_ptr, stride_x_t, token, D: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, MATRIX: tl.constexpr
+    x_ptr,
+    encoder_ptr,
+    offset_ptr,
+    first,
+    stride_x_t,
+    token,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
-    """32 tokens of a tile times 16 columns of the encoder, float32 [32, 16]."""
-    column = tl.arange(0, 16)
+    """32 tokens of a tile times 16 columns of the encoder from `first` on, less their offsets, float32 [32, 16]."""
+    column = first + tl.arange(0, 16)
     c = tl.zeros([32, 16], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + token[:, None] * stride_x_t + k[None, :], mask=(k < D)[None, :], other=0.0).to(tl.float32)
         e = tl.load(encoder_ptr + k[:, None] * R + column[None, :], mask=(k < D)[:, None], other=0.0)
         c += dot_f32(x, e, MATRIX)
+    if offset_ptr is not None:
+        c -= tl.load(offset_ptr + column)[None, :]
     return c
 
 
@@ -534,6 +552,7 @@ def _bits_of(groups, n):
 def _encode_matrix_kernel(
     x_ptr,
     encoder_ptr,
+    offset_ptr,  # [B, G, R] or None
     page_ids_ptr,
     pages_ptr,
     tiles,
@@ -592,6 +611,9 @@ def _encode_matrix_kernel(
     places = tl.where((at[:, None] == column[None, :]) & (r < R)[:, None], (1 << (before % 8))[:, None], 0)
     places = places.to(tl.float32).to(TYPE)
     top = (1 << bits).to(tl.float32)
+    shift = top * 0.5
+    if offset_ptr is not None:
+        shift -= tl.load(offset_ptr + (b * G + g) * R + r, mask=r < R, other=0.0)
     group = tl.arange(0, BLOCK_GROUPS)
     LAST: tl.constexpr = len(GROUPS) - 1
     is_half = (group == LAST) & _half(GROUPS, LAST)
@@ -607,7 +629,7 @@ def _encode_matrix_kernel(
         x = tl.load(x_ptr + token[:, None] * stride_x_t + d[None, :], mask=(d < D)[None, :], other=0.0).to(TYPE)
         c = tl.dot(x, low, input_precision="ieee")
         c = tl.dot(x, high, c, input_precision="ieee") * down[None, :]
-        code = tl.minimum(tl.maximum(tl.floor(c + (top * 0.5)[None, :]), 0.0), top[None, :] - 1.0)
+        code = tl.minimum(tl.maximum(tl.floor(c + shift[None, :]), 0.0), top[None, :] - 1.0)
         byte = tl.dot(code.to(TYPE), places, input_precision="ieee").to(tl.uint8)  # [64, 16 * BLOCK_GROUPS]
         if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> group, byte 64 g + 16 t + 4 r + b, i
             byte = tl.permute(tl.reshape(byte, [2, 4, 8, BLOCK_GROUPS, 4, 4]), [3, 2, 4, 1, 5, 0])
@@ -623,11 +645,13 @@ def _encode_matrix_kernel(
         tl.store(out + 512, second, mask=(live & (is_half == 0))[:, None])
 
 
-def _check_encode(x, encoder, bands, pages, page_ids, side):
+def _check_encode(x, encoder, bands, pages, page_ids, side, offset):
     check_in("side", side, ("k", "v"))
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     batch, heads, tokens, dim = x.shape
     check_tensor("encoder", encoder, shape=(batch, heads, dim, bands.rank), dtype=torch.float32, device=x.device)
+    if offset is not None:
+        check_tensor("offset", offset, shape=(batch, heads, bands.rank), dtype=torch.float32, device=x.device)
     check_tensor("pages", pages, shape=(None, heads, None), dtype=torch.uint8, device=x.device)
     chunk, rest = divmod(pages.shape[2], bands.bytes)
     if rest or chunk not in CHUNKS or not pages.is_contiguous():
@@ -639,7 +663,14 @@ def _check_encode(x, encoder, bands, pages, page_ids, side):
 
 
 def encode(
-    x: torch.Tensor, encoder: torch.Tensor, bands: Bands, pages: torch.Tensor, page_ids: torch.Tensor, *, side: str
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    bands: Bands,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    *,
+    side: str,
+    offset: torch.Tensor | None = None,
 ) -> None:
     """Project rows on a basis, quantise and pack them into pages.
 
@@ -650,27 +681,30 @@ def encode(
         pages: uint8 k_pages or v_pages [P, G, C * bytes], contiguous; written in place.
         page_ids: int32 [B, T/C], page of each chunk, no page twice; negative: the chunk is left out.
         side: "k" or "v": the order of the bytes.
+        offset: float32 [B, G, R] to subtract from the coefficients (what a mean row has of them), or None.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     Float32 arithmetic; of bf16 rows the encoder counts to 16 bits (two bf16 parts), of fp16 rows to 22: a code at the
     boundary of two may be either. Codes as in pages.py.
     """
-    chunk = _check_encode(x, encoder, bands, pages, page_ids, side)
+    chunk = _check_encode(x, encoder, bands, pages, page_ids, side, offset)
     if not _launch.runs_kernel(x):
-        return encode_torch(x, encoder, bands, pages, page_ids, side=side)
+        return encode_torch(x, encoder, bands, pages, page_ids, side=side, offset=offset)
     batch, heads, tokens, dim = x.shape
     if x.numel() == 0:
         return None
     matrix = _launch.has_matrix_units(x.device)
     encoder = encoder.contiguous()
+    offset = None if offset is None else offset.contiguous()
     # The encoder of D = 256 would not fit in the shared memory of every card.
     if matrix and x.dtype != torch.float32 and dim <= 128 and not bands.is_float:
-        _encode_16(x, encoder, bands, pages, page_ids, chunk, side)
+        _encode_16(x, encoder, offset, bands, pages, page_ids, chunk, side)
         return None
     with torch.cuda.device_of(x):
         _encode_kernel[(tokens // 64, heads, batch)](
             x,
             encoder,
+            offset,
             page_ids,
             pages,
             heads,
@@ -693,6 +727,7 @@ def encode(
 def _encode_16(
     x: torch.Tensor,
     encoder: torch.Tensor,
+    offset: torch.Tensor | None,
     bands: Bands,
     pages: torch.Tensor,
     page_ids: torch.Tensor,
@@ -710,6 +745,7 @@ def _encode_16(
         _encode_matrix_kernel[(triton.cdiv(tiles, each), heads, batch)](
             x,
             encoder,
+            offset,
             page_ids,
             pages,
             tiles,
@@ -735,11 +771,21 @@ def _encode_16(
 
 
 def encode_torch(
-    x: torch.Tensor, encoder: torch.Tensor, bands: Bands, pages: torch.Tensor, page_ids: torch.Tensor, *, side: str
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    bands: Bands,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    *,
+    side: str,
+    offset: torch.Tensor | None = None,
 ) -> None:
     """`encode` in plain PyTorch."""
-    chunk = _check_encode(x, encoder, bands, pages, page_ids, side)
-    values = (x.float() @ encoder).unflatten(2, (-1, chunk)).transpose(1, 2)  # [B, chunks, G, C, R]
+    chunk = _check_encode(x, encoder, bands, pages, page_ids, side, offset)
+    values = x.float() @ encoder
+    values = (
+        (values if offset is None else values - offset[:, :, None]).unflatten(2, (-1, chunk)).transpose(1, 2)
+    )  # [B, chunks, G, C, R]
     keep = page_ids >= 0
     pages[page_ids[keep].long()] = pack_pages(values[keep], bands, side=side)
 

@@ -63,7 +63,7 @@ class Recorder:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(function.params):
             value = bound[parameter.name]
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]

@@ -317,6 +317,7 @@ def check_encode(
     chunk: int,
     side: str,
     rng: np.random.Generator,
+    offset: F64 | None = None,
 ) -> None:
     """Codes within what float32 may make of the coefficients; pages that were not asked for keep their bytes."""
     batch, heads, tokens, _ = x.shape
@@ -328,11 +329,17 @@ def check_encode(
     pages = torch.from_numpy(before.copy()).to(DEVICE)
     wide = torch.full((batch, chunks + 2), 2**31 - 1, dtype=torch.int32, device=DEVICE)
     wide[:, :chunks] = torch.from_numpy(ids).to(DEVICE)
-    got = operation(compress, "encode", implementation, x.dtype)(x, encoder, bands, pages, wide[:, :chunks], side=side)
+    kwargs = {} if offset is None else {"offset": tensor(offset)}
+    got = operation(compress, "encode", implementation, x.dtype)(
+        x, encoder, bands, pages, wide[:, :chunks], side=side, **kwargs
+    )
     assert got is None
     after = pages.cpu().numpy()
     exact = to_numpy(x) @ to_numpy(encoder)  # [B, G, T, R], in units of steps
     slack = budgets.coefficients(to_numpy(x), to_numpy(encoder), x.dtype)
+    if offset is not None:  # rounded to float32, and so is the difference
+        exact = exact - offset[:, :, None]
+        slack = slack + 3 * budgets.ACC * np.abs(offset[:, :, None])
     low, high = (oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
     for b, j in np.ndindex(batch, chunks):
         if ids[b, j] < 0:
@@ -370,6 +377,21 @@ def test_encode(rng, implementation, side, case):
     levels = np.concatenate([np.full(rank, 8.0 if bits == 16 else 2.0**bits / 4) for rank, bits in bands.bands])
     encoder = tensor(rng.standard_normal((batch, heads, dim, bands.rank)) / dim**0.5 * levels)
     check_encode(implementation, x, encoder, bands, chunk, side, rng)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("text", "dtype"), [("16x8+32x4", torch.float16), ("48x2", torch.float32), ("48x16", torch.float16)]
+)
+def test_encode_with_an_offset(rng, implementation, side, text, dtype):
+    """Rows with a mean: the codes are those of what is left when it is subtracted."""
+    bands = Bands.parse(text)
+    x = torch.from_numpy(rng.standard_normal((2, 2, 64, 64)) + 3 * rng.standard_normal(64)).to(DEVICE, dtype)
+    levels = np.concatenate([np.full(rank, 8.0 if bits == 16 else 2.0**bits / 4) for rank, bits in bands.bands])
+    encoder = tensor(rng.standard_normal((2, 2, 64, bands.rank)) / 8 * levels)
+    offset = (to_numpy(x).mean(2, keepdims=True) @ to_numpy(encoder))[:, :, 0]
+    check_encode(implementation, x, encoder, bands, 64, side, rng, offset)
 
 
 def decode_oracle(arrays: pages_oracle.PageArrays, side: str) -> tuple[F64, F64]:
