@@ -23,6 +23,11 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; 1 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @triton.jit
 def dot_f32(a, b, MATRIX: tl.constexpr):
     """a [M, K] @ b [K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum."""

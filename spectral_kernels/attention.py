@@ -33,7 +33,7 @@ import triton.language as tl
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
 from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
-from .merge import merge_many_states
+from .merge import merge_many_states, merge_many_states_torch
 from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
@@ -109,12 +109,6 @@ def _offset(groups, i):
     if block is None:
         return 0.0
     return (0.5 if block[4] else 0.5 - 2.0 ** (block[3] - 1)) * 2.0 ** block[2]
-
-
-@triton.jit
-def _by_block(column, x: tl.constexpr, y: tl.constexpr):
-    """x for columns below 16, y for the others, float32."""
-    return tl.where(column < 16, x, y).to(tl.float32)
 
 
 @triton.jit
@@ -229,114 +223,15 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _turned_part(
-    q_ptr, turns_ptr, distance, local, live, factor,
-    START: tl.constexpr, SECOND: tl.constexpr, ALIGN: tl.constexpr, PAIRS: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """hi and lo, int8 [M, 32], of the first (or SECOND) dimensions of pairs START .. START + 31 of each row's query, times
-    `factor` [M], turned by `distance` (a scalar) less ALIGN times `local` [M]."""
-    i = START + tl.arange(0, 32)
-    mask = live[:, None] & (i < PAIRS)[None, :]
-    q1 = tl.load(q_ptr[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    q2 = tl.load(q_ptr[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * factor[:, None]
-    turns = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
-    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
-    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[
-        None, :
-    ]
+def _turned(q1, q2, phase, NATIVE: tl.constexpr):
+    """hi and lo, int8, of both dimensions of pairs (q1, q2) turned by phase: 32 pairs of M rows, [M, 32]."""
     cos, sin = cos_sin_of_phase(phase, NATIVE)
-    if SECOND:
-        x = q1 * sin + q2 * cos
-    else:
-        x = q1 * cos - q2 * sin
-    hi, lo, _ = _split_int16(x, NATIVE)
-    return hi, lo
+    hi_1, lo_1, _ = _split_int16(q1 * cos - q2 * sin, NATIVE)
+    hi_2, lo_2, _ = _split_int16(q1 * sin + q2 * cos, NATIVE)
+    return hi_1, lo_1, hi_2, lo_2
 
 
-@triton.jit
-def _largest_pair(q_ptr, live, rotary_scale, D: tl.constexpr, PAIRS: tl.constexpr, M: tl.constexpr):
-    """The largest magnitude that a turned query can have at any distance, float32 [M]."""
-    largest = tl.zeros([M], dtype=tl.float32)
-    for start in tl.static_range(0, PAIRS, 32):
-        i = start + tl.arange(0, 32)
-        mask = live[:, None] & (i < PAIRS)[None, :]
-        q1 = tl.load(q_ptr[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-        q2 = tl.load(q_ptr[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-        largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
-    for start in tl.static_range(2 * PAIRS, D, 32):
-        i = start + tl.arange(0, 32)
-        q = tl.load(q_ptr[:, None] + i[None, :], mask=live[:, None] & (i < D)[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(q.to(tl.float32)), 1))
-    return largest
-
-
-@triton.jit
-def _project_rows(
-    q_ptr, turns_ptr, basis_ptr, scale_ptr, u_ptr, unit_ptr, bias_ptr,
-    distance, local, live, largest, softmax_scale, rotary_scale, out,
-    HG_PAD: tl.constexpr, ALIGN: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, R: tl.constexpr,
-    GROUPS: tl.constexpr, M: tl.constexpr, MATRIX: tl.constexpr, NATIVE: tl.constexpr,
-):  # fmt: skip
-    """Project M rows, each a block (`local` after the one at `distance`) and a head, on one basis: see `_project_kernel`.
-
-    q_ptr, out [M]: each row's query, and its index (block, head) in the output.
-    """
-    STEPS: tl.constexpr = (R + 31) // 32
-    TURNED: tl.constexpr = 2 * ((PAIRS + 31) // 32)  # parts of 32 dimensions that turn
-    full = tl.where(largest > 0.0, _FULL / largest, 0.0)
-    a = ()
-    for start in tl.static_range(0, PAIRS, 32):
-        for second in tl.static_range(2):
-            a = a + _turned_part(
-                q_ptr, turns_ptr, distance, local, live, full * rotary_scale, start, second, ALIGN, PAIRS, NATIVE
-            )
-    for start in tl.static_range(2 * PAIRS, D, 32):
-        i = start + tl.arange(0, 32)
-        q = tl.load(q_ptr[:, None] + i[None, :], mask=live[:, None] & (i < D)[None, :], other=0.0).to(tl.float32)
-        hi, lo, _ = _split_int16(q * full[:, None], NATIVE)
-        a = a + (hi, lo)
-    k = tl.arange(0, 32)
-    component = k // 16 * 16 + k // 2 % 4 * 4 + k // 8 % 2 * 2 + k % 2  # of a product's column: see the store below
-    parts = ()
-    top = tl.zeros([M], dtype=tl.float32)
-    for step in tl.static_range(STEPS):
-        r = step * 32 + component
-        hi = tl.zeros([M, 32], dtype=tl.int32)
-        lo = tl.zeros([M, 32], dtype=tl.int32)
-        for n in tl.static_range(len(a) // 2):
-            if n < TURNED:
-                i = n // 2 * 32 + k
-                inside = i < PAIRS
-                i += n % 2 * PAIRS
-            else:
-                i = 2 * PAIRS + (n - TURNED) * 32 + k
-                inside = i < D
-            b = tl.load(basis_ptr + r[None, :] * D + i[:, None], mask=inside[:, None] & (r < R)[None, :], other=0)
-            hi += _dot_int8(a[2 * n], b, MATRIX)
-            lo += _dot_int8(a[2 * n + 1], b, MATRIX)
-        scale = tl.load(scale_ptr + r, mask=r < R, other=0.0) * softmax_scale
-        scale *= _by_block(component, _weight(GROUPS, 2 * step), _weight(GROUPS, 2 * step + 1))
-        u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
-        top = tl.maximum(top, tl.max(tl.abs(u), 1))
-        parts = parts + (u,)
-    unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
-    inverse = tl.where(top > 0.0, _FULL / top, 0.0)
-    bias = tl.zeros([M], dtype=tl.float32)
-    at = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64 + k[None, :]
-    for step in tl.static_range(STEPS):
-        hi, lo, value = _split_int16(parts[step] * inverse[:, None], NATIVE)
-        offset = _by_block(component, _offset(GROUPS, 2 * step), _offset(GROUPS, 2 * step + 1))
-        bias += tl.sum(value * offset[None, :], 1)
-        # Columns 8 j + 2 t + e of a product lie in thread t of four: they go to bytes 8 t + 2 j + e.
-        hi = tl.reshape(tl.permute(tl.reshape(hi, [M, 4, 4, 2]), [0, 2, 1, 3]), [M, 32])
-        lo = tl.reshape(tl.permute(tl.reshape(lo, [M, 4, 4, 2]), [0, 2, 1, 3]), [M, 32])
-        tl.store(at + step * (64 * HG_PAD), hi, mask=live[:, None])
-        tl.store(at + step * (64 * HG_PAD) + 32, lo, mask=live[:, None])
-    tl.store(unit_ptr + out, unit, mask=live)
-    tl.store(bias_ptr + out, bias * unit, mask=live)
-
-
-@triton.jit(do_not_specialize=["max_blocks", "Q", "stride_positions_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "Q", "each", "stride_positions_b", "stride_segments_b"])
 def _project_kernel(
     q_ptr,
     positions_ptr,
@@ -349,6 +244,7 @@ def _project_kernel(
     unit_ptr,
     bias_ptr,
     max_blocks,
+    each,
     Q,
     G,
     softmax_scale,
@@ -371,49 +267,127 @@ def _project_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of M / HG_PAD blocks and one KV head, as the attention kernel reads them, in log2 units:
+    """The projected queries of `each` blocks and one KV head, as the attention kernel reads them, in log2 units:
 
     u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
     by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
     A 16-bit side: u [B*Q, G, max_blocks, HG_PAD, R] float32.
+    M rows at a time, each a block and a head of the group.
     """
-    first = tl.program_id(0) * (M // HG_PAD)
+    STEPS: tl.constexpr = (R + 31) // 32
+    ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
+    first = tl.program_id(0) * each
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
-    length = tl.load(lengths_ptr + b)
-    if first * ALIGN < length:
-        h = tl.arange(0, M) % HG_PAD
-        local = tl.arange(0, M) // HG_PAD
-        live = (h < HG) & ((first + local) * ALIGN < length)
-        distance = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64) - first * ALIGN
-        q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-        q_row = q_ptr + (g * HG + h) * stride_q_h
-        out = ((bq * G + g) * max_blocks + first + local) * HG_PAD + h
-        segments = tl.load(segment_table_ptr + b * stride_segments_b + first + local, mask=live, other=0)
-        largest = _largest_pair(q_row, live, rotary_scale, D, PAIRS, M)
-        # A segment seldom ends among these blocks: project on the first one, and again on each other that occurs.
-        low = tl.min(tl.where(live, segments, 2147483647), 0)
-        high = tl.max(tl.where(live, segments, -1), 0)
-        while low <= high:
-            mine = live & (segments == low)
-            row = (low.to(tl.int64) * G + g) * R
-            if IS_FLOAT:
-                r = tl.arange(0, BLOCK_R)
-                u = projected_query(
-                    q_ptr, turns_ptr, basis_ptr + row * D, distance - local * ALIGN, (g * HG + h) * stride_q_h, mine,
-                    rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
-                )  # fmt: skip
-                u *= (tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale)[:, None]
-                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
-                tl.store(u_float_ptr + out[None, :] * R + r[:, None], u, mask=mine[None, :] & (r < R)[:, None])
-            else:
-                _project_rows(
-                    q_row, turns_ptr, basis_ptr + row * D, scale_ptr + row, u_ptr, unit_ptr, bias_ptr,
-                    distance, local, mine, largest, softmax_scale, rotary_scale, out,
-                    HG_PAD, ALIGN, D, PAIRS, R, GROUPS, M, MATRIX, NATIVE,
-                )  # fmt: skip
-            low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
+    blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
+    segment_table_ptr += b * stride_segments_b
+    h = tl.arange(0, M) % HG_PAD
+    local = tl.arange(0, M) // HG_PAD
+    position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
+    q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
+    q_row = q_ptr + (g * HG + h) * stride_q_h
+    row_out = ((bq * G + g) * max_blocks + local) * HG_PAD + h
+    if not IS_FLOAT:
+        # The rows' queries, in units in which the longest pair is _FULL: one unit at any distance.
+        largest = tl.zeros([M], dtype=tl.float32)
+        k = tl.arange(0, 32)
+        pairs = ()
+        rest = ()
+        for start in tl.static_range(0, PAIRS, 32):
+            mask = (h < HG)[:, None] & (start + k < PAIRS)[None, :]
+            q1 = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+            q2 = tl.load(q_row[:, None] + (PAIRS + start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+            largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
+            pairs = pairs + (q1, q2)
+        for start in tl.static_range(2 * PAIRS, D, 32):
+            mask = (h < HG)[:, None] & (start + k < D)[None, :]
+            x = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+            rest = rest + (x,)
+        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, None]
+        scaled = ()
+        for n in tl.static_range(len(pairs)):
+            scaled = scaled + (pairs[n] * full,)
+        column = tl.arange(0, BLOCK_R)
+        # The component of a product's column: see the stores below.
+        r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+        weight = tl.full([BLOCK_R], 1.0, dtype=tl.float32)
+        offset = tl.zeros([BLOCK_R], dtype=tl.float32)
+        for n in tl.static_range(R // 16):
+            weight *= tl.where(r // 16 == n, _weight(GROUPS, n), 1.0)
+            offset += tl.where(r // 16 == n, _offset(GROUPS, n), 0.0)
+    # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
+    start = first
+    while start < blocks:
+        segment = tl.load(segment_table_ptr + start).to(tl.int64)
+        row = (segment * G + g) * R
+        if IS_FLOAT:
+            live = (h < HG) & (start + local < blocks)
+            live = live & (tl.load(segment_table_ptr + start + local, mask=live, other=-1) == segment)
+            out = row_out + start * HG_PAD
+            i = tl.arange(0, BLOCK_R)
+            u = projected_query(
+                q_ptr, turns_ptr, basis_ptr + row * D, position - (start + local) * ALIGN, (g * HG + h) * stride_q_h, live,
+                rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
+            )  # fmt: skip
+            u *= (tl.load(scale_ptr + row + i, mask=i < R, other=0.0) * softmax_scale)[:, None]
+            u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
+            tl.store(u_float_ptr + out[None, :] * R + i[:, None], u, mask=live[None, :] & (i < R)[:, None])
+            same = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+            start += tl.min(tl.where(same, ROWS, local), 0)
+        else:
+            basis = ()
+            for n in tl.static_range(len(pairs) + len(rest)):
+                if n < len(pairs):
+                    inside = n // 2 * 32 + k < PAIRS
+                    i = n % 2 * PAIRS + n // 2 * 32 + k
+                else:
+                    i = 2 * PAIRS + (n - len(pairs)) * 32 + k
+                    inside = i < D
+                at = basis_ptr + row * D + r[None, :] * D + i[:, None]
+                basis = basis + (tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0),)
+            scale = tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale * weight
+            more = start < blocks
+            while more:
+                live = (h < HG) & (start + local < blocks)
+                here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+                live = live & here
+                distance = position - start.to(tl.int64) * ALIGN
+                hi = tl.zeros([M, BLOCK_R], dtype=tl.int32)
+                lo = tl.zeros([M, BLOCK_R], dtype=tl.int32)
+                for n in tl.static_range(len(pairs) // 2):
+                    turns = tl.load(turns_ptr + n * 32 + k, mask=n * 32 + k < PAIRS, other=0)
+                    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
+                    back = ((ALIGN * turns) >> 32).to(tl.int32)
+                    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * back[None, :]
+                    hi_1, lo_1, hi_2, lo_2 = _turned(scaled[2 * n], scaled[2 * n + 1], phase, NATIVE)
+                    hi += _dot_int8(hi_1, basis[2 * n], MATRIX)
+                    lo += _dot_int8(lo_1, basis[2 * n], MATRIX)
+                    hi += _dot_int8(hi_2, basis[2 * n + 1], MATRIX)
+                    lo += _dot_int8(lo_2, basis[2 * n + 1], MATRIX)
+                for n in tl.static_range(len(rest)):
+                    hi_1, lo_1, _ = _split_int16(rest[n] * full, NATIVE)
+                    hi += _dot_int8(hi_1, basis[len(pairs) + n], MATRIX)
+                    lo += _dot_int8(lo_1, basis[len(pairs) + n], MATRIX)
+                u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
+                top = tl.max(tl.abs(u), 1)
+                hi, lo, value = _split_int16(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], NATIVE)
+                unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
+                out = row_out + start * HG_PAD
+                tl.store(unit_ptr + out, unit, mask=live)
+                tl.store(bias_ptr + out, tl.sum(value * offset[None, :], 1) * unit, mask=live)
+                # Columns 8 j + 2 t + e of every 32 lie in thread t of four: they go to bytes 8 t + 2 j + e.
+                hi = tl.reshape(tl.permute(tl.reshape(hi, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                lo = tl.reshape(tl.permute(tl.reshape(lo, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                u_row = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
+                u_row += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
+                stored = live[:, None] & (column < STEPS * 32)[None, :]
+                tl.store(u_row, hi, mask=stored)
+                tl.store(u_row + 32, lo, mask=stored)
+                done = tl.min(tl.where(here, ROWS, local), 0)
+                start += done
+                more = (done == ROWS) & (start < blocks)
 
 
 @triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
@@ -429,8 +403,11 @@ def _attend_spectral_kernel(
     page_table_ptr,
     segment_table_ptr,
     lengths_ptr,
-    o_ptr,
+    c_ptr,
     lse_ptr,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
     max_blocks,
     splits,
     Q,
@@ -455,7 +432,11 @@ def _attend_spectral_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One split of the pages of one row, query and KV head: its state over all heads of the group."""
+    """One split of the pages of one row, query and KV head: its state over all heads of the group.
+
+    c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
+    [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
+    """
     TILES: tl.constexpr = C // 64
     PAGES: tl.constexpr = ALIGN // C
     N: tl.constexpr = 2 * HG_PAD
@@ -479,8 +460,10 @@ def _attend_spectral_kernel(
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
+    if chunk >= end:
+        tl.store(lse_ptr + out, tl.full([HG_PAD], float("-inf"), dtype=tl.float32), mask=h < HG)
     while chunk < end:
-        # A run of blocks that share a segment: its V basis is applied once, at its end.
+        # A run of blocks that share a segment.
         block = chunk // PAGES
         segment = tl.load(segment_table_ptr + block)
         i = tl.arange(0, RUN)
@@ -563,17 +546,8 @@ def _attend_spectral_kernel(
                         part_sum = (hi * 256 + lo).to(tl.float32) * new[None, :]
                         rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
             acc = rescaled
-        # The run's output, coefficients times the V basis, joins that of earlier runs in global memory, a few dimensions
-        # at a time: held in registers it would cost the loop above half its warps.
-        m_new = tl.maximum(m_all, m)
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m_all - top) * l_all
-        new = tl.exp2(m - top)
-        m_all = m_new
-        l_all = old + new * l
-        norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
-        old *= norm
-        new *= norm
+        # In V's basis; l and acc both count weights in units of 1 / _FULL.
+        norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
@@ -582,38 +556,146 @@ def _attend_spectral_kernel(
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
-            scaled = scaled + (coefficient * scale[:, None] * new[None, :],)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            mask = (d < D)[:, None] & (h < HG)[None, :]
-            o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
-            o *= old[None, :]
+            scaled = scaled + (coefficient * scale[:, None] * norm[None, :],)
+        if stop == end:
+            lse = tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+            tl.store(lse_ptr + out, lse, mask=h < HG)
+            tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
             for n in tl.static_range(RV // 16):
-                rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
-                basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
-                o += dot_int8_f32(basis, scaled[n], MATRIX, NATIVE)
-            tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
-        tl.debug_barrier()  # the next run's threads read what others wrote
+                tl.store(c_ptr + out[None, :] * RV + (n * 16 + i16)[:, None], scaled[n], mask=(h < HG)[None, :])
+        else:
+            # Join earlier runs' in global memory, a few dimensions at a time: registers are what the loop above lives on.
+            m_new = tl.maximum(m_all, m)
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old = tl.exp2(m_all - top) * l_all
+            new = tl.exp2(m - top) * l
+            m_all = m_new
+            l_all = old + new
+            both = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
+            old *= both
+            new *= both
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                mask = (d < D)[:, None] & (h < HG)[None, :]
+                o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
+                o *= old[None, :]
+                for n in tl.static_range(RV // 16):
+                    rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
+                    basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
+                    o += dot_int8_f32(basis, scaled[n] * new[None, :], MATRIX, NATIVE)
+                tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
+            tl.debug_barrier()  # the next run's threads read what others wrote
         chunk = stop
-    lse = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
-    tl.store(lse_ptr + out, tl.where(l_all > 0.0, lse, float("-inf")), mask=h < HG)
+    lse_all = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
+    tl.store(o_lse_ptr + out, tl.where(l_all > 0.0, lse_all, float("-inf")), mask=h < HG)
 
 
-def _launch_settings(group: int, matrix: bool) -> tuple[dict, dict]:
+@triton.jit
+def _add_states(o, total, o_ptr, lse_ptr, N, row, top, d, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """o and total plus the N states of a row, weighted relative to `top`."""
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        w = tl.exp(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)
+        weight = tl.sum(w, 0)
+        total += weight
+        if weight > 0.0:  # a weight of zero must not multiply what was never written
+            mask = (w > 0.0)[:, None] & (d < D)[None, :]
+            x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            o += tl.sum(w[:, None] * x, 0)
+    return o, total
+
+
+@triton.jit(do_not_specialize=["splits", "others", "Q", "H", "G"])
+def _finish_spectral_kernel(
+    c_ptr,
+    lse_ptr,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
+    other_ptr,
+    other_lse_ptr,
+    basis_ptr,
+    out_ptr,
+    out_lse_ptr,
+    splits,
+    others,
+    Q,
+    H,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Join the splits' states of one row, query and head (see `_attend_spectral_kernel`) and `others` more, in a fixed
+    order; the V basis is applied once a segment."""
+    row = tl.program_id(0).to(tl.int64)
+    g = (row // Q % H) // (H // G)
+    segment_ptr += ((row // (Q * H) * Q + row % Q) * G + g) * splits
+    lse_ptr += row * splits
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_R)
+    lane = tl.arange(0, BLOCK_N)
+    largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
+    lowest = tl.full([BLOCK_N], 2147483647, dtype=tl.int32)
+    highest = tl.full([BLOCK_N], -1, dtype=tl.int32)
+    for start in range(0, tl.maximum(splits, others), BLOCK_N):
+        n = start + lane
+        lse = tl.load(lse_ptr + n, mask=n < splits, other=float("-inf"))
+        segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
+        earlier = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
+        other = tl.load(other_lse_ptr + row * others + n, mask=n < others, other=float("-inf"))
+        largest = tl.maximum(tl.maximum(largest, lse), tl.maximum(earlier, other))
+        live = lse > float("-inf")  # of an empty split nothing else was written
+        highest = tl.where(live, tl.maximum(highest, segment), highest)
+        lowest = tl.where(live, tl.minimum(lowest, segment), lowest)
+    top = tl.max(largest, 0)
+    low = tl.min(lowest, 0)
+    high = tl.max(highest, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    o = tl.zeros([BLOCK_D], dtype=tl.float32)
+    total = tl.full([], 0.0, dtype=tl.float32)
+    while low <= high:
+        c = tl.zeros([BLOCK_R], dtype=tl.float32)
+        after = tl.full([BLOCK_N], 2147483647, dtype=tl.int32)
+        for start in range(0, splits, BLOCK_N):
+            n = start + lane
+            w = tl.exp(tl.load(lse_ptr + n, mask=n < splits, other=float("-inf")) - top)
+            segment = tl.load(segment_ptr + n, mask=w > 0.0, other=-1)
+            after = tl.where(segment > low, tl.minimum(after, segment), after)
+            w = tl.where(segment == low, w, 0.0)
+            total += tl.sum(w, 0)
+            mask = (w > 0.0)[:, None] & (r < RV)[None, :]
+            x = tl.load(c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0)
+            c += tl.sum(w[:, None] * x, 0)
+        at = basis_ptr + ((low.to(tl.int64) * G + g) * RV + r)[:, None] * D + d[None, :]
+        basis = tl.load(at, mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+        o += tl.sum(c[:, None] * basis, 0)
+        low = tl.min(after, 0)
+    o, total = _add_states(o, total, other_ptr, other_lse_ptr, others, row, top, d, D, 16)
+    o, total = _add_states(o, total, o_ptr, o_lse_ptr, splits, row, top, d, D, BLOCK_N)
+    o = tl.where(total > 0.0, o / total, 0.0)
+    tl.store(out_ptr + row * D + d, o, mask=d < D)
+    tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
+
+
+def _launch_settings(group: int, k_rank: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        return {"HG_PAD": pad, "M": 64, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+        warps = 2 if k_rank <= 64 else 4
+        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": warps, "num_stages": 1, "maxnreg": 168}
+        return project, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Splits of the keys: enough programs for about eight a multiprocessor, none with less than one chunk."""
+    """Splits of the keys: enough programs for about twelve a multiprocessor, none with less than one chunk."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, wanted // max(programs, 1), 64))
+    return max(1, min(tiles, 12 * _launch.multiprocessors(device) // max(programs, 1), 128))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -623,6 +705,23 @@ def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
     return head_dim**-0.5 if scale is None else float(scale)
 
 
+def _check_others(others, q) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other states of a call, none if it names none."""
+    if others is None:
+        shape = (*q.shape[:-1], 0)
+        options = {"dtype": torch.float32, "device": q.device}
+        return torch.empty((*shape, q.shape[-1]), **options), torch.empty(shape, **options)
+    o, lse = others
+    check_tensor("others: o", o, dtype=torch.float32, device=q.device)
+    if o.dim() != q.dim() + 1 or o.shape[:-2] != q.shape[:-1] or o.shape[-1] != q.shape[-1]:
+        wanted = [*q.shape[:-1], "N", q.shape[-1]]
+        raise ValueError(f"others: expected o of shape {wanted}, got {list(o.shape)}")
+    check_tensor("others: lse", lse, shape=o.shape[:-1], dtype=torch.float32, device=q.device)
+    if not (o.is_contiguous() and lse.is_contiguous()):
+        raise ValueError(f"others: expected contiguous tensors, got strides {o.stride()} and {lse.stride()}")
+    return o, lse
+
+
 def attend_spectral(
     q: torch.Tensor,
     positions: torch.Tensor,
@@ -630,6 +729,7 @@ def attend_spectral(
     rope: Rope,
     *,
     scale: float | None = None,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -644,12 +744,15 @@ def attend_spectral(
         pages: cold pages, tables and lengths (read on the device: lengths may change between replays of a CUDA graph).
         rope: frequencies and attention scaling.
         scale: factor of the scores, default D**-0.5.
-        out, lse: float32 [B, H, (Q,) D] and [B, H, (Q,)], contiguous, written in place.
+        others: states of other keys that are joined in the same pass, as `attend_exact(.., merged=False)` returns them:
+            float32 o [B, H, (Q,) N, D] and lse [B, H, (Q,) N], contiguous.
+        out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
         splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards and runs anywhere.
     Returns:
-        (o, lse), float32: normalised output and natural-log log-sum-exp of the scaled scores; (0, -inf) without keys.
-        Arithmetic: see the module. Deterministic for given inputs and settings.
+        (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
+        over the cold tokens and `others`; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
+        inputs and settings.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -659,31 +762,37 @@ def attend_spectral(
     batch = pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     check_tensor("pages.k_pages", pages.k_pages, device=q.device)
-    out = check_output("out", out, q, q.shape)
+    others = _check_others(others, q)
+    out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
-        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale, others=others)
         return out.copy_(o), lse.copy_(total)
     if q.numel() == 0 or pages.max_chunks == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return merge_many_states(*others, out=out, out_lse=lse)
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    project, attend = _launch_settings(group, matrix)
+    project, attend = _launch_settings(group, layout.k.rank, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
     pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
     shape = (rows, kv_heads, blocks)
     u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
     u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
     unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
-    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
+    o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
+    split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
+    each = project["M"] // pad  # blocks of a program of `_project_kernel`: more of them once all multiprocessors are busy
+    each *= max(1, triton.cdiv(blocks, each) * kv_heads * rows // (4 * _launch.multiprocessors(q.device)))
+    other_o, other_lse = others
     with torch.cuda.device_of(q):
-        _project_kernel[(triton.cdiv(blocks, max(1, project["M"] // pad)), kv_heads, rows)](
+        _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
             q4,
             positions,
             rope.turns,
@@ -695,6 +804,7 @@ def attend_spectral(
             unit,
             bias,
             blocks,
+            each,
             queries,
             kv_heads,
             scale * LOG2_E,
@@ -707,7 +817,7 @@ def attend_spectral(
             D=dim,
             PAIRS=rope.turns.shape[0],
             R=k_rank,
-            BLOCK_R=triton.next_power_of_2(k_rank),
+            BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
             GROUPS=layout.k.groups,
             IS_FLOAT=layout.k.is_float,
             MATRIX=matrix,
@@ -726,8 +836,11 @@ def attend_spectral(
             pages.page_table,
             pages.segment_table,
             pages.lengths,
-            o_splits,
-            lse_splits,
+            c,
+            split_lse,
+            segments,
+            o,
+            o_lse,
             blocks,
             splits,
             queries,
@@ -752,13 +865,48 @@ def attend_spectral(
             NATIVE=_launch.is_native(q),
             **attend,
         )
-        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+        _finish_spectral_kernel[(lse.numel(),)](
+            c,
+            split_lse,
+            segments,
+            o,
+            o_lse,
+            other_o,
+            other_lse,
+            pages.v_basis,
+            out,
+            lse,
+            splits,
+            other_lse.shape[-1],
+            queries,
+            heads,
+            kv_heads,
+            D=dim,
+            BLOCK_D=triton.next_power_of_2(dim),
+            RV=layout.v.rank,
+            BLOCK_R=triton.next_power_of_2(layout.v.rank),
+            BLOCK_N=128,
+            num_warps=8,
+        )
+    return out, lse
 
 
 def attend_spectral_torch(
-    q: torch.Tensor, positions: torch.Tensor, pages: Pages, rope: Rope, *, scale: float | None = None
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    pages: Pages,
+    rope: Rope,
+    *,
+    scale: float | None = None,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without int8 splitting."""
+    if others is not None:
+        o, lse = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        other_o, other_lse = _check_others(others, q)
+        return merge_many_states_torch(
+            torch.cat((other_o, o[..., None, :]), -2), torch.cat((other_lse, lse[..., None]), -1)
+        )
     layout, batch = pages.layout, pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
@@ -827,6 +975,7 @@ def _attend_exact_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
     """One split of the keys of one row and KV head, for BLOCK_M rows, each a query and a head of the group."""
     split = tl.program_id(0)
@@ -846,7 +995,7 @@ def _attend_exact_kernel(
     mask = live[:, None] & (i < PAIRS)[None, :]
     q1 = tl.load(q_row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
     q2 = tl.load(q_row[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-    cos, sin = cos_sin(position[:, None], turns[None, :])
+    cos, sin = cos_sin(position[:, None], turns[None, :], NATIVE)
     qa = (q1 * cos - q2 * sin) * softmax_scale  # [BLOCK_M, BLOCK_PAIRS]
     qb = (q1 * sin + q2 * cos) * softmax_scale
     rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)
@@ -865,16 +1014,17 @@ def _attend_exact_kernel(
     for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1).to(tl.int64)
-        used = key_position >= 0  # an unused slot may hold NaN
+        used = key_position >= 0
+        inside = n < N
         n = n.to(tl.int64)
-        pair_mask = (i < PAIRS)[:, None] & used[None, :]
+        pair_mask = (i < PAIRS)[:, None] & inside[None, :]
         k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
         k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
-        k_cos, k_sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None])
+        k_cos, k_sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None], NATIVE)
         s = dot_f32(qa, k1 * k_cos - k2 * k_sin, MATRIX)
         s += dot_f32(qb, k1 * k_sin + k2 * k_cos, MATRIX)
         if 2 * PAIRS < D:
-            rest_mask = (rest < D)[:, None] & used[None, :]
+            rest_mask = (rest < D)[:, None] & inside[None, :]
             kc = tl.load(k_ptr + n[None, :] * stride_k_n + rest[:, None], mask=rest_mask, other=0.0).to(tl.float32)
             s += dot_f32(qc, kc, MATRIX)
         seen = used[None, :] & (key_position[None, :] <= position[:, None])
@@ -884,8 +1034,9 @@ def _attend_exact_kernel(
         old = tl.exp2(m - top)
         p = tl.exp2(s - top[:, None])
         l = l * old + tl.sum(p, 1)
-        v_mask = used[:, None] & (d < D)[None, :]
+        v_mask = inside[:, None] & (d < D)[None, :]
         v = tl.load(v_ptr + n[:, None] * stride_v_n + d[None, :], mask=v_mask, other=0.0).to(tl.float32)
+        v = tl.where(used[:, None], v, 0.0)  # an unused slot may hold NaN; its score is -inf whatever its key
         o = o * old[:, None] + dot_f32(p, v, MATRIX)
         m = m_new
     o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
@@ -922,6 +1073,7 @@ def attend_exact(
     *,
     chunk: int,
     scale: float | None = None,
+    merged: bool = True,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -939,22 +1091,27 @@ def attend_exact(
         key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
         rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
         chunk: positions of a block of phase alignment.
+        merged: False returns the splits' states for the `others` of `attend_spectral` (and takes no `out` and `lse`).
     Returns:
-        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
+        (o, lse), float32, as `attend_spectral`; unmerged [.., N, D] and [.., N]. Float32 arithmetic (three-product tf32
+        dots).
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
+    if not merged and (out is not None or lse is not None):
+        raise ValueError("merged: expected True with out or lse, got False")
     out = check_output("out", out, q, q.shape)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
         o, total = attend_exact_torch(q, positions, k, v, key_positions, rope, chunk=chunk, scale=scale)
-        return out.copy_(o), lse.copy_(total)
+        return (out.copy_(o), lse.copy_(total)) if merged else (o[..., None, :].contiguous(), total[..., None].contiguous())
     batch, kv_heads, tokens, dim = k.shape
     if q.numel() == 0 or tokens == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        out.zero_(), lse.fill_(float("-inf"))
+        return (out, lse) if merged else (out[..., None, :], lse[..., None])
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, _ = q4.shape
@@ -966,8 +1123,11 @@ def attend_exact(
     blocks_m = triton.cdiv(group * queries, block_m)
     splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device), tiles)
     key_strides = (key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0)
-    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    if splits == 1:
+        o_splits, lse_splits = out[..., None, :], lse[..., None]
+    else:
+        o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
+        lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attend_exact_kernel[(splits, kv_heads * blocks_m, batch)](
             q4,
@@ -999,9 +1159,12 @@ def attend_exact(
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             MATRIX=matrix,
+            NATIVE=_launch.is_native(q),
             num_warps=4,
         )
-        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+    if not merged:
+        return o_splits, lse_splits
+    return (out, lse) if splits == 1 else merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
 
 
 def attend_exact_torch(
