@@ -106,7 +106,7 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
         _orthogonalise_kernel[(rows.shape[0],)](
             rows,
             D=dim,
-            BLOCK=triton.next_power_of_2(dim),
+            BLOCK=max(16, triton.next_power_of_2(dim)),
             STRIDE_ROW=dim,
             STRIDE_COLUMN=1,
             SMALL=SMALL,
