@@ -587,6 +587,10 @@ def attend_spectral(
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     settings = _launch_settings(group, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
+    if not matrix and not (layout.k.is_float or layout.v.is_float):
+        from . import attention_sm75  # it takes helpers from here
+
+        return attention_sm75.attend(q4, positions, pages, rope, scale * LOG2_E, splits, out, lse)
     ranks = {bits: rank for rank, bits in layout.k.bands}
     v_ranks = {bits: rank for rank, bits in layout.v.bands}
     u_shape = (rows, kv_heads, chunks, group, layout.k.rank)
