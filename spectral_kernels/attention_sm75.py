@@ -69,9 +69,9 @@ def _sum_over_rows(x):
 
 
 @triton.jit
-def _to_lanes(x):
-    """[4] by t to [32] by lane."""
-    return tl.reshape(tl.broadcast_to(x[None, :], [8, 4]), [32])
+def _to_lanes(x, ROWS: tl.constexpr):
+    """[4] by t to [4 ROWS] by row and t."""
+    return tl.reshape(tl.broadcast_to(x[None, :], [ROWS, 4]), [4 * ROWS])
 
 
 @triton.jit
@@ -81,12 +81,11 @@ def _pack_bytes(x, shift):
 
 
 @triton.jit
-def _load_words(ptr, SUBTILES: tl.constexpr):
-    """Sub-tiles of a page as words [SUBTILES, 4, 32]: word i of each lane's 16 bytes."""
-    lane = tl.arange(0, 32)
-    word = tl.arange(0, 4)
-    i = tl.arange(0, SUBTILES)
-    return tl.load(ptr + (i[:, None, None] * 128 + lane[None, None, :] * 4 + word[None, :, None]))
+def _load_words(ptr, part, SUB: tl.constexpr, HALF: tl.constexpr):
+    """Tile `part` (32 SUB tokens) of a group of a page, as words [sub-tiles, 4, 32]: word i of each lane's 16 bytes."""
+    SUBTILES: tl.constexpr = SUB // 2 if HALF else SUB
+    x = tl.load(ptr + part * (128 * SUBTILES) + tl.arange(0, 128 * SUBTILES))  # four words a thread
+    return tl.permute(tl.reshape(x, [SUBTILES, 32, 4]), [0, 2, 1])
 
 
 @triton.jit
@@ -184,40 +183,40 @@ def _project_operand_kernel(
             hi, lo, _ = _split_int8(x * inverse[None, :], 254.0)
             turned = turned + (_pack_bytes(tl.where((row & 1 == 1)[None, :], lo, hi), byte * 8),)
 
-        half = tl.arange(0, 2)[:, None]
+        # The 16 rows of a block are two operands A: 64 words in one dimension, which leave no choice of lanes.
+        component = tl.arange(0, 64) >> 2
+        t = tl.arange(0, 64) & 3
         basis_words = (basis_ptr + (segment * G + g) * (R * D)).to(tl.pointer_type(tl.int32))
         scale_row = scale_ptr + (segment * G + g) * R
-        q_step = _to_lanes(q_step) * softmax_scale
+        q_step = _to_lanes(q_step, 16) * softmax_scale
         u = ()
-        most = tl.zeros([32], dtype=tl.float32)
+        most = tl.zeros([64], dtype=tl.float32)
         for n in tl.static_range(R // 16):
-            r = n * 16 + half * 8 + row[None, :]  # [2, 32]
-            hi = tl.zeros([2, 32], dtype=tl.int32)
-            lo = tl.zeros([2, 32], dtype=tl.int32)
+            r = n * 16 + component
+            hi = tl.zeros([64], dtype=tl.int32)
+            lo = tl.zeros([64], dtype=tl.int32)
             for step in tl.static_range(D // 16):
-                rows = tl.load(basis_words + (r * (D // 4) + (step * 4 + t)[None, :]))
-                hi, lo = _mma(rows, turned[step][None, :], hi, lo, NATIVE)
-            scale = tl.load(scale_row + r) * q_step[None, :]
-            one = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * scale
-            most = tl.maximum(most, tl.max(tl.abs(one), 0))
+                rows = tl.load(basis_words + r * (D // 4) + (step * 4 + t))
+                columns = tl.reshape(tl.broadcast_to(turned[step][None, :], [2, 32]), [64])
+                hi, lo = _mma(rows, columns, hi, lo, NATIVE)
+            one = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * tl.load(scale_row + r) * q_step
+            most = tl.maximum(most, tl.abs(one))
             u = u + (one,)
-        scale = _to_lanes(_max_over_rows(most)) * (1.0 / 127.0)
-        scale = tl.where(scale > 0.0, scale, 1.0)
-        inverse = 1.0 / scale
-        bias = tl.zeros([32], dtype=tl.float32)
+        scale = tl.max(tl.reshape(most, [16, 4]), 0) * (1.0 / 127.0)
+        scale = tl.where(scale > 0.0, scale, 1.0)  # [4]
+        inverse = _to_lanes(1.0 / scale, 16)
+        bias = tl.zeros([64], dtype=tl.float32)
         record = u_ptr + (((bq * G + g) * max_chunks + chunk) * HEAD_BLOCKS + block) * (32 * WORDS)
-        bytes_ptr = record.to(tl.pointer_type(tl.int8))
+        at = record.to(tl.pointer_type(tl.int8)) + (8 * t + component // 4) * (4 * WORDS) + component % 4
         for n in tl.static_range(R // 16):
-            hi, lo, value = _split_int8(u[n] * inverse[None, :], 254.0)
-            r = half * 8 + row[None, :]
-            bias += tl.sum(value * _offset_of(n * 16 + r, R8, R4, False), 0)
-            at = ((t * 8)[None, :] + r // 4) * (4 * WORDS) + n * 4 + r % 4
-            tl.store(bytes_ptr + at, hi.to(tl.int8))
-            tl.store(bytes_ptr + at + 16 * WORDS, lo.to(tl.int8))
-        bias = _to_lanes(_sum_over_rows(bias)) * scale
+            hi, lo, value = _split_int8(u[n] * inverse, 254.0)
+            bias += value * _offset_of(n * 16 + component, R8, R4, False)
+            tl.store(at + n * 4, hi.to(tl.int8))
+            tl.store(at + n * 4 + 16 * WORDS, lo.to(tl.int8))
+        bias = tl.sum(tl.reshape(bias, [16, 4]), 0) * scale
         tail = record.to(tl.pointer_type(tl.float32)) + lane * WORDS + R // 16
-        tl.store(tail, scale)
-        tl.store(tail + 1, bias)
+        tl.store(tail, _to_lanes(scale, 8))
+        tl.store(tail + 1, _to_lanes(bias, 8))
 
 
 @triton.jit(do_not_specialize=["max_chunks", "Q", "splits", "stride_pages_b", "stride_segments_b"])
@@ -304,10 +303,7 @@ def _attend_operands_kernel(
             hi = tl.zeros([SUB, 4, 32], dtype=tl.int32)
             lo = tl.zeros([SUB, 4, 32], dtype=tl.int32)
             for n in tl.static_range(len(K_GROUPS)):
-                TILE_SUBTILES: tl.constexpr = SUB // 2 if _half(K_GROUPS, n) else SUB
-                x = _load_words(
-                    k_words + _group_offset(K_GROUPS, n) * (C // 4) + part * (128 * TILE_SUBTILES), TILE_SUBTILES
-                )
+                x = _load_words(k_words + _group_offset(K_GROUPS, n) * (C // 4), part, SUB, _half(K_GROUPS, n))
                 for f in tl.static_range(len(_fields(K_GROUPS, n))):
                     y = _field_words(x, _half(K_GROUPS, n), _shift(K_GROUPS, n, f), _fields(K_GROUPS, n)[f])
                     u = tl.load(record + (_first_block(K_GROUPS, n) + f))
@@ -321,7 +317,7 @@ def _attend_operands_kernel(
             hidden = ((skipped[:, None, None] >> token[None, :, :]) & 1) != 0
             hidden |= token[None, :, :] >= left[:, None, None]
             s = tl.where(hidden, float("-inf"), s)  # [SUB, 4, 32]
-            m_tile = _to_lanes(_max_over_rows(tl.max(tl.max(s, 0), 0)))
+            m_tile = _to_lanes(_max_over_rows(tl.max(tl.max(s, 0), 0)), 8)
             p = tl.exp2(s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, None, :])
             m_new = tl.maximum(m, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -339,10 +335,7 @@ def _attend_operands_kernel(
             w_both = tl.reshape(w_both, [SUB, 1, 2, 32])
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
-                TILE_SUBTILES: tl.constexpr = SUB // 2 if _half(V_GROUPS, n) else SUB
-                x = _load_words(
-                    v_words + _group_offset(V_GROUPS, n) * (C // 4) + part * (128 * TILE_SUBTILES), TILE_SUBTILES
-                )
+                x = _load_words(v_words + _group_offset(V_GROUPS, n) * (C // 4), part, SUB, _half(V_GROUPS, n))
                 for f in tl.static_range(len(_fields(V_GROUPS, n))):
                     y = _field_words(x, _half(V_GROUPS, n), _shift(V_GROUPS, n, f), _fields(V_GROUPS, n)[f])
                     y = tl.reshape(y, [SUB, 2, 2, 32])  # (sub-tile, half of the block, q, lane)
