@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import cos_sin, dot_int8_f32
+from ._launch import cos_sin
 from .attention import _fields, _group_offset, _half, _offset_of, _shift, _split_int8
 from .merge import merge_many_states
 from .pages import Pages
@@ -242,7 +242,6 @@ def _attend_operands_kernel(
     C: tl.constexpr,
     TILE: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     RK: tl.constexpr,
     RV: tl.constexpr,
     V8: tl.constexpr,
@@ -358,23 +357,26 @@ def _attend_operands_kernel(
         old *= norm
         new *= norm * (1.0 / 127.0)
         run_sum = _sum_over_rows(w_sum)
-        i16 = tl.arange(0, 16)
+        i8 = tl.arange(0, 8)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
-            r = n * 16 + i16
-            coefficient = tl.reshape(acc[n], [16, 4]) + _offset_of(r, V8, V4, False)[:, None] * run_sum[None, :]
-            scaled = scaled + (coefficient * tl.load(scale_ptr + basis_row + r)[:, None] * new[None, :],)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
+            halves = tl.split(tl.permute(acc[n], [1, 0]))
+            for half in tl.static_range(2):
+                r = n * 16 + half * 8 + i8
+                coefficient = tl.reshape(halves[half], [8, 4]) + _offset_of(r, V8, V4, False)[:, None] * run_sum[None, :]
+                scaled = scaled + (coefficient * tl.load(scale_ptr + basis_row + r)[:, None] * new[None, :],)
+        for start in range(0, D, 32):
+            d = start + (lane & 31)  # a dimension a lane: sums over components stay in a thread
             mask = (d < D)[:, None] & (h < HG)[None, :]
+            products = tl.zeros([8, 32, 4], dtype=tl.float32)
+            for n in tl.static_range(RV // 8):
+                rows = basis_ptr + (basis_row + n * 8 + i8)[:, None] * D
+                basis = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
+                basis, factor = tl.broadcast(basis[:, :, None], scaled[n][:, None, :])
+                products = tl.fma(basis, factor, products)
             o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
-            o *= old[None, :]
-            for n in tl.static_range(RV // 16):
-                rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
-                basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
-                o += dot_int8_f32(basis, scaled[n], False, NATIVE)
-            tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
+            tl.store(o_ptr + out[None, :] * D + d[:, None], o * old[None, :] + tl.sum(products, 0), mask=mask)
         tl.debug_barrier()  # the next run's threads read what others wrote
         chunk += run
     tl.store(lse_ptr + out, tl.where(l_all > 0.0, m_all * 0.6931471805599453 + tl.log(l_all), float("-inf")), mask=h < HG)
@@ -462,7 +464,6 @@ def attend(
             C=layout.chunk,
             TILE=min(layout.chunk, 128),
             D=dim,
-            BLOCK_D=16,
             RK=layout.k.rank,
             RV=layout.v.rank,
             V8=v_ranks.get(8, 0),
