@@ -230,6 +230,7 @@ def _attend_operands_kernel(
     page_table_ptr,
     segment_table_ptr,
     lengths_ptr,
+    run_ptr,
     o_ptr,
     lse_ptr,
     max_chunks,
@@ -277,6 +278,7 @@ def _attend_operands_kernel(
     sub = tl.arange(0, SUB)
     token = 8 * tl.arange(0, 4)[:, None] + row[None, :]  # [4, 32], of a sub-tile
     h = block * 4 + tl.arange(0, 4)
+    run_ptr += ((bq * G + g) * HEAD_BLOCKS + block) * splits * (4 * RV) + split * (4 * RV)
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [4], row of the split's state
     m_all = tl.full([4], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([4], dtype=tl.float32)
@@ -345,7 +347,8 @@ def _attend_operands_kernel(
                     part_sum = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 127.0)) * new[None, :]
                     rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
             acc = rescaled
-        # The run's output, coefficients times the V basis, joins that of earlier runs in global memory.
+        # The run's output, coefficients times the V basis, joins that of earlier runs in global memory. Coefficients go
+        # there first: each thread wants all of them, and has no registers for them beside those of the loop above.
         m_run = _max_over_rows(m)
         m_new = tl.maximum(m_all, m_run)
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -355,25 +358,25 @@ def _attend_operands_kernel(
         l_all = old + new * _sum_over_rows(l)
         norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
         old *= norm
-        new *= norm * (1.0 / 127.0)
-        run_sum = _sum_over_rows(w_sum)
-        i8 = tl.arange(0, 8)
+        new = _to_lanes(new * norm * (1.0 / 127.0), 8)
+        run_sum = _to_lanes(_sum_over_rows(w_sum), 8)
         basis_row = (segment.to(tl.int64) * G + g) * RV
-        scaled = ()
         for n in tl.static_range(RV // 16):
-            halves = tl.split(tl.permute(acc[n], [1, 0]))
-            for half in tl.static_range(2):
-                r = n * 16 + half * 8 + i8
-                coefficient = tl.reshape(halves[half], [8, 4]) + _offset_of(r, V8, V4, False)[:, None] * run_sum[None, :]
-                scaled = scaled + (coefficient * tl.load(scale_ptr + basis_row + r)[:, None] * new[None, :],)
+            r = n * 16 + tl.arange(0, 2)[:, None] * 8 + row[None, :]
+            coefficient = (acc[n] + _offset_of(r, V8, V4, False) * run_sum[None, :]) * new[None, :]
+            coefficient *= tl.load(scale_ptr + basis_row + r)
+            tl.store(run_ptr + (n * 64 + tl.arange(0, 2)[:, None] * 32 + lane[None, :]), coefficient)
+        tl.debug_barrier()
+        i8 = tl.arange(0, 8)
         for start in range(0, D, 32):
             d = start + (lane & 31)  # a dimension a lane: sums over components stay in a thread
             mask = (d < D)[:, None] & (h < HG)[None, :]
             products = tl.zeros([8, 32, 4], dtype=tl.float32)
-            for n in tl.static_range(RV // 8):
-                rows = basis_ptr + (basis_row + n * 8 + i8)[:, None] * D
+            for first in range(0, RV, 8):
+                factor = tl.load(run_ptr + (first + i8)[:, None] * 4 + tl.arange(0, 4)[None, :])
+                rows = basis_ptr + (basis_row + first + i8)[:, None] * D
                 basis = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
-                basis, factor = tl.broadcast(basis[:, :, None], scaled[n][:, None, :])
+                basis, factor = tl.broadcast(basis[:, :, None], factor[:, None, :])
                 products = tl.fma(basis, factor, products)
             o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
             tl.store(o_ptr + out[None, :] * D + d[:, None], o * old[None, :] + tl.sum(products, 0), mask=mask)
@@ -412,6 +415,7 @@ def attend(
     u = torch.empty((rows, kv_heads, chunks, head_blocks, 32, words), dtype=torch.int32, device=q.device)
     o_splits = torch.empty((*lse.shape, splits, dim), dtype=torch.float32, device=q.device)
     lse_splits = torch.empty((*lse.shape, splits), dtype=torch.float32, device=q.device)
+    runs = torch.empty((rows, kv_heads, head_blocks, splits, layout.v.rank, 4), dtype=torch.float32, device=q.device)
     native = _launch.is_native(q)
     with torch.cuda.device_of(q):
         _project_operand_kernel[(chunks * head_blocks, kv_heads, rows)](
@@ -452,6 +456,7 @@ def attend(
             pages.page_table,
             pages.segment_table,
             pages.lengths,
+            runs,
             o_splits,
             lse_splits,
             chunks,
