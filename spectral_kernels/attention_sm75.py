@@ -274,7 +274,6 @@ def _attend_operands_kernel(
 
     lane = tl.arange(0, 32)
     row = lane >> 2
-    t = lane & 3
     sub = tl.arange(0, SUB)
     token = 8 * tl.arange(0, 4)[:, None] + row[None, :]  # [4, 32], of a sub-tile
     h = block * 4 + tl.arange(0, 4)
