@@ -153,5 +153,5 @@ def spectral(
         scale=scale,
         causal=False,
         seen=seen,
-        rotated_by=at % pages.chunk,
+        rotated_by=at % pages.align,
     )

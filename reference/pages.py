@@ -2,8 +2,8 @@
 
 bands is ((rank, bits), ...). Components are taken in blocks of 16 of one width. Blocks share the bytes of a group of 16
 columns, from the low bits up, as long as they fit in 8 bits. The value of a component, in units of its step, is
-n - (2**bits - 1)/2 for its code n; 8 bits hold n - 128 in two's complement. A 16-bit side is
-fp16, [C, R] for K, [R, C] for V.
+n - (2**bits - 1)/2 for its code n; a byte whose fields fill all 8 bits is stored with its highest bit flipped.
+A 16-bit side is fp16, [C, R] for K, [R, C] for V.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ U8 = NDArray[np.uint8]
 
 @dataclass
 class PageArrays:
-    """The tensors of spectral_kernels.pages.Pages as NumPy arrays, and the four numbers of its layout."""
+    """The tensors of spectral_kernels.pages.Pages as NumPy arrays, and the numbers of its layout."""
 
     k_bands: Bands
     v_bands: Bands
     head_dim: int
     chunk: int
+    align: int
     k_pages: U8
     v_pages: U8
     skip: NDArray[np.int32]
@@ -56,11 +57,12 @@ def row_bytes(bands: Bands) -> int:
     return sum(16 if sum(group) > 4 else 8 for group in groups_of(bands))
 
 
-def byte_in_subtile(token: int, column: int, side: str) -> int:
-    """Byte, of 512, of a column of one of 32 tokens."""
+def byte_in_subtile(token: int, column: int, side: str) -> tuple[int, int]:
+    """Sub-tile and byte, of 512, of a column of one of 64 tokens."""
     if side == "k":
-        return 64 * (token % 8) + 16 * (column // 4) + 4 * (token // 8) + column % 4
-    return 64 * (column % 8) + 16 * (token // 8) + 8 * (column // 8) + token % 8
+        sub, rest = divmod(token, 32)
+        return sub, 64 * (rest % 8) + 16 * (column // 4) + 4 * (rest // 8) + column % 4
+    return token // 4 % 2, 64 * (column % 8) + 16 * (token % 4) + 8 * (column // 8) + token // 8
 
 
 @cache
@@ -82,9 +84,8 @@ def _places(
         used = 0
         for width in group:
             for d in range(chunk):
-                tile, sub, token = d // 64, d // 32 % 2, d % 32
                 for column in range(16):
-                    at = byte_in_subtile(token, column, side)
+                    tile, (sub, at) = d // 64, byte_in_subtile(d % 64, column, side)
                     byte[d, first + column] = start + (tile * 512 if half else tile * 1024 + sub * 512) + at
                     low[d, first + column] = used + (4 * sub if half else 0)
             first += 16
@@ -128,17 +129,24 @@ def pack_codes(codes: NDArray[np.int64], bands: Bands, side: str) -> U8:
             pages[..., byte[:, r]] = n % 256
             pages[..., byte[:, r] + 1] = n // 256
             continue
-        stored = (n - 128) % 256 if width == 8 else n
-        for sub in range(2):  # two tokens may share a byte: one assignment for each
-            part = np.arange(chunk) // 32 % 2 == sub
-            pages[..., byte[part, r]] += (stored[..., part] * 2 ** low[part, r]).astype(np.uint8)
-    return pages
+        for d in range(chunk):  # two tokens may share a byte
+            pages[..., byte[d, r]] += (n[..., d] * 2 ** low[d, r]).astype(np.uint8)
+    return pages ^ flipped(bands, chunk)
+
+
+def flipped(bands: Bands, chunk: int) -> U8:
+    """The bits of a page that are stored flipped, [C * bytes]: the highest of bytes whose fields fill all 8 bits."""
+    if bands[0][1] == 16:
+        return np.zeros(chunk * row_bytes(bands), np.uint8)
+    parts = [np.full(chunk * (16 if sum(g) > 4 else 8), 128 if sum(g) == 8 else 0, np.uint8) for g in groups_of(bands)]
+    return np.concatenate(parts)
 
 
 def unpack_pages(pages: ArrayLike, bands: Bands, side: str) -> F64:
     """Pages [..., C * bytes] to coefficients in units of their steps [..., C, R]."""
-    pages = np.asarray(pages).astype(np.int64)
+    pages = np.asarray(pages)
     chunk = pages.shape[-1] // row_bytes(bands)
+    pages = (pages ^ flipped(bands, chunk)).astype(np.int64)
     byte, low, bits = places(bands, chunk, side)
     values = np.empty((*pages.shape[:-1], chunk, len(bits)))
     for r, width in enumerate(bits):
@@ -146,8 +154,6 @@ def unpack_pages(pages: ArrayLike, bands: Bands, side: str) -> F64:
         if width == 16:
             pattern = (n + 256 * pages[..., byte[:, r] + 1]).astype(np.uint16)
             values[..., r] = pattern.view(np.float16)
-        elif width == 8:
-            values[..., r] = np.where(n < 128, n, n - 256) + 128 - 127.5
         else:
             values[..., r] = n // 2 ** low[:, r] % 2**width - (2**width - 1) / 2
     return values
@@ -176,7 +182,7 @@ def rebuild(pages: PageArrays, b: int) -> tuple[F64, F64, NDArray[np.bool_]]:
     values = np.zeros((*seen.shape, pages.head_dim))
     for start in range(0, seen.shape[1], pages.chunk):
         part = slice(start, start + pages.chunk)
-        segment = pages.segment_table[b, start // pages.chunk]
+        segment = pages.segment_table[b, start // pages.align]
         k_vectors = pages.k_scale[segment].astype(np.float64)[..., None] * pages.k_basis[segment].astype(np.float64)
         v_vectors = pages.v_scale[segment].astype(np.float64)[..., None] * pages.v_basis[segment].astype(np.float64)
         for g in range(seen.shape[0]):

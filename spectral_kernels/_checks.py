@@ -38,11 +38,17 @@ def check_tensor(
         raise ValueError(f"{name}: expected a last dimension of stride 1, got strides {list(value.stride())}")
 
 
-def check_output(name: str, value: torch.Tensor | None, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The caller's float32 output, checked, or a new one of `shape` on the device of `like`."""
+def check_output(
+    name: str,
+    value: torch.Tensor | None,
+    like: torch.Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype | Sequence[torch.dtype] = torch.float32,
+) -> torch.Tensor:
+    """The caller's output, checked, or a new float32 one of `shape` on the device of `like`."""
     if value is None:
         return torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
-    check_tensor(name, value, shape=shape, dtype=torch.float32, device=like.device)
+    check_tensor(name, value, shape=shape, dtype=dtype, device=like.device)
     if not value.is_contiguous():
         raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
     return value

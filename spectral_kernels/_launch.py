@@ -23,6 +23,11 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many there are; 1 where there is no GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @triton.jit
 def dot_f32(a, b, MATRIX: tl.constexpr):
     """a [M, K] @ b [K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum."""
@@ -63,7 +68,12 @@ def cos_sin(distance, turns, FAST: tl.constexpr = False):
     pi/4, where Taylor's polynomials are good to 3e-8. (libdevice's sine has a slow path for large angles, in local memory.)
     FAST: the special-function unit, good to 2**-20; not in the interpreter.
     """
-    phase = ((distance * turns) >> 32).to(tl.int32)
+    return cos_sin_of_phase(((distance * turns) >> 32).to(tl.int32), FAST)
+
+
+@triton.jit
+def cos_sin_of_phase(phase, FAST: tl.constexpr):
+    """`cos_sin` of int32 counts of 2**-32 turns."""
     if FAST:
         angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
         c = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1)

@@ -32,31 +32,41 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, dot_f32, dot_int8_f32
-from .merge import merge_many_states
-from .pages import CHUNKS, HEAD_DIMS, Pages, unpack_pages
+from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
+from .merge import merge_many_states, merge_many_states_torch
+from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
 LOG2_E = math.log2(math.e)
-_MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves the rounded integer in a float's low bits
+_LOG2_FULL = tl.constexpr(math.log2(127 * 256))
+_MAGIC = tl.constexpr(12583040.0)  # 1.5 * 2**23 + 128: adding it leaves the rounded integer + 128 in a float's low bits
+_FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
+
+
+# Where block i of 16 components lies, as pages.py has it, for compile-time loops.
 
 
 @triton.constexpr_function
-def _first(groups, n):
-    """First component of group n."""
-    return groups[n][0]
+def _block(groups, i):
+    """(group, field, its lowest bit, its bits, whether it is a byte's top field) of block i; None past the last one."""
+    for n in range(len(groups)):
+        fields = groups[n][1]
+        if i < len(fields):
+            low = sum(fields[:i])
+            return n, i, low, fields[i], low + fields[i] == 8
+        i -= len(fields)
+    return None
 
 
 @triton.constexpr_function
 def _fields(groups, n):
-    """Bits of each field of group n."""
-    return groups[n][1]
+    """How many fields group n has."""
+    return len(groups[n][1])
 
 
 @triton.constexpr_function
-def _shift(groups, n, f):
-    """Lowest bit of field f of group n."""
-    return sum(groups[n][1][:f])
+def _first_block(groups, n):
+    return groups[n][0] // 16
 
 
 @triton.constexpr_function
@@ -77,36 +87,45 @@ def _group_offset(groups, n):
     return 16 * n
 
 
+@triton.constexpr_function
+def _mask(groups, i):
+    """The bits of block i in a byte, four times."""
+    block = _block(groups, i)
+    return (((1 << block[3]) - 1) << block[2]) * 0x01010101
+
+
+@triton.constexpr_function
+def _weight(groups, i):
+    """What a stored integer is multiplied by to count codes: fields are masked, not shifted (0 past the last block)."""
+    block = _block(groups, i)
+    return 0.0 if block is None else 2.0 ** -block[2]
+
+
+@triton.constexpr_function
+def _offset(groups, i):
+    """What is added to the stored integer of block i, as masked, to get the coefficient over `_weight`: a byte's top field
+    is two's complement (+1/2), others are codes (-(2**bits - 1)/2)."""
+    block = _block(groups, i)
+    if block is None:
+        return 0.0
+    return (0.5 if block[4] else 0.5 - 2.0 ** (block[3] - 1)) * 2.0 ** block[2]
+
+
 @triton.jit
-def _field(x, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """BITS bits from SHIFT of every byte as int8; four bytes an instruction where inline assembly is to be had."""
-    if BITS == 8:
+def _masked(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexpr):
+    """Some bits of every byte, where they are or from SHIFT on, as int8; four bytes an instruction where inline assembly is
+    to be had."""
+    if MASK & 0xFF == 0xFF:
         y = x.to(tl.int8, bitcast=True)
     elif NATIVE:
-        if BITS == 4:
-            if SHIFT == 0:
-                y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x0F0F0F0F;", "=r,r", [x], tl.int8, True, 4)
-            else:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }", "=r,r", [x], tl.int8, True, 4
-                )
+        if SHIFT == 0:
+            y = tl.inline_asm_elementwise(f"and.b32 $0, $1, {MASK};", "=r,r", [x], tl.int8, True, 4)
         else:
-            if SHIFT == 0:
-                y = tl.inline_asm_elementwise("and.b32 $0, $1, 0x03030303;", "=r,r", [x], tl.int8, True, 4)
-            elif SHIFT == 2:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
-                )
-            elif SHIFT == 4:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
-                )
-            else:
-                y = tl.inline_asm_elementwise(
-                    "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }", "=r,r", [x], tl.int8, True, 4
-                )
+            y = tl.inline_asm_elementwise(
+                f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}", "=r,r", [x], tl.int8, True, 4
+            )
     else:
-        y = ((x >> SHIFT) & ((1 << BITS) - 1)).to(tl.int8)
+        y = ((x >> SHIFT) & (MASK & 0xFF)).to(tl.int8, bitcast=True)
     return y
 
 
@@ -123,33 +142,39 @@ def _k_columns(ptr, SUBTILES: tl.constexpr):
 
 @triton.jit
 def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group."""
+    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group; the tokens in the order of `_by_eights`."""
     x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
     x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 2, 8]), [3, 1, 0, 2, 4])
     return tl.reshape(x, [16, 32 * SUBTILES])
 
 
 @triton.jit
-def _k_block(x, HALF: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """One block of components of 64 tokens, int8 [64, 16]."""
-    y = _field(x, SHIFT, BITS, NATIVE)
-    if HALF:
-        y = tl.reshape(tl.permute(tl.join(y, _field(x, SHIFT + 4, BITS, NATIVE)), [2, 0, 1]), [64, 16])
+def _by_eights(w):
+    """[64, H] by token as [64, H] in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
+    return tl.reshape(tl.permute(tl.reshape(w, [8, 8, w.shape[1]]), [1, 0, 2]), [64, w.shape[1]])
+
+
+@triton.jit
+def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
+    """Block i of 64 tokens from the bytes of its group, int8 [64, 16]."""
+    y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
+    if _half(GROUPS, _block(GROUPS, i)[0]):
+        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [2, 0, 1]), [64, 16])
     return y
 
 
 @triton.jit
-def _v_block(x, HALF: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """One block of components of 64 tokens, int8 [16, 64]."""
-    y = _field(x, SHIFT, BITS, NATIVE)
-    if HALF:
-        y = tl.reshape(tl.permute(tl.join(y, _field(x, SHIFT + 4, BITS, NATIVE)), [0, 2, 1]), [16, 64])
+def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
+    """Block i of 64 tokens from the bytes of its group, int8 [16, 64]."""
+    y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
+    if _half(GROUPS, _block(GROUPS, i)[0]):
+        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 2, 1]), [16, 64])
     return y
 
 
 @triton.jit
 def _side_by_side(x, y):
-    """Two blocks [64, 16] as [64, 32]: columns 8t + b of x for b < 4, of y for b >= 4. `_split_query_kernel` stores u so"""
+    """Two blocks [64, 16] as [64, 32]: columns 8t + b of x for b < 4, of y for b >= 4. `_project_rows` stores u so"""
     x = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
     return tl.reshape(tl.permute(x, [0, 1, 3, 2]), [64, 32])
 
@@ -172,27 +197,42 @@ def _dot_int8(a, b, MATRIX: tl.constexpr):
 
 
 @triton.jit
-def _split_int8(x, FINER: tl.constexpr):
-    """x in [-127, 127] as hi + lo/FINER, by rounding to nearest: int32 whose low bytes are hi and lo, and that value."""
+def _split_int16(x, NATIVE: tl.constexpr):
+    """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: (hi, lo) int8 and the rounded x, float32."""
     shifted = x + _MAGIC
-    hi = shifted - _MAGIC
-    finer = (x - hi) * FINER + _MAGIC
-    value = hi + (finer - _MAGIC) * (1.0 / FINER)
-    return shifted.to(tl.int32, bitcast=True), finer.to(tl.int32, bitcast=True), value
+    value = shifted - _MAGIC
+    bits = shifted.to(tl.int32, bitcast=True)  # the low 16 bits are the integer + 128: hi is its high byte
+    if NATIVE:
+        hi, lo = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            prmt.b32 a, $2, $3, 0x5140;
+            prmt.b32 b, $4, $5, 0x5140;
+            prmt.b32 $0, a, b, 0x7632;
+            prmt.b32 a, a, b, 0x5410;
+            xor.b32 $1, a, 0x80808080; }""",
+            "=r,=r,r,r,r,r",
+            [bits],
+            (tl.int8, tl.int8),
+            True,
+            4,
+        )
+    else:
+        hi = (bits >> 8).to(tl.int8)
+        lo = (bits ^ 128).to(tl.int8)
+    return hi, lo, value
 
 
 @triton.jit
-def _offset_of(r, R8: tl.constexpr, R4: tl.constexpr, IS_FLOAT: tl.constexpr):
-    """What is added to a stored integer: +1/2 (8 bits), -15/2 (4), -3/2 (2), by component."""
-    if IS_FLOAT:
-        z = tl.zeros(r.shape, dtype=tl.float32)
-    else:
-        z = tl.where(r < R8, 0.5, tl.where(r < R8 + R4, -7.5, -1.5))
-    return z
+def _turned(q1, q2, phase, NATIVE: tl.constexpr):
+    """hi and lo, int8, of both dimensions of pairs (q1, q2) turned by phase: 32 pairs of M rows, [M, 32]."""
+    cos, sin = cos_sin_of_phase(phase, NATIVE)
+    hi_1, lo_1, _ = _split_int16(q1 * cos - q2 * sin, NATIVE)
+    hi_2, lo_2, _ = _split_int16(q1 * sin + q2 * cos, NATIVE)
+    return hi_1, lo_1, hi_2, lo_2
 
 
-@triton.jit(do_not_specialize=["max_chunks", "Q", "stride_segments_b"])
-def _split_query_kernel(
+@triton.jit(do_not_specialize=["max_blocks", "Q", "each", "stride_positions_b", "stride_segments_b"])
+def _project_kernel(
     q_ptr,
     positions_ptr,
     turns_ptr,
@@ -201,9 +241,10 @@ def _split_query_kernel(
     segment_table_ptr,
     lengths_ptr,
     u_ptr,
-    u_scale_ptr,
-    u_bias_ptr,
-    max_chunks,
+    unit_ptr,
+    bias_ptr,
+    max_blocks,
+    each,
     Q,
     G,
     softmax_scale,
@@ -215,143 +256,159 @@ def _split_query_kernel(
     stride_segments_b,
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
-    C: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     R: tl.constexpr,
-    STEPS: tl.constexpr,
-    R8: tl.constexpr,
-    R4: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    M: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of CHUNKS chunks and one KV head, as the attention kernel reads them, in log2 units.
+    """The projected queries of `each` blocks and one KV head, as the attention kernel reads them, in log2 units:
 
-    u [B*Q, G, max_chunks, ceil(R/32), 2 HG_PAD, 32] int8: columns (head, hi or lo), 32 components in the order of
-    `_side_by_side`; with scale and bias (sum of u z) [B*Q, G, max_chunks, HG].
-    A 16-bit side: u [B*Q, G, max_chunks, HG, R] float32.
+    u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
+    by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
+    A 16-bit side: u [B*Q, G, max_blocks, HG_PAD, R] float32.
+    M rows at a time, each a block and a head of the group.
     """
-    M: tl.constexpr = CHUNKS * HG_PAD
-    first = tl.program_id(0) * CHUNKS
+    STEPS: tl.constexpr = (R + 31) // 32
+    ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
+    first = tl.program_id(0) * each
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
-    length = tl.load(lengths_ptr + b)
-    if first * C < length:
-        column = tl.arange(0, M)
-        chunk = first + column // HG_PAD
-        h = column % HG_PAD
-        live = (h < HG) & (chunk * C < length)
-        position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
-        distance = position - chunk.to(tl.int64) * C
-        q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-        offset = (g * HG + h) * stride_q_h
-        segments = tl.load(segment_table_ptr + b * stride_segments_b + chunk, mask=live, other=0)
-        at = tl.arange(0, BLOCK_R)
-        r = at
-        if not IS_FLOAT:
-            r = at // 32 * 32 + at % 8 // 4 * 16 + at % 32 // 8 * 4 + at % 4
-            # The largest magnitude that a turned query can have: one scale for its int8 parts at any distance.
-            largest = tl.zeros([M], dtype=tl.float32)
-            for start in range(0, PAIRS, BLOCK_K):
-                i = start + tl.arange(0, BLOCK_K)
-                mask = (i < PAIRS)[:, None] & live[None, :]
-                q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-                q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                q2 *= rotary_scale
-                largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 0))
-            for start in range(2 * PAIRS, D, BLOCK_K):
-                i = start + tl.arange(0, BLOCK_K)
-                mask = (i < D)[:, None] & live[None, :]
-                q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                largest = tl.maximum(largest, tl.max(tl.abs(q1), 0))
-            q_step = tl.where(largest > 0.0, largest * (1.0 / 126.9), 1.0)  # 126.9: sine and cosine may exceed 1 by 2**-20
-        # A segment seldom ends inside a block: project on the first one, and again on each other that occurs.
-        u = tl.zeros([BLOCK_R, M], dtype=tl.float32)
-        low = tl.min(tl.where(live, segments, 2147483647), 0)
-        high = tl.max(tl.where(live, segments, -1), 0)
-        while low <= high:
-            mine = live & (segments == low)
-            basis = basis_ptr + (low.to(tl.int64) * G + g) * R * D
-            if IS_FLOAT:
-                one = projected_query(
-                    q_ptr, turns_ptr, basis, distance, offset, mine, rotary_scale,
-                    D, PAIRS, R, BLOCK_R, BLOCK_K, M, MATRIX, NATIVE,
-                )  # fmt: skip
-            else:
-                hi = tl.zeros([BLOCK_R, M], dtype=tl.int32)
-                lo = tl.zeros([BLOCK_R, M], dtype=tl.int32)
-                inverse = (1.0 / q_step)[None, :]
-                for start in range(0, PAIRS, BLOCK_K):
-                    i = start + tl.arange(0, BLOCK_K)
-                    in_pairs = i < PAIRS
-                    mask = in_pairs[:, None] & mine[None, :]
-                    q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                    q2 = tl.load(q_ptr + offset[None, :] + PAIRS + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                    q1 *= rotary_scale * inverse
-                    q2 *= rotary_scale * inverse
-                    turns = tl.load(turns_ptr + i, mask=in_pairs, other=0)
-                    cos, sin = cos_sin(distance[None, :], turns[:, None], NATIVE)  # [BLOCK_K, M]
-                    basis_mask = (r < R)[:, None] & in_pairs[None, :]
-                    b1 = tl.load(basis + r[:, None] * D + i[None, :], mask=basis_mask, other=0)
-                    b2 = tl.load(basis + r[:, None] * D + PAIRS + i[None, :], mask=basis_mask, other=0)
-                    a_hi, a_lo, _ = _split_int8(q1 * cos - q2 * sin, 254.0)
-                    hi += _dot_int8(b1, a_hi.to(tl.int8), MATRIX)
-                    lo += _dot_int8(b1, a_lo.to(tl.int8), MATRIX)
-                    a_hi, a_lo, _ = _split_int8(q1 * sin + q2 * cos, 254.0)
-                    hi += _dot_int8(b2, a_hi.to(tl.int8), MATRIX)
-                    lo += _dot_int8(b2, a_lo.to(tl.int8), MATRIX)
-                for start in range(2 * PAIRS, D, BLOCK_K):
-                    i = start + tl.arange(0, BLOCK_K)
-                    mask = (i < D)[:, None] & mine[None, :]
-                    q1 = tl.load(q_ptr + offset[None, :] + i[:, None], mask=mask, other=0.0).to(tl.float32)
-                    b1 = tl.load(basis + r[:, None] * D + i[None, :], mask=(r < R)[:, None] & (i < D)[None, :], other=0)
-                    a_hi, a_lo, _ = _split_int8(q1 * inverse, 254.0)
-                    hi += _dot_int8(b1, a_hi.to(tl.int8), MATRIX)
-                    lo += _dot_int8(b1, a_lo.to(tl.int8), MATRIX)
-                one = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * q_step[None, :]
-            scale = tl.load(scale_ptr + (low.to(tl.int64) * G + g) * R + r, mask=r < R, other=0.0) * softmax_scale
-            u = tl.where(mine[None, :], one * scale[:, None], u)
-            low = tl.min(tl.where(live & (segments > low), segments, 2147483647), 0)
-        row = (bq * G + g) * max_chunks + chunk
-        out = row * HG + h
+    blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
+    segment_table_ptr += b * stride_segments_b
+    h = tl.arange(0, M) % HG_PAD
+    local = tl.arange(0, M) // HG_PAD
+    position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
+    q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
+    q_row = q_ptr + (g * HG + h) * stride_q_h
+    row_out = ((bq * G + g) * max_blocks + local) * HG_PAD + h
+    if not IS_FLOAT:
+        # The rows' queries, in units in which the longest pair is _FULL: one unit at any distance.
+        largest = tl.zeros([M], dtype=tl.float32)
+        k = tl.arange(0, 32)
+        pairs = ()
+        rest = ()
+        for start in tl.static_range(0, PAIRS, 32):
+            mask = (h < HG)[:, None] & (start + k < PAIRS)[None, :]
+            q1 = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+            q2 = tl.load(q_row[:, None] + (PAIRS + start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
+            largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
+            pairs = pairs + (q1, q2)
+        for start in tl.static_range(2 * PAIRS, D, 32):
+            mask = (h < HG)[:, None] & (start + k < D)[None, :]
+            x = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+            rest = rest + (x,)
+        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, None]
+        scaled = ()
+        for n in tl.static_range(len(pairs)):
+            scaled = scaled + (pairs[n] * full,)
+        column = tl.arange(0, BLOCK_R)
+        # The component of a product's column: see the stores below.
+        r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+        weight = tl.full([BLOCK_R], 1.0, dtype=tl.float32)
+        offset = tl.zeros([BLOCK_R], dtype=tl.float32)
+        for n in tl.static_range(R // 16):
+            weight *= tl.where(r // 16 == n, _weight(GROUPS, n), 1.0)
+            offset += tl.where(r // 16 == n, _offset(GROUPS, n), 0.0)
+    # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
+    start = first
+    while start < blocks:
+        segment = tl.load(segment_table_ptr + start).to(tl.int64)
+        row = (segment * G + g) * R
         if IS_FLOAT:
-            tl.store(u_ptr + out[None, :] * R + r[:, None], u, mask=live[None, :] & (r < R)[:, None])
+            live = (h < HG) & (start + local < blocks)
+            live = live & (tl.load(segment_table_ptr + start + local, mask=live, other=-1) == segment)
+            out = row_out + start * HG_PAD
+            i = tl.arange(0, BLOCK_R)
+            u = projected_query(
+                q_ptr, turns_ptr, basis_ptr + row * D, position - (start + local) * ALIGN, (g * HG + h) * stride_q_h, live,
+                rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
+            )  # fmt: skip
+            u *= (tl.load(scale_ptr + row + i, mask=i < R, other=0.0) * softmax_scale)[:, None]
+            u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
+            tl.store(u_float_ptr + out[None, :] * R + i[:, None], u, mask=live[None, :] & (i < R)[:, None])
+            same = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+            start += tl.min(tl.where(same, ROWS, local), 0)
         else:
-            step = tl.max(tl.abs(u), 0) * (1.0 / 127.0)
-            step = tl.where(step > 0.0, step, 1.0)
-            u_hi, u_lo, value = _split_int8(u / step[None, :], 254.0)
-            # Columns of heads that pad the operand are written too: zeros, as their queries were read.
-            inside = (chunk * C < length) & (h < HG_PAD)
-            mask = inside[None, :] & (at < STEPS * 32)[:, None]
-            u_at = (row[None, :] * STEPS + (at // 32)[:, None]) * (64 * HG_PAD) + (h * 64)[None, :] + (at % 32)[:, None]
-            tl.store(u_ptr + u_at, u_hi.to(tl.int8), mask=mask)
-            tl.store(u_ptr + u_at + 32, u_lo.to(tl.int8), mask=mask)
-            bias = tl.sum(value * _offset_of(r, R8, R4, IS_FLOAT)[:, None], 0) * step
-            tl.store(u_scale_ptr + out, step, mask=live)
-            tl.store(u_bias_ptr + out, bias, mask=live)
+            basis = ()
+            for n in tl.static_range(len(pairs) + len(rest)):
+                if n < len(pairs):
+                    inside = n // 2 * 32 + k < PAIRS
+                    i = n % 2 * PAIRS + n // 2 * 32 + k
+                else:
+                    i = 2 * PAIRS + (n - len(pairs)) * 32 + k
+                    inside = i < D
+                at = basis_ptr + row * D + r[None, :] * D + i[:, None]
+                basis = basis + (tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0),)
+            scale = tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale * weight
+            more = start < blocks
+            while more:
+                live = (h < HG) & (start + local < blocks)
+                here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+                live = live & here
+                distance = position - start.to(tl.int64) * ALIGN
+                hi = tl.zeros([M, BLOCK_R], dtype=tl.int32)
+                lo = tl.zeros([M, BLOCK_R], dtype=tl.int32)
+                for n in tl.static_range(len(pairs) // 2):
+                    turns = tl.load(turns_ptr + n * 32 + k, mask=n * 32 + k < PAIRS, other=0)
+                    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
+                    back = ((ALIGN * turns) >> 32).to(tl.int32)
+                    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * back[None, :]
+                    hi_1, lo_1, hi_2, lo_2 = _turned(scaled[2 * n], scaled[2 * n + 1], phase, NATIVE)
+                    hi += _dot_int8(hi_1, basis[2 * n], MATRIX)
+                    lo += _dot_int8(lo_1, basis[2 * n], MATRIX)
+                    hi += _dot_int8(hi_2, basis[2 * n + 1], MATRIX)
+                    lo += _dot_int8(lo_2, basis[2 * n + 1], MATRIX)
+                for n in tl.static_range(len(rest)):
+                    hi_1, lo_1, _ = _split_int16(rest[n] * full, NATIVE)
+                    hi += _dot_int8(hi_1, basis[len(pairs) + n], MATRIX)
+                    lo += _dot_int8(lo_1, basis[len(pairs) + n], MATRIX)
+                u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
+                top = tl.max(tl.abs(u), 1)
+                hi, lo, value = _split_int16(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], NATIVE)
+                unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
+                out = row_out + start * HG_PAD
+                tl.store(unit_ptr + out, unit, mask=live)
+                tl.store(bias_ptr + out, tl.sum(value * offset[None, :], 1) * unit, mask=live)
+                # Columns 8 j + 2 t + e of every 32 lie in thread t of four: they go to bytes 8 t + 2 j + e.
+                hi = tl.reshape(tl.permute(tl.reshape(hi, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                lo = tl.reshape(tl.permute(tl.reshape(lo, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                u_row = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
+                u_row += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
+                stored = live[:, None] & (column < STEPS * 32)[None, :]
+                tl.store(u_row, hi, mask=stored)
+                tl.store(u_row + 32, lo, mask=stored)
+                done = tl.min(tl.where(here, ROWS, local), 0)
+                start += done
+                more = (done == ROWS) & (start < blocks)
 
 
-@triton.jit(do_not_specialize=["max_chunks", "Q", "splits", "stride_pages_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
     skip_ptr,
     u_ptr,
-    u_scale_ptr,
-    u_bias_ptr,
+    unit_ptr,
+    bias_ptr,
     basis_ptr,
     scale_ptr,
     page_table_ptr,
     segment_table_ptr,
     lengths_ptr,
-    o_ptr,
+    c_ptr,
     lse_ptr,
-    max_chunks,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
+    max_blocks,
     splits,
     Q,
     G,
@@ -360,12 +417,11 @@ def _attend_spectral_kernel(
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
     C: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RK: tl.constexpr,
     RV: tl.constexpr,
-    V8: tl.constexpr,
-    V4: tl.constexpr,
     K_BYTES: tl.constexpr,
     V_BYTES: tl.constexpr,
     K_GROUPS: tl.constexpr,
@@ -376,8 +432,13 @@ def _attend_spectral_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One split of the chunks of one row, query and KV head: its state over all heads of the group."""
+    """One split of the pages of one row, query and KV head: its state over all heads of the group.
+
+    c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
+    [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
+    """
     TILES: tl.constexpr = C // 64
+    PAGES: tl.constexpr = ALIGN // C
     N: tl.constexpr = 2 * HG_PAD
     STEPS: tl.constexpr = (RK + 31) // 32
     split = tl.program_id(0)
@@ -391,7 +452,7 @@ def _attend_spectral_kernel(
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
     segment_table_ptr += b * stride_segments_b
-    u_row = (bq * G + g) * max_chunks
+    u_row = (bq * G + g) * max_blocks
 
     t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
@@ -399,26 +460,30 @@ def _attend_spectral_kernel(
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
+    if chunk >= end:
+        tl.store(lse_ptr + out, tl.full([HG_PAD], float("-inf"), dtype=tl.float32), mask=h < HG)
     while chunk < end:
-        # A run of chunks that share a segment: its V basis is applied once, at its end.
-        segment = tl.load(segment_table_ptr + chunk)
+        # A run of blocks that share a segment.
+        block = chunk // PAGES
+        segment = tl.load(segment_table_ptr + block)
         i = tl.arange(0, RUN)
-        others = tl.load(segment_table_ptr + chunk + i, mask=chunk + i < end, other=-1) != segment
-        run = tl.min(tl.where(others, i, RUN), 0)
+        others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
+        stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
         m = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
         l = tl.zeros([HG_PAD], dtype=tl.float32)
         w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
         acc = ()
         for _ in tl.static_range(RV // 16):
             acc = acc + (tl.zeros([16, HG_PAD], dtype=tl.float32),)
-        for tile in range(chunk * TILES, (chunk + run) * TILES):
+        for tile in range(chunk * TILES, stop * TILES):
             j = tile // TILES
             part = tile % TILES  # of the page
+            u_at = u_row + j // PAGES
             page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
             if K_FLOAT:
                 s = tl.zeros([64, HG_PAD], dtype=tl.float32)
                 k_half_ptr = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.float16))
-                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + (u_row + j) * (HG * RK)
+                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + u_at * (HG_PAD * RK)
                 for start in tl.static_range(0, RK, 16):
                     k = tl.load(k_half_ptr + (part * 64 + t)[:, None] * RK + (start + i16)[None, :])
                     u = tl.load(u_float_ptr + h[None, :] * RK + (start + i16)[:, None], mask=(h < HG)[None, :], other=0.0)
@@ -428,29 +493,30 @@ def _attend_spectral_kernel(
                 for n in tl.static_range(len(K_GROUPS)):
                     k_group_ptr = k_ptr + page * (C * K_BYTES) + _group_offset(K_GROUPS, n) * C
                     x = _k_columns(k_group_ptr + part * (512 * _subtiles(K_GROUPS, n)), _subtiles(K_GROUPS, n))
-                    for f in tl.static_range(len(_fields(K_GROUPS, n))):
-                        blocks = blocks + (
-                            _k_block(x, _half(K_GROUPS, n), _shift(K_GROUPS, n, f), _fields(K_GROUPS, n)[f], NATIVE),
-                        )
+                    for f in tl.static_range(_fields(K_GROUPS, n)):
+                        blocks = blocks + (_k_block(x, K_GROUPS, _first_block(K_GROUPS, n) + f, NATIVE),)
                 if RK % 32:
                     blocks = blocks + (tl.zeros([64, 16], dtype=tl.int8),)
                 dots = tl.zeros([64, N], dtype=tl.int32)
                 for step in tl.static_range(STEPS):
-                    u = _u_operand(u_ptr + ((u_row + j) * STEPS + step) * (32 * N), N)
+                    u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)
                     dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
                 hi, lo = tl.split(tl.reshape(dots, [64, HG_PAD, 2]))
-                u_scale = tl.load(u_scale_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
-                u_bias = tl.load(u_bias_ptr + (u_row + j) * HG + h, mask=h < HG, other=0.0)
-                s = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254.0)) * u_scale[None, :] + u_bias[None, :]
-            # Tokens kept exact elsewhere, and those past the row's length: seldom any, and one branch for all threads.
+                unit = tl.load(unit_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
+                bias = tl.load(bias_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
+                s = (hi * 256 + lo).to(tl.float32) * unit[None, :] + bias[None, :]
+            # Bit t: token t of the tile is kept exact elsewhere or lies past the row's length.
             hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
             left = length - (j * C + part * 64)
             if left < 64:
                 hidden |= tl.full([], -1, dtype=tl.int64) << tl.maximum(left, 0).to(tl.int64)
-            if hidden != 0:
-                s = tl.where((((hidden >> t) & 1) == 0)[:, None], s, float("-inf"))  # [64, HG_PAD]
+            i8 = tl.arange(0, 8)  # token 8 j + g: one long shift by g, then short ones
+            seen = (((hidden >> i8)[None, :] >> (8 * i8)[:, None]) & 1) == 0
+            seen = tl.reshape(seen, [64])
+            s = tl.where(seen[:, None], s, float("-inf"))  # [64, HG_PAD]
             m_tile = tl.max(s, 0)
-            p = tl.exp2(s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :])
+            # Weights in units of 1 / _FULL of the tile's largest.
+            p = tl.exp2(s - (tl.where(m_tile == float("-inf"), 0.0, m_tile) - _LOG2_FULL)[None, :])
             m_new = tl.maximum(m, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
             old = tl.exp2(m - top)
@@ -463,69 +529,175 @@ def _attend_spectral_kernel(
                 for n in tl.static_range(RV // 16):
                     v = tl.load(
                         v_half_ptr + (n * 16 + i16)[:, None] * C + (part * 64 + t)[None, :],
-                        mask=(((hidden >> t) & 1) == 0)[None, :],  # weights are 0 there; what is stored may be NaN
+                        mask=seen[None, :],  # weights are 0 there; what is stored may be NaN
                         other=0.0,
                     )
                     rescaled = rescaled + (acc[n] * old[None, :] + dot_f32(v.to(tl.float32), p, MATRIX) * new[None, :],)
             else:
-                w_hi, w_lo, w = _split_int8(p * 127.0, 127.0)
+                w_hi, w_lo, w = _split_int16(p, NATIVE)
                 w_sum = w_sum * old + tl.sum(w, 0) * new
-                # hi and lo as neighbouring columns of one operand; cast last (triton 3.6 fails on the other order).
-                w_both = tl.reshape(tl.join(w_hi, w_lo), [64, N]).to(tl.int8)
+                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [64, N])
                 for n in tl.static_range(len(V_GROUPS)):
                     v_group_ptr = v_ptr + page * (C * V_BYTES) + _group_offset(V_GROUPS, n) * C
                     x = _v_columns(v_group_ptr + part * (512 * _subtiles(V_GROUPS, n)), _subtiles(V_GROUPS, n))
-                    for f in tl.static_range(len(_fields(V_GROUPS, n))):
-                        y = _v_block(x, _half(V_GROUPS, n), _shift(V_GROUPS, n, f), _fields(V_GROUPS, n)[f], NATIVE)
-                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX).to(tl.float32), [16, HG_PAD, 2]))
-                        part_sum = (hi + lo * (1.0 / 127.0)) * new[None, :]
+                    for f in tl.static_range(_fields(V_GROUPS, n)):
+                        y = _v_block(x, V_GROUPS, _first_block(V_GROUPS, n) + f, NATIVE)
+                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [16, HG_PAD, 2]))
+                        part_sum = (hi * 256 + lo).to(tl.float32) * new[None, :]
                         rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
             acc = rescaled
-        # The run's output, coefficients times the V basis, joins that of earlier runs in global memory, a few dimensions
-        # at a time: held in registers it would cost the loop above half its warps.
-        m_new = tl.maximum(m_all, m)
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m_all - top) * l_all
-        new = tl.exp2(m - top)
-        m_all = m_new
-        l_all = old + new * l
-        norm = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
-        old *= norm
-        new *= norm if V_FLOAT else norm * (1.0 / 127.0)
+        # In V's basis; l and acc both count weights in units of 1 / _FULL.
+        norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
-            r = n * 16 + i16
-            coefficient = acc[n] + _offset_of(r, V8, V4, V_FLOAT)[:, None] * w_sum[None, :]
-            scaled = scaled + (coefficient * tl.load(scale_ptr + basis_row + r)[:, None] * new[None, :],)
-        for start in range(0, D, BLOCK_D):
-            d = start + tl.arange(0, BLOCK_D)
-            mask = (d < D)[:, None] & (h < HG)[None, :]
-            o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
-            o *= old[None, :]
+            scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
+            coefficient = acc[n]
+            if not V_FLOAT:
+                coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
+                scale *= _weight(V_GROUPS, n)
+            scaled = scaled + (coefficient * scale[:, None] * norm[None, :],)
+        if stop == end:
+            lse = tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+            tl.store(lse_ptr + out, lse, mask=h < HG)
+            tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
             for n in tl.static_range(RV // 16):
-                rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
-                basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
-                o += dot_int8_f32(basis, scaled[n], MATRIX, NATIVE)
-            tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
-        tl.debug_barrier()  # the next run's threads read what others wrote
-        chunk += run
-    tl.store(lse_ptr + out, tl.where(l_all > 0.0, m_all * 0.6931471805599453 + tl.log(l_all), float("-inf")), mask=h < HG)
+                tl.store(c_ptr + out[None, :] * RV + (n * 16 + i16)[:, None], scaled[n], mask=(h < HG)[None, :])
+        else:
+            # Join earlier runs' in global memory, a few dimensions at a time: registers are what the loop above lives on.
+            m_new = tl.maximum(m_all, m)
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old = tl.exp2(m_all - top) * l_all
+            new = tl.exp2(m - top) * l
+            m_all = m_new
+            l_all = old + new
+            both = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
+            old *= both
+            new *= both
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                mask = (d < D)[:, None] & (h < HG)[None, :]
+                o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
+                o *= old[None, :]
+                for n in tl.static_range(RV // 16):
+                    rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
+                    basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
+                    o += dot_int8_f32(basis, scaled[n] * new[None, :], MATRIX, NATIVE)
+                tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
+            tl.debug_barrier()  # the next run's threads read what others wrote
+        chunk = stop
+    lse_all = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
+    tl.store(o_lse_ptr + out, tl.where(l_all > 0.0, lse_all, float("-inf")), mask=h < HG)
 
 
-def _launch_settings(group: int, matrix: bool) -> dict:
-    """Tile sizes and warps of `_attend_spectral_kernel` by shape and path: a pure function."""
+@triton.jit
+def _add_states(o, o_ptr, lse_ptr, N, row, top, d, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """o plus the N states of a row, by their weights relative to `top`, and the sum of these."""
+    total = tl.full([], 0.0, dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        w = tl.exp(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)
+        total += tl.sum(w, 0)
+        if tl.max(w, 0) > 0.0:  # a weight of zero must not multiply what was never written
+            mask = (w > 0.0)[:, None] & (d < D)[None, :]
+            x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+            o += tl.sum(w[:, None] * x, 0)
+    return o, total
+
+
+@triton.jit
+def _largest(lse_ptr, N, row, top, BLOCK_N: tl.constexpr):
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        top = tl.maximum(top, tl.max(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")), 0))
+    return top
+
+
+@triton.jit(do_not_specialize=["splits", "others", "Q", "H", "G"])
+def _finish_spectral_kernel(
+    c_ptr,
+    lse_ptr,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
+    other_ptr,
+    other_lse_ptr,
+    basis_ptr,
+    out_ptr,
+    out_lse_ptr,
+    splits,
+    others,
+    Q,
+    H,
+    G,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    RV: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Join the splits' states of one row, query and head (see `_attend_spectral_kernel`) and `others` more, in a fixed
+    order; the V basis is applied once a segment."""
+    row = tl.program_id(0).to(tl.int64)
+    g = (row // Q % H) // (H // G)
+    segment_ptr += ((row // (Q * H) * Q + row % Q) * G + g) * splits
+    d = tl.arange(0, BLOCK_D)
+    r = tl.arange(0, BLOCK_R)
+    top = _largest(lse_ptr, splits, row, tl.full([], float("-inf"), dtype=tl.float32), BLOCK_N)
+    top = _largest(o_lse_ptr, splits, row, top, BLOCK_N)
+    top = _largest(other_lse_ptr, others, row, top, BLOCK_N)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    o = tl.zeros([BLOCK_D], dtype=tl.float32)
+    o, total = _add_states(o, o_ptr, o_lse_ptr, splits, row, top, d, D, BLOCK_N)
+    o, more = _add_states(o, other_ptr, other_lse_ptr, others, row, top, d, D, BLOCK_N)
+    total += more
+    low = tl.full([], -1, dtype=tl.int32)
+    high = tl.full([], 0, dtype=tl.int32)
+    while low < high:
+        # The next segment, and the last: the first pass finds them both.
+        after = low
+        low = tl.full([], 2147483647, dtype=tl.int32)
+        for start in range(0, splits, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)
+            live = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf")) > float("-inf")
+            segment = tl.load(segment_ptr + n, mask=live, other=-1)
+            high = tl.maximum(high, tl.max(segment, 0))
+            low = tl.minimum(low, tl.min(tl.where(segment > after, segment, 2147483647), 0))
+        if low < 2147483647:
+            c = tl.zeros([BLOCK_R], dtype=tl.float32)
+            for start in range(0, splits, BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                w = tl.exp(tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf")) - top)
+                mine = tl.load(segment_ptr + n, mask=w > 0.0, other=-1) == low
+                w = tl.where(mine, w, 0.0)
+                total += tl.sum(w, 0)
+                mask = (w > 0.0)[:, None] & (r < RV)[None, :]
+                x = tl.load(c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0)
+                c += tl.sum(w[:, None] * x, 0)
+            at = basis_ptr + ((low.to(tl.int64) * G + g) * RV + r)[:, None] * D + d[None, :]
+            basis = tl.load(at, mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+            o += tl.sum(c[:, None] * basis, 0)
+    o = tl.where(total > 0.0, o / total, 0.0)
+    tl.store(out_ptr + row * D + d, o, mask=d < D)
+    tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
+
+
+def _launch_settings(group: int, k_rank: int, matrix: bool) -> tuple[dict, dict]:
+    """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
-        return {"HG_PAD": max(4, triton.next_power_of_2(group)), "BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
-    return {"HG_PAD": triton.next_power_of_2(group), "BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
+        pad = max(4, triton.next_power_of_2(group))
+        warps = 2 if k_rank <= 64 else 4
+        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": warps, "num_stages": 1, "maxnreg": 168}
+        return project, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+    pad = triton.next_power_of_2(group)
+    return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
 def count_splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Splits of the keys: enough programs for about eight a multiprocessor, none with less than one chunk."""
+    """Splits of the keys: enough programs for about twelve a multiprocessor, none with less than one chunk."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    wanted = 8 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(tiles, wanted // max(programs, 1), 64))
+    return max(1, min(tiles, 12 * _launch.multiprocessors(device) // max(programs, 1), 128))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -535,6 +707,23 @@ def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
     return head_dim**-0.5 if scale is None else float(scale)
 
 
+def _check_others(others, q) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other states of a call, none if it names none."""
+    if others is None:
+        shape = (*q.shape[:-1], 0)
+        options = {"dtype": torch.float32, "device": q.device}
+        return torch.empty((*shape, q.shape[-1]), **options), torch.empty(shape, **options)
+    o, lse = others
+    check_tensor("others: o", o, dtype=torch.float32, device=q.device)
+    if o.dim() != q.dim() + 1 or o.shape[:-2] != q.shape[:-1] or o.shape[-1] != q.shape[-1]:
+        wanted = [*q.shape[:-1], "N", q.shape[-1]]
+        raise ValueError(f"others: expected o of shape {wanted}, got {list(o.shape)}")
+    check_tensor("others: lse", lse, shape=o.shape[:-1], dtype=torch.float32, device=q.device)
+    if not (o.is_contiguous() and lse.is_contiguous()):
+        raise ValueError(f"others: expected contiguous tensors, got strides {o.stride()} and {lse.stride()}")
+    return o, lse
+
+
 def attend_spectral(
     q: torch.Tensor,
     positions: torch.Tensor,
@@ -542,6 +731,7 @@ def attend_spectral(
     rope: Rope,
     *,
     scale: float | None = None,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -556,12 +746,15 @@ def attend_spectral(
         pages: cold pages, tables and lengths (read on the device: lengths may change between replays of a CUDA graph).
         rope: frequencies and attention scaling.
         scale: factor of the scores, default D**-0.5.
-        out, lse: float32 [B, H, (Q,) D] and [B, H, (Q,)], contiguous, written in place.
+        others: states of other keys that are joined in the same pass, as `attend_exact(.., merged=False)` returns them:
+            float32 o [B, H, (Q,) N, D] and lse [B, H, (Q,) N], contiguous.
+        out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
         splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards and runs anywhere.
     Returns:
-        (o, lse), float32: normalised output and natural-log log-sum-exp of the scaled scores; (0, -inf) without keys.
-        Arithmetic: see the module. Deterministic for given inputs and settings.
+        (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
+        over the cold tokens and `others`; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
+        inputs and settings.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -571,122 +764,157 @@ def attend_spectral(
     batch = pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     check_tensor("pages.k_pages", pages.k_pages, device=q.device)
-    out = check_output("out", out, q, q.shape)
+    others = _check_others(others, q)
+    out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
-        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale, others=others)
         return out.copy_(o), lse.copy_(total)
     if q.numel() == 0 or pages.max_chunks == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return merge_many_states(*others, out=out, out_lse=lse)
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    settings = _launch_settings(group, matrix)
+    project, attend = _launch_settings(group, layout.k.rank, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
-    if not matrix and not (layout.k.is_float or layout.v.is_float):
-        from . import attention_sm75  # it takes helpers from here
-
-        return attention_sm75.attend(q4, positions, pages, rope, scale * LOG2_E, splits, out, lse)
-    ranks = {bits: rank for rank, bits in layout.k.bands}
-    v_ranks = {bits: rank for rank, bits in layout.v.bands}
-    u_shape = (rows, kv_heads, chunks, group, layout.k.rank)
-    steps = triton.cdiv(layout.k.rank, 32)
-    if layout.k.is_float:
-        u = torch.empty(u_shape, dtype=torch.float32, device=q.device)
-    else:
-        u = torch.empty((*u_shape[:3], steps, 2 * settings["HG_PAD"], 32), dtype=torch.int8, device=q.device)
-    u_scale, u_bias = torch.empty((2, *u_shape[:4]), dtype=torch.float32, device=q.device)
-    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
-    chunk_block = max(1, 32 // settings["HG_PAD"]) if matrix else 1
-    pairs = rope.turns.shape[0]
+    pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
+    shape = (rows, kv_heads, blocks)
+    u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
+    u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
+    unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
+    c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
+    o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
+    split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
+    each = project["M"] // pad  # blocks of a program of `_project_kernel`: more of them once all multiprocessors are busy
+    each *= max(1, triton.cdiv(blocks, each) * kv_heads * rows // (4 * _launch.multiprocessors(q.device)))
+    other_o, other_lse = others
     with torch.cuda.device_of(q):
-        _split_query_kernel[(triton.cdiv(chunks, chunk_block), kv_heads, rows)](
-            q4,
-            positions,
-            rope.turns,
-            pages.k_basis,
-            pages.k_scale,
-            pages.segment_table,
-            pages.lengths,
-            u,
-            u_scale,
-            u_bias,
-            chunks,
-            queries,
-            kv_heads,
-            scale * LOG2_E,
-            rope.scaling**2,
-            *q4.stride()[:3],
-            positions.stride(0),
-            pages.segment_table.stride(0),
-            HG=group,
-            HG_PAD=settings["HG_PAD"],
-            C=layout.chunk,
-            D=dim,
-            PAIRS=pairs,
-            R=layout.k.rank,
-            STEPS=steps,
-            R8=ranks.get(8, 0),
-            R4=ranks.get(4, 0),
-            IS_FLOAT=layout.k.is_float,
-            BLOCK_R=triton.next_power_of_2(32 * steps),
-            BLOCK_K=min(max(triton.next_power_of_2(pairs), 32), 64) if matrix else 8,
-            CHUNKS=chunk_block,
-            MATRIX=matrix,
-            NATIVE=_launch.is_native(q),
-            num_warps=2 if layout.k.rank <= 128 else 4,
-            num_stages=2 if layout.k.rank <= 128 else 1,
-        )
-        _attend_spectral_kernel[(splits, kv_heads, rows)](
-            pages.k_pages,
-            pages.v_pages,
-            pages.skip,
-            u,
-            u_scale,
-            u_bias,
+        if not (matrix or layout.k.is_float or layout.v.is_float):
+            from . import attention_sm75  # it takes helpers from here
+
+            states = c, split_lse, segments, o, o_lse
+            attention_sm75.attend(q4, positions, pages, rope, scale * LOG2_E, rope.scaling**2, states)
+        else:
+            _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
+                q4,
+                positions,
+                rope.turns,
+                pages.k_basis,
+                pages.k_scale,
+                pages.segment_table,
+                pages.lengths,
+                u,
+                unit,
+                bias,
+                blocks,
+                each,
+                queries,
+                kv_heads,
+                scale * LOG2_E,
+                rope.scaling**2,
+                *q4.stride()[:3],
+                positions.stride(0),
+                pages.segment_table.stride(0),
+                HG=group,
+                ALIGN=layout.align,
+                D=dim,
+                PAIRS=rope.turns.shape[0],
+                R=k_rank,
+                BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
+                GROUPS=layout.k.groups,
+                IS_FLOAT=layout.k.is_float,
+                MATRIX=matrix,
+                NATIVE=_launch.is_native(q),
+                **project,
+            )
+            _attend_spectral_kernel[(splits, kv_heads, rows)](
+                pages.k_pages,
+                pages.v_pages,
+                pages.skip,
+                u,
+                unit,
+                bias,
+                pages.v_basis,
+                pages.v_scale,
+                pages.page_table,
+                pages.segment_table,
+                pages.lengths,
+                c,
+                split_lse,
+                segments,
+                o,
+                o_lse,
+                blocks,
+                splits,
+                queries,
+                kv_heads,
+                pages.page_table.stride(0),
+                pages.segment_table.stride(0),
+                HG=group,
+                HG_PAD=pad,
+                C=layout.chunk,
+                ALIGN=layout.align,
+                D=dim,
+                RK=k_rank,
+                RV=layout.v.rank,
+                K_BYTES=layout.k.bytes,
+                V_BYTES=layout.v.bytes,
+                K_GROUPS=layout.k.groups,
+                V_GROUPS=layout.v.groups,
+                K_FLOAT=layout.k.is_float,
+                V_FLOAT=layout.v.is_float,
+                RUN=64,
+                MATRIX=matrix,
+                NATIVE=_launch.is_native(q),
+                **attend,
+            )
+        _finish_spectral_kernel[(lse.numel(),)](
+            c,
+            split_lse,
+            segments,
+            o,
+            o_lse,
+            other_o,
+            other_lse,
             pages.v_basis,
-            pages.v_scale,
-            pages.page_table,
-            pages.segment_table,
-            pages.lengths,
-            o_splits,
-            lse_splits,
-            chunks,
+            out,
+            lse,
             splits,
+            other_lse.shape[-1],
             queries,
+            heads,
             kv_heads,
-            pages.page_table.stride(0),
-            pages.segment_table.stride(0),
-            HG=group,
-            C=layout.chunk,
             D=dim,
-            RK=layout.k.rank,
+            BLOCK_D=triton.next_power_of_2(dim),
             RV=layout.v.rank,
-            V8=v_ranks.get(8, 0),
-            V4=v_ranks.get(4, 0),
-            K_BYTES=layout.k.bytes,
-            V_BYTES=layout.v.bytes,
-            K_GROUPS=layout.k.groups,
-            V_GROUPS=layout.v.groups,
-            K_FLOAT=layout.k.is_float,
-            V_FLOAT=layout.v.is_float,
-            RUN=64,
-            MATRIX=matrix,
-            NATIVE=_launch.is_native(q),
-            **settings,
+            BLOCK_R=triton.next_power_of_2(layout.v.rank),
+            BLOCK_N=32,
+            num_warps=8,
         )
-        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+    return out, lse
 
 
 def attend_spectral_torch(
-    q: torch.Tensor, positions: torch.Tensor, pages: Pages, rope: Rope, *, scale: float | None = None
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    pages: Pages,
+    rope: Rope,
+    *,
+    scale: float | None = None,
+    others: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without int8 splitting."""
+    if others is not None:
+        o, lse = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        other_o, other_lse = _check_others(others, q)
+        return merge_many_states_torch(
+            torch.cat((other_o, o[..., None, :]), -2), torch.cat((other_lse, lse[..., None]), -1)
+        )
     layout, batch = pages.layout, pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
@@ -696,7 +924,7 @@ def attend_spectral_torch(
     index = torch.arange(chunks * layout.chunk, device=q.device)
     live = index < pages.lengths[:, None]  # [B, T]
     table = torch.where(live[:, :: layout.chunk], pages.page_table[:, :chunks], 0).long()
-    segments = torch.where(live[:, :: layout.chunk], pages.segment_table[:, :chunks], 0).long()
+    segments = torch.where(live[:, :: layout.chunk], pages.segment_table_by_chunk()[:, :chunks], 0).long()
     bits = torch.arange(32, device=q.device)
     skipped = ((pages.skip[table][..., None] >> bits) & 1).flatten(3).bool()  # [B, chunks, G, C]
     seen = live.unflatten(1, (chunks, -1))[:, :, None] & ~skipped
@@ -704,7 +932,8 @@ def attend_spectral_torch(
     # A 16-bit page may hold NaN where nothing was written or is seen.
     k = unpack_pages(pages.k_pages[table], layout.k, side="k").masked_fill(~seen[..., None], 0.0)  # [B, chunks, G, C, R]
     v = unpack_pages(pages.v_pages[table], layout.v, side="v").masked_fill(~seen[..., None], 0.0)
-    u = project_queries_torch(q4, pos, pages, rope)[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
+    u = project_queries_torch(q4, pos, pages, rope).repeat_interleave(layout.align // layout.chunk, -2)
+    u = u[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
     scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) * scale
     scores = scores.masked_fill(~seen.transpose(1, 2)[:, :, None, None], float("-inf")).flatten(-2)
     lse = torch.logsumexp(scores, dim=-1)  # [B, G, H/G, Q]
@@ -825,7 +1054,8 @@ def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
     check_tensor("k", k, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     batch, kv_heads, tokens, dim = k.shape
     check_in("k: head dimension", dim, HEAD_DIMS)
-    check_in("chunk", chunk, CHUNKS)
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1, got {chunk}")
     scale = _check_attention(q, positions, kv_heads, dim, batch, rope, scale)
     check_tensor("k", k, device=q.device)
     check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=q.device, unit_stride=True)
@@ -848,6 +1078,7 @@ def attend_exact(
     *,
     chunk: int,
     scale: float | None = None,
+    merged: bool = True,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -864,23 +1095,28 @@ def attend_exact(
         v: [B, G, N, D] values, likewise.
         key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
         rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
-        chunk: the chunk length of the phase alignment.
+        chunk: positions of a block of phase alignment.
+        merged: False returns the splits' states for the `others` of `attend_spectral` (and takes no `out` and `lse`).
     Returns:
-        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
+        (o, lse), float32, as `attend_spectral`; unmerged [.., N, D] and [.., N]. Float32 arithmetic (three-product tf32
+        dots).
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
+    if not merged and (out is not None or lse is not None):
+        raise ValueError("merged: expected True with out or lse, got False")
     out = check_output("out", out, q, q.shape)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
         o, total = attend_exact_torch(q, positions, k, v, key_positions, rope, chunk=chunk, scale=scale)
-        return out.copy_(o), lse.copy_(total)
+        return (out.copy_(o), lse.copy_(total)) if merged else (o[..., None, :].contiguous(), total[..., None].contiguous())
     batch, kv_heads, tokens, dim = k.shape
     if q.numel() == 0 or tokens == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        out.zero_(), lse.fill_(float("-inf"))
+        return (out, lse) if merged else (out[..., None, :], lse[..., None])
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, _ = q4.shape
@@ -892,8 +1128,11 @@ def attend_exact(
     blocks_m = triton.cdiv(group * queries, block_m)
     splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device), tiles)
     key_strides = (key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0)
-    o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-    lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    if splits == 1:
+        o_splits, lse_splits = out[..., None, :], lse[..., None]
+    else:
+        o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
+        lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _attend_exact_kernel[(splits, kv_heads * blocks_m, batch)](
             q4,
@@ -927,7 +1166,9 @@ def attend_exact(
             MATRIX=matrix,
             num_warps=4,
         )
-        return merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+    if not merged:
+        return o_splits, lse_splits
+    return (out, lse) if splits == 1 else merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
 
 
 def attend_exact_torch(

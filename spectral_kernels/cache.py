@@ -23,7 +23,6 @@ import torch
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
 from .compress import decode, encode, fit_encoder, fit_side, query_metric
-from .merge import merge_states
 from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
 
@@ -454,14 +453,12 @@ class LayerCache:
                 f"for lengths {self.lengths} of which {self.cold} are cold"
             )
         positions = (self.length - queries)[:, None] + torch.arange(queries, dtype=torch.int32, device=self.device)
-        o, lse = attend_exact(
-            q, positions, self.k, self.v, self.key_positions, self.rope, chunk=self.preset.chunk, scale=scale
-        )
+        hot = (q, positions, self.k, self.v, self.key_positions, self.rope)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.pages is None or not any(self.chunks):
-            return out.copy_(o)
-        cold = attend_spectral(q, positions, self.pages, self.rope, scale=scale)
-        return merge_states(o, lse, *cold, out=out)[0]
+            return out.copy_(attend_exact(*hot, chunk=self.preset.chunk, scale=scale)[0])
+        others = attend_exact(*hot, chunk=self.preset.chunk, scale=scale, merged=False)
+        return attend_spectral(q, positions, self.pages, self.rope, scale=scale, others=others, out=out)[0]
 
     def get_kv(self, *, rope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         check_in("rope", rope, ("pre", "rotated"))

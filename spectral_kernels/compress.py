@@ -26,7 +26,7 @@ import triton.language as tl
 from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
 from ._launch import dot_f32, dot_int8_f32
-from .attention import _field, _fields, _first, _group_offset, _half, _offset_of, _shift, _subtiles
+from .attention import _block, _fields, _first_block, _group_offset, _half, _mask, _masked, _offset, _subtiles, _weight
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate
 
@@ -300,16 +300,28 @@ def _byte_of(token, column, IS_K: tl.constexpr):
     if IS_K:
         byte = token % 8 * 64 + column // 4 * 16 + token // 8 * 4 + column % 4
     else:
-        byte = column % 8 * 64 + token // 8 * 16 + column // 8 * 8 + token % 8
+        byte = column % 8 * 64 + token % 4 * 16 + column // 8 * 8 + token // 4
     return byte
 
 
 @triton.jit
-def _code(c, BITS: tl.constexpr):
-    """The code of a coefficient in units of its step, as stored (pages.py), int32."""
+def _token_of(token, sub, IS_K: tl.constexpr):
+    """Token within its tile of the `token`-th of sub-tile `sub`, as `_byte_of` counts them."""
+    if IS_K:
+        place = sub * 32 + token
+    else:
+        place = token // 4 * 8 + sub * 4 + token % 4
+    return place
+
+
+@triton.jit
+def _stored(c, GROUPS: tl.constexpr, i: tl.constexpr):
+    """The bits of coefficients of block i, in units of their steps, where they lie in a byte, int32."""
+    LOW: tl.constexpr = _block(GROUPS, i)[2]
+    BITS: tl.constexpr = _block(GROUPS, i)[3]
     code = tl.floor(c + (1 << (BITS - 1)))
-    code = tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32)
-    if BITS == 8:
+    code = tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32) << LOW
+    if LOW + BITS == 8:
         code ^= 128
     return code
 
@@ -351,8 +363,8 @@ def _encode_kernel(
         if IS_FLOAT:
             for n in tl.static_range(R // 16):
                 for i in tl.static_range(2):
-                    c = _coefficients(x_ptr, encoder_ptr + n * 16, stride_x_t, i, D, R, BLOCK_K, MATRIX)
-                    token = tile * 64 + i * 32 + t
+                    c = _coefficients(x_ptr, encoder_ptr + n * 16, stride_x_t, _token_of(t, i, IS_K), D, R, BLOCK_K, MATRIX)
+                    token = tile * 64 + _token_of(t, i, IS_K)
                     r = n * 16 + column
                     at = token[:, None] * R + r[None, :]
                     if not IS_K:
@@ -364,11 +376,18 @@ def _encode_kernel(
                 both = tl.zeros([32, 16], dtype=tl.int32)
                 for i in tl.static_range(2):
                     byte = tl.zeros([32, 16], dtype=tl.int32)
-                    for f in tl.static_range(len(_fields(GROUPS, n))):
+                    for f in tl.static_range(_fields(GROUPS, n)):
                         c = _coefficients(
-                            x_ptr, encoder_ptr + _first(GROUPS, n) + f * 16, stride_x_t, i, D, R, BLOCK_K, MATRIX
+                            x_ptr,
+                            encoder_ptr + (_first_block(GROUPS, n) + f) * 16,
+                            stride_x_t,
+                            _token_of(t, i, IS_K),
+                            D,
+                            R,
+                            BLOCK_K,
+                            MATRIX,
                         )
-                        byte |= _code(c, _fields(GROUPS, n)[f]) << _shift(GROUPS, n, f)
+                        byte |= _stored(c, GROUPS, _first_block(GROUPS, n) + f)
                     at = _byte_of(t[:, None], column[None, :], IS_K)
                     if _half(GROUPS, n):
                         both |= byte << (4 * i)
@@ -380,10 +399,9 @@ def _encode_kernel(
 
 @triton.jit
 def _coefficients(
-    x_ptr, encoder_ptr, stride_x_t, i, D: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, MATRIX: tl.constexpr
+    x_ptr, encoder_ptr, stride_x_t, token, D: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, MATRIX: tl.constexpr
 ):
-    """Tokens 32 i .. 32 i + 31 times 16 columns of the encoder, float32 [32, 16]."""
-    token = i * 32 + tl.arange(0, 32)
+    """32 tokens of a tile times 16 columns of the encoder, float32 [32, 16]."""
     column = tl.arange(0, 16)
     c = tl.zeros([32, 16], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
@@ -481,8 +499,7 @@ def _decode_kernel(
     C: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    R8: tl.constexpr,
-    R4: tl.constexpr,
+    ALIGN: tl.constexpr,
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
     IS_K: tl.constexpr,
@@ -497,7 +514,7 @@ def _decode_kernel(
     chunk = tile // (C // 32)
     sub = tile % (C // 32)
     t = tl.arange(0, 32)
-    token = sub * 32 + t
+    token = sub // 2 * 64 + _token_of(t, sub % 2, IS_K)
     column = tl.arange(0, 16)
     d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     g = tl.program_id(1).to(tl.int64)
@@ -507,7 +524,7 @@ def _decode_kernel(
     x = tl.zeros([BLOCK_D, 32], dtype=tl.float32)
     if chunk * C < length:
         page_ptr = pages_ptr + (tl.load(page_table_ptr + b * stride_pages_b + chunk).to(tl.int64) * G + g) * (C * BYTES)
-        basis_row = (tl.load(segment_table_ptr + b * stride_segments_b + chunk).to(tl.int64) * G + g) * R
+        basis_row = (tl.load(segment_table_ptr + b * stride_segments_b + chunk * C // ALIGN).to(tl.int64) * G + g) * R
         if IS_FLOAT:
             for n in tl.static_range(R // 16):
                 r = n * 16 + column
@@ -524,10 +541,10 @@ def _decode_kernel(
                     byte = tl.load(group_ptr + sub // 2 * 512 + at) >> (sub % 2 * 4).to(tl.uint8)
                 else:
                     byte = tl.load(group_ptr + sub * 512 + at)
-                for f in tl.static_range(len(_fields(GROUPS, n))):
-                    r = _first(GROUPS, n) + f * 16 + column
-                    c = _field(byte, _shift(GROUPS, n, f), _fields(GROUPS, n)[f], False).to(tl.float32)
-                    c += _offset_of(r, R8, R4, IS_FLOAT)[:, None]
+                for f in tl.static_range(_fields(GROUPS, n)):
+                    r = (_first_block(GROUPS, n) + f) * 16 + column
+                    c = _masked(byte, _mask(GROUPS, _first_block(GROUPS, n) + f), 0, False).to(tl.float32)
+                    c = (c + _offset(GROUPS, _first_block(GROUPS, n) + f)) * _weight(GROUPS, _first_block(GROUPS, n) + f)
                     x += _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D, MATRIX, NATIVE)
     out = ((b * G + g) * max_chunks + chunk) * C + token
     x = tl.where(live[None, :], x, 0.0)
@@ -565,7 +582,6 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
     if out.numel() == 0:
         return out
     matrix = _launch.has_matrix_units(data.device)
-    ranks = {bits: rank for rank, bits in bands.bands}
     block_d = 64 if matrix else 16
     with torch.cuda.device_of(data):
         _decode_kernel[(chunks * chunk // 32 * triton.cdiv(dim, block_d), heads, batch)](
@@ -583,8 +599,7 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
             C=chunk,
             D=dim,
             R=bands.rank,
-            R8=ranks.get(8, 0),
-            R4=ranks.get(4, 0),
+            ALIGN=pages.layout.align,
             BYTES=bands.bytes,
             GROUPS=bands.groups,
             IS_K=side == "k",
@@ -604,7 +619,7 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     index = torch.arange(pages.max_chunks * chunk, device=pages.lengths.device)
     live = index < pages.lengths[:, None]  # [B, T]
     table = torch.where(live[:, ::chunk], pages.page_table, 0).long()
-    segments = torch.where(live[:, ::chunk], pages.segment_table, 0).long()
+    segments = torch.where(live[:, ::chunk], pages.segment_table_by_chunk(), 0).long()
     data = pages.k_pages if k else pages.v_pages
     values = unpack_pages(data[table], layout.k if k else layout.v, side=side)  # [B, chunks, G, C, R]
     values = values.masked_fill(~live.unflatten(1, (-1, chunk))[:, :, None, :, None], 0.0)

@@ -6,15 +6,16 @@ units of a GPU want them (operand fragments of mma.m16n8k32 on int8): a lane's 1
     side      bands ((rank, bits), ...): bits 16, 8, 4 or 2, not increasing; ranks multiples of 16; R = sum of ranks
     value     component r of a token stands for  step_r * (n - (2**bits - 1) / 2)  with the code n in 0 .. 2**bits - 1;
               steps are folded into `k_scale` / `v_scale`, so that attention uses the integers as they are.
-              8 bits are stored as two's complement of n - 128 (n ^ 0x80), 4 and 2 bits as n.
     group     the components, in blocks of 16 of one width, fill the fields of groups of 16 byte columns, low bits of a byte
               first: (8), (4, 4), (4, 2, 2) or (2, 2, 2, 2) bits. Column c of a field is component c of its block. The last
               group may have bits to spare; if it uses 4 or less it is a half group, whose bytes hold two tokens.
-    page      group after group. A group is C/64 tiles of 64 tokens, a tile two sub-tiles of 32 tokens (a half group: one
-              sub-tile, tokens 0-31 of the tile in bits 0-3, tokens 32-63 in bits 4-7 of its bytes).
+              A field that ends at bit 7 holds n - 2**(bits - 1) in two's complement, others n: so a mask alone, without a
+              shift, leaves an int8 that is linear in n.
+    page      group after group. A group is C/64 tiles of 64 tokens, a tile two sub-tiles i = 0, 1 of 32 tokens (a half
+              group: one sub-tile, whose bytes hold the tokens of i = 0 in bits 0-3 and those of i = 1 in bits 4-7).
     sub-tile  512 bytes. With g in 0..7 and t in 0..3 at byte 64 g + 16 t:
-                K  byte 4 r + b (r, b in 0..3): token 8 r + g, column 4 t + b
-                V  byte 8 h + b (h in 0..1, b in 0..7): token 8 t + b, column 8 h + g
+                K  byte 4 r + b (r, b in 0..3): token 32 i + 8 r + g of the tile, column 4 t + b
+                V  byte 8 h + b (h in 0..1, b in 0..7): token 8 b + 4 i + t of the tile, column 8 h + g
 
     k_pages [P, G, C * bytes_K]  v_pages [P, G, C * bytes_V]
     skip    [P, G, C/32] int32   bit d % 32 of word d // 32 set: token d is kept exact elsewhere and has no cold score
@@ -110,16 +111,27 @@ def is_half(fields: tuple[int, ...]) -> bool:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """Bands of K and of V, the head dimension D and the chunk length C: all that decides the bytes of a page."""
+    """What decides the bytes of a page and what they stand for.
+
+    Args:
+        k, v: bands.      head_dim: D.      chunk: C, tokens of a page: 64, 128 or 256.
+        align: A, a multiple of C: keys are phase-aligned in blocks of A positions (a query is turned once a block), which
+            also share a segment. 0: C.
+    """
 
     k: Bands
     v: Bands
     head_dim: int
     chunk: int
+    align: int = 0
 
     def __post_init__(self) -> None:
         check_in("head_dim", self.head_dim, HEAD_DIMS)
         check_in("chunk", self.chunk, CHUNKS)
+        if self.align == 0:
+            object.__setattr__(self, "align", self.chunk)
+        if self.align < self.chunk or self.align % self.chunk:
+            raise ValueError(f"align: expected a multiple of chunk = {self.chunk}, got {self.align}")
         for name, side in (("k", self.k), ("v", self.v)):
             if side.rank > self.head_dim:
                 raise ValueError(f"{name}: expected a rank of at most head_dim = {self.head_dim}, got {side.rank}")
@@ -140,8 +152,9 @@ class Pages:
         skip: int32 [P, G, C/32], contiguous.
         k_basis: int8 [S, G, R_K, D], k_scale: float32 [S, G, R_K]: component r of segment s stands for the vector
             k_scale[s, g, r] * k_basis[s, g, r]; the scale holds the quantiser's step. Contiguous. v_*: likewise.
-        page_table: int32 [B, max_chunks] page of chunk j of row b.  segment_table: int32 [B, max_chunks] its segment.
-        lengths: int32 [B] cold tokens a row; chunk j holds positions j*C .. j*C + C-1, the last one may be partial.
+        page_table: int32 [B, max_chunks] page of chunk j of row b (positions j*C .. j*C + C-1).
+        segment_table: int32 [B, ceil(max_chunks * C / A)] segment of each block of A positions.
+        lengths: int32 [B] cold tokens a row; the last page may be partial.
             Entries of the tables past a row's length are never read.
     Raises:
         TypeError, ValueError: a tensor's dtype, shape, device or strides are not as above.
@@ -173,9 +186,10 @@ class Pages:
         check_tensor("v_basis", self.v_basis, shape=shape, dtype=torch.int8, device=device)
         check_tensor("v_scale", self.v_scale, shape=(segments, heads, lay.v.rank), dtype=f32, device=device)
         check_tensor("page_table", self.page_table, shape=(None, None), dtype=i32, device=device, unit_stride=True)
-        table = tuple(self.page_table.shape)
-        check_tensor("segment_table", self.segment_table, shape=table, dtype=i32, device=device, unit_stride=True)
-        check_tensor("lengths", self.lengths, shape=(table[0],), dtype=i32, device=device, unit_stride=True)
+        batch = self.page_table.shape[0]
+        shape = (batch, self.max_blocks)
+        check_tensor("segment_table", self.segment_table, shape=shape, dtype=i32, device=device, unit_stride=True)
+        check_tensor("lengths", self.lengths, shape=(batch,), dtype=i32, device=device, unit_stride=True)
         for name in ("k_pages", "v_pages", "skip", "k_basis", "k_scale", "v_basis", "v_scale"):
             if not getattr(self, name).is_contiguous():
                 raise ValueError(f"{name}: expected a contiguous tensor, got strides {getattr(self, name).stride()}")
@@ -187,6 +201,15 @@ class Pages:
     @property
     def max_chunks(self) -> int:
         return self.page_table.shape[1]
+
+    @property
+    def max_blocks(self) -> int:
+        return -(-self.max_chunks * self.layout.chunk // self.layout.align)
+
+    def segment_table_by_chunk(self) -> torch.Tensor:
+        """Segment of each chunk, int32 [B, max_chunks]."""
+        repeats = self.layout.align // self.layout.chunk
+        return self.segment_table.repeat_interleave(repeats, 1)[:, : self.max_chunks]
 
     @property
     def nbytes(self) -> int:
@@ -217,27 +240,27 @@ def allocate_pages(
         v_basis=empty(segments, kv_heads, layout.v.rank, dim, dtype=i8),
         v_scale=empty(segments, kv_heads, layout.v.rank, dtype=f32),
         page_table=zeros(batch, max_chunks),
-        segment_table=zeros(batch, max_chunks),
+        segment_table=zeros(batch, -(-max_chunks * chunk // layout.align)),
         lengths=zeros(batch),
     )
 
 
-def _to_fragments(columns: torch.Tensor, side: str) -> torch.Tensor:
-    """Bytes [..., 32 n, 16] by token and column as sub-tiles [..., 512 n]."""
+def _to_subtiles(columns: torch.Tensor, side: str) -> torch.Tensor:
+    """Bytes [..., C, 16] by token and column as [..., C/64, 2, 512] by tile and sub-tile."""
     if side == "k":
-        x = columns.unflatten(-1, (4, 4)).unflatten(-3, (-1, 4, 8))  # [..., n, r, g, t, b]
-        return x.movedim(-4, -2).flatten(-5)
-    x = columns.unflatten(-1, (2, 8)).unflatten(-3, (-1, 4, 8))  # [..., n, t, b, h, g]
-    return x.movedim(-1, -4).movedim(-1, -2).flatten(-5)
+        x = columns.unflatten(-1, (4, 4)).unflatten(-3, (-1, 2, 4, 8))  # [..., tile, i, r, g, t, b]
+        return x.movedim(-4, -2).flatten(-4)
+    x = columns.unflatten(-1, (2, 8)).unflatten(-3, (-1, 8, 2, 4))  # [..., tile, b, i, t, h, g]
+    return x.movedim(-5, -1).movedim(-2, -4).flatten(-4)
 
 
-def _from_fragments(data: torch.Tensor, side: str) -> torch.Tensor:
-    """Undoes `_to_fragments`."""
+def _from_subtiles(data: torch.Tensor, side: str) -> torch.Tensor:
+    """Undoes `_to_subtiles`."""
     if side == "k":
-        x = data.unflatten(-1, (-1, 8, 4, 4, 4))  # [..., n, g, t, r, b]
-        return x.movedim(-2, -4).flatten(-2).flatten(-4, -2)
-    x = data.unflatten(-1, (-1, 8, 4, 2, 8))  # [..., n, g, t, h, b]
-    return x.movedim(-2, -1).movedim(-4, -1).flatten(-2).flatten(-4, -2)
+        x = data.unflatten(-1, (8, 4, 4, 4))  # [..., tile, i, g, t, r, b]
+        return x.movedim(-2, -4).flatten(-2).flatten(-5, -2)
+    x = data.unflatten(-1, (8, 4, 2, 8))  # [..., tile, i, g, t, h, b]
+    return x.movedim(-4, -2).movedim(-1, -5).flatten(-2).flatten(-5, -2)
 
 
 def _check_side(side: str) -> None:
@@ -264,13 +287,12 @@ def pack_pages(values: torch.Tensor, bands: Bands, *, side: str) -> torch.Tensor
     for first, fields in bands.groups:
         columns, shift = torch.zeros_like(codes[..., :BLOCK]), 0
         for f, bits in enumerate(fields):
-            block = codes[..., first + f * BLOCK : first + (f + 1) * BLOCK]
-            columns |= (block ^ 0x80 if bits == 8 else block) << shift
+            columns |= codes[..., first + f * BLOCK : first + (f + 1) * BLOCK] << shift
             shift += bits
-        if is_half(fields):
-            pair = columns.unflatten(-2, (-1, 2, 32))
-            columns = (pair[..., 0, :, :] | (pair[..., 1, :, :] << 4)).flatten(-3, -2)
-        parts.append(_to_fragments(columns, side))
+        if shift == 8:
+            columns ^= 0x80
+        tiles = _to_subtiles(columns, side)
+        parts.append((tiles[..., 0, :] | (tiles[..., 1, :] << 4)).flatten(-2) if is_half(fields) else tiles.flatten(-3))
     return torch.cat(parts, dim=-1)
 
 
@@ -288,15 +310,14 @@ def unpack_pages(pages: torch.Tensor, bands: Bands, *, side: str) -> torch.Tenso
     values, start = [], 0
     for _, fields in bands.groups:
         size = chunk * (8 if is_half(fields) else 16)
-        columns = _from_fragments(pages[..., start : start + size], side)
+        tiles = pages[..., start : start + size].unflatten(-1, (chunk // 64, -1, 512))
         if is_half(fields):
-            nibbles = columns.unflatten(-2, (-1, 1, 32))
-            columns = torch.cat((nibbles, nibbles >> 4), dim=-3).flatten(-4, -2)
+            tiles = torch.cat((tiles & 0x0F, tiles >> 4), dim=-2)
+        columns = _from_subtiles(tiles, side)
+        if sum(fields) == 8:
+            columns = columns ^ 0x80
         start, shift = start + size, 0
         for bits in fields:
-            if bits == 8:
-                values.append((columns ^ 0x80).float() - 127.5)
-            else:
-                values.append(((columns >> shift) & (2**bits - 1)).float() - (2**bits - 1) / 2)
+            values.append(((columns >> shift) & (2**bits - 1)).float() - (2**bits - 1) / 2)
             shift += bits
     return torch.cat(values, dim=-1)

@@ -1,10 +1,10 @@
 """RoPE at a distance: keys turned by their small offset inside a chunk, queries by the distance to the chunk's start.
 
-Positions are cut into chunks of C. A key at p = t0 + d (t0 a multiple of C, 0 <= d < C) is stored as kappa = R(d) k, so
+Positions are cut into blocks of C. A key at p = t0 + d (t0 a multiple of C, 0 <= d < C) is stored as kappa = R(d) k, so
 
     (R(m) q) . (R(p) k) = (R(m - t0) q) . kappa          and with kappa ~ sum_r c_r b_r:   = sum_r c_r (b_r . R(m - t0) q)
 
-and a query is turned once a chunk, by a distance that is never negative, and projected on the basis b.
+and a query is turned once a block, by a distance that is never negative, and projected on the basis b.
 R turns pairs (i, i + rotary_dim/2) of the first rotary_dim dimensions (the half-split form of Llama); others do not turn.
 
 Angles: a frequency is held as an integer count of 2**-64 turns, so position * frequency modulo one turn is exact in int64
@@ -282,7 +282,7 @@ def projected_query(
     return u
 
 
-@triton.jit(do_not_specialize=["max_chunks", "Q", "stride_positions_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "Q", "stride_positions_b", "stride_segments_b"])
 def _project_queries_kernel(
     q_ptr,
     positions_ptr,
@@ -292,7 +292,7 @@ def _project_queries_kernel(
     segment_table_ptr,
     lengths_ptr,
     u_ptr,
-    max_chunks,
+    max_blocks,
     Q,
     G,
     HG,
@@ -302,7 +302,7 @@ def _project_queries_kernel(
     stride_q_q,
     stride_positions_b,
     stride_segments_b,
-    C: tl.constexpr,
+    ALIGN: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     R: tl.constexpr,
@@ -312,7 +312,7 @@ def _project_queries_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    chunk = tl.program_id(0)
+    block = tl.program_id(0)
     g = tl.program_id(1)
     b = (tl.program_id(2) // Q).to(tl.int64)
     query = (tl.program_id(2) % Q).to(tl.int64)
@@ -320,13 +320,13 @@ def _project_queries_kernel(
     h = tl.arange(0, M)
     r = tl.arange(0, BLOCK_R)
     head = (g * HG + h).to(tl.int64)
-    u_row = ((b * (G * HG) + head) * Q + query) * max_chunks + chunk
+    u_row = ((b * (G * HG) + head) * Q + query) * max_blocks + block
     mask = (r < R)[:, None] & (h < HG)[None, :]
     u = tl.zeros([BLOCK_R, M], dtype=tl.float32)
-    if chunk * C < length:
-        segment = tl.load(segment_table_ptr + b * stride_segments_b + chunk).to(tl.int64)
+    if block * ALIGN < length:
+        segment = tl.load(segment_table_ptr + b * stride_segments_b + block).to(tl.int64)
         position = tl.load(positions_ptr + b * stride_positions_b + query).to(tl.int64)
-        distance = tl.zeros([M], dtype=tl.int64) + (position - chunk * C)
+        distance = tl.zeros([M], dtype=tl.int64) + (position - block * ALIGN)
         u = projected_query(
             q_ptr + b * stride_q_b + query * stride_q_q,
             turns_ptr,
@@ -370,23 +370,24 @@ def _check_project(q, positions, pages, rope):
 def project_queries(
     q: torch.Tensor, positions: torch.Tensor, pages: Pages, rope: Rope, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Project queries, turned by their distance to each chunk, on the chunk's key basis.
+    """Project queries, turned by their distance to each block, on the block's key basis.
 
     Args:
         q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1.
-        positions: int32 or int64 [B] or [B, Q], positions of the queries, at or after every cold chunk.
+        positions: int32 or int64 [B] or [B, Q], positions of the queries, at or after every cold token.
         pages: cold pages (key basis, segment table and lengths are read).
         rope: frequencies and attention scaling.
         out: float32, contiguous, shape of the result.
     Returns:
-        float32 u [B, H, max_chunks, R_K] or [B, H, Q, max_chunks, R_K] with
-        u[.., j, r] = k_scale[r] k_basis[r] . S R(m - j C) q, S = scaling**2 on the rotary dimensions; zero past a row's
-        length. The score of a token is sum_r (n_r - (2**bits - 1)/2) u_r (times the softmax scale).
+        float32 u [B, H, max_blocks, R_K] or [B, H, Q, max_blocks, R_K] with
+        u[.., j, r] = k_scale[r] k_basis[r] . S R(m - j A) q, A = pages.layout.align and S = scaling**2 on the rotary
+        dimensions; zero past a row's length. The score of a token is sum_r (n_r - (2**bits - 1)/2) u_r (times the softmax
+        scale).
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     _check_project(q, positions, pages, rope)
-    shape = (*q.shape[:-1], pages.max_chunks, pages.layout.k.rank)
+    shape = (*q.shape[:-1], pages.max_blocks, pages.layout.k.rank)
     out = check_output("out", out, q, shape)
     if not _launch.runs_kernel(q):
         return out.copy_(project_queries_torch(q, positions, pages, rope))
@@ -397,7 +398,7 @@ def project_queries(
     batch, heads, queries, dim = q4.shape
     group = heads // pages.kv_heads
     with torch.cuda.device_of(q):
-        _project_queries_kernel[(pages.max_chunks, pages.kv_heads, batch * queries)](
+        _project_queries_kernel[(pages.max_blocks, pages.kv_heads, batch * queries)](
             q4,
             positions,
             rope.turns,
@@ -406,7 +407,7 @@ def project_queries(
             pages.segment_table,
             pages.lengths,
             out,
-            pages.max_chunks,
+            pages.max_blocks,
             queries,
             pages.kv_heads,
             group,
@@ -414,7 +415,7 @@ def project_queries(
             *q4.stride()[:3],
             positions.stride(0),
             pages.segment_table.stride(0),
-            C=pages.layout.chunk,
+            ALIGN=pages.layout.align,
             D=dim,
             PAIRS=rope.turns.shape[0],
             R=pages.layout.k.rank,
@@ -431,16 +432,16 @@ def project_queries_torch(q: torch.Tensor, positions: torch.Tensor, pages: Pages
     """`project_queries` in plain PyTorch."""
     _check_project(q, positions, pages, rope)
     q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
-    starts = torch.arange(pages.max_chunks, device=q.device) * pages.layout.chunk
-    live = starts < pages.lengths[:, None]  # [B, chunks]
-    distance = torch.where(live[:, None], pos.long()[..., None] - starts, 0)  # [B, Q, chunks]
+    starts = torch.arange(pages.max_blocks, device=q.device) * pages.layout.align
+    live = starts < pages.lengths[:, None]  # [B, blocks]
+    distance = torch.where(live[:, None], pos.long()[..., None] - starts, 0)  # [B, Q, blocks]
     cos, sin = _cos_sin_torch(distance, rope)
     scaled = q4.float()
     scaled = torch.cat((scaled[..., : rope.rotary_dim] * rope.scaling**2, scaled[..., rope.rotary_dim :]), dim=-1)
     turned = _turn_torch(scaled[..., None, :].expand(*q4.shape[:-1], len(starts), -1), cos[:, None], sin[:, None])
     segment = torch.where(live, pages.segment_table, 0).long()
-    basis = pages.k_basis[segment].float() * pages.k_scale[segment][..., None]  # [B, chunks, G, R, D]
-    grouped = turned.unflatten(1, (pages.kv_heads, -1))  # [B, G, H/G, Q, chunks, D]
+    basis = pages.k_basis[segment].float() * pages.k_scale[segment][..., None]  # [B, blocks, G, R, D]
+    grouped = turned.unflatten(1, (pages.kv_heads, -1))  # [B, G, H/G, Q, blocks, D]
     u = torch.einsum("bghqcd,bcgrd->bghqcr", grouped, basis).flatten(1, 2)
     u = u.masked_fill(~live[:, None, None, :, None], 0.0)
     return u if q.dim() == 4 else u[:, :, 0]

@@ -11,10 +11,10 @@ it: the oracle gets the same codes and bases.
     PRODUCT       relative error of a product of float32 numbers taken as three tf32 products: 11 + 10 bits are kept
     EXP, LOG      error of exp relative to it, and of log absolutely: the GPU's ex2 and lg2 units are good to 2**-22;
                   the factors log2(e) and ln(2) round once more
-    TURNED_SPLIT  the turned query before it is projected = s (hi + lo/254), s = the longest pair / 126.9 (one scale for
-                  all distances; a little room for cosines past 1), both rounded to nearest: half a step of lo is s/508
-    QUERY_SPLIT   likewise the projected query u, s = max|u|/127
-    WEIGHT_SPLIT  p = (hi + lo/127)/127: half a step of lo is 1/(2 * 127 * 127) of the largest weight of a tile
+    SPLIT         256 hi + lo = round(32512 x / max): half a unit, relative to the largest. Of the turned query (its
+                  longest pair: one unit for all distances), of the projected query u (components of fields that lie
+                  2**low above a byte's lowest bit count 2**-low: their stored integers are that much larger), and of
+                  the weights (those of a tile)
     TILE          tokens that share one such largest weight, at most
 """
 
@@ -36,10 +36,8 @@ ANGLE = 1e-6
 PRODUCT = 2.0**-20
 EXP = 2.0**-21
 LOG = 2.0**-21
-TURNED_SPLIT = 1 / (126.9 * 508)
-QUERY_SPLIT = 1 / (127 * 508)
-WEIGHT_SPLIT = 1 / (2 * 127 * 127)
-TILE = 128
+SPLIT = 1 / (2 * 127 * 256)
+TILE = 64
 
 
 def outside(actual: ArrayLike | torch.Tensor, expected: ArrayLike, budget: ArrayLike) -> float:
@@ -105,23 +103,23 @@ def projection(dim: int) -> float:
 
 
 def project_queries(q: ArrayLike, expected: F64, pages: PageArrays, inv_freq: ArrayLike, scaling: float) -> F64:
-    """Of u [B, H, Q, max_chunks, R]; nothing is allowed past a row's length."""
+    """Of u [B, H, Q, max_blocks, R]; nothing is allowed past a row's length."""
     size = projection_magnitude(q, pages, inv_freq, scaling)
-    starts = np.arange(expected.shape[3]) * pages.chunk
+    starts = np.arange(expected.shape[3]) * pages.align
     live = starts[None, :] < pages.lengths[:, None]
     budget = projection(pages.head_dim) * size + SMALLEST[torch.float32]
     return np.where(live[:, None, None, :, None], budget, 0.0)
 
 
 def projection_magnitude(q: ArrayLike, pages: PageArrays, inv_freq: ArrayLike, scaling: float) -> F64:
-    """|k_scale_r| sum_d |basis_rd| |S q_d|, [B, H, Q, max_chunks, R] (zero past a row's length)."""
+    """|k_scale_r| sum_d |basis_rd| |S q_d|, [B, H, Q, max_blocks, R] (zero past a row's length)."""
     size = turned_query(q, inv_freq, scaling)  # [B, H, Q, D]
     vectors = np.abs(pages.k_scale[..., None].astype(np.float64) * pages.k_basis)
     batch, heads, queries, _ = size.shape
     chunks, (groups, rank) = pages.segment_table.shape[1], vectors.shape[1:3]
     out = np.zeros((batch, heads, queries, chunks, rank))
     for b in range(batch):
-        for j in range(-(-int(pages.lengths[b]) // pages.chunk)):
+        for j in range(-(-int(pages.lengths[b]) // pages.align)):
             for g in range(groups):
                 own = slice(g * heads // groups, (g + 1) * heads // groups)
                 out[b, own, :, j] = size[b, own] @ vectors[pages.segment_table[b, j], g].T
@@ -181,7 +179,7 @@ def attend_spectral(
     scale: float | None = None,
     integer: bool = True,
 ) -> tuple[F64, F64]:
-    """(of o, of lse). u: the oracle's projected queries [B, H, Q, max_chunks, R_K]. integer: int8 hi + lo operands.
+    """(of o, of lse). u: the oracle's projected queries [B, H, Q, max_blocks, R_K]. integer: int8 hi + lo operands.
 
     Scores: the projected query's own error, through |code|, and the split of the turned query before it is projected;
     the split of u (s/508 a component); float32 sums of the stored integers and of their offsets (hi + lo/254, the step,
@@ -193,11 +191,12 @@ def attend_spectral(
     group = heads // groups
     scale = dim**-0.5 if scale is None else scale
     k_rank, v_rank = pages.k_basis.shape[2], pages.v_basis.shape[2]
-    k_split = QUERY_SPLIT if integer and pages.k_bands[0][1] != 16 else 0.0
-    v_split = WEIGHT_SPLIT if integer and pages.v_bands[0][1] != 16 else 0.0
+    k_split = SPLIT if integer and pages.k_bands[0][1] != 16 else 0.0
+    v_split = SPLIT if integer and pages.v_bands[0][1] != 16 else 0.0
     sizes = projection_magnitude(q, pages, inv_freq, scaling)
     longest = turned_query(q, inv_freq, scaling).max(-1)  # [B, H, Q]
     k_offset, v_offset = stored_offsets(pages.k_bands), stored_offsets(pages.v_bands)
+    k_low = field_weights(pages.k_bands)
     weights = expected.weights
     score_error = np.zeros(expected.scores.shape)
     o_error = np.zeros(expected.o.shape)
@@ -209,7 +208,7 @@ def attend_spectral(
             np.where(seen[..., None], np.abs(x - z) + np.abs(z), 0.0) for x, z in ((k_codes, k_offset), (v_codes, v_offset))
         )
         for start in range(0, seen.shape[1], chunk):
-            part, j = slice(start, min(start + chunk, seen.shape[1])), start // chunk
+            part, j = slice(start, min(start + chunk, seen.shape[1])), start // pages.align
             segment = pages.segment_table[b, j]
             k_lengths = np.abs(pages.k_scale[segment][..., None].astype(np.float64) * pages.k_basis[segment]).sum(-1)
             v_vectors = np.abs(pages.v_scale[segment][..., None].astype(np.float64) * pages.v_basis[segment])
@@ -219,8 +218,8 @@ def attend_spectral(
                 projected = np.abs(u[b, h, :, j])  # [Q, R_K]
                 error = sizes[b, h, :, j] @ codes.T * projection(dim)
                 if k_split:
-                    error += TURNED_SPLIT * longest[b, h][:, None] * (codes @ k_lengths[g])[None, :]
-                error += k_split * projected.max(-1)[:, None] * codes.sum(-1)[None, :]
+                    error += SPLIT * longest[b, h][:, None] * (codes @ k_lengths[g])[None, :]
+                error += k_split * (projected / k_low).max(-1)[:, None] * (codes @ k_low)[None, :]
                 error += (projected @ terms.T) * (8 * ACC + (0.0 if k_split else PRODUCT + k_rank * ACC))
                 score_error[b, h, :, part] = scale * error
                 adds = (tokens // min(chunk, TILE) + v_rank + 12) * ACC + PRODUCT
@@ -240,9 +239,22 @@ def attend_spectral(
 
 
 def stored_offsets(bands: pages_oracle.Bands) -> F64:
-    """What a kernel adds to the stored integer to get the value, [R]."""
-    offset = {16: 0.0, 8: 0.5, 4: -7.5, 2: -1.5}
-    return np.array([offset[bits] for rank, bits in bands for _ in range(rank)])
+    """What a kernel adds to the stored code to get the value, [R]: a byte's top field is stored in two's complement."""
+    if bands[0][1] == 16:
+        return np.zeros(bands[0][0])
+    offsets = []
+    for group in pages_oracle.groups_of(bands):
+        for i, bits in enumerate(group):
+            top = sum(group[: i + 1]) == 8
+            offsets += 16 * [0.5 if top else 0.5 - 2.0 ** (bits - 1)]
+    return np.array(offsets)
+
+
+def field_weights(bands: pages_oracle.Bands) -> F64:
+    """2**(lowest bit of a component's field in its byte), [R]."""
+    if bands[0][1] == 16:
+        return np.ones(bands[0][0])
+    return np.array([2.0 ** sum(g[:i]) for g in pages_oracle.groups_of(bands) for i in range(len(g)) for _ in range(16)])
 
 
 def attend_exact(

@@ -168,10 +168,12 @@ class PageSpec:
     """Chunks of the tables past the longest row."""
     mixed: bool = False
     """Segments in random order instead of runs."""
+    align: int = 0
+    """Positions of a block of phase alignment; 0: a chunk."""
 
     @property
     def layout(self) -> PageLayout:
-        return PageLayout(Bands.parse(self.k_bands), Bands.parse(self.v_bands), self.head_dim, self.chunk)
+        return PageLayout(Bands.parse(self.k_bands), Bands.parse(self.v_bands), self.head_dim, self.chunk, self.align)
 
 
 def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> PageArrays:
@@ -183,20 +185,21 @@ def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> P
     pages, segments = sum(chunks) + 2, spec.segments + 1
     order = rng.permutation(pages)
     page_table = np.full((batch, max_chunks), GARBAGE_INDEX, np.int32)
-    segment_table = np.full((batch, max_chunks), GARBAGE_INDEX, np.int32)
+    segment_table = np.full((batch, -(-max_chunks * chunk // layout.align)), GARBAGE_INDEX, np.int32)
     used_segments = rng.permutation(segments)[: spec.segments]
     k_pages = np.full((pages, groups, chunk * layout.k.bytes), GARBAGE_BYTE, np.uint8)
     v_pages = np.full((pages, groups, chunk * layout.v.bytes), GARBAGE_BYTE, np.uint8)
     skip = rng.integers(-(2**31), 2**31, (pages, groups, chunk // 32)).astype(np.int32)
     taken = 0
     for b, length in enumerate(spec.lengths):
-        own = rng.integers(0, spec.segments, chunks[b])
+        own = rng.integers(0, spec.segments, -(-length // layout.align))
+        own = used_segments[own if spec.mixed else np.sort(own)]
+        segment_table[b, : len(own)] = own
         for j in range(chunks[b]):
             page = order[taken]
             taken += 1
             live = min(chunk, length - j * chunk)
             page_table[b, j] = page
-            segment_table[b, j] = used_segments[own[j] if spec.mixed else np.sort(own)[j]]
             for side, bands, target in (("k", layout.k.bands, k_pages), ("v", layout.v.bands, v_pages)):
                 codes = np.stack([np.full((groups, chunk), garbage_code(bits)) for r, bits in bands for _ in range(r)], -1)
                 codes[:, :live] = random_codes(rng, (groups, live), bands)
@@ -220,6 +223,7 @@ def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> P
         layout.v.bands,
         spec.head_dim,
         chunk,
+        layout.align,
         k_pages,
         v_pages,
         skip,
@@ -234,8 +238,8 @@ def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> P
 
 
 def garbage_code(bits: int) -> int:
-    """The code whose bits are all those of GARBAGE_BYTE: NaN for 16 bits."""
-    return 2**16 - 1 if bits == 16 else 127 if bits == 8 else 2**bits - 1
+    """A code whose bits are all set: NaN for 16 bits."""
+    return 2**bits - 1
 
 
 def random_codes(rng: np.random.Generator, shape: tuple[int, ...], bands: pages_oracle.Bands) -> NDArray[np.int64]:
@@ -259,7 +263,9 @@ def pages_of(arrays: PageArrays) -> Pages:
         wide[:, : x.shape[1]] = torch.from_numpy(x).to(DEVICE)
         return wide[:, : x.shape[1]]
 
-    layout = PageLayout(Bands(tuple(arrays.k_bands)), Bands(tuple(arrays.v_bands)), arrays.head_dim, arrays.chunk)
+    layout = PageLayout(
+        Bands(tuple(arrays.k_bands)), Bands(tuple(arrays.v_bands)), arrays.head_dim, arrays.chunk, arrays.align
+    )
     names = ("k_pages", "v_pages", "skip", "k_basis", "k_scale", "v_basis", "v_scale")
     tensors = {name: torch.from_numpy(getattr(arrays, name)).to(DEVICE) for name in names}
     return Pages(

@@ -103,11 +103,11 @@ def check_exact(
 
 
 SPECTRAL_CASES = [
-    # K bands, V bands, D, rotary_dim, C, G, heads a group, lengths, segments, share skipped, Q, dtype, strides, scaling
-    ("16x8+16x4+32x2", "32x4+32x2", 64, 64, 64, 2, 2, (0, 1, 130), 3, 0.2, 1, F16, "swapped", 1.0),
+    # K, V bands, D, rotary_dim, C (or C and A), G, heads a group, lengths, segments, skipped, Q, dtype, strides, scaling
+    ("16x8+16x4+32x2", "32x4+32x2", 64, 64, (64, 128), 2, 2, (0, 1, 330), 3, 0.2, 1, F16, "swapped", 1.0),
     ("16x8+48x4", "64x4", 80, 40, 64, 1, 7, (65, 140), 2, 0.0, 2, F32, "odd", 1.0),
     ("96x4", "96x2", 96, 96, 128, 1, 1, (128, 129), 1, 0.5, 1, F16, "plain", 1.0),
-    ("16x8+16x4+96x2", "64x4+64x2", 128, 128, 64, 1, 6, (190,), 2, 0.1, 1, BF16, "plain", 1.2),
+    ("16x8+16x4+96x2", "64x4+64x2", 128, 128, (64, 256), 1, 6, (390,), 2, 0.1, 1, BF16, "plain", 1.2),
     ("128x16", "128x16", 128, 128, 64, 1, 4, (65,), 1, 0.3, 1, F16, "padded", 1.0),
     ("64x16", "32x8", 64, 32, 256, 2, 2, (300, 5), 2, 0.1, 1, F32, "plain", 0.9),
     ("32x8", "48x16", 64, 64, 64, 1, 8, (190,), 3, 0.0, 1, F16, "plain", 1.0),
@@ -117,7 +117,10 @@ SPECTRAL_CASES = [
 
 def spectral_case(rng: np.random.Generator, case: tuple) -> tuple[PageArrays, Queries, np.ndarray, float]:
     k_bands, v_bands, dim, rotary_dim, chunk, groups, group, lengths, segments, skip, count, dtype, stride, scaling = case
-    spec = PageSpec(k_bands, v_bands, dim, chunk, groups, lengths, segments=segments, skip=skip, mixed=segments > 2)
+    chunk, align = chunk if isinstance(chunk, tuple) else (chunk, 0)
+    spec = PageSpec(
+        k_bands, v_bands, dim, chunk, groups, lengths, segments=segments, skip=skip, mixed=segments > 2, align=align
+    )
     queries = make_queries(
         rng,
         shape=(len(lengths), groups * group, count, dim),
@@ -372,6 +375,9 @@ def test_same_inputs_give_the_same_bits(rng):
 # Budgets have teeth
 
 
+FULL = 127 * 256
+
+
 def split_attention(
     arrays: PageArrays,
     expected: oracle.State,
@@ -391,9 +397,10 @@ def split_attention(
         g = h * seen.shape[0] // heads
         scores = np.full(tokens, -np.inf)
         for start in range(0, tokens, arrays.chunk):
-            part, row = slice(start, start + arrays.chunk), u[0, h, 0, start // arrays.chunk]
-            step = np.abs(row).max() / 127
-            split = step * hi_lo(row / step, 254, query_low)
+            part, row = slice(start, start + arrays.chunk), u[0, h, 0, start // arrays.align]
+            weights = budgets.field_weights(arrays.k_bands)
+            unit = np.abs(row / weights).max() / FULL
+            split = unit * weights * hi_lo(row / weights / unit, query_low)
             scores[part] = np.where(seen[g, part], scale * (codes[g, part] @ split), -np.inf)
         top = scores.max()
         lse[0, h] = top + math.log(np.exp(scores - top).sum())
@@ -401,14 +408,14 @@ def split_attention(
             part = slice(start, start + budgets.TILE)
             largest = scores[part].max()
             if largest > -np.inf:
-                weights = hi_lo(127 * np.exp(scores[part] - largest), 127, weight_low) / 127
+                weights = hi_lo(FULL * np.exp(scores[part] - largest), weight_low) / FULL
                 o[0, h, 0] += np.exp(largest - lse[0, h]) * (weights @ expected.values[0, g, part])
     return o, lse
 
 
-def hi_lo(x: F64, finer: int, low: bool) -> F64:
-    hi = np.rint(x)
-    return hi + (np.rint((x - hi) * finer) / finer if low else 0.0)
+def hi_lo(x: F64, low: bool) -> F64:
+    """x rounded to 256 hi + lo, with or without lo."""
+    return np.rint(x) if low else 256 * np.floor((np.rint(x) + 128) / 256)
 
 
 @pytest.mark.parametrize("size", [1.0, 8.0])
@@ -590,7 +597,7 @@ def test_arguments_are_named(rng):
         ((q, at, k, k[:, :, :4], slots, rotary), {"chunk": 64}, ValueError, "v"),
         ((q, at, k, k, slots[:, :4], rotary), {"chunk": 64}, ValueError, "key_positions"),
         ((q, at, k, k, slots.long(), rotary), {"chunk": 64}, TypeError, "key_positions"),
-        ((q, at, k, k, slots, rotary), {"chunk": 65}, ValueError, "chunk"),
+        ((q, at, k, k, slots, rotary), {"chunk": 0}, ValueError, "chunk"),
         ((q, at, k.mT.contiguous().mT, k, slots, rotary), {"chunk": 64}, ValueError, "k"),
     ]:
         with pytest.raises(error, match=name):

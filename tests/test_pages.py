@@ -31,21 +31,25 @@ def test_a_page_by_hand():
     expected = np.zeros(64 * 32, np.int64)
     # token 0 is t = 0, b = 0; column c < 8 is h = 0, g = c
     expected[[0, 64, 128, 192]] = 0x80, 0x81, 0x00, 0x7F
-    # token 43 = 32 + 8 + 3: sub-tile 1, t = 1, b = 3; column 7: h = 0, g = 7
-    expected[512 + 64 * 7 + 16 * 1 + 3] = 200 - 128
-    expected[1024 + 512 + 64 * 7 + 16 * 1 + 3] = 9 + 2 * 16
+    # token 43 = 8 * 5 + 3: b = 5, sub-tile 0, t = 3; column 7: h = 0, g = 7
+    expected[64 * 7 + 16 * 3 + 5] = 200 - 128
+    expected[1024 + 64 * 7 + 16 * 3 + 5] = 9 + 2 * 16
     np.testing.assert_array_equal(v.cpu().numpy(), expected)
     for side, page in (("k", k), ("v", v)):
         torch.testing.assert_close(pages.unpack_pages(page, bands, side=side), values)
 
 
 def test_half_groups_by_hand():
-    """32x4+16x4: the last block alone uses 4 bits; tokens tau and tau + 32 of a tile share its bytes."""
+    """48x4: the last block alone uses 4 bits; a token of sub-tile 0 and one of sub-tile 1 share its bytes."""
     bands = pages.Bands.parse("48x4")
     assert bands.groups == ((0, (4, 4)), (32, (4,))) and bands.bytes == 24
-    codes = torch.zeros(128, 48)
-    codes[64 + 5, 32 + 9], codes[64 + 32 + 5, 32 + 9] = 3, 14  # tile 1: g = 5; column 9: t = 2, b = 1 (K), h = 1, g = 1 (V)
-    for side, byte in (("k", 64 * 5 + 16 * 2 + 1), ("v", 64 * 1 + 8 * 1 + 5)):
+    for side, first, second, byte in (
+        ("k", 5, 32 + 5, 64 * 5 + 16 * 2 + 1),  # g = 5; column 9: t = 2, b = 1
+        ("v", 1, 4 + 1, 64 * 1 + 16 * 1 + 8 * 1 + 0),  # t = 1, b = 0; column 9: h = 1, g = 1
+    ):
+        codes = torch.zeros(128, 48)
+        codes[:, 16:32] = 8  # the top field of a full byte is stored as n - 8
+        codes[64 + first, 32 + 9], codes[64 + second, 32 + 9] = 3, 14
         page = pages.pack_pages((codes - 7.5).to(DEVICE), bands, side=side)
         assert page.nonzero().flatten().tolist() == [128 * 16 + 512 + byte] and page[page != 0].tolist() == [3 + 14 * 16]
 

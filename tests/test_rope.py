@@ -196,7 +196,7 @@ def test_project_queries(rng, implementation, dtype, case):
 
 def project_oracle(q, at, arrays, inv_freq, scaling=1.0):
     return oracle.project_queries(
-        q, at, arrays.k_basis, arrays.k_scale, arrays.segment_table, arrays.lengths, inv_freq, scaling, arrays.chunk
+        q, at, arrays.k_basis, arrays.k_scale, arrays.segment_table, arrays.lengths, inv_freq, scaling, arrays.align
     )
 
 

@@ -1,0 +1,186 @@
+"""Device times of short calls with a cold L2, and the bandwidth that the card can read at: what every table shares.
+
+A call is timed as a decode step runs it: captured in a CUDA graph, its inputs in memory and not in the L2 cache. The same
+work on several copies of the inputs, together larger than the cache, is one graph; the time of a call is the time of a
+replay over the number of copies, by events on the device. Host time is not in it.
+Test: tests/test_perf.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+ROOT = Path(__file__).resolve().parents[1]
+Call = Callable[[], Any]
+
+
+class NoCard(RuntimeError):
+    """There is no CUDA card, so nothing can be measured."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The CUDA device that is measured."""
+
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> Card:
+        """Raises NoCard on a machine without one."""
+        if not torch.cuda.is_available():
+            raise NoCard("no CUDA card: nothing was measured")
+        return cls(torch.device("cuda", torch.cuda.current_device()))
+
+    @cached_property
+    def properties(self) -> Any:
+        return torch.cuda.get_device_properties(self.device)
+
+    @property
+    def name(self) -> str:
+        return self.properties.name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit float that the card's models use: fp16 before sm_80, bf16 from there on."""
+        return torch.bfloat16 if self.properties.major >= 8 else torch.float16
+
+    @property
+    def free(self) -> int:
+        """Bytes that can be allocated now, those that PyTorch keeps among them."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of `nbytes` of inputs keep a call's inputs out of the L2 cache until its turn comes again."""
+        return max(1, min(256, -(-3 * self.properties.L2_cache_size // max(nbytes, 1))))
+
+    @cached_property
+    def read_bandwidth(self) -> float:
+        """Bytes a second of a read-only pass over up to 4 GiB: the best median of several tile sizes."""
+        size = min(4 << 30, self.free // 4) >> 20 << 20
+        x = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device=self.device)
+        best = 0.0
+        for block, warps in ((2048, 4), (4096, 4), (8192, 8), (16384, 16)):
+            times = device_times([lambda block=block, warps=warps: read_sum(x, block, warps)])  # type: ignore[misc]
+            best = max(best, size / times.p50 * 1e6)
+        wanted = (int(x.sum(dtype=torch.int64)) + 2**31) % 2**32 - 2**31
+        got = (int(read_sum(x).sum(dtype=torch.int64)) + 2**31) % 2**32 - 2**31
+        if got != wanted:
+            raise AssertionError(f"the read-only pass did not read everything: sum {got}, expected {wanted}")
+        return best
+
+
+@triton.jit
+def _read_sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(tl.load(x_ptr + i), 0))
+
+
+def read_sum(x: torch.Tensor, block: int = 4096, warps: int = 4) -> torch.Tensor:
+    """Sums of runs of `block` int32 numbers, modulo 2**32: int32 [N] -> [N / block]. N is a multiple of `block`."""
+    out = torch.empty(x.numel() // block, dtype=torch.int32, device=x.device)
+    _read_sum_kernel[(out.numel(),)](x, out, BLOCK=block, num_warps=warps)
+    return out
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of a call: percentiles over replays."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Times:
+        """Percentiles by linear interpolation of at least two samples."""
+        cuts = statistics.quantiles(samples, n=10, method="inclusive")
+        return cls(cuts[1], cuts[4], cuts[7])
+
+
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """A graph of all calls in turn, each run once before (what compiles or allocates does so outside the capture)."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
+    """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`).
+
+    A sample is as many replays of the graph of all calls as fill half a millisecond; 5 to 100 samples in `seconds`.
+    """
+    graph = capture(calls)
+
+    def sample(replays: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / replays  # microseconds a replay
+
+    once = min(sample(1) for _ in range(3))
+    replays = max(1, round(500 / max(once, 1.0)))
+    sample(max(1, round(2e4 / max(once, 1.0))))  # 20 ms: clocks rise
+    count = min(100, max(5, round(seconds * 1e6 / (once * replays))))
+    return Times.of([sample(replays) / len(calls) for _ in range(count)])
+
+
+def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]:
+    """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's records.
+
+    Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by one: a kernel's own time
+    does not depend on that.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(rounds):
+            for call in calls:
+                call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = {}
+    for event in profiler.events() or ():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found.setdefault(event.name, []).append(event.time_range.elapsed_us())
+    runs = len(calls) * rounds
+    # A kernel that a call starts n times counts n times.
+    return {name: statistics.median(times) * round(len(times) / runs) for name, times in found.items()}
+
+
+def versions(commit: str | None = None) -> dict[str, Any]:
+    """What ran: commit (git's, with "+" where files differ from it, unless given; without git "unknown"), torch, triton."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if commit is None and (commit := git("rev-parse", "--short", "HEAD")):
+        commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {"commit": commit or "unknown", "torch": torch.__version__, "triton": triton.__version__}

@@ -1,0 +1,30 @@
+"""Every public kernel under pytest-benchmark: `pytest perf --benchmark-only --benchmark-json=FILE`.
+
+pytest-benchmark's own times are the host's, launch and synchronisation included. `extra_info` has the device's: p20, p50
+and p80 of CUDA-graph replays with a cold L2, bytes, GB/s, and the share of the read bandwidth measured in the same session.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from perf._timing import Card
+from perf.kernels import KERNELS, measured
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel(benchmark: Any, card: Card, name: str) -> None:
+    kernel = KERNELS[name](card)
+    kernel.check()
+    benchmark.extra_info.update(measured(kernel, card))
+    calls = itertools.cycle(kernel.calls)
+
+    def launch() -> None:
+        next(calls)()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(launch, rounds=20, warmup_rounds=2)
