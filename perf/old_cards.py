@@ -112,10 +112,11 @@ def check(q: torch.Tensor, positions: torch.Tensor, pages: sk.Pages, inv_freq: t
         layout.v.bands,
         DIM,
         layout.chunk,
+        layout.align,
         **data,
         **bases,
         page_table=table,
-        segment_table=np.zeros_like(table),
+        segment_table=np.zeros((1, pages.max_blocks), np.int32),
         lengths=pages.lengths[:1].cpu().numpy(),
     )
     q_row, at = q[:1, :group, None].double().cpu().numpy(), positions[:1, None].cpu().numpy()
@@ -187,26 +188,27 @@ def main() -> int:
         best = min(peers.values())
         q = torch.randn(batch, HEADS, DIM, device="cuda", dtype=dtype)
         positions = torch.full((batch,), tokens + 100, dtype=torch.int64, device="cuda")
-        for chunk in (128, 64):
-            layout = dataclasses.replace(preset, chunk=chunk)
+        for chunk, align in dict.fromkeys([(preset.chunk, preset.align), (128, 128), (128, 512)]):
+            layout = dataclasses.replace(preset, chunk=chunk, align=align)
+            name = f"C={chunk} A={align}"
             size = batch * tokens * KV_HEADS * layout.token_bytes
             copies = [random_pages(layout, batch, tokens, device) for _ in range(max(1, math.ceil(COLD / size)))]
             if (batch, tokens) == shapes[0]:
                 worst = check(q, positions, copies[0], inv_freq, rope)
-                notes.append(f"C={chunk}: {worst:.3f} of the budget")
+                notes.append(f"{name}: {worst:.3g} of the budget")
                 assert worst <= 1, notes[-1]
             for matrix in (False,) if old else (False, True):
                 attend = functools.partial(_attend, q, positions, copies, rope, matrix)
                 p20, p50, p80 = measure(attend, len(copies))
                 share = size / (p50 * 1e-6) / ceiling
-                ratios = "  ".join(f"{name} {time:7.1f} us {time / p50:5.2f}x" for name, time in peers.items())
+                ratios = "  ".join(f"{peer} {time:7.1f} us {time / p50:5.2f}x" for peer, time in peers.items())
                 path = "tl.dot" if matrix else "sm_75"
                 rows.append(
-                    f"B={batch:<2} T={tokens} C={chunk:<3} {path:6} {p20:7.1f} {p50:7.1f} {p80:7.1f} us  "
+                    f"B={batch:<2} T={tokens} {name:11} {path:6} {p20:7.1f} {p50:7.1f} {p80:7.1f} us  "
                     f"{share:4.0%} of reads  best dense {best / p50:4.2f}x  {ratios}"
                 )
                 if (batch, tokens) == shapes[0]:
-                    notes.append(f"C={chunk} {path}: {kernel_times(attend)}")
+                    notes.append(f"{name} {path}: {kernel_times(attend)}")
     print(f"{torch.cuda.get_device_name()}; {LAYOUT} {preset.k} / {preset.v}, {preset.token_bytes} B a token and KV head")
     print(f"reads: {ceiling / 1e12:.2f} TB/s; torch {torch.__version__}, triton {triton.__version__}")
     print("\n".join(notes + rows))

@@ -15,12 +15,13 @@ KERNELS = {
     "_attend_spectral_kernel",
     "_decode_kernel",
     "_encode_kernel",
+    "_finish_spectral_kernel",
     "_gram_kernel",
     "_merge_many_states_kernel",
     "_merge_states_kernel",
+    "_project_kernel",
     "_project_queries_kernel",
     "_rotate_kernel",
-    "_split_query_kernel",
 }
 
 
@@ -36,7 +37,7 @@ def test_kernels_compile(capability: int) -> None:
         assert row["capability"] == capability
         assert 0 < row["registers"] <= 255, row
         assert row["shared_bytes"] <= SHARED_LIMIT[capability], row
-        if row["kernel"] in OLD_CARDS:
-            # Registers a thread for 12 of a T4's one-warp programs a multiprocessor: enough loads in flight.
-            assert row["registers"] <= 168 or row["D"] > 128, row
-            assert row["spills"] <= 64, row  # outside of the loop over tiles
+        if row["kernel"] in OLD_CARDS and row["D"] <= 128:
+            # 12 of these programs of one warp a multiprocessor (65,536 registers): enough loads in flight for memory.
+            assert row["registers"] <= 168, row
+            assert row["spills"] == 0, row
