@@ -125,6 +125,8 @@ def check(q: torch.Tensor, positions: torch.Tensor, pages: sk.Pages, inv_freq: t
     u = project_oracle(q_row, at, arrays, frequencies, 1.0)
     budget = budgets.attend_spectral(q_row, expected, arrays, u, frequencies)
     got = sk.attend_spectral(q, positions, pages, rope, matrix_units=False)
+    mixed = budgets.outside(got[0][:1, :group, None].roll(1, 1), expected.o, budget[0])
+    assert mixed > 2, f"the budget accepts heads that are exchanged ({mixed:.3g})"
     return max(
         budgets.outside(value[:1, :group, None], wanted, allowed)
         for value, wanted, allowed in zip(got, (expected.o, expected.lse), budget, strict=True)

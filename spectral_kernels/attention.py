@@ -750,7 +750,8 @@ def attend_spectral(
             float32 o [B, H, (Q,) N, D] and lse [B, H, (Q,) N], contiguous.
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
         splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
-        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards and runs anywhere.
+        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards (int8 sides:
+            attention_sm75.py, others: multiply and sum) and runs on any card from sm_75 on.
     Returns:
         (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
         over the cold tokens and `others`; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given

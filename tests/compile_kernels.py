@@ -149,20 +149,29 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     sk.merge_many_states(o, lse)
 
 
-def compile_all(capability: int, few: bool, report: Callable[[dict[str, Any], Any], None], only: str = "") -> None:
-    """Compile what the launchers would launch on a card of this capability; `only`: layouts whose name begins so.
+def compile_all(
+    capability: int, few: bool, report: Callable[[dict[str, Any], Any], None], only: str = "", old: bool = False
+) -> None:
+    """Compile what the launchers would launch on a card of this capability; `only`: layouts whose name begins so; `old`: by
+    the path of cards before sm_80.
 
     For the rest of the process launchers launch nothing.
     """
-    matrix = capability >= 80
+    matrix = capability >= 80 and not old
     _launch.KERNELS_ON_CPU = True
-    _launch.is_native = lambda x: True  # type: ignore[assignment]
-    _launch.has_matrix_units = lambda device: matrix  # type: ignore[assignment]
+    _launch.is_native = lambda x: True
+    _launch.has_matrix_units = lambda device: matrix
     recorder = Recorder(capability, report)
-    JITFunction.run = recorder.run_of  # type: ignore[method-assign,assignment]
+    JITFunction.run = recorder.run_of
     for name, layout, group in cases(few):
         if name.startswith(only):
-            recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
+            recorder.case = {
+                "layout": name,
+                "D": layout.head_dim,
+                "group": group,
+                "token_bytes": layout.token_bytes,
+                "align": layout.align,
+            }
             launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
 
 
