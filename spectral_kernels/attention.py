@@ -799,7 +799,7 @@ def attend_spectral(
             from . import attention_sm75  # it takes helpers from here
 
             states = c, split_lse, segments, o, o_lse
-            attention_sm75.attend(q4, positions, pages, rope, scale * LOG2_E, rope.scaling**2, states)
+            attention_sm75._attend_old_cards(q4, positions, pages, rope, scale * LOG2_E, rope.scaling**2, states)
         else:
             _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
                 q4,

@@ -399,7 +399,7 @@ def _attend_operands_kernel(
     tl.store(o_lse_ptr + out, tl.where(l_all > 0.0, lse_all, float("-inf")), mask=h < HG)
 
 
-def attend(
+def _attend_old_cards(
     q: torch.Tensor,
     positions: torch.Tensor,
     pages: Pages,
