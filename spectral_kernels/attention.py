@@ -25,7 +25,6 @@ Oracle: reference/attention.py.   Test: tests/test_attention.py.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -553,7 +552,7 @@ def _attend_spectral_kernel(
         scaled = ()
         for n in tl.static_range(RV // 16):
             scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient: Any = acc[n]
+            coefficient = acc[n]
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
