@@ -150,7 +150,7 @@ def encode(card: Card, side: str) -> Kernel:
         call()
         data, page = numpy_of(x[0, -1, -layout.chunk :]), pages[int(ids[0, -1]), -1].cpu().numpy()
         own = numpy_of(encoder[0, -1])
-        exact, slack = data @ own, budgets.coefficients(data, own)
+        exact, slack = data @ own, budgets.coefficients(data, own, card.dtype)
         low, high = (compress_oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
         stored = pages_oracle.unpack_pages(page, bands.bands, side)
         assert ((low <= stored) & (stored <= high)).all(), "a code lies outside of what float32 makes of its coefficient"

@@ -72,6 +72,13 @@ def cos_sin(distance, turns, FAST: tl.constexpr = False):
 
 
 @triton.jit
+def phase_of(position, turns):
+    """position * turns * 2**-64 full turns, as int32 counts of 2**-32 turns; position int32, not negative."""
+    low = tl.umulhi(position.to(tl.uint32), (turns & 0xFFFFFFFF).to(tl.uint32)).to(tl.int32, bitcast=True)
+    return position * (turns >> 32).to(tl.int32) + low
+
+
+@triton.jit
 def cos_sin_of_phase(phase, FAST: tl.constexpr):
     """`cos_sin` of int32 counts of 2**-32 turns."""
     if FAST:

@@ -32,7 +32,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
+from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
 from .merge import merge_many_states, merge_many_states_torch
 from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
@@ -691,11 +691,11 @@ def _launch_settings(group: int, k_rank: int, matrix: bool) -> tuple[dict, dict]
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
-def count_splits(programs: int, tiles: int, device: torch.device) -> int:
-    """Splits of the keys: enough programs for about twelve a multiprocessor, none with less than one chunk."""
+def count_splits(programs: int, tiles: int, device: torch.device, each: int = 12) -> int:
+    """Splits of the keys: enough programs for about `each` a multiprocessor, none with less than one tile."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    return max(1, min(tiles, 12 * _launch.multiprocessors(device) // max(programs, 1), 128))
+    return max(1, min(tiles, each * _launch.multiprocessors(device) // max(programs, 1), 128))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -885,8 +885,8 @@ def attend_spectral(
             BLOCK_D=triton.next_power_of_2(dim),
             RV=layout.v.rank,
             BLOCK_R=triton.next_power_of_2(layout.v.rank),
-            BLOCK_N=128,
-            num_warps=8,
+            BLOCK_N=32 if splits <= 32 else 128,
+            num_warps=4 if splits <= 32 else 8,
         )
     return out, lse
 
@@ -1013,14 +1013,15 @@ def _attend_exact_kernel(
     key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
     for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1).to(tl.int64)
+        key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1)
         used = key_position >= 0
         inside = n < N
         n = n.to(tl.int64)
         pair_mask = (i < PAIRS)[:, None] & inside[None, :]
         k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
         k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
-        k_cos, k_sin = cos_sin((key_position - key_position % C)[None, :], turns[:, None], NATIVE)
+        start_of_block = tl.where(used, key_position - key_position % C, 0)
+        k_cos, k_sin = cos_sin_of_phase(phase_of(start_of_block[None, :], turns[:, None]), NATIVE)
         s = dot_f32(qa, k1 * k_cos - k2 * k_sin, MATRIX)
         s += dot_f32(qb, k1 * k_sin + k2 * k_cos, MATRIX)
         if 2 * PAIRS < D:
@@ -1121,7 +1122,7 @@ def attend_exact(
     block_n = 32 if matrix else 16
     tiles = triton.cdiv(tokens, block_n)
     blocks_m = triton.cdiv(group * queries, block_m)
-    splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device), tiles)
+    splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device, each=4), tiles)
     key_strides = (key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0)
     if splits == 1:
         o_splits, lse_splits = out[..., None, :], lse[..., None]
@@ -1161,6 +1162,7 @@ def attend_exact(
             MATRIX=matrix,
             NATIVE=_launch.is_native(q),
             num_warps=4,
+            maxnreg=168,
         )
     if not merged:
         return o_splits, lse_splits

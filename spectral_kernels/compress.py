@@ -2,11 +2,11 @@
 
 What a low rank and few bits lose must be lost where it counts, so the basis is fitted under a metric M [D, D]: for keys the
 second moment of the queries as the chunks see them (errors of scores), for values the sum over the group's heads of
-W_o^T W_o (errors of outputs). With X the rows (phase-aligned keys, or values) and G = X^T X
+W_o^T W_o (errors of outputs). With X the rows (phase-aligned keys, or values), G = X^T X and M = L L^T
 
-    M^(1/2) G M^(1/2) = V S^2 V^T        basis = V^T M^(-1/2)  [R, D]      encoder = M^(1/2) V  [D, R]
+    L^T G L = V S^2 V^T        basis = V^T L^(-1)  [R, D]      encoder = L V  [D, R]
 
-so X ~ (X encoder) basis has the least M-weighted error of its rank, from D x D eigenproblems alone (float64).
+so X ~ (X encoder) basis has the least M-weighted error of its rank, from D x D eigenproblems alone (eigen.py).
 Basis rows are then held in int8 with a float32 scale each. The encoder is recomputed for the basis as it is held,
 
     encoder = M B^T (B M B^T)^(-1)       (the inverse of B when R = D)
@@ -19,6 +19,8 @@ Oracle: reference/compress.py.   Test: tests/test_compress.py.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,11 +29,19 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
 from ._launch import dot_f32, dot_int8_f32
 from .attention import _block, _fields, _first_block, _group_offset, _half, _mask, _masked, _offset, _subtiles, _weight
+from .eigen import eigenvectors
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate
 
 # Share of the mean eigenvalue added to a metric: directions that no query used must still be encoded, if coarsely.
 METRIC_FLOOR = 1e-3
+
+
+# Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with the terms. So no run of
+# tokens longer than this is added up by them (64 steps of 16: at most 64 * 2**-23 = 8e-6, a quarter of that on average).
+GRAM_RUN = 1024
+# Parts of a sum over tokens, in memory: 16 are 6 % of the bytes of keys and values at T = 32,768, D = 128.
+GRAM_SPLITS = 16
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
@@ -45,26 +55,43 @@ def _gram_kernel(
     stride_x_g,
     stride_x_t,
     D: tl.constexpr,
+    RUN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MATRIX: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """One [BLOCK_D, BLOCK_D] tile of the second moment of one split of the tokens of one row and head."""
+    """One [BLOCK_D, BLOCK_D] tile of the second moment of one split of the tokens of one row and head.
+
+    EXACT: x is 16 bits wide, and its products are exact in float32: they go to the matrix units as they are.
+    """
     tiles = tl.cdiv(D, BLOCK_D)
     i = (tl.program_id(0) // tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     j = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
     bg = tl.program_id(2).to(tl.int64)
     x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
-    each = tl.cdiv(tl.cdiv(T, BLOCK_T), splits) * BLOCK_T
-    acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    for start in range(split * each, tl.minimum(split * each + each, T), BLOCK_T):
-        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
-        b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
-        acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
+    each = tl.cdiv(tl.cdiv(T, RUN), splits) * RUN
+    end = tl.minimum(split * each + each, T)
+    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    for run in range(split * each, end, RUN):
+        acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+        for start in range(run, tl.minimum(run + RUN, end), BLOCK_T):
+            t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+            b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+            if BLOCK_D >= D:
+                a = tl.trans(b)
+            else:
+                a = tl.load(
+                    x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0
+                )
+            if EXACT:
+                acc = tl.dot(a, b, acc)
+            else:
+                acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
+        total += acc
     out = ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
-    tl.store(out_ptr + out, acc, mask=(i < D)[:, None] & (j < D)[None, :])
+    tl.store(out_ptr + out, total, mask=(i < D)[:, None] & (j < D)[None, :])
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
@@ -73,7 +100,7 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     Args:
         x: [B, G, T, D] fp16, bf16 or fp32; last dimension of stride 1, others any.
     Returns:
-        float32 [B, G, D, D], contiguous: sums over T in float32 per split of the tokens, splits summed in float64.
+        float32 [B, G, D, D], contiguous: float32 sums over GRAM_RUN tokens, added in float32, then in float64.
     Raises:
         TypeError, ValueError: x is not as above; nothing was launched.
     """
@@ -84,8 +111,9 @@ def gram(x: torch.Tensor) -> torch.Tensor:
     if batch * heads == 0 or tokens == 0:
         return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
     matrix = _launch.has_matrix_units(x.device)
-    block_t, block_d = (32, 64) if matrix else (16, 16)
-    splits = min(triton.cdiv(tokens, 1024), 64)
+    exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
+    block_t, block_d = (64, min(128, triton.next_power_of_2(dim))) if exact else (32, 64) if matrix else (16, 16)
+    splits = min(triton.cdiv(tokens, GRAM_RUN), GRAM_SPLITS)
     parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _gram_kernel[(triton.cdiv(dim, block_d) ** 2, splits, batch * heads)](
@@ -96,10 +124,13 @@ def gram(x: torch.Tensor) -> torch.Tensor:
             heads,
             *x.stride()[:3],
             D=dim,
+            RUN=GRAM_RUN,
             BLOCK_T=block_t,
             BLOCK_D=block_d,
             MATRIX=matrix,
-            num_warps=4,
+            EXACT=exact,
+            num_warps=8 if block_d == 128 else 4,
+            num_stages=4,
         )
     return parts.sum(dim=2, dtype=torch.float64).float()
 
@@ -182,7 +213,7 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
         metric: like `moment`, broadcastable, or None for the identity.
         rank: R, 1 .. D.
     Returns:
-        float32 [..., R, D], contiguous: V^T M^(-1/2), orthonormal in the metric M (with METRIC_FLOOR of its mean eigenvalue
+        float32 [..., R, D], contiguous: V^T L^(-1), orthonormal in the metric M (with METRIC_FLOOR of its mean eigenvalue
         added, scaled to a mean eigenvalue of 1). The largest entry of each row is positive. Float64 arithmetic.
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -194,17 +225,13 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
     if not 1 <= rank <= dim:
         raise ValueError(f"rank: expected 1 .. {dim}, got {rank}")
     moment = moment.double()
-    moment = (moment + moment.mT) / 2
     if metric is None:
-        basis = torch.linalg.eigh(moment).eigenvectors.mT.flip(-2)[..., :rank, :]
+        basis = eigenvectors(moment)[..., :rank, :]
     else:
         check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=moment.device)
-        values, vectors = torch.linalg.eigh(_floored(metric))
-        root = (vectors * values.sqrt()[..., None, :]) @ vectors.mT
-        inverse = (vectors / values.sqrt()[..., None, :]) @ vectors.mT
-        weighted = root @ moment @ root
-        directions = torch.linalg.eigh((weighted + weighted.mT) / 2).eigenvectors.mT.flip(-2)
-        basis = directions[..., :rank, :] @ inverse
+        root = torch.linalg.cholesky_ex(_floored(metric)).L
+        basis = eigenvectors(root.mT @ moment @ root)[..., :rank, :]
+        basis = torch.linalg.solve_triangular(root.expand(*basis.shape[:-2], -1, -1), basis, upper=False, left=False)
     largest = basis.gather(-1, basis.abs().argmax(-1, keepdim=True))
     return (basis * torch.where(largest < 0, -1.0, 1.0)).float().contiguous()
 
@@ -238,9 +265,74 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     check_tensor("scale", scale, shape=basis.shape[:-1], dtype=torch.float32, device=basis.device)
     rows = basis.double() / 127
     weighted = rows if metric is None else rows @ _floored(metric)
-    # pinv of the small symmetric [R, R] matrix: a row of zeros (a component of no variance) must not spoil the others.
-    encoder = weighted.mT @ torch.linalg.pinv(rows @ weighted.mT, rtol=1e-12, hermitian=True)
-    return (encoder / (127 * scale.double()[..., None, :])).float()
+    inner = rows @ weighted.mT
+    # Rows as long as one another, and any length for a row of zeros (a component of no variance): it spoils no other.
+    length = inner.diagonal(dim1=-2, dim2=-1).sqrt()
+    length = torch.where(length > 0, length, 1.0)
+    inner = inner / (length[..., :, None] * length[..., None, :])
+    inner.diagonal(dim1=-2, dim2=-1).fill_(1 + 1e-13)  # room for the rounding of rows that are nearly dependent
+    root = torch.linalg.cholesky_ex(inner).L
+    # Not cholesky_solve, which goes through a batch one matrix at a time on a GPU.
+    solved = torch.linalg.solve_triangular(root, weighted / length[..., None], upper=False)
+    solved = torch.linalg.solve_triangular(root.mT, solved, upper=True)
+    return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
+
+
+# Steps that are tried: shares 1 - j/30 of the widest one (which clips nothing), down to 0.2 of it.
+STEP_SHARES = 25
+
+
+@triton.jit(do_not_specialize=["T"])
+def _fit_steps_kernel(
+    coefficients_ptr,
+    widest_ptr,
+    top_ptr,
+    step_ptr,
+    T,
+    R: tl.constexpr,
+    SHARES: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """The steps of 16 components of one row and head: squared errors of all shares in one pass."""
+    r = tl.program_id(0) * 16 + tl.arange(0, 16)
+    n = tl.program_id(1).to(tl.int64)
+    used = r < R
+    widest = tl.load(widest_ptr + n * R + r, mask=used, other=1.0)
+    half = tl.load(top_ptr + r, mask=used, other=2.0) * 0.5
+    share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
+    share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
+    step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
+    error = tl.zeros([BLOCK_SHARES, 16], dtype=tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        at = (n * T + t)[:, None] * R + r[None, :]
+        c = tl.load(coefficients_ptr + at, mask=(t < T)[:, None] & used[None, :], other=0.0)[None, :, :]
+        code = tl.floor(c / step) + 0.5
+        code = tl.minimum(tl.maximum(code, (0.5 - half)[None, None, :]), (half - 0.5)[None, None, :])
+        off = tl.where((t < T)[None, :, None], code * step - c, 0.0)
+        error += tl.sum(off * off, 1)
+    best = tl.argmin(error, 0, tie_break_left=True)
+    best = tl.where(best < SHARES, best, 0)
+    tl.store(step_ptr + n * R + r, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+
+
+def _widest_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
+    """Steps that clip no value of the sample; of a 16-bit side, its steps."""
+    largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
+    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
+        largest = largest.amax(-1, keepdim=True).expand_as(largest)
+    # A component without variance in the sample still gets a step that later rows can use.
+    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    if bands.is_float:
+        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
+    return largest / (_tops(bands, coefficients.device) / 2)
+
+
+@cache
+def _tops(bands: Bands, device: torch.device) -> torch.Tensor:
+    """2**bits of each component, float32 [R]."""
+    return torch.tensor([2.0**bits for bits in bands.bits], device=device)
 
 
 def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
@@ -253,20 +345,40 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
         magnitude of all below 2**12.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
-    largest = coefficients.abs().amax(-2)
-    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
-        largest = largest.amax(-1, keepdim=True).expand_as(largest)
-    # A component without variance in the sample still gets a step that later rows can use.
-    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    if not _launch.runs_kernel(coefficients) or bands.is_float:
+        return fit_steps_torch(coefficients, bands)
+    widest = _widest_steps(coefficients, bands)
+    if widest.numel() == 0:
+        return widest
+    steps = torch.empty_like(widest)
+    tokens, rank = coefficients.shape[-2:]
+    with torch.cuda.device_of(coefficients):
+        _fit_steps_kernel[(triton.cdiv(rank, 16), widest.numel() // rank)](
+            coefficients.contiguous(),
+            widest,
+            _tops(bands, coefficients.device),
+            steps,
+            tokens,
+            R=rank,
+            SHARES=STEP_SHARES,
+            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
+            BLOCK_T=16,
+            num_warps=4,
+        )
+    return steps
+
+
+def fit_steps_torch(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
+    """`fit_steps` in plain PyTorch."""
+    widest = _widest_steps(coefficients, bands)
     if bands.is_float:
-        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
-    levels = torch.tensor([2.0**b for b in bands.bits], device=coefficients.device)
-    widest = largest / (levels / 2)  # no value clipped
+        return widest
+    top = _tops(bands, coefficients.device)
     best, least = widest, torch.full_like(widest, float("inf"))
-    for share in torch.linspace(1.0, 0.2, 25).tolist():
-        step = widest * share
+    for share in range(STEP_SHARES):
+        step = (1 - share / 30) * widest
         code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
-            (0.5 - levels / 2)[None, :], (levels / 2 - 0.5)[None, :]
+            (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
         )
         error = (code * step[..., None, :] - coefficients).square().sum(-2)
         best = torch.where(error < least, step, best)
@@ -330,6 +442,7 @@ def _stored(c, GROUPS: tl.constexpr, i: tl.constexpr):
 def _encode_kernel(
     x_ptr,
     encoder_ptr,
+    offset_ptr,  # [B, G, R] or None
     page_ids_ptr,
     pages_ptr,
     G,
@@ -356,6 +469,8 @@ def _encode_kernel(
     page = tl.load(page_ids_ptr + b * stride_ids_b + chunk).to(tl.int64)
     x_ptr += b * stride_x_b + g * stride_x_g + (chunk.to(tl.int64) * C + tile * 64) * stride_x_t
     encoder_ptr += (b * G + g) * D * R
+    if offset_ptr is not None:
+        offset_ptr += (b * G + g) * R
     t = tl.arange(0, 32)
     column = tl.arange(0, 16)
     if page >= 0:
@@ -363,7 +478,9 @@ def _encode_kernel(
         if IS_FLOAT:
             for n in tl.static_range(R // 16):
                 for i in tl.static_range(2):
-                    c = _coefficients(x_ptr, encoder_ptr + n * 16, stride_x_t, _token_of(t, i, IS_K), D, R, BLOCK_K, MATRIX)
+                    c = _coefficients(
+                        x_ptr, encoder_ptr, offset_ptr, n * 16, stride_x_t, _token_of(t, i, IS_K), D, R, BLOCK_K, MATRIX
+                    )
                     token = tile * 64 + _token_of(t, i, IS_K)
                     r = n * 16 + column
                     at = token[:, None] * R + r[None, :]
@@ -379,7 +496,9 @@ def _encode_kernel(
                     for f in tl.static_range(_fields(GROUPS, n)):
                         c = _coefficients(
                             x_ptr,
-                            encoder_ptr + (_first_block(GROUPS, n) + f) * 16,
+                            encoder_ptr,
+                            offset_ptr,
+                            (_first_block(GROUPS, n) + f) * 16,
                             stride_x_t,
                             _token_of(t, i, IS_K),
                             D,
@@ -399,24 +518,140 @@ def _encode_kernel(
 
 @triton.jit
 def _coefficients(
-    x_ptr, encoder_ptr, stride_x_t, token, D: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, MATRIX: tl.constexpr
+    x_ptr,
+    encoder_ptr,
+    offset_ptr,
+    first,
+    stride_x_t,
+    token,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
 ):
-    """32 tokens of a tile times 16 columns of the encoder, float32 [32, 16]."""
-    column = tl.arange(0, 16)
+    """32 tokens of a tile times 16 columns of the encoder from `first` on, less their offsets, float32 [32, 16]."""
+    column = first + tl.arange(0, 16)
     c = tl.zeros([32, 16], dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + token[:, None] * stride_x_t + k[None, :], mask=(k < D)[None, :], other=0.0).to(tl.float32)
         e = tl.load(encoder_ptr + k[:, None] * R + column[None, :], mask=(k < D)[:, None], other=0.0)
         c += dot_f32(x, e, MATRIX)
+    if offset_ptr is not None:
+        c -= tl.load(offset_ptr + column)[None, :]
     return c
 
 
-def _check_encode(x, encoder, bands, pages, page_ids, side):
+@triton.constexpr_function
+def _bits_of(groups, n):
+    """Bits that the fields of group n use."""
+    return sum(groups[n][1])
+
+
+@triton.jit(do_not_specialize=["tiles", "each", "stride_ids_b"])
+def _encode_matrix_kernel(
+    x_ptr,
+    encoder_ptr,
+    offset_ptr,  # [B, G, R] or None
+    page_ids_ptr,
+    pages_ptr,
+    tiles,
+    each,
+    G,
+    stride_x_b,
+    stride_x_g,
+    stride_x_t,
+    stride_ids_b,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    R8: tl.constexpr,
+    R4: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """`each` tiles of 64 tokens of one row and head: project, quantise, pack.
+
+    x is 16 bits wide. The encoder is held as two parts of that type, its columns scaled by powers of two to the top of
+    fp16's range. Codes and their places in a byte (powers of two) are exact in 16-bit floats too, so that a third product
+    packs.
+    """
+    g = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    r = tl.arange(0, BLOCK_R)
+    bits = tl.where(r < R8, 8, tl.where(r < R8 + R4, 4, 2))
+    d = tl.arange(0, BLOCK_D)
+    e = tl.load(
+        encoder_ptr + ((b * G + g) * D + d[:, None]) * R + r[None, :],
+        mask=(d < D)[:, None] & (r < R)[None, :],
+        other=0.0,
+    )
+    # Powers of two from exponents: `up` brings a column's largest magnitude to 2**14 or more, `down` undoes that.
+    exponent = tl.minimum(tl.maximum(tl.max(tl.abs(e), 0).to(tl.int32, bitcast=True) >> 23, 32), 250)
+    up = ((127 + 127 + 14 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    e *= up[None, :]
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty if NATIVE else tl.float32
+    high = e.to(TYPE)
+    low = (e - high.to(tl.float32)).to(TYPE)
+    # Blocks fill bytes in order, and none straddles two: the bits before a block say where it goes.
+    block = r // 16
+    before = (
+        8 * tl.minimum(block, R8 // 16)
+        + 4 * tl.minimum(tl.maximum(block - R8 // 16, 0), R4 // 16)
+        + 2 * tl.maximum(block - (R8 + R4) // 16, 0)
+    )
+    at = before // 8 * 16 + r % 16
+    column = tl.arange(0, 16 * BLOCK_GROUPS)
+    places = tl.where((at[:, None] == column[None, :]) & (r < R)[:, None], (1 << (before % 8))[:, None], 0)
+    places = places.to(tl.float32).to(TYPE)
+    top = (1 << bits).to(tl.float32)
+    shift = top * 0.5
+    if offset_ptr is not None:
+        shift -= tl.load(offset_ptr + (b * G + g) * R + r, mask=r < R, other=0.0)
+    group = tl.arange(0, BLOCK_GROUPS)
+    LAST: tl.constexpr = len(GROUPS) - 1
+    is_half = (group == LAST) & _half(GROUPS, LAST)
+    # A field that ends at bit 7 has its highest bit flipped: a byte has one unless it has bits to spare (the last group).
+    spare = (group == LAST) & (_bits_of(GROUPS, LAST) < 8)
+    flip = tl.where(spare, 0, 128).to(tl.uint8)
+    offset = tl.arange(0, 512)
+    t = tl.arange(0, 64)
+    x_ptr += b * stride_x_b + g * stride_x_g
+    for tile in range(tl.program_id(0) * each, tl.minimum((tl.program_id(0) + 1) * each, tiles)):
+        page = tl.load(page_ids_ptr + b * stride_ids_b + tile // (C // 64)).to(tl.int64)
+        token = (tile * 64 + t).to(tl.int64)
+        x = tl.load(x_ptr + token[:, None] * stride_x_t + d[None, :], mask=(d < D)[None, :], other=0.0).to(TYPE)
+        c = tl.dot(x, low, input_precision="ieee")
+        c = tl.dot(x, high, c, input_precision="ieee") * down[None, :]
+        code = tl.minimum(tl.maximum(tl.floor(c + shift[None, :]), 0.0), top[None, :] - 1.0)
+        byte = tl.dot(code.to(TYPE), places, input_precision="ieee").to(tl.uint8)  # [64, 16 * BLOCK_GROUPS]
+        if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> group, byte 64 g + 16 t + 4 r + b, i
+            byte = tl.permute(tl.reshape(byte, [2, 4, 8, BLOCK_GROUPS, 4, 4]), [3, 2, 4, 1, 5, 0])
+        else:  # token 8 b + 4 i + t, column 8 h + g -> group, byte 64 g + 16 t + 8 h + b, i
+            byte = tl.permute(tl.reshape(byte, [8, 2, 4, BLOCK_GROUPS, 2, 8]), [3, 5, 2, 4, 0, 1])
+        first, second = tl.split(tl.reshape(byte, [BLOCK_GROUPS, 512, 2]))
+        first, second = first ^ flip[:, None], second ^ flip[:, None]
+        first = tl.where(is_half[:, None], first | (second << 4), first)
+        out = pages_ptr + (page * G + g) * (C * BYTES) + offset[None, :]
+        out += (group * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
+        live = (group <= LAST) & (page >= 0)
+        tl.store(out, first, mask=live[:, None])
+        tl.store(out + 512, second, mask=(live & (is_half == 0))[:, None])
+
+
+def _check_encode(x, encoder, bands, pages, page_ids, side, offset):
     check_in("side", side, ("k", "v"))
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     batch, heads, tokens, dim = x.shape
     check_tensor("encoder", encoder, shape=(batch, heads, dim, bands.rank), dtype=torch.float32, device=x.device)
+    if offset is not None:
+        check_tensor("offset", offset, shape=(batch, heads, bands.rank), dtype=torch.float32, device=x.device)
     check_tensor("pages", pages, shape=(None, heads, None), dtype=torch.uint8, device=x.device)
     chunk, rest = divmod(pages.shape[2], bands.bytes)
     if rest or chunk not in CHUNKS or not pages.is_contiguous():
@@ -428,7 +663,14 @@ def _check_encode(x, encoder, bands, pages, page_ids, side):
 
 
 def encode(
-    x: torch.Tensor, encoder: torch.Tensor, bands: Bands, pages: torch.Tensor, page_ids: torch.Tensor, *, side: str
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    bands: Bands,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    *,
+    side: str,
+    offset: torch.Tensor | None = None,
 ) -> None:
     """Project rows on a basis, quantise and pack them into pages.
 
@@ -439,21 +681,30 @@ def encode(
         pages: uint8 k_pages or v_pages [P, G, C * bytes], contiguous; written in place.
         page_ids: int32 [B, T/C], page of each chunk, no page twice; negative: the chunk is left out.
         side: "k" or "v": the order of the bytes.
+        offset: float32 [B, G, R] to subtract from the coefficients (what a mean row has of them), or None.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
-    Float32 arithmetic (three-product tf32 dots); codes as in pages.py.
+    Float32 arithmetic; of bf16 rows the encoder counts to 16 bits (two bf16 parts), of fp16 rows to 22: a code at the
+    boundary of two may be either. Codes as in pages.py.
     """
-    chunk = _check_encode(x, encoder, bands, pages, page_ids, side)
+    chunk = _check_encode(x, encoder, bands, pages, page_ids, side, offset)
     if not _launch.runs_kernel(x):
-        return encode_torch(x, encoder, bands, pages, page_ids, side=side)
+        return encode_torch(x, encoder, bands, pages, page_ids, side=side, offset=offset)
     batch, heads, tokens, dim = x.shape
     if x.numel() == 0:
         return None
     matrix = _launch.has_matrix_units(x.device)
+    encoder = encoder.contiguous()
+    offset = None if offset is None else offset.contiguous()
+    # The encoder of D = 256 would not fit in the shared memory of every card.
+    if matrix and x.dtype != torch.float32 and dim <= 128 and not bands.is_float:
+        _encode_16(x, encoder, offset, bands, pages, page_ids, chunk, side)
+        return None
     with torch.cuda.device_of(x):
         _encode_kernel[(tokens // 64, heads, batch)](
             x,
-            encoder.contiguous(),
+            encoder,
+            offset,
             page_ids,
             pages,
             heads,
@@ -473,12 +724,68 @@ def encode(
     return None
 
 
+def _encode_16(
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    offset: torch.Tensor | None,
+    bands: Bands,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    chunk: int,
+    side: str,
+) -> None:
+    """Launch `_encode_matrix_kernel`; arguments as checked by `encode`."""
+    batch, heads, tokens, dim = x.shape
+    ranks = {bits: rank for rank, bits in bands.bands}
+    tiles = tokens // 64
+    # Two blocks a multiprocessor: more would only read the encoder more often.
+    blocks = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    each = triton.cdiv(tiles * heads * batch, blocks)
+    with torch.cuda.device_of(x):
+        _encode_matrix_kernel[(triton.cdiv(tiles, each), heads, batch)](
+            x,
+            encoder,
+            offset,
+            page_ids,
+            pages,
+            tiles,
+            each,
+            heads,
+            *x.stride()[:3],
+            page_ids.stride(0),
+            C=chunk,
+            D=dim,
+            R=bands.rank,
+            R8=ranks.get(8, 0),
+            R4=ranks.get(4, 0),
+            BYTES=bands.bytes,
+            GROUPS=bands.groups,
+            IS_K=side == "k",
+            BLOCK_D=triton.next_power_of_2(dim),
+            BLOCK_R=triton.next_power_of_2(bands.rank),
+            BLOCK_GROUPS=triton.next_power_of_2(len(bands.groups)),
+            NATIVE=_launch.is_native(x),
+            num_warps=4,
+            num_stages=3,
+        )
+
+
 def encode_torch(
-    x: torch.Tensor, encoder: torch.Tensor, bands: Bands, pages: torch.Tensor, page_ids: torch.Tensor, *, side: str
+    x: torch.Tensor,
+    encoder: torch.Tensor,
+    bands: Bands,
+    pages: torch.Tensor,
+    page_ids: torch.Tensor,
+    *,
+    side: str,
+    offset: torch.Tensor | None = None,
 ) -> None:
     """`encode` in plain PyTorch."""
-    chunk = _check_encode(x, encoder, bands, pages, page_ids, side)
-    values = (x.float() @ encoder).unflatten(2, (-1, chunk)).transpose(1, 2)  # [B, chunks, G, C, R]
+    chunk = _check_encode(x, encoder, bands, pages, page_ids, side, offset)
+    values = x.float() @ encoder
+    values = (
+        (values if offset is None else values - offset[:, :, None]).unflatten(2, (-1, chunk)).transpose(1, 2)
+    )  # [B, chunks, G, C, R]
     keep = page_ids >= 0
     pages[page_ids[keep].long()] = pack_pages(values[keep], bands, side=side)
 

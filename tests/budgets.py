@@ -315,10 +315,11 @@ def gram(x: ArrayLike) -> F64:
     return (PRODUCT + (x.shape[2] + 2) * ACC) * (x.mT @ x) + SMALLEST[torch.float32]
 
 
-def coefficients(x: ArrayLike, encoder: ArrayLike) -> F64:
-    """Of x @ encoder in float32: D products added."""
+def coefficients(x: ArrayLike, encoder: ArrayLike, dtype: torch.dtype = torch.float32) -> F64:
+    """Of x @ encoder in float32: D products added. For bf16 rows the encoder is two bf16 parts: the second one rounds."""
     size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(encoder, np.float64))
-    return (PRODUCT + (np.shape(x)[-1] + 2) * ACC) * size
+    parts = U[dtype] ** 2 if dtype == torch.bfloat16 else 0.0
+    return (PRODUCT + parts + (np.shape(x)[-1] + 2) * ACC) * size
 
 
 def decode(values: F64, bands: pages_oracle.Bands, basis: ArrayLike, scale: ArrayLike) -> F64:

@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 
 import spectral_kernels as sk
 from spectral_kernels import _launch
+from spectral_kernels.eigen import eigenvectors
 
 TYPES = {
     torch.uint8: "*u8",
@@ -62,7 +63,7 @@ class Recorder:
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(function.params):
             value = bound[parameter.name]
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
@@ -119,6 +120,7 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     sk.rotate(x, key_positions, rope)
     sk.phase_align(x, key_positions, rope, chunk=chunk)
     sk.gram(x)
+    eigenvectors(torch.eye(dim, dtype=torch.float64))
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
         sk.encode(x, encoder, bands, data, pages.page_table, side=side)

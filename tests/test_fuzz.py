@@ -44,7 +44,8 @@ from tests.cases import (
     to_numpy,
 )
 from tests.test_attention import check_exact, check_spectral
-from tests.test_compress import check_encode, check_gram, decode_oracle
+from tests.test_compress import check_encode, check_fit_steps, check_gram, decode_oracle
+from tests.test_eigen import check_eigenvectors
 from tests.test_merge import check_many, check_two
 from tests.test_rope import project_oracle
 
@@ -276,6 +277,14 @@ def fuzz_decode(draw: Draw) -> None:
     budgets.check(operation(compress, "decode", implementation)(pages_of(arrays), side=side), expected, budget)
 
 
+def fuzz_fit_steps(draw: Draw) -> None:
+    implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
+    c = rng.standard_normal((draw.int("tokens", 300, 500), 16)) * np.exp(
+        draw.of("spread", 0.0, 3.0) * rng.standard_normal(16)
+    )
+    check_fit_steps(implementation, c, draw.of("bits", 8, 4, 2))
+
+
 def fuzz_gram(draw: Draw) -> None:
     implementation, dtype, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.of("dtype", *DTYPES), draw.rng()
     shape = (
@@ -288,16 +297,26 @@ def fuzz_gram(draw: Draw) -> None:
     check_gram(implementation, strided(x, draw.of("strides", *STRIDES)))
 
 
+def fuzz_eigenvectors(draw: Draw) -> None:
+    implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
+    dim = draw.int("dim", 1, 16 if is_slow(implementation) else 130)
+    x = rng.standard_normal((draw.int("matrices", 0, 3), draw.int("rank", 0, 2 * dim), dim))
+    x *= np.exp(-draw.of("decay", 0.0, 3.0, 12.0) * np.arange(dim) / dim)
+    check_eigenvectors(implementation, np.float64(np.float32(x.mT @ x * draw.of("size", 1e-12, 1.0, 1e12))))
+
+
 # Each with its share of the cases.
 FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "rotate": (fuzz_rotate, 0.1),
     "project_queries": (fuzz_project_queries, 0.1),
-    "attend_spectral": (fuzz_attend_spectral, 0.35),
+    "attend_spectral": (fuzz_attend_spectral, 0.3),
     "attend_exact": (fuzz_attend_exact, 0.2),
     "merge": (fuzz_merge, 0.1),
     "encode": (fuzz_encode, 0.05),
     "decode": (fuzz_decode, 0.05),
     "gram": (fuzz_gram, 0.05),
+    "eigenvectors": (fuzz_eigenvectors, 0.025),
+    "fit_steps": (fuzz_fit_steps, 0.025),
 }
 
 

@@ -136,6 +136,7 @@ def test_data_flows_one_way():
         "_launch": set(STEMS) - {"_checks"} | {"hf"},
         "pages": {"rope", "compress", "attention", "merge", "cache", "hf"},
         "merge": {"rope", "compress", "attention", "cache", "hf"},
+        "eigen": {"pages", "rope", "compress", "attention", "merge", "cache", "hf"},
         "rope": {"compress", "attention", "cache", "hf"},
         "attention": {"cache", "hf"},
         "compress": {"cache", "hf"},

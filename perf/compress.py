@@ -1,0 +1,403 @@
+"""Time what compresses the cache after prefill, beside the prefill itself, and measure its memory.
+
+    python -m perf.compress [--tokens 32768] [--layers 32] [--json]
+
+One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum in a random frame. Per layer: `phase_align`,
+`gram` and `encode` for K and V (device times, cold L2, see perf/_timing.py), the eigen part (`fit_basis`, `quantise_basis`,
+`fit_encoder`; for one layer, and for all layers at once), `fit_steps`; and all of it called one after another. `gram` and
+`encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
+time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
+random weights: its share is that of a whole model but for the embedding and the head. `peak_ratio`: what
+`SpectralCache.append` adds at most to the allocated memory, with K and V given, over (dense K and V of one layer + the
+compressed cache of all layers). `step_ratio`: a decode step that compresses a chunk over the median step, host time
+included.
+
+Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_share peak_ratio step_ratio svd_ratio
+lowrank_ratio gram_error (T = 131,072) torch triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+
+import spectral_kernels as sk
+from perf._timing import ROOT, Call, Card, NoCard, device_times, versions
+from spectral_kernels import eigen
+from spectral_kernels.pages import pack_pages, unpack_pages
+
+HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 128
+HIDDEN, FFN = 4096, 14336
+LAYOUT = sk.PageLayout(sk.Bands.parse("16x8+16x4+96x2"), sk.Bands.parse("32x4+96x2"), DIM, CHUNK)
+RANKS = (16, 64, 96)
+
+
+def rows_of(heads: int, tokens: int, card: Card, decay: float = 4.0) -> torch.Tensor:
+    """[1, heads, T, D] with a falling spectrum in a frame of each head's own."""
+    frame = torch.linalg.qr(torch.randn(heads, DIM, DIM, device=card.device))[0]
+    sizes = torch.exp(-decay * torch.arange(DIM, device=card.device) / DIM)
+    out = torch.empty(1, heads, tokens, DIM, dtype=card.dtype, device=card.device)
+    for head in range(heads):
+        out[0, head] = (torch.randn(tokens, DIM, device=card.device) * sizes @ frame[head]).to(card.dtype)
+    return out
+
+
+def eager_ms(call: Call, repeats: int = 10) -> float:
+    """Median milliseconds of a call by device events, host time included where the host is what it waits for."""
+    call()
+    samples = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def gram_error(x: torch.Tensor) -> float:
+    """Largest error of `gram` relative to |x|^T |x|, against float64."""
+    worst = 0.0
+    got = sk.gram(x)
+    for head in range(x.shape[1]):
+        own = x[0, head].double()
+        off = (got[0, head].double() - own.mT @ own).abs() / (own.abs().mT @ own.abs())
+        worst = max(worst, off.max().item())
+    return worst
+
+
+def check_encode(x: torch.Tensor, encoder: torch.Tensor, bands: sk.Bands, pages: torch.Tensor, side: str) -> None:
+    """Codes lie within what the kernel's arithmetic may make of the coefficients (tests/budgets.py), on head 0."""
+    own, e = x[0, 0].double(), encoder[0, 0].double()
+    parts = 2.0**-16 if x.dtype == torch.bfloat16 else 0.0
+    slack = (2.0**-20 + parts + (DIM + 2) * 2.0**-24) * (own.abs() @ e.abs())
+    exact = (own @ e).unflatten(0, (-1, CHUNK))
+    low, high = (
+        unpack_pages(pack_pages(exact + sign * slack.unflatten(0, (-1, CHUNK)), bands, side=side), bands, side=side)
+        for sign in (-1, 1)
+    )
+    got = unpack_pages(pages[:, 0], bands, side=side)
+    if not ((low <= got) & (got <= high)).all():
+        raise AssertionError(f"encode {side}: a code lies outside of what its arithmetic allows")
+
+
+class Layer:
+    """Keys (phase-aligned), values, metrics and what compressing them needs."""
+
+    def __init__(self, tokens: int, card: Card) -> None:
+        self.k, self.v = rows_of(KV_HEADS, tokens, card), rows_of(KV_HEADS, tokens, card, decay=2.0)
+        metrics = rows_of(2 * KV_HEADS, 512, card)[0].double()
+        self.k_metric, self.v_metric = (metrics.mT @ metrics).float().unflatten(0, (2, KV_HEADS)).unbind(0)
+        self.chunks = tokens // CHUNK
+        shape = (self.chunks, KV_HEADS)
+        empty = partial(torch.empty, dtype=torch.uint8, device=card.device)
+        self.k_pages, self.v_pages = empty(*shape, CHUNK * LAYOUT.k.bytes), empty(*shape, CHUNK * LAYOUT.v.bytes)
+        self.ids = torch.arange(self.chunks, dtype=torch.int32, device=card.device)[None]
+
+    def sides(self) -> list[tuple[str, torch.Tensor, sk.Bands, torch.Tensor, torch.Tensor]]:
+        return [
+            ("k", self.k, LAYOUT.k, self.k_metric, self.k_pages),
+            ("v", self.v, LAYOUT.v, self.v_metric, self.v_pages),
+        ]
+
+    def compress(self) -> None:
+        """All that a layer takes once its keys are aligned and the metric of its queries is known."""
+        for side, x, bands, metric, pages in self.sides():
+            encoder = sk.fit_side(x, bands, metric)[2]
+            sk.encode(x, encoder, bands, pages, self.ids, side=side)
+
+
+def eigen_part(moments: Sequence[torch.Tensor], metrics: Sequence[torch.Tensor]) -> None:
+    for moment, metric in zip(moments, metrics, strict=True):
+        sk.fit_encoder(*sk.quantise_basis(sk.fit_basis(moment, metric, rank=DIM)), metric)
+
+
+def weighted_moments(layer: Layer) -> torch.Tensor:
+    """Float64 [2 G, D, D]: the eigenproblems of a layer."""
+    found = []
+    for _, x, _, metric, _ in layer.sides():
+        root = torch.linalg.cholesky(metric.double())
+        found.append(root.mT @ sk.gram(x)[0].double() @ root)
+    return torch.cat(found)
+
+
+def worst_loss(w: torch.Tensor, rows: torch.Tensor, best: torch.Tensor) -> float:
+    """How much more of the trace the first r rows miss than the best, relative to the latter, over RANKS and matrices."""
+    kept, most = ((x @ w * x).sum(-1).cumsum(-1) for x in (rows.double(), best))
+    trace = w.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+    index = torch.tensor(RANKS, device=w.device) - 1
+    return ((most - kept)[..., index] / (trace - most)[..., index]).max().item()
+
+
+def eigen_table(w: torch.Tensor, layers: int) -> list[str]:
+    """Milliseconds a layer of solvers of all layers' eigenproblems at once, and what they lose against float64."""
+    many = w.repeat(layers, 1, 1)
+    best = eigen.eigenvectors_torch(w)
+    lines = []
+
+    def line(name: str, solve: Any) -> None:
+        try:
+            loss = worst_loss(w, solve(w), best)
+            all_ms, one_ms = eager_ms(partial(solve, many), 3) / layers, eager_ms(partial(solve, w), 3)
+            lines.append(f"  {name:34}{all_ms:9.3f}{one_ms:9.3f}{loss:12.1e}")
+        except Exception as error:  # a solver that a build of PyTorch lacks
+            lines.append(f"  {name:34} {type(error).__name__}: {str(error).splitlines()[0][:60]}")
+
+    line("eigenvectors (one-sided Jacobi)", eigen.eigenvectors)
+    line("torch.linalg.eigh float64", eigen.eigenvectors_torch)
+    line("torch.linalg.eigh float32", lambda x: torch.linalg.eigh(x.float()).eigenvectors.mT.flip(-2))
+    root = torch.linalg.cholesky_ex(many).L
+    eye = torch.eye(DIM, dtype=w.dtype, device=w.device).expand_as(root)
+    for name, call in {
+        "cholesky_ex float64": lambda: torch.linalg.cholesky_ex(many),
+        "solve_triangular float64": lambda: torch.linalg.solve_triangular(root, eye, upper=False, left=False),
+        "cholesky_solve float64": lambda: torch.cholesky_solve(eye, root),
+        "matmul float64": lambda: many @ root,
+    }.items():
+        lines.append(f"  {name:34}{eager_ms(call, 3) / layers:9.3f}")
+    rows = root.mT.to(torch.float32, memory_format=torch.contiguous_format)
+    for warps in (8, 16):
+        for stride in (DIM, 1):
+            x = rows.clone()
+
+            def rotate(x: torch.Tensor = x, warps: int = warps, stride: int = stride) -> None:
+                x.copy_(rows)
+                eigen._orthogonalise_kernel[(len(x),)](
+                    x, D=DIM, BLOCK=DIM, STRIDE_ROW=stride, STRIDE_COLUMN=DIM + 1 - stride,
+                    SMALL=eigen.SMALL, SWEEPS=eigen.SWEEPS, num_warps=warps,
+                )  # fmt: skip
+
+            layout = "rows" if stride == DIM else "columns"
+            lines.append(f"  rotations alone, {warps:2} warps, {layout:8}   {eager_ms(rotate, 3) / layers:9.3f}")
+    return lines
+
+
+def prefill_layer(tokens: int, card: Card) -> Call:
+    """One decoder layer in the shape of Llama-3-8B, random weights."""
+
+    def weight(out: int, into: int) -> torch.Tensor:
+        return torch.randn(out, into, dtype=card.dtype, device=card.device) * into**-0.5
+
+    qkv, o = weight((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), weight(HIDDEN, HIDDEN)
+    up, down = weight(2 * FFN, HIDDEN), weight(HIDDEN, FFN)
+    x = torch.randn(1, tokens, HIDDEN, dtype=card.dtype, device=card.device)
+    angle = torch.arange(tokens, device=card.device)[:, None] * 5e5 ** -(torch.arange(0, DIM, 2, device=card.device) / DIM)
+    cos, sin = (f(torch.cat((angle, angle), -1)).to(card.dtype) for f in (torch.cos, torch.sin))
+
+    def turned(y: torch.Tensor) -> torch.Tensor:
+        a, b = y.chunk(2, dim=-1)
+        return y * cos + torch.cat((-b, a), dim=-1) * sin
+
+    def run() -> torch.Tensor:
+        y = rms_norm(x, (HIDDEN,)) @ qkv.mT
+        q, k, v = y.unflatten(-1, (-1, DIM)).transpose(1, 2).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        y = scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
+        y = x + y.transpose(1, 2).flatten(2) @ o.mT
+        a, b = (rms_norm(y, (HIDDEN,)) @ up.mT).chunk(2, dim=-1)
+        return y + (silu(a) * b) @ down.mT
+
+    return run
+
+
+def new_cache(card: Card, layers: int) -> sk.SpectralCache:
+    preset = sk.Preset(k={DIM: str(LAYOUT.k)}, v={DIM: str(LAYOUT.v)}, chunk=CHUNK)
+    inv_freq = 5e5 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+    rope = sk.Rope.from_inv_freq(inv_freq, device=card.device)
+    return sk.SpectralCache(
+        layers=layers,
+        batch=1,
+        query_heads=HEADS,
+        kv_heads=KV_HEADS,
+        head_dim=DIM,
+        rope=rope,
+        preset=preset,
+        dtype=card.dtype,
+        device=card.device,
+    )
+
+
+def peak_ratio(tokens: int, layers: int, card: Card) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    cache, before, peak, dense = new_cache(card, layers), torch.cuda.memory_allocated(), 0, 0
+    for layer in range(layers):
+        k, v = (torch.randn(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device) for _ in range(2))
+        dense = k.nbytes + v.nbytes
+        torch.cuda.reset_peak_memory_stats()
+        cache.append(layer, k, v)
+        peak = max(peak, torch.cuda.max_memory_allocated() - before)
+        del k, v
+    return peak / (dense + cache.nbytes)
+
+
+def step_times(card: Card, tokens: int = 8192) -> tuple[float, float]:
+    """(median milliseconds of a decode step of one layer, of those that compress a chunk)."""
+    cache = new_cache(card, 1)
+    cache.append(0, *(rows_of(KV_HEADS, tokens, card) for _ in range(2)))
+    q, k, v = (rows_of(n, 1, card) for n in (HEADS, KV_HEADS, KV_HEADS))
+    plain: list[float] = []
+    compressing: list[float] = []
+    for step in range(8 * CHUNK):
+        chunks = cache.layers[0].chunks[0]
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        cache.append(0, k, v)
+        cache.attend(0, q)
+        torch.cuda.synchronize()
+        if step >= 2 * CHUNK:  # kernels are compiled by then
+            (plain if cache.layers[0].chunks[0] == chunks else compressing).append(time.perf_counter() - begin)
+    return statistics.median(plain) * 1e3, statistics.median(compressing) * 1e3
+
+
+def against_svd(layer: Layer) -> tuple[list[str], float, float]:
+    """Lines, and how many times longer SVDs of the whitened keys take than gram and eigen part of K; with their losses."""
+    rank = 64
+    root = torch.linalg.cholesky(layer.k_metric)
+    white = layer.k[0].float() @ root
+    w = white.double().mT @ white.double()
+    best = eigen.eigenvectors_torch(w)
+    total = w.diagonal(dim1=-2, dim2=-1).sum(-1)
+    least = total - (best[:, :rank] @ w * best[:, :rank]).sum((-2, -1))
+
+    def excess(rows: torch.Tensor) -> float:
+        rows = rows.double()
+        return ((total - (rows @ w * rows).sum((-2, -1))) / least - 1).max().item()
+
+    def ours() -> torch.Tensor:
+        return sk.fit_basis(sk.gram(layer.k)[0], layer.k_metric, rank=rank)
+
+    # Rows that are orthonormal in the metric, back to orthonormal ones.
+    own = torch.linalg.qr((ours() @ root).double().mT)[0].mT
+    svd = partial(torch.linalg.svd, white, full_matrices=False)
+    low = partial(torch.svd_lowrank, white, q=rank, niter=2)
+    names = ("gram + fit_basis", "torch.linalg.svd", "torch.svd_lowrank")
+    losses = [excess(own), excess(svd()[2][:, :rank]), excess(low()[2].mT)]
+    times = [eager_ms(ours, 5), eager_ms(svd, 1), eager_ms(low, 3)]
+    lines = [
+        f"  {n:34}{t:9.2f} ms  loss over the least - 1: {loss:.1e}" for n, t, loss in zip(names, times, losses, strict=True)
+    ]
+    return lines, times[1] / times[0], times[2] / times[0]
+
+
+def say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)
+
+
+def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
+    layer = Layer(tokens, card)
+    bandwidth = card.read_bandwidth
+    long = rows_of(1, 131072, card)
+    error = gram_error(long)
+    if error > 1e-5:
+        raise AssertionError(f"gram: relative error {error:.2e} at T = 131,072, expected at most 1e-5")
+    del long
+    positions = torch.arange(tokens, dtype=torch.int32, device=card.device)[None]
+    rope = sk.Rope.from_inv_freq(5e5 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM), device=card.device)
+    aligned = torch.empty_like(layer.k)
+    count = card.copies(layer.k.nbytes)  # so that no call finds its rows in the L2 cache
+    align = partial(sk.phase_align, positions=positions, rope=rope, chunk=CHUNK, out=aligned)
+    calls: list[tuple[str, int, list[Call]]] = [
+        ("phase_align K", 2 * layer.k.nbytes, [partial(align, layer.k.clone()) for _ in range(count)])
+    ]
+    for side, x, bands, metric, pages in layer.sides():
+        encoder = sk.fit_side(x, bands, metric)[2]
+        sk.encode(x, encoder, bands, pages, layer.ids, side=side)
+        check_encode(x, encoder, bands, pages, side)
+        copies = [x.clone() for _ in range(count)]
+        write = partial(sk.encode, encoder=encoder, bands=bands, pages=pages, side=side)
+        name = side.upper()
+        calls += [
+            (f"gram {name}", x.nbytes, [partial(sk.gram, rows) for rows in copies]),
+            (f"encode {name}", x.nbytes + pages.nbytes, [partial(write, rows, page_ids=layer.ids) for rows in copies]),
+            (f"encode {name}, one chunk", 0, [partial(write, x[:, :, :CHUNK], page_ids=layer.ids[:, :1])]),
+        ]
+    moved, taken = 0, 0.0
+    for name, nbytes, same_work in calls:
+        times = device_times(same_work)
+        share = f"  {nbytes / times.p50 * 1e6 / bandwidth:5.0%} of reads" if nbytes else ""
+        say(f"  {name:34}{times.p50:9.1f} us  {times.p20:.1f} .. {times.p80:.1f}{share}")
+        if nbytes and "align" not in name:
+            moved, taken = moved + nbytes, taken + times.p50
+    del calls, same_work, copies
+    moments = [sk.gram(x)[0] for _, x, _, _, _ in layer.sides()]
+    metrics = [layer.k_metric, layer.v_metric]
+    one_ms = eager_ms(partial(eigen_part, moments, metrics))
+    many = [[x.expand(layers, -1, -1, -1).contiguous() for x in group] for group in (moments, metrics)]
+    eigen_ms = eager_ms(partial(eigen_part, *many), 3) / layers
+    for bands in (LAYOUT.k, LAYOUT.v):
+        sample = layer.k[:, :, :: tokens // 2048].float()
+        say(f"  fit_steps {bands!s:24}{eager_ms(partial(sk.fit_steps, sample, bands)) * 1e3:9.1f} us")
+    say(f"  eigen part, one layer {one_ms:21.3f} ms", f"  eigen part, {layers} layers at once {eigen_ms:12.3f} ms a layer")
+    eager = eager_ms(layer.compress)
+    batched = taken / 1e3 + eigen_ms
+    say(f"  a layer by itself, all calls {eager:14.3f} ms", f"  kernels + batched eigen part {batched:14.3f} ms a layer")
+    say("solvers of eigenproblems: ms a layer of all at once, ms of one layer, loss")
+    say(*eigen_table(weighted_moments(layer), layers))
+    svd_lines, svd, low = against_svd(layer)
+    say(*svd_lines)
+    del layer, aligned
+    prefill = eager_ms(prefill_layer(tokens, card), 3)
+    say(f"  prefill of a layer {prefill:24.3f} ms")
+    ratio = peak_ratio(tokens, 4, card)
+    step, spike = step_times(card)
+    say(f"  peak ratio of 4 layers {ratio:20.3f}    decode step {step:.3f} ms, compressing {spike:.3f} ms")
+    row = {
+        "T": tokens,
+        "ms_per_layer": eager,
+        "ms_per_1k_tokens": eager * 1024 / tokens,
+        "batched_ms_per_layer": batched,
+        "eigen_ms_per_layer": eigen_ms,
+        "read_share": moved / taken * 1e6 / bandwidth,
+        "prefill_share": eager / prefill,
+        "peak_ratio": ratio,
+        "step_ratio": spike / step,
+        "svd_ratio": svd,
+        "lowrank_ratio": low,
+        "gram_error": error,
+    }
+    return row
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m perf.compress", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of the row, a multiple of 2,048 (default 32,768)")
+    parser.add_argument("--layers", type=int, default=32, help="layers whose eigenproblems are solved at once (default 32)")
+    parser.add_argument("--commit", help="what the rows say was measured, where git cannot tell")
+    default = ROOT / "perf" / "results" / "compress.jsonl"
+    parser.add_argument(
+        "--json", type=Path, nargs="?", const=default, help=f"append the row to a file (default {default.name})"
+    )
+    args = parser.parse_args(argv)
+    if args.tokens < 2048 or args.tokens % 2048 or args.layers < 1:
+        parser.error("--tokens: expected a multiple of 2,048; --layers: at least 1")
+    try:
+        card = Card.current()
+    except NoCard as error:
+        print(f"perf.compress: {error}", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    same = {"gpu": card.name, **versions(args.commit)}
+    say(f"{card.name}, commit {same['commit']}, reads {card.read_bandwidth / 1e9:.0f} GB/s, T = {args.tokens}")
+    row = {**same, **measure(args.tokens, args.layers, card)}
+    print(json.dumps({name: round(x, 4) if isinstance(x, float) and x > 1e-3 else x for name, x in row.items()}))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with args.json.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
