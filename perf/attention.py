@@ -11,9 +11,9 @@ peer against float64 within the rounding of its 16-bit weights and output. Times
 alone are the profiler's. `read_share` is of the cold kernel alone: the page bytes that it must read over its time, as a
 share of the bandwidth of a read-only pass in the same run.
 
-Row: gpu commit B H G D T layout p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us gbs project_us
-kernel_us (cold) exact_us merge_us kernel_gbs read_share read_gbs budget_share peers {name: microseconds, or why there is no
-figure} torch triton date.
+Row: gpu commit B H G D T layout chunk align p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us gbs
+project_us kernel_us (cold) exact_us merge_us kernel_gbs read_share read_gbs budget_share peers {name: microseconds, or why
+there is no figure} torch triton date.
 The same arguments draw the same shapes; tables and plot: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -246,6 +246,8 @@ def row_of(
     names = {"best_peer": dense[0], "best_fp8": fp8[0]}
     return {
         **where,
+        "chunk": pages.chunk,
+        "align": pages.align,
         **rounded,
         **names,
         "peers": {n: t if isinstance(t, str) else float(f"{t:.4g}") for n, t in peers.items()},

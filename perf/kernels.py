@@ -25,6 +25,7 @@ from reference import compress as compress_oracle
 from reference import merge as merge_oracle
 from reference import pages as pages_oracle
 from reference import rope as rope_oracle
+from spectral_kernels.compress import STEP_SHARES
 from tests import budgets
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -133,6 +134,31 @@ def gram(card: Card) -> Kernel:
         budgets.check(sk.gram(x)[:, -1:], data.mT @ data, budgets.gram(data))
 
     return Kernel([partial(sk.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, f"G={KV_HEADS} T={tokens} D={DIM}")
+
+
+def fit_steps(card: Card) -> Kernel:
+    tokens, bands = 2048, preset_layout(LAYOUT, DIM).k
+    nbytes = 4 * KV_HEADS * bands.rank * (tokens + 1)
+    shape = (KV_HEADS, tokens, bands.rank)
+    samples = [torch.randn(shape, device=card.device) for _ in range(card.copies(nbytes))]
+
+    def check() -> None:
+        """The step is one of those tried, and its squared error, in float64, is as good as the least of theirs."""
+        c, step = numpy_of(samples[0][-1]), numpy_of(sk.fit_steps(samples[0], bands)[-1])
+        widest = np.abs(c).max(0) * 2.0 ** (1 - np.array(bands.bits))
+        tried = (1 - np.arange(STEP_SHARES) / 30)[:, None] * widest  # [shares, R]
+        budgets.check(np.abs(tried / step - 1).min(0), np.zeros(bands.rank), np.full(bands.rank, 8 * budgets.ACC))
+
+        def error(step: np.ndarray) -> np.ndarray:
+            return np.square(compress_oracle.quantise(c / step, bands.bands) * step - c).sum(0)
+
+        least = np.min([error(step) for step in tried], axis=0)
+        # T squares are added; of a coefficient and its code times the step a few roundings are left in each difference.
+        slack = (tokens + 8) * budgets.ACC * least + 16 * budgets.ACC * (step * np.abs(c).sum(0))
+        budgets.check(np.maximum(error(step) - least, 0.0), np.zeros(bands.rank), slack)
+
+    calls = [partial(sk.fit_steps, sample, bands) for sample in samples]
+    return Kernel(calls, nbytes, check, f"G={KV_HEADS} T={tokens} {bands}")
 
 
 def encode(card: Card, side: str) -> Kernel:
@@ -248,6 +274,7 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "phase_align": partial(rotate, chunk=ALIGN),
     "project_queries": project_queries,
     "gram": gram,
+    "fit_steps": fit_steps,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
     **{f"attend_spectral {name}": partial(attend_spectral, name=name) for name in LAYOUTS},

@@ -233,7 +233,9 @@ def test_benchmarks_check_what_they_time(name, monkeypatch):
 
 
 def test_benchmarks_run_every_public_kernel():
-    assert {name for _, name in operations()} <= {name.split()[0] for name in kernel_bench.KERNELS}
+    """Of the package; perf.compress times those inside it (eigenvectors)."""
+    public = {name for _, name in operations()} & set(kernel_bench.sk.__all__)
+    assert len(public) >= 10 and public <= {name.split()[0] for name in kernel_bench.KERNELS}
 
 
 # perf.attention
