@@ -25,6 +25,7 @@ Oracle: reference/attention.py.   Test: tests/test_attention.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -552,7 +553,7 @@ def _attend_spectral_kernel(
         scaled = ()
         for n in tl.static_range(RV // 16):
             scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient = acc[n]
+            coefficient: Any = acc[n]
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
@@ -748,7 +749,8 @@ def attend_spectral(
             float32 o [B, H, (Q,) N, D] and lse [B, H, (Q,) N], contiguous.
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
         splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
-        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards and runs anywhere.
+        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards (int8 sides:
+            attention_sm75.py, others: multiply and sum) and runs on any card from sm_75 on.
     Returns:
         (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
         over the cold tokens and `others`; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
@@ -792,79 +794,85 @@ def attend_spectral(
     each *= max(1, triton.cdiv(blocks, each) * kv_heads * rows // (4 * _launch.multiprocessors(q.device)))
     other_o, other_lse = others
     with torch.cuda.device_of(q):
-        _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
-            q4,
-            positions,
-            rope.turns,
-            pages.k_basis,
-            pages.k_scale,
-            pages.segment_table,
-            pages.lengths,
-            u,
-            unit,
-            bias,
-            blocks,
-            each,
-            queries,
-            kv_heads,
-            scale * LOG2_E,
-            rope.scaling**2,
-            *q4.stride()[:3],
-            positions.stride(0),
-            pages.segment_table.stride(0),
-            HG=group,
-            ALIGN=layout.align,
-            D=dim,
-            PAIRS=rope.turns.shape[0],
-            R=k_rank,
-            BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
-            GROUPS=layout.k.groups,
-            IS_FLOAT=layout.k.is_float,
-            MATRIX=matrix,
-            NATIVE=_launch.is_native(q),
-            **project,
-        )
-        _attend_spectral_kernel[(splits, kv_heads, rows)](
-            pages.k_pages,
-            pages.v_pages,
-            pages.skip,
-            u,
-            unit,
-            bias,
-            pages.v_basis,
-            pages.v_scale,
-            pages.page_table,
-            pages.segment_table,
-            pages.lengths,
-            c,
-            split_lse,
-            segments,
-            o,
-            o_lse,
-            blocks,
-            splits,
-            queries,
-            kv_heads,
-            pages.page_table.stride(0),
-            pages.segment_table.stride(0),
-            HG=group,
-            HG_PAD=pad,
-            C=layout.chunk,
-            ALIGN=layout.align,
-            D=dim,
-            RK=k_rank,
-            RV=layout.v.rank,
-            K_BYTES=layout.k.bytes,
-            V_BYTES=layout.v.bytes,
-            K_GROUPS=layout.k.groups,
-            V_GROUPS=layout.v.groups,
-            K_FLOAT=layout.k.is_float,
-            V_FLOAT=layout.v.is_float,
-            RUN=64,
-            MATRIX=matrix,
-            NATIVE=_launch.is_native(q),
-            **attend,
-        )
+        if not (matrix or layout.k.is_float or layout.v.is_float):
+            from . import attention_sm75  # it takes helpers from here
+
+            states = c, split_lse, segments, o, o_lse
+            attention_sm75._attend_old_cards(q4, positions, pages, rope, scale * LOG2_E, rope.scaling**2, states)
+        else:
+            _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
+                q4,
+                positions,
+                rope.turns,
+                pages.k_basis,
+                pages.k_scale,
+                pages.segment_table,
+                pages.lengths,
+                u,
+                unit,
+                bias,
+                blocks,
+                each,
+                queries,
+                kv_heads,
+                scale * LOG2_E,
+                rope.scaling**2,
+                *q4.stride()[:3],
+                positions.stride(0),
+                pages.segment_table.stride(0),
+                HG=group,
+                ALIGN=layout.align,
+                D=dim,
+                PAIRS=rope.turns.shape[0],
+                R=k_rank,
+                BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
+                GROUPS=layout.k.groups,
+                IS_FLOAT=layout.k.is_float,
+                MATRIX=matrix,
+                NATIVE=_launch.is_native(q),
+                **project,
+            )
+            _attend_spectral_kernel[(splits, kv_heads, rows)](
+                pages.k_pages,
+                pages.v_pages,
+                pages.skip,
+                u,
+                unit,
+                bias,
+                pages.v_basis,
+                pages.v_scale,
+                pages.page_table,
+                pages.segment_table,
+                pages.lengths,
+                c,
+                split_lse,
+                segments,
+                o,
+                o_lse,
+                blocks,
+                splits,
+                queries,
+                kv_heads,
+                pages.page_table.stride(0),
+                pages.segment_table.stride(0),
+                HG=group,
+                HG_PAD=pad,
+                C=layout.chunk,
+                ALIGN=layout.align,
+                D=dim,
+                RK=k_rank,
+                RV=layout.v.rank,
+                K_BYTES=layout.k.bytes,
+                V_BYTES=layout.v.bytes,
+                K_GROUPS=layout.k.groups,
+                V_GROUPS=layout.v.groups,
+                K_FLOAT=layout.k.is_float,
+                V_FLOAT=layout.v.is_float,
+                RUN=64,
+                MATRIX=matrix,
+                NATIVE=_launch.is_native(q),
+                **attend,
+            )
         _finish_spectral_kernel[(lse.numel(),)](
             c,
             split_lse,

@@ -1,4 +1,5 @@
-"""Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY ...` (75 80 86 89 90).
+"""Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY ...` (75 80 86 89 90 100
+120; --few: the layouts that CI has time for). `python -m perf.resources` keeps the rows.
 
 Launchers run on CPU tensors with `JITFunction.run` replaced: what they would launch is compiled for the capability instead,
 and one JSON line a kernel and case says what it needs. Runs in a process of its own, without TRITON_INTERPRET.
@@ -9,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,30 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-class Recorder:
-    """Stands in for JITFunction.run: compiles for the targets, launches nothing."""
+def check_operand_lanes(ttgir: str) -> None:
+    """The operands of inline mma.sync must lie where attention_sm75.py says: the last index of a tensor is the lane."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    for shape, name in re.findall(r'elementwise_inline_asm "mma\.sync.*?-> tensor<(\w+), (#\w+)>', ttgir):
+        rank, layout = shape.count("x"), layouts[name]
+        if "blocked" in layout:
+            spread, each = (
+                list(map(int, re.search(rf"{key} = \[([\d, ]+)\]", layout)[1].split(",")))  # type: ignore[index]
+                for key in ("threadsPerWarp", "sizePerThread")
+            )
+            good = spread == [1] * (rank - 1) + [32] and each[-1] == 1
+        else:
+            lanes = re.search(r"lane = (\[\[.*?\]\])", layout)
+            good = lanes is not None and json.loads(lanes[1]) == [[0] * (rank - 1) + [2**bit] for bit in range(5)]
+        assert good, f"operands of mma.sync, {shape}: lanes lie otherwise in {layout}"
 
-    def __init__(self, capability: int) -> None:
+
+class Recorder:
+    """Stands in for JITFunction.run: compiles for the target, launches nothing."""
+
+    def __init__(self, capability: int, report: Callable[[dict[str, Any], Any], None]) -> None:
+        """report: called with the row and the compiled kernel."""
         self.capability = capability
+        self.report = report
         self.case: dict[str, Any] = {}
         self.seen: set[str] = set()
         # A plain function, so that it binds to the kernel when it stands in for the method.
@@ -76,6 +96,7 @@ class Recorder:
         self.seen.add(key)
         source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
         kernel = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        check_operand_lanes(kernel.asm["ttgir"])
         registers, local = resources(kernel.asm["cubin"])
         row = {
             "kernel": function.__name__,
@@ -87,7 +108,7 @@ class Recorder:
             "shared_bytes": kernel.metadata.shared,
             "code_bytes": len(kernel.asm["cubin"]),
         }
-        print(json.dumps(row), flush=True)
+        self.report(row, kernel)
 
 
 def cases(few: bool) -> Iterator[tuple[str, sk.PageLayout, int]]:
@@ -130,18 +151,35 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     sk.merge_many_states(o, lse)
 
 
-def main() -> None:
-    capabilities = [int(arg) for arg in sys.argv[1:] if arg.isdigit()]
+def compile_all(
+    capability: int, few: bool, report: Callable[[dict[str, Any], Any], None], only: str = "", old: bool = False
+) -> None:
+    """Compile what the launchers would launch on a card of this capability; `only`: layouts whose name begins so; `old`: by
+    the path of cards before sm_80.
+
+    For the rest of the process launchers launch nothing.
+    """
+    matrix = capability >= 80 and not old
     _launch.KERNELS_ON_CPU = True
-    _launch.is_native = lambda x: True  # type: ignore[assignment]
-    for capability in capabilities:
-        matrix = capability >= 80
-        _launch.has_matrix_units = lambda device, matrix=matrix: matrix  # type: ignore[assignment,misc]
-        recorder = Recorder(capability)
-        JITFunction.run = recorder.run_of  # type: ignore[method-assign,assignment]
-        for name, layout, group in cases(few="--few" in sys.argv):
-            recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
+    _launch.is_native = lambda x: True
+    _launch.has_matrix_units = lambda device: matrix
+    recorder = Recorder(capability, report)
+    JITFunction.run = recorder.run_of
+    for name, layout, group in cases(few):
+        if name.startswith(only):
+            recorder.case = {
+                "layout": name,
+                "D": layout.head_dim,
+                "group": group,
+                "token_bytes": layout.token_bytes,
+                "align": layout.align,
+            }
             launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
+
+
+def main() -> None:
+    for capability in (int(arg) for arg in sys.argv[1:] if arg.isdigit()):
+        compile_all(capability, "--few" in sys.argv, lambda row, _: print(json.dumps(row), flush=True))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,19 @@ import pytest
 
 # Shared memory a block may use, bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+OLD_CARDS = {"_attend_operands_kernel", "_project_operand_kernel"}  # the cold path below sm_80
 KERNELS = {
     "_attend_exact_kernel",
     "_attend_spectral_kernel",
     "_decode_kernel",
     "_encode_kernel",
+    "_finish_spectral_kernel",
     "_gram_kernel",
     "_merge_many_states_kernel",
     "_merge_states_kernel",
+    "_project_kernel",
     "_project_queries_kernel",
     "_rotate_kernel",
-    "_split_query_kernel",
 }
 
 
@@ -30,8 +32,12 @@ def test_kernels_compile(capability: int) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {row["kernel"] for row in rows} == KERNELS
+    assert {row["kernel"] for row in rows} == KERNELS | (OLD_CARDS if capability < 80 else set())
     for row in rows:
         assert row["capability"] == capability
         assert 0 < row["registers"] <= 255, row
         assert row["shared_bytes"] <= SHARED_LIMIT[capability], row
+        if row["kernel"] in OLD_CARDS and row["D"] <= 128:
+            # 12 of these programs of one warp a multiprocessor (65,536 registers): enough loads in flight for memory.
+            assert row["registers"] <= 168, row
+            assert row["spills"] == 0, row

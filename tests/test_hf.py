@@ -41,7 +41,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
 }
 # Every component in fp16, and chunks compressed as soon as 128 tokens have left the window: the cold path, nearly lossless.
-LOSSLESS = Preset(k={64: "64x16"}, v={64: "64x16"}, chunk=32, window=32, min_fit=128)
+LOSSLESS = Preset(k={64: "64x16"}, v={64: "64x16"}, chunk=64, window=32, min_fit=128)
 # Few bytes, early: that tests reach pages with prompts of a few hundred tokens.
 LOSSY = Preset(k={64: "16x8+16x4+32x2"}, v={64: "16x4+48x2"}, chunk=32, window=32, min_fit=128)
 VOCAB = 512

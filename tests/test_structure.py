@@ -15,7 +15,7 @@ import spectral_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 # Keywords of launchers that a twin need not have: where to write, and how to launch.
-LAUNCH_ONLY = {"out", "lse", "out_lse", "splits", "matrix_units", "workspace"}
+LAUNCH_ONLY = {"out", "lse", "out_lse", "splits", "matrix_units", "workspace", "merged"}
 # hf.py is the only file that may import transformers; it holds no kernels.
 STEMS = sorted(m.name for m in pkgutil.iter_modules(spectral_kernels.__path__) if m.name != "hf")
 
