@@ -48,11 +48,11 @@ HEADS, DIMS = ("32/8", "64/8", "12/2", "32/32"), (128, 64)
 TARGETS = tuple(Shape(b, 32, 8, 128, t) for b, t in ((16, 65536), (1, 131072), (1, 32768), (1, 8192)))
 SMALL_SHAPES = ((1, 2048), (1, 32768), (16, 8192))  # B, T checked first: they compile all that the others launch
 PAGE = 64  # tokens of a FlashInfer page
-STEP_KERNELS = {  # what a step launches, by the columns of a row
-    "project_us": "_project_kernel",
-    "kernel_us": "_attend_spectral_kernel",
-    "exact_us": "_attend_exact_kernel",
-    "merge_us": "_finish_spectral_kernel",
+STEP_KERNELS = {  # what a step launches (one of these names), by the columns of a row
+    "project_us": ("_project_kernel", "_project_operand_kernel"),
+    "kernel_us": ("_attend_spectral_kernel", "_attend_operands_kernel"),
+    "exact_us": ("_attend_exact_kernel",),
+    "merge_us": ("_finish_spectral_kernel",),
 }
 
 
@@ -225,7 +225,7 @@ def row_of(
     """What the measurements say, rounded to what they are good for. kernels: microseconds by the kernel's name."""
     pages = preset_layout(layout, shape.dim)
     dense, fp8 = best(peers, False), best(peers, True)
-    alone = {column: kernels.get(kernel) for column, kernel in STEP_KERNELS.items()}
+    alone = {column: next((kernels[n] for n in names if n in kernels), None) for column, names in STEP_KERNELS.items()}
     kernel_gbs = ratio(shape.page_bytes(pages) / 1e3, alone["kernel_us"])
     numbers = {
         "p20_us": times.p20,
