@@ -17,7 +17,7 @@ from tests import budgets
 
 WINDOW, SINKS = 128, 4
 LAYOUTS = ("quality", "balanced", "small", "32x8")
-INT8_LAYOUT_CHUNK = 128  # what the kernel likes: half the projections of 64
+CHUNK, ALIGN = 128, 256  # of the speed tables, while presets align keys by chunk: fewer projections
 BOTH = ("exact", "cold")
 SCORE_STD = 2.0  # of real models: 1 to 3
 THETA = 1e6
@@ -26,10 +26,12 @@ THETA = 1e6
 def preset_layout(name: str, dim: int) -> sk.PageLayout:
     """The page layout of a preset at a head dimension; "32x8": 32 components of 8 bits for keys and for values."""
     if name == "32x8":
-        return sk.PageLayout(sk.Bands.parse(name), sk.Bands.parse(name), dim, INT8_LAYOUT_CHUNK)
+        return sk.PageLayout(sk.Bands.parse(name), sk.Bands.parse(name), dim, CHUNK, ALIGN)
     layout = sk.PRESETS[name].layout(dim)
     if layout is None:
         raise ValueError(f"name: expected a preset with cold pages, got {name!r}")
+    if layout.align == layout.chunk:
+        layout = dataclasses.replace(layout, chunk=CHUNK, align=ALIGN)
     return layout
 
 
@@ -59,7 +61,7 @@ class Shape:
         """Of live coefficients, skip bits and table entries: what the cold kernel must read."""
         chunks = -(-self.cold // layout.chunk)
         page = self.kv_heads * (self.cold * layout.token_bytes + chunks * layout.chunk // 8)
-        return self.batch * (page + 8 * chunks)
+        return self.batch * (page + 4 * chunks + 4 * -(-self.cold // layout.align))
 
     def step_bytes(self, layout: sk.PageLayout) -> int:
         """Of all that a decode step must read: pages, bases, exact tokens, queries."""
@@ -85,16 +87,16 @@ class Decode:
     rope: sk.Rope
     inv_freq: torch.Tensor
 
-    def attend_cold(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope)
+    def attend_cold(self, others: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope, others=others)
 
-    def attend_exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        chunk = self.pages.layout.chunk
-        return sk.attend_exact(self.q, self.positions, self.k, self.v, self.key_positions, self.rope, chunk=chunk)
+    def attend_exact(self, merged: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        exact, align = (self.k, self.v, self.key_positions), self.pages.layout.align
+        return sk.attend_exact(self.q, self.positions, *exact, self.rope, chunk=align, merged=merged)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a layer runs for a new token."""
-        return sk.merge_states(*self.attend_exact(), *self.attend_cold())
+        """What a layer runs for a new token (LayerCache.attend)."""
+        return self.attend_cold(self.attend_exact(merged=False))
 
 
 def make_decodes(
@@ -116,7 +118,7 @@ def make_decodes(
     pool.k_pages.random_(0, 256)
     pool.v_pages.random_(0, 256)
     pool.lengths.fill_(shape.cold)
-    pool.segment_table.copy_(torch.arange(batch, device=device)[:, None].expand(-1, chunks))
+    pool.segment_table.copy_(torch.arange(batch, device=device)[:, None].expand(-1, pool.max_blocks))
     for bands, basis, scale, std in (
         (layout.k, pool.k_basis, pool.k_scale, SCORE_STD),
         (layout.v, pool.v_basis, pool.v_scale, 1.0),
@@ -188,7 +190,8 @@ def expected(decode: Decode, b: int, g: int, parts: tuple[str, ...] = BOTH) -> E
     both is also allowed what joining two states may lose, as an error of each key's weight.
     """
     pages, shape, f64 = decode.pages, decode.shape, torch.float64
-    chunk, dim, group, acc = pages.layout.chunk, shape.dim, shape.heads // shape.kv_heads, budgets.ACC
+    chunk, align = pages.layout.chunk, pages.layout.align
+    dim, group, acc = shape.dim, shape.heads // shape.kv_heads, budgets.ACC
     q = decode.q[b, g * group : (g + 1) * group].double()
     turned = _turn(q, decode.positions[b].expand(group), decode.inv_freq)
     size = _pair_length(q)
@@ -196,7 +199,7 @@ def expected(decode: Decode, b: int, g: int, parts: tuple[str, ...] = BOTH) -> E
     scores, errors, values = [], [], []
     if "exact" in parts:
         k, at = decode.k[b, g].double(), decode.key_positions[b]
-        scores.append(softmax_scale * turned @ _turn(k, at - at % chunk, decode.inv_freq).T)
+        scores.append(softmax_scale * turned @ _turn(k, at - at % align, decode.inv_freq).T)
         relative = 2 * budgets.ANGLE + 2 * budgets.PRODUCT + (6 + 4 + dim) * acc
         errors.append(softmax_scale * relative * size @ _pair_length(k).T)
         values.append(decode.v[b, g].double())
@@ -217,17 +220,19 @@ def expected(decode: Decode, b: int, g: int, parts: tuple[str, ...] = BOTH) -> E
         k_codes, k_terms, k_vectors = side("k", pages.layout.k, pages.k_scale, pages.k_basis)
         v_codes, v_terms, v_vectors = side("v", pages.layout.v, pages.v_scale, pages.v_basis)
         at = torch.arange(length, device=q.device)
-        cold = softmax_scale * turned @ _turn(k_codes @ k_vectors, at - at % chunk, decode.inv_freq).T
+        cold = softmax_scale * turned @ _turn(k_codes @ k_vectors, at - at % align, decode.inv_freq).T
         scores.append(cold.masked_fill(~seen, float("-inf")))
-        starts = torch.arange(0, length, chunk, device=q.device)
-        distance = decode.positions[b] - starts  # [chunks]
+        starts = torch.arange(0, length, align, device=q.device)
+        distance = decode.positions[b] - starts  # [blocks]
         u = (
             _turn(q[:, None].expand(-1, len(starts), -1), distance, decode.inv_freq) @ k_vectors.T
-        ).abs()  # [H/G, chunks, R]
+        ).abs()  # [H/G, blocks, R]
         error = budgets.projection(dim) * (size @ k_vectors.abs().T) @ k_codes.abs().T
-        error += budgets.TURNED_SPLIT * size.amax(-1)[:, None] * (k_codes.abs() @ k_vectors.abs().sum(-1))
-        error += budgets.QUERY_SPLIT * u.amax(-1).repeat_interleave(chunk, 1)[:, :length] * k_codes.abs().sum(-1)
-        padded = torch.nn.functional.pad(k_terms, (0, 0, 0, len(starts) * chunk - length)).unflatten(0, (-1, chunk))
+        error += budgets.SPLIT * size.amax(-1)[:, None] * (k_codes.abs() @ k_vectors.abs().sum(-1))
+        low = torch.as_tensor(budgets.field_weights(pages.layout.k.bands), dtype=f64, device=q.device)
+        largest = (u / low).amax(-1).repeat_interleave(align, 1)[:, :length]
+        error += budgets.SPLIT * largest * (k_codes.abs() @ low)
+        padded = torch.nn.functional.pad(k_terms, (0, 0, 0, len(starts) * align - length)).unflatten(0, (-1, align))
         error += 8 * acc * torch.einsum("hcr,ctr->hct", u, padded).flatten(1)[:, :length]
         errors.append(softmax_scale * error)
         values.append((v_codes @ v_vectors).masked_fill(~seen[:, None], 0.0))
@@ -250,12 +255,12 @@ def expected(decode: Decode, b: int, g: int, parts: tuple[str, ...] = BOTH) -> E
         pad = tiles * budgets.TILE - shape.cold
         top = torch.nn.functional.pad(weight[:, exact:], (0, pad)).unflatten(1, (tiles, -1)).amax(-1)
         total = torch.nn.functional.pad(value[exact:].abs(), (0, 0, 0, pad)).unflatten(0, (tiles, -1)).sum(1)
-        o_error += budgets.WEIGHT_SPLIT * (1 + 1e-3) * top @ total
+        o_error += budgets.SPLIT * (1 + 1e-3) * top @ total
 
     adds = (min(score.shape[1], 2 * budgets.TILE) + 8) * acc
     seen_score = torch.where(score.isfinite(), score, 0.0)
     error = error + budgets.EXP + 4 * acc * (seen_score.abs() + lse.abs()[:, None])
-    if len(parts) == 2:  # merge_states: the parts' log-sum-exps are rounded, and so are its weights
+    if len(parts) == 2:  # joined: the parts' log-sum-exps are rounded, and so are its weights
         part_lse = torch.stack([torch.logsumexp(part, dim=1) for part in scores])
         gap, part_size = (part_lse - lse).abs().amax(0), part_lse.abs().amax(0)
         joined = budgets.EXP + budgets.LOG + adds + acc * (8 + 3 * gap + 3 * part_size + 2 * lse.abs())

@@ -3,15 +3,17 @@
     python -m perf.attention --quick                    four shapes, a minute
     python -m perf.attention --json                     all shapes; rows go to perf/results/attention.jsonl
 
-A step is what a layer runs for a new token: `attend_exact` over the newest 128 tokens and 4 sinks, `attend_spectral` (query
-projection, cold kernel, merge of its splits) over the others, `merge_states`. A peer reads all tokens in 16 bits (or fp8).
-Queries, keys and values are bf16, before sm_80 fp16. Each row and each peer is checked before it is timed: ours against
-float64 within a derived budget (perf/_cases.py), a peer against float64 within the rounding of its 16-bit weights and
-output. Times: perf/_timing.py. `read_share` is of the cold kernel alone (profiler): the page bytes that it must read over
-its time, as a share of the bandwidth of a read-only pass in the same run.
+A step is what a layer runs for a new token: `attend_exact` over the newest 128 tokens and 4 sinks, `attend_spectral` over
+the others (query projection, cold kernel, merge of all states). A peer reads all tokens in 16 bits (or fp8).
+Queries, keys and values are bf16, before sm_80 fp16. First every kernel variant is compiled and checked on small shapes;
+each row and each peer is checked again before it is timed: ours against float64 within a derived budget (perf/_cases.py), a
+peer against float64 within the rounding of its 16-bit weights and output. Times: perf/_timing.py. Those of a step's kernels
+alone are the profiler's. `read_share` is of the cold kernel alone: the page bytes that it must read over its time, as a
+share of the bandwidth of a read-only pass in the same run.
 
-Row: gpu commit B H G D T layout p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us gbs kernel_us
-kernel_gbs read_share read_gbs budget_share peers {name: microseconds, or why there is no figure} torch triton date.
+Row: gpu commit B H G D T layout chunk align p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us gbs
+project_us kernel_us (cold) exact_us merge_us kernel_gbs read_share read_gbs budget_share peers {name: microseconds, or why
+there is no figure} torch triton date.
 The same arguments draw the same shapes; tables and plot: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -44,7 +46,14 @@ BATCHES, TOKENS = (1, 4, 16, 64), (2048, 8192, 32768, 131072)
 HEADS, DIMS = ("32/8", "64/8", "12/2", "32/32"), (128, 64)
 # What README promises; measured first, and all of --quick.
 TARGETS = tuple(Shape(b, 32, 8, 128, t) for b, t in ((16, 65536), (1, 131072), (1, 32768), (1, 8192)))
+SMALL_SHAPES = ((1, 2048), (1, 32768), (16, 8192))  # B, T checked first: they compile all that the others launch
 PAGE = 64  # tokens of a FlashInfer page
+STEP_KERNELS = {  # what a step launches (one of these names), by the columns of a row
+    "project_us": ("_project_kernel", "_project_operand_kernel"),
+    "kernel_us": ("_attend_spectral_kernel", "_attend_operands_kernel"),
+    "exact_us": ("_attend_exact_kernel",),
+    "merge_us": ("_finish_spectral_kernel",),
+}
 
 
 @dataclass
@@ -208,15 +217,16 @@ def row_of(
     shape: Shape,
     layout: str,
     times: Times,
-    kernel_us: float | None,
+    kernels: dict[str, float],
     budget_share: float,
     peers: dict[str, float | str],
     read_bandwidth: float,
 ) -> dict[str, Any]:
-    """What the measurements say, rounded to what they are good for."""
+    """What the measurements say, rounded to what they are good for. kernels: microseconds by the kernel's name."""
     pages = preset_layout(layout, shape.dim)
     dense, fp8 = best(peers, False), best(peers, True)
-    kernel_gbs = ratio(shape.page_bytes(pages) / 1e3, kernel_us)
+    alone = {column: next((kernels[n] for n in names if n in kernels), None) for column, names in STEP_KERNELS.items()}
+    kernel_gbs = ratio(shape.page_bytes(pages) / 1e3, alone["kernel_us"])
     numbers = {
         "p20_us": times.p20,
         "p50_us": times.p50,
@@ -225,7 +235,7 @@ def row_of(
         "speedup": ratio(dense[1], times.p50),
         "best_fp8_us": fp8[1],
         "gbs": shape.step_bytes(pages) / 1e3 / times.p50,
-        "kernel_us": kernel_us,
+        **alone,
         "kernel_gbs": kernel_gbs,
         "read_share": ratio(kernel_gbs, read_bandwidth / 1e9),
         "read_gbs": read_bandwidth / 1e9,
@@ -236,6 +246,8 @@ def row_of(
     names = {"best_peer": dense[0], "best_fp8": fp8[0]}
     return {
         **where,
+        "chunk": pages.chunk,
+        "align": pages.align,
         **rounded,
         **names,
         "peers": {n: t if isinstance(t, str) else float(f"{t:.4g}") for n, t in peers.items()},
@@ -256,12 +268,17 @@ def measure(shape: Shape, layout: str, peers: dict[str, float | str], card: Card
     decodes = make_decodes(shape, pages, copies=copies, dtype=card.dtype, device=card.device)
     budget_share = check(decodes[0])
     times = device_times([decode.step for decode in decodes])
-    kernels = {name: us for name, us in kernel_times([d.attend_cold for d in decodes]).items() if "attend" in name}
-    return row_of(shape, layout, times, max(kernels.values(), default=None), budget_share, peers, card.read_bandwidth)
+    kernels = kernel_times([decode.step for decode in decodes])
+    return row_of(shape, layout, times, kernels, budget_share, peers, card.read_bandwidth)
+
+
+def split_heads(heads: str) -> tuple[int, int]:
+    query_heads, kv_heads = heads.split("/")
+    return int(query_heads), int(kv_heads)
 
 
 def shapes_of(args: argparse.Namespace) -> Iterator[Shape]:
-    """The shapes asked for, README's first."""
+    """The shapes asked for: what README promises, what its table shows besides, the others."""
 
     def asked(shape: Shape) -> bool:
         heads = f"{shape.heads}/{shape.kv_heads}"
@@ -277,11 +294,9 @@ def shapes_of(args: argparse.Namespace) -> Iterator[Shape]:
     if args.quick:
         return
     grid = itertools.product(args.heads or HEADS, args.dims or DIMS, args.tokens or TOKENS, args.batch or BATCHES)
-    for heads, dim, tokens, batch in grid:
-        query_heads, kv_heads = map(int, heads.split("/"))
-        shape = Shape(batch, query_heads, kv_heads, dim, tokens)
-        if shape not in seen:
-            yield shape
+    shapes = [Shape(batch, *split_heads(heads), dim, tokens) for heads, dim, tokens, batch in grid]
+    shapes.sort(key=lambda s: ((s.heads, s.kv_heads, s.dim) != (32, 8, 128), s.tokens != 32768))
+    yield from (shape for shape in shapes if shape not in seen)
 
 
 def needed_bytes(shape: Shape, layouts: Sequence[str], card: Card) -> int:
@@ -292,21 +307,49 @@ def needed_bytes(shape: Shape, layouts: Sequence[str], card: Card) -> int:
     return max([dense, *(n * card.copies(n) for n in steps)]) + reference + (2 << 30)
 
 
-def warm_up(card: Card, layouts: Sequence[str], heads: Sequence[str], dims: Sequence[int]) -> None:
-    """Compile what the shapes will launch, without timing anything: kernels land in Triton's cache on disk."""
-    for (query_heads, kv_heads), dim, layout in itertools.product((map(int, h.split("/")) for h in heads), dims, layouts):
-        for batch, tokens in ((1, 2048), (1, 32768), (16, 8192)):
-            shape = Shape(batch, query_heads, kv_heads, dim, tokens)
-            make_decodes(shape, preset_layout(layout, dim), copies=1, dtype=card.dtype, device=card.device)[0].step()
-    torch.cuda.synchronize()
+Variant = tuple[str, int, str]  # H/G, D, layout
 
 
-def compile_in_parallel(shapes: Sequence[Shape], layouts: Sequence[str]) -> None:
-    """One process a kernel variant (a compiler holds Python's lock), as many at a time as there are cores to spare."""
+def variants_of(shapes: Sequence[Shape], layouts: Sequence[str]) -> list[Variant]:
+    """What decides which kernels are compiled, in the shapes' order."""
+    return list(dict.fromkeys((f"{s.heads}/{s.kv_heads}", s.dim, layout) for s in shapes for layout in layouts))
+
+
+def check_small(card: Card, variant: Variant) -> float:
+    """`check` of a variant's steps at SMALL_SHAPES."""
+    heads, dim, layout = variant
+    worst = 0.0
+    for batch, tokens in SMALL_SHAPES:
+        shape = Shape(batch, *split_heads(heads), dim, tokens)
+        decodes = make_decodes(shape, preset_layout(layout, dim), copies=1, dtype=card.dtype, device=card.device)
+        worst = max(worst, check(decodes[0]))
+    return worst
+
+
+def failing(card: Card, variants: Sequence[Variant]) -> int:
+    """How many variants are wrong or broken; says which, and how near the others come to their budgets."""
+    failed, worst = 0, 0.0
+    for variant in variants:
+        try:
+            worst = max(worst, check_small(card, variant))
+        except Exception as error:  # the other variants are measured all the same
+            print(f"{variant}: FAILED, {reason(error)}", file=sys.stderr, flush=True)
+            failed += 1
+    right = len(variants) - failed
+    print(
+        f"checked on small shapes: {right} of {len(variants)} variants right, errors up to {worst:.2g} budgets", flush=True
+    )
+    return failed
+
+
+def compile_in_parallel(variants: Sequence[Variant]) -> None:
+    """One process a variant (a compiler holds Python's lock), as many at a time as there are cores to spare.
+
+    Kernels land in Triton's cache on disk.
+    """
     workers = (os.cpu_count() or 1) - 2
     if workers < 2:
         return  # Colab: it would be no faster
-    variants = sorted({(f"{s.heads}/{s.kv_heads}", s.dim, layout) for s in shapes for layout in layouts})
     waiting = [
         [sys.executable, "-m", "perf.attention", "--warm-up", "--heads", heads, "--dims", str(dim), "--layouts", layout]
         for heads, dim, layout in variants
@@ -317,14 +360,14 @@ def compile_in_parallel(shapes: Sequence[Shape], layouts: Sequence[str]) -> None
             running.append(subprocess.Popen(waiting.pop(0), cwd=ROOT, stderr=subprocess.DEVNULL))
         running = [process for process in running if process.poll() is None]
         time.sleep(0.05)
-    # A variant that fails to compile fails again, with its traceback, when it is measured.
+    # A variant that fails here fails again where it is checked next, which says so.
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of a run as text, a line each."""
     lines = [
-        f"{'shape':28} {'layout':9} {'p20':>8} {'p50 us':>8} {'p80':>8} {'GB/s':>6} {'kernel':>8} {'read':>5} "
-        f"{'budget':>6} {'speedup':>7}  best peer (best fp8)"
+        f"{'shape':28} {'layout':9} {'p20':>8} {'p50 us':>8} {'p80':>8} {'GB/s':>6} {'project':>7} {'cold':>7} "
+        f"{'exact':>6} {'merge':>6} {'read':>6} {'budget':>7} {'speedup':>7}  best peer (best fp8)"
     ]
     for row in rows:
 
@@ -336,7 +379,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         peer = "none" if row["best_peer"] is None else f"{row['best_peer_us']:.4g} {row['best_peer']}"
         lines.append(
             f"{shape!s:28} {row['layout']:9} {cell('p20_us', 8)} {cell('p50_us', 8)} {cell('p80_us', 8)} {cell('gbs', 6)} "
-            f"{cell('kernel_us', 8)} {cell('read_share', 5)} {cell('budget_share', 6)} {cell('speedup', 7)}  {peer}{fp8}"
+            f"{cell('project_us', 7)} {cell('kernel_us', 7)} {cell('exact_us', 6)} {cell('merge_us', 6)} "
+            f"{cell('read_share', 6)} {cell('budget_share', 7)} {cell('speedup', 7)}  {peer}{fp8}"
         )
     return "\n".join(lines)
 
@@ -351,12 +395,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = tuple(peer.name for peer in PEERS)
     parser.add_argument("--peers", nargs="+", choices=names, help="default all; with --quick all but flex")
     parser.add_argument("--quick", action="store_true", help="README's four shapes only")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape after so many seconds")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no shape that may end later")
     results = tables.RESULTS / "attention.jsonl"
     parser.add_argument("--json", type=Path, nargs="?", const=results, help=f"append rows (default file: {results})")
     parser.add_argument("--plot", type=Path, help="after measuring, draw speed-up against T from the rows of --json as PNG")
     parser.add_argument("--commit", help="what rows say is measured; default: git's word")
-    parser.add_argument("--warm-up", action="store_true", help="compile only")
+    parser.add_argument("--warm-up", action="store_true", help="compile and check on small shapes only")
     args = parser.parse_args(argv)
     if args.plot and not args.json:
         parser.error("--plot: expected --json beside it, whose rows it draws")
@@ -378,12 +422,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except NoCard as error:
         print(f"perf.attention: {error}", file=sys.stderr)
         return 2
-    if args.warm_up:
-        warm_up(card, args.layouts, args.heads or HEADS, args.dims or DIMS)
-        return 0
     shapes = list(shapes_of(args))
+    variants = variants_of(shapes, args.layouts)
+    if args.warm_up:
+        return 1 if failing(card, variants) else 0
     wanted = args.peers or [peer.name for peer in PEERS if not (args.quick and peer.name == "flex")]
-    compile_in_parallel(shapes, args.layouts)
+    compile_in_parallel(variants)
     same = {
         "gpu": card.name,
         **versions(args.commit),
@@ -393,9 +437,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{card.name}, commit {same['commit']}, {card.dtype}, read-only pass {card.read_bandwidth / 1e9:.0f} GB/s",
         flush=True,
     )
-    rows, failed = [], 0
+    failed = failing(card, variants)
+    rows, longest = [], 0.0
     for index, shape in enumerate(shapes):
-        if time.monotonic() - begin > args.seconds:
+        started = time.monotonic()
+        if started - begin + longest > args.seconds:
             print(f"--seconds: {len(shapes) - index} shapes not measured, from {shape} on", file=sys.stderr)
             break
         need, free = needed_bytes(shape, args.layouts, card), card.free
@@ -418,6 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 with args.json.open("a") as file:
                     file.write(json.dumps(row) + "\n")
+        longest = max(longest, time.monotonic() - started)
     print(table(rows))
     if args.plot:
         tables.plot_attention(tables.read_rows(args.json), args.plot)

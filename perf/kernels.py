@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 import spectral_kernels as sk
-from perf._cases import LAYOUTS, Shape, check_state, make_decodes, preset_layout
+from perf._cases import ALIGN, LAYOUTS, Shape, check_state, make_decodes, preset_layout
 from perf._timing import Call, Card, NoCard, device_times
 from reference import compress as compress_oracle
 from reference import merge as merge_oracle
 from reference import pages as pages_oracle
 from reference import rope as rope_oracle
+from spectral_kernels.compress import STEP_SHARES
 from tests import budgets
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -91,36 +92,37 @@ def project_queries(card: Card) -> Kernel:
     shape, layout = Shape(4, HEADS, KV_HEADS, DIM, context_of(card)), preset_layout(LAYOUT, DIM)
     decode = make_decodes(shape, layout, copies=1, dtype=card.dtype, device=card.device)[0]
     pages, rank = decode.pages, layout.k.rank
-    size = 4 * shape.batch * HEADS * pages.max_chunks * rank
-    outs = [torch.empty(shape.batch, HEADS, pages.max_chunks, rank, device=card.device) for _ in range(card.copies(size))]
+    size = 4 * shape.batch * HEADS * pages.max_blocks * rank
+    outs = [torch.empty(shape.batch, HEADS, pages.max_blocks, rank, device=card.device) for _ in range(card.copies(size))]
     calls = [partial(sk.project_queries, decode.q, decode.positions, pages, decode.rope, out=out) for out in outs]
 
     def check() -> None:
-        part = part_of(pages, pages.max_chunks - 4)  # four chunks of row 0 and KV head 0; the query as far from them
+        part, start = part_of(pages, blocks=2)  # of row 0 and KV head 0; the query as far from them
         group = HEADS // KV_HEADS
         q = numpy_of(decode.q[:1, :group, None])
-        position = decode.positions[:1, None].cpu().numpy() - (pages.max_chunks - 4) * layout.chunk
+        position = decode.positions[:1, None].cpu().numpy() - start
         inv_freq = decode.inv_freq.cpu().numpy()
         names = (part.k_basis, part.k_scale, part.segment_table, part.lengths)
-        want = rope_oracle.project_queries(q, position, *names, inv_freq, 1.0, layout.chunk)
-        got = calls[0]()[:1, :group, None, -4:]
+        want = rope_oracle.project_queries(q, position, *names, inv_freq, 1.0, layout.align)
+        got = calls[0]()[:1, :group, None, -2:]
         budgets.check(got, want, budgets.project_queries(q, want, part, inv_freq, 1.0))
 
     nbytes = size + decode.q.nbytes + pages.k_basis.nbytes + pages.k_scale.nbytes
     return Kernel(calls, nbytes, check, str(shape))
 
 
-def part_of(pages: sk.Pages, first: int) -> pages_oracle.PageArrays:
-    """The chunks of row 0 from `first` on, and KV head 0, as the oracle takes them."""
-    table = pages.page_table[0, first:].long()
+def part_of(pages: sk.Pages, blocks: int) -> tuple[pages_oracle.PageArrays, int]:
+    """The last blocks of alignment of row 0 and KV head 0, as the oracle takes them, and their first position."""
+    layout = pages.layout
+    start = (pages.max_blocks - blocks) * layout.align
+    table = pages.page_table[0, start // layout.chunk :].long()
     data = [getattr(pages, name)[table, :1] for name in ("k_pages", "v_pages", "skip")]
     segment = int(pages.segment_table[0, 0])
     bases = [getattr(pages, name)[segment : segment + 1, :1] for name in ("k_basis", "k_scale", "v_basis", "v_scale")]
-    layout, chunks = pages.layout, len(table)
-    length = int(pages.lengths[0]) - first * layout.chunk
-    tables = (np.arange(chunks, dtype=np.int32)[None], np.zeros((1, chunks), np.int32), np.array([length], np.int32))
-    sizes = (layout.k.bands, layout.v.bands, layout.head_dim, layout.chunk)
-    return pages_oracle.PageArrays(*sizes, *(x.cpu().numpy() for x in data + bases), *tables)  # type: ignore[call-arg]
+    length = np.array([int(pages.lengths[0]) - start], np.int32)
+    tables = (np.arange(len(table), dtype=np.int32)[None], np.zeros((1, blocks), np.int32), length)
+    sizes = (layout.k.bands, layout.v.bands, layout.head_dim, layout.chunk, layout.align)
+    return pages_oracle.PageArrays(*sizes, *(x.cpu().numpy() for x in data + bases), *tables), start  # type: ignore[call-arg]
 
 
 def gram(card: Card) -> Kernel:
@@ -132,6 +134,31 @@ def gram(card: Card) -> Kernel:
         budgets.check(sk.gram(x)[:, -1:], data.mT @ data, budgets.gram(data))
 
     return Kernel([partial(sk.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, f"G={KV_HEADS} T={tokens} D={DIM}")
+
+
+def fit_steps(card: Card) -> Kernel:
+    tokens, bands = 2048, preset_layout(LAYOUT, DIM).k
+    nbytes = 4 * KV_HEADS * bands.rank * (tokens + 1)
+    shape = (KV_HEADS, tokens, bands.rank)
+    samples = [torch.randn(shape, device=card.device) for _ in range(card.copies(nbytes))]
+
+    def check() -> None:
+        """The step is one of those tried, and its squared error, in float64, is as good as the least of theirs."""
+        c, step = numpy_of(samples[0][-1]), numpy_of(sk.fit_steps(samples[0], bands)[-1])
+        widest = np.abs(c).max(0) * 2.0 ** (1 - np.array(bands.bits))
+        tried = (1 - np.arange(STEP_SHARES) / 30)[:, None] * widest  # [shares, R]
+        budgets.check(np.abs(tried / step - 1).min(0), np.zeros(bands.rank), np.full(bands.rank, 8 * budgets.ACC))
+
+        def error(step: np.ndarray) -> np.ndarray:
+            return np.square(compress_oracle.quantise(c / step, bands.bands) * step - c).sum(0)
+
+        least = np.min([error(step) for step in tried], axis=0)
+        # T squares are added; of a coefficient and its code times the step a few roundings are left in each difference.
+        slack = (tokens + 8) * budgets.ACC * least + 16 * budgets.ACC * (step * np.abs(c).sum(0))
+        budgets.check(np.maximum(error(step) - least, 0.0), np.zeros(bands.rank), slack)
+
+    calls = [partial(sk.fit_steps, sample, bands) for sample in samples]
+    return Kernel(calls, nbytes, check, f"G={KV_HEADS} T={tokens} {bands}")
 
 
 def encode(card: Card, side: str) -> Kernel:
@@ -166,12 +193,11 @@ def decode(card: Card, side: str) -> Kernel:
     call = partial(sk.decode, pages, side=side)
 
     def check() -> None:
-        part = part_of(pages, pages.max_chunks - 2)
+        part, start = part_of(pages, blocks=2)
         keys, values, _ = pages_oracle.rebuild(part, 0)
         codes = pages_oracle.coefficients(part, 0)[0 if side == "k" else 1][0]
         basis, scale = (part.k_basis, part.k_scale) if side == "k" else (part.v_basis, part.v_scale)
         want = (keys if side == "k" else values)[0]
-        start = (pages.max_chunks - 2) * layout.chunk
         got = call()[0, 0, start : start + len(want)]
         budgets.check(got, want, budgets.decode(codes, bands.bands, basis[0, 0], scale[0, 0]))
 
@@ -245,9 +271,10 @@ def check_merged(got: tuple[torch.Tensor, torch.Tensor], o: np.ndarray, lse: np.
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "rotate": partial(rotate, chunk=None),
-    "phase_align": partial(rotate, chunk=64),
+    "phase_align": partial(rotate, chunk=ALIGN),
     "project_queries": project_queries,
     "gram": gram,
+    "fit_steps": fit_steps,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
     **{f"attend_spectral {name}": partial(attend_spectral, name=name) for name in LAYOUTS},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from perf._cases import Shape, check_state, expected, make_decodes
 from reference import attention as attention_oracle
 from reference import rope as rope_oracle
 from reference.pages import PageArrays
+from spectral_kernels import attention, attention_sm75
 from tests import budgets
 from tests.cases import DEVICE, kernels, to_numpy
 from tests.test_structure import operations
@@ -28,7 +30,7 @@ CPU = torch.device("cpu")
 
 def small_decode(layout: str, dim: int = 64, batch: int = 2) -> _cases.Decode:
     torch.manual_seed(3)
-    shape = Shape(batch, 4, 2, dim, 128 + 3 * 64)
+    shape = Shape(batch, 4, 2, dim, 128 + 5 * 64)
     return make_decodes(shape, _cases.preset_layout(layout, dim), copies=2, dtype=torch.float32, device=CPU)[1]
 
 
@@ -36,7 +38,8 @@ def arrays_of(decode: _cases.Decode) -> PageArrays:
     pages = decode.pages
     names = "k_pages v_pages skip k_basis k_scale v_basis v_scale page_table segment_table lengths".split()
     bands = (pages.layout.k.bands, pages.layout.v.bands)
-    return PageArrays(*bands, pages.layout.head_dim, pages.layout.chunk, *(getattr(pages, n).numpy() for n in names))
+    sizes = (pages.layout.head_dim, pages.layout.chunk, pages.layout.align)
+    return PageArrays(*bands, *sizes, *(getattr(pages, n).numpy() for n in names))
 
 
 @pytest.mark.parametrize("layout", _cases.LAYOUTS)
@@ -47,10 +50,10 @@ def test_reference_and_budget_are_those_of_the_oracle(layout):
     q, positions = to_numpy(decode.q)[:, :, None], decode.positions.numpy()[:, None]
     oracle = attention_oracle.spectral(q, positions, arrays, inv_freq)
     names = (arrays.k_basis, arrays.k_scale, arrays.segment_table, arrays.lengths)
-    u = rope_oracle.project_queries(q, positions, *names, inv_freq, 1.0, arrays.chunk)
+    u = rope_oracle.project_queries(q, positions, *names, inv_freq, 1.0, arrays.align)
     o_budget, lse_budget = budgets.attend_spectral(q, oracle, arrays, u, inv_freq)
     exact = attention_oracle.exact(
-        q, positions, to_numpy(decode.k), to_numpy(decode.v), decode.key_positions.numpy(), inv_freq, chunk=arrays.chunk
+        q, positions, to_numpy(decode.k), to_numpy(decode.v), decode.key_positions.numpy(), inv_freq, chunk=arrays.align
     )
     for b, g in ((0, 0), (1, 1)):
         own = slice(2 * g, 2 * g + 2)
@@ -69,9 +72,9 @@ def test_reference_and_budget_are_those_of_the_oracle(layout):
 
 def test_exact_reference_and_budget_are_those_of_the_oracle():
     decode = small_decode("32x8")
-    inv_freq, chunk = decode.inv_freq.numpy(), decode.pages.layout.chunk
+    inv_freq, align = decode.inv_freq.numpy(), decode.pages.layout.align
     q, k, at = to_numpy(decode.q)[:, :, None], to_numpy(decode.k), decode.key_positions.numpy()
-    oracle = attention_oracle.exact(q, decode.positions.numpy()[:, None], k, to_numpy(decode.v), at, inv_freq, chunk=chunk)
+    oracle = attention_oracle.exact(q, decode.positions.numpy()[:, None], k, to_numpy(decode.v), at, inv_freq, chunk=align)
     o_budget, lse_budget = budgets.attend_exact(q, oracle, k, np.ones(k.shape[:3], bool), inv_freq)
     got = expected(decode, 1, 0, ("exact",))
     np.testing.assert_allclose(got.o.numpy(), oracle.o[1, :2, 0], rtol=0, atol=1e-12)
@@ -92,6 +95,7 @@ def test_a_step_passes_and_wrong_ones_do_not():
         check_state(decode, (o, lse * 1.4427))
     with pytest.raises(AssertionError, match="not finite"):
         check_state(decode, (o, lse * torch.inf))
+    decode = small_decode("32x8", dim=128)  # fields of 2 bits have wider budgets
     decode.pages.skip.zero_()
     sinks_twice = decode.step()
     decode.pages.skip[decode.pages.page_table[:, 0].long(), :, 0] = 15
@@ -111,7 +115,7 @@ def test_scores_have_the_stated_spread():
 
 def test_bytes_are_those_of_the_tensors():
     """What a step must read, against the tensors that hold it (the page pool has a page for every chunk, no more)."""
-    shape, layout = Shape(3, 4, 2, 64, 128 + 2 * 64), _cases.preset_layout("balanced", 64)
+    shape, layout = Shape(3, 4, 2, 64, 128 + 3 * 128), _cases.preset_layout("balanced", 64)
     decode = make_decodes(shape, layout, copies=1, dtype=torch.float16, device=CPU)[0]
     pages = decode.pages
     read = (pages.k_pages, pages.v_pages, pages.skip, pages.page_table, pages.segment_table)
@@ -230,7 +234,9 @@ def test_benchmarks_check_what_they_time(name, monkeypatch):
 
 
 def test_benchmarks_run_every_public_kernel():
-    assert {name for _, name in operations()} <= {name.split()[0] for name in kernel_bench.KERNELS}
+    """Of the package; perf.compress times those inside it (eigenvectors)."""
+    public = {name for _, name in operations()} & set(kernel_bench.sk.__all__)
+    assert len(public) >= 10 and public <= {name.split()[0] for name in kernel_bench.KERNELS}
 
 
 # perf.attention
@@ -295,8 +301,9 @@ def run_job(monkeypatch, *arguments: str) -> int:
     """perf.attention with a stand-in for the card; "device times" are made up, everything else runs."""
     monkeypatch.setattr(job.Card, "current", classmethod(lambda cls: CARD))
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and _timing.Times(10.0, 20.0, 30.0))
-    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0, "_merge": 99.0})
-    monkeypatch.setattr(job, "compile_in_parallel", lambda shapes, layouts: None)
+    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0, "_project_kernel": 3.0})
+    monkeypatch.setattr(job, "compile_in_parallel", lambda variants: None)
+    monkeypatch.setattr(job, "SMALL_SHAPES", ((2, 512),))
     monkeypatch.setattr(job, "PEERS", (job.Peer("math", partial(job.sdpa, SDPBackend.MATH, True)),))
     monkeypatch.setattr(job, "needed_bytes", lambda shape, layouts, card: shape.batch << 27)
     return job.main(arguments)
@@ -322,11 +329,12 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
         assert row["p20_us"] == 10 and row["p50_us"] == 20 and row["p80_us"] == 30
         assert row["best_peer"] == "math" and row["speedup"] == 1 and row["best_fp8"] is None
         assert 0 < row["budget_share"] <= 1
-    # 384 cold tokens of 2 KV heads at 64 bytes, 16 bytes of skip bits a chunk and head, 8 bytes of tables a chunk.
-    read = 2 * (384 * 64 + 3 * 16) + 3 * 8
+        assert (row["kernel_us"], row["project_us"], row["exact_us"], row["merge_us"]) == (16, 3, None, None)  # seen or not
+    # 384 cold tokens of 2 KV heads at 64 bytes, 16 bytes of skip bits a chunk and head, 4 of tables a chunk and a block.
+    read = 2 * (384 * 64 + 3 * 16) + 4 * 3 + 4 * 2
     assert rows[1]["kernel_gbs"] == pytest.approx(read / 16e3, rel=1e-3)
     assert rows[1]["read_share"] == pytest.approx(read / 16e3, rel=1e-3)  # of 1 GB/s
-    assert shown.out.count("\n") == 4
+    assert "2 of 2 variants right" in shown.out.splitlines()[1] and shown.out.count("\n") == 5
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
@@ -335,7 +343,27 @@ def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(_cases.Decode, "step", lambda self: tuple(x * 1.01 for x in step(self)))
     rows_file = tmp_path / "rows.jsonl"
     assert run_job(monkeypatch, *SMALL, "--json", str(rows_file)) == 1
-    assert "times the budget" in capsys.readouterr().err and tables.read_rows(rows_file) == []
+    shown = capsys.readouterr()
+    assert "0 of 2 variants right" in shown.out and "times the budget" in shown.err and tables.read_rows(rows_file) == []
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
+def test_no_shape_begins_that_may_end_too_late(monkeypatch, tmp_path, capsys):
+    """A shape is made to take 40 s: of two, one fits in 60 s."""
+    now = [0.0]
+    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
+    time_peers = job.time_peers
+    monkeypatch.setattr(job, "time_peers", lambda *args: now.__setitem__(0, now[0] + 40.0) or time_peers(*args))
+    asked = ("--batch", "1", "--tokens", "512", "1024", "--heads", "4/2", "--dims", "64", "--layouts", "32x8")
+    rows_file = tmp_path / "rows.jsonl"
+    assert run_job(monkeypatch, *asked, "--seconds", "60", "--json", str(rows_file)) == 0
+    assert "--seconds: 1 shapes not measured, from B=1 H=4/2 D=64 T=1024 on" in capsys.readouterr().err
+    assert [row["T"] for row in tables.read_rows(rows_file)] == [512]
+
+
+def test_the_kernels_of_a_step_are_the_library_s():
+    for name in itertools.chain(*job.STEP_KERNELS.values()):
+        assert hasattr(attention, name) or hasattr(attention_sm75, name), name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
@@ -351,6 +379,8 @@ def test_shapes():
     assert quick == list(job.TARGETS)
     everything = list(job.shapes_of(job.parse([])))
     assert everything[:4] == quick and len(set(everything)) == len(everything) == 4 * 4 * 4 * 2 + 1
+    shown = [(s.heads, s.kv_heads, s.dim) == (32, 8, 128) or s.tokens == 32768 for s in everything]
+    assert all(shown[: sum(shown)])  # what README's table shows comes before the others
     asked = list(job.shapes_of(job.parse(["--batch", "1", "--heads", "32/8", "--dims", "128"])))
     assert {(s.batch, s.heads, s.kv_heads, s.dim) for s in asked} == {(1, 32, 8, 128)}
 
@@ -368,7 +398,9 @@ def test_arguments_are_refused(wrong, capsys):
 def made_up_row(**changes) -> dict:
     times = _timing.Times(9.0, 10.0, 11.0)
     shape = Shape(16, 32, 8, 128, 65536)
-    row = job.row_of(shape, "balanced", times, 8.0, 0.5, {"cudnn": 42.0, "flex": "ImportError"}, 4.5e12)
+    row = job.row_of(
+        shape, "balanced", times, {"_attend_spectral_kernel": 8.0}, 0.5, {"cudnn": 42.0, "flex": "ImportError"}, 4.5e12
+    )
     return {"gpu": "a card", "commit": "abc1234", **row, **changes}
 
 
