@@ -187,8 +187,8 @@ class Pages:
         check_tensor("v_scale", self.v_scale, shape=(segments, heads, lay.v.rank), dtype=f32, device=device)
         check_tensor("page_table", self.page_table, shape=(None, None), dtype=i32, device=device, unit_stride=True)
         batch = self.page_table.shape[0]
-        shape = (batch, self.max_blocks)
-        check_tensor("segment_table", self.segment_table, shape=shape, dtype=i32, device=device, unit_stride=True)
+        blocks = (batch, self.max_blocks)
+        check_tensor("segment_table", self.segment_table, shape=blocks, dtype=i32, device=device, unit_stride=True)
         check_tensor("lengths", self.lengths, shape=(batch,), dtype=i32, device=device, unit_stride=True)
         for name in ("k_pages", "v_pages", "skip", "k_basis", "k_scale", "v_basis", "v_scale"):
             if not getattr(self, name).is_contiguous():

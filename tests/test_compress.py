@@ -437,7 +437,7 @@ def decode_oracle(arrays: pages_oracle.PageArrays, side: str) -> tuple[F64, F64]
         length = int(arrays.lengths[b])
         out[b, :, :length] = keys if side == "k" else values
         for start in range(0, length, arrays.chunk):
-            segment = arrays.segment_table[b, start // arrays.chunk]
+            segment = arrays.segment_table[b, start // arrays.align]
             for g in range(groups):
                 part = slice(start, min(start + arrays.chunk, length))
                 budget[b, g, part] = budgets.decode(codes[g, part], bands, basis[segment, g], scale[segment, g])

@@ -144,7 +144,7 @@ def draw_spec(draw: Draw, layout: Layout, implementation: str) -> PageSpec:
         skip=draw.of("skip", 0.0, 0.1, 0.5, 0.95),
         spare_chunks=draw.int("spare_chunks", 0, 2),
         mixed=draw.of("mixed", True, False),
-        align=layout.chunk * draw.of("align", 1, 1, 2, 4),
+        align=layout.chunk * draw.of("align", 1, 4),
     )
 
 
