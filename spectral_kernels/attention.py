@@ -515,8 +515,9 @@ def _attend_spectral_kernel(
             seen = tl.reshape(seen, [64])
             s = tl.where(seen[:, None], s, float("-inf"))  # [64, HG_PAD]
             m_tile = tl.max(s, 0)
-            # Weights in units of 1 / _FULL of the tile's largest.
-            p = tl.exp2(s - (tl.where(m_tile == float("-inf"), 0.0, m_tile) - _LOG2_FULL)[None, :])
+            # Weights in units of 1 / _FULL of the tile's largest. The difference first: scores may be 1e7, and the largest
+            # weight must be _FULL exactly enough to fit its int8 parts.
+            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :]) + _LOG2_FULL)
             m_new = tl.maximum(m, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
             old = tl.exp2(m - top)

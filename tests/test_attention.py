@@ -149,7 +149,7 @@ def test_splits(rng, splits):
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 30.0, 1e4, 1e6, 1e7, 3e7])
 def test_query_magnitudes(rng, implementation, size):
     """From scores that are all alike to a softmax that is one token."""
     arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 64, 1, (90,)))
