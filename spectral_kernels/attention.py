@@ -6,7 +6,7 @@ Cold.   With the projected query u of each block of alignment (rope.py) and the 
 
 no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums are integer dots. A
 turned query, a projected query u (once a block) and the weights (once a tile of 64 tokens) are split as
-256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate exactly in int32, and 256 hi + lo is formed there.
+256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate exactly in int32, where 256 hi + lo is formed.
 Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shifted, so a field that starts at bit b holds
 2**b times its code; u has 2**-b in it. A 16-bit side uses three-product tf32 dots instead.
 
@@ -1064,6 +1064,7 @@ def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     scale = _check_attention(q, positions, kv_heads, dim, batch, rope, scale)
     check_tensor("k", k, device=q.device)
+    _launch.check_bf16("k", k)
     check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=q.device, unit_stride=True)
     check_tensor("key_positions", key_positions, dtype=torch.int32, device=q.device, unit_stride=True)
     if tuple(key_positions.shape) not in ((batch, tokens), (batch, kv_heads, tokens)):
