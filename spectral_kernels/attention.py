@@ -174,11 +174,32 @@ def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
     return y
 
 
+# Thread t of four holds columns 4t .. 4t + 3 of both blocks of an operand. Up to Triton 3.7 it wants them as 8 columns in a
+# row, since 3.8 as two runs of 4 that are 16 apart: the order that leaves them where they are. Products are the same.
+_EIGHT_IN_A_ROW = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+
+
 @triton.jit
 def _side_by_side(x, y):
-    """Two blocks [64, 16] as [64, 32]: columns 8t + b of x for b < 4, of y for b >= 4. `_project_rows` stores u so"""
-    x = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
-    return tl.reshape(tl.permute(x, [0, 1, 3, 2]), [64, 32])
+    """Two blocks [64, 16] as [64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_kernel` stores u so."""
+    if _EIGHT_IN_A_ROW:
+        both = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
+        both = tl.permute(both, [0, 1, 3, 2])
+    else:
+        both = tl.permute(tl.join(x, y), [0, 2, 1])
+    return tl.reshape(both, [64, 32])
+
+
+@triton.jit
+def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
+    """[M, R] whose columns 8 j + 2 t + e of every 32 lie in thread t of four, and are components 16 (j div 2) + 4 t +
+    2 (j mod 2) + e, in the order of `_side_by_side`."""
+    x = tl.reshape(x, [M, R // 32, 2, 2, 4, 2])
+    if _EIGHT_IN_A_ROW:
+        x = tl.permute(x, [0, 1, 4, 2, 3, 5])
+    else:
+        x = tl.permute(x, [0, 1, 2, 4, 3, 5])
+    return tl.reshape(x, [M, R])
 
 
 @triton.jit
@@ -312,7 +333,7 @@ def _project_kernel(
         for n in tl.static_range(len(pairs)):
             scaled = scaled + (pairs[n] * full,)
         column = tl.arange(0, BLOCK_R)
-        # The component of a product's column: see the stores below.
+        # The component of a product's column: see `_by_thread`.
         r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
         weight = tl.full([BLOCK_R], 1.0, dtype=tl.float32)
         offset = tl.zeros([BLOCK_R], dtype=tl.float32)
@@ -379,9 +400,7 @@ def _project_kernel(
                 out = row_out + start * HG_PAD
                 tl.store(unit_ptr + out, unit, mask=live)
                 tl.store(bias_ptr + out, tl.sum(value * offset[None, :], 1) * unit, mask=live)
-                # Columns 8 j + 2 t + e of every 32 lie in thread t of four: they go to bytes 8 t + 2 j + e.
-                hi = tl.reshape(tl.permute(tl.reshape(hi, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
-                lo = tl.reshape(tl.permute(tl.reshape(lo, [M, BLOCK_R // 32, 4, 4, 2]), [0, 1, 3, 2, 4]), [M, BLOCK_R])
+                hi, lo = _by_thread(hi, M, BLOCK_R), _by_thread(lo, M, BLOCK_R)
                 u_row = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
                 u_row += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
                 stored = live[:, None] & (column < STEPS * 32)[None, :]
