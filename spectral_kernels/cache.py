@@ -137,6 +137,13 @@ class LayerCache:
         return [n * self.preset.chunk for n in self.chunks]
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes that one more cold token costs in the long run: its coefficients, skip bits and share of the tables."""
+        if self.layout is None:
+            return self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
+        return self.kv_heads * (self.layout.token_bytes + 1 / 8) + 2 * 4 / self.preset.chunk
+
+    @property
     def nbytes(self) -> int:
         exact = (self.k, self.v, self.key_positions, self.length)
         encoders = [t for pair in self.encoders.values() for t in pair]
@@ -641,6 +648,11 @@ class SpectralCache:
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds (not of what belongs to the model: frequencies, metrics of V)."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that one more cold token of one row costs in the long run, all layers."""
+        return sum(layer.token_bytes for layer in self.layers)
 
     def append(
         self,
