@@ -102,7 +102,7 @@ class Prefix:
 
 
 class Stored(NamedTuple):
-    """What a scheme gives back: rotated keys and values [1, G, N - 1, D], one pair a layer; its bytes, and of a cold token."""
+    """What a scheme gives back: rotated keys and values [1, G, N - 1, D], a pair a layer; its bytes, and of a cold token."""
 
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     nbytes: float
@@ -136,8 +136,9 @@ def needle_questions(count: int, seed: int) -> list[Question]:
     for i in range(count):
         place = PLACES[i % len(PLACES)] + (f" number {i // len(PLACES) + 1}" if i >= len(PLACES) else "")
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
-        says = f"he secret access code of the {place} is"
-        questions.append(Question(f"T{says} {code}.", f"Question: What is t{says[:-3]}?\nAnswer: T{says}", f" {code}."))
+        what = f"secret access code of the {place}"
+        asked = f"Question: What is the {what}?\nAnswer: The {what} is"
+        questions.append(Question(f"The {what} is {code}.", asked, f" {code}."))
     return questions
 
 
@@ -201,9 +202,8 @@ def _with_questions(
 @torch.no_grad()
 def read_prefix(model: Any, case: Case) -> Prefix:
     """Keys, values and queries of the context but its last token, which is the first to predict from."""
-    collect = Preset(
-        k=_any_bands(), v=_any_bands(), min_fit=case.ids.shape[1]
-    )  # a cache that never compresses, with queries
+    bands = dict.fromkeys(HEAD_DIMS, "16x8")
+    collect = Preset(k=bands, v=bands, min_fit=case.ids.shape[1])  # never compresses, but keeps the queries
     with enable(model, collect) as handle:
         cache = handle.new_cache()
         model(input_ids=case.ids[:, : case.context - 1].to(model.device), past_key_values=cache, logits_to_keep=1)
