@@ -102,7 +102,7 @@ class Prefix:
 
 
 class Stored(NamedTuple):
-    """What a scheme gives back: rotated keys and values [1, G, N - 1, D], a pair a layer; its bytes, and of a cold token."""
+    """What a scheme gives back: rotated keys and values [1, G, N - 1, D], a pair a layer; all bytes, and a cold token's."""
 
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     nbytes: float
@@ -138,7 +138,7 @@ def needle_questions(count: int, seed: int) -> list[Question]:
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
-        questions.append(Question(f"The {what} is {code}.", asked, f" {code}."))
+        questions.append(Question(f"The {what} is {code}.", asked, f" {code}"))
     return questions
 
 
