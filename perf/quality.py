@@ -352,6 +352,47 @@ YARDSTICKS: dict[str, Callable[[Prefix], Stored]] = {
 }
 
 
+def read_tensors(path: Path) -> Prefix:
+    """Real keys, values and last queries of some layers from a safetensors file, without a model.
+
+    layerN.k, layerN.v: [G, T, D] before RoPE; layerN.q: [H, Q, D] of the last Q positions; inv_freq [D/2]. The queries of
+    earlier positions are taken to be like the known ones, which repeat.
+    """
+    from safetensors.torch import load_file
+
+    held = load_file(path)
+    layers = sorted(int(name[5:-2]) for name in held if name.endswith(".k"))
+    k, v, q = ([held[f"layer{n}.{side}"].float()[None] for n in layers] for side in "kvq")
+    tokens = k[0].shape[2]
+    q = [x.repeat(1, 1, tokens // x.shape[2] + 1, 1)[:, :, -tokens:] for x in q]
+    return Prefix(k, v, q, Rope.from_inv_freq(held["inv_freq"]), [None] * len(layers))
+
+
+def attention_errors(prefix: Prefix, stored: Stored, layer: int, *, queries: int = 128) -> tuple[float, float]:
+    """What a scheme changes in one layer for the newest `queries` queries.
+
+    Returns:
+        (root mean square of the change of scores, each query's mean over its keys taken out as softmax does, weighted by the
+        exact softmax; relative error of outputs: norm of all changes over norm of all outputs).
+    """
+    heads, groups = prefix.q[layer].shape[1], prefix.k[layer].shape[1]
+    positions = torch.arange(prefix.tokens, device=prefix.q[layer].device)[None]
+    q = prefix.scaled(rotate(prefix.q[layer].contiguous(), positions, prefix.rope).float())[:, :, -queries:]
+    mask = positions <= positions[0, -queries:, None]
+
+    def attend(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k, v = (x.float().repeat_interleave(heads // groups, dim=1) for x in (k, v))
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        p = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        return scores, p, p @ v
+
+    scores, p, o = attend(prefix.rotated(prefix.k[layer]), prefix.v[layer])
+    scores_stored, _, o_stored = attend(*stored.layers[layer])
+    change = scores_stored - scores
+    change = change - (p * change).sum(-1, keepdim=True)
+    return (p * change.square()).sum(-1).mean().sqrt().item(), ((o_stored - o).norm() / o.norm()).item()
+
+
 def measure(
     model: Any, case: Case, schemes: dict[str, Callable[[Prefix], Stored]], *, model_name: str, bar: Any = None
 ) -> list[Row]:

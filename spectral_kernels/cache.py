@@ -139,9 +139,7 @@ class _Budget:
         """Index of the layout that a layer gets."""
         hull: list[int] = []  # layouts on the lower convex hull of loss over bytes
         for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
-            if hull and losses[i] >= losses[hull[-1]]:
-                continue
-            if hull and sizes[i] == sizes[hull[-1]]:
+            if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
                 continue
             while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
                 hull.pop()
@@ -159,6 +157,10 @@ class _Budget:
         price = prices[min(bisect_left(prices, True, key=lambda price: needed(price) <= left), len(prices) - 1)]
         self.taken[layer], _, chosen = self._at(layer, price)
         return chosen
+
+    def forget(self, layer: int) -> None:
+        self.taken.pop(layer, None)
+        self.steps.pop(layer, None)
 
     def _at(self, layer: int, price: float) -> tuple[int, float, int]:
         return next(step for step in reversed(self.steps[layer]) if step[1] > price)
@@ -219,6 +221,7 @@ class LayerCache:
         # Components of K past its rank, int8 [G, D - R + 1, D] with scales: an encoder is the inverse of all of them.
         self.k_rest: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.layout: PageLayout | None = None  # chosen at the first fit
+        self.budget.forget(self.index)
         self.pages: Pages | None = None
         self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
         self.query_padding = [0] * batch
