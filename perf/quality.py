@@ -250,9 +250,10 @@ def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, f
 # ---- schemes --------------------------------------------------------------------------------------------------------
 
 
-def store_spectral(prefix: Prefix, preset: str | Preset) -> Stored:
-    """Through the real cache, layer by layer as a prefill does."""
-    half = prefix.k[0].dtype if prefix.k[0].dtype != torch.float32 else torch.float16
+def store_spectral(prefix: Prefix, preset: str | Preset, dtype: torch.dtype | None = None) -> Stored:
+    """Through the real cache, layer by layer as a prefill does; exact tokens in a 16-bit dtype unless one is given."""
+    if dtype is None:
+        dtype = prefix.k[0].dtype if prefix.k[0].dtype != torch.float32 else torch.float16
     cache = SpectralCache(
         layers=len(prefix.k),
         batch=1,
@@ -261,7 +262,7 @@ def store_spectral(prefix: Prefix, preset: str | Preset) -> Stored:
         head_dim=prefix.k[0].shape[-1],
         rope=prefix.rope,
         preset=preset,
-        dtype=half,
+        dtype=dtype,
         device=prefix.k[0].device,
         v_metrics=prefix.metrics,
     )

@@ -85,30 +85,22 @@ class Preset:
         return found
 
     def layout(self, head_dim: int) -> PageLayout | None:
-        """The layout of layers on average: the largest within the ratio. None if every token stays exact."""
-        layouts = self.layouts(head_dim)
-        return next(
-            (x for x in reversed(layouts) if self.ratio is None or x.token_bytes * self.ratio <= 4 * head_dim), None
-        )
+        """What a layer gets on average: of the largest layouts within the ratio the evenest. None: every token stays exact."""
+        fitting = [x for x in self.layouts(head_dim) if self.ratio is None or x.token_bytes * self.ratio <= 4 * head_dim]
+        return max(fitting, key=lambda x: (x.token_bytes, -abs(x.k.bytes - x.v.bytes)), default=None)
 
 
 def _menus(head_dim: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Bands of K and of V to choose from: few, as each pair that occurs is a kernel of its own.
 
-    A head of 4-bit components and a tail of 2-bit ones, or none: with its mean taken out, K needs no 8-bit component, and
-    its last components are worth no bits. Every band is a quarter of D or more, which the kernels' dots want.
+    The components after the best ones get 2 bits or none: with its mean taken out K has few that matter, V has more.
+    Some layers' keys need 8 bits for the best components.
     """
-    q = max(16, head_dim // 64 * 16)
-    k = (
-        f"{q}x4",
-        f"{q}x4+{q}x2",
-        f"{q}x4+{2 * q}x2",
-        f"{2 * q}x4+{q}x2",
-        f"{2 * q}x4+{head_dim - 2 * q}x2",
-        f"{head_dim}x4",
-    )
-    v = (f"{2 * q}x2", f"{3 * q}x2", f"{q}x4+{2 * q}x2", f"{q}x4+{head_dim - q}x2", f"{2 * q}x4+{head_dim - 2 * q}x2")
-    return k, (*v, f"{head_dim}x4")
+    q = max(16, head_dim // 64 * 16)  # about a quarter of the components
+    rest = head_dim - 2 * q
+    k = f"{q}x4 {q}x4+{q}x2 {q}x4+{2 * q}x2 16x8+16x4+{q}x2 {2 * q}x4+{rest}x2 16x8+{2 * q - 16}x4+{rest}x2"
+    v = f"{q}x2 {2 * q}x2 {3 * q}x2 {q}x4+{head_dim - q}x2 {2 * q}x4+{rest}x2 {head_dim}x4"
+    return tuple(k.split()), tuple(v.split())
 
 
 _BANDS = {dim: _menus(dim) for dim in HEAD_DIMS}
@@ -116,9 +108,9 @@ _K, _V = ({dim: menus[side] for dim, menus in _BANDS.items()} for side in (0, 1)
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(),
-    "quality": Preset(k=_K, v=_V, ratio=5.4),
-    "balanced": Preset(k=_K, v=_V, ratio=7.2),
-    "small": Preset(k=_K, v=_V, ratio=10.5),
+    "quality": Preset(k=_K, v=_V, ratio=5.5),
+    "balanced": Preset(k=_K, v=_V, ratio=8.7),
+    "small": Preset(k=_K, v=_V, ratio=13.9),
 }
 
 
