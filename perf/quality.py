@@ -31,16 +31,19 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
 from perf.generate import DTYPES, load
+from spectral_kernels import cache as cache_module
+from spectral_kernels import compress
 from spectral_kernels.cache import PRESETS, Preset, SpectralCache
 from spectral_kernels.hf import enable, v_metrics
 from spectral_kernels.pages import HEAD_DIMS
@@ -250,8 +253,20 @@ def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, f
 # ---- schemes --------------------------------------------------------------------------------------------------------
 
 
-def store_spectral(prefix: Prefix, preset: str | Preset, dtype: torch.dtype | None = None) -> Stored:
-    """Through the real cache, layer by layer as a prefill does; exact tokens in a 16-bit dtype unless one is given."""
+def store_spectral(
+    prefix: Prefix,
+    preset: str | Preset,
+    dtype: torch.dtype | None = None,
+    *,
+    queries: bool = True,
+    first: int | None = None,
+) -> Stored:
+    """Through the real cache, layer by layer as a prefill does.
+
+    Args:
+        dtype: of the exact tokens; by default 16 bits.      queries: whether the cache sees them.
+        first: append so many tokens at first, which the bases are fitted on, then the others, 64 at a time.
+    """
     if dtype is None:
         dtype = prefix.k[0].dtype if prefix.k[0].dtype != torch.float32 else torch.float16
     cache = SpectralCache(
@@ -267,12 +282,49 @@ def store_spectral(prefix: Prefix, preset: str | Preset, dtype: torch.dtype | No
         v_metrics=prefix.metrics,
     )
     for i, (k, v, q) in enumerate(zip(prefix.k, prefix.v, prefix.q, strict=True)):
-        cache.append(i, k, v, queries=q)
+        for part in (slice(0, first), *(slice(t, t + 64) for t in range(first or k.shape[2], k.shape[2], 64))):
+            cache.append(i, k[:, :, part], v[:, :, part], queries=q[:, :, part] if queries else None)
     layers = []
     for i in range(len(prefix.k)):
         k, v, _ = cache.get_kv(i, rope="rotated")
         layers.append((prefix.scaled(k.float()), v))
     return Stored(layers, cache.nbytes, cache.token_bytes)
+
+
+def _without_mean(x: torch.Tensor, metric: torch.Tensor | None = None, **options: Any) -> compress.Spectrum:
+    spectrum = compress.fit_spectrum(x, metric, **{**options, "centre": False})
+    return replace(spectrum, mean=torch.zeros_like(x[:, :, :1].float())) if options.get("centre") else spectrum
+
+
+def _unclipped(coefficients: torch.Tensor, bands: Any) -> torch.Tensor:
+    largest = coefficients.abs().amax(-2).clamp_min(torch.finfo(torch.float32).tiny)
+    return largest / torch.tensor([2.0 ** (b - 1) for b in bands.bits], device=largest.device)
+
+
+def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Stored]]:
+    """A preset with one thing changed a row."""
+    rows: dict[str, Callable[[Prefix], Stored]] = {}
+
+    def patched(prefix: Prefix, owner: Any, name: str, new: Any) -> Stored:
+        with mock.patch.object(owner, name, new):
+            return store_spectral(prefix, preset)
+
+    rows["no sinks"] = partial(store_spectral, preset=replace(preset, sinks=0))
+    rows["no metric of K"] = lambda p: patched(p, cache_module, "query_metric", lambda *args, **kwargs: None)
+    rows["no metric of V"] = lambda p: store_spectral(replace(p, metrics=[None] * len(p.k)), preset)
+    rows["no queries"] = partial(store_spectral, preset=preset, queries=False)
+    rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectrum", _without_mean)
+    rows["steps unclipped"] = lambda p: patched(p, compress, "fit_steps", _unclipped)
+    layout = preset.layout(head_dim)
+    if layout is not None:
+        one = replace(preset, k={head_dim: str(layout.k)}, v={head_dim: str(layout.v)}, ratio=None)
+        rows[f"all {layout.k}, {layout.v}"] = lambda p: store_spectral(p, one)
+    for chunk in (32, 64, 128, 256):
+        if chunk != preset.chunk:
+            rows[f"chunk {chunk}"] = partial(store_spectral, preset=replace(preset, chunk=chunk))
+    rows["window 32"] = partial(store_spectral, preset=replace(preset, window=32))
+    rows["fitted on a quarter"] = lambda p: store_spectral(p, preset, first=p.tokens // 4)
+    return rows
 
 
 def _exact_tokens(prefix: Prefix) -> int:
@@ -373,8 +425,8 @@ def attention_errors(prefix: Prefix, stored: Stored, layer: int, *, queries: int
     """What a scheme changes in one layer for the newest `queries` queries.
 
     Returns:
-        (root mean square of the change of scores, each query's mean over its keys taken out as softmax does, weighted by the
-        exact softmax; relative error of outputs: norm of all changes over norm of all outputs).
+        (root mean square of the change of scores, weighted by the exact softmax, each query's mean taken out as softmax
+        does; relative error of outputs: norm of all changes over norm of all outputs).
     """
     heads, groups = prefix.q[layer].shape[1], prefix.k[layer].shape[1]
     positions = torch.arange(prefix.tokens, device=prefix.q[layer].device)[None]
@@ -463,6 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8 texts")
     parser.add_argument("--context", type=int, default=4000, help="tokens read before prediction starts (default 4000)")
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS), metavar="PRESET")
+    parser.add_argument("--ablation", choices=list(PRESETS)[1:], help="also this preset with one thing changed a row")
     parser.add_argument("--needles", type=int, default=0, metavar="N", help="hide N access codes and ask for them")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write one JSON row a line, one a scheme and text")
     parser.add_argument("--png", type=Path, help="of the frontier plot (default: OUT with .png, or quality.png)")
@@ -490,6 +543,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
     schemes: dict[str, Callable[[Prefix], Stored]] = {p: partial(store_spectral, preset=p) for p in args.presets}
     schemes |= YARDSTICKS
+    if args.ablation:
+        schemes |= ablations(PRESETS[args.ablation], model.get_decoder().layers[0].self_attn.head_dim)
     rows: list[Row] = []
     with tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar:
         for case in cases:

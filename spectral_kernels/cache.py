@@ -85,7 +85,7 @@ class Preset:
         return found
 
     def layout(self, head_dim: int) -> PageLayout | None:
-        """What a layer gets on average: of the largest layouts within the ratio the evenest. None: every token stays exact."""
+        """What a layer gets on average: of the largest layouts within the ratio the evenest. None: all tokens are exact."""
         fitting = [x for x in self.layouts(head_dim) if self.ratio is None or x.token_bytes * self.ratio <= 4 * head_dim]
         return max(fitting, key=lambda x: (x.token_bytes, -abs(x.k.bytes - x.v.bytes)), default=None)
 
