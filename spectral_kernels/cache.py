@@ -3,12 +3,14 @@
 Tokens of a row enter hot: exact, phase-aligned, in a ring of slots. A full chunk that has left the window is encoded into a
 page (cold). Some tokens stay exact for good (pinned: attention sinks and landmarks); their bits in `Pages.skip` are set.
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
+A layer's first compression also chooses its bands, from the preset's, within the bytes that all layers share.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
     exact        pinned slots                  hot slot  pinned_slots + position % hot_slots
 
-Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device.
+Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
+of a layer's bands, once in a sequence.
 Test: tests/test_cache.py.
 """
 
