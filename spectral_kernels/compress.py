@@ -12,9 +12,9 @@ Basis rows are then held in int8 with a float32 scale each. The encoder is recom
     encoder = M B^T (B M B^T)^(-1)       (the inverse of B when R = D)
 
 so rounding a basis of full rank loses nothing. A component's quantiser is uniform, with the step of least squared error.
-Keys first lose their mean row, which biases make large: it becomes a component of its own, of one code for all tokens, which
-costs no bits that matter and no other code in a kernel (`Spectrum`). What each component loses at each precision, and what
-errors cost after the softmax (`error_weights`), say which bands a layer needs.
+Keys first lose their mean row, which biases make large: it becomes a component of its own, with one code for all tokens,
+and kernels need not know (`Spectrum`). What each component loses at each precision, and what errors cost after the softmax
+(`error_weights`), say which bands a layer needs.
 
 Source: Eckart and Young (1936) in the M-norm; design of phase-aligned keys: rope.py.
 Oracle: reference/compress.py.   Test: tests/test_compress.py.
