@@ -65,6 +65,8 @@ class Preset:
         for name, least in (("window", 1), ("sinks", 0), ("min_fit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.ratio is not None and not self.ratio > 0:
+            raise ValueError(f"ratio: expected a positive number, got {self.ratio}")
 
     def layouts(self, head_dim: int) -> list[PageLayout]:
         """The page layouts that a layer of a head dimension may get, smallest first; none if every token stays exact."""
@@ -81,6 +83,8 @@ class Preset:
         found.sort(key=lambda layout: layout.token_bytes)
         if len(found) > 1 and self.ratio is None:
             raise ValueError("ratio: expected a number to choose bands by, got None")
+        if len(found) > 1 and any(bands.is_float for bands in (*sides[0], *sides[1])):
+            raise ValueError("k, v: expected no 16-bit bands among several to choose from")
         if self.ratio is not None and found[0].token_bytes > 4 * head_dim / self.ratio:
             most = 4 * head_dim / found[0].token_bytes
             raise ValueError(f"ratio: expected at most {most:.2f} with the smallest of these bands, got {self.ratio}")

@@ -189,6 +189,20 @@ def test_budget_is_kept_and_spent_where_it_counts():
     assert sizes[again] == chosen[11], "asking again changes nothing"
 
 
+@pytest.mark.parametrize(
+    ("bands", "ratio", "message"),
+    [
+        (("16x4", "32x4"), None, "ratio: expected a number"),
+        (("16x4", "32x4"), -1.0, "ratio: expected a positive number"),
+        (("16x4", "32x4"), 20.0, "ratio: expected at most 16.00"),
+        (("16x4", "64x16"), 2.0, "expected no 16-bit bands"),
+    ],
+)
+def test_presets_that_cannot_be(bands, ratio, message):
+    with pytest.raises(ValueError, match=message):
+        Preset(k={64: bands}, v={64: bands}, ratio=ratio).layouts(64)
+
+
 def test_keys_with_a_large_mean_lose_nothing_by_it(rng):
     """A bias of the key projection, thirty times as large as what tokens differ by, costs no more than rounding its row."""
     x = torch.from_numpy(rng.standard_normal((1, 2, 800, 64)) * np.exp(-np.arange(64) / 10)).float()
