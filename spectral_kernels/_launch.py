@@ -23,6 +23,16 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def check_bf16(name: str, x: torch.Tensor) -> None:
+    """Cards before sm_80 have no bf16 arithmetic: convert such inputs to fp16 or fp32.
+
+    Raises:
+        TypeError: x is bf16 on such a card.
+    """
+    if x.dtype == torch.bfloat16 and not has_matrix_units(x.device):
+        raise TypeError(f"{name}: expected fp16 or fp32 on a card before sm_80, got {x.dtype}")
+
+
 def multiprocessors(device: torch.device) -> int:
     """How many there are; 1 where there is no GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

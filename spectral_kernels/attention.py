@@ -1,22 +1,24 @@
 """Attention over spectral (cold) pages and over exact phase-aligned tokens; both return the state (o, lse).
 
-Cold.   With the projected query u of each chunk (rope.py) and the integers x of a page (pages.py; z their offsets)
+Cold.   With the projected query u of each block of alignment (rope.py) and the integers x of a page (pages.py; z offsets)
 
     score_t = scale * sum_r (x_tr + z_r) u_r          o = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z_r))
 
-no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums are integer dots. The
-turned query is split as  s (hi + lo/254)  with one s a head, u again once per chunk and head, the softmax weights once per
-tile as  (hi + lo/127)/127  of the tile's largest weight, hi and lo int8; products accumulate exactly in int32 and are
-rescaled in float32. Errors: at most s/508 an entry of the turned query and a component of u, at most 2**-15 of the tile's
-largest weight in a weight. A 16-bit side uses three-product tf32 dots instead.
+no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums are integer dots. A
+turned query, a projected query u (once a block) and the weights (once a tile of 64 tokens) are split as
+256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate exactly in int32, where 256 hi + lo is formed.
+Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shifted, so a field that starts at bit b holds
+2**b times its code; u has 2**-b in it. A 16-bit side uses three-product tf32 dots instead.
 
-A program is one warp (from sm_80): the planes of a page are narrower than four warps' share of a dot, and all four would
-compute the same.
+Three launches: `_project_kernel` (u, one program some blocks and a KV head), `_attend_spectral_kernel` (one split of the
+pages each) and `_finish_spectral_kernel` (joins the splits and any other states, and applies the V basis once a segment).
+Pages hold operand fragments, so what a thread loads goes to the matrix units as it is. A program of the second is one warp
+(from sm_80; attention_sm75.py before): four would compute the same, as a block of 16 components is as high as one dot.
 
 Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
 
-Keys are split over programs (grid from capacity, lengths read on the device); the splits' states are joined by
-`merge_many_states`, in a fixed order: the same inputs and settings give the same bits.
+Keys are split over programs (grid from capacity, lengths read on the device); the splits' states are joined in a fixed
+order: the same inputs and settings give the same bits.
 
 Source: Dao et al., FlashAttention (2022), section 3; Flash-Decoding (split keys).
 Oracle: reference/attention.py.   Test: tests/test_attention.py.
@@ -515,8 +517,9 @@ def _attend_spectral_kernel(
             seen = tl.reshape(seen, [64])
             s = tl.where(seen[:, None], s, float("-inf"))  # [64, HG_PAD]
             m_tile = tl.max(s, 0)
-            # Weights in units of 1 / _FULL of the tile's largest.
-            p = tl.exp2(s - (tl.where(m_tile == float("-inf"), 0.0, m_tile) - _LOG2_FULL)[None, :])
+            # Weights in units of 1 / _FULL of the tile's largest. The difference first: scores may be 1e7, and the largest
+            # weight must be _FULL exactly enough to fit its int8 parts.
+            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :]) + _LOG2_FULL)
             m_new = tl.maximum(m, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
             old = tl.exp2(m - top)
@@ -1061,6 +1064,7 @@ def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
         raise ValueError(f"chunk: expected at least 1, got {chunk}")
     scale = _check_attention(q, positions, kv_heads, dim, batch, rope, scale)
     check_tensor("k", k, device=q.device)
+    _launch.check_bf16("k", k)
     check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=q.device, unit_stride=True)
     check_tensor("key_positions", key_positions, dtype=torch.int32, device=q.device, unit_stride=True)
     if tuple(key_positions.shape) not in ((batch, tokens), (batch, kv_heads, tokens)):

@@ -325,7 +325,7 @@ def _attend_operands_kernel(
             s = tl.where(hidden, float("-inf"), s)  # [2, 4, 32]
             m_tile = _to_lanes(_max_over_rows(tl.max(tl.max(s, 0), 0)), 8)
             # Weights in units of 1 / _FULL of the tile's largest.
-            p = tl.exp2(s - (tl.where(m_tile == float("-inf"), 0.0, m_tile) - _LOG2_FULL)[None, None, :])
+            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, None, :]) + _LOG2_FULL)
             m_new = tl.maximum(m, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
             old = tl.exp2(m - top)

@@ -351,6 +351,7 @@ def _project_queries_kernel(
 def check_queries(q: torch.Tensor, positions: torch.Tensor, kv_heads: int, head_dim: int, batch: int, rope: Rope) -> None:
     """What every function of queries [B, H, D] or [B, H, Q, D] and positions [B] or [B, Q] asks for."""
     check_tensor("q", q, dtype=FLOATS, unit_stride=True)
+    _launch.check_bf16("q", q)
     if q.dim() not in (3, 4) or q.shape[0] != batch or q.shape[-1] != head_dim:
         raise ValueError(f"q: expected shape [{batch}, H, {head_dim}] or [{batch}, H, Q, {head_dim}], got {list(q.shape)}")
     if q.shape[1] == 0 or q.shape[1] % kv_heads:

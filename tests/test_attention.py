@@ -12,7 +12,7 @@ from reference import attention as oracle
 from reference import pages as pages_oracle
 from reference import rope as rope_oracle
 from reference.pages import PageArrays
-from spectral_kernels import attention, merge
+from spectral_kernels import _launch, attention, merge
 from tests import budgets
 from tests.cases import (
     ATTENTION_IMPLEMENTATIONS,
@@ -149,7 +149,7 @@ def test_splits(rng, splits):
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-3, 30.0, 1e4, 1e6, 1e7, 3e7])
 def test_query_magnitudes(rng, implementation, size):
     """From scores that are all alike to a softmax that is one token."""
     arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 64, 1, (90,)))
@@ -614,3 +614,17 @@ def test_dispatch_on_cpu_is_the_twin(rng, dtype):
     args = queries.tensor, queries.positions, pages_of(arrays), rope_of(inverse_frequencies(64))
     for a, b in zip(attention.attend_spectral(*args), attention.attend_spectral_torch(*args), strict=True):
         assert torch.equal(a, b)
+
+
+def test_bf16_is_refused_before_sm_80(rng, monkeypatch):
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 64, 1, (70,)))
+    queries = make_queries(rng, shape=(1, 2, 1, 64), at=np.array([[99]]), dtype=BF16)
+    tokens = make_exact_tokens(rng, shape=(1, 1, 20, 64), far=100, dtype=BF16)
+    rotary = rope_of(inverse_frequencies(64))
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: False)
+    with pytest.raises(TypeError, match="q: expected fp16 or fp32"):
+        attention.attend_spectral(queries.tensor, queries.positions, pages_of(arrays), rotary)
+    with pytest.raises(TypeError, match=": expected fp16 or fp32"):
+        attention.attend_exact(
+            queries.tensor.half(), queries.positions, tokens.k_tensor, tokens.v_tensor, tokens.positions, rotary, chunk=64
+        )

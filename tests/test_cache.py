@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ from tests.cases import DEVICE, DTYPES, F64, inverse_frequencies, rope_of, strid
 
 DIM, CHUNK = 64, 64
 INV_FREQ = inverse_frequencies(DIM)
-LOSSLESS = Preset(k={64: "64x16"}, v={64: "64x16"}, chunk=CHUNK, window=32, sinks=2, min_fit=48)
-COARSE = Preset(k={64: "64x2"}, v={64: "64x2"}, chunk=CHUNK, window=32, sinks=2, min_fit=48)
+LOSSLESS = Preset(k={64: "64x16"}, v={64: "64x16"}, chunk=CHUNK, window=64, sinks=2, min_fit=96)
+COARSE = Preset(k={64: "64x2"}, v={64: "64x2"}, chunk=CHUNK, window=64, sinks=2, min_fit=96)
 KINDS = {"exact": PRESETS["exact"], "lossless": LOSSLESS}
 
 
@@ -187,15 +188,14 @@ def test_exact_preset_is_dense_attention(rng, dtype, scaling):
 def test_lossless_preset_is_dense_attention(rng, metric, dim, rotary_dim, chunk, scaling):
     """Two rows fitted straight from the prompt, one later from the ring; then chunks that leave the window one by one."""
     bands = {dim: f"{dim}x16"}
-    preset = Preset(k=bands, v=bands, chunk=chunk, window=20, sinks=3, min_fit=70)
-    trial = Trial(
-        rng, preset, batch=3, dim=dim, rotary_dim=rotary_dim, scaling=scaling, metric=metric, landmarks=[40, 77, 300]
-    )
-    trial.append(197, padding=[0, 53, 190])
+    preset = Preset(k=bands, v=bands, chunk=chunk, window=20, sinks=3, min_fit=chunk + 6)
+    landmarks = [40, 77, 5 * chunk - 20]
+    trial = Trial(rng, preset, batch=3, dim=dim, rotary_dim=rotary_dim, scaling=scaling, metric=metric, landmarks=landmarks)
+    trial.append(3 * chunk + 5, padding=[0, chunk - 11, 3 * chunk - 2])
     chunks = list(trial.layer.chunks)
     assert chunks[0] > 0 and chunks[1] > 0 and chunks[2] == 0
     trial.check(7, "prompt")
-    for tokens in (1, 5, 1, 33, 1, 90, 1, 64, 1, 1, 17):
+    for tokens in (1, 5, 1, chunk + 1, 1, 3 * chunk - 6, 1, 2 * chunk, 1, 1, 17):
         trial.append(tokens)
         trial.check(min(tokens, 20), f"{tokens} tokens appended, lengths {trial.lengths}")
     grown = [after - before for after, before in zip(trial.layer.chunks, chunks, strict=True)]
@@ -214,15 +214,15 @@ def test_short_prompts_are_fitted_later(rng):
         trial.append(1)
     assert trial.lengths[0] - LOSSLESS.window == LOSSLESS.min_fit
     assert trial.layer.chunks == [1, 1]
-    for _ in range(70):
+    for _ in range(2 * CHUNK + 12):
         trial.append(1)
     trial.check(3)
     assert trial.layer.chunks == [3, 3]
 
 
 def test_every_length_around_a_chunk(rng):
-    """Prompts of every length from one below to one above what first fills a chunk, and just as many steps after."""
-    for tokens in range(LOSSLESS.window + 63, LOSSLESS.window + 66):
+    """Prompts of every length from one below to one above what fills two chunks, and just as many steps after."""
+    for tokens in range(LOSSLESS.window + 2 * CHUNK - 1, LOSSLESS.window + 2 * CHUNK + 2):
         trial = Trial(rng, LOSSLESS, batch=1)
         trial.append(tokens)
         for _ in range(3):
@@ -231,9 +231,11 @@ def test_every_length_around_a_chunk(rng):
 
 
 def test_budget_has_teeth(rng):
-    trial = Trial(rng, LOSSLESS, batch=2, scaling=1.1)
-    trial.append(150)
-    trial.append(30)
+    # As many sinks as make a difference: what the first two of 360 random tokens weigh is less than the budget.
+    sinks = 16
+    trial = Trial(rng, replace(LOSSLESS, sinks=sinks), batch=2, scaling=1.1)
+    trial.append(300)
+    trial.append(60)
     q = draw(rng, 2, 4, 1, DIM, size=2.0)
     o = trial.cache.attend(0, q)
     for row in range(2):
@@ -243,9 +245,9 @@ def test_budget_has_teeth(rng):
         budgets.check(o[row : row + 1], state.o, allowed)
         mutants = {
             "the next position": trial.dense(query, row, later=1),
-            "the first tokens lost": trial.dense(query, row, drop=8),
-            "old tokens lost": trial.dense(query, row, drop=128),
-            "sinks counted twice": trial.dense(query, row, again=2),
+            "the first tokens lost": trial.dense(query, row, drop=sinks),
+            "old tokens lost": trial.dense(query, row, drop=trial.layer.cold[row]),
+            "sinks counted twice": trial.dense(query, row, again=sinks),
             "no attention scaling": trial.dense(query, row, scaling=1.0),
             "the other row": trial.dense(query, 1 - row),
             "heads dealt out in turn": trial.dense(query[:, [0, 2, 1, 3]], row),
@@ -253,8 +255,8 @@ def test_budget_has_teeth(rng):
         for mistake, mutant in mutants.items():
             budgets.check_rejects(mutant.o, state.o, allowed, mistake)
         budgets.check_rejects(np.zeros_like(state.o), state.o, allowed, "zeros")
-    coarse = Trial(rng, Preset(k={64: "64x4"}, v={64: "64x4"}, chunk=CHUNK, window=32, min_fit=48))
-    coarse.append(180)
+    coarse = Trial(rng, Preset(k={64: "64x4"}, v={64: "64x4"}, chunk=CHUNK, window=64, min_fit=96))
+    coarse.append(360)
     assert coarse.outside() > 2, "the budget accepts 4 bits for 16"
 
 
@@ -270,21 +272,21 @@ def skipped(layer: LayerCache, row: int) -> set[int]:
 
 
 @pytest.mark.parametrize("straight", [True, False])
-@pytest.mark.parametrize("landmarks", [[70, 31, 102, 103, 400], [[64, 95], [5, 33, 127]], [[], [66]]])
+@pytest.mark.parametrize("landmarks", [[140, 63, 204, 205, 800], [[128, 191], [5, 65, 255]], [[], [130]]])
 def test_sinks_and_landmarks_stay_exact(rng, straight, landmarks):
     trial = Trial(rng, COARSE, landmarks=landmarks)
     if straight:
-        trial.append(180)
+        trial.append(360)
     for _ in range(0 if straight else 6):
-        trial.append(30)
+        trial.append(60)
     k, v, valid = trial.cache.get_kv(0, rope="pre")
-    assert valid.all() and trial.layer.cold == [128, 128]
+    assert valid.all() and trial.layer.cold == [256, 256]
     for row in range(2):
         named = landmarks if isinstance(landmarks[0], int) else landmarks[row]
-        pinned = {p for p in {0, 1, *named} if p < 128}
+        pinned = {p for p in {0, 1, *named} if p < 256}
         assert skipped(trial.layer, row) == pinned
-        exact = sorted(pinned | set(range(128, 180)))
-        rest = sorted(set(range(128)) - pinned)
+        exact = sorted(pinned | set(range(256, 360)))
+        rest = sorted(set(range(256)) - pinned)
         # Turned to its offset and back: twice the error of a rotation.
         size = rope_oracle.pair_magnitude(trial.k[row], INV_FREQ)
         allowed = 2 * ((budgets.ANGLE + 3 * budgets.ACC) * size + budgets.rounding(size, torch.float32))
@@ -295,11 +297,11 @@ def test_sinks_and_landmarks_stay_exact(rng, straight, landmarks):
         assert same[:, exact].all() and not same[:, rest].all(-1).any()
 
 
-@pytest.mark.parametrize("landmarks", [[70, 31], [[70], [31, 64, 65]]])
+@pytest.mark.parametrize("landmarks", [[140, 63], [[140], [63, 128, 129]]])
 def test_pinned_tokens_count_once(rng, landmarks):
     trial = Trial(rng, LOSSLESS, landmarks=landmarks)
-    trial.append(150)
-    trial.append(40)
+    trial.append(300)
+    trial.append(80)
     trial.check(2)
     kept, layer = copy.deepcopy(trial.cache), trial.layer
     layer.pages.skip.zero_()
@@ -308,10 +310,10 @@ def test_pinned_tokens_count_once(rng, landmarks):
     trial.layer.key_positions[:, : trial.layer.pinned_slots] = -1
     assert trial.outside() > 2, "pinned tokens seen by none"
     trial.cache = kept
-    trial.crop([110, 50])  # some of them go back to the ring
+    trial.crop([150, 100])  # some of them go back to the ring
     trial.append(1)
     trial.check(1, "after a crop")
-    trial.append(80)
+    trial.append(160)
     trial.check(1, "pinned again")
 
 
@@ -336,10 +338,10 @@ def test_nbytes_is_the_sum_over_tensors(rng):
         kept = {name: value for name, value in vars(trial.layer).items() if name not in ("rope", "v_metric")}
         return sum({t.data_ptr(): t.nbytes for t in tensors_of(kept) if t.numel()}.values())
 
-    for tokens in (1, 40, 5, 50, 1, 100):
+    for tokens in (1, 80, 10, 100, 1, 200):
         trial.append(tokens)
         assert trial.cache.nbytes == total() > 0
-    trial.crop(20)
+    trial.crop(40)
     assert trial.cache.nbytes == total()
     trial.reorder([0, 1, 1])
     assert trial.cache.nbytes == total()
@@ -376,22 +378,22 @@ def test_nbytes_shrinks(rng):
     before = trial.cache.nbytes
     assert trial.layer.hot_slots >= 620 and trial.layer.pages is None
     trial.append(30)
-    assert trial.layer.hot_slots == 64 and trial.cache.nbytes < before / 3
+    assert trial.layer.hot_slots == 32 + CHUNK and trial.cache.nbytes < before / 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_get_kv(rng, dtype):
     trial = Trial(rng, LOSSLESS, batch=3, dtype=dtype)
     assert trial.cache.get_kv(0, rope="pre")[0].shape == (3, 2, 0, DIM)
-    trial.append(150, padding=[0, 100, 149])
-    trial.append(20)
+    trial.append(300, padding=[0, 200, 299])
+    trial.append(40)
     lengths = np.array(trial.lengths)
     sums = np.sqrt(DIM) * (2 * budgets.PRODUCT + (2 * DIM + 10) * budgets.ACC)
     unit = budgets.U[torch.float16] + sums
     for rope in ("pre", "rotated"):
         k, v, valid = trial.cache.get_kv(0, rope=rope)
-        assert k.dtype == v.dtype == dtype and k.shape == v.shape == (3, 2, 170, DIM)
-        assert (valid.cpu().numpy() == (np.arange(170) < lengths[:, None])).all()
+        assert k.dtype == v.dtype == dtype and k.shape == v.shape == (3, 2, 340, DIM)
+        assert (valid.cpu().numpy() == (np.arange(340) < lengths[:, None])).all()
         for row, n in enumerate(lengths):
             assert not k[row, :, n:].any() and not v[row, :, n:].any()
             wanted = trial.k[row] if rope == "pre" else rope_oracle.rotate(trial.k[row], np.arange(n), INV_FREQ)
@@ -413,7 +415,7 @@ def test_get_kv(rng, dtype):
 # ---- a new generation -----------------------------------------------------------------------------------------------
 
 
-def generation(cache: SpectralCache, seed: int, tokens: int = 130, padding: Sequence[int] | None = None) -> list[Any]:
+def generation(cache: SpectralCache, seed: int, tokens: int, padding: Sequence[int] | None = None) -> list[Any]:
     """Everything that can be seen of a generation of `tokens` tokens and 40 steps."""
     rng, batch = np.random.default_rng(seed), cache.batch
     seen: list[Any] = []
@@ -433,7 +435,7 @@ def same(a: list[Any], b: list[Any]) -> bool:
 def keeps_counting(layer: LayerCache) -> None:
     lengths, length = list(layer.lengths), layer.length.clone()
     layer.reset()
-    layer._resize_ring(400)  # all slots unused: the mistake is in the positions alone
+    layer._resize_ring(800)  # all slots unused: the mistake is in the positions alone
     layer.lengths, layer.length = lengths, length
 
 
@@ -456,16 +458,16 @@ def keeps_segments(layer: LayerCache) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("second", "padding"), [(60, None), (130, None), (130, [0, 70])])
+@pytest.mark.parametrize(("second", "padding"), [(130, None), (290, None), (290, [0, 150])])
 def test_new_generation_never_sees_the_old_one(kind, second, padding):
     """Defect 1: the cache lived across generations, and positions went on counting."""
-    preset, first = KINDS[kind], 200
+    preset, first = KINDS[kind], 400
     expected = generation(make_cache(preset), 2, second, padding)
     assert expected[0] == [second - p for p in padding or (0, 0)], "positions start at 0"
 
     def after(forget: Callable[[SpectralCache], None]) -> list[Any]:
         cache = make_cache(preset)
-        generation(cache, 1, first, padding and [30, 0])
+        generation(cache, 1, first, padding and [60, 0])
         forget(cache)
         return generation(cache, 2, second, padding)
 
@@ -475,7 +477,7 @@ def test_new_generation_never_sees_the_old_one(kind, second, padding):
         return
     mutants = [keeps_counting, keeps_hot_slots]
     if kind == "lossless":  # a prompt that is compressed at once writes its own sinks
-        mutants += [keeps_segments] if second > 80 else [keeps_segments, keeps_sinks]
+        mutants += [keeps_segments] if second > LOSSLESS.window + LOSSLESS.min_fit else [keeps_segments, keeps_sinks]
     for mutant in mutants:
         assert not same(after(lambda cache, mutant=mutant: mutant(cache.layers[0])), expected), mutant.__name__
 
@@ -483,13 +485,13 @@ def test_new_generation_never_sees_the_old_one(kind, second, padding):
 # ---- crop and reorder -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lengths", [190, 129, 128, 100, 97, 96, 33, 3, 1, [0, 200], [200, 65], [64, 31], [1, 0]])
+@pytest.mark.parametrize("lengths", [380, 257, 256, 200, 193, 192, 65, 3, 1, [0, 400], [400, 129], [128, 63], [1, 0]])
 def test_crop_then_go_on(rng, lengths):
     """Into the ring, at a chunk's edges, into cold chunks, row by row; then tokens that compress again."""
-    trial = Trial(rng, LOSSLESS, landmarks=[90, 99])
-    trial.append(150)
-    trial.append(50)
-    assert trial.layer.cold == [160, 160]
+    trial = Trial(rng, LOSSLESS, landmarks=[180, 198])
+    trial.append(300)
+    trial.append(100)
+    assert trial.layer.cold == [320, 320]
     trial.crop(lengths)
     assert trial.cache.lengths == trial.lengths
     if min(n - cold for n, cold in zip(trial.lengths, trial.layer.cold, strict=True)):
@@ -497,17 +499,18 @@ def test_crop_then_go_on(rng, lengths):
     else:
         with pytest.raises(ValueError, match=r"^q: .* newest exact tokens"):
             trial.attend()
-    for tokens in (1, 1, 70, 1, 100):
+    for tokens in (1, 1, 140, 1, 200):
         trial.append(tokens)
         trial.check(1, f"{tokens} appended")
-    assert trial.layer.cold == [(n - 32) // CHUNK * CHUNK if n >= 80 else 0 for n in trial.lengths]
+    old = [n - LOSSLESS.window for n in trial.lengths]
+    assert trial.layer.cold == [n // CHUNK * CHUNK if n >= LOSSLESS.min_fit else 0 for n in old]
 
 
 def test_crop_again_and_again(rng):
     """Speculative decoding: five tokens in, some out."""
     trial = Trial(rng, LOSSLESS)
-    trial.append(140)
-    for step in range(30):
+    trial.append(280)
+    for step in range(60):
         trial.append(5)
         roundings = trial.roundings
         trial.crop([n - step % 5 for n in trial.lengths])
@@ -517,16 +520,16 @@ def test_crop_again_and_again(rng):
 
 def test_crop_turns_down(rng):
     trial = Trial(rng, LOSSLESS)
-    trial.append(150)
-    for wrong in (151, -1, [1], [1, 2, 3], [150, 151]):
+    trial.append(300)
+    for wrong in (301, -1, [1], [1, 2, 3], [300, 301]):
         with pytest.raises(ValueError, match="lengths"):
             trial.cache.crop(wrong)
     trial.check(1)
 
 
 def test_reorder_shares_pages_and_never_overwrites_them(rng):
-    trial = Trial(rng, LOSSLESS, batch=3, landmarks=[[40], [50], [60]])
-    trial.append(160, padding=[0, 40, 100])
+    trial = Trial(rng, LOSSLESS, batch=3, landmarks=[[80], [100], [120]])
+    trial.append(320, padding=[0, 80, 200])
     before = trial.layer.pages.k_pages.shape
     trial.reorder([0, 0, 1, 2, 0])
     layer = trial.layer
@@ -534,17 +537,17 @@ def test_reorder_shares_pages_and_never_overwrites_them(rng):
     old = {page: (layer.pages.k_pages[page].clone(), layer.pages.v_pages[page].clone()) for page in layer.page_rows[0]}
     trial.check(1, "copies")
     for _ in range(3):
-        trial.append(40)  # differs from row to row
+        trial.append(80)  # differs from row to row
         trial.check(1, "after copies diverged")
     for page, (k, v) in old.items():
         assert torch.equal(trial.layer.pages.k_pages[page], k) and torch.equal(trial.layer.pages.v_pages[page], v)
     rows = trial.layer.page_rows
     assert rows[0][: len(old)] == rows[1][: len(old)] and not set(rows[0][len(old) :]) & set(rows[1][len(old) :])
-    trial.crop([50, 270, 230, 180, 280])
-    trial.append(90)
+    trial.crop([100, 540, 460, 360, 560])
+    trial.append(180)
     trial.check(1, "one copy cropped and continued")
     trial.reorder(torch.tensor([1], device=DEVICE))
-    trial.append(100)
+    trial.append(200)
     trial.check(1, "one row left, freed pages used again")
     for wrong in ([], [1], [-1], [0, 5]):
         with pytest.raises(ValueError, match="index"):
@@ -594,7 +597,7 @@ def bad_appends(rng: np.random.Generator) -> list[tuple[str, type[Exception], st
 
 
 def test_bad_arguments_leave_the_cache_as_it_was(rng):
-    for tokens in (0, 60, 150):
+    for tokens in (0, 120, 300):
         trial = Trial(rng, LOSSLESS, metric=True)
         if tokens:
             trial.append(tokens)
@@ -634,7 +637,7 @@ def test_bad_settings_are_named():
         ({"window": -1}, "window"),
         ({"sinks": -1}, "sinks"),
         ({"min_fit": -1}, "min_fit"),
-        ({"chunk": 48}, "chunk"),
+        ({"chunk": 32}, "chunk"),
         ({"v": None}, "v"),
     ):
         with pytest.raises(ValueError, match=rf"^{name}"):
@@ -661,8 +664,8 @@ def test_bad_settings_are_named():
 @pytest.mark.parametrize("window", [1, 2])
 def test_smallest_window(rng, window):
     bands = {64: "64x16"}
-    trial = Trial(rng, Preset(k=bands, v=bands, chunk=CHUNK, window=window, sinks=0, min_fit=96))
-    trial.append(120)
+    trial = Trial(rng, Preset(k=bands, v=bands, chunk=CHUNK, window=window, sinks=0, min_fit=3 * CHUNK))
+    trial.append(4 * CHUNK - 8)
     for _ in range(36):
         trial.check(1)
         trial.append(1)
@@ -673,11 +676,11 @@ def test_nothing_to_store(rng):
     for tokens, padding in ((0, None), (5, [5, 5]), (0, [0, 0])):
         trial = Trial(rng, LOSSLESS, metric=True)
         trial.append(tokens, padding)
-        trial.append(90, [90, 3])
-        assert trial.cache.lengths == [0, 87]
-        trial.append(60)
+        trial.append(180, [180, 6])
+        assert trial.cache.lengths == [0, 174]
+        trial.append(120)
         trial.check(2)
-        trial.append(60)
+        trial.append(120)
         trial.check(1)
     before = visible(trial.cache)
     trial.append(0)
@@ -714,23 +717,23 @@ STEPS.append((torch.linalg, "eigh"))
 def before_a_failure(name: str) -> tuple[SpectralCache, dict[str, Any]]:
     """A cache, and the append that is going to fail, in a few situations."""
     rng = np.random.default_rng(5)
-    trial = Trial(rng, LOSSLESS, batch=3, metric=True, landmarks=[[40, 66], [3], []])
+    trial = Trial(rng, LOSSLESS, batch=3, metric=True, landmarks=[[80, 132], [3], []])
     kwargs: dict[str, Any] = {}
-    tokens = 110
+    tokens = 220
     if name == "an empty cache":
-        kwargs["padding"] = [0, 20, 105]
+        kwargs["padding"] = [0, 40, 210]
     elif name == "rows in all states":
-        trial.append(150)
-        trial.crop([150, 0, 60])  # chunks to add, a fit straight from the call, a first fit from the ring
+        trial.append(300)
+        trial.crop([300, 0, 60])  # chunks to add, a fit straight from the call, a first fit from the ring
     elif name == "the first fit from the ring":
-        trial.append(70)
-        tokens = 20
+        trial.append(140)
+        tokens = 40
     elif name == "one step":
-        for part in (100, 70, 21):  # there are spare pages: tables are written in place
+        for part in (200, 140, 43):  # there are spare pages: tables are written in place
             trial.append(part)
         tokens = 1
     elif name == "one step without compression":
-        trial.append(150)
+        trial.append(300)
         tokens = 1
     k, v = (draw(rng, 3, 2, tokens, DIM) for _ in range(2))
     return trial.cache, {"k": k, "v": v, "queries": draw(rng, 3, 4, tokens, DIM), **kwargs}
@@ -819,7 +822,7 @@ def test_each_row_has_a_segment_of_its_own(rng):
 
 def test_metric_is_of_the_row_without_its_padding(rng):
     """A padded row gets the bases that it gets alone; without queries it would get others."""
-    tokens, pad = 180, 60
+    tokens, pad = 360, 120
     k, v = (low_rank(rng, 2, tokens) for _ in range(2))
     q = torch.cat([low_rank(rng, 2, tokens), low_rank(rng, 2, tokens)], dim=1)
     q[1, :, :pad] = float("nan")
@@ -848,6 +851,6 @@ def test_long_generation(rng):
             o, states, allowed = trial.attend()
             budgets.check(o, states[0].o, allowed[0], f"step {step}")
             errors.append(np.mean((to_numpy(o) - states[0].o) ** 2))
-    assert trial.layer.chunks == [(800 - 32) // CHUNK]
+    assert trial.layer.chunks == [(800 - LOSSLESS.window) // CHUNK]
     first, last = np.sqrt(np.mean(errors[:50])), np.sqrt(np.mean(errors[50:]))
     assert 0 < last < 1.5 * first

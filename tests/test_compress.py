@@ -378,7 +378,7 @@ def check_encode(
         assert (low[b, :, part] <= stored).all() and (stored <= high[b, :, part]).all()
     if not bands.is_float and tokens:
         # The interval has teeth: it is a single code but for a small share of the coefficients.
-        assert (low != high).mean() < 0.02
+        assert (low != high).mean() < 0.05
     untouched = np.setdiff1d(np.arange(pool), ids)
     np.testing.assert_array_equal(after[untouched], before[untouched])
 
