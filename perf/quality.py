@@ -16,8 +16,8 @@ Columns:
     ppl         change of the perplexity of them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
-Yardsticks (scales and zero points in 16 bits). All but the predecessor keep the same tokens exact as the presets: 4 sinks
-and the last 64 to 127.
+Yardsticks (scales and zero points in 16 bits). All but the predecessor keep 4 sinks and the last 64 to 127 tokens exact,
+which is no fewer than the presets keep.
     kivi-4/3/2  groups of 32: rotated keys per channel over 32 tokens, values per token over 32 channels (arXiv 2402.02750)
     fp8         e4m3 with one scale for a head's keys and one for its values
     predecessor keys before RoPE and values in blocks of 512 tokens: plain SVD of rank 16 and 32, bases in 16 bits,
@@ -322,10 +322,12 @@ def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Sto
     for chunk in (64, 128, 256):
         if chunk != preset.chunk:
             rows[f"chunk {chunk}"] = partial(store_spectral, preset=replace(preset, chunk=chunk))
-    for align in (64, 128, 256, 512, 1024):
+    for align in (64, 256, 512, 1024):
         if align != preset.align:
             rows[f"align {align}"] = partial(store_spectral, preset=replace(preset, align=align))
-    rows["window 32"] = partial(store_spectral, preset=replace(preset, window=32))
+    for window in (16, 32, 64):
+        if window != preset.window:
+            rows[f"window {window}"] = partial(store_spectral, preset=replace(preset, window=window))
     rows["fitted on a quarter"] = lambda p: store_spectral(p, preset, first=p.tokens // 4)
     return rows
 

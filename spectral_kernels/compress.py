@@ -211,7 +211,7 @@ def error_weights(
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 16,
+    queries: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What errors of cold keys and values cost in a layer's output, relative to the output's mean square.
 
@@ -234,21 +234,24 @@ def error_weights(
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     positions = torch.arange(tokens, device=q.device)
     turned = rotate(q[:, :, at].contiguous(), at.expand(batch, -1), rope).float()
-    keys = rotate(k, (positions - positions % chunk).expand(batch, -1), rope)
+    keys = rotate(k, (positions - positions % chunk).expand(batch, -1), rope).float()
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
-    scores = turned.unflatten(1, (groups, -1)).flatten(2, 3) @ keys.float().mT  # [B, G, H/G * S, T]
-    age = at.repeat(heads // groups)[:, None] - positions
-    p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
+    turned = turned.unflatten(1, (groups, -1))  # [B, G, H/G, S, D]
     values = v.float()
-    o = p @ values
     weighted = values if v_metric is None else values @ v_metric
     square = (weighted * values).sum(-1)[:, :, None]  # [B, G, 1, T]: of the values
-    power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
-    p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
-    w_k = (p2 * (square - 2 * o @ weighted.mT + power)).sum(-1).mean(-1) / dim
-    w_v = p2.sum(-1).mean(-1)
-    total = power.mean((-2, -1)).sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    w_k, w_v, total = (q.new_zeros((batch, groups), dtype=torch.float32) for _ in range(3))
+    for some, own in zip(at.split(16), turned.split(16, dim=3), strict=True):  # few at a time: scores are [.., S, T]
+        age = some.repeat(heads // groups)[:, None] - positions
+        p = (own.flatten(2, 3) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
+        o = p @ values
+        power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
+        p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
+        w_k += (p2 * (square - 2 * o @ weighted.mT + power)).sum((-2, -1)) / dim
+        w_v += p2.sum((-2, -1))
+        total += power.sum((-2, -1))
+    total = total.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return w_k / total, w_v / total
 
 
