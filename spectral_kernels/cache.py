@@ -3,26 +3,31 @@
 Tokens of a row enter hot: exact, phase-aligned, in a ring of slots. A full chunk that has left the window is encoded into a
 page (cold). Some tokens stay exact for good (pinned: attention sinks and landmarks); their bits in `Pages.skip` are set.
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
+A layer's first compression also chooses its bands, from the preset's, within the bytes that all layers share.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
     exact        pinned slots                  hot slot  pinned_slots + position % hot_slots
 
-Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device.
+Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
+of a layer's bands, once in a sequence.
 Test: tests/test_cache.py.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
-from .compress import decode, encode, fit_encoder, fit_side, query_metric
+from .compress import Spectrum, decode, encode, error_weights, fit_encoder, fit_spectrum, query_metric
 from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
 
@@ -32,16 +37,22 @@ class Preset:
     """How a cache stores its tokens.
 
     Args:
-        k, v: bands of cold keys and values by head dimension D, or None: every token stays exact.
-        chunk: chunk length C, 32, 64, 128 or 256.
+        k, v: bands of cold keys and values by head dimension D, or None: every token stays exact. With a `ratio`, several
+            to choose from: each layer gets its own when it is first compressed, where the bytes count most.
+        ratio: how many times smaller than 16-bit keys and values the coefficients of cold tokens are at least, all layers
+            together.
+        chunk: chunk length C (tokens of a page), 64, 128 or 256.
+        align: positions of a block of phase alignment, a multiple of `chunk`; 0: `chunk`. Longer ones are faster.
         window: newest tokens that are always exact, at least 1 (up to C - 1 more are).
         sinks: first tokens that stay exact.
         min_fit: tokens older than the window that a row must have before its bases are fitted: fewer would fit noise.
     """
 
-    k: dict[int, str] | None = None
-    v: dict[int, str] | None = None
+    k: dict[int, str] | dict[int, tuple[str, ...]] | None = None
+    v: dict[int, str] | dict[int, tuple[str, ...]] | None = None
+    ratio: float | None = None
     chunk: int = 64
+    align: int = 512
     window: int = 64
     sinks: int = 4
     min_fit: int = 512
@@ -50,38 +61,128 @@ class Preset:
         check_in("chunk", self.chunk, CHUNKS)
         if (self.k is None) != (self.v is None):
             raise ValueError("v: expected bands for both k and v, or for neither")
+        if self.align == 0:
+            object.__setattr__(self, "align", self.chunk)
+        if self.align < self.chunk or self.align % self.chunk:
+            raise ValueError(f"align: expected a multiple of chunk = {self.chunk}, got {self.align}")
         # The newest token is always exact: it is what the next query is of.
         for name, least in (("window", 1), ("sinks", 0), ("min_fit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.ratio is not None and not self.ratio > 0:
+            raise ValueError(f"ratio: expected a positive number, got {self.ratio}")
 
-    def layout(self, head_dim: int) -> PageLayout | None:
-        """The page layout for a head dimension; None if every token stays exact."""
+    def layouts(self, head_dim: int) -> list[PageLayout]:
+        """The page layouts that a layer of a head dimension may get, smallest first; none if every token stays exact."""
         check_in("head_dim", head_dim, HEAD_DIMS)
         if self.k is None or self.v is None:
-            return None
+            return []
+        sides = []
         for name, side in (("k", self.k), ("v", self.v)):
             if head_dim not in side:
                 raise ValueError(f"{name}: expected bands for head_dim {head_dim}, got them for {sorted(side)}")
-        return PageLayout(Bands.parse(self.k[head_dim]), Bands.parse(self.v[head_dim]), head_dim, self.chunk)
+            texts = side[head_dim]
+            sides.append([Bands.parse(text) for text in ((texts,) if isinstance(texts, str) else texts)])
+        found = [PageLayout(k, v, head_dim, self.chunk, self.align) for k in sides[0] for v in sides[1]]
+        found.sort(key=lambda layout: layout.token_bytes)
+        if len(found) > 1 and self.ratio is None:
+            raise ValueError("ratio: expected a number to choose bands by, got None")
+        if len(found) > 1 and any(bands.is_float for bands in (*sides[0], *sides[1])):
+            raise ValueError("k, v: expected no 16-bit bands among several to choose from")
+        if self.ratio is not None and found[0].token_bytes > 4 * head_dim / self.ratio:
+            most = 4 * head_dim / found[0].token_bytes
+            raise ValueError(f"ratio: expected at most {most:.2f} with the smallest of these bands, got {self.ratio}")
+        return found
+
+    def layout(self, head_dim: int) -> PageLayout | None:
+        """What a layer gets on average: of the largest layouts within the ratio the evenest. None: all tokens are exact."""
+        fitting = [x for x in self.layouts(head_dim) if self.ratio is None or x.token_bytes * self.ratio <= 4 * head_dim]
+        return max(fitting, key=lambda x: (x.token_bytes, -abs(x.k.bytes - x.v.bytes)), default=None)
 
 
-# Every component of K and V keeps at least 2 bits: cutting the tail of the spectrum costs more than it saves.
+def _menus(head_dim: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Bands of K and of V to choose from: few, as each pair that occurs is a kernel of its own.
+
+    The components after the best ones get 2 bits or none: with its mean taken out K has few that matter, V has more.
+    Some layers' keys need 8 bits for the best components.
+    """
+    q = max(16, head_dim // 64 * 16)  # about a quarter of the components
+    rest = head_dim - 2 * q
+    k = f"{q}x4 {q}x4+{q}x2 {q}x4+{2 * q}x2 16x8+16x4+{q}x2 {2 * q}x4+{rest}x2 16x8+{2 * q - 16}x4+{rest}x2"
+    v = f"{q}x2 {2 * q}x2 {3 * q}x2 {head_dim}x2 {q}x4+{2 * q}x2 {q}x4+{head_dim - q}x2 {2 * q}x4+{rest}x2 {head_dim}x4"
+    return _undominated(k), _undominated(v)
+
+
+def _undominated(text: str) -> tuple[str, ...]:
+    """Of some bands, those to which no other gives every component as many bits for as few bytes."""
+    menu = {part: Bands.parse(part) for part in text.split()}
+
+    def better(a: Bands, b: Bands) -> bool:
+        more = a.rank >= b.rank and all(x >= y for x, y in zip(a.bits, b.bits, strict=False))
+        return a is not b and a.bytes <= b.bytes and more
+
+    return tuple(part for part, bands in menu.items() if not any(better(other, bands) for other in menu.values()))
+
+
+_BANDS = {dim: _menus(dim) for dim in HEAD_DIMS}
+_K, _V = ({dim: menus[side] for dim, menus in _BANDS.items()} for side in (0, 1))
+
 PRESETS: dict[str, Preset] = {
     "exact": Preset(),
-    "quality": Preset(
-        k={64: "16x8+48x4", 80: "16x8+64x4", 96: "16x8+80x4", 128: "16x8+112x4", 256: "32x8+224x4"},
-        v={64: "64x4", 80: "80x4", 96: "96x4", 128: "128x4", 256: "256x4"},
-    ),
-    "balanced": Preset(
-        k={64: "16x8+16x4+32x2", 80: "16x8+16x4+48x2", 96: "16x8+16x4+64x2", 128: "16x8+16x4+96x2", 256: "32x8+32x4+192x2"},
-        v={64: "16x4+48x2", 80: "32x4+48x2", 96: "32x4+64x2", 128: "32x4+96x2", 256: "64x4+192x2"},
-    ),
-    "small": Preset(
-        k={64: "16x8+48x2", 80: "16x8+64x2", 96: "16x8+80x2", 128: "16x8+112x2", 256: "32x8+224x2"},
-        v={64: "64x2", 80: "80x2", 96: "96x2", 128: "128x2", 256: "256x2"},
-    ),
+    # Short windows and more bits for older tokens lose less than the reverse at the same bytes (README, Quality).
+    "quality": Preset(k=_K, v=_V, ratio=5.28, align=256, window=32),
+    "balanced": Preset(k=_K, v=_V, ratio=8.0, window=16),
+    "small": Preset(k=_K, v=_V, ratio=12.1, window=16),
 }
+
+
+class _Budget:
+    """Shares bytes among layers that ask one after another, each with what it would lose in each layout.
+
+    Losses are relative errors of outputs, which layers can be compared by. A layer gets what a price for a byte makes it
+    take: the lowest price at which it, and layers still to come if they are like those seen so far, keep to the bytes that
+    are left. So the total never exceeds the budget.
+    """
+
+    def __init__(self, layers: int, total: float) -> None:
+        self.layers, self.total = layers, total
+        self.taken: dict[int, int] = {}  # bytes of a cold token, by layer
+        self.steps: dict[int, list[tuple[int, float, int]]] = {}  # (bytes, what its last byte saves, layout), by layer
+
+    def choose(self, layer: int, sizes: Sequence[int], losses: Sequence[float]) -> int:
+        """Index of the layout that a layer gets."""
+        hull: list[int] = []  # layouts on the lower convex hull of loss over bytes
+        for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
+            if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
+                continue
+            while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
+                hull.pop()
+            hull.append(i)
+        saved = [math.inf, *(_saved(a, b, sizes, losses) for a, b in pairwise(hull))]
+        self.steps[layer] = [(sizes[i], gain, i) for i, gain in zip(hull, saved, strict=True)]
+        others = {n: size for n, size in self.taken.items() if n != layer}
+        left, to_come = self.total - sum(others.values()), self.layers - len(others) - 1
+
+        def needed(price: float) -> float:
+            seen = [self._at(n, price)[0] for n in self.steps]
+            return self._at(layer, price)[0] + to_come * sum(seen) / len(seen)
+
+        prices = sorted({gain for steps in self.steps.values() for _, gain, _ in steps if gain < math.inf} | {0.0})
+        price = prices[min(bisect_left(prices, True, key=lambda price: needed(price) <= left), len(prices) - 1)]
+        self.taken[layer], _, chosen = self._at(layer, price)
+        return chosen
+
+    def forget(self, layer: int) -> None:
+        self.taken.pop(layer, None)
+        self.steps.pop(layer, None)
+
+    def _at(self, layer: int, price: float) -> tuple[int, float, int]:
+        return next(step for step in reversed(self.steps[layer]) if step[1] > price)
+
+
+def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
+    """What a byte saves between two layouts, a the smaller."""
+    return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
 
 
 class LayerCache:
@@ -100,12 +201,15 @@ class LayerCache:
         dtype: torch.dtype,
         device: torch.device,
         v_metric: torch.Tensor | None,
+        budget: _Budget,
+        index: int,
     ) -> None:
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
-        self.rope, self.preset, self.layout = rope, preset, preset.layout(head_dim)
+        self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
+        self.budget, self.index = budget, index
         self.dtype, self.device, self.v_metric = dtype, device, v_metric
         self.pinned = [list(row) for row in pinned]
-        self.pinned_slots = max(map(len, self.pinned), default=0) if self.layout else 0
+        self.pinned_slots = max(map(len, self.pinned), default=0) if self.layouts else 0
         self.lengths: list[int] = [0] * batch  # tokens a row
         self.reset()
 
@@ -117,6 +221,10 @@ class LayerCache:
         self.segment_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment: list[int | None] = [None] * batch  # segment that a row's next chunks are encoded in
         self.encoders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # Components of K past its rank, int8 [G, D - R + 1, D] with scales: an encoder is the inverse of all of them.
+        self.k_rest: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.layout: PageLayout | None = None  # chosen at the first fit
+        self.budget.forget(self.index)
         self.pages: Pages | None = None
         self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
         self.query_padding = [0] * batch
@@ -136,9 +244,16 @@ class LayerCache:
         return [n * self.preset.chunk for n in self.chunks]
 
     @property
+    def token_bytes(self) -> float:
+        """Bytes that one more old token costs in the long run: its coefficients, skip bits and share of the tables."""
+        if self.layout is None:
+            return self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
+        return self.kv_heads * (self.layout.token_bytes + 1 / 8) + 2 * 4 / self.preset.chunk
+
+    @property
     def nbytes(self) -> int:
         exact = (self.k, self.v, self.key_positions, self.length)
-        encoders = [t for pair in self.encoders.values() for t in pair]
+        encoders = [t for pair in (*self.encoders.values(), *self.k_rest.values()) for t in pair]
         total = sum(t.nbytes for t in (*exact, *encoders, *(self.queries or ())))
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
@@ -175,6 +290,7 @@ class LayerCache:
             "page_rows": [list(row) for row in self.page_rows],
             "segment_rows": [list(row) for row in self.segment_rows],
             "encoders": dict(self.encoders),
+            "k_rest": dict(self.k_rest),
         }
         if self.pages is not None:
             tables = {name: getattr(self.pages, name).clone() for name in ("page_table", "segment_table", "lengths")}
@@ -194,7 +310,7 @@ class LayerCache:
         offset = torch.tensor(pad, dtype=torch.int32, device=self.device) if any(pad) else 0
         steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
         positions = (self.length - offset)[:, None] + steps  # negative on padding
-        aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=chunk)
+        aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
         v = v.to(self.dtype)
         if self.queries is not None:
             self._note_queries(queries, pad)
@@ -203,7 +319,7 @@ class LayerCache:
         first_hot = [max(s, c) for s, c in zip(straight, self.cold, strict=True)]
         hot = max(n - f for n, f in zip(after, first_hot, strict=True))
         if hot > self.hot_slots:
-            growing = self.layout is None or any(s is None for s in self.segment)
+            growing = not self.layouts or any(s is None for s in self.segment)
             self._resize_ring(max(hot + (hot // 8 if growing else 0), self.preset.window + chunk))
         keep = None
         if any(straight):
@@ -240,7 +356,7 @@ class LayerCache:
 
     def _chunks_wanted(self, row: int, length: int) -> int:
         """Cold chunks a row of this length should have: never fewer than it has."""
-        if self.layout is None:
+        if not self.layouts:
             return 0
         old = length - self.preset.window
         if self.segment[row] is None and old < max(self.preset.min_fit, self.preset.chunk):
@@ -249,7 +365,7 @@ class LayerCache:
 
     def _note_queries(self, queries: torch.Tensor | None, pad: list[int]) -> None:
         """Keep queries for the metric of K until every row has fitted its segment; one call without ends that."""
-        if queries is None or self.layout is None or all(s is not None for s in self.segment):
+        if queries is None or not self.layouts or all(s is not None for s in self.segment):
             self.queries = None
         elif self.queries is not None:
             if not self.queries:
@@ -297,17 +413,13 @@ class LayerCache:
 
         Rows alike (same padding, length and chunks) go together. Pages are written before any table names them.
         """
-        assert self.layout is not None
         chunk = self.preset.chunk
         groups: dict[tuple[int, int, int, int], list[int]] = {}
         for row in rows:
             new = self.segment[row] is None
             alike = (call[2][row] if call else 0, self.chunks[row], targets[row], self.lengths[row] if new else -1)
             groups.setdefault(alike, []).append(row)
-        self._reserve(rows, targets)
-        assert self.pages is not None
-        free = self._free_pages()
-        pins = []
+        jobs = []
         for (start, first, last, length), members in groups.items():
             if call:
                 k_rows, v_rows = (x[members, :, start:] if len(members) < self.batch else x[:, :, start:] for x in call[:2])
@@ -315,15 +427,23 @@ class LayerCache:
                 position = torch.arange(first * chunk, max(last * chunk, length), device=self.device)
                 slot = self.pinned_slots + position % self.hot_slots
                 k_rows, v_rows = self.k[members][:, :, slot], self.v[members][:, :, slot]
-            if length >= 0:
-                self._fit(members, k_rows, v_rows)
+            spectra = self._spectra(members, k_rows, v_rows) if length >= 0 else None
             span = (last - first) * chunk
-            k_rows, v_rows = k_rows[:, :, :span], v_rows[:, :, :span]
-            ids = [[free.pop() for _ in range(first, last)] for _ in members]
+            jobs.append((members, first, k_rows[:, :, :span], v_rows[:, :, :span], spectra))
+        self._reserve(rows, targets)
+        assert self.pages is not None and self.layout is not None
+        free = self._free_pages()
+        pins = []
+        for members, first, k_rows, v_rows, spectra in jobs:
+            if spectra is not None:
+                self._fit(members, *spectra)
+            ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
             page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
-            pairs = [self._encoder(self.segment[r]) for r in members]
-            encode(k_rows, torch.stack([k for k, _ in pairs]), self.layout.k, self.pages.k_pages, page_ids, side="k")
-            encode(v_rows, torch.stack([v for _, v in pairs]), self.layout.v, self.pages.v_pages, page_ids, side="v")
+            encoders = [self._encoder(self.segment[r]) for r in members]
+            k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
+            offset = self._mean_offset(members, k_encoder)
+            encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
+            encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
             pins.append((members, ids, first, k_rows, v_rows))
         for members, ids, first, k_rows, v_rows in pins:
             self._pin(members, ids, first, k_rows, v_rows)
@@ -341,28 +461,83 @@ class LayerCache:
         if segment in self.encoders:
             return self.encoders.pop(segment)
         p = self.pages
-        return (
-            fit_encoder(p.k_basis[segment], p.k_scale[segment]),
-            fit_encoder(p.v_basis[segment], p.v_scale[segment], self.v_metric),
-        )
+        v_encoder = fit_encoder(p.v_basis[segment], p.v_scale[segment], self.v_metric)
+        if p.layout.k.is_float:
+            return fit_encoder(p.k_basis[segment], p.k_scale[segment]), v_encoder
+        rest, rest_scale = self.k_rest[segment]
+        basis = torch.cat((p.k_basis[segment, :, 1:], rest), dim=1)
+        k_encoder = fit_encoder(basis, torch.cat((p.k_scale[segment, :, 1:], rest_scale), dim=1))
+        return torch.nn.functional.pad(k_encoder[..., : p.layout.k.rank - 1], (1, 0)), v_encoder
 
-    def _fit(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> None:
-        """Fit a new segment for each of these rows on all their tokens, of one number and padding."""
-        assert self.layout is not None and self.pages is not None
-        metric = None
+    def _mean_offset(self, members: list[int], encoder: torch.Tensor) -> torch.Tensor | None:
+        """What coefficients lose by centring, [B, G, R]; component 0 stands for the mean: it gets its highest code."""
+        assert self.pages is not None
+        if self.pages.layout.k.is_float:
+            return None
+        segments = [self.segment[row] for row in members]
+        half = (2 ** self.pages.layout.k.bits[0] - 1) / 2
+        mean = self.pages.k_basis[segments, :, 0].float() * (half * self.pages.k_scale[segments, :, 0])[..., None]
+        offset = (mean[:, :, None] @ encoder)[:, :, 0]
+        offset[..., 0] = -1e9
+        return offset
+
+    def _spectra(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> tuple[Spectrum, Spectrum]:
+        """Components of K and V of these rows from all their tokens (as many in each); the first ones choose the layout."""
+        metric = weights = None
         if self.queries:
             q = torch.cat(self.queries, dim=2)[members]
             q = q[:, :, self.query_padding[members[0]] :]
-            metric = query_metric(q, self.rope, chunk=self.preset.chunk, kv_heads=self.kv_heads)
-        k_basis, k_scale, k_encoder = fit_side(k, self.layout.k, metric)
-        v_basis, v_scale, v_encoder = fit_side(v, self.layout.v, self.v_metric)
+            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads)
+            if self.layout is None and len(self.layouts) > 1:
+                weights = error_weights(
+                    q,
+                    k,
+                    v,
+                    self.rope,
+                    self.v_metric,
+                    chunk=self.preset.align,
+                    sinks=self.preset.sinks,
+                    window=self.preset.window,
+                )
+        bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
+        k_spectrum = fit_spectrum(k, metric, precisions=bits[0], centre=not self.layouts[0].k.is_float)
+        v_spectrum = fit_spectrum(v, self.v_metric, precisions=bits[1])
+        if self.layout is None:
+            self.layout = self.layouts[0] if len(self.layouts) == 1 else self._choose(k_spectrum, v_spectrum, weights)
+        return k_spectrum, v_spectrum
+
+    def _choose(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> PageLayout:
+        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
+        k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
+        losses = []
+        for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
+            lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
+            # Without queries a relative error of keys counts as much as one of values.
+            weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny) if weights is None else weights[i]
+            losses += [(weight * side.distortion(bands)).sum(-1).mean() for bands in menu]
+        values = torch.stack(losses).tolist()
+        of_k = dict(zip(k_bands, values[: len(k_bands)], strict=True))
+        of_v = dict(zip(v_bands, values[len(k_bands) :], strict=True))
+        sizes = [layout.token_bytes for layout in self.layouts]
+        chosen = self.budget.choose(self.index, sizes, [of_k[x.k] + of_v[x.v] for x in self.layouts])
+        return self.layouts[chosen]
+
+    def _fit(self, members: list[int], k: Spectrum, v: Spectrum) -> None:
+        """A new segment for each of these rows."""
+        assert self.layout is not None and self.pages is not None
+        k_basis, k_scale, k_encoder = k.side(self.layout.k)
+        v_basis, v_scale, v_encoder = v.side(self.layout.v)
+        held = self.layout.k.rank - 1  # without the mean
         used = {s for row in self.segment_rows for s in row} | {s for s in self.segment if s is not None}
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
             self.pages.k_basis[segment], self.pages.k_scale[segment] = k_basis[i], k_scale[i]
             self.pages.v_basis[segment], self.pages.v_scale[segment] = v_basis[i], v_scale[i]
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
+            if not self.layout.k.is_float:
+                self.k_rest[segment] = (k.basis[i, :, held:].clone(), k.scale[i, :, held:].clone())
             self.segment[row] = segment
+        self.k_rest = {s: rest for s, rest in self.k_rest.items() if s in used or s in ids}
         if all(s is not None for s in self.segment):
             self.queries = None
 
@@ -433,8 +608,10 @@ class LayerCache:
         """The host's tables and cold lengths to the device."""
         if self.pages is None:
             return
-        width = self.pages.max_chunks
-        for rows, table in ((self.page_rows, self.pages.page_table), (self.segment_rows, self.pages.segment_table)):
+        # A row's segment never changes inside a block of alignment: it is fitted when the row has no cold chunk.
+        by_block = [row[:: self.preset.align // self.preset.chunk] for row in self.segment_rows]
+        for rows, table in ((self.page_rows, self.pages.page_table), (by_block, self.pages.segment_table)):
+            width = table.shape[1]
             table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32).view(-1, width))
         self.pages.lengths.copy_(torch.tensor(self.cold, dtype=torch.int32))
         if self.hot_slots:
@@ -456,8 +633,8 @@ class LayerCache:
         hot = (q, positions, self.k, self.v, self.key_positions, self.rope)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.pages is None or not any(self.chunks):
-            return out.copy_(attend_exact(*hot, chunk=self.preset.chunk, scale=scale)[0])
-        others = attend_exact(*hot, chunk=self.preset.chunk, scale=scale, merged=False)
+            return out.copy_(attend_exact(*hot, chunk=self.preset.align, scale=scale)[0])
+        others = attend_exact(*hot, chunk=self.preset.align, scale=scale, merged=False)
         return attend_spectral(q, positions, self.pages, self.rope, scale=scale, others=others, out=out)[0]
 
     def get_kv(self, *, rope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -475,9 +652,9 @@ class LayerCache:
             k[row, :, position], v[row, :, position] = self.k[row, :, slot].float(), self.v[row, :, slot].float()
         positions = torch.arange(total, device=self.device).expand(self.batch, -1)
         if rope == "pre":
-            k = rotate(k, positions, self.rope, chunk=self.preset.chunk, inverse=True)
+            k = rotate(k, positions, self.rope, chunk=self.preset.align, inverse=True)
         else:
-            k = rotate(k, positions - positions % self.preset.chunk, self.rope)
+            k = rotate(k, positions - positions % self.preset.align, self.rope)
         valid = positions < self.length[:, None]
         return k.to(self.dtype), v.to(self.dtype), valid
 
@@ -513,7 +690,7 @@ class LayerCache:
             mine[rows] = True
             index = position.clamp_max(k.shape[2] - 1).long()[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
             k, v = k.gather(2, index), v.gather(2, index)
-            aligned = phase_align(k, position, self.rope, chunk=chunk)
+            aligned = phase_align(k, position, self.rope, chunk=self.preset.align)
             self._store_hot(aligned, v, position, mine[:, None] & (position < self.length[:, None]))
 
     def _drop_queries(self, lengths: list[int]) -> None:
@@ -538,8 +715,8 @@ class LayerCache:
         self.k, self.v = self.k[device_index], self.v[device_index]
         self.key_positions, self.length = self.key_positions[device_index], self.length[device_index]
         if self.pages is not None:
-            shape = (len(index), self.pages.max_chunks)
-            tables = [torch.empty(shape, dtype=torch.int32, device=self.device) for _ in range(2)]
+            widths = (self.pages.max_chunks, self.pages.max_blocks)
+            tables = [torch.empty((len(index), width), dtype=torch.int32, device=self.device) for width in widths]
             lengths = torch.empty(len(index), dtype=torch.int32, device=self.device)
             self.pages = replace(self.pages, page_table=tables[0], segment_table=tables[1], lengths=lengths)
             self._write_tables()
@@ -604,6 +781,7 @@ class SpectralCache:
             raise ValueError(f"landmarks: expected positions that are not negative, for {batch} rows, got {named}")
         pinned = [sorted({*range(preset.sinks), *row}) for row in per_row]
         self.rope, self.preset, self.dtype, self.device = rope, preset, dtype, device
+        budget = _Budget(layers, layers * 4 * head_dim / preset.ratio if preset.ratio else math.inf)
         self.layers = [
             LayerCache(
                 batch=batch,
@@ -616,6 +794,8 @@ class SpectralCache:
                 dtype=dtype,
                 device=device,
                 v_metric=v_metrics[i],
+                budget=budget,
+                index=i,
             )
             for i in range(layers)
         ]
@@ -638,6 +818,11 @@ class SpectralCache:
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds (not of what belongs to the model: frequencies, metrics of V)."""
         return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes that one more cold token of one row costs in the long run, all layers."""
+        return sum(layer.token_bytes for layer in self.layers)
 
     def append(
         self,

@@ -12,6 +12,9 @@ Basis rows are then held in int8 with a float32 scale each. The encoder is recom
     encoder = M B^T (B M B^T)^(-1)       (the inverse of B when R = D)
 
 so rounding a basis of full rank loses nothing. A component's quantiser is uniform, with the step of least squared error.
+Keys first lose their mean row, which biases make large: it becomes a component of its own, with one code for all tokens,
+and kernels need not know (`Spectrum`). What each component loses at each precision, and what errors cost after the softmax
+(`error_weights`), say which bands a layer needs.
 
 Source: Eckart and Young (1936) in the M-norm; design of phase-aligned keys: rope.py.
 Oracle: reference/compress.py.   Test: tests/test_compress.py.
@@ -19,6 +22,8 @@ Oracle: reference/compress.py.   Test: tests/test_compress.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -194,6 +199,60 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
     moment = (moment + moment.mT) / 2
     back = torch.argsort(order)
     return moment[..., back[:, None], back[None, :]].contiguous()
+
+
+def error_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: Rope,
+    v_metric: torch.Tensor | None = None,
+    *,
+    chunk: int,
+    sinks: int,
+    window: int,
+    queries: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What errors of cold keys and values cost in a layer's output, relative to the output's mean square.
+
+    To first order and with errors that are independent from token to token, softmax weights p and scores s,
+
+        E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = x^T W_o^T W_o x
+
+    averaged over `queries` queries of the second half of the tokens.
+
+    Args:
+        q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point.
+        rope: frequencies.      v_metric: float32 [G, D, D], sum over a group's heads of W_o^T W_o, or None.
+        chunk: chunk length C.      sinks, window: first tokens and newest ones that are exact, and have no errors.
+    Returns:
+        (w_k, w_v), float32 [B, G]: the layer's relative error is the sum over g of w_k[g] times the mean squared error of
+        keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`.
+    """
+    batch, heads, tokens, dim = q.shape
+    groups = k.shape[1]
+    at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
+    positions = torch.arange(tokens, device=q.device)
+    turned = rotate(q[:, :, at].contiguous(), at.expand(batch, -1), rope).float()
+    keys = rotate(k, (positions - positions % chunk).expand(batch, -1), rope).float()
+    turning = rope.rotary_dim
+    turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
+    turned = turned.unflatten(1, (groups, -1))  # [B, G, H/G, S, D]
+    values = v.float()
+    weighted = values if v_metric is None else values @ v_metric
+    square = (weighted * values).sum(-1)[:, :, None]  # [B, G, 1, T]: of the values
+    w_k, w_v, total = (q.new_zeros((batch, groups), dtype=torch.float32) for _ in range(3))
+    for some, own in zip(at.split(16), turned.split(16, dim=3), strict=True):  # few at a time: scores are [.., S, T]
+        age = some.repeat(heads // groups)[:, None] - positions
+        p = (own.flatten(2, 3) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
+        o = p @ values
+        power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
+        p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
+        w_k += (p2 * (square - 2 * o @ weighted.mT + power)).sum((-2, -1)) / dim
+        w_v += p2.sum((-2, -1))
+        total += power.sum((-2, -1))
+    total = total.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return w_k / total, w_v / total
 
 
 def _floored(metric: torch.Tensor) -> torch.Tensor:
@@ -386,24 +445,105 @@ def fit_steps_torch(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
     return best
 
 
-def fit_side(
-    x: torch.Tensor, bands: Bands, metric: torch.Tensor | None = None, *, sample: int = 2048
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Basis, scale and encoder of one side (K or V) from its rows.
+@dataclass(frozen=True)
+class Spectrum:
+    """The components of one side, best first, and what each loses at each precision: what a layout is chosen by.
+
+    Args:
+        mean: float32 [B, G, 1, D] to subtract before `encode`, or None. With a mean, component 0 of the side stands for it
+            (all tokens hold its highest code) and the components here are those from 1 on.
+        basis: int8 [B, G, D, D], scale: float32 [B, G, D]: component r is the vector scale[r] * basis[r].
+        encoder: float32 [B, G, D, D]: coefficients (x - mean) @ encoder.
+        steps: of the quantiser, float32 [B, G, D] for each number of bits.
+        errors: mean squared error of a component in units of the metric, float32 [B, G, D] for each number of bits and 0.
+    """
+
+    mean: torch.Tensor | None
+    basis: torch.Tensor
+    scale: torch.Tensor
+    encoder: torch.Tensor
+    steps: dict[int, torch.Tensor]
+    errors: dict[int, torch.Tensor]
+
+    def _bands(self, bands: Bands) -> list[tuple[int, slice]]:
+        """Bits and own components of each band."""
+        parts, start = [], 0 if self.mean is None else -1
+        for rank, bits in bands.bands:
+            parts.append((bits, slice(max(0, start), start + rank)))
+            start += rank
+        return parts
+
+    def distortion(self, bands: Bands) -> torch.Tensor:
+        """Mean squared error of a row in these bands, in units of the metric: float32 [B, G]."""
+        parts = self._bands(bands)
+        lost = self.errors[0][..., parts[-1][1].stop :].sum(-1)
+        return lost + sum(self.errors[bits][..., own].sum(-1) for bits, own in parts)
+
+    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
+        parts = self._bands(bands)
+        rank = parts[-1][1].stop
+        steps = torch.cat([self.steps[bits][..., own] for bits, own in parts], dim=-1)
+        basis, scale = self.basis[..., :rank, :], self.scale[..., :rank] * steps
+        encoder = self.encoder[..., :rank] / steps[..., None, :]
+        if self.mean is not None:
+            mean, unit = quantise_basis(self.mean)
+            basis = torch.cat((mean, basis), dim=-2)
+            scale = torch.cat((unit * (2 / (2 ** bands.bits[0] - 1)), scale), dim=-1)
+            encoder = torch.nn.functional.pad(encoder, (1, 0))
+        return basis.contiguous(), scale, encoder.contiguous()
+
+
+def fit_spectrum(
+    x: torch.Tensor,
+    metric: torch.Tensor | None = None,
+    *,
+    precisions: Sequence[int] = (8, 4, 2),
+    centre: bool = False,
+    sample: int = 2048,
+) -> Spectrum:
+    """Components of one side (K or V) from its rows.
 
     Args:
         x: [B, G, T, D] phase-aligned keys or values, fp16, bf16 or fp32, T at least 1.
-        bands: of the side.      metric: [B, G, D, D] or [G, D, D] float32, or None.
+        metric: [B, G, D, D] or [G, D, D] float32, or None.
+        precisions: numbers of bits that quantiser steps are fitted for.
+        centre: subtract the mean row (as int8 holds it). Keys have one: what a bias of the key projection adds.
         sample: about how many rows, evenly spread, the quantiser steps are fitted on.
+    """
+    dim, mean = x.shape[-1], None
+    if centre:
+        held, unit = quantise_basis(x.mean(dim=2, keepdim=True, dtype=torch.float32))
+        mean = held.float() * unit[..., None]
+        x = (x - mean).to(x.dtype)
+    basis, scale = quantise_basis(fit_basis(gram(x), metric, rank=dim))
+    encoder = fit_encoder(basis, scale, metric)
+    coefficients = x[:, :, :: max(1, x.shape[2] // sample)].float() @ encoder
+    rows = basis.float() * scale[..., None]
+    weight = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # [B, G, D]: of a squared error of a component
+    steps, errors = {}, {0: coefficients.square().mean(-2) * weight}
+    for bits in precisions:
+        bands = Bands(((dim, bits),))
+        steps[bits] = fit_steps(coefficients, bands)
+        if not bands.is_float:
+            units = coefficients / steps[bits][..., None, :]
+            codes = (torch.floor(units) + 0.5).clamp(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
+            errors[bits] = (codes - units).square().mean(-2) * steps[bits].square() * weight
+    return Spectrum(mean, basis, scale, encoder, steps, errors)
+
+
+def fit_side(
+    x: torch.Tensor, bands: Bands, metric: torch.Tensor | None = None, *, sample: int = 2048
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Basis, scale and encoder of one side (K or V) from its rows, without a mean.
+
+    Args:
+        x, metric, sample: as `fit_spectrum` has them.      bands: of the side.
     Returns:
         (basis int8 [B, G, R, D], scale float32 [B, G, R] with the steps, encoder float32 [B, G, D, R]): x @ encoder is in
         units of steps, as `encode` wants it.
     """
-    basis, scale = quantise_basis(fit_basis(gram(x), metric, rank=bands.rank))
-    encoder = fit_encoder(basis, scale, metric)
-    coefficients = x[:, :, :: max(1, x.shape[2] // sample)].float() @ encoder
-    steps = fit_steps(coefficients, bands)
-    return basis, scale * steps, encoder / steps[..., None, :]
+    return fit_spectrum(x, metric, precisions=sorted(set(bands.bits)), sample=sample).side(bands)
 
 
 @triton.jit

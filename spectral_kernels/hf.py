@@ -477,7 +477,7 @@ def _cached_attention(
     """Append the new tokens and attend to the cache, causally; in pieces whose tokens are all exact when they attend."""
     assert step.cache is not None and step.cache.spectral is not None
     cache = step.cache.spectral
-    piece = step.queries if cache.layers[0].layout is None else max(cache.preset.window, 1)
+    piece = step.queries if cache.preset.k is None else max(cache.preset.window, 1)
     outs = []
     for start in range(0, step.queries, piece):
         tokens = slice(start, start + piece)

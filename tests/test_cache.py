@@ -88,7 +88,8 @@ class Trial:
         """The condition number of the bases in use, rows normalised: how much a coefficient's rounding can grow."""
         pages = self.layer.pages
         for segment in {s for row in self.layer.segment_rows for s in row}:
-            for side, basis in (("k", pages.k_basis), ("v", pages.v_basis)):
+            mean = 0 if pages.layout.k.is_float else 1  # component 0 of K is subtracted, not projected on
+            for side, basis in (("k", pages.k_basis[:, :, mean:]), ("v", pages.v_basis)):
                 rows = to_numpy(basis[segment])
                 rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
                 self.condition[side] = max(self.condition[side], float(np.linalg.cond(rows).max()))
@@ -451,9 +452,9 @@ def keeps_hot_slots(layer: LayerCache) -> None:
 
 
 def keeps_segments(layer: LayerCache) -> None:
-    pages, segment = layer.pages, list(layer.segment)
+    pages, segment, layout, rest = layer.pages, list(layer.segment), layer.layout, layer.k_rest
     layer.reset()
-    layer.pages, layer.segment = pages, segment
+    layer.pages, layer.segment, layer.layout, layer.k_rest = pages, segment, layout, rest
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -705,7 +706,7 @@ def failing(function: Callable[..., Any], at: int, late: bool, calls: list[int])
     return run
 
 
-STEPS = [(cache_module, name) for name in ("phase_align", "encode", "fit_side", "fit_encoder", "query_metric")]
+STEPS = [(cache_module, name) for name in ("phase_align", "encode", "fit_spectrum", "fit_encoder", "query_metric")]
 STEPS += [
     (LayerCache, name)
     for name in ("_resize_ring", "_store_hot", "_compress", "_fit", "_pin", "_reserve", "_allocate", "_write_tables")
