@@ -194,7 +194,7 @@ def decode(card: Card, side: str) -> Kernel:
     call = partial(sk.decode, pages, side=side)
 
     def check() -> None:
-        part, start = part_of(pages, blocks=2)
+        part, start = part_of(pages, min(2, pages.max_blocks))
         keys, values, _ = pages_oracle.rebuild(part, 0)
         codes = pages_oracle.coefficients(part, 0)[0 if side == "k" else 1][0]
         basis, scale = (part.k_basis, part.k_scale) if side == "k" else (part.v_basis, part.v_scale)

@@ -781,8 +781,8 @@ def _encode_matrix_kernel(
         out = pages_ptr + (page * G + g) * (C * BYTES) + offset[None, :]
         out += (group * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
         live = (group <= LAST) & (page >= 0)
-        tl.store(out, first, mask=live[:, None])
-        tl.store(out + 512, second, mask=(live & (is_half == 0))[:, None])
+        tl.store(out, first, mask=(live != 0)[:, None])
+        tl.store(out + 512, second, mask=((live != 0) & (is_half == 0))[:, None])
 
 
 def _check_encode(x, encoder, bands, pages, page_ids, side, offset):
