@@ -242,8 +242,8 @@ def tensors() -> Prefix:
     return quality.read_tensors(DATA)
 
 
-# Ten percent above what was measured when these were set: a worse codec fails, rounding does not.
-@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.226, 0.159), (7, 0.352, 0.233), (10, 0.379, 0.350)])
+# Five percent above what was measured when these were set: a worse codec fails, rounding does not.
+@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.250, 0.166), (7, 0.333, 0.232), (10, 0.430, 0.356)])
 def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
     """D = 128. For comparison: outputs of the 3-bit yardstick at 4.0 are off by 0.139, of the 2-bit one at 5.3 by 0.336."""
     base = PRESETS["small"]
@@ -252,7 +252,7 @@ def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
 
 
 @pytest.mark.parametrize(
-    ("preset", "scores", "outputs"), [("quality", 0.160, 0.148), ("balanced", 0.524, 0.237), ("small", 0.581, 0.373)]
+    ("preset", "scores", "outputs"), [("quality", 0.106, 0.147), ("balanced", 0.498, 0.194), ("small", 0.709, 0.314)]
 )
 def test_errors_on_the_embedded_model(prefix, preset, scores, outputs):
     got = mean_errors(prefix, preset)
@@ -265,7 +265,7 @@ def test_error_targets_have_teeth(tensors, change):
     base = PRESETS["small"]
     stored = quality.ablations(Preset(k=base.k, v=base.v, ratio=10), 128)[change](tensors)
     scores, outputs = np.mean([quality.attention_errors(tensors, stored, n) for n in range(len(tensors.k))], axis=0)
-    assert scores > 0.379 or outputs > 0.350
+    assert scores > 0.430 or outputs > 0.356
 
 
 def test_needles_through_the_presets(embedded, case, prefix, exact):
