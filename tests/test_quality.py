@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def test_the_exact_prefix_predicts_like_the_model(embedded, case, exact):
 def test_rebuilt_prefix_equals_decoding_through_the_cache(embedded, case, prefix, exact):
     """The real cache, a token at a time, agrees with what is measured a thousand times better than with the exact cache."""
     model, steps = embedded[0], 24
-    preset = PRESETS["small"]
+    preset = replace(PRESETS["small"], window=64)  # no chunk leaves it within these steps
     rebuilt = quality.predict(model, case, quality.store_spectral(prefix, preset, torch.float32).layers)[:steps]
     logits = []
     with enable(model, preset) as handle:
@@ -242,8 +243,8 @@ def tensors() -> Prefix:
     return quality.read_tensors(DATA)
 
 
-# Ten percent above what was measured when these were set: a worse codec fails, rounding does not.
-@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.226, 0.159), (7, 0.352, 0.233), (10, 0.379, 0.350)])
+# Five percent above what was measured when these were set: a worse codec fails, rounding does not.
+@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.250, 0.166), (7, 0.333, 0.232), (10, 0.430, 0.356)])
 def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
     """D = 128. For comparison: outputs of the 3-bit yardstick at 4.0 are off by 0.139, of the 2-bit one at 5.3 by 0.336."""
     base = PRESETS["small"]
@@ -252,7 +253,7 @@ def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
 
 
 @pytest.mark.parametrize(
-    ("preset", "scores", "outputs"), [("quality", 0.160, 0.148), ("balanced", 0.524, 0.237), ("small", 0.581, 0.373)]
+    ("preset", "scores", "outputs"), [("quality", 0.106, 0.147), ("balanced", 0.498, 0.194), ("small", 0.709, 0.314)]
 )
 def test_errors_on_the_embedded_model(prefix, preset, scores, outputs):
     got = mean_errors(prefix, preset)
@@ -265,7 +266,7 @@ def test_error_targets_have_teeth(tensors, change):
     base = PRESETS["small"]
     stored = quality.ablations(Preset(k=base.k, v=base.v, ratio=10), 128)[change](tensors)
     scores, outputs = np.mean([quality.attention_errors(tensors, stored, n) for n in range(len(tensors.k))], axis=0)
-    assert scores > 0.379 or outputs > 0.350
+    assert scores > 0.430 or outputs > 0.356
 
 
 def test_needles_through_the_presets(embedded, case, prefix, exact):
