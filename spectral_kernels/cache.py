@@ -363,6 +363,15 @@ class LayerCache:
             return 0
         return max(self.chunks[row], old // self.preset.chunk)
 
+    def most_queries(self) -> int:
+        """Most tokens that may come at once so that all of them are exact afterwards, as `attend` wants the newest."""
+        chunk, window = self.preset.chunk, self.preset.window
+        ends = [(n // chunk + 1) * chunk for n in self.lengths]  # the window may not pass the chunk that is open now
+        for row, segment in enumerate(self.segment):
+            if segment is None:
+                ends[row] = max(ends[row], self.preset.min_fit)
+        return min(end + window - 1 - n for end, n in zip(ends, self.lengths, strict=True))
+
     def _note_queries(self, queries: torch.Tensor | None, pad: list[int]) -> None:
         """Keep queries for the metric of K until every row has fitted its segment; one call without ends that."""
         if queries is None or not self.layouts or all(s is not None for s in self.segment):

@@ -477,12 +477,14 @@ def _cached_attention(
     """Append the new tokens and attend to the cache, causally; in pieces whose tokens are all exact when they attend."""
     assert step.cache is not None and step.cache.spectral is not None
     cache = step.cache.spectral
-    piece = step.queries if cache.preset.k is None else max(cache.preset.window, 1)
-    outs = []
-    for start in range(0, step.queries, piece):
-        tokens = slice(start, start + piece)
+    outs: list[torch.Tensor] = []
+    start = 0
+    while start < step.queries:
+        end = step.queries if cache.preset.k is None else start + cache.layers[layer].most_queries()
+        tokens = slice(start, end)
         cache.append(layer, key[:, :, tokens], value[:, :, tokens], queries=query[:, :, tokens])
         outs.append(cache.attend(layer, query[:, :, tokens], scale=scaling))
+        start = end
     return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
 
 

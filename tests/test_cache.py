@@ -772,6 +772,27 @@ def test_failure_in_the_middle_leaves_the_cache_as_it_was(monkeypatch, situation
     assert failures >= 4
 
 
+@pytest.mark.parametrize("start", [0, 5, 60, 100, 130, 159, 200, 255])
+def test_most_queries(rng, start):
+    """So many tokens can come and attend; one more, and the first of them is cold (but before the first fit)."""
+    preset = Preset(k={64: "64x4"}, v={64: "64x4"}, window=20, min_fit=100)
+    for more, fits in ((0, True), (1, False)):
+        cache = make_cache(preset)
+        if start:
+            k, v = (draw(rng, 2, 2, start, DIM) for _ in range(2))
+            cache.append(0, k, v)
+        tokens = cache.layers[0].most_queries() + more
+        assert tokens >= preset.window
+        k, v = (draw(rng, 2, 2, tokens, DIM) for _ in range(2))
+        cache.append(0, k, v)
+        q = draw(rng, 2, 4, tokens, DIM)
+        if fits:
+            assert cache.attend(0, q).shape == q.shape
+        else:
+            with pytest.raises(ValueError, match="q: expected at most as many queries"):
+                cache.attend(0, q)
+
+
 # ---- quality --------------------------------------------------------------------------------------------------------
 
 
