@@ -702,12 +702,14 @@ def _finish_spectral_kernel(
     tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
-def _launch_settings(group: int, k_rank: int, matrix: bool) -> tuple[dict, dict]:
+def _launch_settings(group: int, k_rank: int, dim: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
         warps = 2 if k_rank <= 64 else 4
-        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": warps, "num_stages": 1, "maxnreg": 168}
+        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": warps, "num_stages": 1}
+        if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
+            project["maxnreg"] = 168
         return project, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
@@ -800,7 +802,7 @@ def attend_spectral(
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    project, attend = _launch_settings(group, layout.k.rank, matrix)
+    project, attend = _launch_settings(group, layout.k.rank, dim, matrix)
     splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
     pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
     shape = (rows, kv_heads, blocks)
@@ -1192,7 +1194,7 @@ def attend_exact(
             MATRIX=matrix,
             NATIVE=_launch.is_native(q),
             num_warps=4,
-            maxnreg=168,
+            maxnreg=168 if dim <= 128 else None,
         )
     if not merged:
         return o_splits, lse_splits
