@@ -80,7 +80,7 @@ def _half(groups, n):
 @triton.constexpr_function
 def _subtiles(groups, n):
     """Sub-tiles of 512 bytes in a tile of group n."""
-    return 1 if sum(groups[n][1]) <= 4 else 2
+    return 1 if _half(groups, n) else 2
 
 
 @triton.constexpr_function
@@ -411,6 +411,24 @@ def _project_kernel(
                 more = (done == ROWS) & (start < blocks)
 
 
+@triton.jit
+def _lse(m, l):
+    """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights, in units of 1 / _FULL."""
+    return tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+
+
+@triton.jit
+def _join(m_all, l_all, m, l):
+    """The (largest score, sum of weights) of two sets of keys together, and the share of each in the joint output."""
+    m_new = tl.maximum(m_all, m)
+    top = tl.where(m_new == float("-inf"), 0.0, m_new)
+    old = tl.exp2(m_all - top) * l_all
+    new = tl.exp2(m - top) * l
+    l_new = old + new
+    norm = tl.where(l_new > 0.0, 1.0 / l_new, 0.0)
+    return m_new, l_new, old * norm, new * norm
+
+
 @triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
@@ -580,22 +598,13 @@ def _attend_spectral_kernel(
                 scale *= _weight(V_GROUPS, n)
             scaled = scaled + (coefficient * scale[:, None] * norm[None, :],)
         if stop == end:
-            lse = tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
-            tl.store(lse_ptr + out, lse, mask=h < HG)
+            tl.store(lse_ptr + out, _lse(m, l), mask=h < HG)
             tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
             for n in tl.static_range(RV // 16):
                 tl.store(c_ptr + out[None, :] * RV + (n * 16 + i16)[:, None], scaled[n], mask=(h < HG)[None, :])
         else:
             # Join earlier runs' in global memory, a few dimensions at a time: registers are what the loop above lives on.
-            m_new = tl.maximum(m_all, m)
-            top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m_all - top) * l_all
-            new = tl.exp2(m - top) * l
-            m_all = m_new
-            l_all = old + new
-            both = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
-            old *= both
-            new *= both
+            m_all, l_all, old, new = _join(m_all, l_all, m, l)
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 mask = (d < D)[:, None] & (h < HG)[None, :]
@@ -608,8 +617,7 @@ def _attend_spectral_kernel(
                 tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
             tl.debug_barrier()  # the next run's threads read what others wrote
         chunk = stop
-    lse_all = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
-    tl.store(o_lse_ptr + out, tl.where(l_all > 0.0, lse_all, float("-inf")), mask=h < HG)
+    tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
 
 
 @triton.jit

@@ -24,7 +24,20 @@ import triton.language as tl
 
 from . import _launch
 from ._launch import cos_sin
-from .attention import _FULL, _LOG2_FULL, _MAGIC, _block, _fields, _first_block, _group_offset, _half, _offset, _weight
+from .attention import (
+    _FULL,
+    _LOG2_FULL,
+    _MAGIC,
+    _block,
+    _fields,
+    _first_block,
+    _group_offset,
+    _half,
+    _join,
+    _lse,
+    _offset,
+    _weight,
+)
 from .pages import Pages
 from .rope import Rope
 
@@ -363,20 +376,11 @@ def _attend_operands_kernel(
             coefficient = (acc[n] + _offset(V_GROUPS, n) * w_run[None, :]) * scale
             tl.store(c_ptr + (c_row[None, :] + r), coefficient, mask=live[None, :])
         if stop == end:
-            lse = tl.where(l_run > 0.0, (m_run - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_run), float("-inf"))
-            tl.store(lse_ptr + out, lse, mask=h < HG)
+            tl.store(lse_ptr + out, _lse(m_run, l_run), mask=h < HG)
             tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
         else:
             # The run's output, coefficients times the V basis, joins that of earlier runs in global memory.
-            m_new = tl.maximum(m_all, m_run)
-            top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m_all - top) * l_all
-            new = tl.exp2(m_run - top) * l_run
-            m_all = m_new
-            l_all = old + new
-            both = tl.where(l_all > 0.0, 1.0 / l_all, 0.0)
-            old *= both
-            new *= both
+            m_all, l_all, old, new = _join(m_all, l_all, m_run, l_run)
             i8 = tl.arange(0, 8)
             tl.debug_barrier()  # each thread reads coefficients that others wrote
             for start in range(0, D, 32):
@@ -395,8 +399,7 @@ def _attend_operands_kernel(
                 tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
             tl.debug_barrier()  # the next run's threads read what others wrote
         chunk = stop
-    lse_all = (m_all - _LOG2_FULL) * 0.6931471805599453 + tl.log(l_all)
-    tl.store(o_lse_ptr + out, tl.where(l_all > 0.0, lse_all, float("-inf")), mask=h < HG)
+    tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
 
 
 def _attend_old_cards(
