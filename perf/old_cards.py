@@ -9,62 +9,19 @@ import argparse
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spectral_kernels as sk
+from perf._timing import Card, NoCard, device_times, kernel_times
+from spectral_kernels import _launch
 
 COLD = 256 * 2**20  # bytes that a cycle over copies of the inputs reads at least: several times any L2
 HEADS, KV_HEADS, DIM = 32, 8, 128
 LAYOUT = "balanced"
-
-
-@triton.jit
-def _read_kernel(x_ptr, out_ptr, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * PER_PROGRAM
-    total = tl.zeros([BLOCK], dtype=tl.int32)
-    for start in range(0, PER_PROGRAM, BLOCK):
-        total += tl.load(x_ptr + base + start + tl.arange(0, BLOCK))
-    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
-
-
-def read_bandwidth() -> float:
-    """Bytes a second of a pass that reads 2 GiB once."""
-    words, per_program = 2**29, 2**15
-    x = torch.zeros(words, dtype=torch.int32, device="cuda")
-    out = torch.empty(words // per_program, dtype=torch.int32, device="cuda")
-
-    def read(_: int) -> None:
-        _read_kernel[(words // per_program,)](x, out, PER_PROGRAM=per_program, BLOCK=4096, num_warps=8)
-
-    return 4 * words / (measure(read, 1)[1] * 1e-6)
-
-
-def measure(call: Callable[[int], object], copies: int) -> tuple[float, float, float]:
-    """p20, p50, p80 of the microseconds of call(i) for i in range(copies), in CUDA graphs of at least 8 calls."""
-    calls = max(copies, 8)
-    for i in range(min(copies, 3)):
-        call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            call(i % copies)
-    times = []
-    for _ in range(12):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / calls)
-    p20, p50, p80 = np.quantile(times[2:], (0.2, 0.5, 0.8))
-    return float(p20), float(p50), float(p80)
 
 
 def random_pages(layout: sk.PageLayout, batch: int, tokens: int, device: torch.device) -> sk.Pages:
@@ -146,44 +103,29 @@ def dense(batch: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
 
         with sdpa_kernel(backend):
             try:
-                out[name] = measure(attend, copies)[1]
+                out[name] = device_times([functools.partial(attend, i) for i in range(copies)]).p50
             except RuntimeError as error:
                 print(f"{name} refuses B={batch} T={tokens}: {str(error).splitlines()[0]}")
     return out
-
-
-def kernel_times(call: Callable[[int], object]) -> str:
-    """Device microseconds of each kernel of a call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(5):
-            call(0)
-        torch.cuda.synchronize()
-    rows = [(e.key, e.self_device_time_total / e.count) for e in profile.key_averages() if e.self_device_time_total]
-    return ", ".join(f"{name.strip('_')} {time:.1f}" for name, time in sorted(rows, key=lambda row: -row[1]))
-
-
-def _attend(
-    q: torch.Tensor, positions: torch.Tensor, copies: list[sk.Pages], rope: sk.Rope, matrix: bool, copy: int
-) -> object:
-    return sk.attend_spectral(q, positions, copies[copy], rope, matrix_units=matrix)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first shape only")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no GPU: nothing is measured")
+    try:
+        card = Card.current()
+    except NoCard as error:
+        print(error)
         return 2
     shapes = [(4, 32768), (1, 32768), (16, 32768), (1, 65536), (16, 65536)][: 1 if arguments.quick else None]
-    device = torch.device("cuda")
-    old = torch.cuda.get_device_capability() < (8, 0)
-    dtype = torch.float16 if old else torch.bfloat16
+    device, dtype = card.device, card.dtype
+    old = not _launch.has_matrix_units(device)
     inv_freq = 1e6 ** -(torch.arange(0, DIM, 2) / DIM)
     rope = sk.Rope.from_inv_freq(inv_freq, device=device)
     preset = sk.PRESETS[LAYOUT].layout(DIM)
     assert preset is not None
-    ceiling = read_bandwidth()
+    ceiling = card.read_bandwidth
     rows, notes = [], []
     for batch, tokens in shapes:
         peers = dense(batch, tokens, dtype)
@@ -200,18 +142,23 @@ def main() -> int:
                 notes.append(f"{name}: {worst:.3g} of the budget")
                 assert worst <= 1, notes[-1]
             for matrix in (False,) if old else (False, True):
-                attend = functools.partial(_attend, q, positions, copies, rope, matrix)
-                p20, p50, p80 = measure(attend, len(copies))
+                calls = [
+                    functools.partial(sk.attend_spectral, q, positions, pages, rope, matrix_units=matrix)
+                    for pages in copies
+                ]
+                times = device_times(calls)
+                p50 = times.p50
                 share = size / (p50 * 1e-6) / ceiling
                 ratios = "  ".join(f"{peer} {time:7.1f} us {time / p50:5.2f}x" for peer, time in peers.items())
                 path = "tl.dot" if matrix else "sm_75"
                 rows.append(
-                    f"B={batch:<2} T={tokens} {name:11} {path:6} {p20:7.1f} {p50:7.1f} {p80:7.1f} us  "
+                    f"B={batch:<2} T={tokens} {name:11} {path:6} {times.p20:7.1f} {p50:7.1f} {times.p80:7.1f} us  "
                     f"{share:4.0%} of reads  best dense {best / p50:4.2f}x  {ratios}"
                 )
                 if (batch, tokens) == shapes[0]:
-                    notes.append(f"{name} {path}: {kernel_times(attend)}")
-    print(f"{torch.cuda.get_device_name()}; {LAYOUT} {preset.k} / {preset.v}, {preset.token_bytes} B a token and KV head")
+                    parts = sorted(kernel_times(calls).items(), key=lambda part: -part[1])
+                    notes.append(f"{name} {path}: " + ", ".join(f"{kernel} {time:.1f}" for kernel, time in parts))
+    print(f"{card.name}; {LAYOUT} {preset.k} / {preset.v}, {preset.token_bytes} B a token and KV head")
     print(f"reads: {ceiling / 1e12:.2f} TB/s; torch {torch.__version__}, triton {triton.__version__}")
     print("\n".join(notes + rows))
     return 0
