@@ -49,7 +49,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def dot_f32(a, b, MATRIX: tl.constexpr, IS_HALF: tl.constexpr = False):
-    """a [M, K] @ b [K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum.
+    """a [.., M, K] @ b [.., K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum.
 
     IS_HALF: b holds 16-bit floats, which are exact in tf32: two products.
     """
@@ -61,8 +61,11 @@ def dot_f32(a, b, MATRIX: tl.constexpr, IS_HALF: tl.constexpr = False):
         out = tl.dot(a, b, input_precision="tf32x3")
     else:
         # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
-        a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
-        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), 1)
+        if len(a.shape) == 3:
+            a3, b3 = tl.broadcast(a[:, :, :, None], b[:, None, :, :])
+        else:
+            a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
+        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), len(a.shape) - 1)
     return out
 
 

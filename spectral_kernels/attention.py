@@ -139,46 +139,53 @@ def _masked(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexpr):
     return y
 
 
-# Pages hold operand fragments (pages.py): these views move no data between the threads of a warp.
+# Pages hold operand fragments (pages.py): these views move no data between the threads of a warp. The first dimension are
+# the W tiles that the warps of a program work on, a warp each.
 
 
 @triton.jit
 def _k_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [32 SUBTILES tokens, 16 columns] of a tile of a K group."""
-    x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
-    x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 4, 4]), [0, 3, 1, 2, 4])
-    return tl.reshape(x, [32 * SUBTILES, 16])
+    """Bytes [W, 32 SUBTILES tokens, 16 columns] of tiles of a K group at pointers [W]."""
+    W: tl.constexpr = ptr.shape[0]
+    x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
+    x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 4, 4]), [0, 1, 4, 2, 3, 5])
+    return tl.reshape(x, [W, 32 * SUBTILES, 16])
 
 
 @triton.jit
 def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group; the tokens in the order of `_by_eights`."""
-    x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
-    x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 2, 8]), [3, 1, 0, 2, 4])
-    return tl.reshape(x, [16, 32 * SUBTILES])
+    """Bytes [W, 16 columns, 32 SUBTILES tokens] of tiles of a V group; the tokens in the order of `_by_eights`."""
+    W: tl.constexpr = ptr.shape[0]
+    x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
+    x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 2, 8]), [0, 4, 2, 1, 3, 5])
+    return tl.reshape(x, [W, 16, 32 * SUBTILES])
 
 
 @triton.jit
 def _by_eights(w):
-    """[64, H] by token as [64, H] in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
-    return tl.reshape(tl.permute(tl.reshape(w, [8, 8, w.shape[1]]), [1, 0, 2]), [64, w.shape[1]])
+    """[W, 64, H] by token in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
+    W: tl.constexpr = w.shape[0]
+    H: tl.constexpr = w.shape[2]
+    return tl.reshape(tl.permute(tl.reshape(w, [W, 8, 8, H]), [0, 2, 1, 3]), [W, 64, H])
 
 
 @triton.jit
 def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [64, 16]."""
+    """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16]."""
     y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
     if _half(GROUPS, _block(GROUPS, i)[0]):
-        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [2, 0, 1]), [64, 16])
+        y = tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 3, 1, 2])
+        y = tl.reshape(y, [x.shape[0], 64, 16])
     return y
 
 
 @triton.jit
 def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [16, 64]."""
+    """Block i of 64 tokens from the bytes of its group, int8 [W, 16, 64]."""
     y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
     if _half(GROUPS, _block(GROUPS, i)[0]):
-        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 2, 1]), [16, 64])
+        y = tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 1, 3, 2])
+        y = tl.reshape(y, [x.shape[0], 16, 64])
     return y
 
 
@@ -189,13 +196,14 @@ _EIGHT_IN_A_ROW = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])
 
 @triton.jit
 def _side_by_side(x, y):
-    """Two blocks [64, 16] as [64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_kernel` stores u so."""
+    """Two blocks [W, 64, 16] as [W, 64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_blocks` stores u so."""
+    W: tl.constexpr = x.shape[0]
     if _EIGHT_IN_A_ROW:
-        both = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
-        both = tl.permute(both, [0, 1, 3, 2])
+        both = tl.join(tl.reshape(x, [W, 64, 4, 4]), tl.reshape(y, [W, 64, 4, 4]))
+        both = tl.permute(both, [0, 1, 2, 4, 3])
     else:
-        both = tl.permute(tl.join(x, y), [0, 2, 1])
-    return tl.reshape(both, [64, 32])
+        both = tl.permute(tl.join(x, y), [0, 1, 3, 2])
+    return tl.reshape(both, [W, 64, 32])
 
 
 @triton.jit
@@ -212,16 +220,18 @@ def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _u_operand(ptr, N: tl.constexpr):
-    """The projected queries of two blocks, int8 [32, N], in the order of `_side_by_side`."""
-    x = tl.reshape(tl.load(ptr + tl.arange(0, 32 * N)), [N, 32])
-    return tl.permute(x, [1, 0])
+    """The projected queries of two blocks, int8 [W, 32, N], in the order of `_side_by_side`, at pointers [W]."""
+    x = tl.reshape(tl.load(ptr[:, None] + tl.arange(0, 32 * N)[None, :]), [ptr.shape[0], N, 32])
+    return tl.permute(x, [0, 2, 1])
 
 
 @triton.jit
 def _dot_int8(a, b, MATRIX: tl.constexpr):
-    """a [M, K] @ b [K, N], int8 to int32, exact."""
+    """a [.., M, K] @ b [.., K, N], int8 to int32, exact."""
     if MATRIX:
         out = tl.dot(a, b, out_dtype=tl.int32)
+    elif len(a.shape) == 3:
+        out = tl.sum(a.to(tl.int32)[:, :, :, None] * b.to(tl.int32)[:, None, :, :], 2)
     else:
         out = tl.sum(a.to(tl.int32)[:, :, None] * b.to(tl.int32)[None, :, :], 1)
     return out
@@ -752,11 +762,13 @@ def _attend_spectral_kernel(
     K_FLOAT: tl.constexpr,
     V_FLOAT: tl.constexpr,
     RUN: tl.constexpr,
+    W: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One split of the pages of one row, query and KV head: its state over all heads of the group.
+    """One split of the pages of one row, query and KV head: its state over all heads of the group. W warps work on a tile
+    of 64 tokens each, and join their states once a run of chunks that share a segment.
 
     PDL: the launch overlaps `_prepare_kernel`: what that does not write is read, and the first `prefetched` chunks are
     brought to the L2 cache, before its end is waited for.
@@ -774,7 +786,8 @@ def _attend_spectral_kernel(
     b = bq // Q
     length = tl.load(lengths_ptr + b)
     chunks = tl.cdiv(length, C)
-    each = tl.cdiv(chunks, splits)
+    TURN: tl.constexpr = max(1, W // TILES)  # chunks that the warps take at a time
+    each = tl.cdiv(tl.cdiv(chunks, TURN), splits) * TURN
     chunk = split * each
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
@@ -790,6 +803,7 @@ def _attend_spectral_kernel(
     t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
     i16 = tl.arange(0, 16)
+    warp = tl.arange(0, W)
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
@@ -802,24 +816,28 @@ def _attend_spectral_kernel(
         i = tl.arange(0, RUN)
         others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
         stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
-        m = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
-        l = tl.zeros([HG_PAD], dtype=tl.float32)
-        w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
+        m_warp = tl.full([W, HG_PAD], float("-inf"), dtype=tl.float32)
+        l_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
+        w_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
         acc = ()
         for _ in tl.static_range(RV // 16):
-            acc = acc + (tl.zeros([16, HG_PAD], dtype=tl.float32),)
-        for tile in range(chunk * TILES, stop * TILES):
+            acc = acc + (tl.zeros([W, 16, HG_PAD], dtype=tl.float32),)
+        for start in range(chunk * TILES, stop * TILES, W):
+            # [W]; a warp without a tile repeats the last one and sees none of its tokens.
+            tile = tl.minimum(start + warp, stop * TILES - 1)
             j = tile // TILES
             part = tile % TILES  # of the page
             u_at = u_row + j // PAGES
             page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
             if K_FLOAT:
-                s = tl.zeros([64, HG_PAD], dtype=tl.float32)
+                s = tl.zeros([W, 64, HG_PAD], dtype=tl.float32)
                 k_half_ptr = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.float16))
                 u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + u_at * (HG_PAD * RK)
-                for start in tl.static_range(0, RK, 16):
-                    k = tl.load(k_half_ptr + (part * 64 + t)[:, None] * RK + (start + i16)[None, :])
-                    u = tl.load(u_float_ptr + h[None, :] * RK + (start + i16)[:, None], mask=(h < HG)[None, :], other=0.0)
+                token = (part[:, None] * 64 + t[None, :])[:, :, None]
+                for r in tl.static_range(0, RK, 16):
+                    k = tl.load(k_half_ptr[:, None, None] + token * RK + (r + i16)[None, None, :])
+                    u_rows = u_float_ptr[:, None, None] + h[None, None, :] * RK
+                    u = tl.load(u_rows + (r + i16)[None, :, None], mask=(h < HG)[None, None, :], other=0.0)
                     s += dot_f32(k.to(tl.float32), u, MATRIX)
             else:
                 blocks = ()
@@ -829,64 +847,72 @@ def _attend_spectral_kernel(
                     for f in tl.static_range(_fields(K_GROUPS, n)):
                         blocks = blocks + (_k_block(x, K_GROUPS, _first_block(K_GROUPS, n) + f, NATIVE),)
                 if RK % 32:
-                    blocks = blocks + (tl.zeros([64, 16], dtype=tl.int8),)
-                dots = tl.zeros([64, N], dtype=tl.int32)
+                    blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
+                dots = tl.zeros([W, 64, N], dtype=tl.int32)
                 for step in tl.static_range(STEPS):
                     u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)
                     dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
-                hi, lo = tl.split(tl.reshape(dots, [64, HG_PAD, 2]))
-                unit = tl.load(unit_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
-                bias = tl.load(bias_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
-                s = (hi * 256 + lo).to(tl.float32) * unit[None, :] + bias[None, :]
+                hi, lo = tl.split(tl.reshape(dots, [W, 64, HG_PAD, 2]))
+                mask = (h < HG)[None, :]
+                unit = tl.load(unit_ptr + u_at[:, None] * HG_PAD + h[None, :], mask=mask, other=0.0)
+                bias = tl.load(bias_ptr + u_at[:, None] * HG_PAD + h[None, :], mask=mask, other=0.0)
+                s = (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
             # Bit t: token t of the tile is kept exact elsewhere or lies past the row's length.
             hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
-            left = length - (j * C + part * 64)
-            if left < 64:
-                hidden |= tl.full([], -1, dtype=tl.int64) << tl.maximum(left, 0).to(tl.int64)
+            left = tl.where(start + warp < stop * TILES, length - (j * C + part * 64), 0)
+            past = tl.full([W], -1, dtype=tl.int64) << tl.minimum(tl.maximum(left, 0), 63).to(tl.int64)
+            hidden |= tl.where(left < 64, past, 0)
             i8 = tl.arange(0, 8)  # token 8 j + g: one long shift by g, then short ones
-            seen = (((hidden >> i8)[None, :] >> (8 * i8)[:, None]) & 1) == 0
-            seen = tl.reshape(seen, [64])
-            s = tl.where(seen[:, None], s, float("-inf"))  # [64, HG_PAD]
-            m_tile = tl.max(s, 0)
+            seen = (((hidden[:, None] >> i8[None, :])[:, None, :] >> (8 * i8)[None, :, None]) & 1) == 0
+            seen = tl.reshape(seen, [W, 64])
+            s = tl.where(seen[:, :, None], s, float("-inf"))  # [W, 64, HG_PAD]
+            m_tile = tl.max(s, 1)
             # Weights in units of 1 / _FULL of the tile's largest. The difference first: scores may be 1e7, and the largest
             # weight must be _FULL exactly enough to fit its int8 parts.
-            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :]) + _LOG2_FULL)
-            m_new = tl.maximum(m, m_tile)
+            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[:, None, :]) + _LOG2_FULL)
+            m_new = tl.maximum(m_warp, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m - top)
+            old = tl.exp2(m_warp - top)
             new = tl.exp2(m_tile - top)
-            l = l * old + tl.sum(p, 0) * new
-            m = m_new
+            l_warp = l_warp * old + tl.sum(p, 1) * new
+            m_warp = m_new
             rescaled = ()
             if V_FLOAT:
                 v_half_ptr = (v_ptr + page * (C * V_BYTES)).to(tl.pointer_type(tl.float16))
+                token = (part[:, None] * 64 + t[None, :])[:, None, :]
                 for n in tl.static_range(RV // 16):
                     v = tl.load(
-                        v_half_ptr + (n * 16 + i16)[:, None] * C + (part * 64 + t)[None, :],
-                        mask=seen[None, :],  # weights are 0 there; what is stored may be NaN
+                        v_half_ptr[:, None, None] + (n * 16 + i16)[None, :, None] * C + token,
+                        mask=seen[:, None, :],  # weights are 0 there; what is stored may be NaN
                         other=0.0,
                     )
-                    rescaled = rescaled + (acc[n] * old[None, :] + dot_f32(v.to(tl.float32), p, MATRIX) * new[None, :],)
+                    part_sum = dot_f32(v.to(tl.float32), p, MATRIX) * new[:, None, :]
+                    rescaled = rescaled + (acc[n] * old[:, None, :] + part_sum,)
             else:
                 w_hi, w_lo, w = _split_int16(p, NATIVE)
-                w_sum = w_sum * old + tl.sum(w, 0) * new
-                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [64, N])
+                w_warp = w_warp * old + tl.sum(w, 1) * new
+                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, N])
                 for n in tl.static_range(len(V_GROUPS)):
                     v_group_ptr = v_ptr + page * (C * V_BYTES) + _group_offset(V_GROUPS, n) * C
                     x = _v_columns(v_group_ptr + part * (512 * _subtiles(V_GROUPS, n)), _subtiles(V_GROUPS, n))
                     for f in tl.static_range(_fields(V_GROUPS, n)):
                         y = _v_block(x, V_GROUPS, _first_block(V_GROUPS, n) + f, NATIVE)
-                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [16, HG_PAD, 2]))
-                        part_sum = (hi * 256 + lo).to(tl.float32) * new[None, :]
-                        rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
+                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [W, 16, HG_PAD, 2]))
+                        part_sum = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
+                        rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part_sum,)
             acc = rescaled
+        # The warps' states together.
+        m = tl.max(m_warp, 0)
+        own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
+        l = tl.sum(l_warp * own, 0)
+        w_sum = tl.sum(w_warp * own, 0)
         # In V's basis; l and acc both count weights in units of 1 / _FULL.
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
             scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient = acc[n]
+            coefficient = tl.sum(acc[n] * own[:, None, :], 0)
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
@@ -912,6 +938,12 @@ def _attend_spectral_kernel(
             tl.debug_barrier()  # the next run's threads read what others wrote
         chunk = stop
     tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
+
+
+@triton.jit
+def _largest_each(a, b, c, d, a_other, b_other, c_other, d_other):
+    """For `tl.reduce`: four maxima in one pass."""
+    return tl.maximum(a, a_other), tl.maximum(b, b_other), tl.maximum(c, c_other), tl.maximum(d, d_other)
 
 
 @triton.jit(do_not_specialize=["splits", "exact_splits", "Q", "H", "G"])
@@ -959,23 +991,27 @@ def _finish_spectral_kernel(
     y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
     c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
     x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
-    top = tl.maximum(tl.maximum(tl.max(lse, 0), tl.max(o_lse, 0)), tl.max(exact_lse, 0))
+    # Of an empty split no segment was written.
+    live = lse > float("-inf")
+    low = tl.where(live, segment, 2147483647)
+    largest, earlier, own, last = tl.reduce((lse, o_lse, tl.where(live, segment, -1), -low), 0, _largest_each)
+    top = tl.maximum(tl.maximum(largest, earlier), tl.max(exact_lse, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     w = tl.exp(exact_lse - top)
     total = tl.sum(w, 0)
     o = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
     w = tl.exp(lse - top)
     total += tl.sum(w, 0)
-    segment = tl.where(w > 0.0, segment, -1)  # of an empty split it was not written
-    while tl.max(segment, 0) >= 0:
-        own = tl.max(segment, 0)
-        here = segment == own
-        c = tl.sum(tl.where(here[:, None], w[:, None] * x, 0.0), 0)
+    while own >= 0:
+        c = tl.sum(tl.where((live & (segment == own))[:, None], w[:, None] * x, 0.0), 0)
         rows = basis_ptr + ((own.to(tl.int64) * G + g) * RV + r)[:, None] * D
         basis = tl.load(rows + d[None, :], mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
         o += tl.sum(c[:, None] * basis, 0)
-        segment = tl.where(here, -1, segment)
-    if tl.max(o_lse, 0) > float("-inf"):  # splits that a segment ended in: seldom any
+        if own == -last:
+            own = -1
+        else:
+            own = tl.max(tl.where(live & (segment < own), segment, -1), 0)
+    if earlier > float("-inf"):  # splits that a segment ended in: seldom any
         for i in range(splits):
             lse_i = tl.load(o_lse_ptr + row * splits + i)
             if lse_i > float("-inf"):
@@ -987,7 +1023,7 @@ def _finish_spectral_kernel(
     tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
-MAX_SPLITS = 256  # of a row: what `_finish_spectral_kernel` joins at once
+MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
 RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
 PREFETCH = 24 << 20  # bytes of pages that are brought to the L2 cache while queries are projected: half of an H100's
 
@@ -999,7 +1035,10 @@ def _launch_settings(group: int, dim: int, matrix: bool) -> tuple[dict, dict]:
         prepare = {"HG_PAD": pad, "M": max(32, pad), "num_warps": 4, "num_stages": 1}
         if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
             prepare["maxnreg"] = 168
-        return prepare, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+        attend = {"BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
+        if dim <= 128:
+            attend["maxnreg"] = 128  # four programs of four warps
+        return prepare, attend
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
@@ -1011,7 +1050,7 @@ def _exact_settings(group: int, queries: int, matrix: bool) -> dict[str, int]:
     return {"BLOCK_M": min(4, triton.next_power_of_2(group * queries)), "BLOCK_N": 16}
 
 
-def count_splits(programs: int, tiles: int, device: torch.device, each: int = 12) -> int:
+def count_splits(programs: int, tiles: int, device: torch.device, each: int) -> int:
     """Splits of the keys: enough programs for about `each` a multiprocessor, none with less than one tile."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
@@ -1095,14 +1134,17 @@ def attend_spectral(
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     native, pdl = _launch.is_native(q), _launch.overlaps_launches(q)
     prepare, attend = _launch_settings(group, dim, matrix)
-    splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
+    old = not (matrix or layout.k.is_float or layout.v.is_float)
+    # The warps of a multiprocessor: 16, or of the old cards' kernel, whose programs are one warp, 12.
+    warps = 1 if old else attend["num_warps"]
+    turns = triton.cdiv(chunks * layout.chunk // 64, warps)  # of a program's warps over tiles
+    splits = min(splits or count_splits(rows * kv_heads, turns, q.device, each=12 if old else 16 // warps), chunks)
     pad, k_rank, blocks = prepare["HG_PAD"], layout.k.rank, pages.max_blocks
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
     split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
     factors = scale * LOG2_E, rope.scaling**2
-    old = not (matrix or layout.k.is_float or layout.v.is_float)
     with torch.cuda.device_of(q):
         exact_splits, exact_o, exact_lse = _exact_states(q4, exact, matrix)
         if old:
@@ -1121,8 +1163,9 @@ def attend_spectral(
             tile = _exact_settings(group, queries, matrix)
             # Blocks of a program: more than it takes at a time once all multiprocessors are busy.
             each = prepare["M"] // pad
-            turns = triton.cdiv(triton.cdiv(blocks, each) * kv_heads * rows, RESIDENT * _launch.multiprocessors(q.device))
-            programs = triton.cdiv(blocks, each * max(1, turns))
+            works = triton.cdiv(blocks, each) * kv_heads * rows
+            each *= max(1, triton.cdiv(works, RESIDENT * _launch.multiprocessors(q.device)))
+            programs = triton.cdiv(blocks, each)
             exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
             _prepare_kernel[(exact_programs + programs, kv_heads, rows)](
                 q4,
@@ -1208,6 +1251,7 @@ def attend_spectral(
                 K_FLOAT=layout.k.is_float,
                 V_FLOAT=layout.v.is_float,
                 RUN=64,
+                W=attend["num_warps"] if matrix else 1,
                 MATRIX=matrix,
                 NATIVE=native,
                 PDL=pdl,
@@ -1237,7 +1281,7 @@ def attend_spectral(
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
             PDL=pdl and not old,
             launch_pdl=pdl and not old,
-            num_warps=min(16, max(4, block_n * triton.next_power_of_2(layout.v.rank) // 2048)),
+            num_warps=4 if block_n * layout.v.rank <= 8192 else 8,
         )
     return out, lse
 
@@ -1374,7 +1418,8 @@ def _exact_states(
         tile = _exact_settings(heads // kv_heads, queries, matrix)
         tiles = triton.cdiv(tokens, tile["BLOCK_N"])
         programs = batch * kv_heads * triton.cdiv(heads // kv_heads * queries, tile["BLOCK_M"])
-        splits = min(splits or count_splits(programs, tiles, q.device, each=5), tiles)
+        # Few: their programs share the multiprocessors with those that project.
+        splits = min(splits or count_splits(programs, tiles, q.device, each=1), tiles)
     else:
         splits = 0
     o = torch.empty((batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device)
