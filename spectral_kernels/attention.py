@@ -10,12 +10,12 @@ turned query, a projected query u (once a block) and the weights (once a tile of
 Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shifted, so a field that starts at bit b holds
 2**b times its code; u has 2**-b in it. A 16-bit side uses three-product tf32 dots instead.
 
-Three launches: `_project_kernel` (u, a program some blocks and a KV head), `_attend_spectral_kernel` (a split of the pages
-each; and the exact tokens of a decode step) and `_finish_spectral_kernel` (joins the splits and the exact tokens, and
-applies the V basis once a segment). From sm_90 each starts while the one before it ends, and the second does what needs no
-u, and brings its first pages to the L2 cache, meanwhile. Pages hold operand fragments, so what a thread loads goes to the
-matrix units as it is. The warps of a program of the second work on a tile of tokens each (from sm_80; attention_sm75.py
-before): a block of 16 components is as high as one dot, so that they would all compute the same one.
+Three launches: `_prepare_kernel` (u, a program some blocks and a KV head; and the exact tokens of a decode step),
+`_attend_spectral_kernel` (one split of the pages each) and `_finish_spectral_kernel` (joins the splits and the exact
+tokens, and applies the V basis once a segment). From sm_90 each starts while the one before it ends, and the second brings
+its first pages to the L2 cache meanwhile. Pages hold operand fragments, so what a thread loads goes to the matrix units as
+it is. A program of the second is one warp (from sm_80; attention_sm75.py before): four would compute the same, as a block
+of 16 components is as high as one dot.
 
 Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
 
@@ -66,11 +66,6 @@ def _block(groups, i):
 def _power_of_2(n):
     """Of a tile of n: at least 16, as dots want it."""
     return max(16, triton.next_power_of_2(n))
-
-
-@triton.constexpr_function
-def _least(a, b):
-    return min(a, b)
 
 
 @triton.constexpr_function
@@ -343,8 +338,7 @@ def _exact_split(
     k_ptr += b * stride_k_b + g * stride_k_g
     v_ptr += b * stride_v_b + g * stride_v_g
     key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
-    # One stage: copies of tiles yet to come would take shared memory from the cold splits, for few tiles.
-    for start in tl.range(split * each, tl.minimum(split * each + each, N), BLOCK_N, num_stages=1):
+    for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
         # All that a tile needs is asked for before any of it is used: a program has few tiles, and their time is latency.
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
@@ -444,8 +438,8 @@ def _turned(q1, q2, phase, NATIVE: tl.constexpr):
     return hi_1, lo_1, hi_2, lo_2
 
 
-@triton.jit(do_not_specialize=["max_blocks", "Q", "each", "stride_positions_b", "stride_segments_b"])
-def _project_kernel(
+@triton.jit
+def _project_blocks(
     q_ptr,
     positions_ptr,
     turns_ptr,
@@ -456,6 +450,9 @@ def _project_kernel(
     u_ptr,
     unit_ptr,
     bias_ptr,
+    first,
+    g,
+    bq,
     max_blocks,
     each,
     Q,
@@ -479,9 +476,8 @@ def _project_kernel(
     M: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """The projected queries of `each` blocks and one KV head, as the cold kernel reads them, in log2 units:
+    """The projected queries of `each` blocks from `first` on and one KV head, as the cold kernel reads them, in log2 units:
 
     u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
     by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
@@ -490,11 +486,6 @@ def _project_kernel(
     """
     STEPS: tl.constexpr = (R + 31) // 32
     ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    first = tl.program_id(0) * each
-    g = tl.program_id(1).to(tl.int64)
-    bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
     blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
     segment_table_ptr += b * stride_segments_b
@@ -604,6 +595,93 @@ def _project_kernel(
                 more = (done == ROWS) & (start < blocks)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "max_blocks", "each", "N", "exact_splits", "Q", "stride_positions_b", "stride_segments_b",
+        "stride_key_positions_b", "stride_key_positions_g",
+    ]
+)  # fmt: skip
+def _prepare_kernel(
+    q_ptr,
+    positions_ptr,
+    turns_ptr,
+    basis_ptr,
+    scale_ptr,
+    segment_table_ptr,
+    lengths_ptr,
+    u_ptr,
+    unit_ptr,
+    bias_ptr,
+    k_ptr,
+    v_ptr,
+    key_positions_ptr,
+    o_ptr,
+    lse_ptr,
+    max_blocks,
+    each,
+    N,
+    exact_splits,
+    Q,
+    G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_segments_b,
+    stride_k_b,
+    stride_k_g,
+    stride_k_n,
+    stride_v_b,
+    stride_v_g,
+    stride_v_n,
+    stride_key_positions_b,
+    stride_key_positions_g,
+    HG: tl.constexpr,
+    HG_PAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    EXACT: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What needs the queries but no cold page, in one launch: the exact tokens (the first programs of a row, query and KV
+    head, `_exact_split`; of its first query for all) and the projected queries (`_project_blocks`)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.program_id(1).to(tl.int64)
+    bq = tl.program_id(2).to(tl.int64)
+    exact_programs = 0
+    if EXACT:
+        exact_programs = tl.cdiv(Q * HG, BLOCK_M) * exact_splits
+    program = tl.program_id(0)
+    if program >= exact_programs:
+        _project_blocks(
+            q_ptr, positions_ptr, turns_ptr, basis_ptr, scale_ptr, segment_table_ptr, lengths_ptr, u_ptr, unit_ptr,
+            bias_ptr, (program - exact_programs) * each, g, bq, max_blocks, each, Q, G, softmax_scale, rotary_scale,
+            stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_segments_b,
+            HG, HG_PAD, ALIGN, D, PAIRS, R, BLOCK_R, GROUPS, IS_FLOAT, M, MATRIX, NATIVE,
+        )  # fmt: skip
+    elif bq % Q == 0:
+        _exact_split(
+            q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
+            program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale, rotary_scale,
+            stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
+            stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
+            HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+        )  # fmt: skip
+
+
 @triton.jit
 def _prefetch_chunks(k_ptr, v_ptr, page_table_ptr, chunk, end, g, G, K_SIZE: tl.constexpr, V_SIZE: tl.constexpr):
     """Bring the pages of chunks `chunk` .. end - 1 (at most 16 of them) and KV head g to the L2 cache: from sm_90, if all
@@ -644,21 +722,7 @@ def _join(m_all, l_all, m, l):
     return m_new, l_new, old * norm, new * norm
 
 
-@triton.jit
-def _sum_of_warps(a, b, c, d):
-    """Sums of four [W, M, N] over W, in one pass through shared memory."""
-    x, y = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
-    a, b = tl.split(x)
-    c, d = tl.split(y)
-    return a, b, c, d
-
-
-@triton.jit(
-    do_not_specialize=[
-        "max_blocks", "splits", "prefetched", "exact_tokens", "exact_splits", "Q", "stride_pages_b", "stride_segments_b",
-        "stride_positions_b", "stride_key_positions_b", "stride_key_positions_g",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["max_blocks", "splits", "prefetched", "Q", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
@@ -676,37 +740,13 @@ def _attend_spectral_kernel(
     segment_ptr,
     o_ptr,
     o_lse_ptr,
-    q_ptr,
-    positions_ptr,
-    exact_k_ptr,
-    exact_v_ptr,
-    key_positions_ptr,
-    turns_ptr,
-    exact_o_ptr,
-    exact_lse_ptr,
     max_blocks,
     splits,
     prefetched,
-    exact_tokens,
-    exact_splits,
     Q,
     G,
-    softmax_scale,
-    rotary_scale,
     stride_pages_b,
     stride_segments_b,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_k_b,
-    stride_k_g,
-    stride_k_n,
-    stride_v_b,
-    stride_v_g,
-    stride_v_n,
-    stride_key_positions_b,
-    stride_key_positions_g,
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
     C: tl.constexpr,
@@ -723,19 +763,14 @@ def _attend_spectral_kernel(
     V_FLOAT: tl.constexpr,
     RUN: tl.constexpr,
     W: tl.constexpr,
-    EXACT: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One split of the pages of one row, query and KV head: its state over all heads of the group. W warps work on a tile
-    of 64 tokens each, and join their states once a run of chunks that share a segment. The first programs of a KV head and
-    row (of its first query for all) do its exact tokens: `_exact_split`.
+    of 64 tokens each, and join their states once a run of chunks that share a segment.
 
-    PDL: the launch overlaps `_project_kernel`: what that does not write is read, and the first `prefetched` chunks are
+    PDL: the launch overlaps `_prepare_kernel`: what that does not write is read, and the first `prefetched` chunks are
     brought to the L2 cache, before its end is waited for.
 
     c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
@@ -749,21 +784,6 @@ def _attend_spectral_kernel(
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
-    if EXACT:
-        exact_programs = tl.cdiv(Q * HG, BLOCK_M) * exact_splits
-        if split < exact_programs:
-            if PDL:
-                tl.extra.cuda.gdc_launch_dependents()
-            if bq % Q == 0:
-                _exact_split(
-                    q_ptr, positions_ptr, exact_k_ptr, exact_v_ptr, key_positions_ptr, turns_ptr, exact_o_ptr,
-                    exact_lse_ptr, split % exact_splits, split // exact_splits, g, b, exact_tokens, exact_splits, Q, G,
-                    softmax_scale, rotary_scale, stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b,
-                    stride_k_g, stride_k_n, stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b,
-                    stride_key_positions_g, HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
-                )  # fmt: skip
-            return
-        split -= exact_programs
     length = tl.load(lengths_ptr + b)
     chunks = tl.cdiv(length, C)
     TURN: tl.constexpr = max(1, W // TILES)  # chunks that the warps take at a time
@@ -886,19 +906,13 @@ def _attend_spectral_kernel(
         own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
         l = tl.sum(l_warp * own, 0)
         w_sum = tl.sum(w_warp * own, 0)
-        joined = ()
-        for n in tl.static_range(0, RV // 16, 4):
-            four = ()
-            for i4 in tl.static_range(4):
-                four = four + (acc[_least(n + i4, RV // 16 - 1)] * own[:, None, :],)
-            joined = joined + _sum_of_warps(four[0], four[1], four[2], four[3])
         # In V's basis; l and acc both count weights in units of 1 / _FULL.
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
             scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient = joined[n]
+            coefficient = tl.sum(acc[n] * own[:, None, :], 0)
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
@@ -1010,21 +1024,21 @@ def _finish_spectral_kernel(
 
 
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
-RESIDENT = 3  # programs of `_project_kernel` a multiprocessor
+RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
 PREFETCH = 24 << 20  # bytes of pages that are brought to the L2 cache while queries are projected: half of an H100's
 
 
 def _launch_settings(group: int, dim: int, matrix: bool) -> tuple[dict, dict]:
-    """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
+    """Tile sizes and warps of `_prepare_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        project = {"HG_PAD": pad, "M": max(16, pad), "num_warps": 4, "num_stages": 1}
+        prepare = {"HG_PAD": pad, "M": max(32, pad), "num_warps": 4, "num_stages": 1}
         if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
-            project["maxnreg"] = 168
+            prepare["maxnreg"] = 168
         attend = {"BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
         if dim <= 128:
             attend["maxnreg"] = 128  # four programs of four warps
-        return project, attend
+        return prepare, attend
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
@@ -1119,13 +1133,13 @@ def attend_spectral(
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     native, pdl = _launch.is_native(q), _launch.overlaps_launches(q)
-    project, attend = _launch_settings(group, dim, matrix)
+    prepare, attend = _launch_settings(group, dim, matrix)
     old = not (matrix or layout.k.is_float or layout.v.is_float)
     # The warps of a multiprocessor: 16, or of the old cards' kernel, whose programs are one warp, 12.
     warps = 1 if old else attend["num_warps"]
     turns = triton.cdiv(chunks * layout.chunk // 64, warps)  # of a program's warps over tiles
     splits = min(splits or count_splits(rows * kv_heads, turns, q.device, each=12 if old else 16 // warps), chunks)
-    pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
+    pad, k_rank, blocks = prepare["HG_PAD"], layout.k.rank, pages.max_blocks
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
     split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
@@ -1145,11 +1159,15 @@ def attend_spectral(
             u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
             u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
             unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
+            k, v, key_positions = exact or (u, u, u)
+            tile = _exact_settings(group, queries, matrix)
             # Blocks of a program: more than it takes at a time once all multiprocessors are busy.
-            each = project["M"] // pad
+            each = prepare["M"] // pad
             works = triton.cdiv(blocks, each) * kv_heads * rows
             each *= max(1, triton.cdiv(works, RESIDENT * _launch.multiprocessors(q.device)))
-            _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
+            programs = triton.cdiv(blocks, each)
+            exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
+            _prepare_kernel[(exact_programs + programs, kv_heads, rows)](
                 q4,
                 positions,
                 rope.turns,
@@ -1160,14 +1178,24 @@ def attend_spectral(
                 u,
                 unit,
                 bias,
+                k,
+                v,
+                key_positions,
+                exact_o,
+                exact_lse,
                 blocks,
-                each,
+                triton.cdiv(blocks, programs),
+                key_positions.shape[-1],
+                exact_splits,
                 queries,
                 kv_heads,
                 *factors,
                 *q4.stride()[:3],
                 positions.stride(0),
                 pages.segment_table.stride(0),
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *_key_strides(key_positions),
                 HG=group,
                 ALIGN=layout.align,
                 D=dim,
@@ -1176,17 +1204,16 @@ def attend_spectral(
                 BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
                 GROUPS=layout.k.groups,
                 IS_FLOAT=layout.k.is_float,
+                EXACT=exact_splits > 0,
                 MATRIX=matrix,
                 NATIVE=native,
                 PDL=pdl,
-                **project,
+                **tile,
+                **prepare,
             )
-            k, v, key_positions = exact or (u, u, u)
-            tile = _exact_settings(group, queries, matrix)
-            exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
             aligned = not (pages.k_pages.data_ptr() | pages.v_pages.data_ptr()) % 16
             of_chunks = PREFETCH // (splits * kv_heads * rows * layout.chunk * layout.token_bytes)
-            _attend_spectral_kernel[(exact_programs + splits, kv_heads, rows)](
+            _attend_spectral_kernel[(splits, kv_heads, rows)](
                 pages.k_pages,
                 pages.v_pages,
                 pages.skip,
@@ -1203,29 +1230,13 @@ def attend_spectral(
                 segments,
                 o,
                 o_lse,
-                q4,
-                positions,
-                k,
-                v,
-                key_positions,
-                rope.turns,
-                exact_o,
-                exact_lse,
                 blocks,
                 splits,
                 of_chunks if aligned else 0,
-                key_positions.shape[-1],
-                exact_splits,
                 queries,
                 kv_heads,
-                *factors,
                 pages.page_table.stride(0),
                 pages.segment_table.stride(0),
-                *q4.stride()[:3],
-                positions.stride(0),
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *_key_strides(key_positions),
                 HG=group,
                 HG_PAD=pad,
                 C=layout.chunk,
@@ -1241,13 +1252,10 @@ def attend_spectral(
                 V_FLOAT=layout.v.is_float,
                 RUN=64,
                 W=attend["num_warps"] if matrix else 1,
-                EXACT=exact_splits > 0,
-                PAIRS=rope.turns.shape[0],
                 MATRIX=matrix,
                 NATIVE=native,
                 PDL=pdl,
                 launch_pdl=pdl,
-                **tile,
                 **attend,
             )
         block_n = max(16, triton.next_power_of_2(splits))
@@ -1273,7 +1281,7 @@ def attend_spectral(
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
             PDL=pdl and not old,
             launch_pdl=pdl and not old,
-            num_warps=4 if block_n * layout.v.rank <= 2048 else 8,
+            num_warps=4 if block_n * layout.v.rank <= 8192 else 8,
         )
     return out, lse
 

@@ -20,7 +20,7 @@ KERNELS = {
     "_gram_kernel",
     "_merge_many_states_kernel",
     "_merge_states_kernel",
-    "_project_kernel",
+    "_prepare_kernel",
     "_project_queries_kernel",
     "_rotate_kernel",
 }
