@@ -33,7 +33,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -168,7 +168,6 @@ def compile_all(
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
-    _launch.overlaps_launches = lambda x: capability >= 90
     recorder = Recorder(capability, report)
     JITFunction.run = recorder.run_of
     for name, layout, group in cases(few):
