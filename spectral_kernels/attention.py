@@ -673,14 +673,16 @@ def _prepare_kernel(
             stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_segments_b,
             HG, HG_PAD, ALIGN, D, PAIRS, R, BLOCK_R, GROUPS, IS_FLOAT, M, MATRIX, NATIVE,
         )  # fmt: skip
-    elif bq % Q == 0:
-        _exact_split(
-            q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-            program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale, rotary_scale,
-            stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
-            stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
-            HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
-        )  # fmt: skip
+    elif EXACT:  # without exact tokens their arguments are stand-ins of other types
+        if bq % Q == 0:
+            _exact_split(
+                q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
+                program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale,
+                rotary_scale,
+                stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
+                stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
+                HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -888,7 +890,7 @@ def _attend_spectral_kernel(
             four = ()
             for f in tl.static_range(4):
                 four = four + (acc[_least(n + f, RV // 16 - 1)] * own[:, None, :],)
-            joined = joined + _sum_of_warps(four[0], four[1], four[2], four[3])
+            joined = joined + _sum_of_warps(four[0], four[1], four[2], four[3])  # type: ignore[misc]
         # In V's basis; l and acc both count weights in units of 1 / _FULL.
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
@@ -1129,7 +1131,7 @@ def attend_spectral(
         if old:
             from . import attention_sm75  # it takes helpers from here
 
-            if exact_splits:
+            if exact is not None and exact_splits:
                 _launch_exact(q4, positions, exact, rope, layout.align, factors, exact_o, exact_lse, exact_splits, matrix)
             states = c, split_lse, segments, o, o_lse
             attention_sm75._attend_old_cards(q4, positions, pages, rope, *factors, states)
@@ -1385,16 +1387,15 @@ def _exact_states(
     """(splits of the exact tokens, room for their states: o [B, H, Q, splits, D], lse); no splits without tokens."""
     batch, heads, queries, dim = q.shape
     tokens, kv_heads = (exact[0].shape[2], exact[0].shape[1]) if exact else (0, 1)
+    found = 0
     if tokens:
         tile = _exact_settings(heads // kv_heads, queries, matrix)
         tiles = triton.cdiv(tokens, tile["BLOCK_N"])
         programs = batch * kv_heads * triton.cdiv(heads // kv_heads * queries, tile["BLOCK_M"])
         # Few: their programs share the multiprocessors with those that project.
-        splits = min(splits or count_splits(programs, tiles, q.device, each=1), tiles)
-    else:
-        splits = 0
-    o = torch.empty((batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device)
-    return splits, o, torch.empty((batch, heads, queries, splits), dtype=torch.float32, device=q.device)
+        found = min(splits or count_splits(programs, tiles, q.device, each=1), tiles)
+    o = torch.empty((batch, heads, queries, found, dim), dtype=torch.float32, device=q.device)
+    return found, o, torch.empty((batch, heads, queries, found), dtype=torch.float32, device=q.device)
 
 
 def _key_strides(key_positions: torch.Tensor) -> tuple[int, int]:

@@ -306,6 +306,23 @@ def merge(o: ArrayLike, lse: ArrayLike, expected: tuple[F64, F64], dtype: torch.
     return np.where(empty[..., None], 0.0, o_budget), np.where(empty, 0.0, lse_budget)
 
 
+def joined(states: list[State], allowed: list[tuple[F64, F64]]) -> tuple[tuple[F64, F64], tuple[F64, F64]]:
+    """((o, lse) of states together, their budget): each state may be off by its own budget (a log-sum-exp that is off by e
+    makes its weight off by a factor of exp(e) at most), and joining adds what `merge` allows."""
+    o, lse = np.stack([x.o for x in states], -2), np.stack([x.lse for x in states], -1)
+    o_off, lse_off = np.stack([x[0] for x in allowed], -2), np.stack([x[1] for x in allowed], -1)
+    total = np.logaddexp.reduce(lse, axis=-1)
+    finite = np.where(np.isfinite(total), total, 0.0)
+    weight = np.where(np.isfinite(lse), np.exp(lse - finite[..., None]), 0.0)
+    joint = (weight[..., None] * o).sum(-2)
+    moved = weight * np.expm1(lse_off + lse_off.max(-1, keepdims=True))
+    merged = merge(o, lse, (joint, total), torch.float32)
+    spread = np.abs(o - joint[..., None, :])
+    o_budget = merged[0] + (weight[..., None] * o_off + moved[..., None] * (spread + o_off)).sum(-2)
+    lse_budget = merged[1] + (weight * np.expm1(lse_off)).sum(-1)
+    return (joint, total), (o_budget, lse_budget)
+
+
 # compress.py
 
 

@@ -335,6 +335,47 @@ def test_cold_and_hot_merged_are_dense(rng, implementation):
     budgets.check(lse, dense.lse, 2 * lse_budget, "lse")
 
 
+STEP_CASES = [
+    # K, V bands, D, rotary_dim, C, A, G, heads a group, lengths, segments, Q, exact slots, query dtype, exact dtype
+    ("16x8+16x4+32x2", "32x4+32x2", 64, 64, 64, 128, 2, 4, (0, 1, 330), 2, 1, 37, F16, F16),
+    ("16x8+48x4", "64x4", 80, 40, 64, 64, 1, 7, (65, 140), 2, 3, 70, F32, F32),
+    ("16x8+16x4+96x2", "64x4+64x2", 128, 128, 64, 256, 1, 4, (390, 700), 2, 1, 132, BF16, BF16),
+    ("32x8", "48x16", 64, 64, 64, 64, 1, 8, (190,), 1, 2, 0, F16, F32),
+]
+
+
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", STEP_CASES, ids=lambda c: f"{c[0]}-{c[1]}-D{c[2]}-N{c[11]}")
+def test_cold_and_exact_tokens_in_one_call(rng, implementation, case):
+    """A decode step: `attend_spectral(.., exact=..)` is the state of both sets of tokens, and leaves none of them out."""
+    k, v, dim, rotary_dim, chunk, align, groups, group, lengths, segments, count, slots, q_dtype, dtype = case
+    inv_freq = inverse_frequencies(rotary_dim)
+    arrays = make_pages(rng, PageSpec(k, v, dim, chunk, groups, lengths, segments=segments, skip=0.1, align=align))
+    align = arrays.align or chunk
+    at = query_positions(rng, lengths, count, far=200)
+    queries = make_queries(
+        rng, shape=(len(lengths), groups * group, count, dim), at=at, dtype=q_dtype, flat=count == 1, size=2.0
+    )
+    tokens = make_exact_tokens(rng, shape=(len(lengths), groups, slots, dim), far=900, dtype=dtype)
+    cold = oracle.spectral(queries.q, queries.at, arrays, inv_freq)
+    u = project_oracle(queries.q, queries.at, arrays, inv_freq, 1.0)
+    exact = oracle.exact(queries.q, queries.at, tokens.k, tokens.v, tokens.at, inv_freq, chunk=align)
+    allowed = [
+        budgets.attend_spectral(queries.q, cold, arrays, u, inv_freq, integer=implementation != "torch"),
+        budgets.attend_exact(queries.q, exact, tokens.k, tokens.usable, inv_freq),
+    ]
+    expected, budget = budgets.joined([cold, exact], allowed)
+    run = operation(attention, "attend_spectral", implementation, q_dtype, dtype)
+    both = (tokens.k_tensor, tokens.v_tensor, tokens.positions)
+    rotary, pages = rope_of(inv_freq), pages_of(arrays)
+    got = run(queries.tensor, queries.positions, pages, rotary, exact=both, **queries.outputs)
+    for name, value, wanted, off in zip(("o", "lse"), got, expected, budget, strict=True):
+        budgets.check(value, in_shape_of(wanted, queries), in_shape_of(off, queries), name)
+    if slots:
+        budgets.check_rejects(cold.lse, expected[1], budget[1], "exact tokens left out")
+        budgets.check_rejects(exact.lse, expected[1], budget[1], "cold tokens left out")
+
+
 def test_twin_and_kernel_see_the_same_codes(rng):
     """The split of u and of the weights is all that separates them: on 16-bit sides they agree to float32."""
     arrays, queries, inv_freq, _ = spectral_case(rng, SPECTRAL_CASES[4])
@@ -578,6 +619,7 @@ def test_arguments_are_named(rng):
     arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 64, 2, (70,)))
     held, rotary = pages_of(arrays), rope_of(inverse_frequencies(64))
     q, at = torch.zeros(1, 4, 64, device=DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    k, slots = torch.zeros(1, 2, 5, 64, device=DEVICE), torch.zeros(1, 5, dtype=torch.int32, device=DEVICE)
     for args, kwargs, error, name in [
         ((q[:, :3], at, held, rotary), {}, ValueError, "q"),
         ((q.double(), at, held, rotary), {}, TypeError, "q"),
@@ -589,10 +631,14 @@ def test_arguments_are_named(rng):
         ((q, at, held, rotary), {"out": poisoned(1, 4, 32)}, ValueError, "out"),
         ((q, at, held, rotary), {"lse": poisoned(1, 4, dtype=torch.float16)}, TypeError, "lse"),
         ((q, at, held, rotary), {"splits": 0}, ValueError, "splits"),
+        ((q, at, held, rotary), {"splits": attention.MAX_SPLITS + 1}, ValueError, "splits"),
+        ((q, at, held, rotary), {"exact": (q, q)}, ValueError, "exact"),
+        ((q, at, held, rotary), {"exact": (k, k[:, :, :4], slots)}, ValueError, "v"),
+        ((q, at, held, rotary), {"exact": (k[:, :1], k[:, :1], slots)}, ValueError, "k"),
+        ((q, at, held, rotary), {"exact": (k, k, slots.long())}, TypeError, "key_positions"),
     ]:
         with pytest.raises(error, match=name):
             attention.attend_spectral(*args, **kwargs)
-    k, slots = torch.zeros(1, 2, 5, 64, device=DEVICE), torch.zeros(1, 5, dtype=torch.int32, device=DEVICE)
     for args, kwargs, error, name in [
         ((q, at, k, k[:, :, :4], slots, rotary), {"chunk": 64}, ValueError, "v"),
         ((q, at, k, k, slots[:, :4], rotary), {"chunk": 64}, ValueError, "key_positions"),
