@@ -1,8 +1,11 @@
-"""What each kernel needs of each card, compiled here without one: `python -m perf.resources [CAPABILITY ...] [--few]`.
+"""What each kernel needs of each card, compiled here without one.
+
+    python -m perf.resources [CAPABILITY ...] [--kernel NAME ...] [--few]
 
 Writes perf/results/resources.jsonl, a row a kernel, capability and case (tests/compile_kernels.py has the cases): registers
-a thread, bytes of local memory a thread (spills), shared memory a program, code size. Rows of other capabilities and
-versions of triton stay.   Test: tests/test_compile.py.
+a thread, bytes of local memory a thread (spills), loads and stores of it in innermost loops (loop_spills), shared memory a
+program, code size. A run replaces the rows of the kernels, capabilities and version of triton that it compiled, others stay.
+Test: tests/test_compile.py.
 """
 
 import argparse
@@ -20,17 +23,18 @@ CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", nargs="*", type=int, default=CAPABILITIES)
+    parser.add_argument("--kernel", nargs="+", default=(), metavar="NAME", help="only these kernels, as _rotate_kernel")
     parser.add_argument("--few", action="store_true", help="only the cases that CI compiles")
     arguments = parser.parse_args()
     path = RESULTS / "resources.jsonl"
     for capability in arguments.capability:
         new: list[dict[str, Any]] = []
-        compile_all(capability, arguments.few, lambda row, _, new=new: new.append(row))  # type: ignore[misc]
-        here = (capability, triton.__version__)
-        rows = [row for row in read_rows(path) if (row["capability"], row["triton"]) != here] + new
+        compile_all(capability, arguments.few, new.append, arguments.kernel)
+        compiled = {(row["kernel"], capability, triton.__version__) for row in new}
+        rows = [row for row in read_rows(path) if (row["kernel"], row["capability"], row["triton"]) not in compiled] + new
         path.parent.mkdir(exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"sm_{capability}: {sum(row['capability'] == capability for row in rows)} rows in {path}")
+        print(f"sm_{capability}: {len(new)} rows in {path}", flush=True)
 
 
 if __name__ == "__main__":
