@@ -39,8 +39,9 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """The address that a branch goes to."""
-        match = re.search(r"0x([0-9a-f]+)", self.operands) if self.operation == "BRA" else None
+        """The address that a branch goes to. A predicated call is a jump out of a loop; from others one comes back."""
+        jumps = self.operation == "BRA" or (self.operation == "CALL" and self.predicated)
+        match = re.search(r"0x([0-9a-f]+)", self.operands) if jumps else None
         return int(match[1], 16) if match else None
 
 
