@@ -20,8 +20,8 @@ LOCAL = ("LDL", "STL")
 
 
 class Instruction(NamedTuple):
-    """stall: clocks until the warp's next instruction at the earliest; write, read: the scoreboard that is released when its
-    result is there, or its operands are read (NO_BARRIER: none); wait: a bit for each scoreboard it waits for."""
+    """stall: clocks until the warp's next instruction at the earliest; write, read: the scoreboard that is released when
+    its result is there, or its operands are read (NO_BARRIER: none); wait: a bit for each scoreboard it waits for."""
 
     at: int
     name: str  # with modifiers, as LDG.E.128

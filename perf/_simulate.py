@@ -2,8 +2,8 @@
 multiprocessor: nothing in it is fitted to a measurement of these kernels.
 
 A scheduler issues one instruction a clock, of the first of its warps that may go on. A warp may when the clocks that ptxas
-told it to stall are over, the scoreboards it waits for are free (both are in the instruction, see `_sass`), and the unit has
-lanes left: 32 threads take 32 / (lanes / 4) clocks. Results of variable latency come after the latencies of `Card`.
+told it to stall are over, the scoreboards it waits for are free (both are in the instruction, see `_sass`), and the unit
+has lanes left: 32 threads take 32 / (lanes / 4) clocks. Results of variable latency come after the latencies of `Card`.
 Accesses of 16 bytes a lane in the loop over tiles are the pages: they queue for the scheduler's share of the card's memory
 bandwidth and then take its latency. Others in that loop come from L2 (projected queries and tables, which were just written
 or share a sector with the last one). Loads outside it take the latency of memory (each copy of the inputs is read once, and
@@ -202,7 +202,7 @@ def estimate(
     launch: Launch,
     visits: Sequence[tuple[list[Instruction], int]],
     streams: Collection[int] = (),
-    lines: Mapping[tuple[str, int], int] = {},  # noqa: B006
+    lines: Mapping[tuple[str, int], int] = {},
 ) -> Estimate:
     """The time of a launch.
 

@@ -2,10 +2,10 @@
 
     python -m perf.resources [CAPABILITY ...] [--kernel NAME ...] [--few]
 
-Writes perf/results/resources.jsonl, a row a kernel, capability and case (tests/compile_kernels.py has the cases): registers
-a thread, bytes of local memory a thread (spills), loads and stores of it in innermost loops (loop_spills), shared memory a
-program, code size. A run replaces the rows of the kernels, capabilities and version of triton that it compiled, others stay.
-Test: tests/test_compile.py.
+Writes perf/results/resources.jsonl, a row a kernel, capability and case (tests/compile_kernels.py has the cases): warps,
+registers a thread, bytes of local memory a thread (spills), loads and stores of it in innermost loops (loop_spills), shared
+memory a program, code size. A run replaces the rows of the kernels, capabilities and version of triton that it compiled;
+others stay.   Test: tests/test_compile.py.
 """
 
 import argparse

@@ -150,6 +150,7 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     eigenvectors(torch.eye(dim, dtype=torch.float64))
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
+        sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
         sk.encode(x, encoder, bands, data, pages.page_table[:, :2].contiguous(), side=side)
         sk.decode(pages, side=side)
     o, lse = torch.zeros(2, 3, dim), torch.zeros(2, 3)
@@ -171,8 +172,8 @@ def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
 def compile_all(
     capability: int, few: bool, report: Callable[[dict[str, Any]], None], kernels: Collection[str] = ()
 ) -> None:
-    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`: only
-    those of these names."""
+    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`:
+    only those of these names."""
     recorder = Recorder(capability, lambda launched, new: report(launched.row) if new else None, kernels)
     matrix = stand_in(capability, recorder)
     for name, layout, group in cases(few):
