@@ -87,16 +87,19 @@ class Decode:
     rope: sk.Rope
     inv_freq: torch.Tensor
 
-    def attend_cold(self, others: tuple[torch.Tensor, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope, others=others)
+    @property
+    def exact(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.k, self.v, self.key_positions
 
-    def attend_exact(self, merged: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        exact, align = (self.k, self.v, self.key_positions), self.pages.layout.align
-        return sk.attend_exact(self.q, self.positions, *exact, self.rope, chunk=align, merged=merged)
+    def attend_cold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope)
+
+    def attend_exact(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return sk.attend_exact(self.q, self.positions, *self.exact, self.rope, chunk=self.pages.layout.align)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What a layer runs for a new token (LayerCache.attend)."""
-        return self.attend_cold(self.attend_exact(merged=False))
+        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope, exact=self.exact)
 
 
 def make_decodes(

@@ -35,7 +35,7 @@ TRUSTED = 0.3  # the error that issue 5 allows the forced path at B = 4, T = 32K
 # a query, the records of 4 heads.
 LINES = {"_project_operand_kernel": {("LDG", 4): 8, ("LDG", 2): 4, ("STG", 1): 4}}
 COLUMNS = {  # kernels by the columns of perf.attention's rows
-    "_project_kernel": "project_us",
+    "_prepare_kernel": "project_us",
     "_project_operand_kernel": "project_us",
     "_attend_spectral_kernel": "kernel_us",
     "_attend_operands_kernel": "kernel_us",
@@ -44,20 +44,20 @@ COLUMNS = {  # kernels by the columns of perf.attention's rows
 
 
 def tiles(values: dict[str, Any], shape: Shape) -> int:
-    """Of a program of a cold kernel."""
+    """Of a warp of a cold kernel: those of a program take turns (one in attention_sm75.py)."""
     each = math.ceil(math.ceil(shape.cold / values["C"]) / values["splits"])
-    return each * (values["C"] // 64)
+    return math.ceil(each * (values["C"] // 64) / values.get("W", 1))
 
 
 def rounds(values: dict[str, Any], shape: Shape) -> int:
-    """Of a program of `_project_kernel`: M rows at a time, each a block and a head."""
+    """Of a program of `_prepare_kernel`: M rows at a time, each a block and a head."""
     return max(1, values["each"] * values["HG_PAD"] // values["M"])
 
 
 TRIPS: dict[str, Callable[[dict[str, Any], Shape], int]] = {  # of the loop with matrix instructions; others run once
     "_attend_spectral_kernel": tiles,
     "_attend_operands_kernel": tiles,
-    "_project_kernel": rounds,
+    "_prepare_kernel": rounds,
 }
 
 
@@ -67,7 +67,8 @@ def launches(card: Card, cases: Sequence[tuple[Shape, str]], old: bool) -> list[
     recorder = Recorder(card.capability, lambda launched, new: found.append(launched))
     dtype = torch.bfloat16 if stand_in(card.capability, recorder, old) else torch.float16
     _launch.multiprocessors = lambda device: card.multiprocessors
-    splits = attention.count_splits
+    count, cuda = attention.count_splits, torch.device("cuda")
+    attention.count_splits = lambda programs, tiles, device, each: count(programs, tiles, cuda, each)
     out = []
     for shape, name in cases:
         layout = preset_layout(name, shape.dim)
@@ -83,10 +84,10 @@ def launches(card: Card, cases: Sequence[tuple[Shape, str]], old: bool) -> list[
         )
         q = torch.zeros(shape.batch, shape.heads, shape.dim, dtype=dtype)
         rope = sk.Rope.from_inv_freq(torch.full((shape.dim // 2,), 0.5))
-        count = min(chunks, splits(shape.batch * shape.kv_heads, chunks, torch.device("cuda")))
-        sk.attend_spectral(q, torch.zeros(shape.batch, dtype=torch.int32), pages, rope, splits=count)
+        sk.attend_spectral(q, torch.zeros(shape.batch, dtype=torch.int32), pages, rope)
         out.append(found[:])
         found.clear()
+    attention.count_splits = count
     return out
 
 

@@ -18,6 +18,15 @@ def is_native(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
+# Whether a kernel may start while the one before it ends (programmatic dependent launch); perf times kernels without it.
+OVERLAP = True
+
+
+def overlaps_launches(x: torch.Tensor) -> bool:
+    """Whether launches on this tensor's device overlap: from sm_90."""
+    return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def has_matrix_units(device: torch.device) -> bool:
     """Whether Triton reaches matrix units there: from sm_80 (its sm_75 `tl.dot` unrolls into scalar code)."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
@@ -39,14 +48,24 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def dot_f32(a, b, MATRIX: tl.constexpr):
-    """a [M, K] @ b [K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum."""
-    if MATRIX:
+def dot_f32(a, b, MATRIX: tl.constexpr, IS_HALF: tl.constexpr = False):
+    """a [.., M, K] @ b [.., K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum.
+
+    IS_HALF: b holds 16-bit floats, which are exact in tf32: two products.
+    """
+    if MATRIX and IS_HALF:
+        top = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # what tf32 keeps of a
+        out = tl.dot(a - top, b, input_precision="tf32")
+        out = tl.dot(top, b, out, input_precision="tf32")
+    elif MATRIX:
         out = tl.dot(a, b, input_precision="tf32x3")
     else:
         # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
-        a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
-        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), 1)
+        if len(a.shape) == 3:
+            a3, b3 = tl.broadcast(a[:, :, :, None], b[:, None, :, :])
+        else:
+            a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
+        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), len(a.shape) - 1)
     return out
 
 

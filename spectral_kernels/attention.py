@@ -10,10 +10,12 @@ turned query, a projected query u (once a block) and the weights (once a tile of
 Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shifted, so a field that starts at bit b holds
 2**b times its code; u has 2**-b in it. A 16-bit side uses three-product tf32 dots instead.
 
-Three launches: `_project_kernel` (u, one program some blocks and a KV head), `_attend_spectral_kernel` (one split of the
-pages each) and `_finish_spectral_kernel` (joins the splits and any other states, and applies the V basis once a segment).
-Pages hold operand fragments, so what a thread loads goes to the matrix units as it is. A program of the second is one warp
-(from sm_80; attention_sm75.py before): four would compute the same, as a block of 16 components is as high as one dot.
+Three launches: `_prepare_kernel` (u, a program some blocks and a KV head; and the exact tokens of a decode step),
+`_attend_spectral_kernel` (one split of the pages each) and `_finish_spectral_kernel` (joins the splits and the exact
+tokens, and applies the V basis once a segment). From sm_90 each starts while the one before it ends, and the second brings
+its first pages to the L2 cache meanwhile. Pages hold operand fragments, so what a thread loads goes to the matrix units as
+it is. A program of the second is one warp (from sm_80; attention_sm75.py before): four would compute the same, as a block
+of 16 components is as high as one dot.
 
 Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
 
@@ -35,7 +37,7 @@ import triton.language as tl
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
 from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
-from .merge import merge_many_states, merge_many_states_torch
+from .merge import merge_many_states, merge_states_torch
 from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
@@ -58,6 +60,12 @@ def _block(groups, i):
             return n, i, low, fields[i], low + fields[i] == 8
         i -= len(fields)
     return None
+
+
+@triton.constexpr_function
+def _power_of_2(n):
+    """Of a tile of n: at least 16, as dots want it."""
+    return max(16, triton.next_power_of_2(n))
 
 
 @triton.constexpr_function
@@ -131,46 +139,53 @@ def _masked(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexpr):
     return y
 
 
-# Pages hold operand fragments (pages.py): these views move no data between the threads of a warp.
+# Pages hold operand fragments (pages.py): these views move no data between the threads of a warp. The first dimension are
+# the W tiles that the warps of a program work on, a warp each.
 
 
 @triton.jit
 def _k_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [32 SUBTILES tokens, 16 columns] of a tile of a K group."""
-    x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
-    x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 4, 4]), [0, 3, 1, 2, 4])
-    return tl.reshape(x, [32 * SUBTILES, 16])
+    """Bytes [W, 32 SUBTILES tokens, 16 columns] of tiles of a K group at pointers [W]."""
+    W: tl.constexpr = ptr.shape[0]
+    x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
+    x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 4, 4]), [0, 1, 4, 2, 3, 5])
+    return tl.reshape(x, [W, 32 * SUBTILES, 16])
 
 
 @triton.jit
 def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [16 columns, 32 SUBTILES tokens] of a tile of a V group; the tokens in the order of `_by_eights`."""
-    x = tl.load(ptr + tl.arange(0, 512 * SUBTILES))
-    x = tl.permute(tl.reshape(x, [SUBTILES, 8, 4, 2, 8]), [3, 1, 0, 2, 4])
-    return tl.reshape(x, [16, 32 * SUBTILES])
+    """Bytes [W, 16 columns, 32 SUBTILES tokens] of tiles of a V group; the tokens in the order of `_by_eights`."""
+    W: tl.constexpr = ptr.shape[0]
+    x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
+    x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 2, 8]), [0, 4, 2, 1, 3, 5])
+    return tl.reshape(x, [W, 16, 32 * SUBTILES])
 
 
 @triton.jit
 def _by_eights(w):
-    """[64, H] by token as [64, H] in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
-    return tl.reshape(tl.permute(tl.reshape(w, [8, 8, w.shape[1]]), [1, 0, 2]), [64, w.shape[1]])
+    """[W, 64, H] by token in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
+    W: tl.constexpr = w.shape[0]
+    H: tl.constexpr = w.shape[2]
+    return tl.reshape(tl.permute(tl.reshape(w, [W, 8, 8, H]), [0, 2, 1, 3]), [W, 64, H])
 
 
 @triton.jit
 def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [64, 16]."""
+    """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16]."""
     y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
     if _half(GROUPS, _block(GROUPS, i)[0]):
-        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [2, 0, 1]), [64, 16])
+        y = tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 3, 1, 2])
+        y = tl.reshape(y, [x.shape[0], 64, 16])
     return y
 
 
 @triton.jit
 def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [16, 64]."""
+    """Block i of 64 tokens from the bytes of its group, int8 [W, 16, 64]."""
     y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
     if _half(GROUPS, _block(GROUPS, i)[0]):
-        y = tl.reshape(tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 2, 1]), [16, 64])
+        y = tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 1, 3, 2])
+        y = tl.reshape(y, [x.shape[0], 16, 64])
     return y
 
 
@@ -181,13 +196,14 @@ _EIGHT_IN_A_ROW = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])
 
 @triton.jit
 def _side_by_side(x, y):
-    """Two blocks [64, 16] as [64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_kernel` stores u so."""
+    """Two blocks [W, 64, 16] as [W, 64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_blocks` stores u so."""
+    W: tl.constexpr = x.shape[0]
     if _EIGHT_IN_A_ROW:
-        both = tl.join(tl.reshape(x, [64, 4, 4]), tl.reshape(y, [64, 4, 4]))
-        both = tl.permute(both, [0, 1, 3, 2])
+        both = tl.join(tl.reshape(x, [W, 64, 4, 4]), tl.reshape(y, [W, 64, 4, 4]))
+        both = tl.permute(both, [0, 1, 2, 4, 3])
     else:
-        both = tl.permute(tl.join(x, y), [0, 2, 1])
-    return tl.reshape(both, [64, 32])
+        both = tl.permute(tl.join(x, y), [0, 1, 3, 2])
+    return tl.reshape(both, [W, 64, 32])
 
 
 @triton.jit
@@ -204,16 +220,18 @@ def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _u_operand(ptr, N: tl.constexpr):
-    """The projected queries of two blocks, int8 [32, N], in the order of `_side_by_side`."""
-    x = tl.reshape(tl.load(ptr + tl.arange(0, 32 * N)), [N, 32])
-    return tl.permute(x, [1, 0])
+    """The projected queries of two blocks, int8 [W, 32, N], in the order of `_side_by_side`, at pointers [W]."""
+    x = tl.reshape(tl.load(ptr[:, None] + tl.arange(0, 32 * N)[None, :]), [ptr.shape[0], N, 32])
+    return tl.permute(x, [0, 2, 1])
 
 
 @triton.jit
 def _dot_int8(a, b, MATRIX: tl.constexpr):
-    """a [M, K] @ b [K, N], int8 to int32, exact."""
+    """a [.., M, K] @ b [.., K, N], int8 to int32, exact."""
     if MATRIX:
         out = tl.dot(a, b, out_dtype=tl.int32)
+    elif len(a.shape) == 3:
+        out = tl.sum(a.to(tl.int32)[:, :, :, None] * b.to(tl.int32)[:, None, :, :], 2)
     else:
         out = tl.sum(a.to(tl.int32)[:, :, None] * b.to(tl.int32)[None, :, :], 1)
     return out
@@ -246,6 +264,172 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _load_columns(row, live, PAIRS: tl.constexpr, D: tl.constexpr):
+    """Rows of D numbers at pointers row [M] as [M, 32] each: 32 first and 32 second numbers of pairs in turn, then those
+    that do not turn."""
+    column = tl.arange(0, 32)
+    found = ()
+    for start in tl.static_range(0, PAIRS, 32):
+        mask = live[:, None] & (start + column < PAIRS)[None, :]
+        found = found + (tl.load(row[:, None] + (start + column)[None, :], mask=mask, other=0.0),)
+        found = found + (tl.load(row[:, None] + (PAIRS + start + column)[None, :], mask=mask, other=0.0),)
+    for start in tl.static_range(2 * PAIRS, D, 32):
+        mask = live[:, None] & (start + column < D)[None, :]
+        found = found + (tl.load(row[:, None] + (start + column)[None, :], mask=mask, other=0.0),)
+    return found
+
+
+@triton.jit
+def _exact_split(
+    q_ptr,
+    positions_ptr,
+    k_ptr,
+    v_ptr,
+    key_positions_ptr,
+    turns_ptr,
+    o_ptr,
+    lse_ptr,
+    split,
+    block_m,
+    g,
+    b,
+    N,
+    splits,
+    Q,
+    G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_k_b,
+    stride_k_g,
+    stride_k_n,
+    stride_v_b,
+    stride_v_g,
+    stride_v_n,
+    stride_key_positions_b,
+    stride_key_positions_g,
+    HG: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One split of the exact keys of row b and KV head g, for BLOCK_M rows, each a query and a head of the group."""
+    BLOCK_D: tl.constexpr = _power_of_2(D)
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < Q * HG
+    query = (row // HG).to(tl.int64)
+    head = g * HG + row % HG
+    position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
+    q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
+    queries = _load_columns(q_row, live, PAIRS, D)
+
+    d = tl.arange(0, BLOCK_D)
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    each = tl.cdiv(tl.cdiv(N, BLOCK_N), splits) * BLOCK_N
+    k_ptr += b * stride_k_b + g * stride_k_g
+    v_ptr += b * stride_v_b + g * stride_v_g
+    key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
+    for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
+        # All that a tile needs is asked for before any of it is used: a program has few tiles, and their time is latency.
+        n = start + tl.arange(0, BLOCK_N)
+        inside = n < N
+        key_position = tl.load(key_positions_ptr + n, mask=inside, other=-1)
+        keys = _load_columns(k_ptr + n.to(tl.int64) * stride_k_n, inside, PAIRS, D)
+        v_mask = inside[:, None] & (d < D)[None, :]
+        v = tl.load(v_ptr + n.to(tl.int64)[:, None] * stride_v_n + d[None, :], mask=v_mask, other=0.0)
+        used = key_position >= 0
+        start_of_block = tl.where(used, key_position - key_position % C, 0)
+        s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for i in tl.static_range(0, (PAIRS + 31) // 32):  # 32 pairs at a time: registers
+            # Queries and keys are turned to their absolute positions; angles are exact modulo a turn at any position.
+            pair = i * 32 + tl.arange(0, 32)
+            turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
+            cos, sin = cos_sin(position[:, None], turns[None, :], NATIVE)
+            q1 = queries[2 * i].to(tl.float32) * (rotary_scale * softmax_scale)
+            q2 = queries[2 * i + 1].to(tl.float32) * (rotary_scale * softmax_scale)
+            k_cos, k_sin = cos_sin_of_phase(phase_of(start_of_block[:, None], turns[None, :]), NATIVE)
+            k1 = keys[2 * i].to(tl.float32)
+            k2 = keys[2 * i + 1].to(tl.float32)
+            s += dot_f32(q1 * cos - q2 * sin, tl.trans(k1 * k_cos - k2 * k_sin), MATRIX)
+            s += dot_f32(q1 * sin + q2 * cos, tl.trans(k1 * k_sin + k2 * k_cos), MATRIX)
+        for i in tl.static_range(2 * ((PAIRS + 31) // 32), len(keys)):
+            rest = tl.trans(keys[i].to(tl.float32))
+            s += dot_f32(queries[i].to(tl.float32) * softmax_scale, rest, MATRIX)
+        seen = used[None, :] & (key_position[None, :] <= position[:, None])
+        s = tl.where(seen, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
+        m_new = tl.maximum(m, tl.max(s, 1))
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old = tl.exp2(m - top)
+        p = tl.exp2(s - top[:, None])
+        l = l * old + tl.sum(p, 1)
+        # An unused slot may hold NaN; its score is -inf whatever its key.
+        o = o * old[:, None] + dot_f32(p, tl.where(used[:, None], v.to(tl.float32), 0.0), MATRIX, v.dtype != tl.float32)
+        m = m_new
+    o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
+    out = ((b * (G * HG) + head) * Q + query) * splits + split
+    tl.store(lse_ptr + out, tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf")), mask=live)
+    tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=["N", "Q", "splits", "stride_key_positions_b", "stride_key_positions_g"])
+def _attend_exact_kernel(
+    q_ptr,
+    positions_ptr,
+    k_ptr,
+    v_ptr,
+    key_positions_ptr,
+    turns_ptr,
+    o_ptr,
+    lse_ptr,
+    N,
+    splits,
+    Q,
+    G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_k_b,
+    stride_k_g,
+    stride_k_n,
+    stride_v_b,
+    stride_v_g,
+    stride_v_n,
+    stride_key_positions_b,
+    stride_key_positions_g,
+    HG: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One split of the keys of one row and KV head, for BLOCK_M rows: `_exact_split`."""
+    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
+    _exact_split(
+        q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
+        tl.program_id(0), tl.program_id(1) % blocks_m, (tl.program_id(1) // blocks_m).to(tl.int64),
+        tl.program_id(2).to(tl.int64), N, splits, Q, G, softmax_scale, rotary_scale,
+        stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
+        stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
+        HG, C, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+    )  # fmt: skip
+
+
+@triton.jit
 def _turned(q1, q2, phase, NATIVE: tl.constexpr):
     """hi and lo, int8, of both dimensions of pairs (q1, q2) turned by phase: 32 pairs of M rows, [M, 32]."""
     cos, sin = cos_sin_of_phase(phase, NATIVE)
@@ -254,8 +438,8 @@ def _turned(q1, q2, phase, NATIVE: tl.constexpr):
     return hi_1, lo_1, hi_2, lo_2
 
 
-@triton.jit(do_not_specialize=["max_blocks", "Q", "each", "stride_positions_b", "stride_segments_b"])
-def _project_kernel(
+@triton.jit
+def _project_blocks(
     q_ptr,
     positions_ptr,
     turns_ptr,
@@ -266,6 +450,9 @@ def _project_kernel(
     u_ptr,
     unit_ptr,
     bias_ptr,
+    first,
+    g,
+    bq,
     max_blocks,
     each,
     Q,
@@ -290,7 +477,7 @@ def _project_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of `each` blocks and one KV head, as the attention kernel reads them, in log2 units:
+    """The projected queries of `each` blocks from `first` on and one KV head, as the cold kernel reads them, in log2 units:
 
     u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
     by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
@@ -299,9 +486,6 @@ def _project_kernel(
     """
     STEPS: tl.constexpr = (R + 31) // 32
     ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
-    first = tl.program_id(0) * each
-    g = tl.program_id(1).to(tl.int64)
-    bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
     blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
     segment_table_ptr += b * stride_segments_b
@@ -411,6 +595,115 @@ def _project_kernel(
                 more = (done == ROWS) & (start < blocks)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "max_blocks", "each", "N", "exact_splits", "Q", "stride_positions_b", "stride_segments_b",
+        "stride_key_positions_b", "stride_key_positions_g",
+    ]
+)  # fmt: skip
+def _prepare_kernel(
+    q_ptr,
+    positions_ptr,
+    turns_ptr,
+    basis_ptr,
+    scale_ptr,
+    segment_table_ptr,
+    lengths_ptr,
+    u_ptr,
+    unit_ptr,
+    bias_ptr,
+    k_ptr,
+    v_ptr,
+    key_positions_ptr,
+    o_ptr,
+    lse_ptr,
+    max_blocks,
+    each,
+    N,
+    exact_splits,
+    Q,
+    G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_segments_b,
+    stride_k_b,
+    stride_k_g,
+    stride_k_n,
+    stride_v_b,
+    stride_v_g,
+    stride_v_n,
+    stride_key_positions_b,
+    stride_key_positions_g,
+    HG: tl.constexpr,
+    HG_PAD: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    EXACT: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """What needs the queries but no cold page, in one launch: the exact tokens (the first programs of a row, query and KV
+    head, `_exact_split`; of its first query for all) and the projected queries (`_project_blocks`)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.program_id(1).to(tl.int64)
+    bq = tl.program_id(2).to(tl.int64)
+    exact_programs = 0
+    if EXACT:
+        exact_programs = tl.cdiv(Q * HG, BLOCK_M) * exact_splits
+    program = tl.program_id(0)
+    if program >= exact_programs:
+        _project_blocks(
+            q_ptr, positions_ptr, turns_ptr, basis_ptr, scale_ptr, segment_table_ptr, lengths_ptr, u_ptr, unit_ptr,
+            bias_ptr, (program - exact_programs) * each, g, bq, max_blocks, each, Q, G, softmax_scale, rotary_scale,
+            stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_segments_b,
+            HG, HG_PAD, ALIGN, D, PAIRS, R, BLOCK_R, GROUPS, IS_FLOAT, M, MATRIX, NATIVE,
+        )  # fmt: skip
+    elif bq % Q == 0:
+        _exact_split(
+            q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
+            program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale, rotary_scale,
+            stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
+            stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
+            HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+        )  # fmt: skip
+
+
+@triton.jit
+def _prefetch_chunks(k_ptr, v_ptr, page_table_ptr, chunk, end, g, G, K_SIZE: tl.constexpr, V_SIZE: tl.constexpr):
+    """Bring the pages of chunks `chunk` .. end - 1 (at most 16 of them) and KV head g to the L2 cache: from sm_90, if all
+    pages lie at multiples of 16 bytes."""
+    lane = tl.arange(0, 32)  # a chunk's page of K, the next lane its page of V
+    j = chunk + lane // 2
+    is_k = lane % 2 == 0
+    page = tl.load(page_table_ptr + j, mask=j < end, other=0).to(tl.int64) * G + g
+    address = tl.where(is_k, (k_ptr + page * K_SIZE).to(tl.int64), (v_ptr + page * V_SIZE).to(tl.int64))
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p;
+        setp.ne.s32 p, $2, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0; }""",
+        "=r,l,r",
+        [address, tl.where(j < end, tl.where(is_k, K_SIZE, V_SIZE), 0)],
+        tl.int32,
+        False,
+        1,
+    )
+
+
 @triton.jit
 def _lse(m, l):
     """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights, in units of 1 / _FULL."""
@@ -429,7 +722,7 @@ def _join(m_all, l_all, m, l):
     return m_new, l_new, old * norm, new * norm
 
 
-@triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "splits", "prefetched", "Q", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
@@ -449,6 +742,7 @@ def _attend_spectral_kernel(
     o_lse_ptr,
     max_blocks,
     splits,
+    prefetched,
     Q,
     G,
     stride_pages_b,
@@ -468,10 +762,16 @@ def _attend_spectral_kernel(
     K_FLOAT: tl.constexpr,
     V_FLOAT: tl.constexpr,
     RUN: tl.constexpr,
+    W: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One split of the pages of one row, query and KV head: its state over all heads of the group.
+    """One split of the pages of one row, query and KV head: its state over all heads of the group. W warps work on a tile
+    of 64 tokens each, and join their states once a run of chunks that share a segment.
+
+    PDL: the launch overlaps `_prepare_kernel`: what that does not write is read, and the first `prefetched` chunks are
+    brought to the L2 cache, before its end is waited for.
 
     c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
     [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
@@ -486,16 +786,24 @@ def _attend_spectral_kernel(
     b = bq // Q
     length = tl.load(lengths_ptr + b)
     chunks = tl.cdiv(length, C)
-    each = tl.cdiv(chunks, splits)
+    TURN: tl.constexpr = max(1, W // TILES)  # chunks that the warps take at a time
+    each = tl.cdiv(tl.cdiv(chunks, TURN), splits) * TURN
     chunk = split * each
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
     segment_table_ptr += b * stride_segments_b
     u_row = (bq * G + g) * max_blocks
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        _prefetch_chunks(
+            k_ptr, v_ptr, page_table_ptr, chunk, tl.minimum(end, chunk + prefetched), g, G, C * K_BYTES, C * V_BYTES
+        )
+        tl.extra.cuda.gdc_wait()
 
     t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
     i16 = tl.arange(0, 16)
+    warp = tl.arange(0, W)
     out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
     m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
@@ -508,24 +816,28 @@ def _attend_spectral_kernel(
         i = tl.arange(0, RUN)
         others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
         stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
-        m = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
-        l = tl.zeros([HG_PAD], dtype=tl.float32)
-        w_sum = tl.zeros([HG_PAD], dtype=tl.float32)
+        m_warp = tl.full([W, HG_PAD], float("-inf"), dtype=tl.float32)
+        l_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
+        w_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
         acc = ()
         for _ in tl.static_range(RV // 16):
-            acc = acc + (tl.zeros([16, HG_PAD], dtype=tl.float32),)
-        for tile in range(chunk * TILES, stop * TILES):
+            acc = acc + (tl.zeros([W, 16, HG_PAD], dtype=tl.float32),)
+        for start in range(chunk * TILES, stop * TILES, W):
+            # [W]; a warp without a tile repeats the last one and sees none of its tokens.
+            tile = tl.minimum(start + warp, stop * TILES - 1)
             j = tile // TILES
             part = tile % TILES  # of the page
             u_at = u_row + j // PAGES
             page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
             if K_FLOAT:
-                s = tl.zeros([64, HG_PAD], dtype=tl.float32)
+                s = tl.zeros([W, 64, HG_PAD], dtype=tl.float32)
                 k_half_ptr = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.float16))
                 u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + u_at * (HG_PAD * RK)
-                for start in tl.static_range(0, RK, 16):
-                    k = tl.load(k_half_ptr + (part * 64 + t)[:, None] * RK + (start + i16)[None, :])
-                    u = tl.load(u_float_ptr + h[None, :] * RK + (start + i16)[:, None], mask=(h < HG)[None, :], other=0.0)
+                token = (part[:, None] * 64 + t[None, :])[:, :, None]
+                for r in tl.static_range(0, RK, 16):
+                    k = tl.load(k_half_ptr[:, None, None] + token * RK + (r + i16)[None, None, :])
+                    u_rows = u_float_ptr[:, None, None] + h[None, None, :] * RK
+                    u = tl.load(u_rows + (r + i16)[None, :, None], mask=(h < HG)[None, None, :], other=0.0)
                     s += dot_f32(k.to(tl.float32), u, MATRIX)
             else:
                 blocks = ()
@@ -535,64 +847,72 @@ def _attend_spectral_kernel(
                     for f in tl.static_range(_fields(K_GROUPS, n)):
                         blocks = blocks + (_k_block(x, K_GROUPS, _first_block(K_GROUPS, n) + f, NATIVE),)
                 if RK % 32:
-                    blocks = blocks + (tl.zeros([64, 16], dtype=tl.int8),)
-                dots = tl.zeros([64, N], dtype=tl.int32)
+                    blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
+                dots = tl.zeros([W, 64, N], dtype=tl.int32)
                 for step in tl.static_range(STEPS):
                     u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)
                     dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
-                hi, lo = tl.split(tl.reshape(dots, [64, HG_PAD, 2]))
-                unit = tl.load(unit_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
-                bias = tl.load(bias_ptr + u_at * HG_PAD + h, mask=h < HG, other=0.0)
-                s = (hi * 256 + lo).to(tl.float32) * unit[None, :] + bias[None, :]
+                hi, lo = tl.split(tl.reshape(dots, [W, 64, HG_PAD, 2]))
+                mask = (h < HG)[None, :]
+                unit = tl.load(unit_ptr + u_at[:, None] * HG_PAD + h[None, :], mask=mask, other=0.0)
+                bias = tl.load(bias_ptr + u_at[:, None] * HG_PAD + h[None, :], mask=mask, other=0.0)
+                s = (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
             # Bit t: token t of the tile is kept exact elsewhere or lies past the row's length.
             hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
-            left = length - (j * C + part * 64)
-            if left < 64:
-                hidden |= tl.full([], -1, dtype=tl.int64) << tl.maximum(left, 0).to(tl.int64)
+            left = tl.where(start + warp < stop * TILES, length - (j * C + part * 64), 0)
+            past = tl.full([W], -1, dtype=tl.int64) << tl.minimum(tl.maximum(left, 0), 63).to(tl.int64)
+            hidden |= tl.where(left < 64, past, 0)
             i8 = tl.arange(0, 8)  # token 8 j + g: one long shift by g, then short ones
-            seen = (((hidden >> i8)[None, :] >> (8 * i8)[:, None]) & 1) == 0
-            seen = tl.reshape(seen, [64])
-            s = tl.where(seen[:, None], s, float("-inf"))  # [64, HG_PAD]
-            m_tile = tl.max(s, 0)
+            seen = (((hidden[:, None] >> i8[None, :])[:, None, :] >> (8 * i8)[None, :, None]) & 1) == 0
+            seen = tl.reshape(seen, [W, 64])
+            s = tl.where(seen[:, :, None], s, float("-inf"))  # [W, 64, HG_PAD]
+            m_tile = tl.max(s, 1)
             # Weights in units of 1 / _FULL of the tile's largest. The difference first: scores may be 1e7, and the largest
             # weight must be _FULL exactly enough to fit its int8 parts.
-            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, :]) + _LOG2_FULL)
-            m_new = tl.maximum(m, m_tile)
+            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[:, None, :]) + _LOG2_FULL)
+            m_new = tl.maximum(m_warp, m_tile)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m - top)
+            old = tl.exp2(m_warp - top)
             new = tl.exp2(m_tile - top)
-            l = l * old + tl.sum(p, 0) * new
-            m = m_new
+            l_warp = l_warp * old + tl.sum(p, 1) * new
+            m_warp = m_new
             rescaled = ()
             if V_FLOAT:
                 v_half_ptr = (v_ptr + page * (C * V_BYTES)).to(tl.pointer_type(tl.float16))
+                token = (part[:, None] * 64 + t[None, :])[:, None, :]
                 for n in tl.static_range(RV // 16):
                     v = tl.load(
-                        v_half_ptr + (n * 16 + i16)[:, None] * C + (part * 64 + t)[None, :],
-                        mask=seen[None, :],  # weights are 0 there; what is stored may be NaN
+                        v_half_ptr[:, None, None] + (n * 16 + i16)[None, :, None] * C + token,
+                        mask=seen[:, None, :],  # weights are 0 there; what is stored may be NaN
                         other=0.0,
                     )
-                    rescaled = rescaled + (acc[n] * old[None, :] + dot_f32(v.to(tl.float32), p, MATRIX) * new[None, :],)
+                    part_sum = dot_f32(v.to(tl.float32), p, MATRIX) * new[:, None, :]
+                    rescaled = rescaled + (acc[n] * old[:, None, :] + part_sum,)
             else:
                 w_hi, w_lo, w = _split_int16(p, NATIVE)
-                w_sum = w_sum * old + tl.sum(w, 0) * new
-                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [64, N])
+                w_warp = w_warp * old + tl.sum(w, 1) * new
+                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, N])
                 for n in tl.static_range(len(V_GROUPS)):
                     v_group_ptr = v_ptr + page * (C * V_BYTES) + _group_offset(V_GROUPS, n) * C
                     x = _v_columns(v_group_ptr + part * (512 * _subtiles(V_GROUPS, n)), _subtiles(V_GROUPS, n))
                     for f in tl.static_range(_fields(V_GROUPS, n)):
                         y = _v_block(x, V_GROUPS, _first_block(V_GROUPS, n) + f, NATIVE)
-                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [16, HG_PAD, 2]))
-                        part_sum = (hi * 256 + lo).to(tl.float32) * new[None, :]
-                        rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + part_sum,)
+                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [W, 16, HG_PAD, 2]))
+                        part_sum = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
+                        rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part_sum,)
             acc = rescaled
+        # The warps' states together.
+        m = tl.max(m_warp, 0)
+        own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
+        l = tl.sum(l_warp * own, 0)
+        w_sum = tl.sum(w_warp * own, 0)
         # In V's basis; l and acc both count weights in units of 1 / _FULL.
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
             scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient = acc[n]
+            coefficient = tl.sum(acc[n] * own[:, None, :], 0)
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
@@ -621,113 +941,120 @@ def _attend_spectral_kernel(
 
 
 @triton.jit
-def _add_states(o, total, o_ptr, lse_ptr, N, row, top, d, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    """o and total plus the N states of a row, weighted relative to `top`."""
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        w = tl.exp(tl.load(lse_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)
-        weight = tl.sum(w, 0)
-        total += weight
-        if weight > 0.0:  # a weight of zero must not multiply what was never written
-            mask = (w > 0.0)[:, None] & (d < D)[None, :]
-            x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            o += tl.sum(w[:, None] * x, 0)
-    return o, total
+def _largest_each(a, b, c, d, a_other, b_other, c_other, d_other):
+    """For `tl.reduce`: four maxima in one pass."""
+    return tl.maximum(a, a_other), tl.maximum(b, b_other), tl.maximum(c, c_other), tl.maximum(d, d_other)
 
 
-@triton.jit(do_not_specialize=["splits", "others", "Q", "H", "G"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "Q", "H", "G"])
 def _finish_spectral_kernel(
     c_ptr,
     lse_ptr,
     segment_ptr,
     o_ptr,
     o_lse_ptr,
-    other_ptr,
-    other_lse_ptr,
+    exact_ptr,
+    exact_lse_ptr,
     basis_ptr,
     out_ptr,
     out_lse_ptr,
     splits,
-    others,
+    exact_splits,
     Q,
     H,
     G,
     D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     RV: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Join the splits' states of one row, query and head (see `_attend_spectral_kernel`) and `others` more, in a fixed
-    order; the V basis is applied once a segment."""
+    """Join the states of the splits (at most BLOCK_N, see `_attend_spectral_kernel`) of one row, query and head with those
+    of its exact tokens, in a fixed order; the V basis is applied once a segment."""
+    BLOCK_D: tl.constexpr = _power_of_2(D)
+    BLOCK_R: tl.constexpr = _power_of_2(RV)
     row = tl.program_id(0).to(tl.int64)
     g = (row // Q % H) // (H // G)
     segment_ptr += ((row // (Q * H) * Q + row % Q) * G + g) * splits
-    lse_ptr += row * splits
     d = tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    lane = tl.arange(0, BLOCK_N)
-    largest = tl.full([BLOCK_N], float("-inf"), dtype=tl.float32)
-    lowest = tl.full([BLOCK_N], 2147483647, dtype=tl.int32)
-    highest = tl.full([BLOCK_N], -1, dtype=tl.int32)
-    for start in range(0, tl.maximum(splits, others), BLOCK_N):
-        n = start + lane
-        lse = tl.load(lse_ptr + n, mask=n < splits, other=float("-inf"))
-        segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
-        earlier = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
-        other = tl.load(other_lse_ptr + row * others + n, mask=n < others, other=float("-inf"))
-        largest = tl.maximum(tl.maximum(largest, lse), tl.maximum(earlier, other))
-        live = lse > float("-inf")  # of an empty split nothing else was written
-        highest = tl.where(live, tl.maximum(highest, segment), highest)
-        lowest = tl.where(live, tl.minimum(lowest, segment), lowest)
-    top = tl.max(largest, 0)
-    low = tl.min(lowest, 0)
-    high = tl.max(highest, 0)
+    n = tl.arange(0, BLOCK_N)
+    e = tl.arange(0, BLOCK_E)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then chosen away.
+    lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
+    segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
+    o_lse = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
+    exact_lse = tl.load(exact_lse_ptr + row * exact_splits + e, mask=e < exact_splits, other=float("-inf"))
+    exact_ptr += (row * exact_splits + e)[:, None] * D + d[None, :]
+    y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
+    c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
+    x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
+    # Of an empty split no segment was written.
+    live = lse > float("-inf")
+    low = tl.where(live, segment, 2147483647)
+    largest, earlier, own, last = tl.reduce((lse, o_lse, tl.where(live, segment, -1), -low), 0, _largest_each)
+    top = tl.maximum(tl.maximum(largest, earlier), tl.max(exact_lse, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
-    o = tl.zeros([BLOCK_D], dtype=tl.float32)
-    total = tl.full([], 0.0, dtype=tl.float32)
-    while low <= high:
-        c = tl.zeros([BLOCK_R], dtype=tl.float32)
-        after = tl.full([BLOCK_N], 2147483647, dtype=tl.int32)
-        for start in range(0, splits, BLOCK_N):
-            n = start + lane
-            w = tl.exp(tl.load(lse_ptr + n, mask=n < splits, other=float("-inf")) - top)
-            segment = tl.load(segment_ptr + n, mask=w > 0.0, other=-1)
-            after = tl.where(segment > low, tl.minimum(after, segment), after)
-            w = tl.where(segment == low, w, 0.0)
-            total += tl.sum(w, 0)
-            mask = (w > 0.0)[:, None] & (r < RV)[None, :]
-            x = tl.load(c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0)
-            c += tl.sum(w[:, None] * x, 0)
-        at = basis_ptr + ((low.to(tl.int64) * G + g) * RV + r)[:, None] * D + d[None, :]
-        basis = tl.load(at, mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
+    w = tl.exp(exact_lse - top)
+    total = tl.sum(w, 0)
+    o = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
+    w = tl.exp(lse - top)
+    total += tl.sum(w, 0)
+    while own >= 0:
+        c = tl.sum(tl.where((live & (segment == own))[:, None], w[:, None] * x, 0.0), 0)
+        rows = basis_ptr + ((own.to(tl.int64) * G + g) * RV + r)[:, None] * D
+        basis = tl.load(rows + d[None, :], mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
         o += tl.sum(c[:, None] * basis, 0)
-        low = tl.min(after, 0)
-    o, total = _add_states(o, total, other_ptr, other_lse_ptr, others, row, top, d, D, 16)
-    o, total = _add_states(o, total, o_ptr, o_lse_ptr, splits, row, top, d, D, BLOCK_N)
+        if own == -last:
+            own = -1
+        else:
+            own = tl.max(tl.where(live & (segment < own), segment, -1), 0)
+    if earlier > float("-inf"):  # splits that a segment ended in: seldom any
+        for i in range(splits):
+            lse_i = tl.load(o_lse_ptr + row * splits + i)
+            if lse_i > float("-inf"):
+                w_i = tl.exp(lse_i - top)
+                total += w_i
+                o += w_i * tl.load(o_ptr + (row * splits + i) * D + d, mask=d < D, other=0.0)
     o = tl.where(total > 0.0, o / total, 0.0)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
-def _launch_settings(group: int, k_rank: int, dim: int, matrix: bool) -> tuple[dict, dict]:
-    """Tile sizes and warps of `_project_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
+MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
+RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
+PREFETCH = 24 << 20  # bytes of pages that are brought to the L2 cache while queries are projected: half of an H100's
+
+
+def _launch_settings(group: int, dim: int, matrix: bool) -> tuple[dict, dict]:
+    """Tile sizes and warps of `_prepare_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        warps = 2 if k_rank <= 64 else 4
-        project = {"HG_PAD": pad, "M": max(32, pad), "num_warps": warps, "num_stages": 1}
+        prepare = {"HG_PAD": pad, "M": max(32, pad), "num_warps": 4, "num_stages": 1}
         if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
-            project["maxnreg"] = 168
-        return project, {"BLOCK_D": 32, "num_warps": 1, "num_stages": 3}
+            prepare["maxnreg"] = 168
+        attend = {"BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
+        if dim <= 128:
+            attend["maxnreg"] = 128  # four programs of four warps
+        return prepare, attend
     pad = triton.next_power_of_2(group)
     return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
 
 
-def count_splits(programs: int, tiles: int, device: torch.device, each: int = 12) -> int:
+def _exact_settings(group: int, queries: int, matrix: bool) -> dict[str, int]:
+    """Rows and keys of a tile of exact attention."""
+    if matrix:
+        return {"BLOCK_M": 16, "BLOCK_N": 32}
+    return {"BLOCK_M": min(4, triton.next_power_of_2(group * queries)), "BLOCK_N": 16}
+
+
+def count_splits(programs: int, tiles: int, device: torch.device, each: int) -> int:
     """Splits of the keys: enough programs for about `each` a multiprocessor, none with less than one tile."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    return max(1, min(tiles, each * _launch.multiprocessors(device) // max(programs, 1), 128))
+    return max(1, min(tiles, each * _launch.multiprocessors(device) // max(programs, 1), MAX_SPLITS))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -737,23 +1064,6 @@ def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
     return head_dim**-0.5 if scale is None else float(scale)
 
 
-def _check_others(others, q) -> tuple[torch.Tensor, torch.Tensor]:
-    """The other states of a call, none if it names none."""
-    if others is None:
-        shape = (*q.shape[:-1], 0)
-        options = {"dtype": torch.float32, "device": q.device}
-        return torch.empty((*shape, q.shape[-1]), **options), torch.empty(shape, **options)
-    o, lse = others
-    check_tensor("others: o", o, dtype=torch.float32, device=q.device)
-    if o.dim() != q.dim() + 1 or o.shape[:-2] != q.shape[:-1] or o.shape[-1] != q.shape[-1]:
-        wanted = [*q.shape[:-1], "N", q.shape[-1]]
-        raise ValueError(f"others: expected o of shape {wanted}, got {list(o.shape)}")
-    check_tensor("others: lse", lse, shape=o.shape[:-1], dtype=torch.float32, device=q.device)
-    if not (o.is_contiguous() and lse.is_contiguous()):
-        raise ValueError(f"others: expected contiguous tensors, got strides {o.stride()} and {lse.stride()}")
-    return o, lse
-
-
 def attend_spectral(
     q: torch.Tensor,
     positions: torch.Tensor,
@@ -761,30 +1071,31 @@ def attend_spectral(
     rope: Rope,
     *,
     scale: float | None = None,
-    others: tuple[torch.Tensor, torch.Tensor] | None = None,
+    exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
     matrix_units: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of queries over cold pages: every token below a row's length whose skip bit is clear.
+    """Attention of queries over cold pages: every token below a row's length whose skip bit is clear; with `exact`, over
+    exact tokens too: a whole decode step.
 
     Args:
         q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1; H a multiple of G.
-        positions: int32 or int64 [B] or [B, Q], positions of the queries. No causal mask: every cold token must lie at or
-            before every query, as in a cache whose newest tokens are hot.
+        positions: int32 or int64 [B] or [B, Q], positions of the queries. No causal mask over cold tokens: each must lie at
+            or before every query, as in a cache whose newest tokens are hot.
         pages: cold pages, tables and lengths (read on the device: lengths may change between replays of a CUDA graph).
         rope: frequencies and attention scaling.
         scale: factor of the scores, default D**-0.5.
-        others: states of other keys that are joined in the same pass, as `attend_exact(.., merged=False)` returns them:
-            float32 o [B, H, (Q,) N, D] and lse [B, H, (Q,) N], contiguous.
+        exact: (k, v, key_positions) as `attend_exact` takes them, keys aligned in the pages' blocks (`layout.align`).
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
-        splits: into how many runs of chunks a row is cut; default by the number of programs and the device.
+        splits: into how many runs of chunks a row is cut, at most MAX_SPLITS; default by the number of programs and the
+            device.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards (int8 sides:
             attention_sm75.py, others: multiply and sum) and runs on any card from sm_75 on.
     Returns:
         (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
-        over the cold tokens and `others`; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
+        over the cold and exact tokens; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
         inputs and settings.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
@@ -795,43 +1106,68 @@ def attend_spectral(
     batch = pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
     check_tensor("pages.k_pages", pages.k_pages, device=q.device)
-    others = _check_others(others, q)
+    if exact is not None:
+        if len(exact) != 3:
+            raise ValueError(f"exact: expected (k, v, key_positions), got {len(exact)} things")
+        _check_exact(q, positions, *exact, rope, layout.align, scale)
+        shape = (batch, pages.kv_heads, None, layout.head_dim)
+        check_tensor("exact: k", exact[0], shape=shape)
     out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
-    if splits is not None and splits < 1:
-        raise ValueError(f"splits: expected at least 1, got {splits}")
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits: expected 1 .. {MAX_SPLITS}, got {splits}")
     if not _launch.runs_kernel(q):
-        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale, others=others)
+        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale, exact=exact)
         return out.copy_(o), lse.copy_(total)
-    if q.numel() == 0 or pages.max_chunks == 0:
-        return merge_many_states(*others, out=out, out_lse=lse)
+    if q.numel() == 0:
+        return out, lse
+    if pages.max_chunks == 0:
+        if exact is None:
+            return out.zero_(), lse.fill_(float("-inf"))
+        chunk = layout.align
+        o, _ = attend_exact(q, positions, *exact, rope, chunk=chunk, scale=scale, lse=lse, matrix_units=matrix_units)
+        return out.copy_(o), lse
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    project, attend = _launch_settings(group, layout.k.rank, dim, matrix)
-    splits = min(splits or count_splits(rows * kv_heads, chunks, q.device), chunks)
-    pad, k_rank, blocks = project["HG_PAD"], layout.k.rank, pages.max_blocks
-    shape = (rows, kv_heads, blocks)
-    u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
-    u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
-    unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
+    native, pdl = _launch.is_native(q), _launch.overlaps_launches(q)
+    prepare, attend = _launch_settings(group, dim, matrix)
+    old = not (matrix or layout.k.is_float or layout.v.is_float)
+    # The warps of a multiprocessor: 16, or of the old cards' kernel, whose programs are one warp, 12.
+    warps = 1 if old else attend["num_warps"]
+    turns = triton.cdiv(chunks * layout.chunk // 64, warps)  # of a program's warps over tiles
+    splits = min(splits or count_splits(rows * kv_heads, turns, q.device, each=12 if old else 16 // warps), chunks)
+    pad, k_rank, blocks = prepare["HG_PAD"], layout.k.rank, pages.max_blocks
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
     split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
-    each = project["M"] // pad  # blocks of a program of `_project_kernel`: more of them once all multiprocessors are busy
-    each *= max(1, triton.cdiv(blocks, each) * kv_heads * rows // (4 * _launch.multiprocessors(q.device)))
-    other_o, other_lse = others
+    factors = scale * LOG2_E, rope.scaling**2
     with torch.cuda.device_of(q):
-        if not (matrix or layout.k.is_float or layout.v.is_float):
+        exact_splits, exact_o, exact_lse = _exact_states(q4, exact, matrix)
+        if old:
             from . import attention_sm75  # it takes helpers from here
 
+            if exact_splits:
+                _launch_exact(q4, positions, exact, rope, layout.align, factors, exact_o, exact_lse, exact_splits, matrix)
             states = c, split_lse, segments, o, o_lse
-            attention_sm75._attend_old_cards(q4, positions, pages, rope, scale * LOG2_E, rope.scaling**2, states)
+            attention_sm75._attend_old_cards(q4, positions, pages, rope, *factors, states)
         else:
-            _project_kernel[(triton.cdiv(blocks, each), kv_heads, rows)](
+            shape = (rows, kv_heads, blocks)
+            u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
+            u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
+            unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
+            k, v, key_positions = exact or (u, u, u)
+            tile = _exact_settings(group, queries, matrix)
+            # Blocks of a program: more than it takes at a time once all multiprocessors are busy.
+            each = prepare["M"] // pad
+            works = triton.cdiv(blocks, each) * kv_heads * rows
+            each *= max(1, triton.cdiv(works, RESIDENT * _launch.multiprocessors(q.device)))
+            programs = triton.cdiv(blocks, each)
+            exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
+            _prepare_kernel[(exact_programs + programs, kv_heads, rows)](
                 q4,
                 positions,
                 rope.turns,
@@ -842,15 +1178,24 @@ def attend_spectral(
                 u,
                 unit,
                 bias,
+                k,
+                v,
+                key_positions,
+                exact_o,
+                exact_lse,
                 blocks,
-                each,
+                triton.cdiv(blocks, programs),
+                key_positions.shape[-1],
+                exact_splits,
                 queries,
                 kv_heads,
-                scale * LOG2_E,
-                rope.scaling**2,
+                *factors,
                 *q4.stride()[:3],
                 positions.stride(0),
                 pages.segment_table.stride(0),
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *_key_strides(key_positions),
                 HG=group,
                 ALIGN=layout.align,
                 D=dim,
@@ -859,10 +1204,15 @@ def attend_spectral(
                 BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
                 GROUPS=layout.k.groups,
                 IS_FLOAT=layout.k.is_float,
+                EXACT=exact_splits > 0,
                 MATRIX=matrix,
-                NATIVE=_launch.is_native(q),
-                **project,
+                NATIVE=native,
+                PDL=pdl,
+                **tile,
+                **prepare,
             )
+            aligned = not (pages.k_pages.data_ptr() | pages.v_pages.data_ptr()) % 16
+            of_chunks = PREFETCH // (splits * kv_heads * rows * layout.chunk * layout.token_bytes)
             _attend_spectral_kernel[(splits, kv_heads, rows)](
                 pages.k_pages,
                 pages.v_pages,
@@ -882,6 +1232,7 @@ def attend_spectral(
                 o_lse,
                 blocks,
                 splits,
+                of_chunks if aligned else 0,
                 queries,
                 kv_heads,
                 pages.page_table.stride(0),
@@ -900,32 +1251,37 @@ def attend_spectral(
                 K_FLOAT=layout.k.is_float,
                 V_FLOAT=layout.v.is_float,
                 RUN=64,
+                W=attend["num_warps"] if matrix else 1,
                 MATRIX=matrix,
-                NATIVE=_launch.is_native(q),
+                NATIVE=native,
+                PDL=pdl,
+                launch_pdl=pdl,
                 **attend,
             )
+        block_n = max(16, triton.next_power_of_2(splits))
         _finish_spectral_kernel[(lse.numel(),)](
             c,
             split_lse,
             segments,
             o,
             o_lse,
-            other_o,
-            other_lse,
+            exact_o,
+            exact_lse,
             pages.v_basis,
             out,
             lse,
             splits,
-            other_lse.shape[-1],
+            exact_splits,
             queries,
             heads,
             kv_heads,
             D=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
             RV=layout.v.rank,
-            BLOCK_R=triton.next_power_of_2(layout.v.rank),
-            BLOCK_N=32 if splits <= 32 else 128,
-            num_warps=4 if splits <= 32 else 8,
+            BLOCK_N=block_n,
+            BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
+            PDL=pdl and not old,
+            launch_pdl=pdl and not old,
+            num_warps=4 if block_n * layout.v.rank <= 8192 else 8,
         )
     return out, lse
 
@@ -937,14 +1293,13 @@ def attend_spectral_torch(
     rope: Rope,
     *,
     scale: float | None = None,
-    others: tuple[torch.Tensor, torch.Tensor] | None = None,
+    exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without int8 splitting."""
-    if others is not None:
-        o, lse = attend_spectral_torch(q, positions, pages, rope, scale=scale)
-        other_o, other_lse = _check_others(others, q)
-        return merge_many_states_torch(
-            torch.cat((other_o, o[..., None, :]), -2), torch.cat((other_lse, lse[..., None]), -1)
+    if exact is not None:
+        cold = attend_spectral_torch(q, positions, pages, rope, scale=scale)
+        return merge_states_torch(
+            *attend_exact_torch(q, positions, *exact, rope, chunk=pages.layout.align, scale=scale), *cold
         )
     layout, batch = pages.layout, pages.page_table.shape[0]
     scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
@@ -976,115 +1331,6 @@ def attend_spectral_torch(
     return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])
 
 
-@triton.jit(do_not_specialize=["N", "Q", "splits", "stride_key_positions_b", "stride_key_positions_g"])
-def _attend_exact_kernel(
-    q_ptr,
-    positions_ptr,
-    k_ptr,
-    v_ptr,
-    key_positions_ptr,
-    turns_ptr,
-    o_ptr,
-    lse_ptr,
-    N,
-    splits,
-    Q,
-    G,
-    HG,
-    softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_k_b,
-    stride_k_g,
-    stride_k_n,
-    stride_v_b,
-    stride_v_g,
-    stride_v_n,
-    stride_key_positions_b,
-    stride_key_positions_g,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MATRIX: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """One split of the keys of one row and KV head, for BLOCK_M rows, each a query and a head of the group."""
-    split = tl.program_id(0)
-    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
-    g = (tl.program_id(1) // blocks_m).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    row = (tl.program_id(1) % blocks_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < Q * HG
-    query = (row // HG).to(tl.int64)
-    head = g * HG + row % HG
-    position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
-
-    # The query turned to its absolute position; angles are exact modulo a turn at any position.
-    i = tl.arange(0, BLOCK_PAIRS)
-    turns = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
-    q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
-    mask = live[:, None] & (i < PAIRS)[None, :]
-    q1 = tl.load(q_row[:, None] + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-    q2 = tl.load(q_row[:, None] + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-    cos, sin = cos_sin(position[:, None], turns[None, :], NATIVE)
-    qa = (q1 * cos - q2 * sin) * softmax_scale  # [BLOCK_M, BLOCK_PAIRS]
-    qb = (q1 * sin + q2 * cos) * softmax_scale
-    rest = 2 * PAIRS + tl.arange(0, BLOCK_REST)
-    if 2 * PAIRS < D:
-        mask = live[:, None] & (rest < D)[None, :]
-        qc = tl.load(q_row[:, None] + rest[None, :], mask=mask, other=0.0).to(tl.float32) * softmax_scale
-
-    d = tl.arange(0, BLOCK_D)
-    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    l = tl.zeros([BLOCK_M], dtype=tl.float32)
-    o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    each = tl.cdiv(tl.cdiv(N, BLOCK_N), splits) * BLOCK_N
-    k_ptr += b * stride_k_b + g * stride_k_g
-    v_ptr += b * stride_v_b + g * stride_v_g
-    key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
-    for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        key_position = tl.load(key_positions_ptr + n, mask=n < N, other=-1)
-        used = key_position >= 0
-        inside = n < N
-        n = n.to(tl.int64)
-        pair_mask = (i < PAIRS)[:, None] & inside[None, :]
-        k1 = tl.load(k_ptr + n[None, :] * stride_k_n + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
-        k2 = tl.load(k_ptr + n[None, :] * stride_k_n + PAIRS + i[:, None], mask=pair_mask, other=0.0).to(tl.float32)
-        start_of_block = tl.where(used, key_position - key_position % C, 0)
-        k_cos, k_sin = cos_sin_of_phase(phase_of(start_of_block[None, :], turns[:, None]), NATIVE)
-        s = dot_f32(qa, k1 * k_cos - k2 * k_sin, MATRIX)
-        s += dot_f32(qb, k1 * k_sin + k2 * k_cos, MATRIX)
-        if 2 * PAIRS < D:
-            rest_mask = (rest < D)[:, None] & inside[None, :]
-            kc = tl.load(k_ptr + n[None, :] * stride_k_n + rest[:, None], mask=rest_mask, other=0.0).to(tl.float32)
-            s += dot_f32(qc, kc, MATRIX)
-        seen = used[None, :] & (key_position[None, :] <= position[:, None])
-        s = tl.where(seen, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m, tl.max(s, 1))
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m - top)
-        p = tl.exp2(s - top[:, None])
-        l = l * old + tl.sum(p, 1)
-        v_mask = inside[:, None] & (d < D)[None, :]
-        v = tl.load(v_ptr + n[:, None] * stride_v_n + d[None, :], mask=v_mask, other=0.0).to(tl.float32)
-        v = tl.where(used[:, None], v, 0.0)  # an unused slot may hold NaN; its score is -inf whatever its key
-        o = o * old[:, None] + dot_f32(p, v, MATRIX)
-        m = m_new
-    o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
-    out = ((b * (G * HG) + head) * Q + query) * splits + split
-    tl.store(lse_ptr + out, tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf")), mask=live)
-    tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
-
-
 def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
     check_tensor("k", k, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
     batch, kv_heads, tokens, dim = k.shape
@@ -1114,7 +1360,6 @@ def attend_exact(
     *,
     chunk: int,
     scale: float | None = None,
-    merged: bool = True,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     splits: int | None = None,
@@ -1132,81 +1377,108 @@ def attend_exact(
         key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
         rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
         chunk: positions of a block of phase alignment.
-        merged: False returns the splits' states for the `others` of `attend_spectral` (and takes no `out` and `lse`).
     Returns:
-        (o, lse), float32, as `attend_spectral`; unmerged [.., N, D] and [.., N]. Float32 arithmetic (three-product tf32
-        dots).
+        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
-    if not merged and (out is not None or lse is not None):
-        raise ValueError("merged: expected True with out or lse, got False")
     out = check_output("out", out, q, q.shape)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and splits < 1:
         raise ValueError(f"splits: expected at least 1, got {splits}")
     if not _launch.runs_kernel(q):
         o, total = attend_exact_torch(q, positions, k, v, key_positions, rope, chunk=chunk, scale=scale)
-        return (out.copy_(o), lse.copy_(total)) if merged else (o[..., None, :].contiguous(), total[..., None].contiguous())
-    batch, kv_heads, tokens, dim = k.shape
-    if q.numel() == 0 or tokens == 0:
-        out.zero_(), lse.fill_(float("-inf"))
-        return (out, lse) if merged else (out[..., None, :], lse[..., None])
+        return out.copy_(o), lse.copy_(total)
+    if q.numel() == 0 or k.shape[2] == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
     q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-    _, heads, queries, _ = q4.shape
-    group, pairs = heads // kv_heads, rope.turns.shape[0]
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    block_m = 16 if matrix else min(4, triton.next_power_of_2(group * queries))
-    block_n = 32 if matrix else 16
-    tiles = triton.cdiv(tokens, block_n)
-    blocks_m = triton.cdiv(group * queries, block_m)
-    splits = min(splits or count_splits(batch * kv_heads * blocks_m, tiles, q.device, each=4), tiles)
-    key_strides = (key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0)
-    if splits == 1:
-        o_splits, lse_splits = out[..., None, :], lse[..., None]
-    else:
-        o_splits = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)
-        lse_splits = torch.empty((*q.shape[:-1], splits), dtype=torch.float32, device=q.device)
+    exact, factors = (k, v, key_positions), (scale * LOG2_E, rope.scaling**2)
     with torch.cuda.device_of(q):
-        _attend_exact_kernel[(splits, kv_heads * blocks_m, batch)](
-            q4,
-            positions,
-            k,
-            v,
-            key_positions,
-            rope.turns,
-            o_splits,
-            lse_splits,
-            tokens,
-            splits,
-            queries,
-            kv_heads,
-            group,
-            scale * LOG2_E,
-            rope.scaling**2,
-            *q4.stride()[:3],
-            positions.stride(0),
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *key_strides,
-            C=chunk,
-            D=dim,
-            BLOCK_D=triton.next_power_of_2(dim),
-            PAIRS=pairs,
-            BLOCK_PAIRS=max(16, triton.next_power_of_2(pairs)),
-            BLOCK_REST=max(16, triton.next_power_of_2(dim - 2 * pairs)),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            MATRIX=matrix,
-            NATIVE=_launch.is_native(q),
-            num_warps=4,
-            maxnreg=168 if dim <= 128 else None,
-        )
-    if not merged:
-        return o_splits, lse_splits
-    return (out, lse) if splits == 1 else merge_many_states(o_splits, lse_splits, out=out, out_lse=lse)
+        splits, o_splits, lse_splits = _exact_states(q4, exact, matrix, splits)
+        if splits == 1:
+            o_splits, lse_splits = out, lse
+        _launch_exact(q4, positions, exact, rope, chunk, factors, o_splits, lse_splits, splits, matrix)
+    if splits == 1:
+        return out, lse
+    return merge_many_states(
+        o_splits.view(*lse.shape, splits, -1), lse_splits.view(*lse.shape, splits), out=out, out_lse=lse
+    )
+
+
+def _exact_states(
+    q: torch.Tensor, exact: tuple[torch.Tensor, ...] | None, matrix: bool, splits: int | None = None
+) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """(splits of the exact tokens, room for their states: o [B, H, Q, splits, D], lse); no splits without tokens."""
+    batch, heads, queries, dim = q.shape
+    tokens, kv_heads = (exact[0].shape[2], exact[0].shape[1]) if exact else (0, 1)
+    if tokens:
+        tile = _exact_settings(heads // kv_heads, queries, matrix)
+        tiles = triton.cdiv(tokens, tile["BLOCK_N"])
+        programs = batch * kv_heads * triton.cdiv(heads // kv_heads * queries, tile["BLOCK_M"])
+        # Few: their programs share the multiprocessors with those that project.
+        splits = min(splits or count_splits(programs, tiles, q.device, each=1), tiles)
+    else:
+        splits = 0
+    o = torch.empty((batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device)
+    return splits, o, torch.empty((batch, heads, queries, splits), dtype=torch.float32, device=q.device)
+
+
+def _key_strides(key_positions: torch.Tensor) -> tuple[int, int]:
+    """Strides of rows and KV heads; positions [B, N] are all heads'."""
+    return key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0
+
+
+def _launch_exact(
+    q: torch.Tensor,
+    positions: torch.Tensor,
+    exact: tuple[torch.Tensor, ...],
+    rope: Rope,
+    chunk: int,
+    factors: tuple[float, float],
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    splits: int,
+    matrix: bool,
+) -> None:
+    """`_attend_exact_kernel` by itself: q [B, H, Q, D], positions [B, Q] of last stride 1; states as `_exact_states`."""
+    k, v, key_positions = exact
+    batch, kv_heads, tokens, dim = k.shape
+    _, heads, queries, _ = q.shape
+    group = heads // kv_heads
+    tile = _exact_settings(group, queries, matrix)
+    _attend_exact_kernel[(splits, kv_heads * triton.cdiv(group * queries, tile["BLOCK_M"]), batch)](
+        q,
+        positions,
+        k,
+        v,
+        key_positions,
+        rope.turns,
+        o,
+        lse,
+        tokens,
+        splits,
+        queries,
+        kv_heads,
+        *factors,
+        *q.stride()[:3],
+        positions.stride(0),
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *_key_strides(key_positions),
+        HG=group,
+        C=chunk,
+        D=dim,
+        PAIRS=rope.turns.shape[0],
+        MATRIX=matrix,
+        NATIVE=_launch.is_native(q),
+        num_warps=4,
+        num_stages=1,
+        maxnreg=168 if dim <= 128 else None,
+        **tile,
+    )
 
 
 def attend_exact_torch(

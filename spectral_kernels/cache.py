@@ -639,12 +639,11 @@ class LayerCache:
                 f"for lengths {self.lengths} of which {self.cold} are cold"
             )
         positions = (self.length - queries)[:, None] + torch.arange(queries, dtype=torch.int32, device=self.device)
-        hot = (q, positions, self.k, self.v, self.key_positions, self.rope)
+        exact = (self.k, self.v, self.key_positions)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.pages is None or not any(self.chunks):
-            return out.copy_(attend_exact(*hot, chunk=self.preset.align, scale=scale)[0])
-        others = attend_exact(*hot, chunk=self.preset.align, scale=scale, merged=False)
-        return attend_spectral(q, positions, self.pages, self.rope, scale=scale, others=others, out=out)[0]
+            return out.copy_(attend_exact(q, positions, *exact, self.rope, chunk=self.preset.align, scale=scale)[0])
+        return attend_spectral(q, positions, self.pages, self.rope, scale=scale, exact=exact, out=out)[0]
 
     def get_kv(self, *, rope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         check_in("rope", rope, ("pre", "rotated"))

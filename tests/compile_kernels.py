@@ -32,7 +32,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 def check_operand_lanes(ttgir: str) -> None:
@@ -88,8 +88,12 @@ class Recorder:
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
                 attributes[(index,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+                signature[parameter.name], constants[parameter.name] = "constexpr", 1
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+                if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = [["tt.divisibility", 16]]  # as a launch specialises it
         key = repr((function.__name__, sorted(signature.items()), sorted(constants.items()), options))
         if new := key not in self.compiled:
             self.compiled[key] = self.compile(function, ASTSource(function, signature, constants, attributes), options)
@@ -140,9 +144,10 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     positions = torch.full((batch, 1), 2 * chunk, dtype=torch.int32)
     x = torch.zeros(batch, kv_heads, 2 * chunk, dim, dtype=dtype)
     key_positions = torch.arange(2 * chunk, dtype=torch.int32).repeat(batch, 1)
+    exact = (x, x, key_positions)
     for splits in (2, 33):  # few and many are joined by other kernels
-        sk.attend_spectral(q, positions, pages, rope, splits=splits, matrix_units=matrix)
-    sk.attend_exact(q, positions, x, x, key_positions, rope, chunk=chunk, matrix_units=matrix)
+        sk.attend_spectral(q, positions, pages, rope, exact=exact, splits=splits, matrix_units=matrix)
+    sk.attend_exact(q, positions, *exact, rope, chunk=chunk, matrix_units=matrix)
     sk.project_queries(q, positions, pages, rope)
     sk.rotate(x, key_positions, rope)
     sk.phase_align(x, key_positions, rope, chunk=chunk)
@@ -165,6 +170,7 @@ def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
+    _launch.overlaps_launches = lambda x: capability >= 90
     JITFunction.run = recorder.run_of
     return matrix
 
