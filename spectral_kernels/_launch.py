@@ -18,15 +18,6 @@ def is_native(x: torch.Tensor) -> bool:
     return x.is_cuda
 
 
-# Whether a kernel may start while the one before it ends (programmatic dependent launch); perf times kernels without it.
-OVERLAP = True
-
-
-def overlaps_launches(x: torch.Tensor) -> bool:
-    """Whether launches on this tensor's device overlap: from sm_90."""
-    return OVERLAP and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-
-
 def has_matrix_units(device: torch.device) -> bool:
     """Whether Triton reaches matrix units there: from sm_80 (its sm_75 `tl.dot` unrolls into scalar code)."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)

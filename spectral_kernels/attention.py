@@ -12,10 +12,9 @@ Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shi
 
 Three launches: `_prepare_kernel` (u, a program some blocks and a KV head; and the exact tokens of a decode step),
 `_attend_spectral_kernel` (one split of the pages each) and `_finish_spectral_kernel` (joins the splits and the exact
-tokens, and applies the V basis once a segment). From sm_90 each starts while the one before it ends, and the second brings
-its first pages to the L2 cache meanwhile. Pages hold operand fragments, so what a thread loads goes to the matrix units as
-it is. A program of the second is one warp (from sm_80; attention_sm75.py before): four would compute the same, as a block
-of 16 components is as high as one dot.
+tokens, and applies the V basis once a segment). Pages hold operand fragments, so what a thread loads goes to the matrix
+units as it is. The warps of a program of the second work on a tile of tokens each (from sm_80; attention_sm75.py before): a
+block of 16 components is as high as one dot, so that they would all compute the same one.
 
 Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
 
@@ -66,6 +65,11 @@ def _block(groups, i):
 def _power_of_2(n):
     """Of a tile of n: at least 16, as dots want it."""
     return max(16, triton.next_power_of_2(n))
+
+
+@triton.constexpr_function
+def _least(a, b):
+    return min(a, b)
 
 
 @triton.constexpr_function
@@ -338,7 +342,7 @@ def _exact_split(
     k_ptr += b * stride_k_b + g * stride_k_g
     v_ptr += b * stride_v_b + g * stride_v_g
     key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
-    for start in range(split * each, tl.minimum(split * each + each, N), BLOCK_N):
+    for start in tl.range(split * each, tl.minimum(split * each + each, N), BLOCK_N, num_stages=1):
         # All that a tile needs is asked for before any of it is used: a program has few tiles, and their time is latency.
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
@@ -653,12 +657,9 @@ def _prepare_kernel(
     BLOCK_N: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """What needs the queries but no cold page, in one launch: the exact tokens (the first programs of a row, query and KV
     head, `_exact_split`; of its first query for all) and the projected queries (`_project_blocks`)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     g = tl.program_id(1).to(tl.int64)
     bq = tl.program_id(2).to(tl.int64)
     exact_programs = 0
@@ -683,28 +684,6 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _prefetch_chunks(k_ptr, v_ptr, page_table_ptr, chunk, end, g, G, K_SIZE: tl.constexpr, V_SIZE: tl.constexpr):
-    """Bring the pages of chunks `chunk` .. end - 1 (at most 16 of them) and KV head g to the L2 cache: from sm_90, if all
-    pages lie at multiples of 16 bytes."""
-    lane = tl.arange(0, 32)  # a chunk's page of K, the next lane its page of V
-    j = chunk + lane // 2
-    is_k = lane % 2 == 0
-    page = tl.load(page_table_ptr + j, mask=j < end, other=0).to(tl.int64) * G + g
-    address = tl.where(is_k, (k_ptr + page * K_SIZE).to(tl.int64), (v_ptr + page * V_SIZE).to(tl.int64))
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p;
-        setp.ne.s32 p, $2, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0; }""",
-        "=r,l,r",
-        [address, tl.where(j < end, tl.where(is_k, K_SIZE, V_SIZE), 0)],
-        tl.int32,
-        False,
-        1,
-    )
-
-
-@triton.jit
 def _lse(m, l):
     """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights, in units of 1 / _FULL."""
     return tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
@@ -722,7 +701,16 @@ def _join(m_all, l_all, m, l):
     return m_new, l_new, old * norm, new * norm
 
 
-@triton.jit(do_not_specialize=["max_blocks", "splits", "prefetched", "Q", "stride_pages_b", "stride_segments_b"])
+@triton.jit
+def _sum_of_warps(a, b, c, d):
+    """Sums of four [W, M, N] over W, in one pass through shared memory."""
+    x, y = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
+    a, b = tl.split(x)
+    c, d = tl.split(y)
+    return a, b, c, d
+
+
+@triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
@@ -742,7 +730,6 @@ def _attend_spectral_kernel(
     o_lse_ptr,
     max_blocks,
     splits,
-    prefetched,
     Q,
     G,
     stride_pages_b,
@@ -765,13 +752,9 @@ def _attend_spectral_kernel(
     W: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One split of the pages of one row, query and KV head: its state over all heads of the group. W warps work on a tile
     of 64 tokens each, and join their states once a run of chunks that share a segment.
-
-    PDL: the launch overlaps `_prepare_kernel`: what that does not write is read, and the first `prefetched` chunks are
-    brought to the L2 cache, before its end is waited for.
 
     c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
     [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
@@ -793,12 +776,6 @@ def _attend_spectral_kernel(
     page_table_ptr += b * stride_pages_b
     segment_table_ptr += b * stride_segments_b
     u_row = (bq * G + g) * max_blocks
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        _prefetch_chunks(
-            k_ptr, v_ptr, page_table_ptr, chunk, tl.minimum(end, chunk + prefetched), g, G, C * K_BYTES, C * V_BYTES
-        )
-        tl.extra.cuda.gdc_wait()
 
     t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
@@ -906,13 +883,19 @@ def _attend_spectral_kernel(
         own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
         l = tl.sum(l_warp * own, 0)
         w_sum = tl.sum(w_warp * own, 0)
+        joined = ()
+        for n in tl.static_range(0, RV // 16, 4):
+            four = ()
+            for f in tl.static_range(4):
+                four = four + (acc[_least(n + f, RV // 16 - 1)] * own[:, None, :],)
+            joined = joined + _sum_of_warps(four[0], four[1], four[2], four[3])
         # In V's basis; l and acc both count weights in units of 1 / _FULL.
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(RV // 16):
             scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient = tl.sum(acc[n] * own[:, None, :], 0)
+            coefficient = joined[n]
             if not V_FLOAT:
                 coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
                 scale *= _weight(V_GROUPS, n)
@@ -967,7 +950,6 @@ def _finish_spectral_kernel(
     RV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Join the states of the splits (at most BLOCK_N, see `_attend_spectral_kernel`) of one row, query and head with those
     of its exact tokens, in a fixed order; the V basis is applied once a segment."""
@@ -980,8 +962,6 @@ def _finish_spectral_kernel(
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then chosen away.
     lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
     segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
@@ -1025,14 +1005,13 @@ def _finish_spectral_kernel(
 
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
 RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
-PREFETCH = 24 << 20  # bytes of pages that are brought to the L2 cache while queries are projected: half of an H100's
 
 
 def _launch_settings(group: int, dim: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_prepare_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        prepare = {"HG_PAD": pad, "M": max(32, pad), "num_warps": 4, "num_stages": 1}
+        prepare = {"HG_PAD": pad, "M": max(16, pad), "num_warps": 4, "num_stages": 1}
         if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
             prepare["maxnreg"] = 168
         attend = {"BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
@@ -1132,7 +1111,7 @@ def attend_spectral(
     _, heads, queries, dim = q4.shape
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    native, pdl = _launch.is_native(q), _launch.overlaps_launches(q)
+    native = _launch.is_native(q)
     prepare, attend = _launch_settings(group, dim, matrix)
     old = not (matrix or layout.k.is_float or layout.v.is_float)
     # The warps of a multiprocessor: 16, or of the old cards' kernel, whose programs are one warp, 12.
@@ -1207,12 +1186,9 @@ def attend_spectral(
                 EXACT=exact_splits > 0,
                 MATRIX=matrix,
                 NATIVE=native,
-                PDL=pdl,
                 **tile,
                 **prepare,
             )
-            aligned = not (pages.k_pages.data_ptr() | pages.v_pages.data_ptr()) % 16
-            of_chunks = PREFETCH // (splits * kv_heads * rows * layout.chunk * layout.token_bytes)
             _attend_spectral_kernel[(splits, kv_heads, rows)](
                 pages.k_pages,
                 pages.v_pages,
@@ -1232,7 +1208,6 @@ def attend_spectral(
                 o_lse,
                 blocks,
                 splits,
-                of_chunks if aligned else 0,
                 queries,
                 kv_heads,
                 pages.page_table.stride(0),
@@ -1254,8 +1229,6 @@ def attend_spectral(
                 W=attend["num_warps"] if matrix else 1,
                 MATRIX=matrix,
                 NATIVE=native,
-                PDL=pdl,
-                launch_pdl=pdl,
                 **attend,
             )
         block_n = max(16, triton.next_power_of_2(splits))
@@ -1279,8 +1252,6 @@ def attend_spectral(
             RV=layout.v.rank,
             BLOCK_N=block_n,
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
-            PDL=pdl and not old,
-            launch_pdl=pdl and not old,
             num_warps=4 if block_n * layout.v.rank <= 8192 else 8,
         )
     return out, lse

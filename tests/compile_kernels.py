@@ -32,7 +32,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def check_operand_lanes(ttgir: str) -> None:
@@ -170,7 +170,6 @@ def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
-    _launch.overlaps_launches = lambda x: capability >= 90
     JITFunction.run = recorder.run_of
     return matrix
 
