@@ -49,7 +49,7 @@ TARGETS = tuple(Shape(b, 32, 8, 128, t) for b, t in ((16, 65536), (1, 131072), (
 SMALL_SHAPES = ((1, 2048), (1, 32768), (16, 8192))  # B, T checked first: they compile all that the others launch
 PAGE = 64  # tokens of a FlashInfer page
 STEP_KERNELS = {  # what a step launches (one of these names), by the columns of a row
-    "project_us": ("_project_kernel", "_project_operand_kernel"),
+    "project_us": ("_prepare_kernel", "_project_operand_kernel"),
     "kernel_us": ("_attend_spectral_kernel", "_attend_operands_kernel"),
     "exact_us": ("_attend_exact_kernel",),
     "merge_us": ("_finish_spectral_kernel",),

@@ -33,7 +33,7 @@ GAP = 0.9  # between launches of a graph: a step's time less its kernels', perf.
 TRUSTED = 0.3  # the error that issue 5 allows the forced path at B = 4, T = 32K, balanced
 # Loads and stores that touch several lines of 128 bytes (_simulate): 8 rows of a basis that are 128 bytes long, 4 heads of
 # a query, the records of 4 heads.
-LINES = {"_project_operand_kernel": {("LDG", 4): 8, ("LDG", 2): 4, ("STG", 1): 4}}
+LINES = {"_project_operand_kernel": {("LDG", 16): 8, ("LDG", 2): 4, ("STG", 1): 4}}
 COLUMNS = {  # kernels by the columns of perf.attention's rows
     "_prepare_kernel": "project_us",
     "_project_operand_kernel": "project_us",

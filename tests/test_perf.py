@@ -301,7 +301,7 @@ def run_job(monkeypatch, *arguments: str) -> int:
     """perf.attention with a stand-in for the card; "device times" are made up, everything else runs."""
     monkeypatch.setattr(job.Card, "current", classmethod(lambda cls: CARD))
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and _timing.Times(10.0, 20.0, 30.0))
-    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0, "_project_kernel": 3.0})
+    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0, "_prepare_kernel": 3.0})
     monkeypatch.setattr(job, "compile_in_parallel", lambda variants: None)
     monkeypatch.setattr(job, "SMALL_SHAPES", ((2, 512),))
     monkeypatch.setattr(job, "PEERS", (job.Peer("math", partial(job.sdpa, SDPBackend.MATH, True)),))
