@@ -677,7 +677,8 @@ def _prepare_kernel(
         if bq % Q == 0:
             _exact_split(
                 q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-                program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale, rotary_scale,
+                program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale,
+                rotary_scale,
                 stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
                 stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
                 HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
