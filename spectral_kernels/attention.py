@@ -673,7 +673,7 @@ def _prepare_kernel(
             stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_segments_b,
             HG, HG_PAD, ALIGN, D, PAIRS, R, BLOCK_R, GROUPS, IS_FLOAT, M, MATRIX, NATIVE,
         )  # fmt: skip
-    elif EXACT:  # without exact tokens their arguments are stand-ins of other types
+    elif EXACT:  # noqa: SIM102  (a constexpr: without exact tokens their arguments are stand-ins of other types)
         if bq % Q == 0:
             _exact_split(
                 q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
