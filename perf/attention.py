@@ -6,10 +6,10 @@
 A step is what a layer runs for a new token: `attend_spectral(.., exact=..)` over the newest 128 tokens and 4 sinks, exact,
 and the cold pages of the others (query projection, cold kernel, merge of all states). A peer reads all tokens in 16 bits
 (or fp8). Queries, keys and values are bf16, before sm_80 fp16. First every kernel variant is compiled and checked on small
-shapes; each row and each peer is checked again before it is timed: ours against float64 within a derived budget (perf/_cases.py), a
-peer against float64 within the rounding of its 16-bit weights and output. Times: perf/_timing.py. Those of a step's kernels
-alone are the profiler's. `read_share` is of the cold kernel alone: the page bytes that it must read over its time, as a
-share of the bandwidth of a read-only pass in the same run.
+shapes; each row and each peer is checked again before it is timed: ours against float64 within a derived budget
+(perf/_cases.py), a peer against float64 within the rounding of its 16-bit weights and output. Times: perf/_timing.py. Those
+of a step's kernels alone are the profiler's. `read_share` is of the cold kernel alone: the page bytes that it must read
+over its time, as a share of the bandwidth of a read-only pass in the same run.
 
 Row: gpu commit B H G D T layout chunk align p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us gbs
 project_us (from sm_80 on with the exact tokens) kernel_us (cold) exact_us (before sm_80) merge_us kernel_gbs read_share

@@ -1,168 +1,138 @@
-"""The path of cards before sm_80 on the card at hand: `python -m perf.old_cards [--quick]`.
+"""The path of cards before sm_80 on the card at hand, beside its own path and dense attention, in one run.
 
-Checks it against the oracle first (one row and KV head of the first shape, the budgets of tests/budgets.py), then times
-`attend_spectral(..., matrix_units=False)`, all its kernels, beside the path of this card and dense SDPA over 16-bit keys
-and values of the same shape in the same run. CUDA graphs over copies of the inputs that exceed any L2; device time.
+    python -m perf.old_cards [--quick] [--json]         five shapes (--quick: B = 4, T = 32K); rows: perf/results
+
+Every shape is checked before it is timed: `attend_spectral` over T cold tokens against float64 within its budget
+(perf/_cases.py), and the same output with heads exchanged must not pass. Peers (perf/attention.py) read T 16-bit tokens.
+Times are those of perf/_timing.py: CUDA graphs, inputs not in the L2 cache; kernels alone by the profiler.
+
+Row: gpu commit torch triton date B H G D T layout chunk align path ("sm_75" or "tl.dot") p20_us p50_us p80_us
+kernels {name: microseconds} best_peer best_peer_us speedup read_share read_gbs budget_share peers.
+`python -m perf.predict --measured` sets its prediction beside them.   Test: tests/test_perf.py.
 """
 
-import argparse
-import dataclasses
-import functools
-import math
+from __future__ import annotations
 
-import numpy as np
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import torch
-import triton
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import spectral_kernels as sk
-from perf._timing import Card, NoCard, device_times, kernel_times
+from perf._cases import LAYOUTS, WINDOW, Decode, Shape, check_state, make_decodes, preset_layout
+from perf._timing import Card, NoCard, device_times, kernel_times, versions
+from perf.attention import PEERS, best, ratio, split_heads, time_peers
+from perf.tables import RESULTS
 from spectral_kernels import _launch
 
-COLD = 256 * 2**20  # bytes that a cycle over copies of the inputs reads at least: several times any L2
-HEADS, KV_HEADS, DIM = 32, 8, 128
-LAYOUT = "balanced"
+SHAPES = ((4, 32768), (1, 32768), (16, 32768), (1, 65536), (16, 65536))  # B, T; the first is issue 5's
 
 
-def random_pages(layout: sk.PageLayout, batch: int, tokens: int, device: torch.device) -> sk.Pages:
-    """Full pages of random bytes; scores have a standard deviation of about 2 for queries of unit variance."""
-    chunks = tokens // layout.chunk
-    pages = sk.allocate_pages(
-        layout,
-        pages=batch * chunks,
-        segments=batch,
-        kv_heads=KV_HEADS,
-        batch=batch,
-        max_chunks=chunks,
-        device=device,
+def attend(decode: Decode, matrix: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return sk.attend_spectral(decode.q, decode.positions, decode.pages, decode.rope, matrix_units=matrix)
+
+
+def check(decode: Decode, matrix: bool) -> float:
+    """The largest error in units of its budget; AssertionError where it is above 1, or where exchanged heads pass too."""
+    o, lse = attend(decode, matrix)
+    share = check_state(decode, (o, lse), ("cold",))
+    try:
+        check_state(decode, (o.roll(1, 1), lse), ("cold",))
+    except AssertionError:
+        return share
+    raise AssertionError("the budget accepts heads that are exchanged")
+
+
+def measure(shape: Shape, layout: str, card: Card) -> list[dict[str, Any]]:
+    """A row a path. shape: of the dense peers; as many tokens are cold, exact ones are not attended to."""
+    peers = time_peers(shape, [peer for peer in PEERS if not peer.fp8 and peer.name != "flex"], card)
+    peer, peer_us = best(peers, False)
+    pages = preset_layout(layout, shape.dim)
+    own = Shape(shape.batch, shape.heads, shape.kv_heads, shape.dim, shape.tokens + WINDOW)
+    nbytes = own.page_bytes(pages)
+    decodes = make_decodes(own, pages, copies=card.copies(nbytes), dtype=card.dtype, device=card.device)
+    rows = []
+    for path, matrix in (("sm_75", False), ("tl.dot", True)):
+        if matrix and not _launch.has_matrix_units(card.device):
+            continue
+        share = check(decodes[0], matrix)
+        calls = [partial(attend, decode, matrix) for decode in decodes]
+        times, kernels = device_times(calls), kernel_times(calls)
+        numbers = {
+            "p20_us": times.p20,
+            "p50_us": times.p50,
+            "p80_us": times.p80,
+            "best_peer_us": peer_us,
+            "speedup": ratio(peer_us, times.p50),
+            "read_share": nbytes / times.p50 * 1e6 / card.read_bandwidth,
+            "read_gbs": card.read_bandwidth / 1e9,
+            "budget_share": share,
+        }
+        where = {"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim, "T": shape.tokens}
+        rows.append(
+            {
+                **where,
+                "layout": layout,
+                "chunk": pages.chunk,
+                "align": pages.align,
+                "path": path,
+                **{name: None if x is None else float(f"{x:.4g}") for name, x in numbers.items()},
+                "kernels": {name: float(f"{time:.4g}") for name, time in kernels.items()},
+                "best_peer": peer,
+                "peers": {name: t if isinstance(t, str) else float(f"{t:.4g}") for name, t in peers.items()},
+            }
+        )
+    return rows
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+    peer = "no peer" if row["best_peer"] is None else f"{row['speedup']:4.2f}x of {row['best_peer_us']} {row['best_peer']}"
+    kernels = ", ".join(f"{name} {time}" for name, time in sorted(row["kernels"].items(), key=lambda part: -part[1]))
+    return (
+        f"B={row['B']:<2} T={row['T']} {row['path']:6} {row['p20_us']:7.1f} {row['p50_us']:7.1f} {row['p80_us']:7.1f} us  "
+        f"{row['read_share']:4.0%} of reads  {peer}  {row['budget_share']:.2g} of the budget  ({kernels})"
     )
-    for x in (pages.k_pages, pages.v_pages):
-        x.random_(0, 256)
-    for x in (pages.k_basis, pages.v_basis):
-        x.random_(-127, 128)
-    length = 127 / math.sqrt(3) * math.sqrt(DIM)  # of a basis row
-    for scale, bands in ((pages.k_scale, layout.k), (pages.v_scale, layout.v)):
-        codes = torch.tensor([2.0**bits / math.sqrt(12) for bits in bands.bits])  # of uniform codes
-        scale[:] = (2 * math.sqrt(DIM) / (length * math.sqrt(bands.rank)) / codes).to(device)
-    pages.page_table[:] = torch.randperm(batch * chunks).int().reshape(batch, chunks)
-    pages.segment_table[:] = torch.arange(batch, dtype=torch.int32)[:, None]
-    pages.lengths[:] = tokens
-    return pages
 
 
-def check(q: torch.Tensor, positions: torch.Tensor, pages: sk.Pages, inv_freq: torch.Tensor, rope: sk.Rope) -> float:
-    """The largest error of row 0 and KV head 0 in units of its budget."""
-    from reference import attention as oracle
-    from reference.pages import PageArrays
-    from tests import budgets
-    from tests.test_rope import project_oracle
-
-    layout, group = pages.layout, HEADS // KV_HEADS
-    own = pages.page_table[0].long()
-    names = ("k_pages", "v_pages", "skip")
-    data = {name: getattr(pages, name)[own][:, :1].cpu().numpy() for name in names}
-    bases = {name: getattr(pages, name)[:1, :1].cpu().numpy() for name in ("k_basis", "k_scale", "v_basis", "v_scale")}
-    chunks = len(own)
-    table = np.arange(chunks, dtype=np.int32)[None]
-    arrays = PageArrays(
-        layout.k.bands,
-        layout.v.bands,
-        DIM,
-        layout.chunk,
-        layout.align,
-        **data,
-        **bases,
-        page_table=table,
-        segment_table=np.zeros((1, pages.max_blocks), np.int32),
-        lengths=pages.lengths[:1].cpu().numpy(),
-    )
-    q_row, at = q[:1, :group, None].double().cpu().numpy(), positions[:1, None].cpu().numpy()
-    frequencies = inv_freq.numpy()
-    expected = oracle.spectral(q_row, at, arrays, frequencies)
-    u = project_oracle(q_row, at, arrays, frequencies, 1.0)
-    budget = budgets.attend_spectral(q_row, expected, arrays, u, frequencies)
-    got = sk.attend_spectral(q, positions, pages, rope, matrix_units=False)
-    mixed = budgets.outside(got[0][:1, :group, None].roll(1, 1), expected.o, budget[0])
-    assert mixed > 2, f"the budget accepts heads that are exchanged ({mixed:.3g})"
-    return max(
-        budgets.outside(value[:1, :group, None], wanted, allowed)
-        for value, wanted, allowed in zip(got, (expected.o, expected.lse), budget, strict=True)
-    )
-
-
-def dense(batch: int, tokens: int, dtype: torch.dtype) -> dict[str, float]:
-    """Median microseconds of SDPA by backend; absent where a backend refuses the shape."""
-    q = torch.randn(batch, HEADS, 1, DIM, device="cuda", dtype=dtype)
-    copies = max(1, math.ceil(COLD / (batch * KV_HEADS * tokens * DIM * 4)))
-    kv = [torch.randn(2, batch, KV_HEADS, tokens, DIM, device="cuda", dtype=dtype) for _ in range(copies)]
-    out = {}
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-
-        def attend(i: int) -> object:
-            return torch.nn.functional.scaled_dot_product_attention(q, kv[i][0], kv[i][1], enable_gqa=True)
-
-        with sdpa_kernel(backend):
-            try:
-                out[name] = device_times([functools.partial(attend, i) for i in range(copies)]).p50
-            except RuntimeError as error:
-                print(f"{name} refuses B={batch} T={tokens}: {str(error).splitlines()[0]}")
-    return out
-
-
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the first shape only")
-    arguments = parser.parse_args()
+    parser.add_argument("--heads", default="32/8", help="query heads/KV heads (default 32/8)")
+    parser.add_argument("--dim", type=int, default=128, help="head dimension D")
+    parser.add_argument("--layout", choices=LAYOUTS, default="balanced")
+    results = RESULTS / "old_cards.jsonl"
+    parser.add_argument("--json", type=Path, nargs="?", const=results, help=f"append rows (default file: {results})")
+    parser.add_argument("--commit", help="what rows say is measured; default: git's word")
+    args = parser.parse_args(argv)
     try:
         card = Card.current()
     except NoCard as error:
-        print(error)
+        print(f"perf.old_cards: {error}", file=sys.stderr)
         return 2
-    shapes = [(4, 32768), (1, 32768), (16, 32768), (1, 65536), (16, 65536)][: 1 if arguments.quick else None]
-    device, dtype = card.device, card.dtype
-    old = not _launch.has_matrix_units(device)
-    inv_freq = 1e6 ** -(torch.arange(0, DIM, 2) / DIM)
-    rope = sk.Rope.from_inv_freq(inv_freq, device=device)
-    preset = sk.PRESETS[LAYOUT].layout(DIM)
-    assert preset is not None
-    ceiling = card.read_bandwidth
-    rows, notes = [], []
-    for batch, tokens in shapes:
-        peers = dense(batch, tokens, dtype)
-        best = min(peers.values())
-        q = torch.randn(batch, HEADS, DIM, device="cuda", dtype=dtype)
-        positions = torch.full((batch,), tokens + 100, dtype=torch.int64, device="cuda")
-        for chunk, align in dict.fromkeys([(preset.chunk, preset.align), (128, 128), (128, 512)]):
-            layout = dataclasses.replace(preset, chunk=chunk, align=align)
-            name = f"C={chunk} A={align}"
-            size = batch * tokens * KV_HEADS * layout.token_bytes
-            copies = [random_pages(layout, batch, tokens, device) for _ in range(max(1, math.ceil(COLD / size)))]
-            if (batch, tokens) == shapes[0]:
-                worst = check(q, positions, copies[0], inv_freq, rope)
-                notes.append(f"{name}: {worst:.3g} of the budget")
-                assert worst <= 1, notes[-1]
-            for matrix in (False,) if old else (False, True):
-                calls = [
-                    functools.partial(sk.attend_spectral, q, positions, pages, rope, matrix_units=matrix)
-                    for pages in copies
-                ]
-                times = device_times(calls)
-                p50 = times.p50
-                share = size / (p50 * 1e-6) / ceiling
-                ratios = "  ".join(f"{peer} {time:7.1f} us {time / p50:5.2f}x" for peer, time in peers.items())
-                path = "tl.dot" if matrix else "sm_75"
-                rows.append(
-                    f"B={batch:<2} T={tokens} {name:11} {path:6} {times.p20:7.1f} {p50:7.1f} {times.p80:7.1f} us  "
-                    f"{share:4.0%} of reads  best dense {best / p50:4.2f}x  {ratios}"
-                )
-                if (batch, tokens) == shapes[0]:
-                    parts = sorted(kernel_times(calls).items(), key=lambda part: -part[1])
-                    notes.append(f"{name} {path}: " + ", ".join(f"{kernel} {time:.1f}" for kernel, time in parts))
-    print(f"{card.name}; {LAYOUT} {preset.k} / {preset.v}, {preset.token_bytes} B a token and KV head")
-    print(f"reads: {ceiling / 1e12:.2f} TB/s; torch {torch.__version__}, triton {triton.__version__}")
-    print("\n".join(notes + rows))
+    same = {
+        "gpu": card.name,
+        **versions(args.commit),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds"),
+    }
+    pages = preset_layout(args.layout, args.dim)
+    print(f"{card.name}, commit {same['commit']}, {card.dtype}; {args.layout} {pages.k} / {pages.v}, {pages.token_bytes} B")
+    print(f"reads: {card.read_bandwidth / 1e12:.2f} TB/s; torch {same['torch']}, triton {same['triton']}", flush=True)
+    for batch, tokens in SHAPES[: 1 if args.quick else None]:
+        for row in measure(Shape(batch, *split_heads(args.heads), args.dim, tokens), args.layout, card):
+            print(line(row), flush=True)
+            if args.json:
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                with args.json.open("a") as file:
+                    file.write(json.dumps({**same, **row}) + "\n")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

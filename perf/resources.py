@@ -1,12 +1,18 @@
-"""What each kernel needs of each card, compiled here without one: `python -m perf.resources [CAPABILITY ...] [--few]`.
+"""What each kernel needs of each card, compiled here without one.
 
-Writes perf/results/resources.jsonl, a row a kernel, capability and case (tests/compile_kernels.py has the cases): registers
-a thread, bytes of local memory a thread (spills), shared memory a program, code size. Rows of other capabilities and
-versions of triton stay.   Test: tests/test_compile.py.
+    python -m perf.resources [CAPABILITY ...] [--kernel NAME ...] [--few] [--jobs N]
+
+Writes perf/results/resources.jsonl, a row a kernel, capability and case (tests/compile_kernels.py has the cases): warps,
+registers a thread, bytes of local memory a thread (spills), loads and stores of it in innermost loops (loop_spills), shared
+memory a program, code size. A run replaces the rows of the kernels, capabilities and version of triton that it compiled;
+others stay. D = 256 takes long: minutes a capability and core.   Test: tests/test_compile.py.
 """
 
 import argparse
 import json
+import multiprocessing
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import triton
@@ -17,20 +23,29 @@ from tests.compile_kernels import compile_all
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 
+def compiled(capability: int, few: bool, kernels: Sequence[str]) -> tuple[int, list[dict[str, Any]]]:
+    """The capability and its rows; in a process of its own, as launchers launch nothing afterwards."""
+    rows: list[dict[str, Any]] = []
+    compile_all(capability, few, rows.append, kernels)
+    return capability, rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", nargs="*", type=int, default=CAPABILITIES)
+    parser.add_argument("--kernel", nargs="+", default=(), metavar="NAME", help="only these kernels, as _rotate_kernel")
     parser.add_argument("--few", action="store_true", help="only the cases that CI compiles")
+    parser.add_argument("--jobs", type=int, default=1, help="capabilities at a time")
     arguments = parser.parse_args()
     path = RESULTS / "resources.jsonl"
-    for capability in arguments.capability:
-        new: list[dict[str, Any]] = []
-        compile_all(capability, arguments.few, lambda row, _, new=new: new.append(row))  # type: ignore[misc]
-        here = (capability, triton.__version__)
-        rows = [row for row in read_rows(path) if (row["capability"], row["triton"]) != here] + new
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"sm_{capability}: {sum(row['capability'] == capability for row in rows)} rows in {path}")
+    path.parent.mkdir(exist_ok=True)
+    compile_one = partial(compiled, few=arguments.few, kernels=arguments.kernel)
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs, maxtasksperchild=1) as pool:
+        for capability, new in pool.imap_unordered(compile_one, arguments.capability):
+            done = {(row["kernel"], capability, triton.__version__) for row in new}
+            rows = [row for row in read_rows(path) if (row["kernel"], row["capability"], row["triton"]) not in done] + new
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            print(f"sm_{capability}: {len(new)} rows in {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1091,8 +1091,7 @@ def attend_spectral(
         if len(exact) != 3:
             raise ValueError(f"exact: expected (k, v, key_positions), got {len(exact)} things")
         _check_exact(q, positions, *exact, rope, layout.align, scale)
-        shape = (batch, pages.kv_heads, None, layout.head_dim)
-        check_tensor("exact: k", exact[0], shape=shape)
+        check_tensor("exact: k", exact[0], shape=(batch, pages.kv_heads, None, layout.head_dim))
     out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if splits is not None and not 1 <= splits <= MAX_SPLITS:

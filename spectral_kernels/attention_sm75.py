@@ -120,6 +120,23 @@ def _block_words(x, GROUPS: tl.constexpr, i: tl.constexpr):
     return y
 
 
+@triton.constexpr_function
+def _columns(D, step):
+    """The dimensions of step `step` of 16: (first, distance of those of two t). Four steps share 64 dimensions, of which t
+    has 16 in a row, so that a thread loads the words of four steps at once; what is left of D goes by 16."""
+    return (step // 4 * 64 + step % 4 * 4, 16) if step < D // 64 * 4 else (step * 16, 4)
+
+
+@triton.jit
+def _four_words(ptr):
+    """The four words from each of ptr [64] on, 16 bytes aligned: four [64]."""
+    x = tl.load(ptr[:, None] + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(tl.reshape(x, [64, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
 @triton.jit(do_not_specialize=["max_blocks", "Q", "stride_positions_b", "stride_segments_b"])
 def _project_operand_kernel(
     q_ptr,
@@ -186,9 +203,9 @@ def _project_operand_kernel(
         full = tl.reshape(tl.broadcast_to(full[:, None], [4, 8]), [32])
         turned = ()
         for step in tl.static_range(D // 16):
-            d = step * 16 + t[None, :] * 4 + byte
+            d = _columns(D, step)[0] + t[None, :] * _columns(D, step)[1] + byte
             x = tl.load(q_row[None, :] + d, mask=live, other=0.0).to(tl.float32)
-            if step * 16 < 2 * PAIRS:
+            if _columns(D, step)[0] < 2 * PAIRS:
                 turns_at = tl.where(d < PAIRS, d, d - PAIRS)
                 other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
                 y = tl.load(q_row[None, :] + other, mask=live & (d < 2 * PAIRS), other=0.0).to(tl.float32)
@@ -210,10 +227,14 @@ def _project_operand_kernel(
             r = n * 16 + component
             hi = tl.zeros([64], dtype=tl.int32)
             lo = tl.zeros([64], dtype=tl.int32)
+            rows = ()
+            for step in tl.static_range(0, D // 64 * 4, 4):
+                rows = rows + _four_words(basis_words + r * (D // 4) + (step * 4 + 4 * t))
+            for step in tl.static_range(D // 64 * 4, D // 16):
+                rows = rows + (tl.load(basis_words + r * (D // 4) + (step * 4 + t)),)
             for step in tl.static_range(D // 16):
-                rows = tl.load(basis_words + r * (D // 4) + (step * 4 + t))
                 columns = tl.reshape(tl.broadcast_to(turned[step][None, :], [2, 32]), [64])
-                hi, lo = _mma(rows, columns, hi, lo, NATIVE)
+                hi, lo = _mma(rows[step], columns, hi, lo, NATIVE)
             one = (hi * 256 + lo).to(tl.float32) * (tl.load(scale_row + r) * (softmax_scale * _weight(GROUPS, n)))
             most = tl.maximum(most, tl.abs(one))
             u = u + (one,)

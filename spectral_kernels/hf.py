@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, Dyna
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from . import _launch
 from ._checks import FLOATS
 from .cache import PRESETS, Preset, SpectralCache
 from .rope import Rope, rotate, rotate_torch
@@ -323,9 +324,10 @@ def enable(model: PreTrainedModel, preset: str | Preset = "balanced", *, landmar
     """Let a model's `generate` and forwards with a cache store and attend to a spectral cache, until `disable()`.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of transformers 4.57 to 5.23 on one device, fp16, bf16 or fp32,
-            attention implementation "sdpa" or "eager", RoPE of type default, linear, llama3 or yarn, no active sliding
-            window, head dimension 64, 80, 96, 128 or 256.
+        model: a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of transformers 4.57 to 5.23 on one device, fp16, bf16 or fp32
+            (no bf16 on cards before sm_80, which cannot compute with it: `model.to(torch.float16)` first), attention
+            implementation "sdpa" or "eager", RoPE of type default, linear, llama3 or yarn, no active sliding window, head
+            dimension 64, 80, 96, 128 or 256.
         preset: "exact", "quality", "balanced", "small", or a Preset.
         landmarks: token positions (left padding not counted) that stay exact: the same for all rows, or a sequence a row.
     Returns:
@@ -395,6 +397,8 @@ def _check_model(model: PreTrainedModel) -> None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:
         raise NotImplementedError(f"model: expected all weights on one device, got {sorted(map(str, devices))}")
+    for parameter in model.parameters():
+        _launch.check_bf16("model", parameter)
 
 
 def _left_padding(attention_mask: Any, batch: int, columns: int) -> list[int] | None:

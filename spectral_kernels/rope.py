@@ -398,6 +398,10 @@ def project_queries(
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     batch, heads, queries, dim = q4.shape
     group = heads // pages.kv_heads
+    matrix, block_r = _launch.has_matrix_units(q.device), triton.next_power_of_2(pages.layout.k.rank)
+    m = max(16 if matrix else 1, triton.next_power_of_2(group))
+    # Without matrix units a thread holds block_r * block_k * m / 128 products: 64 leave registers for the rest.
+    block_k = 16 if matrix else min(16, max(1, 64 * 128 // (block_r * m)))
     with torch.cuda.device_of(q):
         _project_queries_kernel[(pages.max_blocks, pages.kv_heads, batch * queries)](
             q4,
@@ -420,10 +424,10 @@ def project_queries(
             D=dim,
             PAIRS=rope.turns.shape[0],
             R=pages.layout.k.rank,
-            BLOCK_R=triton.next_power_of_2(pages.layout.k.rank),
-            BLOCK_K=16,
-            M=max(16, triton.next_power_of_2(group)),
-            MATRIX=_launch.has_matrix_units(q.device),
+            BLOCK_R=block_r,
+            BLOCK_K=block_k,
+            M=m,
+            MATRIX=matrix,
             NATIVE=_launch.is_native(q),
         )
     return out

@@ -6,13 +6,11 @@ and one JSON line a kernel and case says what it needs. Runs in a process of its
 """
 
 import json
+import math
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import spectral_kernels as sk
+from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
 from spectral_kernels.eigen import eigenvectors
 
@@ -34,18 +33,6 @@ TYPES = {
     torch.float32: "*fp32",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory a thread (spills)."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert match is not None, text
-    return int(match[1]), int(match[2])
 
 
 def check_operand_lanes(ttgir: str) -> None:
@@ -65,19 +52,32 @@ def check_operand_lanes(ttgir: str) -> None:
         assert good, f"operands of mma.sync, {shape}: lanes lie otherwise in {layout}"
 
 
+class Launched(NamedTuple):
+    """A launch that was compiled and not run: programs, the values of its parameters by name, its row, the kernel."""
+
+    programs: int
+    values: dict[str, Any]
+    row: dict[str, Any]
+    kernel: Any
+
+
 class Recorder:
     """Stands in for JITFunction.run: compiles for the target, launches nothing."""
 
-    def __init__(self, capability: int, report: Callable[[dict[str, Any], Any], None]) -> None:
-        """report: called with the row and the compiled kernel."""
+    def __init__(self, capability: int, report: Callable[[Launched, bool], None], kernels: Collection[str] = ()) -> None:
+        """report: called with each launch and whether its kernel is a new one. kernels: names of those to compile, all if
+        there are none."""
         self.capability = capability
         self.report = report
+        self.kernels = kernels
         self.case: dict[str, Any] = {}
-        self.seen: set[str] = set()
+        self.compiled: dict[str, tuple[dict[str, Any], Any]] = {}
         # A plain function, so that it binds to the kernel when it stands in for the method.
         self.run_of = lambda function, *args, **kwargs: self.run(function, *args, **kwargs)
 
     def run(self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if self.kernels and function.__name__ not in self.kernels:
+            return
         options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
         bound = dict(zip(function.arg_names, args, strict=False), **kwargs)
         signature, constants, attributes = {}, {}, {}
@@ -95,10 +95,13 @@ class Recorder:
                 if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]  # as a launch specialises it
         key = repr((function.__name__, sorted(signature.items()), sorted(constants.items()), options))
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        source = ASTSource(function, signature, constexprs=constants, attrs=attributes)
+        if new := key not in self.compiled:
+            self.compiled[key] = self.compile(function, ASTSource(function, signature, constants, attributes), options)
+        programs = math.prod(grid(bound) if callable(grid) else grid)
+        self.report(Launched(programs, bound, *self.compiled[key]), new)
+
+    def compile(self, function: JITFunction, source: ASTSource, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The row and the compiled kernel."""
         kernel = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         check_operand_lanes(kernel.asm["ttgir"])
         registers, local = resources(kernel.asm["cubin"])
@@ -107,12 +110,14 @@ class Recorder:
             "capability": self.capability,
             "triton": triton.__version__,
             **self.case,
+            "warps": kernel.metadata.num_warps,
             "registers": registers,
             "spills": local,
+            "loop_spills": loop_spills(instructions(kernel.asm["cubin"])) if local else 0,
             "shared_bytes": kernel.metadata.shared,
             "code_bytes": len(kernel.asm["cubin"]),
         }
-        self.report(row, kernel)
+        return row, kernel
 
 
 def cases(few: bool) -> Iterator[tuple[str, sk.PageLayout, int]]:
@@ -132,7 +137,7 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     """Call every launcher once on small CPU tensors."""
     batch, kv_heads, dim, chunk = 2, 2, layout.head_dim, layout.chunk
     pages = sk.allocate_pages(
-        layout, pages=4, segments=2, kv_heads=kv_heads, batch=batch, max_chunks=2, device=torch.device("cpu")
+        layout, pages=4, segments=2, kv_heads=kv_heads, batch=batch, max_chunks=33, device=torch.device("cpu")
     )
     rope = sk.Rope.from_inv_freq(torch.full((dim // 2,), 0.5))
     q = torch.zeros(batch, group * kv_heads, 1, dim, dtype=dtype)
@@ -140,7 +145,8 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     x = torch.zeros(batch, kv_heads, 2 * chunk, dim, dtype=dtype)
     key_positions = torch.arange(2 * chunk, dtype=torch.int32).repeat(batch, 1)
     exact = (x, x, key_positions)
-    sk.attend_spectral(q, positions, pages, rope, exact=exact, matrix_units=matrix)
+    for splits in (2, 33):  # few and many are joined by other kernels
+        sk.attend_spectral(q, positions, pages, rope, exact=exact, splits=splits, matrix_units=matrix)
     sk.attend_exact(q, positions, *exact, rope, chunk=chunk, matrix_units=matrix)
     sk.project_queries(q, positions, pages, rope)
     sk.rotate(x, key_positions, rope)
@@ -149,42 +155,40 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     eigenvectors(torch.eye(dim, dtype=torch.float64))
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
-        sk.encode(x, encoder, bands, data, pages.page_table, side=side)
+        sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
+        sk.encode(x, encoder, bands, data, pages.page_table[:, :2].contiguous(), side=side)
         sk.decode(pages, side=side)
     o, lse = torch.zeros(2, 3, dim), torch.zeros(2, 3)
     sk.merge_states(o, lse, o, lse)
     sk.merge_many_states(o, lse)
 
 
-def compile_all(
-    capability: int, few: bool, report: Callable[[dict[str, Any], Any], None], only: str = "", old: bool = False
-) -> None:
-    """Compile what the launchers would launch on a card of this capability; `only`: layouts whose name begins so; `old`: by
-    the path of cards before sm_80.
-
-    For the rest of the process launchers launch nothing.
-    """
+def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
+    """Make launchers compile, by the recorder, what they would launch on a card of this capability (`old`: by the path of
+    cards before sm_80), for the rest of the process. Whether that path has matrix units."""
     matrix = capability >= 80 and not old
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
-    recorder = Recorder(capability, report)
     JITFunction.run = recorder.run_of
+    return matrix
+
+
+def compile_all(
+    capability: int, few: bool, report: Callable[[dict[str, Any]], None], kernels: Collection[str] = ()
+) -> None:
+    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`:
+    only those of these names."""
+    recorder = Recorder(capability, lambda launched, new: report(launched.row) if new else None, kernels)
+    matrix = stand_in(capability, recorder)
     for name, layout, group in cases(few):
-        if name.startswith(only):
-            recorder.case = {
-                "layout": name,
-                "D": layout.head_dim,
-                "group": group,
-                "token_bytes": layout.token_bytes,
-                "align": layout.align,
-            }
-            launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
+        recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
+        launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
 
 
 def main() -> None:
     for capability in (int(arg) for arg in sys.argv[1:] if arg.isdigit()):
-        compile_all(capability, "--few" in sys.argv, lambda row, _: print(json.dumps(row), flush=True))
+        compile_all(capability, "--few" in sys.argv, lambda row: print(json.dumps(row), flush=True))
 
 
 if __name__ == "__main__":

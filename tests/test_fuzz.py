@@ -111,6 +111,12 @@ def is_slow(implementation: str) -> bool:
     return implementation != "torch" and not ON_GPU
 
 
+def draw_paths(draw: Draw) -> tuple[str, ...]:
+    """The twin, or the kernels: these by both paths, that of cards before sm_80 too, on the same case."""
+    kernels = tuple(name for name in ATTENTION_IMPLEMENTATIONS if name != "torch")
+    return draw.of("paths", ("torch",), kernels, kernels)
+
+
 def draw_queries(
     draw: Draw, layout: Layout, implementation: str, rng: np.random.Generator, lengths: tuple[int, ...], heads: int
 ) -> Queries:
@@ -196,21 +202,20 @@ def fuzz_project_queries(draw: Draw) -> None:
 
 
 def fuzz_attend_spectral(draw: Draw) -> None:
-    layout, implementation = draw.of("layout", *LAYOUTS), draw.of("implementation", *ATTENTION_IMPLEMENTATIONS)
-    rng, spec = draw.rng(), draw_spec(draw, layout, implementation)
+    layout, paths = draw.of("layout", *LAYOUTS), draw_paths(draw)
+    rng, spec = draw.rng(), draw_spec(draw, layout, paths[0])
     inv_freq, scaling = draw_rope(draw, layout)
     arrays = make_pages(rng, spec, size=draw.of("key and value size", 1.0, 1.0, 1e-3, 50.0))
-    queries = draw_queries(
-        draw, layout, implementation, rng, spec.lengths, spec.kv_heads * draw.of("group", *layout.groups)
-    )
+    queries = draw_queries(draw, layout, paths[0], rng, spec.lengths, spec.kv_heads * draw.of("group", *layout.groups))
     scale = draw.of("scale", None, None, 1.0, 0.02)
     splits = draw.of("splits", 1, 3)
-    check_spectral(implementation, arrays, queries, inv_freq, scaling=scaling, scale=scale, splits=splits)
+    for path in paths:
+        check_spectral(path, arrays, queries, inv_freq, scaling=scaling, scale=scale, splits=splits)
 
 
 def fuzz_attend_exact(draw: Draw) -> None:
-    layout, implementation = draw.of("layout", *LAYOUTS), draw.of("implementation", *ATTENTION_IMPLEMENTATIONS)
-    rng, slow = draw.rng(), is_slow(implementation)
+    layout, paths = draw.of("layout", *LAYOUTS), draw_paths(draw)
+    rng, slow = draw.rng(), is_slow(paths[0])
     inv_freq, scaling = draw_rope(draw, layout)
     batch, heads, group = (
         draw.int("batch", 1, 2 if slow else 4),
@@ -230,10 +235,12 @@ def fuzz_attend_exact(draw: Draw) -> None:
     )
     # Queries among the keys: some see none of them, some see all.
     first = np.array([draw.int("position", 0, far + 5) for _ in range(batch)])
-    queries = draw_queries(draw, layout, implementation, rng, tuple(first), heads * group)
+    queries = draw_queries(draw, layout, paths[0], rng, tuple(first), heads * group)
     scale = draw.of("scale", None, None, 1.0, 0.02)
     splits = draw.of("splits", 1, 3)
-    check_exact(implementation, tokens, queries, inv_freq, chunk=layout.chunk, scaling=scaling, scale=scale, splits=splits)
+    for path in paths:
+        settings = {"scaling": scaling, "scale": scale, "splits": splits}
+        check_exact(path, tokens, queries, inv_freq, chunk=layout.chunk, **settings)
 
 
 def fuzz_merge(draw: Draw) -> None:

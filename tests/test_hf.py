@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
-from spectral_kernels import hf  # noqa: E402
+from spectral_kernels import _launch, hf  # noqa: E402
 from spectral_kernels.cache import Preset  # noqa: E402
 from spectral_kernels.hf import ModelCache, enable, v_metrics  # noqa: E402
 
@@ -248,6 +248,18 @@ def test_half_precision_logits_equal_the_dense_model(dtype: torch.dtype) -> None
             logits, cache = feed(model, inputs, [100] + [1] * 20)
     assert cache.spectral.dtype == logits.dtype == dtype
     assert oracle.error(logits) <= oracle.budget
+
+
+def test_bf16_is_refused_on_old_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is changed: the same model runs on, and as fp16 it is taken."""
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: False)
+    model = tiny().to(torch.bfloat16)
+    attention, forwards = model.config._attn_implementation, [dict(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(TypeError, match=r"model: expected fp16 or fp32 on a card before sm_80, got torch\.bfloat16"):
+        enable(model)
+    assert model.config._attn_implementation == attention
+    assert [dict(m._forward_pre_hooks) for m in model.modules()] == forwards
+    enable(model.to(torch.float16)).disable()
 
 
 @pytest.mark.parametrize("lengths", [[30, 50, 1, 39], [1, 119], [60, 60], [2, 2, 116]], ids=str)

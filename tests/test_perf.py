@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from perf import _cases, _timing, tables
+from perf import _cases, _timing, old_cards, predict, tables
 from perf import attention as job
 from perf import kernels as kernel_bench
 from perf._cases import Shape, check_state, expected, make_decodes
@@ -367,9 +367,9 @@ def test_the_kernels_of_a_step_are_the_library_s():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
-@pytest.mark.parametrize("module", [job, kernel_bench])
+@pytest.mark.parametrize("module", [job, kernel_bench, old_cards])
 def test_jobs_without_a_card_say_so(module, capsys):
-    assert (module.main([]) if module is job else module.main()) == 2
+    assert (module.main() if module is kernel_bench else module.main([])) == 2
     shown = capsys.readouterr()
     assert "nothing was measured" in shown.err and shown.out == ""
 
@@ -390,6 +390,91 @@ def test_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as error:
         job.parse(wrong)
     assert error.value.code == 2 and wrong[0].split("/")[0] in capsys.readouterr().err
+
+
+# perf.old_cards and perf.predict
+
+
+def run_old_cards(monkeypatch, *arguments: str) -> int:
+    """perf.old_cards with a stand-in for the card, as `run_job`."""
+    monkeypatch.setattr(old_cards.Card, "current", classmethod(lambda cls: CARD))
+    times = iter([_timing.Times(10.0, 20.0, 30.0), _timing.Times(9.0, 16.0, 20.0)] * 2)
+    monkeypatch.setattr(old_cards, "device_times", lambda calls: [call() for call in calls] and next(times))
+    monkeypatch.setattr(old_cards, "kernel_times", lambda calls: {"_attend_operands_kernel": 12.5})
+    monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and _timing.Times(30.0, 40.0, 50.0))
+    monkeypatch.setattr(old_cards, "PEERS", (job.Peer("math", partial(job.sdpa, SDPBackend.MATH, True)),))
+    monkeypatch.setattr(old_cards, "SHAPES", ((1, 512), (2, 512)))
+    return old_cards.main(["--heads", "4/2", "--dim", "64", *arguments])
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
+def test_rows_of_both_paths(monkeypatch, tmp_path, capsys):
+    rows_file = tmp_path / "rows.jsonl"
+    assert run_old_cards(monkeypatch, "--json", str(rows_file)) == 0
+    rows = tables.read_rows(rows_file)
+    assert [(row["B"], row["path"], row["p50_us"]) for row in rows] == [
+        (1, "sm_75", 20),
+        (1, "tl.dot", 16),
+        (2, "sm_75", 20),
+        (2, "tl.dot", 16),
+    ]
+    names = "gpu commit torch triton date B H G D T layout chunk align path p20_us p50_us p80_us kernels best_peer"
+    names += " best_peer_us speedup read_share read_gbs budget_share peers"
+    assert set(rows[0]) == set(names.split()) and all(name in old_cards.__doc__ for name in names.split())
+    assert rows[0]["T"] == 512 and rows[0]["speedup"] == 2 and 0 < rows[0]["budget_share"] <= 1
+    assert "2.00x of 40.0 math" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
+@pytest.mark.parametrize("wrong", ["a result that is off", "a budget that accepts all"])
+def test_old_cards_checks_first(monkeypatch, wrong):
+    if wrong == "a result that is off":
+        attend = old_cards.attend
+        monkeypatch.setattr(old_cards, "attend", lambda *args: tuple(x * 1.02 for x in attend(*args)))
+    else:
+        monkeypatch.setattr(old_cards, "check_state", lambda *args: 0.5)
+    with pytest.raises(AssertionError, match="budget"):
+        run_old_cards(monkeypatch)
+
+
+def predicted(monkeypatch, factor: float) -> list[predict.Comparison]:
+    """Comparisons of made-up rows of both commands, all predicted to take `factor` times 20 us."""
+    forced = {"gpu": "NVIDIA H200", "B": 4, "H": 32, "G": 8, "D": 128, "T": 32768, "layout": "balanced", "chunk": 64}
+    forced |= {"align": 512, "path": "sm_75", "p50_us": 20.0, "kernels": {"_attend_operands_kernel": 20.0}}
+    others = [forced | {"path": "tl.dot"}, forced | {"gpu": "a card"}, forced | {"chunk": 128}]
+    step = {name: x for name, x in made_up_row(gpu="Tesla T4", kernel_us=20.0).items() if name != "path"}
+
+    def stand_in(card, cases, old):
+        return [predict.Prediction({"_attend_operands_kernel": 20 * factor}, 0.5, 20 * factor, 1.0) for _ in cases]
+
+    monkeypatch.setattr(predict, "predict", stand_in)
+    return predict.comparisons([forced, *others, step])
+
+
+def test_predictions_are_set_beside_rows(monkeypatch):
+    """Of known cards and the layout's own pages; a row of perf.attention has kernels alone."""
+    compared = predicted(monkeypatch, 1.2)
+    assert [(c.row["gpu"], c.row.get("path"), c.what) for c in compared] == [
+        ("NVIDIA H200", "sm_75", "all"),
+        ("NVIDIA H200", "sm_75", "_attend_operands_kernel"),
+        ("NVIDIA H200", "tl.dot", "all"),
+        ("NVIDIA H200", "tl.dot", "_attend_operands_kernel"),
+        ("Tesla T4", None, "_attend_operands_kernel"),
+    ]
+    assert all(c.ratio == pytest.approx(1.2) for c in compared)
+
+
+@pytest.mark.parametrize(("factor", "trusted"), [(0.69, False), (0.71, True), (1.29, True), (1.31, False)])
+def test_issue_5_s_limit(monkeypatch, factor, trusted):
+    [one] = predict.issue_5(predicted(monkeypatch, factor))
+    assert one.row["path"] == "sm_75" and one.what == "all" and one.trusted == trusted
+
+
+def test_predicted_kernels_are_the_library_s():
+    assert set(predict.COLUMNS) >= set(predict.TRIPS) | set(predict.LINES)
+    for name, column in predict.COLUMNS.items():
+        assert name in job.STEP_KERNELS[column]
+    assert predict.card_of("NVIDIA A100-SXM4-80GB") == "A100" and predict.card_of("NVIDIA L40S") is None
 
 
 # perf.tables
