@@ -1447,7 +1447,6 @@ def _launch_exact(
         NATIVE=_launch.is_native(q),
         num_warps=4,
         num_stages=1,
-        maxnreg=168 if dim <= 128 else None,
         **tile,
     )
 
