@@ -1391,8 +1391,7 @@ def _exact_states(
         tile = _exact_settings(heads // kv_heads, queries, matrix)
         tiles = triton.cdiv(tokens, tile["BLOCK_N"])
         programs = batch * kv_heads * triton.cdiv(heads // kv_heads * queries, tile["BLOCK_M"])
-        # Few: their programs share the multiprocessors with those that project.
-        found = min(splits or count_splits(programs, tiles, q.device, each=1), tiles)
+        found = min(splits or count_splits(programs, tiles, q.device, each=4), tiles)
     o = torch.empty((batch, heads, queries, found, dim), dtype=torch.float32, device=q.device)
     return found, o, torch.empty((batch, heads, queries, found), dtype=torch.float32, device=q.device)
 
