@@ -712,14 +712,12 @@ def _encode_matrix_kernel(
     IS_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """`each` tiles of 64 tokens of one row and head: project, quantise, pack.
 
     x is 16 bits wide. The encoder is held as two parts of that type, its columns scaled by powers of two to the top of
-    fp16's range. Codes and their places in a byte (powers of two) are exact in 16-bit floats too, so that a third product
-    packs.
+    fp16's range. A thread holds the same column of all blocks of 16, so that packing them into bytes moves nothing.
     """
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -739,28 +737,20 @@ def _encode_matrix_kernel(
     TYPE: tl.constexpr = x_ptr.dtype.element_ty if NATIVE else tl.float32
     high = e.to(TYPE)
     low = (e - high.to(tl.float32)).to(TYPE)
-    # Blocks fill bytes in order, and none straddles two: the bits before a block say where it goes.
+    # Blocks fill bytes in order, and none straddles two: the bits before a block say where in its byte it goes.
     block = r // 16
     before = (
         8 * tl.minimum(block, R8 // 16)
         + 4 * tl.minimum(tl.maximum(block - R8 // 16, 0), R4 // 16)
         + 2 * tl.maximum(block - (R8 + R4) // 16, 0)
     )
-    at = before // 8 * 16 + r % 16
-    column = tl.arange(0, 16 * BLOCK_GROUPS)
-    places = tl.where((at[:, None] == column[None, :]) & (r < R)[:, None], (1 << (before % 8))[:, None], 0)
-    places = places.to(tl.float32).to(TYPE)
-    top = (1 << bits).to(tl.float32)
-    shift = top * 0.5
+    low_bit = before % 8
+    most = (1 << bits).to(tl.float32) - 1.0
+    shift = most * 0.5  # codes are floor(c + 2**(bits - 1)); the half more of a floor is left to rounding
     if offset_ptr is not None:
         shift -= tl.load(offset_ptr + (b * G + g) * R + r, mask=r < R, other=0.0)
-    group = tl.arange(0, BLOCK_GROUPS)
-    LAST: tl.constexpr = len(GROUPS) - 1
-    is_half = (group == LAST) & _half(GROUPS, LAST)
-    # A field that ends at bit 7 has its highest bit flipped: a byte has one unless it has bits to spare (the last group).
-    spare = (group == LAST) & (_bits_of(GROUPS, LAST) < 8)
-    flip = tl.where(spare, 0, 128).to(tl.uint8)
-    offset = tl.arange(0, 512)
+    block = tl.arange(0, BLOCK_R // 16)
+    byte_at = tl.arange(0, 512)
     t = tl.arange(0, 64)
     x_ptr += b * stride_x_b + g * stride_x_g
     for tile in range(tl.program_id(0) * each, tl.minimum((tl.program_id(0) + 1) * each, tiles)):
@@ -769,20 +759,29 @@ def _encode_matrix_kernel(
         x = tl.load(x_ptr + token[:, None] * stride_x_t + d[None, :], mask=(d < D)[None, :], other=0.0).to(TYPE)
         c = tl.dot(x, low, input_precision="ieee")
         c = tl.dot(x, high, c, input_precision="ieee") * down[None, :]
-        code = tl.minimum(tl.maximum(tl.floor(c + shift[None, :]), 0.0), top[None, :] - 1.0)
-        byte = tl.dot(code.to(TYPE), places, input_precision="ieee").to(tl.uint8)  # [64, 16 * BLOCK_GROUPS]
-        if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> group, byte 64 g + 16 t + 4 r + b, i
-            byte = tl.permute(tl.reshape(byte, [2, 4, 8, BLOCK_GROUPS, 4, 4]), [3, 2, 4, 1, 5, 0])
-        else:  # token 8 b + 4 i + t, column 8 h + g -> group, byte 64 g + 16 t + 8 h + b, i
-            byte = tl.permute(tl.reshape(byte, [8, 2, 4, BLOCK_GROUPS, 2, 8]), [3, 5, 2, 4, 0, 1])
-        first, second = tl.split(tl.reshape(byte, [BLOCK_GROUPS, 512, 2]))
-        first, second = first ^ flip[:, None], second ^ flip[:, None]
-        first = tl.where(is_half[:, None], first | (second << 4), first)
-        out = pages_ptr + (page * G + g) * (C * BYTES) + offset[None, :]
-        out += (group * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
-        live = (group <= LAST) & (page >= 0)
-        tl.store(out, first, mask=(live != 0)[:, None])
-        tl.store(out + 512, second, mask=((live != 0) & (is_half == 0))[:, None])
+        # Adding 2**23 leaves a number below 256, rounded, in the lowest bits. Conversions have an eighth of that rate.
+        code = tl.minimum(tl.maximum(c + shift[None, :], 0.0), most[None, :]) + 8388608.0
+        code = (code.to(tl.int32, bitcast=True) & 255) << low_bit[None, :]
+        code = tl.reshape(code, [64, BLOCK_R // 16, 16])
+        page_ptr = pages_ptr + (page * G + g) * (C * BYTES) + byte_at
+        for n in tl.static_range(len(GROUPS)):
+            own = (block >= _first_block(GROUPS, n)) & (block < _first_block(GROUPS, n) + _fields(GROUPS, n))
+            byte = tl.sum(tl.where(own[None, :, None], code, 0), 1)  # [64, 16]
+            if _bits_of(GROUPS, n) == 8:
+                byte ^= 128
+            byte = byte.to(tl.uint8)
+            if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> byte 64 g + 16 t + 4 r + b, i
+                byte = tl.permute(tl.reshape(byte, [2, 4, 8, 4, 4]), [2, 3, 1, 4, 0])
+            else:  # token 8 b + 4 i + t, column 8 h + g -> byte 64 g + 16 t + 8 h + b, i
+                byte = tl.permute(tl.reshape(byte, [8, 2, 4, 2, 8]), [4, 2, 3, 0, 1])
+            first, second = tl.split(tl.reshape(byte, [512, 2]))
+            out = page_ptr + _group_offset(GROUPS, n) * C + (tile % (C // 64)) * (512 * _subtiles(GROUPS, n))
+            live = ((byte_at >= 0) & (page >= 0)) != 0  # (the interpreter wants a comparison)
+            if _half(GROUPS, n):
+                tl.store(out, first | (second << 4), mask=live)
+            else:
+                tl.store(out, first, mask=live)
+                tl.store(out + 512, second, mask=live)
 
 
 def _check_encode(x, encoder, bands, pages, page_ids, side, offset):
@@ -903,10 +902,9 @@ def _encode_16(
             IS_K=side == "k",
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_R=triton.next_power_of_2(bands.rank),
-            BLOCK_GROUPS=triton.next_power_of_2(len(bands.groups)),
             NATIVE=_launch.is_native(x),
             num_warps=4,
-            num_stages=3,
+            num_stages=2,  # two such blocks fit in the shared memory of a multiprocessor of 227 KB
         )
 
 
