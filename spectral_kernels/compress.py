@@ -45,13 +45,14 @@ METRIC_FLOOR = 1e-3
 # Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with the terms. So no run of
 # tokens longer than this is added up by them (64 steps of 16: at most 64 * 2**-23 = 8e-6, a quarter of that on average).
 GRAM_RUN = 1024
-# Parts of a sum over tokens, in memory: 16 are 6 % of the bytes of keys and values at T = 32,768, D = 128.
-GRAM_SPLITS = 16
+# Programs a multiprocessor that share the sums over tokens: two hide one another's loads. Their parts take 64 KB each.
+GRAM_PROGRAMS = 2
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _gram_kernel(
     x_ptr,
+    mean_ptr,  # float32 [B, G, D], or None
     out_ptr,
     T,
     splits,
@@ -78,51 +79,81 @@ def _gram_kernel(
     x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
     each = tl.cdiv(tl.cdiv(T, RUN), splits) * RUN
     end = tl.minimum(split * each + each, T)
-    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    for run in range(split * each, end, RUN):
+    out_ptr += ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
+    mask = (i < D)[:, None] & (j < D)[None, :]
+    if mean_ptr is not None:
+        mean_i = tl.load(mean_ptr + bg * D + i, mask=i < D, other=0.0)
+        mean_j = tl.load(mean_ptr + bg * D + j, mask=j < D, other=0.0)
+    for run in range(split * each, tl.maximum(end, split * each + 1), RUN):  # a split of no tokens stores zeros
         acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
         for start in range(run, tl.minimum(run + RUN, end), BLOCK_T):
             t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
             b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+            if mean_ptr is not None:
+                b = tl.where((t < T)[:, None], b.to(tl.float32) - mean_j[None, :], 0.0).to(b.dtype)
             if BLOCK_D >= D:
                 a = tl.trans(b)
             else:
                 a = tl.load(
                     x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0
                 )
+                if mean_ptr is not None:
+                    a = tl.where((t < T)[None, :], a.to(tl.float32) - mean_i[:, None], 0.0).to(a.dtype)
             if EXACT:
                 acc = tl.dot(a, b, acc)
             else:
                 acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-        total += acc
-    out = ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
-    tl.store(out_ptr + out, total, mask=(i < D)[:, None] & (j < D)[None, :])
+        if run > split * each:  # sums of runs are added in memory: registers hold no second tile
+            acc += tl.load(out_ptr, mask=mask, other=0.0)
+        tl.store(out_ptr, acc, mask=mask)
+        tl.debug_barrier()  # the load may lay the tile out over the threads in another way
 
 
-def gram(x: torch.Tensor) -> torch.Tensor:
+@triton.jit(do_not_specialize=["splits"])
+def _gram_sum_kernel(parts_ptr, out_ptr, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """The sum of all parts [splits, SIZE] of one row and head, BLOCK entries of it, in float64."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bg = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        mask = (split < splits)[:, None] & (at < SIZE)[None, :]
+        parts = tl.load(parts_ptr + (bg * splits + split)[:, None] * SIZE + at[None, :], mask=mask, other=0.0)
+        total += tl.sum(parts.to(tl.float64), 0)
+    tl.store(out_ptr + bg * SIZE + at, total.to(tl.float32), mask=at < SIZE)
+
+
+def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """Second moment over tokens, X^T X.
 
     Args:
         x: [B, G, T, D] fp16, bf16 or fp32; last dimension of stride 1, others any.
+        mean: float32 [B, G, D] to subtract from every token before, or None. Differences are rounded to the dtype of x.
     Returns:
         float32 [B, G, D, D], contiguous: float32 sums over GRAM_RUN tokens, added in float32, then in float64.
     Raises:
-        TypeError, ValueError: x is not as above; nothing was launched.
+        TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    if not _launch.runs_kernel(x):
-        return gram_torch(x)
     batch, heads, tokens, dim = x.shape
+    if mean is not None:
+        check_tensor("mean", mean, shape=(batch, heads, dim), dtype=torch.float32, device=x.device)
+    if not _launch.runs_kernel(x):
+        return gram_torch(x, mean)
     if batch * heads == 0 or tokens == 0:
         return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
     matrix = _launch.has_matrix_units(x.device)
     exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
     block_t, block_d = (64, min(128, triton.next_power_of_2(dim))) if exact else (32, 64) if matrix else (16, 16)
-    splits = min(triton.cdiv(tokens, GRAM_RUN), GRAM_SPLITS)
+    tiles = triton.cdiv(dim, block_d) ** 2
+    programs = GRAM_PROGRAMS * _launch.multiprocessors(x.device)
+    splits = min(triton.cdiv(tokens, GRAM_RUN), max(1, programs // (batch * heads * tiles)))
     parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
+    out = torch.empty((batch, heads, dim, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _gram_kernel[(triton.cdiv(dim, block_d) ** 2, splits, batch * heads)](
+        _gram_kernel[(tiles, splits, batch * heads)](
             x,
+            None if mean is None else mean.contiguous(),
             parts,
             tokens,
             splits,
@@ -136,13 +167,18 @@ def gram(x: torch.Tensor) -> torch.Tensor:
             EXACT=exact,
             num_warps=8 if block_d == 128 else 4,
             num_stages=4,
+            maxnreg=128 if exact and block_d == 128 else None,  # two programs a multiprocessor
         )
-    return parts.sum(dim=2, dtype=torch.float64).float()
+        _gram_sum_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
+            parts, out, splits, SIZE=dim * dim, BLOCK=512, BLOCK_SPLITS=8, num_warps=4
+        )
+    return out
 
 
-def gram_torch(x: torch.Tensor) -> torch.Tensor:
+def gram_torch(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """`gram` in plain PyTorch."""
-    return x.float().mT @ x.float()
+    x = x.float() if mean is None else (x - mean[:, :, None]).to(x.dtype).float()
+    return x.mT @ x
 
 
 def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
@@ -362,15 +398,18 @@ def _fit_steps_kernel(
     share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
     share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
     step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
-    error = tl.zeros([BLOCK_SHARES, 16], dtype=tl.float32)
+    inverse = 1.0 / step
+    half = half[None, None, :]
+    errors = tl.zeros([BLOCK_SHARES, BLOCK_T, 16], dtype=tl.float32)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         at = (n * T + t)[:, None] * R + r[None, :]
         c = tl.load(coefficients_ptr + at, mask=(t < T)[:, None] & used[None, :], other=0.0)[None, :, :]
-        code = tl.floor(c / step) + 0.5
-        code = tl.minimum(tl.maximum(code, (0.5 - half)[None, None, :]), (half - 0.5)[None, None, :])
-        off = tl.where((t < T)[None, :, None], code * step - c, 0.0)
-        error += tl.sum(off * off, 1)
+        # floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate.
+        code = tl.minimum(tl.maximum(c * inverse - 0.5, -half), half - 1.0) + 12582912.0
+        off = tl.where((t < T)[None, :, None], (code - 12582912.0 + 0.5) * step - c, 0.0)
+        errors += off * off
+    error = tl.sum(errors, 1)
     best = tl.argmin(error, 0, tie_break_left=True)
     best = tl.where(best < SHARES, best, 0)
     tl.store(step_ptr + n * R + r, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
@@ -421,8 +460,8 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
             R=rank,
             SHARES=STEP_SHARES,
             BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
-            BLOCK_T=16,
-            num_warps=4,
+            BLOCK_T=32,
+            num_warps=8,
         )
     return steps
 
@@ -515,10 +554,10 @@ def fit_spectrum(
     if centre:
         held, unit = quantise_basis(x.mean(dim=2, keepdim=True, dtype=torch.float32))
         mean = held.float() * unit[..., None]
-        x = (x - mean).to(x.dtype)
-    basis, scale = quantise_basis(fit_basis(gram(x), metric, rank=dim))
+    basis, scale = quantise_basis(fit_basis(gram(x, None if mean is None else mean[:, :, 0]), metric, rank=dim))
     encoder = fit_encoder(basis, scale, metric)
-    coefficients = x[:, :, :: max(1, x.shape[2] // sample)].float() @ encoder
+    rows = x[:, :, :: max(1, x.shape[2] // sample)]
+    coefficients = (rows if mean is None else (rows - mean).to(x.dtype)).float() @ encoder
     rows = basis.float() * scale[..., None]
     weight = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # [B, G, D]: of a squared error of a component
     steps, errors = {}, {0: coefficients.square().mean(-2) * weight}
