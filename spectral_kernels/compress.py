@@ -45,8 +45,9 @@ METRIC_FLOOR = 1e-3
 # Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with the terms. So no run of
 # tokens longer than this is added up by them (64 steps of 16: at most 64 * 2**-23 = 8e-6, a quarter of that on average).
 GRAM_RUN = 1024
-# Programs a multiprocessor that share the sums over tokens: two hide one another's loads. Their parts take 64 KB each.
-GRAM_PROGRAMS = 2
+# Programs a multiprocessor that share the sums over tokens: their registers leave room for one (a second one at 128 registers
+# spills and takes a third longer, H200). At T = 32,768, D = 128 their parts are 6 % of the bytes of keys and values.
+GRAM_PROGRAMS = 1
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
@@ -167,7 +168,6 @@ def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
             EXACT=exact,
             num_warps=8 if block_d == 128 else 4,
             num_stages=4,
-            maxnreg=128 if exact and block_d == 128 else None,  # two programs a multiprocessor
         )
         _gram_sum_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
             parts, out, splits, SIZE=dim * dim, BLOCK=512, BLOCK_SPLITS=8, num_warps=4
@@ -203,6 +203,13 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         raise ValueError(f"q: expected a multiple of kv_heads = {kv_heads} heads, got {heads}")
     if tokens == 0 or dim % 2:
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
+    # A KV head at a time: what is held in float32 is its queries alone.
+    return torch.cat([_group_metric(own, rope, chunk) for own in q.split(heads // kv_heads, dim=1)], dim=1)
+
+
+def _group_metric(q: torch.Tensor, rope: Rope, chunk: int) -> torch.Tensor:
+    """`query_metric` of the query heads of one KV head: float32 [B, 1, D, D]."""
+    batch, heads, tokens, dim = q.shape
     pairs = rope.turns.shape[0]
     positions = torch.arange(tokens, device=q.device).expand(batch, -1)
     turned = rotate(q if q.stride(-1) == 1 else q.contiguous(), positions, rope).float()
@@ -217,8 +224,8 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
     half = dim // 2
     turned = torch.nn.functional.pad(turned[..., order], (0, 0, 0, -tokens % chunk))
     chunks = turned.shape[2] // chunk
-    x = turned.unflatten(1, (kv_heads, -1)).unflatten(3, (chunks, chunk)).transpose(2, 3).flatten(3, 4)
-    z = torch.complex(x[..., :half], x[..., half:])  # [B, G, chunks, H/G * C, D/2]
+    x = turned[:, None].unflatten(3, (chunks, chunk)).transpose(2, 3).flatten(3, 4)
+    z = torch.complex(x[..., :half], x[..., half:])  # [B, 1, chunks, H/G * C, D/2]
     theta = torch.cat((rope.turns, rope.turns.new_zeros(rest)))  # wraps modulo one turn
     starts = torch.arange(chunks, device=q.device)[:, None, None] * chunk
 
@@ -230,7 +237,7 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
     plain = ((z.mT @ z) * factors(theta[:, None] + theta[None, :])).sum(2)
     top = torch.cat(((conj.real + plain.real), (plain.imag - conj.imag)), dim=-1)
     bottom = torch.cat(((conj.imag + plain.imag), (conj.real - plain.real)), dim=-1)
-    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * (heads // kv_heads)
+    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * heads
     moment = torch.cat((top, bottom), dim=-2) / (2 * seen)
     moment = (moment + moment.mT) / 2
     back = torch.argsort(order)
@@ -943,7 +950,7 @@ def _encode_16(
             BLOCK_R=triton.next_power_of_2(bands.rank),
             NATIVE=_launch.is_native(x),
             num_warps=4,
-            num_stages=2,  # two such blocks fit in the shared memory of a multiprocessor of 227 KB
+            num_stages=3,
         )
 
 

@@ -105,6 +105,15 @@ def _orthogonalise_kernel(
     tl.store(x_ptr + P * D, b, mask=mask_b)
 
 
+def _settings(rows: torch.Tensor, dim: int) -> dict[str, int]:
+    """Launch options. Of few matrices each has a multiprocessor of its own, of many two share one (H200, D = 128: 16 take
+    2.0 ms and 2.4 ms, 512 take 8.0 ms and 6.2 ms)."""
+    if dim <= 64:
+        return {"num_warps": 4}
+    few = len(rows) <= _launch.multiprocessors(rows.device)
+    return {"num_warps": 16} if few else {"num_warps": 8, "maxnreg": 128}
+
+
 def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
     """Eigenvectors of symmetric positive semi-definite matrices, as rows, by falling eigenvalue.
 
@@ -146,7 +155,7 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
             LOG=pairs.bit_length() - 1,
             SMALL=SMALL,
             SWEEPS=SWEEPS,
-            num_warps=8 if dim > 64 else 4,
+            **_settings(rows, dim),
         )
     v = rows.double()
     size = v.norm(dim=-1)
