@@ -45,8 +45,8 @@ METRIC_FLOOR = 1e-3
 # Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with the terms. So no run of
 # tokens longer than this is added up by them (64 steps of 16: at most 64 * 2**-23 = 8e-6, a quarter of that on average).
 GRAM_RUN = 1024
-# Programs a multiprocessor that share the sums over tokens: their registers leave room for one (a second one at 128 registers
-# spills and takes a third longer, H200). At T = 32,768, D = 128 their parts are 6 % of the bytes of keys and values.
+# Programs a multiprocessor that share the sums over tokens: registers leave room for one (two, of 128 registers, spill and
+# take a third longer on an H200). At T = 32,768, D = 128 their parts are 6 % of the bytes of keys and values.
 GRAM_PROGRAMS = 1
 
 
@@ -198,7 +198,7 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         TypeError, ValueError: an argument is not as above.
     """
     check_tensor("q", q, shape=(None,) * 4, dtype=FLOATS)
-    batch, heads, tokens, dim = q.shape
+    _, heads, tokens, dim = q.shape
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q: expected a multiple of kv_heads = {kv_heads} heads, got {heads}")
     if tokens == 0 or dim % 2:
@@ -272,30 +272,52 @@ def error_weights(
         (w_k, w_v), float32 [B, G]: the layer's relative error is the sum over g of w_k[g] times the mean squared error of
         keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`.
     """
-    batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
+    found = []
+    for g, own in enumerate(q.split(q.shape[1] // groups, dim=1)):  # what is held in float32 is one head's keys and values
+        metric = None if v_metric is None else v_metric[g]
+        found.append(_head_weights(own, k[:, g], v[:, g], rope, metric, chunk, sinks, window, queries))
+    w_k, w_v, power = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    total = power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return w_k / total, w_v / total
+
+
+def _head_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: Rope,
+    v_metric: torch.Tensor | None,
+    chunk: int,
+    sinks: int,
+    window: int,
+    queries: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`error_weights` of one KV head before they are divided by its outputs' squares, and these, float32 [B].
+
+    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metric: [D, D].
+    """
+    batch, heads, tokens, dim = q.shape
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     positions = torch.arange(tokens, device=q.device)
     turned = rotate(q[:, :, at].contiguous(), at.expand(batch, -1), rope).float()
-    keys = rotate(k, (positions - positions % chunk).expand(batch, -1), rope).float()
+    keys = rotate(k[:, None], (positions - positions % chunk).expand(batch, -1), rope)[:, 0].float()
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
-    turned = turned.unflatten(1, (groups, -1))  # [B, G, H/G, S, D]
     values = v.float()
     weighted = values if v_metric is None else values @ v_metric
-    square = (weighted * values).sum(-1)[:, :, None]  # [B, G, 1, T]: of the values
-    w_k, w_v, total = (q.new_zeros((batch, groups), dtype=torch.float32) for _ in range(3))
-    for some, own in zip(at.split(16), turned.split(16, dim=3), strict=True):  # few at a time: scores are [.., S, T]
-        age = some.repeat(heads // groups)[:, None] - positions
-        p = (own.flatten(2, 3) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
+    square = (weighted * values).sum(-1)[:, None]  # [B, 1, T]: of the values
+    w_k, w_v, total = (q.new_zeros(batch, dtype=torch.float32) for _ in range(3))
+    for some, own in zip(at.split(16), turned.split(16, dim=2), strict=True):  # few at a time: scores are [.., S, T]
+        age = some.repeat(heads)[:, None] - positions
+        p = (own.flatten(1, 2) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
         o = p @ values
         power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
         p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
         w_k += (p2 * (square - 2 * o @ weighted.mT + power)).sum((-2, -1)) / dim
         w_v += p2.sum((-2, -1))
         total += power.sum((-2, -1))
-    total = total.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return w_k / total, w_v / total
+    return w_k, w_v, total
 
 
 def _floored(metric: torch.Tensor) -> torch.Tensor:
