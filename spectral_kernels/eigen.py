@@ -57,14 +57,13 @@ def _orthogonalise_kernel(
     SMALL: tl.constexpr,
     SWEEPS: tl.constexpr,
 ):
-    """Rotate the D rows of one matrix, in place, until they are orthogonal; their order changes. P = 2**LOG: pairs."""
+    """Rotate the 2 P rows of one matrix [2 P, D], in place, until they are orthogonal; their order changes. P = 2**LOG."""
     pair = tl.arange(0, P)
     column = tl.arange(0, 2 * P)
-    x_ptr += tl.program_id(0).to(tl.int64) * D * D + pair[:, None] * D + column[None, :]
-    mask_a = (pair < D)[:, None] & (column < D)[None, :]
-    mask_b = (P + pair < D)[:, None] & (column < D)[None, :]
-    a = tl.load(x_ptr, mask=mask_a, other=0.0)
-    b = tl.load(x_ptr + P * D, mask=mask_b, other=0.0)
+    x_ptr += tl.program_id(0).to(tl.int64) * (2 * P * D) + pair[:, None] * D + column[None, :]
+    mask = ((pair >= 0)[:, None] & (column < D)[None, :]) != 0
+    a = tl.load(x_ptr, mask=mask, other=0.0)
+    b = tl.load(x_ptr + P * D, mask=mask, other=0.0)
     sweep = 0
     worst = 1.0
     while (sweep < SWEEPS) & (worst > SMALL):
@@ -101,14 +100,19 @@ def _orthogonalise_kernel(
                     size_b = _flipped(size_b, LOG - 1 - i)
         worst = tl.max(largest, 0)
         sweep += 1
-    tl.store(x_ptr, a, mask=mask_a)
-    tl.store(x_ptr + P * D, b, mask=mask_b)
+    tl.store(x_ptr, a, mask=mask)
+    tl.store(x_ptr + P * D, b, mask=mask)
+
+
+def _padded_rows(dim: int) -> int:
+    """Rows of a matrix as the kernel has them: those past D are zero, and may end up anywhere."""
+    return max(16, triton.next_power_of_2(dim))
 
 
 def _orthogonalise(rows: torch.Tensor) -> None:
-    """Rotate the rows of each matrix, float32 [N, D, D], contiguous, D up to 128, in place; their order changes."""
+    """Rotate the rows of each matrix, float32 [N, _padded_rows(D), D], contiguous, D up to 128, in place, in any order."""
     dim = rows.shape[-1]
-    pairs = max(8, triton.next_power_of_2(dim) // 2)
+    pairs = _padded_rows(dim) // 2
     options: dict[str, int] = {"num_warps": 4}
     if dim > 64:
         # Of few matrices each has a multiprocessor of its own, of many two share one (H200, D = 128: 16 matrices take
@@ -152,12 +156,11 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
     for ridge in RIDGES:
         lower, info = torch.linalg.cholesky_ex(w + ridge * eye)
         root = torch.where((info == 0)[:, None, None], lower, root)
-    rows = root.mT.to(torch.float32, memory_format=torch.contiguous_format)
+    rows = torch.nn.functional.pad(root.mT.float(), (0, 0, 0, _padded_rows(dim) - dim)).contiguous()
     _orthogonalise(rows)
     v = rows.double()
-    size = v.norm(dim=-1)
-    v = v / size[..., None]
-    v = v.gather(1, size.argsort(dim=-1, descending=True)[:, :, None].expand_as(v))
+    size, falling = v.norm(dim=-1).sort(dim=-1, descending=True)  # the rows of zeros last: others are as long as the ridge
+    v = v.gather(1, falling[:, :dim, None].expand(-1, -1, dim)) / size[:, :dim, None]
     # To first order, as Gram and Schmidt would: from each row its parts along the larger ones. A symmetric step would turn
     # the larger row as far as the smaller one, of which a rotation of rows that differ in size knows far less.
     for _ in range(3):  # overlaps of 1e-3, then their squares
