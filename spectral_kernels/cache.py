@@ -332,6 +332,7 @@ class LayerCache:
         """Attributes with copies of all lists and tables that compression edits in place."""
         copies: dict[str, Any] = {
             "key_positions": self.key_positions.clone(),
+            "outlier_positions": self.outlier_positions.clone(),
             "chunks": list(self.chunks),
             "segment": list(self.segment),
             "ends": list(self.ends),
