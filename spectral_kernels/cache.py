@@ -483,6 +483,7 @@ class LayerCache:
         Rows alike (same padding, length and chunks) go together. Pages are written before any table names them.
         """
         chunk = self.preset.chunk
+        known: dict[int, torch.Tensor] = {}
         groups: dict[tuple[int, int, int, int], list[int]] = {}
         for row in rows:
             new = self.segment[row] is None or self.ends[row] == self.chunks[row]
@@ -508,12 +509,12 @@ class LayerCache:
                 self._fit(members, *spectra)
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
             page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
-            encoders = [self._encoder(self.segment[r]) for r in members]
+            encoders = [self._encoder(self.segment[r], known) for r in members]
             k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
             offset = self._mean_offset(members, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
-            lost = self._note_residuals(members, page_ids, k_rows, v_rows, new=spectra is not None)
+            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=spectra is not None)
             pins.append((members, ids, first, k_rows, v_rows, lost))
         for members, ids, first, k_rows, v_rows, lost in pins:
             self._pin(members, ids, first, k_rows, v_rows)
@@ -527,8 +528,11 @@ class LayerCache:
                 self.chunks[row] += len(new_pages)
         self._write_tables()
 
-    def _encoder(self, segment: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use."""
+    def _encoder(self, segment: int | None, known: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use.
+
+        known: see `_coordinates`.
+        """
         assert segment is not None and self.pages is not None
         if segment in self.encoders:
             return self.encoders.pop(segment)
@@ -537,20 +541,33 @@ class LayerCache:
         if segment not in self.fits:  # a crop went back to a segment that had ended
             return fit_encoder(p.k_basis[segment], p.k_scale[segment]), v_encoder
         steps = self.fits[segment].steps
-        k_encoder = self._coordinates(segment)[..., : steps.shape[-1]] / steps[:, None]
+        k_encoder = self._coordinates(segment, known)[..., : steps.shape[-1]] / steps[:, None]
         return torch.nn.functional.pad(k_encoder, (p.layout.k.rank - steps.shape[-1], 0)), v_encoder
 
-    def _coordinates(self, segment: int) -> torch.Tensor:
-        """float32 [G, D, D]: x @ this is as long as the keys x are in the metric that a segment was fitted with."""
+    def _coordinates(self, segment: int, known: dict[int, torch.Tensor]) -> torch.Tensor:
+        """float32 [G, D, D]: x @ this is as long as the keys x are in the metric that a segment was fitted with.
+
+        known: those of segments already asked for in this compression, by segment; what is new is put there.
+        """
         assert self.pages is not None
+        if segment in known:
+            return known[segment]
         p, fit = self.pages, self.fits[segment]
         first = p.layout.k.rank - fit.steps.shape[-1]  # not the mean
         basis = torch.cat((p.k_basis[segment, :, first:], fit.rest), dim=1)
         scale = torch.cat((p.k_scale[segment, :, first:] / fit.steps, fit.rest_scale), dim=1)
-        return fit_encoder(basis, scale)
+        known[segment] = fit_encoder(basis, scale)
+        return known[segment]
 
     def _note_residuals(
-        self, members: list[int], page_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, new: bool
+        self,
+        members: list[int],
+        page_ids: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        known: dict[int, torch.Tensor],
+        *,
+        new: bool,
     ) -> torch.Tensor | None:
         """Compare chunks that were just encoded with their pages.
 
@@ -564,7 +581,7 @@ class LayerCache:
         # A new segment's tokens may be many: a block of them will do, and none of the first chunk, which has the sinks.
         chunks = page_ids.shape[1]
         some = min(self.preset.align // chunk, max(1, chunks - 1)) if new and not self.preset.outliers else chunks
-        lost = self._lost(segments, page_ids[:, chunks - some :], k[:, :, -some * chunk :], v[:, :, -some * chunk :])
+        lost = self._lost(segments, page_ids[:, chunks - some :], k[:, :, -some * chunk :], v[:, :, -some * chunk :], known)
         if new:
             sample = lost[..., -min(self.preset.align, max(1, chunks - 1) * chunk) :].mean(-1)  # [2, m, G]
             for i, segment in enumerate(segments):
@@ -578,7 +595,9 @@ class LayerCache:
                 self.measured[row] += lost.shape[-1]
         return lost if self.preset.outliers else None
 
-    def _lost(self, segments: list[int], page_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _lost(
+        self, segments: list[int], page_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor, known: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
         """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
         assert self.pages is not None
         blocks = -(-k.shape[2] // self.preset.align)
@@ -590,7 +609,7 @@ class LayerCache:
             lengths=torch.full_like(table, k.shape[2]),
         )
         k_off, v_off = decode(pages, side="k") - k.float(), decode(pages, side="v") - v.float()
-        k_off = k_off @ torch.stack([self._coordinates(segment) for segment in segments])
+        k_off = k_off @ torch.stack([self._coordinates(segment, known) for segment in segments])
         weighted = v_off if self.v_metric is None else v_off @ self.v_metric
         return torch.stack((k_off.square().sum(-1), (weighted * v_off).sum(-1)))
 
@@ -633,7 +652,7 @@ class LayerCache:
         metric = weights = None
         old = [segment for row in members if (segment := self.segment[row]) is not None]
         if old and self.fits.keys() >= set(old):
-            coordinates = torch.stack([self._coordinates(segment) for segment in old])
+            coordinates = torch.stack([self._coordinates(segment, {}) for segment in old])
             metric = coordinates @ coordinates.mT
         elif self.queries:
             q = torch.cat(self.queries, dim=2)[members]
