@@ -168,19 +168,14 @@ def eigen_table(w: torch.Tensor, layers: int) -> list[str]:
     }.items():
         lines.append(f"  {name:34}{eager_ms(call, 3) / layers:9.3f}")
     rows = root.mT.to(torch.float32, memory_format=torch.contiguous_format)
-    for warps in (8, 16):
-        for stride in (DIM, 1):
-            x = rows.clone()
+    for count in (len(rows), len(w)):
+        x = rows[:count].clone()
 
-            def rotate(x: torch.Tensor = x, warps: int = warps, stride: int = stride) -> None:
-                x.copy_(rows)
-                eigen._orthogonalise_kernel[(len(x),)](
-                    x, D=DIM, BLOCK=DIM, STRIDE_ROW=stride, STRIDE_COLUMN=DIM + 1 - stride,
-                    SMALL=eigen.SMALL, SWEEPS=eigen.SWEEPS, num_warps=warps,
-                )  # fmt: skip
+        def rotate(x: torch.Tensor = x) -> None:
+            x.copy_(rows[: len(x)])
+            eigen._orthogonalise(x)
 
-            layout = "rows" if stride == DIM else "columns"
-            lines.append(f"  rotations alone, {warps:2} warps, {layout:8}   {eager_ms(rotate, 3) / layers:9.3f}")
+        lines.append(f"  rotations alone, {count:3} matrices {eager_ms(rotate, 3):16.3f} ms in all")
     return lines
 
 
@@ -350,9 +345,9 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     del layer, aligned
     prefill = eager_ms(prefill_layer(tokens, card), 3)
     say(f"  prefill of a layer {prefill:24.3f} ms")
-    ratio = peak_ratio(tokens, 4, card)
+    ratio = peak_ratio(tokens, layers, card)
     step, spike = step_times(card)
-    say(f"  peak ratio of 4 layers {ratio:20.3f}    decode step {step:.3f} ms, compressing {spike:.3f} ms")
+    say(f"  peak ratio of {layers} layers {ratio:19.3f}    decode step {step:.3f} ms, compressing {spike:.3f} ms")
     row = {
         "T": tokens,
         "ms_per_layer": eager,

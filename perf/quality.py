@@ -16,6 +16,9 @@ Columns:
     ppl         change of the perplexity of them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
+With --stream N the presets also get the context as a long generation brings it: N tokens at once, which the bases are
+fitted on, then 64 at a time; once with the segments that they begin by themselves, once with the first one to the end.
+
 Yardsticks (scales and zero points in 16 bits). All but the predecessor keep 4 sinks and the last 64 to 127 tokens exact,
 which is no fewer than the presets keep.
     kivi-4/3/2  groups of 32: rotated keys per channel over 32 tokens, values per token over 32 channels (arXiv 2402.02750)
@@ -31,6 +34,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +45,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from perf._timing import versions
 from perf.generate import DTYPES, load
 from spectral_kernels import cache as cache_module
 from spectral_kernels import compress
@@ -260,12 +265,14 @@ def store_spectral(
     *,
     queries: bool = True,
     first: int | None = None,
+    rope: str = "rotated",
 ) -> Stored:
     """Through the real cache, layer by layer as a prefill does.
 
     Args:
         dtype: of the exact tokens; by default 16 bits.      queries: whether the cache sees them.
         first: append so many tokens at first, which the bases are fitted on, then the others, 64 at a time.
+        rope: of the keys that the cache gives back, "rotated" or "pre" (and are turned here).
     """
     if dtype is None:
         dtype = prefix.k[0].dtype if prefix.k[0].dtype != torch.float32 else torch.float16
@@ -286,8 +293,8 @@ def store_spectral(
             cache.append(i, k[:, :, part], v[:, :, part], queries=q[:, :, part] if queries else None)
     layers = []
     for i in range(len(prefix.k)):
-        k, v, _ = cache.get_kv(i, rope="rotated")
-        layers.append((prefix.scaled(k.float()), v))
+        k, v, _ = cache.get_kv(i, rope=rope)
+        layers.append((prefix.scaled(k.float()) if rope == "rotated" else prefix.rotated(k.float()), v))
     return Stored(layers, cache.nbytes, cache.token_bytes)
 
 
@@ -301,6 +308,34 @@ def _unclipped(coefficients: torch.Tensor, bands: Any) -> torch.Tensor:
     return largest / torch.tensor([2.0 ** (b - 1) for b in bands.bits], device=largest.device)
 
 
+def streamed(preset: str, first: int) -> dict[str, Callable[[Prefix], Stored]]:
+    """A preset that meets `first` tokens at once and then 64 at a time: with new segments and without."""
+    one = replace(PRESETS[preset], max_residual=math.inf)
+    return {
+        f"{preset}, streamed": partial(store_spectral, preset=preset, first=first),
+        f"{preset}, streamed, one segment": partial(store_spectral, preset=one, first=first),
+    }
+
+
+def store_aligned(prefix: Prefix, preset: Preset, align: int) -> Stored:
+    """What blocks of alignment shorter than a page would do, which pages cannot have: the cache's codec on such keys."""
+
+    def with_align(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: function(*args, **{**kwargs, **({"chunk": align} if "chunk" in kwargs else {})})
+
+    with ExitStack() as patches:
+        for name in ("phase_align", "query_metric", "error_weights", "rotate"):
+            patches.enter_context(mock.patch.object(cache_module, name, with_align(getattr(cache_module, name))))
+        return store_spectral(prefix, preset, rope="pre")
+
+
+def _of_last_queries(q: torch.Tensor, rope: Rope, **options: Any) -> torch.Tensor:
+    """`query_metric` of the newest 512 queries alone."""
+    q = q.clone()
+    q[:, :, :-512] = 0.0  # they add nothing
+    return compress.query_metric(q, rope, **options)
+
+
 def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Stored]]:
     """A preset with one thing changed a row."""
     rows: dict[str, Callable[[Prefix], Stored]] = {}
@@ -311,6 +346,7 @@ def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Sto
 
     rows["no sinks"] = partial(store_spectral, preset=replace(preset, sinks=0))
     rows["no metric of K"] = lambda p: patched(p, cache_module, "query_metric", lambda *args, **kwargs: None)
+    rows["K's metric of 512 queries"] = lambda p: patched(p, cache_module, "query_metric", _of_last_queries)
     rows["no metric of V"] = lambda p: store_spectral(replace(p, metrics=[None] * len(p.k)), preset)
     rows["no queries"] = partial(store_spectral, preset=preset, queries=False)
     rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectrum", _without_mean)
@@ -319,16 +355,30 @@ def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Sto
     if layout is not None:
         one = replace(preset, k={head_dim: str(layout.k)}, v={head_dim: str(layout.v)}, ratio=None)
         rows[f"all {layout.k}, {layout.v}"] = lambda p: store_spectral(p, one)
+    rows["1 % outliers exact"] = partial(store_spectral, preset=replace(preset, outliers=0.01))
+    if preset.ratio is not None:
+        # As many bytes: a cold token is allowed what is left of them.
+        exact, cold = 0.01 * (4 * head_dim + 4), 4 * head_dim / preset.ratio
+        fewer = replace(preset, outliers=0.01, ratio=4 * head_dim / (cold - exact))
+        rows["1 %, at equal bytes"] = partial(store_spectral, preset=fewer)
     for chunk in (64, 128, 256):
         if chunk != preset.chunk:
             rows[f"chunk {chunk}"] = partial(store_spectral, preset=replace(preset, chunk=chunk))
-    for align in (64, 256, 512, 1024):
+    for align in (1, 32):
+        rows[f"align {align} (simulated)"] = partial(store_aligned, preset=preset, align=align)
+    for align in (64, 128, 256, 512, 1024):
         if align != preset.align:
             rows[f"align {align}"] = partial(store_spectral, preset=replace(preset, align=align))
     for window in (16, 32, 64):
         if window != preset.window:
             rows[f"window {window}"] = partial(store_spectral, preset=replace(preset, window=window))
-    rows["fitted on a quarter"] = lambda p: store_spectral(p, preset, first=p.tokens // 4)
+
+    def on_a_quarter(prefix: Prefix, **changes: Any) -> Stored:
+        return store_spectral(prefix, replace(preset, **changes), first=prefix.tokens // 4)
+
+    rows["fitted on a quarter"] = on_a_quarter
+    for bound in (1.0, 1.5, math.inf):
+        rows[f"quarter, max_residual {bound}"] = partial(on_a_quarter, max_residual=bound)
     return rows
 
 
@@ -482,11 +532,11 @@ def table(rows: Sequence[Row]) -> str:
     for text in dict.fromkeys(row.text for row in rows):
         own = [row for row in rows if row.text == text]
         lines.append(f"\n{own[0].model}, {text}, {own[0].context} tokens of context")
-        lines.append(f"{'scheme':<24}{'ratio':>7}{'long':>7}{'KL':>10}{'top-1':>8}{'ppl':>9}{'recalled':>10}")
+        lines.append(f"{'scheme':<34}{'ratio':>7}{'long':>7}{'KL':>10}{'top-1':>8}{'ppl':>9}{'recalled':>10}")
         for row in own:
             recalled = f"{row.recalled}/{row.needles}" if row.needles else "-"
             lines.append(
-                f"{row.scheme:<24}{row.ratio:>7.2f}{row.ratio_long:>7.2f}{row.kl:>10.5f}{row.top1:>8.3f}"
+                f"{row.scheme:<34}{row.ratio:>7.2f}{row.ratio_long:>7.2f}{row.kl:>10.5f}{row.top1:>8.3f}"
                 f"{100 * row.perplexity:>+8.2f}%{recalled:>10}"
             )
     return "\n".join(lines)
@@ -521,6 +571,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=4000, help="tokens read before prediction starts (default 4000)")
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=list(PRESETS), metavar="PRESET")
     parser.add_argument("--ablation", choices=list(PRESETS)[1:], help="also this preset with one thing changed a row")
+    parser.add_argument("--stream", type=int, metavar="N", help="also the presets fitted on N tokens, the rest bit by bit")
+    parser.add_argument("--yardsticks", choices=list(YARDSTICKS), nargs="*", default=list(YARDSTICKS), metavar="NAME")
     parser.add_argument("--needles", type=int, default=0, metavar="N", help="hide N access codes and ask for them")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write one JSON row a line, one a scheme and text")
     parser.add_argument("--png", type=Path, help="of the frontier plot (default: OUT with .png, or quality.png)")
@@ -531,8 +583,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
     embedded = args.model is None and args.gguf is None
-    if args.context < 1 or args.needles < 0:
-        parser.error("--context must be at least 1, --needles at least 0")
+    if args.context < 1 or args.needles < 0 or (args.stream or 1) < 1:
+        parser.error("--context and --stream must be at least 1, --needles at least 0")
     if embedded == bool(args.text):
         parser.error("--text goes with --model or --gguf; the embedded model knows only texts of its own")
     try:
@@ -547,16 +599,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
     schemes: dict[str, Callable[[Prefix], Stored]] = {p: partial(store_spectral, preset=p) for p in args.presets}
-    schemes |= YARDSTICKS
+    for p in args.presets:
+        if args.stream and p != "exact":
+            schemes |= streamed(p, args.stream)
+    schemes |= {name: YARDSTICKS[name] for name in args.yardsticks}
     if args.ablation:
         schemes |= ablations(PRESETS[args.ablation], model.get_decoder().layers[0].self_attn.head_dim)
+    ran = versions()  # now: the tree may change while this runs
     rows: list[Row] = []
     with tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar:
         for case in cases:
             rows += measure(model, case, schemes, model_name=name, bar=bar)
     print(table(rows))
     if args.json:
-        args.json.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+        args.json.write_text("".join(json.dumps({**vars(row), **ran}) + "\n" for row in rows))
     png = args.png or (args.json.with_suffix(".png") if args.json else Path("quality.png"))
     frontier(rows, png)
     print(f"\nfrontier: {png}")

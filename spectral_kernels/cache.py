@@ -3,14 +3,16 @@
 Tokens of a row enter hot: exact, phase-aligned, in a ring of slots. A full chunk that has left the window is encoded into a
 page (cold). Some tokens stay exact for good (pinned: attention sinks and landmarks); their bits in `Pages.skip` are set.
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
+When these lose more than tokens did at the fit (`Preset.max_residual`), the segment ends with its block of alignment: newer
+tokens stay exact until there are enough to fit a new one on, with the metrics of the old one.
 A layer's first compression also chooses its bands, from the preset's, within the bytes that all layers share.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
-    exact        pinned slots                  hot slot  pinned_slots + position % hot_slots
+    exact        pinned slots, outliers        hot slot  pinned_slots + position % hot_slots
 
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
-of a layer's bands, once in a sequence.
+of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
 Test: tests/test_cache.py.
 """
 
@@ -21,13 +23,14 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
 from .compress import Spectrum, decode, encode, error_weights, fit_encoder, fit_spectrum, query_metric
+from .merge import merge_states
 from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
 
@@ -45,7 +48,11 @@ class Preset:
         align: positions of a block of phase alignment, a multiple of `chunk`; 0: `chunk`. Longer ones are faster.
         window: newest tokens that are always exact, at least 1 (up to C - 1 more are).
         sinks: first tokens that stay exact.
-        min_fit: tokens older than the window that a row must have before its bases are fitted: fewer would fit noise.
+        min_fit: tokens older than the window that a row must have before its bases are fitted: fewer would fit noise. They
+            are exact until then. A new segment asks for as many after the old one.
+        max_residual: a new segment begins when a block of tokens loses more than this many times what tokens lost when the
+            segment was fitted, if its bases add at most BASES_SHARE to what its tokens take; inf: never.
+        outliers: share of cold tokens that stay exact, for each KV head those that lose most in their pages.
     """
 
     k: dict[int, str] | dict[int, tuple[str, ...]] | None = None
@@ -56,6 +63,8 @@ class Preset:
     window: int = 64
     sinks: int = 4
     min_fit: int = 512
+    max_residual: float = 1.25
+    outliers: float = 0.0
 
     def __post_init__(self) -> None:
         check_in("chunk", self.chunk, CHUNKS)
@@ -69,6 +78,10 @@ class Preset:
         for name, least in (("window", 1), ("sinks", 0), ("min_fit", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if not self.max_residual >= 0:
+            raise ValueError(f"max_residual: expected a number of at least 0, got {self.max_residual}")
+        if not 0 <= self.outliers <= 0.5:
+            raise ValueError(f"outliers: expected a share within 0 .. 0.5, got {self.outliers}")
         if self.ratio is not None and not self.ratio > 0:
             raise ValueError(f"ratio: expected a positive number, got {self.ratio}")
 
@@ -185,6 +198,31 @@ def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> flo
     return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
 
 
+# A new segment's bases are at most this share of the coefficients of the segment before it.
+BASES_SHARE = 1 / 8
+
+
+class _Fit(NamedTuple):
+    """What later chunks of a segment need besides its bases.
+
+    Components of K past its rank (int8 [G, N, D] with a scale each, float32 [G, N]), which with those before are a basis of
+    the whole space, orthonormal in the metric of the fit; the quantiser steps of the components before, float32; what keys
+    and values lost at the fit, float32 [2, G].
+    """
+
+    rest: torch.Tensor
+    rest_scale: torch.Tensor
+    steps: torch.Tensor
+    lost: torch.Tensor
+
+
+def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The tensor with room for `size` entries in all."""
+    out = x.new_empty((size, *x.shape[1:]))
+    out[: len(x)] = x
+    return out
+
+
 class LayerCache:
     """Keys and values of one layer. See `SpectralCache`, which makes one a layer and whose methods these are."""
 
@@ -220,9 +258,12 @@ class LayerCache:
         self.page_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment: list[int | None] = [None] * batch  # segment that a row's next chunks are encoded in
+        self.ends: list[int | None] = [None] * batch  # number of chunks after which it ends, when that is known
         self.encoders: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # Components of K past its rank, int8 [G, D - R + 1, D] with scales: an encoder is the inverse of all of them.
-        self.k_rest: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.fits: dict[int, _Fit] = {}  # of the segments that rows are encoded in
+        # What tokens since the last look lost, relative to the fit: sums on the device, and how many tokens.
+        self.worn = torch.zeros(batch, dtype=torch.float32, device=self.device)
+        self.measured = [0] * batch
         self.layout: PageLayout | None = None  # chosen at the first fit
         self.budget.forget(self.index)
         self.pages: Pages | None = None
@@ -232,6 +273,11 @@ class LayerCache:
         self.k = torch.empty((batch, self.kv_heads, self.pinned_slots, self.head_dim), dtype=self.dtype, device=self.device)
         self.v = torch.empty_like(self.k)
         self.key_positions = torch.full((batch, self.pinned_slots), -1, dtype=torch.int32, device=self.device)
+        # Outliers, each KV head's own: k, v [B, G, N, D] and positions int32 [B, G, N], -1 unused; slots used, by row.
+        shape = (batch, self.kv_heads, 0, self.head_dim)
+        self.outlier_k, self.outlier_v = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+        self.outlier_positions = torch.empty(shape[:3], dtype=torch.int32, device=self.device)
+        self.outliers = [0] * batch
         self.length = torch.zeros(batch, dtype=torch.int32, device=self.device)  # self.lengths on the device
 
     @property
@@ -248,13 +294,15 @@ class LayerCache:
         """Bytes that one more old token costs in the long run: its coefficients, skip bits and share of the tables."""
         if self.layout is None:
             return self.kv_heads * self.head_dim * 2 * self.dtype.itemsize
-        return self.kv_heads * (self.layout.token_bytes + 1 / 8) + 2 * 4 / self.preset.chunk
+        outlier = self.preset.outliers * (2 * self.head_dim * self.dtype.itemsize + 4)
+        return self.kv_heads * (self.layout.token_bytes + 1 / 8 + outlier) + 2 * 4 / self.preset.chunk
 
     @property
     def nbytes(self) -> int:
-        exact = (self.k, self.v, self.key_positions, self.length)
-        encoders = [t for pair in (*self.encoders.values(), *self.k_rest.values()) for t in pair]
-        total = sum(t.nbytes for t in (*exact, *encoders, *(self.queries or ())))
+        exact = (self.k, self.v, self.key_positions, self.length, self.worn)
+        outliers = (self.outlier_k, self.outlier_v, self.outlier_positions)
+        encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
+        total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------
@@ -285,12 +333,16 @@ class LayerCache:
         """Attributes with copies of all lists and tables that compression edits in place."""
         copies: dict[str, Any] = {
             "key_positions": self.key_positions.clone(),
+            "outlier_positions": self.outlier_positions.clone(),
             "chunks": list(self.chunks),
             "segment": list(self.segment),
+            "ends": list(self.ends),
+            "measured": list(self.measured),
+            "outliers": list(self.outliers),
             "page_rows": [list(row) for row in self.page_rows],
             "segment_rows": [list(row) for row in self.segment_rows],
             "encoders": dict(self.encoders),
-            "k_rest": dict(self.k_rest),
+            "fits": dict(self.fits),
         }
         if self.pages is not None:
             tables = {name: getattr(self.pages, name).clone() for name in ("page_table", "segment_table", "lengths")}
@@ -319,7 +371,7 @@ class LayerCache:
         first_hot = [max(s, c) for s, c in zip(straight, self.cold, strict=True)]
         hot = max(n - f for n, f in zip(after, first_hot, strict=True))
         if hot > self.hot_slots:
-            growing = not self.layouts or any(s is None for s in self.segment)
+            growing = not self.layouts or any(s is None for s in self.segment) or any(self.ends)
             self._resize_ring(max(hot + (hot // 8 if growing else 0), self.preset.window + chunk))
         keep = None
         if any(straight):
@@ -328,11 +380,17 @@ class LayerCache:
         elif any(pad):
             keep = positions >= 0
         self._store_hot(aligned, v, positions, keep)
-        self.lengths = after
+        before, self.lengths = self.lengths, after
         self.length = self.length + (tokens - offset)
-        rows = [r for r, t in enumerate(targets) if t != self.chunks[r]]
-        if rows:
-            self._compress(targets, None, rows)
+        compressed = False
+        while rows := [r for r, t in enumerate(targets) if t != self.chunks[r]]:
+            # Up to the end of a segment, then what comes after it.
+            ends = [e if e is not None and e > c else t for e, c, t in zip(self.ends, self.chunks, targets, strict=True)]
+            stops = [min(e, t) for e, t in zip(ends, targets, strict=True)]
+            self._compress(stops, None, rows)
+            compressed = True
+        self._look_at_residuals(before)
+        if compressed:
             least = max(self.preset.window + chunk, *(n - c for n, c in zip(self.lengths, self.cold, strict=True)))
             if self.hot_slots > 2 * least:  # the tokens that waited for the first fit have left
                 self._resize_ring(least)
@@ -358,18 +416,21 @@ class LayerCache:
         """Cold chunks a row of this length should have: never fewer than it has."""
         if not self.layouts:
             return 0
-        old = length - self.preset.window
-        if self.segment[row] is None and old < max(self.preset.min_fit, self.preset.chunk):
-            return 0
-        return max(self.chunks[row], old // self.preset.chunk)
+        old, chunk = length - self.preset.window, self.preset.chunk
+        start = 0 if self.segment[row] is None else self.ends[row]  # of the next segment
+        wanted = max(self.chunks[row], old // chunk)
+        if start is None or old - start * chunk >= max(self.preset.min_fit, chunk):
+            return wanted
+        return min(wanted, start)
 
     def most_queries(self) -> int:
         """Most tokens that may come at once so that all of them are exact afterwards, as `attend` wants the newest."""
         chunk, window = self.preset.chunk, self.preset.window
         ends = [(n // chunk + 1) * chunk for n in self.lengths]  # the window may not pass the chunk that is open now
-        for row, segment in enumerate(self.segment):
-            if segment is None:
-                ends[row] = max(ends[row], self.preset.min_fit)
+        for row, (segment, end) in enumerate(zip(self.segment, self.ends, strict=True)):
+            start = 0 if segment is None else end
+            if start is not None and self.lengths[row] >= start * chunk:
+                ends[row] = max(ends[row], start * chunk + self.preset.min_fit)
         return min(end + window - 1 - n for end, n in zip(ends, self.lengths, strict=True))
 
     def _note_queries(self, queries: torch.Tensor | None, pad: list[int]) -> None:
@@ -423,9 +484,10 @@ class LayerCache:
         Rows alike (same padding, length and chunks) go together. Pages are written before any table names them.
         """
         chunk = self.preset.chunk
+        known: dict[int, torch.Tensor] = {}
         groups: dict[tuple[int, int, int, int], list[int]] = {}
         for row in rows:
-            new = self.segment[row] is None
+            new = self.segment[row] is None or self.ends[row] == self.chunks[row]
             alike = (call[2][row] if call else 0, self.chunks[row], targets[row], self.lengths[row] if new else -1)
             groups.setdefault(alike, []).append(row)
         jobs = []
@@ -448,14 +510,17 @@ class LayerCache:
                 self._fit(members, *spectra)
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
             page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
-            encoders = [self._encoder(self.segment[r]) for r in members]
+            encoders = [self._encoder(self.segment[r], known) for r in members]
             k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
             offset = self._mean_offset(members, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
-            pins.append((members, ids, first, k_rows, v_rows))
-        for members, ids, first, k_rows, v_rows in pins:
+            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=spectra is not None)
+            pins.append((members, ids, first, k_rows, v_rows, lost))
+        for members, ids, first, k_rows, v_rows, lost in pins:
             self._pin(members, ids, first, k_rows, v_rows)
+            if lost is not None:
+                self._keep_outliers(members, ids, first, k_rows, v_rows, lost)
             for row, new_pages in zip(members, ids, strict=True):
                 segment = self.segment[row]
                 assert segment is not None
@@ -464,19 +529,112 @@ class LayerCache:
                 self.chunks[row] += len(new_pages)
         self._write_tables()
 
-    def _encoder(self, segment: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use."""
+    def _encoder(self, segment: int | None, known: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use.
+
+        known: see `_coordinates`.
+        """
         assert segment is not None and self.pages is not None
         if segment in self.encoders:
             return self.encoders.pop(segment)
         p = self.pages
         v_encoder = fit_encoder(p.v_basis[segment], p.v_scale[segment], self.v_metric)
-        if p.layout.k.is_float:
+        if segment not in self.fits:  # a crop went back to a segment that had ended
             return fit_encoder(p.k_basis[segment], p.k_scale[segment]), v_encoder
-        rest, rest_scale = self.k_rest[segment]
-        basis = torch.cat((p.k_basis[segment, :, 1:], rest), dim=1)
-        k_encoder = fit_encoder(basis, torch.cat((p.k_scale[segment, :, 1:], rest_scale), dim=1))
-        return torch.nn.functional.pad(k_encoder[..., : p.layout.k.rank - 1], (1, 0)), v_encoder
+        steps = self.fits[segment].steps
+        k_encoder = self._coordinates(segment, known)[..., : steps.shape[-1]] / steps[:, None]
+        return torch.nn.functional.pad(k_encoder, (p.layout.k.rank - steps.shape[-1], 0)), v_encoder
+
+    def _coordinates(self, segment: int, known: dict[int, torch.Tensor]) -> torch.Tensor:
+        """float32 [G, D, D]: x @ this is as long as the keys x are in the metric that a segment was fitted with.
+
+        known: those of segments already asked for in this compression, by segment; what is new is put there.
+        """
+        assert self.pages is not None
+        if segment in known:
+            return known[segment]
+        p, fit = self.pages, self.fits[segment]
+        first = p.layout.k.rank - fit.steps.shape[-1]  # not the mean
+        basis = torch.cat((p.k_basis[segment, :, first:], fit.rest), dim=1)
+        scale = torch.cat((p.k_scale[segment, :, first:] / fit.steps, fit.rest_scale), dim=1)
+        known[segment] = fit_encoder(basis, scale)
+        return known[segment]
+
+    def _note_residuals(
+        self,
+        members: list[int],
+        page_ids: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        known: dict[int, torch.Tensor],
+        *,
+        new: bool,
+    ) -> torch.Tensor | None:
+        """Compare chunks that were just encoded with their pages.
+
+        What the newest tokens of a new segment lost is what later ones are held against. Returns what each token lost,
+        [m, G, T], if there are outliers to choose.
+        """
+        segments = [segment for row in members if (segment := self.segment[row]) is not None]
+        if (self.preset.max_residual == math.inf and not self.preset.outliers) or not self.fits.keys() >= set(segments):
+            return None
+        chunk = self.preset.chunk
+        # A new segment's tokens may be many: a block of them will do, and none of the first chunk, which has the sinks.
+        chunks = page_ids.shape[1]
+        some = min(self.preset.align // chunk, max(1, chunks - 1)) if new and not self.preset.outliers else chunks
+        lost = self._lost(segments, page_ids[:, chunks - some :], k[:, :, -some * chunk :], v[:, :, -some * chunk :], known)
+        if new:
+            sample = lost[..., -min(self.preset.align, max(1, chunks - 1) * chunk) :].mean(-1)  # [2, m, G]
+            for i, segment in enumerate(segments):
+                self.fits[segment] = self.fits[segment]._replace(lost=sample[:, i].clone())
+        at_fit = torch.stack([self.fits[segment].lost for segment in segments], dim=1)
+        lost = (lost / at_fit.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).mean(0)
+        if not new:
+            rows = torch.tensor(members, device=self.device)
+            self.worn = self.worn.index_add(0, rows, lost.mean(1).sum(-1))
+            for row in members:
+                self.measured[row] += lost.shape[-1]
+        return lost if self.preset.outliers else None
+
+    def _lost(
+        self, segments: list[int], page_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor, known: dict[int, torch.Tensor]
+    ) -> torch.Tensor:
+        """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
+        assert self.pages is not None
+        blocks = -(-k.shape[2] // self.preset.align)
+        table = torch.tensor(segments, dtype=torch.int32, device=self.device)
+        pages = replace(
+            self.pages,
+            page_table=page_ids.contiguous(),
+            segment_table=table[:, None].repeat(1, blocks),
+            lengths=torch.full_like(table, k.shape[2]),
+        )
+        k_off, v_off = decode(pages, side="k") - k.float(), decode(pages, side="v") - v.float()
+        k_off = k_off @ torch.stack([self._coordinates(segment, known) for segment in segments])
+        weighted = v_off if self.v_metric is None else v_off @ self.v_metric
+        return torch.stack((k_off.square().sum(-1), (weighted * v_off).sum(-1)))
+
+    def _look_at_residuals(self, before: list[int]) -> None:
+        """End the segments of rows that begin a block of alignment and lose too much. Waits for the device."""
+        align, chunk = self.preset.align, self.preset.chunk
+        crossed = [n // align > old // align for n, old in zip(self.lengths, before, strict=True)]
+        rows = [r for r, at in enumerate(crossed) if at and self.measured[r] and self.ends[r] is None]
+        if not rows:
+            return
+        sums = self.worn.tolist()
+        self.worn = self.worn.index_fill(0, torch.tensor(rows, device=self.device), 0.0)
+        self.measured, self.ends = list(self.measured), list(self.ends)
+        for row in rows:
+            worn, self.measured[row] = sums[row] / self.measured[row], 0
+            if worn > self.preset.max_residual and self._is_worth_bases(row):
+                end = max(self.lengths[row] // align * align, -(-self.cold[row] // align) * align)
+                self.ends[row] = end // chunk
+
+    def _is_worth_bases(self, row: int) -> bool:
+        assert self.layout is not None
+        own = sum(segment == self.segment[row] for segment in self.segment_rows[row]) * self.preset.chunk
+        bases = (self.layout.k.rank + self.layout.v.rank) * (self.head_dim + 4)
+        return bases <= BASES_SHARE * own * self.layout.token_bytes
 
     def _mean_offset(self, members: list[int], encoder: torch.Tensor) -> torch.Tensor | None:
         """What coefficients lose by centring, [B, G, R]; component 0 stands for the mean: it gets its highest code."""
@@ -493,7 +651,11 @@ class LayerCache:
     def _spectra(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> tuple[Spectrum, Spectrum]:
         """Components of K and V of these rows from all their tokens (as many in each); the first ones choose the layout."""
         metric = weights = None
-        if self.queries:
+        old = [segment for row in members if (segment := self.segment[row]) is not None]
+        if old and self.fits.keys() >= set(old):
+            coordinates = torch.stack([self._coordinates(segment, {}) for segment in old])
+            metric = coordinates @ coordinates.mT
+        elif self.queries:
             q = torch.cat(self.queries, dim=2)[members]
             q = q[:, :, self.query_padding[members[0]] :]
             metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads)
@@ -536,17 +698,19 @@ class LayerCache:
         assert self.layout is not None and self.pages is not None
         k_basis, k_scale, k_encoder = k.side(self.layout.k)
         v_basis, v_scale, v_encoder = v.side(self.layout.v)
-        held = self.layout.k.rank - 1  # without the mean
-        used = {s for row in self.segment_rows for s in row} | {s for s in self.segment if s is not None}
+        first = 0 if self.layout.k.is_float else 1  # not the mean
+        held = self.layout.k.rank - first
+        used = self._used_segments()
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
             self.pages.k_basis[segment], self.pages.k_scale[segment] = k_basis[i], k_scale[i]
             self.pages.v_basis[segment], self.pages.v_scale[segment] = v_basis[i], v_scale[i]
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
-            if not self.layout.k.is_float:
-                self.k_rest[segment] = (k.basis[i, :, held:].clone(), k.scale[i, :, held:].clone())
-            self.segment[row] = segment
-        self.k_rest = {s: rest for s, rest in self.k_rest.items() if s in used or s in ids}
+            steps = k_scale[i, :, first:] / k.scale[i, :, :held]
+            lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
+            self.fits[segment] = _Fit(k.basis[i, :, held:].clone(), k.scale[i, :, held:].clone(), steps, lost)
+            self.segment[row], self.ends[row] = segment, None
+        self.fits = {s: fit for s, fit in self.fits.items() if s in self.segment}
         if all(s is not None for s in self.segment):
             self.queries = None
 
@@ -570,6 +734,40 @@ class LayerCache:
             self.k[rows, :, slots], self.v[rows, :, slots] = k[own, :, tokens], v[own, :, tokens]
             self.key_positions[rows, slots] = (tokens + first * chunk).int()
 
+    def _keep_outliers(
+        self, members: list[int], ids: list[list[int]], first: int, k: torch.Tensor, v: torch.Tensor, lost: torch.Tensor
+    ) -> None:
+        """Copy the new tokens that lose most, [m, G, T], to slots of their KV heads, and have the cold kernel skip them."""
+        assert self.pages is not None
+        chunk, tokens, start = self.preset.chunk, lost.shape[-1], first * self.preset.chunk
+        for i, row in enumerate(members):
+            used = self.outliers[row]
+            count = min(int(self.preset.outliers * (start + tokens)) - used, tokens)
+            if count <= 0:
+                continue
+            more = used + count - self.outlier_positions.shape[2]
+            if more > 0:
+                pad = torch.nn.functional.pad
+                self.outlier_k, self.outlier_v = pad(self.outlier_k, (0, 0, 0, more)), pad(self.outlier_v, (0, 0, 0, more))
+                self.outlier_positions = pad(self.outlier_positions, (0, more), value=-1)
+            own = lost[i]
+            pinned = [p - start for p in self.pinned[row] if 0 <= p - start < tokens]
+            if pinned:
+                own = own.index_fill(1, torch.tensor(pinned, device=self.device), -1.0)
+            at = own.topk(count, dim=-1).indices  # [G, count]
+            slots = slice(used, used + count)
+            index = at[..., None].expand(-1, -1, self.head_dim)
+            self.outlier_k[row, :, slots], self.outlier_v[row, :, slots] = k[i].gather(1, index), v[i].gather(1, index)
+            self.outlier_positions[row, :, slots] = (at + start).int()
+            bits = torch.zeros((self.kv_heads, tokens), dtype=torch.int64, device=self.device).scatter_(1, at, 1)
+            bits = (bits.unflatten(1, (-1, chunk // 32, 32)) << torch.arange(32, device=self.device)).sum(-1)
+            pages = torch.tensor(ids[i], device=self.device)
+            self.pages.skip[pages] |= torch.where(bits >= 2**31, bits - 2**32, bits).int().transpose(0, 1)
+            self.outliers[row] = used + count
+
+    def _used_segments(self) -> set[int]:
+        return {s for row in self.segment_rows for s in row} | {s for s in self.segment if s is not None}
+
     def _free_pages(self) -> list[int]:
         assert self.pages is not None
         used = {page for row in self.page_rows for page in row}
@@ -580,25 +778,26 @@ class LayerCache:
         assert self.layout is not None
         used = len({page for row in self.page_rows for page in row})
         need = used + sum(targets[r] - self.chunks[r] for r in rows)
-        live = {s for row in self.segment_rows for s in row} | {s for s in self.segment if s is not None}
-        segments = len(live) + sum(self.segment[r] is None for r in rows)
+        new = sum(self.segment[r] is None or self.ends[r] == self.chunks[r] for r in rows)
+        segments = len(self._used_segments()) + new
         table = max(targets)
         if self.pages is None:
             self.pages = self._allocate(need, segments, table)
             return
-        have, have_segments = self.pages.k_pages.shape[0], self.pages.k_basis.shape[0]
-        if need > have or segments > have_segments or table > self.pages.max_chunks:
-            old = self.pages
-            new = self._allocate(
-                max(have, need + max(8, need // 8) if need > have else 0),
-                max(segments, have_segments),
-                max(old.max_chunks, table + max(8, table // 8) if table > old.max_chunks else 0),
-            )
+        old = self.pages
+        grown: dict[str, Any] = {}
+        if need > old.k_pages.shape[0]:
+            # Few spare pages: copying all of them now and then costs less than a step's attention reads.
             for name in ("k_pages", "v_pages", "skip"):
-                getattr(new, name)[:have] = getattr(old, name)
+                grown[name] = _enlarged(getattr(old, name), need + max(4, need // 32))
+        if segments > old.k_basis.shape[0]:
             for name in ("k_basis", "k_scale", "v_basis", "v_scale"):
-                getattr(new, name)[:have_segments] = getattr(old, name)
-            self.pages = new
+                grown[name] = _enlarged(getattr(old, name), segments)
+        if table > old.max_chunks:
+            tables = self._allocate(0, 0, table + max(8, table // 8))
+            grown |= {"page_table": tables.page_table, "segment_table": tables.segment_table}
+        if grown:
+            self.pages = replace(old, **grown)
             self._write_tables()
 
     def _allocate(self, pages: int, segments: int, max_chunks: int) -> Pages:
@@ -617,7 +816,7 @@ class LayerCache:
         """The host's tables and cold lengths to the device."""
         if self.pages is None:
             return
-        # A row's segment never changes inside a block of alignment: it is fitted when the row has no cold chunk.
+        # A row's segment never changes inside a block of alignment.
         by_block = [row[:: self.preset.align // self.preset.chunk] for row in self.segment_rows]
         for rows, table in ((self.page_rows, self.pages.page_table), (by_block, self.pages.segment_table)):
             width = table.shape[1]
@@ -643,7 +842,12 @@ class LayerCache:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.pages is None or not any(self.chunks):
             return out.copy_(attend_exact(q, positions, *exact, self.rope, chunk=self.preset.align, scale=scale)[0])
-        return attend_spectral(q, positions, self.pages, self.rope, scale=scale, exact=exact, out=out)[0]
+        if not any(self.outliers):
+            return attend_spectral(q, positions, self.pages, self.rope, scale=scale, exact=exact, out=out)[0]
+        state = attend_spectral(q, positions, self.pages, self.rope, scale=scale, exact=exact)
+        kept = (self.outlier_k, self.outlier_v, self.outlier_positions)
+        more = attend_exact(q, positions, *kept, self.rope, chunk=self.preset.align, scale=scale)
+        return merge_states(*state, *more, out=out)[0]
 
     def get_kv(self, *, rope: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         check_in("rope", rope, ("pre", "rotated"))
@@ -654,6 +858,11 @@ class LayerCache:
             cold = max(self.cold)
             k[:, :, :cold] = decode(self.pages, side="k")[:, :, :cold]
             v[:, :, :cold] = decode(self.pages, side="v")[:, :, :cold]
+        if any(self.outliers):
+            row, head, slot = (self.outlier_positions >= 0).nonzero(as_tuple=True)
+            position = self.outlier_positions[row, head, slot].long()
+            k[row, head, position] = self.outlier_k[row, head, slot].float()
+            v[row, head, position] = self.outlier_v[row, head, slot].float()
         if self.hot_slots:
             row, slot = ((self.key_positions >= 0) & (self.key_positions < self.length[:, None])).nonzero(as_tuple=True)
             position = self.key_positions[row, slot].long()
@@ -682,14 +891,18 @@ class LayerCache:
         for r in rows:
             self.chunks[r] = lengths[r] // chunk
             del self.page_rows[r][self.chunks[r] :], self.segment_rows[r][self.chunks[r] :]
+            # What comes next goes on in the segment of what is left, or gets bases of its own.
+            self.segment[r] = self.segment_rows[r][-1] if self.chunks[r] else None
             if not self.chunks[r]:
-                self.segment[r] = None  # no page uses it: what comes next gets bases of its own
+                self.ends[r], self.outliers[r] = None, 0
         self.lengths = list(lengths)
         self.length.copy_(torch.tensor(lengths, dtype=torch.int32))
         self.key_positions.masked_fill_(self.key_positions >= self.length[:, None], -1)
         for r in rows:
             pinned = self.key_positions[r, : self.pinned_slots]
             pinned.masked_fill_(pinned >= self.cold[r], -1)
+            outliers = self.outlier_positions[r]
+            outliers.masked_fill_(outliers >= self.cold[r], -1)
         self._write_tables()
         if rows:
             start = torch.tensor(self.cold, dtype=torch.int32, device=self.device)
@@ -716,6 +929,11 @@ class LayerCache:
         self.page_rows = [list(self.page_rows[i]) for i in index]
         self.segment_rows = [list(self.segment_rows[i]) for i in index]
         self.segment = [self.segment[i] for i in index]
+        self.ends = [self.ends[i] for i in index]
+        self.measured = [self.measured[i] for i in index]
+        self.outliers = [self.outliers[i] for i in index]
+        self.outlier_k, self.outlier_v = self.outlier_k[device_index], self.outlier_v[device_index]
+        self.outlier_positions, self.worn = self.outlier_positions[device_index], self.worn[device_index]
         self.pinned = [self.pinned[i] for i in index] if self.pinned else []
         self.query_padding = [self.query_padding[i] for i in index]
         if self.queries:

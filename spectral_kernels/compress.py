@@ -45,13 +45,15 @@ METRIC_FLOOR = 1e-3
 # Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with the terms. So no run of
 # tokens longer than this is added up by them (64 steps of 16: at most 64 * 2**-23 = 8e-6, a quarter of that on average).
 GRAM_RUN = 1024
-# Parts of a sum over tokens, in memory: 16 are 6 % of the bytes of keys and values at T = 32,768, D = 128.
-GRAM_SPLITS = 16
+# Programs a multiprocessor that share the sums over tokens: registers leave room for one (two, of 128 registers, spill and
+# take a third longer on an H200). At T = 32,768, D = 128 their parts are 6 % of the bytes of keys and values.
+GRAM_PROGRAMS = 1
 
 
 @triton.jit(do_not_specialize=["T", "splits"])
 def _gram_kernel(
     x_ptr,
+    mean_ptr,  # float32 [B, G, D], or None
     out_ptr,
     T,
     splits,
@@ -78,51 +80,81 @@ def _gram_kernel(
     x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
     each = tl.cdiv(tl.cdiv(T, RUN), splits) * RUN
     end = tl.minimum(split * each + each, T)
-    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    for run in range(split * each, end, RUN):
+    out_ptr += ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
+    mask = (i < D)[:, None] & (j < D)[None, :]
+    if mean_ptr is not None:
+        mean_i = tl.load(mean_ptr + bg * D + i, mask=i < D, other=0.0)
+        mean_j = tl.load(mean_ptr + bg * D + j, mask=j < D, other=0.0)
+    for run in range(split * each, tl.maximum(end, split * each + 1), RUN):  # a split of no tokens stores zeros
         acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
         for start in range(run, tl.minimum(run + RUN, end), BLOCK_T):
             t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
             b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+            if mean_ptr is not None:
+                b = tl.where((t < T)[:, None], b.to(tl.float32) - mean_j[None, :], 0.0).to(b.dtype)
             if BLOCK_D >= D:
                 a = tl.trans(b)
             else:
                 a = tl.load(
                     x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0
                 )
+                if mean_ptr is not None:
+                    a = tl.where((t < T)[None, :], a.to(tl.float32) - mean_i[:, None], 0.0).to(a.dtype)
             if EXACT:
                 acc = tl.dot(a, b, acc)
             else:
                 acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-        total += acc
-    out = ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
-    tl.store(out_ptr + out, total, mask=(i < D)[:, None] & (j < D)[None, :])
+        if run > split * each:  # sums of runs are added in memory: registers hold no second tile
+            acc += tl.load(out_ptr, mask=mask, other=0.0)
+        tl.store(out_ptr, acc, mask=mask)
+        tl.debug_barrier()  # the load may lay the tile out over the threads in another way
 
 
-def gram(x: torch.Tensor) -> torch.Tensor:
+@triton.jit(do_not_specialize=["splits"])
+def _gram_sum_kernel(parts_ptr, out_ptr, splits, SIZE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_SPLITS: tl.constexpr):
+    """The sum of all parts [splits, SIZE] of one row and head, BLOCK entries of it, in float64."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    bg = tl.program_id(1).to(tl.int64)
+    total = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        mask = (split < splits)[:, None] & (at < SIZE)[None, :]
+        parts = tl.load(parts_ptr + (bg * splits + split)[:, None] * SIZE + at[None, :], mask=mask, other=0.0)
+        total += tl.sum(parts.to(tl.float64), 0)
+    tl.store(out_ptr + bg * SIZE + at, total.to(tl.float32), mask=at < SIZE)
+
+
+def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """Second moment over tokens, X^T X.
 
     Args:
         x: [B, G, T, D] fp16, bf16 or fp32; last dimension of stride 1, others any.
+        mean: float32 [B, G, D] to subtract from every token before, or None. Differences are rounded to the dtype of x.
     Returns:
         float32 [B, G, D, D], contiguous: float32 sums over GRAM_RUN tokens, added in float32, then in float64.
     Raises:
-        TypeError, ValueError: x is not as above; nothing was launched.
+        TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    if not _launch.runs_kernel(x):
-        return gram_torch(x)
     batch, heads, tokens, dim = x.shape
+    if mean is not None:
+        check_tensor("mean", mean, shape=(batch, heads, dim), dtype=torch.float32, device=x.device)
+    if not _launch.runs_kernel(x):
+        return gram_torch(x, mean)
     if batch * heads == 0 or tokens == 0:
         return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
     matrix = _launch.has_matrix_units(x.device)
     exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
     block_t, block_d = (64, min(128, triton.next_power_of_2(dim))) if exact else (32, 64) if matrix else (16, 16)
-    splits = min(triton.cdiv(tokens, GRAM_RUN), GRAM_SPLITS)
+    tiles = triton.cdiv(dim, block_d) ** 2
+    programs = GRAM_PROGRAMS * _launch.multiprocessors(x.device)
+    splits = min(triton.cdiv(tokens, GRAM_RUN), max(1, programs // (batch * heads * tiles)))
     parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
+    out = torch.empty((batch, heads, dim, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _gram_kernel[(triton.cdiv(dim, block_d) ** 2, splits, batch * heads)](
+        _gram_kernel[(tiles, splits, batch * heads)](
             x,
+            None if mean is None else mean.contiguous(),
             parts,
             tokens,
             splits,
@@ -137,12 +169,16 @@ def gram(x: torch.Tensor) -> torch.Tensor:
             num_warps=8 if block_d == 128 else 4,
             num_stages=4,
         )
-    return parts.sum(dim=2, dtype=torch.float64).float()
+        _gram_sum_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
+            parts, out, splits, SIZE=dim * dim, BLOCK=512, BLOCK_SPLITS=8, num_warps=4
+        )
+    return out
 
 
-def gram_torch(x: torch.Tensor) -> torch.Tensor:
+def gram_torch(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
     """`gram` in plain PyTorch."""
-    return x.float().mT @ x.float()
+    x = x.float() if mean is None else (x - mean[:, :, None]).to(x.dtype).float()
+    return x.mT @ x
 
 
 def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
@@ -162,11 +198,18 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         TypeError, ValueError: an argument is not as above.
     """
     check_tensor("q", q, shape=(None,) * 4, dtype=FLOATS)
-    batch, heads, tokens, dim = q.shape
+    _, heads, tokens, dim = q.shape
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q: expected a multiple of kv_heads = {kv_heads} heads, got {heads}")
     if tokens == 0 or dim % 2:
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
+    # A KV head at a time: what is held in float32 is its queries alone.
+    return torch.cat([_group_metric(own, rope, chunk) for own in q.split(heads // kv_heads, dim=1)], dim=1)
+
+
+def _group_metric(q: torch.Tensor, rope: Rope, chunk: int) -> torch.Tensor:
+    """`query_metric` of the query heads of one KV head: float32 [B, 1, D, D]."""
+    batch, heads, tokens, dim = q.shape
     pairs = rope.turns.shape[0]
     positions = torch.arange(tokens, device=q.device).expand(batch, -1)
     turned = rotate(q if q.stride(-1) == 1 else q.contiguous(), positions, rope).float()
@@ -181,8 +224,8 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
     half = dim // 2
     turned = torch.nn.functional.pad(turned[..., order], (0, 0, 0, -tokens % chunk))
     chunks = turned.shape[2] // chunk
-    x = turned.unflatten(1, (kv_heads, -1)).unflatten(3, (chunks, chunk)).transpose(2, 3).flatten(3, 4)
-    z = torch.complex(x[..., :half], x[..., half:])  # [B, G, chunks, H/G * C, D/2]
+    x = turned[:, None].unflatten(3, (chunks, chunk)).transpose(2, 3).flatten(3, 4)
+    z = torch.complex(x[..., :half], x[..., half:])  # [B, 1, chunks, H/G * C, D/2]
     theta = torch.cat((rope.turns, rope.turns.new_zeros(rest)))  # wraps modulo one turn
     starts = torch.arange(chunks, device=q.device)[:, None, None] * chunk
 
@@ -194,7 +237,7 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
     plain = ((z.mT @ z) * factors(theta[:, None] + theta[None, :])).sum(2)
     top = torch.cat(((conj.real + plain.real), (plain.imag - conj.imag)), dim=-1)
     bottom = torch.cat(((conj.imag + plain.imag), (conj.real - plain.real)), dim=-1)
-    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * (heads // kv_heads)
+    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * heads
     moment = torch.cat((top, bottom), dim=-2) / (2 * seen)
     moment = (moment + moment.mT) / 2
     back = torch.argsort(order)
@@ -229,30 +272,52 @@ def error_weights(
         (w_k, w_v), float32 [B, G]: the layer's relative error is the sum over g of w_k[g] times the mean squared error of
         keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`.
     """
-    batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
+    found = []
+    for g, own in enumerate(q.split(q.shape[1] // groups, dim=1)):  # what is held in float32 is one head's keys and values
+        metric = None if v_metric is None else v_metric[g]
+        found.append(_head_weights(own, k[:, g], v[:, g], rope, metric, chunk, sinks, window, queries))
+    w_k, w_v, power = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    total = power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return w_k / total, w_v / total
+
+
+def _head_weights(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: Rope,
+    v_metric: torch.Tensor | None,
+    chunk: int,
+    sinks: int,
+    window: int,
+    queries: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`error_weights` of one KV head before they are divided by its outputs' squares, and these, float32 [B].
+
+    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metric: [D, D].
+    """
+    batch, heads, tokens, dim = q.shape
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     positions = torch.arange(tokens, device=q.device)
     turned = rotate(q[:, :, at].contiguous(), at.expand(batch, -1), rope).float()
-    keys = rotate(k, (positions - positions % chunk).expand(batch, -1), rope).float()
+    keys = rotate(k[:, None], (positions - positions % chunk).expand(batch, -1), rope)[:, 0].float()
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
-    turned = turned.unflatten(1, (groups, -1))  # [B, G, H/G, S, D]
     values = v.float()
     weighted = values if v_metric is None else values @ v_metric
-    square = (weighted * values).sum(-1)[:, :, None]  # [B, G, 1, T]: of the values
-    w_k, w_v, total = (q.new_zeros((batch, groups), dtype=torch.float32) for _ in range(3))
-    for some, own in zip(at.split(16), turned.split(16, dim=3), strict=True):  # few at a time: scores are [.., S, T]
-        age = some.repeat(heads // groups)[:, None] - positions
-        p = (own.flatten(2, 3) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
+    square = (weighted * values).sum(-1)[:, None]  # [B, 1, T]: of the values
+    w_k, w_v, total = (q.new_zeros(batch, dtype=torch.float32) for _ in range(3))
+    for some, own in zip(at.split(16), turned.split(16, dim=2), strict=True):  # few at a time: scores are [.., S, T]
+        age = some.repeat(heads)[:, None] - positions
+        p = (own.flatten(1, 2) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
         o = p @ values
         power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
         p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
         w_k += (p2 * (square - 2 * o @ weighted.mT + power)).sum((-2, -1)) / dim
         w_v += p2.sum((-2, -1))
         total += power.sum((-2, -1))
-    total = total.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return w_k / total, w_v / total
+    return w_k, w_v, total
 
 
 def _floored(metric: torch.Tensor) -> torch.Tensor:
@@ -362,15 +427,18 @@ def _fit_steps_kernel(
     share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
     share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
     step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
-    error = tl.zeros([BLOCK_SHARES, 16], dtype=tl.float32)
+    inverse = 1.0 / step
+    half = half[None, None, :]
+    errors = tl.zeros([BLOCK_SHARES, BLOCK_T, 16], dtype=tl.float32)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         at = (n * T + t)[:, None] * R + r[None, :]
         c = tl.load(coefficients_ptr + at, mask=(t < T)[:, None] & used[None, :], other=0.0)[None, :, :]
-        code = tl.floor(c / step) + 0.5
-        code = tl.minimum(tl.maximum(code, (0.5 - half)[None, None, :]), (half - 0.5)[None, None, :])
-        off = tl.where((t < T)[None, :, None], code * step - c, 0.0)
-        error += tl.sum(off * off, 1)
+        # floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate.
+        code = tl.minimum(tl.maximum(c * inverse - 0.5, -half), half - 1.0) + 12582912.0
+        off = tl.where((t < T)[None, :, None], (code - 12582912.0 + 0.5) * step - c, 0.0)
+        errors += off * off
+    error = tl.sum(errors, 1)
     best = tl.argmin(error, 0, tie_break_left=True)
     best = tl.where(best < SHARES, best, 0)
     tl.store(step_ptr + n * R + r, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
@@ -421,8 +489,8 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
             R=rank,
             SHARES=STEP_SHARES,
             BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
-            BLOCK_T=16,
-            num_warps=4,
+            BLOCK_T=32,
+            num_warps=8,
         )
     return steps
 
@@ -515,10 +583,10 @@ def fit_spectrum(
     if centre:
         held, unit = quantise_basis(x.mean(dim=2, keepdim=True, dtype=torch.float32))
         mean = held.float() * unit[..., None]
-        x = (x - mean).to(x.dtype)
-    basis, scale = quantise_basis(fit_basis(gram(x), metric, rank=dim))
+    basis, scale = quantise_basis(fit_basis(gram(x, None if mean is None else mean[:, :, 0]), metric, rank=dim))
     encoder = fit_encoder(basis, scale, metric)
-    coefficients = x[:, :, :: max(1, x.shape[2] // sample)].float() @ encoder
+    rows = x[:, :, :: max(1, x.shape[2] // sample)]
+    coefficients = (rows if mean is None else (rows - mean).to(x.dtype)).float() @ encoder
     rows = basis.float() * scale[..., None]
     weight = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # [B, G, D]: of a squared error of a component
     steps, errors = {}, {0: coefficients.square().mean(-2) * weight}
@@ -712,14 +780,12 @@ def _encode_matrix_kernel(
     IS_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_GROUPS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """`each` tiles of 64 tokens of one row and head: project, quantise, pack.
 
     x is 16 bits wide. The encoder is held as two parts of that type, its columns scaled by powers of two to the top of
-    fp16's range. Codes and their places in a byte (powers of two) are exact in 16-bit floats too, so that a third product
-    packs.
+    fp16's range. A thread holds the same column of all blocks of 16, so that packing them into bytes moves nothing.
     """
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -739,28 +805,20 @@ def _encode_matrix_kernel(
     TYPE: tl.constexpr = x_ptr.dtype.element_ty if NATIVE else tl.float32
     high = e.to(TYPE)
     low = (e - high.to(tl.float32)).to(TYPE)
-    # Blocks fill bytes in order, and none straddles two: the bits before a block say where it goes.
+    # Blocks fill bytes in order, and none straddles two: the bits before a block say where in its byte it goes.
     block = r // 16
     before = (
         8 * tl.minimum(block, R8 // 16)
         + 4 * tl.minimum(tl.maximum(block - R8 // 16, 0), R4 // 16)
         + 2 * tl.maximum(block - (R8 + R4) // 16, 0)
     )
-    at = before // 8 * 16 + r % 16
-    column = tl.arange(0, 16 * BLOCK_GROUPS)
-    places = tl.where((at[:, None] == column[None, :]) & (r < R)[:, None], (1 << (before % 8))[:, None], 0)
-    places = places.to(tl.float32).to(TYPE)
-    top = (1 << bits).to(tl.float32)
-    shift = top * 0.5
+    low_bit = before % 8
+    most = (1 << bits).to(tl.float32) - 1.0
+    shift = most * 0.5  # codes are floor(c + 2**(bits - 1)); the half more of a floor is left to rounding
     if offset_ptr is not None:
         shift -= tl.load(offset_ptr + (b * G + g) * R + r, mask=r < R, other=0.0)
-    group = tl.arange(0, BLOCK_GROUPS)
-    LAST: tl.constexpr = len(GROUPS) - 1
-    is_half = (group == LAST) & _half(GROUPS, LAST)
-    # A field that ends at bit 7 has its highest bit flipped: a byte has one unless it has bits to spare (the last group).
-    spare = (group == LAST) & (_bits_of(GROUPS, LAST) < 8)
-    flip = tl.where(spare, 0, 128).to(tl.uint8)
-    offset = tl.arange(0, 512)
+    block = tl.arange(0, BLOCK_R // 16)
+    byte_at = tl.arange(0, 512)
     t = tl.arange(0, 64)
     x_ptr += b * stride_x_b + g * stride_x_g
     for tile in range(tl.program_id(0) * each, tl.minimum((tl.program_id(0) + 1) * each, tiles)):
@@ -769,20 +827,29 @@ def _encode_matrix_kernel(
         x = tl.load(x_ptr + token[:, None] * stride_x_t + d[None, :], mask=(d < D)[None, :], other=0.0).to(TYPE)
         c = tl.dot(x, low, input_precision="ieee")
         c = tl.dot(x, high, c, input_precision="ieee") * down[None, :]
-        code = tl.minimum(tl.maximum(tl.floor(c + shift[None, :]), 0.0), top[None, :] - 1.0)
-        byte = tl.dot(code.to(TYPE), places, input_precision="ieee").to(tl.uint8)  # [64, 16 * BLOCK_GROUPS]
-        if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> group, byte 64 g + 16 t + 4 r + b, i
-            byte = tl.permute(tl.reshape(byte, [2, 4, 8, BLOCK_GROUPS, 4, 4]), [3, 2, 4, 1, 5, 0])
-        else:  # token 8 b + 4 i + t, column 8 h + g -> group, byte 64 g + 16 t + 8 h + b, i
-            byte = tl.permute(tl.reshape(byte, [8, 2, 4, BLOCK_GROUPS, 2, 8]), [3, 5, 2, 4, 0, 1])
-        first, second = tl.split(tl.reshape(byte, [BLOCK_GROUPS, 512, 2]))
-        first, second = first ^ flip[:, None], second ^ flip[:, None]
-        first = tl.where(is_half[:, None], first | (second << 4), first)
-        out = pages_ptr + (page * G + g) * (C * BYTES) + offset[None, :]
-        out += (group * (16 * C))[:, None] + (tile % (C // 64) * tl.where(is_half, 512, 1024))[:, None]
-        live = (group <= LAST) & (page >= 0)
-        tl.store(out, first, mask=(live != 0)[:, None])
-        tl.store(out + 512, second, mask=((live != 0) & (is_half == 0))[:, None])
+        # Adding 2**23 leaves a number below 256, rounded, in the lowest bits. Conversions have an eighth of that rate.
+        code = tl.minimum(tl.maximum(c + shift[None, :], 0.0), most[None, :]) + 8388608.0
+        code = (code.to(tl.int32, bitcast=True) & 255) << low_bit[None, :]
+        code = tl.reshape(code, [64, BLOCK_R // 16, 16])
+        page_ptr = pages_ptr + (page * G + g) * (C * BYTES) + byte_at
+        for n in tl.static_range(len(GROUPS)):
+            own = (block >= _first_block(GROUPS, n)) & (block < _first_block(GROUPS, n) + _fields(GROUPS, n))
+            byte = tl.sum(tl.where(own[None, :, None], code, 0), 1)  # [64, 16]
+            if _bits_of(GROUPS, n) == 8:
+                byte ^= 128
+            byte = byte.to(tl.uint8)
+            if IS_K:  # token 32 i + 8 r + g, column 4 t + b -> byte 64 g + 16 t + 4 r + b, i
+                byte = tl.permute(tl.reshape(byte, [2, 4, 8, 4, 4]), [2, 3, 1, 4, 0])
+            else:  # token 8 b + 4 i + t, column 8 h + g -> byte 64 g + 16 t + 8 h + b, i
+                byte = tl.permute(tl.reshape(byte, [8, 2, 4, 2, 8]), [4, 2, 3, 0, 1])
+            first, second = tl.split(tl.reshape(byte, [512, 2]))
+            out = page_ptr + _group_offset(GROUPS, n) * C + (tile % (C // 64)) * (512 * _subtiles(GROUPS, n))
+            live = ((byte_at >= 0) & (page >= 0)) != 0  # (the interpreter wants a comparison)
+            if _half(GROUPS, n):
+                tl.store(out, first | (second << 4), mask=live)
+            else:
+                tl.store(out, first, mask=live)
+                tl.store(out + 512, second, mask=live)
 
 
 def _check_encode(x, encoder, bands, pages, page_ids, side, offset):
@@ -903,7 +970,6 @@ def _encode_16(
             IS_K=side == "k",
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_R=triton.next_power_of_2(bands.rank),
-            BLOCK_GROUPS=triton.next_power_of_2(len(bands.groups)),
             NATIVE=_launch.is_native(x),
             num_warps=4,
             num_stages=3,

@@ -352,7 +352,7 @@ def test_nbytes_is_the_sum_over_tensors(rng):
     two.append(1, k, k)
     assert two.nbytes - one >= 2 * k.nbytes
     two.reset()
-    assert two.nbytes == 2 * 2 * 4  # the lengths of two rows and layers
+    assert two.nbytes == 2 * 2 * (4 + 4)  # the lengths and residuals of two rows and layers
 
 
 def test_nbytes_shrinks(rng):
@@ -452,9 +452,9 @@ def keeps_hot_slots(layer: LayerCache) -> None:
 
 
 def keeps_segments(layer: LayerCache) -> None:
-    pages, segment, layout, rest = layer.pages, list(layer.segment), layer.layout, layer.k_rest
+    pages, segment, layout, rest = layer.pages, list(layer.segment), layer.layout, layer.fits
     layer.reset()
-    layer.pages, layer.segment, layer.layout, layer.k_rest = pages, segment, layout, rest
+    layer.pages, layer.segment, layer.layout, layer.fits = pages, segment, layout, rest
 
 
 @pytest.mark.parametrize("kind", KINDS)

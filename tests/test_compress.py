@@ -73,14 +73,27 @@ def test_gram(rng, implementation, dtype, shape, stride):
     check_gram(implementation, strided(torch.from_numpy(rng.standard_normal(shape)).to(dtype), stride))
 
 
-def test_gram_of_several_splits(rng):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [64, 80])
+def test_gram_of_centred_rows(rng, implementation, dtype, dim):
+    """The mean is a hundred times the rest; the last tile of tokens is not full."""
+    x = torch.from_numpy(rng.standard_normal((2, 2, 70, dim)) + 100 * rng.standard_normal((2, 2, 1, dim))).to(DEVICE, dtype)
+    mean = x.mean(2, dtype=torch.float32)
+    got = operation(compress, "gram", implementation, dtype)(x, mean)
+    centred = to_numpy((x - mean[:, :, None]).to(dtype))
+    budgets.check(got, oracle.gram(centred), budgets.gram(centred))
+
+
+def test_gram_of_several_splits(rng, monkeypatch):
     """More tokens than one program adds up."""
+    monkeypatch.setattr(compress, "GRAM_PROGRAMS", 3)
     check_gram("triton", torch.from_numpy(rng.standard_normal((1, 1, 2100, 64))).to(DEVICE, torch.float32))
 
 
 def test_gram_of_several_runs_a_split(rng, monkeypatch):
     monkeypatch.setattr(compress, "GRAM_RUN", 64)
-    monkeypatch.setattr(compress, "GRAM_SPLITS", 3)
+    monkeypatch.setattr(compress, "GRAM_PROGRAMS", 3)
     check_gram("triton", torch.from_numpy(rng.standard_normal((1, 1, 700, 64))).to(DEVICE, torch.float16))
 
 

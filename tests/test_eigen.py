@@ -50,7 +50,7 @@ def check_eigenvectors(implementation: str, matrices: F64) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dim", [DIM, DIM // 2 + 8])
+@pytest.mark.parametrize("dim", [DIM, 3 * DIM // 4, DIM // 2])  # three quarters: rows of padding move among the others
 def test_eigenvectors(rng, implementation, dim):
     check_eigenvectors(implementation, np.stack(list(matrices(rng, dim).values()))[None])
 
