@@ -317,6 +317,125 @@ def test_pinned_tokens_count_once(rng, landmarks):
     trial.check(1, "pinned again")
 
 
+# ---- segments and outliers ------------------------------------------------------------------------------------------
+
+# Each look at the residuals ends the segment, if there are tokens enough to be worth bases.
+RENEWED = replace(LOSSLESS, align=128, max_residual=0.0)
+
+
+def segments_of(layer: LayerCache, row: int) -> list[int]:
+    return list(dict.fromkeys(layer.segment_rows[row]))
+
+
+def test_segments_follow_one_another(rng):
+    """Several in a row, each from a block of alignment on, held to the budget of lossless pages through all operations."""
+    trial = Trial(rng, RENEWED, batch=2, metric=True, landmarks=[500])
+    trial.append(300, padding=[0, 70])
+    for tokens in (79, 60, 3, 79, 70, 64, 200, 1, 60, 300, 50):
+        trial.append(tokens)
+        trial.check(min(tokens, 20), f"{tokens} tokens appended, lengths {trial.lengths}")
+    layer = trial.layer
+    for row in range(2):
+        starts = [layer.segment_rows[row].index(segment) for segment in segments_of(layer, row)]
+        assert len(starts) >= 3 and all(start * CHUNK % RENEWED.align == 0 for start in starts)
+    kept, table = copy.deepcopy(trial.cache), layer.pages.segment_table
+    table.copy_(table[:, :1].expand_as(table))
+    assert trial.outside() > 2, "the first segment's bases would do"
+    trial.cache = kept
+    cut = trial.layer.segment_rows[0].index(segments_of(trial.layer, 0)[-1]) * CHUNK - 10
+    trial.crop([cut, trial.lengths[1] - 3])
+    trial.append(5)
+    trial.check(1, "back in a segment that had ended")
+    for tokens in (100, 200, 60):
+        trial.append(tokens)
+        trial.check(1, "going on after a crop")
+    trial.reorder([1, 0, 1])
+    for _ in range(3):
+        trial.append(150)
+        trial.check(1, "copies go on")
+
+
+def test_new_segment_when_tokens_change(rng):
+    """Tokens of another kind end a segment and lose less for it; more of the same kind does not."""
+    preset = Preset(k={64: "16x4+16x2"}, v={64: "16x4+16x2"}, align=128, window=16, min_fit=256, max_residual=1.5)
+    first, more, other = (low_rank(rng, 1, tokens) for tokens in (1536, 1536, 1536))
+
+    def stream(preset: Preset, x: torch.Tensor) -> tuple[LayerCache, float]:
+        cache = make_cache(preset, batch=1)
+        cache.append(0, x[:, :, :1536], x[:, :, :1536])
+        for start in range(1536, x.shape[2], 64):
+            part = x[:, :, start : start + 64].contiguous()
+            cache.append(0, part, part)
+        return cache.layers[0], relative_error(cache.get_kv(0, rope="pre")[0][:, :, 2048:], x[:, :, 2048:])
+
+    same_kind = torch.cat((first, first + 0.01 * more), dim=2)
+    assert len(segments_of(stream(preset, same_kind)[0], 0)) == 1
+    changing = torch.cat((first, other), dim=2)
+    layer, error = stream(preset, changing)
+    assert len(segments_of(layer, 0)) == 2 and layer.ends == [None]
+    one, error_of_one = stream(replace(preset, max_residual=float("inf")), changing)
+    assert len(segments_of(one, 0)) == 1
+    assert error < error_of_one / 2
+    bases = sum(getattr(layer.pages, name)[0].nbytes for name in ("k_basis", "k_scale", "v_basis", "v_scale"))
+    assert layer.pages.k_basis.shape[0] == 2 and bases < cache_module.BASES_SHARE * 1536 * 2 * layer.layout.token_bytes
+
+
+@pytest.mark.parametrize("straight", [True, False])
+def test_outliers_stay_exact(rng, straight):
+    """The tokens that lose most, others for each KV head, are kept and are skipped by the cold kernel."""
+    preset = replace(COARSE, outliers=0.03)
+    k, v = (low_rank(rng, 2, 400) for _ in range(2))
+    cache, without = make_cache(preset), make_cache(COARSE)
+    for each in (cache, without):
+        for start, end in [(0, 400)] if straight else [(t, t + 50) for t in range(0, 400, 50)]:
+            each.append(0, k[:, :, start:end].contiguous(), v[:, :, start:end].contiguous())
+    off = [(x - y).square().sum(-1)[:, :, :320] for x, y in zip((k, v), without.get_kv(0, rope="pre"), strict=False)]
+    lost = sum(x / x[:, :, 64:].mean(-1, keepdim=True) for x in off)  # [B, G, cold]
+    layer = cache.layers[0]
+    assert layer.cold == [320, 320] and layer.outliers == [int(0.03 * 320)] * 2
+    words = layer.pages.skip[torch.tensor(layer.page_rows, device=DEVICE)].long()  # [B, chunks, G, C/32]
+    bits = ((words[..., None] >> torch.arange(32, device=DEVICE)) & 1).transpose(1, 2).flatten(2).bool()  # [B, G, cold]
+    pinned = torch.zeros(320, dtype=torch.bool, device=DEVICE)
+    pinned[: preset.sinks] = True
+    for row in range(2):
+        for head in range(2):
+            positions = layer.outlier_positions[row, head]
+            assert len(set(positions.tolist())) == layer.outliers[row] and not set(positions.tolist()) & {0, 1}
+            expected = pinned.clone()
+            expected[positions.long()] = True
+            assert torch.equal(bits[row, head], expected)
+            # Up to what rounding the basis to int8 changes in its metric.
+            assert not straight or lost[row, head, positions.long()].min() > 0.9 * lost[row, head, ~expected].max()
+            got_k, got_v, _ = cache.get_kv(0, rope="pre")
+            own = positions.long()
+            assert torch.equal(got_v[row, head, own], v[row, head, own])
+            assert (got_k[row, head, own] - k[row, head, own]).abs().max() < 1e-4 * k.abs().max()
+    assert not torch.equal(layer.outlier_positions[:, 0], layer.outlier_positions[:, 1])
+
+
+def test_outliers_count_once(rng):
+    trial = Trial(rng, replace(RENEWED, outliers=0.1), metric=True, landmarks=[40])
+    trial.append(300, padding=[0, 90])
+    for tokens in (80, 79, 1, 120, 200):
+        trial.append(tokens)
+        trial.check(min(tokens, 9), f"{tokens} tokens appended")
+    assert trial.layer.outliers == [int(0.1 * cold) for cold in trial.layer.cold]
+    kept = copy.deepcopy(trial.cache)
+    skip = trial.layer.pages.skip
+    skip.copy_(skip[:, [1, 0]])
+    assert trial.outside() > 2, "heads with one another's skip bits"
+    trial.cache = copy.deepcopy(kept)
+    trial.layer.outlier_positions.fill_(-1)
+    assert trial.outside() > 2, "outliers seen by nobody"
+    trial.cache = kept
+    trial.reorder([1, 0, 0])
+    trial.crop([150, 400, 130])
+    trial.append(1)
+    trial.check(1, "after a crop")
+    trial.append(200)
+    trial.check(1, "chosen again")
+
+
 # ---- lengths, bytes, rebuilding -------------------------------------------------------------------------------------
 
 
@@ -639,6 +758,9 @@ def test_bad_settings_are_named():
         ({"min_fit": -1}, "min_fit"),
         ({"chunk": 32}, "chunk"),
         ({"v": None}, "v"),
+        ({"max_residual": -1.0}, "max_residual"),
+        ({"max_residual": float("nan")}, "max_residual"),
+        ({"outliers": 0.6}, "outliers"),
     ):
         with pytest.raises(ValueError, match=rf"^{name}"):
             Preset(**{"k": bands, "v": bands, **wrong})
@@ -706,10 +828,15 @@ def failing(function: Callable[..., Any], at: int, late: bool, calls: list[int])
     return run
 
 
-STEPS = [(cache_module, name) for name in ("phase_align", "encode", "fit_spectrum", "fit_encoder", "query_metric")]
+STEPS = [
+    (cache_module, name) for name in ("phase_align", "encode", "decode", "fit_spectrum", "fit_encoder", "query_metric")
+]
 STEPS += [
     (LayerCache, name)
-    for name in ("_resize_ring", "_store_hot", "_compress", "_fit", "_pin", "_reserve", "_allocate", "_write_tables")
+    for name in (
+        *("_resize_ring", "_store_hot", "_compress", "_fit", "_pin", "_reserve", "_allocate", "_write_tables"),
+        *("_keep_outliers", "_note_residuals", "_look_at_residuals"),
+    )
 ]
 STEPS.append((torch.linalg, "eigh"))
 
@@ -720,6 +847,11 @@ def before_a_failure(name: str) -> tuple[SpectralCache, dict[str, Any]]:
     trial = Trial(rng, LOSSLESS, batch=3, metric=True, landmarks=[[80, 132], [3], []])
     kwargs: dict[str, Any] = {}
     tokens = 220
+    if name == "a segment ends, outliers":
+        trial = Trial(rng, replace(RENEWED, outliers=0.1), batch=3, metric=True)
+        trial.append(300)
+        trial.append(79)
+        tokens = 260  # to the end of the segment, and a new one after it
     if name == "an empty cache":
         kwargs["padding"] = [0, 40, 210]
     elif name == "rows in all states":
@@ -741,7 +873,16 @@ def before_a_failure(name: str) -> tuple[SpectralCache, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "situation",
-    ["an empty cache", "rows in all states", "the first fit from the ring", "one step", "one step without compression"],
+    [
+        *(
+            "an empty cache",
+            "rows in all states",
+            "the first fit from the ring",
+            "one step",
+            "one step without compression",
+        ),
+        "a segment ends, outliers",
+    ],
 )
 def test_failure_in_the_middle_leaves_the_cache_as_it_was(monkeypatch, situation):
     """Each step of an append fails once, before or after its work; then the same append succeeds."""

@@ -260,6 +260,27 @@ def test_errors_on_the_embedded_model(prefix, preset, scores, outputs):
     assert got[0] <= scores and got[1] <= outputs
 
 
+def test_a_stream_keeps_its_quality(tensors):
+    """Bases fitted on the first 600 tokens of 4,096: new segments make up for most of what they lose later on."""
+    schemes = quality.streamed("balanced", 600)
+    renewed, one = (
+        np.mean([quality.attention_errors(tensors, stored, n) for n in range(len(tensors.k))], axis=0)
+        for stored in (store(tensors) for store in schemes.values())
+    )
+    assert renewed[1] <= 0.356  # five percent above what it was when this was set
+    assert renewed[1] < 0.85 * one[1] and renewed[0] < one[0]
+
+
+def test_short_blocks_of_alignment(prefix):
+    """The simulation of blocks that pages cannot have gives, for one that they can have, what they give."""
+    preset = replace(PRESETS["balanced"], align=128)
+    one, other = quality.store_spectral(prefix, preset), quality.store_aligned(prefix, preset, 128)
+    for a, b in zip(one.layers, other.layers, strict=True):
+        assert (a[0] - b[0]).norm() < 2e-3 * a[0].norm() and torch.equal(a[1], b[1])  # fp16 keys, turned once more
+    finer = quality.store_aligned(prefix, preset, 32)
+    assert any((a[0] - b[0]).norm() > 0.02 * a[0].norm() for a, b in zip(one.layers, finer.layers, strict=True))
+
+
 @pytest.mark.parametrize("change", ["no metric of K", "K not centred", "steps unclipped"])
 def test_error_targets_have_teeth(tensors, change):
     """A codec that forgets one of its parts does not pass."""
