@@ -23,6 +23,14 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a program may use 163 KB of shared memory or more (sm_80, 87, 90, 100), not 99 (86, 89, 120) or 64 (75)."""
+    if device.type != "cuda":
+        return True
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor) in ((8, 0), (8, 7)) or major in (9, 10)
+
+
 def check_bf16(name: str, x: torch.Tensor) -> None:
     """Cards before sm_80 have no bf16 arithmetic: convert such inputs to fp16 or fp32.
 

@@ -24,6 +24,7 @@ KERNELS = {
     "_finish_spectral_kernel",
     "_fit_steps_kernel",
     "_gram_kernel",
+    "_gram_sum_kernel",
     "_merge_many_states_kernel",
     "_merge_states_kernel",
     "_prepare_kernel",
