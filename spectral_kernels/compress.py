@@ -948,6 +948,7 @@ def _encode_16(
     # Two blocks a multiprocessor: more would only read the encoder more often.
     blocks = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
     each = triton.cdiv(tiles * heads * batch, blocks)
+    large = _launch.has_large_shared_memory(x.device)
     with torch.cuda.device_of(x):
         _encode_matrix_kernel[(triton.cdiv(tiles, each), heads, batch)](
             x,
@@ -971,9 +972,9 @@ def _encode_16(
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_R=triton.next_power_of_2(bands.rank),
             NATIVE=_launch.is_native(x),
-            num_warps=4,
-            # The third takes 106 KB at D = 128 (triton 3.6).
-            num_stages=3 if _launch.has_large_shared_memory(x.device) else 2,
+            # A third stage takes 106 KB at D = 128 (triton 3.6); without it, four warps spill in the loop.
+            num_warps=4 if large else 8,
+            num_stages=3 if large else 2,
         )
 
 
