@@ -24,11 +24,8 @@ def has_matrix_units(device: torch.device) -> bool:
 
 
 def has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 163 KB of shared memory or more (sm_80, 87, 90, 100), not 99 (86, 89, 120) or 64 (75)."""
-    if device.type != "cuda":
-        return True
-    major, minor = torch.cuda.get_device_capability(device)
-    return (major, minor) in ((8, 0), (8, 7)) or major in (9, 10)
+    """Whether a program may use 227 KB of shared memory (sm_90, 100), not 163 (80), 99 (86, 89, 120) or 64 (75)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def check_bf16(name: str, x: torch.Tensor) -> None:

@@ -972,7 +972,7 @@ def _encode_16(
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_R=triton.next_power_of_2(bands.rank),
             NATIVE=_launch.is_native(x),
-            # A third stage takes 106 KB at D = 128 (triton 3.6); without it, four warps spill in the loop.
+            # A third stage takes 106 KB at D = 128 (triton 3.6); elsewhere four warps spill in the loop.
             num_warps=4 if large else 8,
             num_stages=3 if large else 2,
         )
