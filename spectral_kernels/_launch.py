@@ -44,18 +44,29 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def dot_f32(a, b, MATRIX: tl.constexpr, IS_HALF: tl.constexpr = False):
-    """a [.., M, K] @ b [.., K, N] in float32 accuracy: three tf32 products (a + a_lo)(b + b_lo), or multiply and sum.
+def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
+    """float32 a [.., M, K] @ b [.., K, N] in float32 accuracy, or multiply and sum.
 
-    IS_HALF: b holds 16-bit floats, which are exact in tf32: two products.
+    b float32: three tf32 products (a + a_lo)(b + b_lo). 16-bit floats are exact in tf32: two products; bf16 where it has
+    arithmetic (NATIVE): a is the sum of three bf16 parts.
     """
-    if MATRIX and IS_HALF:
+    if MATRIX and NATIVE and b.dtype == tl.bfloat16:
+        a1 = a.to(tl.bfloat16)
+        rest = a - a1.to(tl.float32)
+        a2 = rest.to(tl.bfloat16)
+        a3 = (rest - a2.to(tl.float32)).to(tl.bfloat16)
+        out = tl.dot(a3, b)
+        out = tl.dot(a2, b, out)
+        out = tl.dot(a1, b, out)
+    elif MATRIX and b.dtype != tl.float32:
         top = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # what tf32 keeps of a
+        b = b.to(tl.float32)
         out = tl.dot(a - top, b, input_precision="tf32")
         out = tl.dot(top, b, out, input_precision="tf32")
     elif MATRIX:
         out = tl.dot(a, b, input_precision="tf32x3")
     else:
+        b = b.to(tl.float32)
         # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
         if len(a.shape) == 3:
             a3, b3 = tl.broadcast(a[:, :, :, None], b[:, None, :, :])

@@ -268,22 +268,6 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(row, live, PAIRS: tl.constexpr, D: tl.constexpr):
-    """Rows of D numbers at pointers row [M] as [M, 32] each: 32 first and 32 second numbers of pairs in turn, then those
-    that do not turn."""
-    column = tl.arange(0, 32)
-    found = ()
-    for start in tl.static_range(0, PAIRS, 32):
-        mask = live[:, None] & (start + column < PAIRS)[None, :]
-        found = found + (tl.load(row[:, None] + (start + column)[None, :], mask=mask, other=0.0),)
-        found = found + (tl.load(row[:, None] + (PAIRS + start + column)[None, :], mask=mask, other=0.0),)
-    for start in tl.static_range(2 * PAIRS, D, 32):
-        mask = live[:, None] & (start + column < D)[None, :]
-        found = found + (tl.load(row[:, None] + (start + column)[None, :], mask=mask, other=0.0),)
-    return found
-
-
-@triton.jit
 def _exact_split(
     q_ptr,
     positions_ptr,
@@ -294,6 +278,7 @@ def _exact_split(
     o_ptr,
     lse_ptr,
     split,
+    each,
     block_m,
     g,
     b,
@@ -326,19 +311,35 @@ def _exact_split(
 ):
     """One split of the exact keys of row b and KV head g, for BLOCK_M rows, each a query and a head of the group."""
     BLOCK_D: tl.constexpr = _power_of_2(D)
+    NONE: tl.constexpr = 2147483647
     row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < Q * HG
     query = (row // HG).to(tl.int64)
     head = g * HG + row % HG
     position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
-    q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
-    queries = _load_columns(q_row, live, PAIRS, D)
-
     d = tl.arange(0, BLOCK_D)
+    # Dimension d turns with its partner, dimensions from 2 PAIRS on do not turn.
+    first_half = d < PAIRS
+    turns_too = d < 2 * PAIRS
+    partner = tl.where(first_half, d + PAIRS, tl.where(turns_too, d - PAIRS, d))
+    if PAIRS % 8 == 0:
+        partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
+    turns = tl.load(turns_ptr + tl.minimum(d, partner), mask=turns_too, other=0)
+    if Q == 1:  # all rows are one query's
+        phase = (tl.load(positions_ptr + b * stride_positions_b).to(tl.int64) * turns)[None, :]
+    else:
+        phase = position[:, None] * turns[None, :]
+    phase = (phase >> 32).to(tl.int32)  # exact modulo a turn at any position
+    factor = tl.where(turns_too, rotary_scale, 1.0) * softmax_scale
+    q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
+    q_mask = live[:, None] & (d < D)[None, :]
+    q = tl.load(q_row[:, None] + d[None, :], mask=q_mask, other=0.0).to(tl.float32) * factor[None, :]
+    q_partner = tl.load(q_row[:, None] + partner[None, :], mask=q_mask, other=0.0).to(tl.float32)
+    q_partner *= tl.where(first_half, -factor, factor)[None, :]
+
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     l = tl.zeros([BLOCK_M], dtype=tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    each = tl.cdiv(tl.cdiv(N, BLOCK_N), splits) * BLOCK_N
     k_ptr += b * stride_k_b + g * stride_k_g
     v_ptr += b * stride_v_b + g * stride_v_g
     key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
@@ -347,27 +348,23 @@ def _exact_split(
         n = start + tl.arange(0, BLOCK_N)
         inside = n < N
         key_position = tl.load(key_positions_ptr + n, mask=inside, other=-1)
-        keys = _load_columns(k_ptr + n.to(tl.int64) * stride_k_n, inside, PAIRS, D)
-        v_mask = inside[:, None] & (d < D)[None, :]
-        v = tl.load(v_ptr + n.to(tl.int64)[:, None] * stride_v_n + d[None, :], mask=v_mask, other=0.0)
+        mask = inside[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + n.to(tl.int64)[:, None] * stride_k_n + d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + n.to(tl.int64)[:, None] * stride_v_n + d[None, :], mask=mask, other=0.0)
         used = key_position >= 0
-        start_of_block = tl.where(used, key_position - key_position % C, 0)
+        block = key_position // C
+        # Keys stay as they are stored: queries are turned by their distance to the start of a block, once for each block
+        # that has keys in the tile. Those are few: neighbours in a cache are neighbours in the text.
+        k = tl.trans(k)
         s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for i in tl.static_range(0, (PAIRS + 31) // 32):  # 32 pairs at a time: registers
-            # Queries and keys are turned to their absolute positions; angles are exact modulo a turn at any position.
-            pair = i * 32 + tl.arange(0, 32)
-            turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
-            cos, sin = cos_sin(position[:, None], turns[None, :], NATIVE)
-            q1 = queries[2 * i].to(tl.float32) * (rotary_scale * softmax_scale)
-            q2 = queries[2 * i + 1].to(tl.float32) * (rotary_scale * softmax_scale)
-            k_cos, k_sin = cos_sin_of_phase(phase_of(start_of_block[:, None], turns[None, :]), NATIVE)
-            k1 = keys[2 * i].to(tl.float32)
-            k2 = keys[2 * i + 1].to(tl.float32)
-            s += dot_f32(q1 * cos - q2 * sin, tl.trans(k1 * k_cos - k2 * k_sin), MATRIX)
-            s += dot_f32(q1 * sin + q2 * cos, tl.trans(k1 * k_sin + k2 * k_cos), MATRIX)
-        for i in tl.static_range(2 * ((PAIRS + 31) // 32), len(keys)):
-            rest = tl.trans(keys[i].to(tl.float32))
-            s += dot_f32(queries[i].to(tl.float32) * softmax_scale, rest, MATRIX)
+        left = used
+        first = tl.min(tl.where(left, block, NONE), 0)
+        while first < NONE:
+            back = ((first.to(tl.int64) * C * turns) >> 32).to(tl.int32)
+            cos, sin = cos_sin_of_phase(phase - back[None, :], NATIVE)  # [BLOCK_M or 1, BLOCK_D]
+            s = tl.where((block == first)[None, :], dot_f32(q * cos + q_partner * sin, k, MATRIX, NATIVE), s)
+            left = left & (block != first)
+            first = tl.min(tl.where(left, block, NONE), 0)
         seen = used[None, :] & (key_position[None, :] <= position[:, None])
         s = tl.where(seen, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -376,7 +373,7 @@ def _exact_split(
         p = tl.exp2(s - top[:, None])
         l = l * old + tl.sum(p, 1)
         # An unused slot may hold NaN; its score is -inf whatever its key.
-        o = o * old[:, None] + dot_f32(p, tl.where(used[:, None], v.to(tl.float32), 0.0), MATRIX, v.dtype != tl.float32)
+        o = o * old[:, None] + dot_f32(p, tl.where(used[:, None], v, 0.0), MATRIX, NATIVE)
         m = m_new
     o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
     out = ((b * (G * HG) + head) * Q + query) * splits + split
@@ -384,7 +381,7 @@ def _exact_split(
     tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "Q", "splits", "stride_key_positions_b", "stride_key_positions_g"])
+@triton.jit(do_not_specialize=["N", "each", "splits", "stride_key_positions_b", "stride_key_positions_g"])
 def _attend_exact_kernel(
     q_ptr,
     positions_ptr,
@@ -395,6 +392,7 @@ def _attend_exact_kernel(
     o_ptr,
     lse_ptr,
     N,
+    each,
     splits,
     Q,
     G,
@@ -425,7 +423,7 @@ def _attend_exact_kernel(
     blocks_m = tl.cdiv(Q * HG, BLOCK_M)
     _exact_split(
         q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-        tl.program_id(0), tl.program_id(1) % blocks_m, (tl.program_id(1) // blocks_m).to(tl.int64),
+        tl.program_id(0), each, tl.program_id(1) % blocks_m, (tl.program_id(1) // blocks_m).to(tl.int64),
         tl.program_id(2).to(tl.int64), N, splits, Q, G, softmax_scale, rotary_scale,
         stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
         stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
@@ -601,7 +599,7 @@ def _project_blocks(
 
 @triton.jit(
     do_not_specialize=[
-        "max_blocks", "each", "N", "exact_splits", "Q", "stride_positions_b", "stride_segments_b",
+        "max_blocks", "each", "N", "exact_each", "exact_splits", "stride_positions_b", "stride_segments_b",
         "stride_key_positions_b", "stride_key_positions_g",
     ]
 )  # fmt: skip
@@ -624,6 +622,7 @@ def _prepare_kernel(
     max_blocks,
     each,
     N,
+    exact_each,
     exact_splits,
     Q,
     G,
@@ -677,7 +676,7 @@ def _prepare_kernel(
         if bq % Q == 0:
             _exact_split(
                 q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-                program % exact_splits, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale,
+                program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale,
                 rotary_scale,
                 stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
                 stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
@@ -712,7 +711,7 @@ def _sum_of_warps(a, b, c, d):
     return a, b, c, d
 
 
-@triton.jit(do_not_specialize=["max_blocks", "splits", "Q", "stride_pages_b", "stride_segments_b"])
+@triton.jit(do_not_specialize=["max_blocks", "splits", "stride_pages_b", "stride_segments_b"])
 def _attend_spectral_kernel(
     k_ptr,
     v_ptr,
@@ -931,7 +930,7 @@ def _largest_each(a, b, c, d, a_other, b_other, c_other, d_other):
     return tl.maximum(a, a_other), tl.maximum(b, b_other), tl.maximum(c, c_other), tl.maximum(d, d_other)
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "Q", "H", "G"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "H", "G"])
 def _finish_spectral_kernel(
     c_ptr,
     lse_ptr,
@@ -1126,12 +1125,12 @@ def attend_spectral(
     segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
     factors = scale * LOG2_E, rope.scaling**2
     with torch.cuda.device_of(q):
-        exact_splits, exact_o, exact_lse = _exact_states(q4, exact, matrix)
+        exact_splits, exact_each, exact_o, exact_lse = _exact_states(q4, exact, matrix)
         if old:
             from . import attention_sm75  # it takes helpers from here
 
             if exact is not None and exact_splits:
-                _launch_exact(q4, positions, exact, rope, layout.align, factors, exact_o, exact_lse, exact_splits, matrix)
+                _launch_exact(q4, positions, exact, rope, layout.align, factors, exact_o, exact_lse, exact_each, matrix)
             states = c, split_lse, segments, o, o_lse
             attention_sm75._attend_old_cards(q4, positions, pages, rope, *factors, states)
         else:
@@ -1166,6 +1165,7 @@ def attend_spectral(
                 blocks,
                 triton.cdiv(blocks, programs),
                 key_positions.shape[-1],
+                exact_each,
                 exact_splits,
                 queries,
                 kv_heads,
@@ -1369,10 +1369,10 @@ def attend_exact(
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     exact, factors = (k, v, key_positions), (scale * LOG2_E, rope.scaling**2)
     with torch.cuda.device_of(q):
-        splits, o_splits, lse_splits = _exact_states(q4, exact, matrix, splits)
+        splits, each, o_splits, lse_splits = _exact_states(q4, exact, matrix, splits)
         if splits == 1:
             o_splits, lse_splits = out, lse
-        _launch_exact(q4, positions, exact, rope, chunk, factors, o_splits, lse_splits, splits, matrix)
+        _launch_exact(q4, positions, exact, rope, chunk, factors, o_splits, lse_splits, each, matrix)
     if splits == 1:
         return out, lse
     return merge_many_states(
@@ -1382,18 +1382,20 @@ def attend_exact(
 
 def _exact_states(
     q: torch.Tensor, exact: tuple[torch.Tensor, ...] | None, matrix: bool, splits: int | None = None
-) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """(splits of the exact tokens, room for their states: o [B, H, Q, splits, D], lse); no splits without tokens."""
+) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+    """(splits of the exact tokens, tokens of each, room for their states: o [B, H, Q, splits, D], lse); no splits without
+    tokens."""
     batch, heads, queries, dim = q.shape
     tokens, kv_heads = (exact[0].shape[2], exact[0].shape[1]) if exact else (0, 1)
-    found = 0
+    found, each = 0, 1
     if tokens:
         tile = _exact_settings(heads // kv_heads, queries, matrix)
         tiles = triton.cdiv(tokens, tile["BLOCK_N"])
         programs = batch * kv_heads * triton.cdiv(heads // kv_heads * queries, tile["BLOCK_M"])
         found = min(splits or count_splits(programs, tiles, q.device, each=4), tiles)
+        each = triton.cdiv(tiles, found) * tile["BLOCK_N"]
     o = torch.empty((batch, heads, queries, found, dim), dtype=torch.float32, device=q.device)
-    return found, o, torch.empty((batch, heads, queries, found), dtype=torch.float32, device=q.device)
+    return found, each, o, torch.empty((batch, heads, queries, found), dtype=torch.float32, device=q.device)
 
 
 def _key_strides(key_positions: torch.Tensor) -> tuple[int, int]:
@@ -1410,7 +1412,7 @@ def _launch_exact(
     factors: tuple[float, float],
     o: torch.Tensor,
     lse: torch.Tensor,
-    splits: int,
+    each: int,
     matrix: bool,
 ) -> None:
     """`_attend_exact_kernel` by itself: q [B, H, Q, D], positions [B, Q] of last stride 1; states as `_exact_states`."""
@@ -1419,6 +1421,7 @@ def _launch_exact(
     _, heads, queries, _ = q.shape
     group = heads // kv_heads
     tile = _exact_settings(group, queries, matrix)
+    splits = lse.numel() // (batch * heads * queries)
     _attend_exact_kernel[(splits, kv_heads * triton.cdiv(group * queries, tile["BLOCK_M"]), batch)](
         q,
         positions,
@@ -1429,6 +1432,7 @@ def _launch_exact(
         o,
         lse,
         tokens,
+        each,
         splits,
         queries,
         kv_heads,
