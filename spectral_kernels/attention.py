@@ -268,6 +268,16 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _pairs(turns_ptr, d, PAIRS: tl.constexpr):
+    """What dimensions d turn with: (the partner, the sign of its part or 0 from 2 PAIRS on, turns a position)."""
+    sign = tl.where(d < PAIRS, -1.0, tl.where(d < 2 * PAIRS, 1.0, 0.0))
+    partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
+    if PAIRS % 8 == 0:
+        partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
+    return partner, sign, tl.load(turns_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
+
+
+@triton.jit
 def _exact_split(
     q_ptr,
     positions_ptr,
@@ -318,24 +328,18 @@ def _exact_split(
     head = g * HG + row % HG
     position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    # Dimension d turns with its partner, dimensions from 2 PAIRS on do not turn.
-    first_half = d < PAIRS
-    turns_too = d < 2 * PAIRS
-    partner = tl.where(first_half, d + PAIRS, tl.where(turns_too, d - PAIRS, d))
-    if PAIRS % 8 == 0:
-        partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
-    turns = tl.load(turns_ptr + tl.minimum(d, partner), mask=turns_too, other=0)
+    partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
     if Q == 1:  # all rows are one query's
         phase = (tl.load(positions_ptr + b * stride_positions_b).to(tl.int64) * turns)[None, :]
     else:
         phase = position[:, None] * turns[None, :]
     phase = (phase >> 32).to(tl.int32)  # exact modulo a turn at any position
-    factor = tl.where(turns_too, rotary_scale, 1.0) * softmax_scale
     q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
     q_mask = live[:, None] & (d < D)[None, :]
-    q = tl.load(q_row[:, None] + d[None, :], mask=q_mask, other=0.0).to(tl.float32) * factor[None, :]
+    q = tl.load(q_row[:, None] + d[None, :], mask=q_mask, other=0.0).to(tl.float32)
+    q *= (tl.where(sign == 0.0, 1.0, rotary_scale) * softmax_scale)[None, :]
     q_partner = tl.load(q_row[:, None] + partner[None, :], mask=q_mask, other=0.0).to(tl.float32)
-    q_partner *= tl.where(first_half, -factor, factor)[None, :]
+    q_partner *= (sign * rotary_scale * softmax_scale)[None, :]
 
     m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     l = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -432,15 +436,6 @@ def _attend_exact_kernel(
 
 
 @triton.jit
-def _turned(q1, q2, phase, NATIVE: tl.constexpr):
-    """hi and lo, int8, of both dimensions of pairs (q1, q2) turned by phase: 32 pairs of M rows, [M, 32]."""
-    cos, sin = cos_sin_of_phase(phase, NATIVE)
-    hi_1, lo_1, _ = _split_int16(q1 * cos - q2 * sin, NATIVE)
-    hi_2, lo_2, _ = _split_int16(q1 * sin + q2 * cos, NATIVE)
-    return hi_1, lo_1, hi_2, lo_2
-
-
-@triton.jit
 def _project_blocks(
     q_ptr,
     positions_ptr,
@@ -488,36 +483,36 @@ def _project_blocks(
     """
     STEPS: tl.constexpr = (R + 31) // 32
     ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
+    BLOCK_D: tl.constexpr = _power_of_2(D)
     b = bq // Q
-    blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
     segment_table_ptr += b * stride_segments_b
+    segment = tl.load(segment_table_ptr + first)
+    blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
     h = tl.arange(0, M) % HG_PAD
     local = tl.arange(0, M) // HG_PAD
     position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
     q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-    q_row = q_ptr + (g * HG + h) * stride_q_h
     row_out = ((bq * G + g) * max_blocks + local) * HG_PAD + h
     if not IS_FLOAT:
-        # The rows' queries, in units in which the longest pair is _FULL: one unit at any distance.
-        largest = tl.zeros([M], dtype=tl.float32)
-        k = tl.arange(0, 32)
-        pairs = ()
-        rest = ()
-        for start in tl.static_range(0, PAIRS, 32):
-            mask = (h < HG)[:, None] & (start + k < PAIRS)[None, :]
-            q1 = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-            q2 = tl.load(q_row[:, None] + (PAIRS + start + k)[None, :], mask=mask, other=0.0).to(tl.float32) * rotary_scale
-            largest = tl.maximum(largest, tl.max(tl.sqrt(q1 * q1 + q2 * q2), 1))
-            pairs = pairs + (q1, q2)
-        for start in tl.static_range(2 * PAIRS, D, 32):
-            mask = (h < HG)[:, None] & (start + k < D)[None, :]
-            x = tl.load(q_row[:, None] + (start + k)[None, :], mask=mask, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-            rest = rest + (x,)
-        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, None]
-        scaled = ()
-        for n in tl.static_range(len(pairs)):
-            scaled = scaled + (pairs[n] * full,)
+        d = tl.arange(0, BLOCK_D)
+        partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
+        # The queries, in units in which the longest pair is _FULL: one unit at any distance.
+        i = tl.arange(0, HG_PAD)
+        q_row = q_ptr + (g * HG + i) * stride_q_h
+        mask = (i < HG)[None, :, None] & (d < D)[None, None, :]
+        q = tl.load(q_row[None, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
+        q *= tl.where(sign == 0.0, 1.0, rotary_scale)[None, None, :]
+        q_partner = tl.load(q_row[None, :, None] + partner[None, None, :], mask=mask, other=0.0).to(tl.float32)
+        q_partner *= (sign * rotary_scale)[None, None, :]
+        largest = tl.sqrt(tl.max(q * q + q_partner * q_partner, 2))  # [1, HG_PAD]
+        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
+        q *= full
+        q_partner *= full
+        # Turned back by the blocks from the first of ROWS to each: what is left to turn by is the same for all rows.
+        back = -tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
+        back_cos, back_sin = cos_sin_of_phase(back, NATIVE)
+        back_cos, back_sin = back_cos[:, None, :], back_sin[:, None, :]  # [ROWS, 1, BLOCK_D]
+        q, q_partner = q * back_cos + q_partner * back_sin, q_partner * back_cos - q * back_sin
         column = tl.arange(0, BLOCK_R)
         # The component of a product's column: see `_by_thread`.
         r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
@@ -526,11 +521,11 @@ def _project_blocks(
         for n in tl.static_range(R // 16):
             weight *= tl.where(r // 16 == n, _weight(GROUPS, n), 1.0)
             offset += tl.where(r // 16 == n, _offset(GROUPS, n), 0.0)
+        offset = _by_thread(offset[None, :], 1, BLOCK_R)
     # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
     start = first
     while start < blocks:
-        segment = tl.load(segment_table_ptr + start).to(tl.int64)
-        row = (segment * G + g) * R
+        row = (segment.to(tl.int64) * G + g) * R
         if IS_FLOAT:
             live = (h < HG) & (start + local < blocks)
             live = live & (tl.load(segment_table_ptr + start + local, mask=live, other=-1) == segment)
@@ -546,47 +541,25 @@ def _project_blocks(
             same = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
             start += tl.min(tl.where(same, ROWS, local), 0)
         else:
-            basis = ()
-            for n in tl.static_range(len(pairs) + len(rest)):
-                if n < len(pairs):
-                    inside = n // 2 * 32 + k < PAIRS
-                    i = n % 2 * PAIRS + n // 2 * 32 + k
-                else:
-                    i = 2 * PAIRS + (n - len(pairs)) * 32 + k
-                    inside = i < D
-                at = basis_ptr + row * D + r[None, :] * D + i[:, None]
-                basis = basis + (tl.load(at, mask=inside[:, None] & (r < R)[None, :], other=0),)
+            at = basis_ptr + row * D + r[None, :] * D + d[:, None]
+            basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)
             scale = tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale * weight
             more = start < blocks
             while more:
-                live = (h < HG) & (start + local < blocks)
                 here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
-                live = live & here
-                distance = position - start.to(tl.int64) * ALIGN
-                hi = tl.zeros([M, BLOCK_R], dtype=tl.int32)
-                lo = tl.zeros([M, BLOCK_R], dtype=tl.int32)
-                for n in tl.static_range(len(pairs) // 2):
-                    turns = tl.load(turns_ptr + n * 32 + k, mask=n * 32 + k < PAIRS, other=0)
-                    # Exact modulo a turn at the first block; a block back is good to 2**-32 turns.
-                    back = ((ALIGN * turns) >> 32).to(tl.int32)
-                    phase = ((distance * turns) >> 32).to(tl.int32)[None, :] - local[:, None] * back[None, :]
-                    hi_1, lo_1, hi_2, lo_2 = _turned(scaled[2 * n], scaled[2 * n + 1], phase, NATIVE)
-                    hi += _dot_int8(hi_1, basis[2 * n], MATRIX)
-                    lo += _dot_int8(lo_1, basis[2 * n], MATRIX)
-                    hi += _dot_int8(hi_2, basis[2 * n + 1], MATRIX)
-                    lo += _dot_int8(lo_2, basis[2 * n + 1], MATRIX)
-                for n in tl.static_range(len(rest)):
-                    hi_1, lo_1, _ = _split_int16(rest[n] * full, NATIVE)
-                    hi += _dot_int8(hi_1, basis[len(pairs) + n], MATRIX)
-                    lo += _dot_int8(lo_1, basis[len(pairs) + n], MATRIX)
-                u = (hi * 256 + lo).to(tl.float32) * scale[None, :]  # in units of 1 / full
+                live = (h < HG) & here
+                cos, sin = cos_sin(position - start.to(tl.int64) * ALIGN, turns, NATIVE)  # exact modulo a turn
+                turned = q * cos[None, None, :] + q_partner * sin[None, None, :]  # [ROWS, HG_PAD, BLOCK_D]
+                hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
+                u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)
+                u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
                 top = tl.max(tl.abs(u), 1)
-                hi, lo, value = _split_int16(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], NATIVE)
-                unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
+                u = _by_thread(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], M, BLOCK_R)
+                hi, lo, value = _split_int16(u, NATIVE)
+                unit = tl.reshape(tl.reshape(top * (1.0 / _FULL), [ROWS, HG_PAD]) * (largest * (1.0 / _FULL)), [M])
                 out = row_out + start * HG_PAD
                 tl.store(unit_ptr + out, unit, mask=live)
-                tl.store(bias_ptr + out, tl.sum(value * offset[None, :], 1) * unit, mask=live)
-                hi, lo = _by_thread(hi, M, BLOCK_R), _by_thread(lo, M, BLOCK_R)
+                tl.store(bias_ptr + out, tl.sum(value * offset, 1) * unit, mask=live)
                 u_row = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
                 u_row += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
                 stored = live[:, None] & (column < STEPS * 32)[None, :]
@@ -595,6 +568,7 @@ def _project_blocks(
                 done = tl.min(tl.where(here, ROWS, local), 0)
                 start += done
                 more = (done == ROWS) & (start < blocks)
+        segment = tl.load(segment_table_ptr + start, mask=start < blocks, other=0)
 
 
 @triton.jit(
@@ -930,7 +904,7 @@ def _largest_each(a, b, c, d, a_other, b_other, c_other, d_other):
     return tl.maximum(a, a_other), tl.maximum(b, b_other), tl.maximum(c, c_other), tl.maximum(d, d_other)
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "H", "G"])
+@triton.jit(do_not_specialize=["splits", "exact_splits"])
 def _finish_spectral_kernel(
     c_ptr,
     lse_ptr,
@@ -945,25 +919,30 @@ def _finish_spectral_kernel(
     splits,
     exact_splits,
     Q,
-    H,
     G,
+    HG: tl.constexpr,
     D: tl.constexpr,
     RV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Join the states of the splits (at most BLOCK_N, see `_attend_spectral_kernel`) of one row, query and head with those
-    of its exact tokens, in a fixed order; the V basis is applied once a segment."""
-    BLOCK_D: tl.constexpr = _power_of_2(D)
+    of its exact tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once a segment."""
     BLOCK_R: tl.constexpr = _power_of_2(RV)
-    row = tl.program_id(0).to(tl.int64)
-    g = (row // Q % H) // (H // G)
-    segment_ptr += ((row // (Q * H) * Q + row % Q) * G + g) * splits
-    d = tl.arange(0, BLOCK_D)
+    NONE: tl.constexpr = 2147483647
+    head = tl.program_id(1)
+    bq = tl.program_id(2).to(tl.int64)
+    row = (bq // Q * (G * HG) + head) * Q + bq % Q
+    g = head // HG
+    segment_ptr += (bq * G + g) * splits
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then chosen away.
+    first = tl.load(segment_ptr)
+    known = tl.load(lse_ptr + row * splits) > float("-inf")
     lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
     segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
     o_lse = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
@@ -972,10 +951,16 @@ def _finish_spectral_kernel(
     y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
     c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
     x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
+    at = (g * RV + r)[:, None] * D + d[None, :]
+    inside = (r < RV)[:, None] & (d < D)[None, :]
+    # Most often the first split's segment is the only one.
+    loaded = tl.where(known, first, 0)
+    basis = tl.load(basis_ptr + loaded.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
     # Of an empty split no segment was written.
     live = lse > float("-inf")
-    low = tl.where(live, segment, 2147483647)
-    largest, earlier, own, last = tl.reduce((lse, o_lse, tl.where(live, segment, -1), -low), 0, _largest_each)
+    low = tl.where(live, segment, NONE)
+    largest, earlier, last, own = tl.reduce((lse, o_lse, tl.where(live, segment, -1), -low), 0, _largest_each)
+    own = -own
     top = tl.maximum(tl.maximum(largest, earlier), tl.max(exact_lse, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     w = tl.exp(exact_lse - top)
@@ -983,15 +968,16 @@ def _finish_spectral_kernel(
     o = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
     w = tl.exp(lse - top)
     total += tl.sum(w, 0)
-    while own >= 0:
+    while own < NONE:
         c = tl.sum(tl.where((live & (segment == own))[:, None], w[:, None] * x, 0.0), 0)
-        rows = basis_ptr + ((own.to(tl.int64) * G + g) * RV + r)[:, None] * D
-        basis = tl.load(rows + d[None, :], mask=(r < RV)[:, None] & (d < D)[None, :], other=0).to(tl.float32)
-        o += tl.sum(c[:, None] * basis, 0)
-        if own == -last:
-            own = -1
+        if own != loaded:
+            basis = tl.load(basis_ptr + own.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
+        loaded = own
+        o += tl.sum(c[:, None] * basis.to(tl.float32), 0)
+        if own == last:
+            own = NONE
         else:
-            own = tl.max(tl.where(live & (segment < own), segment, -1), 0)
+            own = tl.min(tl.where(live & (segment > own), segment, NONE), 0)
     if earlier > float("-inf"):  # splits that a segment ended in: seldom any
         for i in range(splits):
             lse_i = tl.load(o_lse_ptr + row * splits + i)
@@ -1001,7 +987,8 @@ def _finish_spectral_kernel(
                 o += w_i * tl.load(o_ptr + (row * splits + i) * D + d, mask=d < D, other=0.0)
     o = tl.where(total > 0.0, o / total, 0.0)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
-    tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
+    if tl.program_id(0) == 0:
+        tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
@@ -1233,7 +1220,9 @@ def attend_spectral(
                 **attend,
             )
         block_n = max(16, triton.next_power_of_2(splits))
-        _finish_spectral_kernel[(lse.numel(),)](
+        # All dimensions at once, or as many programs as keep the card busy.
+        block_d = _power_of_2(dim) if rows * heads >= _launch.multiprocessors(q.device) else 32
+        _finish_spectral_kernel[(triton.cdiv(dim, block_d), heads, rows)](
             c,
             split_lse,
             segments,
@@ -1247,12 +1236,13 @@ def attend_spectral(
             splits,
             exact_splits,
             queries,
-            heads,
             kv_heads,
+            HG=group,
             D=dim,
             RV=layout.v.rank,
             BLOCK_N=block_n,
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
+            BLOCK_D=block_d,
             num_warps=4 if block_n * layout.v.rank <= 8192 else 8,
         )
     return out, lse

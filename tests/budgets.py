@@ -96,10 +96,10 @@ def turned_query(q: ArrayLike, inv_freq: ArrayLike, scaling: float) -> F64:
     return rope_oracle.scale_rotary(rope_oracle.pair_magnitude(q, inv_freq), inv_freq, scaling**2)
 
 
-def projection(dim: int) -> float:
-    """Relative to sum_d |basis_d| |q_d|: turning (angle, 3 roundings), scaling twice, D products added, k_scale,
-    softmax scale and log2(e)."""
-    return ANGLE + PRODUCT + (3 + 2 + dim + 3) * ACC
+def projection(dim: int, turns: int = 1) -> float:
+    """Relative to sum_d |basis_d| |q_d|: turning (angle, 3 roundings) as often as `turns`, scaling twice, D products added,
+    k_scale, softmax scale and log2(e)."""
+    return turns * (ANGLE + 3 * ACC) + PRODUCT + (2 + dim + 3) * ACC
 
 
 def project_queries(q: ArrayLike, expected: F64, pages: PageArrays, inv_freq: ArrayLike, scaling: float) -> F64:
@@ -181,8 +181,8 @@ def attend_spectral(
 ) -> tuple[F64, F64]:
     """(of o, of lse). u: the oracle's projected queries [B, H, Q, max_blocks, R_K]. integer: int8 hi + lo operands.
 
-    Scores: the projected query's own error, through |code|, and the split of the turned query before it is projected;
-    the split of u (s/508 a component); float32 sums of the stored integers and of their offsets (hi + lo/254, the step,
+    Scores: the projected query's own error, through |code| (where it is split: turned back to its block, then by what is
+    left), and the split of the turned query before it is projected; the split of u (s/508 a component); float32 sums of the stored integers and of their offsets (hi + lo/254, the step,
     the bias, and a rank-long sum where operands are floats). Output: the split of the weights, relative to the largest
     of a tile; the coefficients' float32 sums over tiles and splits, and the product with the V basis (rank-long).
     """
@@ -216,7 +216,7 @@ def attend_spectral(
                 g = h // group
                 codes, terms = np.abs(k_codes[g, part]), k_terms[g, part]
                 projected = np.abs(u[b, h, :, j])  # [Q, R_K]
-                error = sizes[b, h, :, j] @ codes.T * projection(dim)
+                error = sizes[b, h, :, j] @ codes.T * projection(dim, turns=2 if k_split else 1)
                 if k_split:
                     error += SPLIT * longest[b, h][:, None] * (codes @ k_lengths[g])[None, :]
                 error += k_split * (projected / k_low).max(-1)[:, None] * (codes @ k_low)[None, :]
