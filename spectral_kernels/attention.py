@@ -35,7 +35,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
+from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
 from .merge import merge_many_states, merge_states_torch
 from .pages import HEAD_DIMS, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
@@ -650,8 +650,8 @@ def _prepare_kernel(
         if bq % Q == 0:
             _exact_split(
                 q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-                program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G, softmax_scale,
-                rotary_scale,
+                program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G,
+                softmax_scale, rotary_scale,
                 stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
                 stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
                 HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,

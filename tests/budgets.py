@@ -182,9 +182,10 @@ def attend_spectral(
     """(of o, of lse). u: the oracle's projected queries [B, H, Q, max_blocks, R_K]. integer: int8 hi + lo operands.
 
     Scores: the projected query's own error, through |code| (where it is split: turned back to its block, then by what is
-    left), and the split of the turned query before it is projected; the split of u (s/508 a component); float32 sums of the stored integers and of their offsets (hi + lo/254, the step,
-    the bias, and a rank-long sum where operands are floats). Output: the split of the weights, relative to the largest
-    of a tile; the coefficients' float32 sums over tiles and splits, and the product with the V basis (rank-long).
+    left), and the split of the turned query before it is projected; the split of u (s/508 a component); float32 sums of
+    the stored integers and of their offsets (hi + lo/254, the step, the bias, and a rank-long sum where operands are
+    floats). Output: the split of the weights, relative to the largest of a tile; the coefficients' float32 sums over tiles
+    and splits, and the product with the V basis (rank-long).
     """
     batch, heads, _, tokens = expected.scores.shape
     groups, dim, chunk = pages.k_pages.shape[1], pages.head_dim, pages.chunk
