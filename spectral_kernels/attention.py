@@ -516,11 +516,7 @@ def _project_blocks(
         column = tl.arange(0, BLOCK_R)
         # The component of a product's column: see `_by_thread`.
         r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-        weight = tl.full([BLOCK_R], 1.0, dtype=tl.float32)
-        offset = tl.zeros([BLOCK_R], dtype=tl.float32)
-        for n in tl.static_range(R // 16):
-            weight *= tl.where(r // 16 == n, _weight(GROUPS, n), 1.0)
-            offset += tl.where(r // 16 == n, _offset(GROUPS, n), 0.0)
+        weight, offset = _units(r, GROUPS, 0, R // 16)
         offset = _by_thread(offset[None, :], 1, BLOCK_R)
     # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
     start = first
@@ -677,12 +673,28 @@ def _join(m_all, l_all, m, l):
 
 
 @triton.jit
-def _sum_of_warps(a, b, c, d):
-    """Sums of four [W, M, N] over W, in one pass through shared memory."""
-    x, y = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), 0))
-    a, b = tl.split(x)
-    c, d = tl.split(y)
-    return a, b, c, d
+def _sum_of_warps(parts):
+    """Sums over W of one, two or four [W, 16, N], one below the other [16, 32 or 64, N]: one pass through shared memory."""
+    N: tl.constexpr = parts[0].shape[2]
+    if len(parts) == 1:
+        x = tl.sum(parts[0], 0)
+    elif len(parts) == 2:
+        x = tl.reshape(tl.permute(tl.sum(tl.join(parts[0], parts[1]), 0), [2, 0, 1]), [32, N])
+    else:
+        x = tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), 0)
+        x = tl.reshape(tl.permute(x, [3, 2, 0, 1]), [64, N])  # of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1)
+    return x
+
+
+@triton.jit
+def _units(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
+    """(`_weight`, `_offset`) of components r, which lie in blocks FIRST .. END - 1."""
+    weight = tl.full(r.shape, 0.0, dtype=tl.float32)
+    offset = tl.zeros(r.shape, dtype=tl.float32)
+    for n in tl.static_range(FIRST, END):
+        weight = tl.where(r // 16 == n, _weight(GROUPS, n), weight)
+        offset = tl.where(r // 16 == n, _offset(GROUPS, n), offset)
+    return weight, offset
 
 
 @triton.jit(do_not_specialize=["max_blocks", "splits", "stride_pages_b", "stride_segments_b"])
@@ -856,30 +868,30 @@ def _attend_spectral_kernel(
         # The warps' states together.
         m = tl.max(m_warp, 0)
         own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
-        l = tl.sum(l_warp * own, 0)
-        w_sum = tl.sum(w_warp * own, 0)
-        joined = ()
-        for n in tl.static_range(0, RV // 16, 4):
-            four = ()
-            for f in tl.static_range(4):
-                four = four + (acc[_least(n + f, RV // 16 - 1)] * own[:, None, :],)
-            joined = joined + _sum_of_warps(four[0], four[1], four[2], four[3])  # type: ignore[misc]
-        # In V's basis; l and acc both count weights in units of 1 / _FULL.
+        l, w_sum = tl.split(tl.sum(tl.join(l_warp * own, w_warp * own), 0))
+        # In V's basis; l and acc both count weights in units of 1 / _FULL. Up to 64 components at a time.
+        BLOCKS: tl.constexpr = _least(4, triton.next_power_of_2(RV // 16))
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
         basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
-        for n in tl.static_range(RV // 16):
-            scale = tl.load(scale_ptr + basis_row + n * 16 + i16)
-            coefficient = joined[n]
+        for n in tl.static_range(0, RV // 16, BLOCKS):
+            parts = ()
+            for f in tl.static_range(BLOCKS):
+                parts = parts + (acc[_least(n + f, RV // 16 - 1)] * own[:, None, :],)
+            coefficient = _sum_of_warps(parts)
+            r = n * 16 + tl.arange(0, 16 * BLOCKS)
+            scale = tl.load(scale_ptr + basis_row + r, mask=r < RV, other=0.0)
             if not V_FLOAT:
-                coefficient += _offset(V_GROUPS, n) * w_sum[None, :]
-                scale *= _weight(V_GROUPS, n)
+                weight, offset = _units(r, V_GROUPS, n, _least(n + BLOCKS, RV // 16))
+                coefficient += offset[:, None] * w_sum[None, :]
+                scale *= weight
             scaled = scaled + (coefficient * scale[:, None] * norm[None, :],)
         if stop == end:
             tl.store(lse_ptr + out, _lse(m, l), mask=h < HG)
             tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
-            for n in tl.static_range(RV // 16):
-                tl.store(c_ptr + out[None, :] * RV + (n * 16 + i16)[:, None], scaled[n], mask=(h < HG)[None, :])
+            for n in tl.static_range(len(scaled)):
+                r = n * (16 * BLOCKS) + tl.arange(0, 16 * BLOCKS)
+                tl.store(c_ptr + out[None, :] * RV + r[:, None], scaled[n], mask=(r < RV)[:, None] & (h < HG)[None, :])
         else:
             # Join earlier runs' in global memory, a few dimensions at a time: registers are what the loop above lives on.
             m_all, l_all, old, new = _join(m_all, l_all, m, l)
@@ -888,9 +900,10 @@ def _attend_spectral_kernel(
                 mask = (d < D)[:, None] & (h < HG)[None, :]
                 o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
                 o *= old[None, :]
-                for n in tl.static_range(RV // 16):
-                    rows = basis_ptr + (basis_row + n * 16 + i16)[None, :] * D
-                    basis = tl.load(rows + d[:, None], mask=(d < D)[:, None], other=0)
+                for n in tl.static_range(len(scaled)):
+                    r = n * (16 * BLOCKS) + tl.arange(0, 16 * BLOCKS)
+                    rows = basis_ptr + (basis_row + r)[None, :] * D
+                    basis = tl.load(rows + d[:, None], mask=(d < D)[:, None] & (r < RV)[None, :], other=0)
                     o += dot_int8_f32(basis, scaled[n] * new[None, :], MATRIX, NATIVE)
                 tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
             tl.debug_barrier()  # the next run's threads read what others wrote
