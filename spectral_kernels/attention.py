@@ -627,23 +627,24 @@ def _prepare_kernel(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """What needs the queries but no cold page, in one launch: the exact tokens (the first programs of a row, query and KV
-    head, `_exact_split`; of its first query for all) and the projected queries (`_project_blocks`)."""
-    g = tl.program_id(1).to(tl.int64)
-    bq = tl.program_id(2).to(tl.int64)
-    exact_programs = 0
+    """What needs the queries but no cold page, in one launch: the projected queries (`_project_blocks`) and, in the last
+    programs, as they are shorter, the exact tokens (`_exact_split`; those of a row's first query are all its queries')."""
+    g = tl.program_id(0).to(tl.int64)
+    bq = tl.program_id(1).to(tl.int64)
+    projections = tl.num_programs(2)
     if EXACT:
-        exact_programs = tl.cdiv(Q * HG, BLOCK_M) * exact_splits
-    program = tl.program_id(0)
-    if program >= exact_programs:
+        projections -= tl.cdiv(Q * HG, BLOCK_M) * exact_splits
+    program = tl.program_id(2)
+    if program < projections:
         _project_blocks(
             q_ptr, positions_ptr, turns_ptr, basis_ptr, scale_ptr, segment_table_ptr, lengths_ptr, u_ptr, unit_ptr,
-            bias_ptr, (program - exact_programs) * each, g, bq, max_blocks, each, Q, G, softmax_scale, rotary_scale,
+            bias_ptr, program * each, g, bq, max_blocks, each, Q, G, softmax_scale, rotary_scale,
             stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_segments_b,
             HG, HG_PAD, ALIGN, D, PAIRS, R, BLOCK_R, GROUPS, IS_FLOAT, M, MATRIX, NATIVE,
         )  # fmt: skip
     elif EXACT:  # without exact tokens their arguments are stand-ins of other types
         if bq % Q == 0:
+            program -= projections
             _exact_split(
                 q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
                 program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G,
@@ -1008,11 +1009,11 @@ MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
 RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
 
 
-def _launch_settings(group: int, dim: int, matrix: bool) -> tuple[dict, dict]:
+def _launch_settings(group: int, dim: int, k_rank: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_prepare_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
     if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
         pad = max(4, triton.next_power_of_2(group))
-        prepare = {"HG_PAD": pad, "M": max(16, pad), "num_warps": 4, "num_stages": 1}
+        prepare = {"HG_PAD": pad, "M": max(32 if k_rank <= 64 and dim <= 128 else 16, pad), "num_warps": 4, "num_stages": 1}
         if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
             prepare["maxnreg"] = 168
         attend = {"BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
@@ -1112,7 +1113,7 @@ def attend_spectral(
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     native = _launch.is_native(q)
-    prepare, attend = _launch_settings(group, dim, matrix)
+    prepare, attend = _launch_settings(group, dim, layout.k.rank, matrix)
     old = not (matrix or layout.k.is_float or layout.v.is_float)
     # The warps of a multiprocessor: 16, or of the old cards' kernel, whose programs are one warp, 12.
     warps = 1 if old else attend["num_warps"]
@@ -1146,7 +1147,7 @@ def attend_spectral(
             each *= max(1, triton.cdiv(works, RESIDENT * _launch.multiprocessors(q.device)))
             programs = triton.cdiv(blocks, each)
             exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
-            _prepare_kernel[(exact_programs + programs, kv_heads, rows)](
+            _prepare_kernel[(kv_heads, rows, programs + exact_programs)](
                 q4,
                 positions,
                 rope.turns,
