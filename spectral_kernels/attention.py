@@ -965,7 +965,8 @@ def _finish_spectral_kernel(
     y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
     c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
     x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
-    at = (g * RV + r)[:, None] * D + d[None, :]
+    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other threads.
+    at = (g * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
     inside = (r < RV)[:, None] & (d < D)[None, :]
     # Most often the first split's segment is the only one.
     loaded = tl.where(known, first, 0)
@@ -1006,6 +1007,7 @@ def _finish_spectral_kernel(
 
 
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
+FIN_LIMIT = 8192
 RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
 
 
@@ -1257,7 +1259,7 @@ def attend_spectral(
             BLOCK_N=block_n,
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
             BLOCK_D=block_d,
-            num_warps=4 if block_n * layout.v.rank <= 8192 else 8,
+            num_warps=4 if block_n * layout.v.rank <= FIN_LIMIT else 8,
         )
     return out, lse
 
