@@ -37,7 +37,7 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
 from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
 from .merge import merge_many_states, merge_states_torch
-from .pages import HEAD_DIMS, Pages, unpack_pages
+from .pages import HEAD_DIMS, PageLayout, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
 
 LOG2_E = math.log2(math.e)
@@ -1006,24 +1006,28 @@ def _finish_spectral_kernel(
         tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
+WARPS = 4  # of a program of the cold kernel
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
-FIN_LIMIT = 8192
 RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
 
 
-def _launch_settings(group: int, dim: int, k_rank: int, matrix: bool) -> tuple[dict, dict]:
+def _launch_settings(layout: PageLayout, group: int, matrix: bool) -> tuple[dict, dict]:
     """Tile sizes and warps of `_prepare_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
-    if matrix:  # 4: hi and lo of 4 heads are the 8 columns of a dot
-        pad = max(4, triton.next_power_of_2(group))
-        prepare = {"HG_PAD": pad, "M": max(32 if k_rank <= 64 and dim <= 128 else 16, pad), "num_warps": 4, "num_stages": 1}
-        if dim <= 128:  # three programs of four warps a multiprocessor instead of two; D = 256 would spill
-            prepare["maxnreg"] = 168
-        attend = {"BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
-        if dim <= 128:
-            attend["maxnreg"] = 128  # four programs of four warps
-        return prepare, attend
+    large = layout.head_dim > 128
     pad = triton.next_power_of_2(group)
-    return {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}, {"BLOCK_D": 16, "num_warps": 4, "num_stages": 1}
+    prepare = {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}
+    attend = {"BLOCK_D": 16, "num_warps": WARPS, "num_stages": 1}
+    if matrix:
+        pad = max(4, pad)  # hi and lo of 4 heads are the 8 columns of a dot
+        rows = 32 if layout.k.rank <= 64 and not large else 16  # of small ranks registers hold more
+        prepare |= {"HG_PAD": pad, "M": max(rows, pad), "num_warps": 8 if large else 4}
+        floats = layout.k.is_float or layout.v.is_float
+        attend |= {"BLOCK_D": 32, "num_stages": 2 if floats else 3}
+        if not large:
+            prepare["maxnreg"] = 168  # three programs of four warps a multiprocessor
+            if not floats:
+                attend["maxnreg"] = 128  # four
+    return prepare, attend
 
 
 def _exact_settings(group: int, queries: int, matrix: bool) -> dict[str, int]:
@@ -1038,6 +1042,18 @@ def count_splits(programs: int, tiles: int, device: torch.device, each: int) -> 
     if device.type != "cuda":
         return max(1, min(tiles, 2))
     return max(1, min(tiles, each * _launch.multiprocessors(device) // max(programs, 1), MAX_SPLITS))
+
+
+def _count_cold_splits(programs: int, tiles: int, device: torch.device, old: bool) -> int:
+    """Splits of `tiles` tiles of 64 cold tokens: 16 warps a multiprocessor, or 12 (programs of one) where cards are old;
+    half as many where a program's warps would take less than four tiles each: its start and end cost as much."""
+    if old:
+        return count_splits(programs, tiles, device, each=12)
+    turns = triton.cdiv(tiles, WARPS)
+    most = count_splits(programs, turns, device, each=16 // WARPS)
+    if turns >= 4 * most:
+        return most
+    return max(count_splits(programs, turns, device, each=8 // WARPS), triton.cdiv(turns, 4))
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -1115,12 +1131,9 @@ def attend_spectral(
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     native = _launch.is_native(q)
-    prepare, attend = _launch_settings(group, dim, layout.k.rank, matrix)
+    prepare, attend = _launch_settings(layout, group, matrix)
     old = not (matrix or layout.k.is_float or layout.v.is_float)
-    # The warps of a multiprocessor: 16, or of the old cards' kernel, whose programs are one warp, 12.
-    warps = 1 if old else attend["num_warps"]
-    turns = triton.cdiv(chunks * layout.chunk // 64, warps)  # of a program's warps over tiles
-    splits = min(splits or count_splits(rows * kv_heads, turns, q.device, each=12 if old else 16 // warps), chunks)
+    splits = min(splits or _count_cold_splits(rows * kv_heads, chunks * layout.chunk // 64, q.device, old), chunks)
     pad, k_rank, blocks = prepare["HG_PAD"], layout.k.rank, pages.max_blocks
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
@@ -1230,14 +1243,17 @@ def attend_spectral(
                 K_FLOAT=layout.k.is_float,
                 V_FLOAT=layout.v.is_float,
                 RUN=64,
-                W=attend["num_warps"] if matrix else 1,
+                W=WARPS if matrix else 1,
                 MATRIX=matrix,
                 NATIVE=native,
                 **attend,
             )
         block_n = max(16, triton.next_power_of_2(splits))
         # All dimensions at once, or as many programs as keep the card busy.
-        block_d = _power_of_2(dim) if rows * heads >= _launch.multiprocessors(q.device) else 32
+        block_d = 32
+        if rows * heads >= _launch.multiprocessors(q.device):
+            block_d = min(_power_of_2(dim), 128 if layout.v.rank <= 128 else 64)
+        held = (block_n + block_d) * layout.v.rank  # numbers in registers
         _finish_spectral_kernel[(triton.cdiv(dim, block_d), heads, rows)](
             c,
             split_lse,
@@ -1259,7 +1275,7 @@ def attend_spectral(
             BLOCK_N=block_n,
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
             BLOCK_D=block_d,
-            num_warps=4 if block_n * layout.v.rank <= FIN_LIMIT else 8,
+            num_warps=min(16, 4 * triton.next_power_of_2(triton.cdiv(held, 20480))),
         )
     return out, lse
 
