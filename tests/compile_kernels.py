@@ -176,13 +176,19 @@ def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
 
 
 def compile_all(
-    capability: int, few: bool, report: Callable[[dict[str, Any]], None], kernels: Collection[str] = ()
+    capability: int,
+    few: bool,
+    report: Callable[[dict[str, Any]], None],
+    kernels: Collection[str] = (),
+    layouts: Collection[str] = (),
 ) -> None:
-    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`:
-    only those of these names."""
+    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`,
+    `layouts`: only those of these names."""
     recorder = Recorder(capability, lambda launched, new: report(launched.row) if new else None, kernels)
     matrix = stand_in(capability, recorder)
     for name, layout, group in cases(few):
+        if layouts and name not in layouts:
+            continue
         recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
         launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
 
