@@ -16,7 +16,9 @@ tokens, and applies the V basis once a segment). Pages hold operand fragments, s
 units as it is. The warps of a program of the second work on a tile of tokens each (from sm_80; attention_sm75.py before): a
 block of 16 components is as high as one dot, so that they would all compute the same one.
 
-Exact.  Keys are phase-aligned and unquantised; a tile of keys is turned on to its absolute position in float32.
+Exact.  Keys are phase-aligned and unquantised, and stay so: for each block of alignment that has keys in a tile (a few)
+the queries are turned by their distance to its start, in float32. 16-bit keys and values are operands as they are: the
+other side is split in parts that are exact products with them (`_launch.dot_f32`).
 
 Keys are split over programs (grid from capacity, lengths read on the device); the splits' states are joined in a fixed
 order: the same inputs and settings give the same bits.
@@ -1361,7 +1363,8 @@ def attend_exact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of queries over exact tokens: hot window, sinks and landmarks, in any order.
 
-    A query at position m sees the keys at positions 0 .. m.
+    A query at position m sees the keys at positions 0 .. m. Fastest when slots that are neighbours lie in few blocks of
+    alignment: queries are turned once for each block that a tile of 32 slots (16 on cards before sm_80) has keys of.
 
     Args:
         q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1; H a multiple of G.
@@ -1372,7 +1375,7 @@ def attend_exact(
         rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
         chunk: positions of a block of phase alignment.
     Returns:
-        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (three-product tf32 dots).
+        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (products of two or three 16-bit or tf32 parts).
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """

@@ -268,8 +268,9 @@ def attend_exact(
     scaling: float = 1.0,
     scale: float | None = None,
 ) -> tuple[F64, F64]:
-    """(of o, of lse). Query and key are turned in float32 (an angle error and 3 roundings each), the D products are
-    added in float32; weights times values likewise. usable [B, G, N]: slots that hold a token (others may be NaN)."""
+    """(of o, of lse). Query and key are turned in float32 (an angle error and 3 roundings each; the kernel turns the query
+    only, by the difference), the D products are added in float32; weights times values likewise. usable [B, G, N]: slots
+    that hold a token (others may be NaN)."""
     dim = np.shape(q)[-1]
     scale = dim**-0.5 if scale is None else scale
     keys = rope_oracle.pair_magnitude(np.where(usable[..., None], np.asarray(k, np.float64), 0.0), inv_freq)
