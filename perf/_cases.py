@@ -228,7 +228,7 @@ def expected(decode: Decode, b: int, g: int, parts: tuple[str, ...] = BOTH) -> E
         u = (
             _turn(q[:, None].expand(-1, len(starts), -1), distance, decode.inv_freq) @ k_vectors.T
         ).abs()  # [H/G, blocks, R]
-        error = budgets.projection(dim) * (size @ k_vectors.abs().T) @ k_codes.abs().T
+        error = budgets.projection(dim, turns=2) * (size @ k_vectors.abs().T) @ k_codes.abs().T
         error += budgets.SPLIT * size.amax(-1)[:, None] * (k_codes.abs() @ k_vectors.abs().sum(-1))
         low = torch.as_tensor(budgets.field_weights(pages.layout.k.bands), dtype=f64, device=q.device)
         largest = (u / low).amax(-1).repeat_interleave(align, 1)[:, :length]
