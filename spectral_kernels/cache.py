@@ -11,6 +11,10 @@ A layer's first compression also chooses its bands, from the preset's, within th
     cold         pages, chunk by chunk         -
     exact        pinned slots, outliers        hot slot  pinned_slots + position % hot_slots
 
+Layers take turns: during decoding each compresses its chunks up to a chunk of tokens later than it could, by its place among
+the layers, so that no step has the work of all. (That keeps half a chunk more exact, on average; a prompt is compressed as
+far as it can be.)
+
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
 of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
 Test: tests/test_cache.py.
@@ -216,6 +220,16 @@ class _Fit(NamedTuple):
     lost: torch.Tensor
 
 
+def _on_host(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A CPU tensor that may be copied to a device while both go on (`non_blocking`)."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)"""
+    return _on_host(values, dtype, device).to(device, non_blocking=True)
+
+
 def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
     """The tensor with room for `size` entries in all."""
     out = x.new_empty((size, *x.shape[1:]))
@@ -242,6 +256,9 @@ class LayerCache:
         budget: _Budget,
         index: int,
     ) -> None:
+        # How many tokens later than it could this layer compresses during decoding: no step has two layers' chunks to
+        # encode, or few, where each layer has one in `chunk` steps.
+        self.late = index * preset.chunk // budget.layers
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
         self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
         self.budget, self.index = budget, index
@@ -320,7 +337,8 @@ class LayerCache:
         if min(pad) == tokens:
             return  # no tokens, or nothing but padding
         after = [n + tokens - p for n, p in zip(self.lengths, pad, strict=True)]
-        targets = [self._chunks_wanted(row, n) for row, n in enumerate(after)]
+        late = self.late if tokens < self.preset.chunk else 0
+        targets = [self._chunks_wanted(row, n - late) for row, n in enumerate(after)]
         saved = self._host_state() if targets != self.chunks else {**self.__dict__}
         try:
             self._append(k, v, queries, pad, after, targets)
@@ -359,7 +377,7 @@ class LayerCache:
         targets: list[int],
     ) -> None:
         chunk, tokens = self.preset.chunk, k.shape[2]
-        offset = torch.tensor(pad, dtype=torch.int32, device=self.device) if any(pad) else 0
+        offset = _uploaded(pad, torch.int32, self.device) if any(pad) else 0
         steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
         positions = (self.length - offset)[:, None] + steps  # negative on padding
         aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
@@ -372,11 +390,13 @@ class LayerCache:
         hot = max(n - f for n, f in zip(after, first_hot, strict=True))
         if hot > self.hot_slots:
             growing = not self.layouts or any(s is None for s in self.segment) or any(self.ends)
-            self._resize_ring(max(hot + (hot // 8 if growing else 0), self.preset.window + chunk))
+            least = self.preset.window + chunk
+            least += self.late if hot > least else 0
+            self._resize_ring(max(hot + (hot // 8 if growing else 0), least))
         keep = None
         if any(straight):
             self._compress(targets, (aligned, v, pad), [r for r, s in enumerate(straight) if s])
-            keep = positions >= torch.tensor(first_hot, dtype=torch.int32, device=self.device)[:, None]
+            keep = positions >= _uploaded(first_hot, torch.int32, self.device)[:, None]
         elif any(pad):
             keep = positions >= 0
         self._store_hot(aligned, v, positions, keep)
@@ -413,7 +433,7 @@ class LayerCache:
         return pad
 
     def _chunks_wanted(self, row: int, length: int) -> int:
-        """Cold chunks a row of this length should have: never fewer than it has."""
+        """Cold chunks that a row should have for a length: never fewer than it has."""
         if not self.layouts:
             return 0
         old, chunk = length - self.preset.window, self.preset.chunk
@@ -493,11 +513,11 @@ class LayerCache:
         jobs = []
         for (start, first, last, length), members in groups.items():
             if call:
-                k_rows, v_rows = (x[members, :, start:] if len(members) < self.batch else x[:, :, start:] for x in call[:2])
+                k_rows, v_rows = (self._rows(x, members)[:, :, start:] for x in call[:2])
             else:
                 position = torch.arange(first * chunk, max(last * chunk, length), device=self.device)
                 slot = self.pinned_slots + position % self.hot_slots
-                k_rows, v_rows = self.k[members][:, :, slot], self.v[members][:, :, slot]
+                k_rows, v_rows = (self._rows(x, members).index_select(2, slot) for x in (self.k, self.v))
             spectra = self._spectra(members, k_rows, v_rows) if length >= 0 else None
             span = (last - first) * chunk
             jobs.append((members, first, k_rows[:, :, :span], v_rows[:, :, :span], spectra))
@@ -509,16 +529,16 @@ class LayerCache:
             if spectra is not None:
                 self._fit(members, *spectra)
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
-            page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
+            page_ids = _uploaded(ids, torch.int32, self.device)
             encoders = [self._encoder(self.segment[r], known) for r in members]
             k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
             offset = self._mean_offset(members, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
             lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=spectra is not None)
-            pins.append((members, ids, first, k_rows, v_rows, lost))
-        for members, ids, first, k_rows, v_rows, lost in pins:
-            self._pin(members, ids, first, k_rows, v_rows)
+            pins.append((members, ids, page_ids, first, k_rows, v_rows, lost))
+        for members, ids, page_ids, first, k_rows, v_rows, lost in pins:
+            self._pin(members, page_ids, first, k_rows, v_rows)
             if lost is not None:
                 self._keep_outliers(members, ids, first, k_rows, v_rows, lost)
             for row, new_pages in zip(members, ids, strict=True):
@@ -528,6 +548,10 @@ class LayerCache:
                 self.segment_rows[row] += [segment] * len(new_pages)
                 self.chunks[row] += len(new_pages)
         self._write_tables()
+
+    def _rows(self, x: torch.Tensor, members: list[int]) -> torch.Tensor:
+        """These rows, in rising order, of a tensor of all rows."""
+        return x if len(members) == self.batch else x.index_select(0, _uploaded(members, torch.int64, self.device))
 
     def _encoder(self, segment: int | None, known: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use.
@@ -590,7 +614,7 @@ class LayerCache:
         at_fit = torch.stack([self.fits[segment].lost for segment in segments], dim=1)
         lost = (lost / at_fit.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).mean(0)
         if not new:
-            rows = torch.tensor(members, device=self.device)
+            rows = _uploaded(members, torch.int64, self.device)
             self.worn = self.worn.index_add(0, rows, lost.mean(1).sum(-1))
             for row in members:
                 self.measured[row] += lost.shape[-1]
@@ -602,7 +626,7 @@ class LayerCache:
         """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
         assert self.pages is not None
         blocks = -(-k.shape[2] // self.preset.align)
-        table = torch.tensor(segments, dtype=torch.int32, device=self.device)
+        table = _uploaded(segments, torch.int32, self.device)
         pages = replace(
             self.pages,
             page_table=page_ids.contiguous(),
@@ -617,12 +641,14 @@ class LayerCache:
     def _look_at_residuals(self, before: list[int]) -> None:
         """End the segments of rows that begin a block of alignment and lose too much. Waits for the device."""
         align, chunk = self.preset.align, self.preset.chunk
-        crossed = [n // align > old // align for n, old in zip(self.lengths, before, strict=True)]
+        # Layers look at different steps, too.
+        blocks = [[(n - self.late) // align for n in lengths] for lengths in (self.lengths, before)]
+        crossed = [now > old for now, old in zip(*blocks, strict=True)]
         rows = [r for r, at in enumerate(crossed) if at and self.measured[r] and self.ends[r] is None]
         if not rows:
             return
         sums = self.worn.tolist()
-        self.worn = self.worn.index_fill(0, torch.tensor(rows, device=self.device), 0.0)
+        self.worn = self.worn.index_fill(0, _uploaded(rows, torch.int64, self.device), 0.0)
         self.measured, self.ends = list(self.measured), list(self.ends)
         for row in rows:
             worn, self.measured[row] = sums[row] / self.measured[row], 0
@@ -641,7 +667,7 @@ class LayerCache:
         assert self.pages is not None
         if self.pages.layout.k.is_float:
             return None
-        segments = [self.segment[row] for row in members]
+        segments = _uploaded([self.segment[row] for row in members], torch.int64, self.device)
         half = (2 ** self.pages.layout.k.bits[0] - 1) / 2
         mean = self.pages.k_basis[segments, :, 0].float() * (half * self.pages.k_scale[segments, :, 0])[..., None]
         offset = (mean[:, :, None] @ encoder)[:, :, 0]
@@ -714,23 +740,25 @@ class LayerCache:
         if all(s is not None for s in self.segment):
             self.queries = None
 
-    def _pin(self, members: list[int], ids: list[list[int]], first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _pin(self, members: list[int], page_ids: torch.Tensor, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Copy sinks and landmarks of the new chunks to their slots, and have the cold kernel skip them."""
         assert self.pages is not None
-        chunk = self.preset.chunk
-        words = torch.zeros((len(members), len(ids[0]), chunk // 32), dtype=torch.int64)
+        chunk, chunks = self.preset.chunk, page_ids.shape[1]
         where: list[tuple[int, int, int, int]] = []  # row, slot, member, token
         for i, row in enumerate(members):
             for slot, position in enumerate(self.pinned[row]):
                 token = position - first * chunk
-                if 0 <= token < len(ids[0]) * chunk:
-                    words[i, token // chunk, token % chunk // 32] |= 1 << (token % 32)
+                if 0 <= token < chunks * chunk:
                     where.append((row, slot, i, token))
-        words = torch.where(words >= 2**31, words - 2**32, words)
-        page_ids = torch.tensor(ids, dtype=torch.long, device=self.device)
-        self.pages.skip[page_ids] = words.int().to(self.device)[:, :, None].expand(-1, -1, self.kv_heads, -1)
+        skip = self.pages.skip.index_fill_(0, page_ids.flatten().long(), 0)
         if where:
-            rows, slots, own, tokens = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
+            words = torch.zeros((len(members), chunks, chunk // 32), dtype=torch.int64)
+            for _, _, i, token in where:
+                words[i, token // chunk, token % chunk // 32] |= 1 << (token % 32)
+            words = torch.where(words >= 2**31, words - 2**32, words)
+            held = _uploaded(words.tolist(), torch.int32, self.device)
+            skip[page_ids.long()] = held[:, :, None].expand(-1, -1, self.kv_heads, -1)
+            rows, slots, own, tokens = _uploaded(where, torch.int64, self.device).unbind(1)
             self.k[rows, :, slots], self.v[rows, :, slots] = k[own, :, tokens], v[own, :, tokens]
             self.key_positions[rows, slots] = (tokens + first * chunk).int()
 
@@ -753,7 +781,7 @@ class LayerCache:
             own = lost[i]
             pinned = [p - start for p in self.pinned[row] if 0 <= p - start < tokens]
             if pinned:
-                own = own.index_fill(1, torch.tensor(pinned, device=self.device), -1.0)
+                own = own.index_fill(1, _uploaded(pinned, torch.int64, self.device), -1.0)
             at = own.topk(count, dim=-1).indices  # [G, count]
             slots = slice(used, used + count)
             index = at[..., None].expand(-1, -1, self.head_dim)
@@ -761,7 +789,7 @@ class LayerCache:
             self.outlier_positions[row, :, slots] = (at + start).int()
             bits = torch.zeros((self.kv_heads, tokens), dtype=torch.int64, device=self.device).scatter_(1, at, 1)
             bits = (bits.unflatten(1, (-1, chunk // 32, 32)) << torch.arange(32, device=self.device)).sum(-1)
-            pages = torch.tensor(ids[i], device=self.device)
+            pages = _uploaded(ids[i], torch.int64, self.device)
             self.pages.skip[pages] |= torch.where(bits >= 2**31, bits - 2**32, bits).int().transpose(0, 1)
             self.outliers[row] = used + count
 
@@ -820,8 +848,9 @@ class LayerCache:
         by_block = [row[:: self.preset.align // self.preset.chunk] for row in self.segment_rows]
         for rows, table in ((self.page_rows, self.pages.page_table), (by_block, self.pages.segment_table)):
             width = table.shape[1]
-            table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32).view(-1, width))
-        self.pages.lengths.copy_(torch.tensor(self.cold, dtype=torch.int32))
+            padded = _on_host([row + [0] * (width - len(row)) for row in rows], torch.int32, self.device)
+            table.copy_(padded.view(-1, width), non_blocking=True)
+        self.pages.lengths.copy_(_on_host(self.cold, torch.int32, self.device), non_blocking=True)
         if self.hot_slots:
             hot = self.key_positions[:, self.pinned_slots :]
             hot.masked_fill_(hot < self.pages.lengths[:, None], -1)

@@ -1018,3 +1018,48 @@ def test_long_generation(rng):
     assert trial.layer.chunks == [(800 - LOSSLESS.window) // CHUNK]
     first, last = np.sqrt(np.mean(errors[:50])), np.sqrt(np.mean(errors[50:]))
     assert 0 < last < 1.5 * first
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_step_compresses_many_layers(rng):
+    """Prompts are compressed as far as they can be; then each layer is late by its share of a chunk, and never more."""
+    for layers, most in ((32, 1), (64, 1), (65, 2), (126, 2)):
+        late = [layer.late for layer in make_cache(LOSSLESS, layers=layers).layers]
+        assert min(late) == 0 and max(late) < CHUNK and max(map(late.count, late)) == most
+    layers = 5
+    preset = replace(LOSSLESS, window=20)
+    cache = make_cache(preset, layers=layers, batch=1)
+    k, v = (draw(rng, 1, 2, 230, DIM) for _ in range(2))
+    for layer in range(layers):
+        cache.append(layer, k, v)
+    assert all(layer.cold == [192] for layer in cache.layers)
+    counts = []
+    for step in range(2 * CHUNK):
+        before = [list(layer.chunks) for layer in cache.layers]
+        for layer in range(layers):
+            cache.append(layer, k[:, :, step : step + 1], v[:, :, step : step + 1])
+        counts.append(sum(layer.chunks != old for layer, old in zip(cache.layers, before, strict=True)))
+        late = [cache.lengths[0] - preset.window - layer.cold[0] for layer in cache.layers]
+        assert all(0 <= n < CHUNK + layer.late for n, layer in zip(late, cache.layers, strict=True))
+    assert max(counts) == 1 and sum(counts) == sum((18 + 2 * CHUNK - layer.late) // CHUNK for layer in cache.layers)
+    long = [(draw(rng, 1, 2, CHUNK, DIM)) for _ in range(2)]
+    for layer in range(layers):
+        cache.append(layer, *long)
+    assert len({tuple(layer.cold) for layer in cache.layers}) == 1
+
+
+def test_a_late_layer_is_dense_attention(rng):
+    """The last of many layers, all its tokens in its ring or its pages, at every step of two chunks."""
+    trial = Trial(rng, LOSSLESS, batch=2, layers=8)
+    trial.cache.layers = trial.cache.layers[::-1]  # the trial's layer 0 is the one that is late
+    trial.append(230, padding=[0, 40])
+    assert trial.layer.late == 7 * CHUNK // 8
+    slots = set()
+    for step in range(2 * CHUNK):
+        trial.append(1)
+        slots.add(trial.layer.hot_slots)
+        if step % 16 == 0 or step in (20, 21, 84, 85, 86):
+            trial.check(what=f"step {step}")
+    assert max(slots) == 2 * CHUNK + trial.layer.late
