@@ -298,9 +298,10 @@ def store_spectral(
     return Stored(layers, cache.nbytes, cache.token_bytes)
 
 
-def _without_mean(x: torch.Tensor, metric: torch.Tensor | None = None, **options: Any) -> compress.Spectrum:
-    spectrum = compress.fit_spectrum(x, metric, **{**options, "centre": False})
-    return replace(spectrum, mean=torch.zeros_like(x[:, :, :1].float())) if options.get("centre") else spectrum
+def _without_mean(sides: Sequence[compress.Side]) -> list[compress.Spectrum]:
+    spectra = compress.fit_spectra([replace(side, centre=False) for side in sides])
+    parts = zip(sides, spectra, strict=True)
+    return [replace(s, mean=torch.zeros_like(side.x[:, :, :1].float())) if side.centre else s for side, s in parts]
 
 
 def _unclipped(coefficients: torch.Tensor, bands: Any) -> torch.Tensor:
@@ -349,7 +350,7 @@ def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Sto
     rows["K's metric of 512 queries"] = lambda p: patched(p, cache_module, "query_metric", _of_last_queries)
     rows["no metric of V"] = lambda p: store_spectral(replace(p, metrics=[None] * len(p.k)), preset)
     rows["no queries"] = partial(store_spectral, preset=preset, queries=False)
-    rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectrum", _without_mean)
+    rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectra", _without_mean)
     rows["steps unclipped"] = lambda p: patched(p, compress, "fit_steps", _unclipped)
     layout = preset.layout(head_dim)
     if layout is not None:

@@ -11,9 +11,9 @@ A layer's first compression also chooses its bands, from the preset's, within th
     cold         pages, chunk by chunk         -
     exact        pinned slots, outliers        hot slot  pinned_slots + position % hot_slots
 
-Layers take turns: during decoding each compresses its chunks up to a chunk of tokens later than it could, by its place among
-the layers, so that no step has the work of all. (That keeps half a chunk more exact, on average; a prompt is compressed as
-far as it can be.)
+Layers take turns: during decoding each compresses its chunks up to a chunk of tokens later than it could, by its place
+among the layers, so that no step has the work of all. (That keeps half a chunk more exact, on average; a prompt is
+compressed as far as it can be.)
 
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
 of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
@@ -25,7 +25,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ import torch
 
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
-from .compress import Spectrum, decode, encode, error_weights, fit_encoder, fit_spectrum, query_metric
+from .compress import Side, Spectrum, decode, encode, error_weights, fit_encoder, fit_spectra, query_metric
 from .merge import merge_states
 from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
@@ -220,6 +222,56 @@ class _Fit(NamedTuple):
     lost: torch.Tensor
 
 
+class _Fitting(NamedTuple):
+    """Components for a new segment of some rows; what each of the bands of K and V would lose, or None."""
+
+    k: Spectrum
+    v: Spectrum
+    losses: torch.Tensor | None
+
+
+class _Job(NamedTuple):
+    """Chunks of rows alike that are to be encoded, from chunk `first` on: k, v [m, G, n C, D]."""
+
+    members: list[int]
+    first: int
+    k: torch.Tensor
+    v: torch.Tensor
+    fitting: _Fitting | None
+
+
+class _Call(NamedTuple):
+    """A checked call of `append`: phase-aligned k and v in the cache's dtype, lengths and cold chunks afterwards, and the
+    jobs of its prompts."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
+    pad: list[int]
+    after: list[int]
+    targets: list[int]
+    jobs: list[_Job]
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where eigenproblems are solved beside the model's own work: few blocks, which go first wherever there is room."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _on_the_side(device: torch.device) -> AbstractContextManager[Any]:
+    """Work of this context follows what the current stream has been given so far, and runs beside what comes next.
+
+    What it reads must be kept until the current stream waits for it. Its memory is its own: what it leaves may be let go
+    once the current stream has been given the last use of it, as the next such work waits for that.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
 def _on_host(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A CPU tensor that may be copied to a device while both go on (`non_blocking`)."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
@@ -272,6 +324,7 @@ class LayerCache:
         batch = len(self.lengths)
         self.lengths = [0] * batch
         self.chunks = [0] * batch  # cold chunks a row
+        self.pending: tuple[_Call, dict[str, Any]] | None = None  # a deferred call, and the state before it
         self.page_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment: list[int | None] = [None] * batch  # segment that a row's next chunks are encoded in
@@ -331,7 +384,9 @@ class LayerCache:
         *,
         queries: torch.Tensor | None = None,
         padding: Sequence[int] | None = None,
+        defer: bool = False,
     ) -> None:
+        self.finish()
         pad = self._check_append(k, v, queries, padding)
         tokens = k.shape[2]
         if min(pad) == tokens:
@@ -341,9 +396,35 @@ class LayerCache:
         targets = [self._chunks_wanted(row, n - late) for row, n in enumerate(after)]
         saved = self._host_state() if targets != self.chunks else {**self.__dict__}
         try:
-            self._append(k, v, queries, pad, after, targets)
+            if self.queries is not None:
+                self._note_queries(queries, pad)
+            offset = _uploaded(pad, torch.int32, self.device) if any(pad) else 0
+            steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
+            positions = (self.length - offset)[:, None] + steps  # negative on padding
+            aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
+            call = _Call(aligned, v.to(self.dtype), positions, pad, after, targets, [])
+            straight = [r for r, t in enumerate(targets) if t and not self.lengths[r]]
+            defer = defer and len(straight) == self.batch
+            with _on_the_side(self.device) if defer else nullcontext():
+                call.jobs.extend(self._jobs(targets, call, straight))
+            if defer:
+                self.pending = call, saved
+            else:
+                self._store(call)
         except BaseException:
             # What was written meanwhile lies in free pages, in free slots and past the lengths, where nothing looks.
+            self.__dict__.update(saved)
+            raise
+
+    def finish(self) -> None:
+        if self.pending is None:
+            return
+        (call, saved), self.pending = self.pending, None
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
+            self._store(call)
+        except BaseException:
             self.__dict__.update(saved)
             raise
 
@@ -367,23 +448,8 @@ class LayerCache:
             copies["pages"] = replace(self.pages, **tables)
         return {**self.__dict__, **copies}
 
-    def _append(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        queries: torch.Tensor | None,
-        pad: list[int],
-        after: list[int],
-        targets: list[int],
-    ) -> None:
-        chunk, tokens = self.preset.chunk, k.shape[2]
-        offset = _uploaded(pad, torch.int32, self.device) if any(pad) else 0
-        steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
-        positions = (self.length - offset)[:, None] + steps  # negative on padding
-        aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
-        v = v.to(self.dtype)
-        if self.queries is not None:
-            self._note_queries(queries, pad)
+    def _store(self, call: _Call) -> None:
+        chunk, targets, after = self.preset.chunk, call.targets, call.after
         # Tokens of a row that was empty go straight to pages; others through the ring.
         straight = [t * chunk if n == 0 else 0 for t, n in zip(targets, self.lengths, strict=True)]
         first_hot = [max(s, c) for s, c in zip(straight, self.cold, strict=True)]
@@ -395,19 +461,20 @@ class LayerCache:
             self._resize_ring(max(hot + (hot // 8 if growing else 0), least))
         keep = None
         if any(straight):
-            self._compress(targets, (aligned, v, pad), [r for r, s in enumerate(straight) if s])
-            keep = positions >= _uploaded(first_hot, torch.int32, self.device)[:, None]
-        elif any(pad):
-            keep = positions >= 0
-        self._store_hot(aligned, v, positions, keep)
+            self._compress(targets, call.jobs)
+            keep = call.positions >= _uploaded(first_hot, torch.int32, self.device)[:, None]
+        elif any(call.pad):
+            keep = call.positions >= 0
+        self._store_hot(call.k, call.v, call.positions, keep)
         before, self.lengths = self.lengths, after
-        self.length = self.length + (tokens - offset)
+        tokens = call.k.shape[2]
+        self.length = _uploaded(after, torch.int32, self.device) if any(call.pad) else self.length + tokens
         compressed = False
         while rows := [r for r, t in enumerate(targets) if t != self.chunks[r]]:
             # Up to the end of a segment, then what comes after it.
             ends = [e if e is not None and e > c else t for e, c, t in zip(self.ends, self.chunks, targets, strict=True)]
             stops = [min(e, t) for e, t in zip(ends, targets, strict=True)]
-            self._compress(stops, None, rows)
+            self._compress(stops, self._jobs(stops, None, rows))
             compressed = True
         self._look_at_residuals(before)
         if compressed:
@@ -496,38 +563,46 @@ class LayerCache:
 
     # ---- compression ------------------------------------------------------------------------------------------------
 
-    def _compress(
-        self, targets: list[int], call: tuple[torch.Tensor, torch.Tensor, list[int]] | None, rows: list[int]
-    ) -> None:
-        """Encode chunks chunks[row] .. targets[row] - 1 of `rows`, from a call's (aligned k, v, padding) or from the ring.
-
-        Rows alike (same padding, length and chunks) go together. Pages are written before any table names them.
-        """
+    def _jobs(self, targets: list[int], call: _Call | None, rows: list[int]) -> list[_Job]:
+        """What is to be done about chunks chunks[row] .. targets[row] - 1 of `rows`, from a call or from the ring, with the
+        components of new segments. Changes nothing. Rows alike (same padding, length and chunks) go together."""
         chunk = self.preset.chunk
-        known: dict[int, torch.Tensor] = {}
+        lengths = call.after if call else self.lengths
         groups: dict[tuple[int, int, int, int], list[int]] = {}
         for row in rows:
             new = self.segment[row] is None or self.ends[row] == self.chunks[row]
-            alike = (call[2][row] if call else 0, self.chunks[row], targets[row], self.lengths[row] if new else -1)
+            alike = (call.pad[row] if call else 0, self.chunks[row], targets[row], lengths[row] if new else -1)
             groups.setdefault(alike, []).append(row)
-        jobs = []
+        jobs: list[_Job] = []
         for (start, first, last, length), members in groups.items():
             if call:
-                k_rows, v_rows = (self._rows(x, members)[:, :, start:] for x in call[:2])
+                k, v = (self._rows(x, members)[:, :, start:] for x in (call.k, call.v))
             else:
                 position = torch.arange(first * chunk, max(last * chunk, length), device=self.device)
                 slot = self.pinned_slots + position % self.hot_slots
-                k_rows, v_rows = (self._rows(x, members).index_select(2, slot) for x in (self.k, self.v))
-            spectra = self._spectra(members, k_rows, v_rows) if length >= 0 else None
+                k, v = (self._rows(x, members).index_select(2, slot) for x in (self.k, self.v))
+            # The first ones choose the layout.
+            choose = self.layout is None and not any(job.fitting for job in jobs)
+            fitting = self._fitting(members, k, v, choose=choose) if length >= 0 else None
             span = (last - first) * chunk
-            jobs.append((members, first, k_rows[:, :, :span], v_rows[:, :, :span], spectra))
+            jobs.append(_Job(members, first, k[:, :, :span], v[:, :, :span], fitting))
+        return jobs
+
+    def _compress(self, targets: list[int], jobs: list[_Job]) -> None:
+        """Fit new segments and encode chunks, up to targets[row]. Pages are written before any table names them."""
+        chunk = self.preset.chunk
+        known: dict[int, torch.Tensor] = {}
+        rows = [row for job in jobs for row in job.members]
+        for job in jobs:
+            if self.layout is None and job.fitting is not None:
+                self.layout = self.layouts[0] if job.fitting.losses is None else self._choose(job.fitting.losses)
         self._reserve(rows, targets)
         assert self.pages is not None and self.layout is not None
         free = self._free_pages()
         pins = []
-        for members, first, k_rows, v_rows, spectra in jobs:
-            if spectra is not None:
-                self._fit(members, *spectra)
+        for members, first, k_rows, v_rows, fitting in jobs:
+            if fitting is not None:
+                self._fit(members, fitting.k, fitting.v)
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
             page_ids = _uploaded(ids, torch.int32, self.device)
             encoders = [self._encoder(self.segment[r], known) for r in members]
@@ -535,7 +610,7 @@ class LayerCache:
             offset = self._mean_offset(members, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
-            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=spectra is not None)
+            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=fitting is not None)
             pins.append((members, ids, page_ids, first, k_rows, v_rows, lost))
         for members, ids, page_ids, first, k_rows, v_rows, lost in pins:
             self._pin(members, page_ids, first, k_rows, v_rows)
@@ -674,18 +749,18 @@ class LayerCache:
         offset[..., 0] = -1e9
         return offset
 
-    def _spectra(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> tuple[Spectrum, Spectrum]:
-        """Components of K and V of these rows from all their tokens (as many in each); the first ones choose the layout."""
+    def _fitting(self, members: list[int], k: torch.Tensor, v: torch.Tensor, *, choose: bool) -> _Fitting:
+        """Components of K and V of these rows from all their tokens (as many in each); with losses to `choose` by."""
         metric = weights = None
         old = [segment for row in members if (segment := self.segment[row]) is not None]
         if old and self.fits.keys() >= set(old):
             coordinates = torch.stack([self._coordinates(segment, {}) for segment in old])
             metric = coordinates @ coordinates.mT
         elif self.queries:
-            q = torch.cat(self.queries, dim=2)[members]
-            q = q[:, :, self.query_padding[members[0]] :]
+            q = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, dim=2)
+            q = self._rows(q, members)[:, :, self.query_padding[members[0]] :]
             metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads)
-            if self.layout is None and len(self.layouts) > 1:
+            if choose and len(self.layouts) > 1:
                 weights = error_weights(
                     q,
                     k,
@@ -697,14 +772,13 @@ class LayerCache:
                     window=self.preset.window,
                 )
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
-        k_spectrum = fit_spectrum(k, metric, precisions=bits[0], centre=not self.layouts[0].k.is_float)
-        v_spectrum = fit_spectrum(v, self.v_metric, precisions=bits[1])
-        if self.layout is None:
-            self.layout = self.layouts[0] if len(self.layouts) == 1 else self._choose(k_spectrum, v_spectrum, weights)
-        return k_spectrum, v_spectrum
+        k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
+        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self.v_metric, bits[1])])
+        losses = self._losses(k_spectrum, v_spectrum, weights) if choose and len(self.layouts) > 1 else None
+        return _Fitting(k_spectrum, v_spectrum, losses)
 
-    def _choose(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> PageLayout:
-        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
+    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """What the layer would lose in each of K's bands, then in each of V's; on the device."""
         k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
         losses = []
         for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
@@ -712,7 +786,12 @@ class LayerCache:
             # Without queries a relative error of keys counts as much as one of values.
             weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny) if weights is None else weights[i]
             losses += [(weight * side.distortion(bands)).sum(-1).mean() for bands in menu]
-        values = torch.stack(losses).tolist()
+        return torch.stack(losses)
+
+    def _choose(self, losses: torch.Tensor) -> PageLayout:
+        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
+        k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
+        values = losses.tolist()
         of_k = dict(zip(k_bands, values[: len(k_bands)], strict=True))
         of_v = dict(zip(v_bands, values[len(k_bands) :], strict=True))
         sizes = [layout.token_bytes for layout in self.layouts]
@@ -1055,7 +1134,17 @@ class SpectralCache:
             for i in range(layers)
         ]
 
+    def finish(self) -> None:
+        """Finish what `append` has deferred, of all layers. Every other call does that first."""
+        for layer in self.layers:
+            layer.finish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.finish()  # copies have no part in a stream's work
+        return self.__dict__
+
     def _layer(self, layer: int) -> LayerCache:
+        self.finish()
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer: expected 0 .. {len(self.layers) - 1}, got {layer}")
         return self.layers[layer]
@@ -1067,16 +1156,19 @@ class SpectralCache:
     @property
     def lengths(self) -> list[int]:
         """Tokens a row (of the first layer: within a forward pass later layers lag behind)."""
+        self.finish()
         return list(self.layers[0].lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds (not of what belongs to the model: frequencies, metrics of V)."""
+        self.finish()
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def token_bytes(self) -> float:
         """Bytes that one more cold token of one row costs in the long run, all layers."""
+        self.finish()
         return sum(layer.token_bytes for layer in self.layers)
 
     def append(
@@ -1087,6 +1179,7 @@ class SpectralCache:
         *,
         queries: torch.Tensor | None = None,
         padding: Sequence[int] | None = None,
+        defer: bool = False,
     ) -> None:
         """Add tokens to a layer, at positions lengths .. lengths + T - 1; chunks that leave the window are compressed.
 
@@ -1094,10 +1187,13 @@ class SpectralCache:
             k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
             queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
             padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
+            defer: if the layer is empty and every row compresses something, start to work out the bases, on a GPU on a
+                stream of its own, and leave the rest to `finish` or to the next call. k, v and queries are kept, and may
+                not change, until then.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """
-        self._layer(layer).append(k, v, queries=queries, padding=padding)
+        self._layer(layer).append(k, v, queries=queries, padding=padding, defer=defer)
 
     def attend(self, layer: int, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
         """Causal attention of the newest tokens over all of a layer's tokens.
@@ -1129,6 +1225,7 @@ class SpectralCache:
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Keep the first `lengths` tokens of every row (one number, or one a row; none above the row's length)."""
+        self.finish()
         wanted = [lengths] * self.batch if isinstance(lengths, int) else [int(n) for n in lengths]
         for layer in self.layers:
             if len(wanted) != layer.batch or any(not 0 <= n <= old for n, old in zip(wanted, layer.lengths, strict=True)):
@@ -1141,6 +1238,7 @@ class SpectralCache:
 
         Pages are shared by copies, not copied.
         """
+        self.finish()
         rows = [int(i) for i in (index.tolist() if isinstance(index, torch.Tensor) else index)]
         if not rows or any(not 0 <= i < self.batch for i in rows):
             raise ValueError(f"index: expected row numbers in 0 .. {self.batch - 1}, got {rows}")

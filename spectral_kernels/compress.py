@@ -562,41 +562,72 @@ class Spectrum:
         return basis.contiguous(), scale, encoder.contiguous()
 
 
-def fit_spectrum(
-    x: torch.Tensor,
-    metric: torch.Tensor | None = None,
-    *,
-    precisions: Sequence[int] = (8, 4, 2),
-    centre: bool = False,
-    sample: int = 2048,
-) -> Spectrum:
-    """Components of one side (K or V) from its rows.
+@dataclass(frozen=True)
+class Side:
+    """Rows of one side (K or V), and how their components are wanted.
 
     Args:
         x: [B, G, T, D] phase-aligned keys or values, fp16, bf16 or fp32, T at least 1.
         metric: [B, G, D, D] or [G, D, D] float32, or None.
         precisions: numbers of bits that quantiser steps are fitted for.
         centre: subtract the mean row (as int8 holds it). Keys have one: what a bias of the key projection adds.
+    """
+
+    x: torch.Tensor
+    metric: torch.Tensor | None = None
+    precisions: Sequence[int] = (8, 4, 2)
+    centre: bool = False
+
+
+def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
+    """Components of sides of the same B, G and D from their rows; their eigenproblems are solved together.
+
+    Args:
         sample: about how many rows, evenly spread, the quantiser steps are fitted on.
     """
-    dim, mean = x.shape[-1], None
-    if centre:
-        held, unit = quantise_basis(x.mean(dim=2, keepdim=True, dtype=torch.float32))
-        mean = held.float() * unit[..., None]
-    basis, scale = quantise_basis(fit_basis(gram(x, None if mean is None else mean[:, :, 0]), metric, rank=dim))
-    encoder = fit_encoder(basis, scale, metric)
-    rows = x[:, :, :: max(1, x.shape[2] // sample)]
-    coefficients = (rows if mean is None else (rows - mean).to(x.dtype)).float() @ encoder
-    rows = basis.float() * scale[..., None]
-    weight = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # [B, G, D]: of a squared error of a component
-    steps, errors = {}, {0: coefficients.square().mean(-2) * weight}
-    for bits in precisions:
-        bands = Bands(((dim, bits),))
+    dim = sides[0].x.shape[-1]
+    means: list[torch.Tensor | None] = []
+    for side in sides:
+        if side.centre:
+            held, unit = quantise_basis(side.x.mean(dim=2, keepdim=True, dtype=torch.float32))
+            means.append(held.float() * unit[..., None])
+        else:
+            means.append(None)
+    moment = torch.stack([gram(s.x, None if m is None else m[:, :, 0]) for s, m in zip(sides, means, strict=True)])
+    metric = None
+    if any(side.metric is not None for side in sides):
+        eye = torch.eye(dim, device=moment.device)
+        metrics = [eye if side.metric is None else side.metric for side in sides]
+        metric = torch.stack([x.expand(moment.shape[1:]) for x in metrics])
+    bases, scales = quantise_basis(fit_basis(moment, metric, rank=dim))
+    encoders = fit_encoder(bases, scales, metric)
+    rows = bases.float() * scales[..., None]
+    weights = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # of a squared error of a component
+    return [
+        _quantised(side, means[i], bases[i], scales[i], encoders[i], weights[i], sample) for i, side in enumerate(sides)
+    ]
+
+
+def _quantised(
+    side: Side,
+    mean: torch.Tensor | None,
+    basis: torch.Tensor,
+    scale: torch.Tensor,
+    encoder: torch.Tensor,
+    weight: torch.Tensor,
+    sample: int,
+) -> Spectrum:
+    """A side's spectrum, from components without a quantiser."""
+    rows = side.x[:, :, :: max(1, side.x.shape[2] // sample)]
+    coefficients = (rows if mean is None else (rows - mean).to(rows.dtype)).float() @ encoder
+    steps, errors = {}, {0: torch.linalg.vector_norm(coefficients, dim=-2).square() / coefficients.shape[-2] * weight}
+    for bits in side.precisions:
+        bands = Bands(((basis.shape[-2], bits),))
         steps[bits] = fit_steps(coefficients, bands)
         if not bands.is_float:
             units = coefficients / steps[bits][..., None, :]
-            codes = (torch.floor(units) + 0.5).clamp(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
-            errors[bits] = (codes - units).square().mean(-2) * steps[bits].square() * weight
+            codes = units.floor().add_(0.5).clamp_(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
+            errors[bits] = units.sub_(codes).square_().mean(-2) * steps[bits].square() * weight
     return Spectrum(mean, basis, scale, encoder, steps, errors)
 
 
@@ -606,12 +637,12 @@ def fit_side(
     """Basis, scale and encoder of one side (K or V) from its rows, without a mean.
 
     Args:
-        x, metric, sample: as `fit_spectrum` has them.      bands: of the side.
+        x, metric, sample: as `Side` and `fit_spectra` have them.      bands: of the side.
     Returns:
         (basis int8 [B, G, R, D], scale float32 [B, G, R] with the steps, encoder float32 [B, G, D, R]): x @ encoder is in
         units of steps, as `encode` wants it.
     """
-    return fit_spectrum(x, metric, precisions=sorted(set(bands.bits)), sample=sample).side(bands)
+    return fit_spectra([Side(x, metric, sorted(set(bands.bits)))], sample=sample)[0].side(bands)
 
 
 @triton.jit

@@ -152,10 +152,11 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
     trace = diagonal.sum(-1)[:, None, None]
     eye = torch.eye(dim, dtype=w.dtype, device=w.device)
     w = torch.where(trace > 0, w / trace.clamp_min(torch.finfo(w.dtype).tiny), eye)
+    # All ridges at once: a factorisation takes as long for a few matrices more.
+    lower, info = torch.linalg.cholesky_ex(torch.stack([w + ridge * eye for ridge in RIDGES]))
     root = torch.zeros_like(w)
-    for ridge in RIDGES:
-        lower, info = torch.linalg.cholesky_ex(w + ridge * eye)
-        root = torch.where((info == 0)[:, None, None], lower, root)
+    for some, failed in zip(lower, info, strict=True):
+        root = torch.where((failed == 0)[:, None, None], some, root)
     rows = torch.nn.functional.pad(root.mT.float(), (0, 0, 0, _padded_rows(dim) - dim)).contiguous()
     _orthogonalise(rows)
     v = rows.double()

@@ -828,9 +828,7 @@ def failing(function: Callable[..., Any], at: int, late: bool, calls: list[int])
     return run
 
 
-STEPS = [
-    (cache_module, name) for name in ("phase_align", "encode", "decode", "fit_spectrum", "fit_encoder", "query_metric")
-]
+STEPS = [(cache_module, name) for name in ("phase_align", "encode", "decode", "fit_spectra", "fit_encoder", "query_metric")]
 STEPS += [
     (LayerCache, name)
     for name in (
