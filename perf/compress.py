@@ -183,9 +183,9 @@ def eigen_table(w: torch.Tensor, layers: int) -> list[str]:
     return lines
 
 
-def prefill_layer(tokens: int, card: Card) -> Callable[[Store], torch.Tensor]:
+def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None]], torch.Tensor]:
     """One decoder layer in the shape of Llama-3-8B, random weights. It hands queries, keys (before RoPE) and values to a
-    function after its attention, as the adapter does."""
+    function before its attention, and calls another after it, as the adapter does."""
 
     def weight(out: int, into: int) -> torch.Tensor:
         return torch.randn(out, into, dtype=card.dtype, device=card.device) * into**-0.5
@@ -200,11 +200,12 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store], torch.Tensor]:
         a, b = y.chunk(2, dim=-1)
         return y * cos + torch.cat((-b, a), dim=-1) * sin
 
-    def run(store: Store) -> torch.Tensor:
+    def run(store: Store, finish: Callable[[], None]) -> torch.Tensor:
         y = rms_norm(x, (HIDDEN,))
         q, k, v = ((y @ w.mT).unflatten(-1, (-1, DIM)).transpose(1, 2) for w in projections)
-        y = scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
         store(q, k, v)
+        y = scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
+        finish()
         del q, k, v
         y = x + y.transpose(1, 2).flatten(2) @ o.mT
         a, b = (rms_norm(y, (HIDDEN,)) @ up.mT).chunk(2, dim=-1)
@@ -226,9 +227,7 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
     def all_layers(defer: bool | None) -> None:
         cache.reset()
         for layer in range(layers):
-            cache.finish()
-            run(partial(store, layer, defer))
-        cache.finish()
+            run(partial(store, layer, defer), cache.finish)
 
     plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 3) / layers for defer in (None, True, False))
     return plain, deferred, at_once

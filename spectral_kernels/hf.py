@@ -186,8 +186,6 @@ class Handle:
             decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             decoder.register_forward_hook(self._after_forward, with_kwargs=True),
             decoder.rotary_emb.register_forward_hook(_no_rotation),
-            # Before a layer has keys of its own, the layer before lets go of its dense ones.
-            *(layer.register_forward_pre_hook(_finish_layer_before, with_kwargs=True) for layer in decoder.layers),
         ]
 
     @property
@@ -317,8 +315,6 @@ class Handle:
     def _after_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         step: _Step | None = kwargs.get(NAME)
         if step is not None and step.cache is not None:
-            if step.cache.spectral is not None:
-                step.cache.spectral.finish()
             step.cache.padding, step.cache._offsets = step.padding, step.offsets
             step.cache.columns = step.past + step.queries
             step.cache._busy = False
@@ -450,12 +446,6 @@ def _no_rotation(
     return torch.ones_like(output[0]), torch.zeros_like(output[1])
 
 
-def _finish_layer_before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    step: _Step | None = kwargs.get(NAME)
-    if step is not None and step.cache is not None and step.cache.spectral is not None:
-        step.cache.spectral.finish()
-
-
 def _attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -476,13 +466,16 @@ def _attention(
     if step.past:
         out = _cached_attention(step, layer, query, key, value, scaling)
     else:
-        out = _dense_attention(step, query, key, value, scaling)
         if step.cache is not None:
             with torch.no_grad():
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
-                # The bases are worked out beside the rest of this layer.
                 step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
+        # The bases are worked out beside attention, whose many short blocks leave room again and again.
+        out = _dense_attention(step, query, key, value, scaling)
+        if step.cache is not None and step.cache.spectral is not None:
+            with torch.no_grad():
+                step.cache.spectral.finish()
     return out.transpose(1, 2), None
 
 

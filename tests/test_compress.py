@@ -13,6 +13,7 @@ from reference import pages as pages_oracle
 from reference import rope as rope_oracle
 from spectral_kernels import compress
 from spectral_kernels.pages import Bands
+from spectral_kernels.rope import phase_align
 from tests import budgets
 from tests.cases import (
     DEVICE,
@@ -161,6 +162,47 @@ def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, toke
         del wrong["scaling once"]
     for mistake, mutant in wrong.items():
         budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "rotary_dim", "scaling", "tokens", "weighted"),
+    [(64, 64, 1.0, 150, True), (80, 40, 1.2, 97, False), (64, 64, 1.0, 1, True)],
+)
+def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tokens, weighted):
+    """Scores are off by roundings of what is multiplied, so softmax weights by that share, and their squares by twice."""
+    inv_freq, chunk, sinks, window = inverse_frequencies(rotary_dim), 64, 2, 16
+    q, k, v = (torch.from_numpy(rng.standard_normal((2, n, tokens, dim))).to(DEVICE, dtype) for n in (4, 2, 2))
+    v[:, :, :, 0] += 3
+    metric = np.stack([random_metric(rng, dim) * 1e-3 for _ in range(2)]) if weighted else None
+    args = (q, k, v, inv_freq, scaling, metric)
+    at = np.linspace(tokens // 2, tokens - 1, min(20, tokens)).astype(int)
+    expected = oracle.error_weights(*map(to_numpy, args[:3]), *args[3:], at, sinks=sinks, window=window)
+    aligned = k.clone()
+    rope = rope_of(inv_freq, scaling)
+    aligned = phase_align(k, torch.arange(tokens, device=DEVICE).expand(2, -1), rope, chunk=chunk)
+    options = {"chunk": chunk, "sinks": sinks, "window": window, "queries": 20}
+    call = (q, aligned, v, rope, None if metric is None else tensor(metric))
+    if implementation == "triton" and not (dtype == torch.bfloat16 and DEVICE.type == "cpu"):
+        with kernels():
+            got = compress.error_weights(*call, **options)
+    else:
+        got = compress.error_weights(*call, **options)
+    # Scores are sums of products of pairs; two operands of each are rounded to the dtype, and keys were once before.
+    sizes = [np.linalg.norm(to_numpy(x), axis=-1).max() for x in (q, k)]
+    units = max(budgets.U[dtype], 2.0**-11 if dtype != torch.float32 else 2.0**-21)
+    score = 3 * units * sizes[0] * sizes[1] * dim**-0.5 * scaling**2 + 8 * budgets.ANGLE * sizes[0] * sizes[1]
+    for name, ours, exact in zip(("w_k", "w_v"), got, expected, strict=True):
+        slack = (4 * score + 8 * units + 2.0**-16) * exact
+        budgets.check(ours, exact, slack, name)
+        if dtype == torch.float32 and tokens > 1:
+            for mistake, mutant in {"zeros": 0 * exact, "other heads": exact[:, ::-1], "halved": exact / 2}.items():
+                budgets.check_rejects(mutant, exact, slack, mistake)
+    if dtype == torch.float32 and tokens > 1:
+        for wrong in ({"sinks": 0, "window": window}, {"sinks": sinks, "window": 0}):
+            mutant = oracle.error_weights(*map(to_numpy, args[:3]), *args[3:], at, **wrong)
+            budgets.check_rejects(mutant[1], expected[1], (4 * score + 8 * units + 2.0**-16) * expected[1], str(wrong))
 
 
 # bases
