@@ -7,7 +7,7 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `fit_encoder`; for one layer, and for all layers at once), `fit_steps`; and all of it called one after another. `gram` and
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
-random weights, eight of them one after another: `prefill_share` is what the cache (preset balanced, queries given) adds to
+random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries given) adds to
 that, with compression deferred as the adapter has it, `.._at_once` without. `peak_ratio`: what K and V of one layer after
 another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the compressed cache of all
 layers); the larger of deferred and at once. `step_ratio`: median decode step of all layers' caches (append and attend, host
@@ -215,7 +215,7 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
 
 
 def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
-    """Milliseconds a layer of the prefill: without a cache, with one that defers, with one that does not."""
+    """Milliseconds a layer of the prefill: without a cache, with one that compresses beside attention, or at once."""
     run = prefill_layer(tokens, card)
     metric = rows_of(KV_HEADS, 512, card)[0].float()
     cache = new_cache(card, layers, "balanced", [metric.mT @ metric] * layers)
@@ -229,7 +229,7 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
         for layer in range(layers):
             run(partial(store, layer, defer), cache.finish)
 
-    plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 3) / layers for defer in (None, True, False))
+    plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 2) / layers for defer in (None, True, False))
     return plain, deferred, at_once
 
 
@@ -268,25 +268,27 @@ def peak_ratio(tokens: int, layers: int, card: Card, defer: bool) -> float:
     return (torch.cuda.max_memory_allocated() - before) / (dense + cache.nbytes)
 
 
-def step_times(card: Card, layers: int, tokens: int = 8192) -> tuple[list[float], list[float]]:
-    """Milliseconds of decode steps of all layers' caches, and of those steps in which a layer compresses."""
+def step_times(card: Card, layers: int, tokens: int = 8192, steps: int = 384) -> tuple[list[float], list[float]]:
+    """Milliseconds of decode steps of all layers' caches: of those that compress nothing, and of those in which a layer
+    does. New tokens are like the prompt's."""
     cache = new_cache(card, layers, "balanced")
-    prompt = [rows_of(KV_HEADS, tokens, card) for _ in range(2)]
+    warm = 2 * cache.preset.chunk  # kernels are compiled by then, and rings have their size
+    k, v = (rows_of(KV_HEADS, tokens + warm + steps, card) for _ in range(2))
     for layer in range(layers):
-        cache.append(layer, *prompt)
-    q, k, v = (rows_of(n, 1, card) for n in (HEADS, KV_HEADS, KV_HEADS))
+        cache.append(layer, k[:, :, :tokens], v[:, :, :tokens])
+    q = rows_of(HEADS, 1, card)
     plain: list[float] = []
     compressing: list[float] = []
-    chunk = cache.preset.chunk
-    for step in range(8 * chunk):
+    for step in range(warm + steps):
+        own = slice(tokens + step, tokens + step + 1)
         chunks = [layer.chunks[0] for layer in cache.layers]
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for layer in range(layers):
-            cache.append(layer, k, v)
+            cache.append(layer, k[:, :, own], v[:, :, own])
             cache.attend(layer, q)
         torch.cuda.synchronize()
-        if step >= 2 * chunk:  # kernels are compiled by then
+        if step >= warm:
             same = chunks == [layer.chunks[0] for layer in cache.layers]
             (plain if same else compressing).append((time.perf_counter() - begin) * 1e3)
     return plain, compressing
@@ -393,7 +395,7 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     svd_lines, svd, low = against_svd(layer)
     say(*svd_lines)
     del layer, aligned
-    prefill, deferred, at_once = prefill_times(tokens, 8, card)
+    prefill, deferred, at_once = prefill_times(tokens, layers, card)
     say(f"  prefill of a layer {prefill:24.3f} ms, compressing beside it {deferred:.3f}, after it {at_once:.3f}")
     peaks = [peak_ratio(tokens, layers, card, defer) for defer in (False, True)]
     say(f"  peak ratio of {layers} layers {peaks[0]:19.3f}, deferred {peaks[1]:.3f}")

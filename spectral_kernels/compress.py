@@ -86,29 +86,27 @@ def _gram_kernel(
     if mean_ptr is not None:
         mean_i = tl.load(mean_ptr + bg * D + i, mask=i < D, other=0.0)
         mean_j = tl.load(mean_ptr + bg * D + j, mask=j < D, other=0.0)
-    for run in range(split * each, tl.maximum(end, split * each + 1), RUN):  # a split of no tokens stores zeros
-        acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-        for start in range(run, tl.minimum(run + RUN, end), BLOCK_T):
-            t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-            b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+    acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    for start in range(split * each, end, BLOCK_T):
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+        if mean_ptr is not None:
+            b = tl.where((t < T)[:, None], b.to(tl.float32) - mean_j[None, :], 0.0).to(b.dtype)
+        if BLOCK_D >= D:
+            a = tl.trans(b)
+        else:
+            a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
             if mean_ptr is not None:
-                b = tl.where((t < T)[:, None], b.to(tl.float32) - mean_j[None, :], 0.0).to(b.dtype)
-            if BLOCK_D >= D:
-                a = tl.trans(b)
-            else:
-                a = tl.load(
-                    x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0
-                )
-                if mean_ptr is not None:
-                    a = tl.where((t < T)[None, :], a.to(tl.float32) - mean_i[:, None], 0.0).to(a.dtype)
-            if EXACT:
-                acc = tl.dot(a, b, acc)
-            else:
-                acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-        if run > split * each:  # sums of runs are added in memory: registers hold no second tile
-            acc += tl.load(out_ptr, mask=mask, other=0.0)
-        tl.store(out_ptr, acc, mask=mask)
-        tl.debug_barrier()  # the load may lay the tile out over the threads in another way
+                a = tl.where((t < T)[None, :], a.to(tl.float32) - mean_i[:, None], 0.0).to(a.dtype)
+        if EXACT:
+            acc = tl.dot(a, b, acc)
+        else:
+            acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
+        if (start + BLOCK_T) % RUN == 0:
+            total += acc
+            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    tl.store(out_ptr, total + acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -743,21 +741,24 @@ STEP_SHARES = 25
 @triton.jit(do_not_specialize=["T"])
 def _fit_steps_kernel(
     coefficients_ptr,
-    widest_ptr,
-    top_ptr,
+    widest_ptr,  # [P, N, R]
+    top_ptr,  # [P, R]
     step_ptr,
+    error_ptr,
     T,
     R: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK_SHARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The steps of 16 components of one row and head: squared errors of all shares in one pass."""
+    """The steps of 16 components of one row and head in one choice: squared errors of all shares in one pass."""
     r = tl.program_id(0) * 16 + tl.arange(0, 16)
     n = tl.program_id(1).to(tl.int64)
+    choice = tl.program_id(2)
     used = r < R
-    widest = tl.load(widest_ptr + n * R + r, mask=used, other=1.0)
-    half = tl.load(top_ptr + r, mask=used, other=2.0) * 0.5
+    own = (choice * tl.num_programs(1) + n) * R + r
+    widest = tl.load(widest_ptr + own, mask=used, other=1.0)
+    half = tl.load(top_ptr + choice * R + r, mask=used, other=2.0) * 0.5
     share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
     share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
     step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
@@ -775,25 +776,74 @@ def _fit_steps_kernel(
     error = tl.sum(errors, 1)
     best = tl.argmin(error, 0, tie_break_left=True)
     best = tl.where(best < SHARES, best, 0)
-    tl.store(step_ptr + n * R + r, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+    tl.store(step_ptr + own, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+    tl.store(error_ptr + own, tl.min(error, 0), mask=used)
 
 
-def _widest_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """Steps that clip no value of the sample; of a 16-bit side, its steps."""
+def _largest(coefficients: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each component; one without variance in the sample still gets a step that later rows can use."""
     largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
-    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
-        largest = largest.amax(-1, keepdim=True).expand_as(largest)
-    # A component without variance in the sample still gets a step that later rows can use.
-    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
-    if bands.is_float:
-        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
-    return largest / (_tops(bands, coefficients.device) / 2)
+    return torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @cache
-def _tops(bands: Bands, device: torch.device) -> torch.Tensor:
-    """2**bits of each component, float32 [R]."""
-    return torch.tensor([2.0**bits for bits in bands.bits], device=device)
+def _tops(choices: tuple[Bands, ...], device: torch.device) -> torch.Tensor:
+    """2**bits of each component in each of some bands, float32 [P, R]."""
+    return torch.tensor([[2.0**bits for bits in bands.bits] for bands in choices], device=device)
+
+
+def fit_quantisers(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The quantiser step of each component with the least squared error over a sample, for each of some bands.
+
+    Args:
+        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+    Returns:
+        (steps, sums of squared errors), float32 [P, ..., R]; steps are positive.
+    """
+    check_tensor("coefficients", coefficients, dtype=torch.float32)
+    if not _launch.runs_kernel(coefficients):
+        return fit_quantisers_torch(coefficients, choices)
+    largest = _largest(coefficients)
+    tops = _tops(tuple(choices), coefficients.device)
+    tokens, rank = coefficients.shape[-2:]
+    widest = largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), rank)
+    steps, errors = torch.empty_like(widest), torch.empty_like(widest)
+    if widest.numel() == 0:
+        return steps, errors
+    with torch.cuda.device_of(coefficients):
+        _fit_steps_kernel[(triton.cdiv(rank, 16), largest.numel() // rank, len(choices))](
+            coefficients.contiguous(),
+            widest,
+            tops,
+            steps,
+            errors,
+            tokens,
+            R=rank,
+            SHARES=STEP_SHARES,
+            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
+            BLOCK_T=32,
+            num_warps=8,
+        )
+    return steps, errors
+
+
+def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fit_quantisers` in plain PyTorch."""
+    fitted = []
+    for top in _tops(tuple(choices), coefficients.device):
+        widest = _largest(coefficients) / (top / 2)
+        best, least = widest, torch.full_like(widest, float("inf"))
+        for share in range(STEP_SHARES):
+            step = (1 - share / 30) * widest
+            code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
+                (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
+            )
+            error = (code * step[..., None, :] - coefficients).square().sum(-2)
+            best = torch.where(error < least, step, best)
+            least = torch.minimum(error, least)
+        fitted.append((best, least))
+    steps, errors = (torch.stack(x) for x in zip(*fitted, strict=True))
+    return steps, errors
 
 
 def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
@@ -805,46 +855,12 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
         float32 [..., R], positive. 16-bit components share the power of two that brings the largest
         magnitude of all below 2**12.
     """
-    check_tensor("coefficients", coefficients, dtype=torch.float32)
-    if not _launch.runs_kernel(coefficients) or bands.is_float:
-        return fit_steps_torch(coefficients, bands)
-    widest = _widest_steps(coefficients, bands)
-    if widest.numel() == 0:
-        return widest
-    steps = torch.empty_like(widest)
-    tokens, rank = coefficients.shape[-2:]
-    with torch.cuda.device_of(coefficients):
-        _fit_steps_kernel[(triton.cdiv(rank, 16), widest.numel() // rank)](
-            coefficients.contiguous(),
-            widest,
-            _tops(bands, coefficients.device),
-            steps,
-            tokens,
-            R=rank,
-            SHARES=STEP_SHARES,
-            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
-            BLOCK_T=32,
-            num_warps=8,
-        )
-    return steps
-
-
-def fit_steps_torch(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """`fit_steps` in plain PyTorch."""
-    widest = _widest_steps(coefficients, bands)
-    if bands.is_float:
-        return widest
-    top = _tops(bands, coefficients.device)
-    best, least = widest, torch.full_like(widest, float("inf"))
-    for share in range(STEP_SHARES):
-        step = (1 - share / 30) * widest
-        code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
-            (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
-        )
-        error = (code * step[..., None, :] - coefficients).square().sum(-2)
-        best = torch.where(error < least, step, best)
-        least = torch.minimum(error, least)
-    return best
+    if not bands.is_float:
+        return fit_quantisers(coefficients, [bands])[0][0]
+    # Floats have exponents of their own: one step, so that no later row finds a component too small.
+    largest = _largest(coefficients)
+    largest = largest.amax(-1, keepdim=True).expand_as(largest)
+    return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
 
 
 @dataclass(frozen=True)
@@ -954,14 +970,16 @@ def _quantised(
     """A side's spectrum, from components without a quantiser."""
     rows = side.x[:, :, :: max(1, side.x.shape[2] // sample)]
     coefficients = (rows if mean is None else (rows - mean).to(rows.dtype)).float() @ encoder
-    steps, errors = {}, {0: torch.linalg.vector_norm(coefficients, dim=-2).square() / coefficients.shape[-2] * weight}
-    for bits in side.precisions:
-        bands = Bands(((basis.shape[-2], bits),))
-        steps[bits] = fit_steps(coefficients, bands)
-        if not bands.is_float:
-            units = coefficients / steps[bits][..., None, :]
-            codes = units.floor().add_(0.5).clamp_(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
-            errors[bits] = units.sub_(codes).square_().mean(-2) * steps[bits].square() * weight
+    tokens, dim = coefficients.shape[-2:]
+    errors = {0: torch.linalg.vector_norm(coefficients, dim=-2).square() * (weight / tokens)}
+    choices = {bits: Bands(((dim, bits),)) for bits in side.precisions}
+    steps = {bits: fit_steps(coefficients, bands) for bits, bands in choices.items() if bands.is_float}
+    coarse = {bits: bands for bits, bands in choices.items() if not bands.is_float}
+    if coarse:
+        fitted, lost = fit_quantisers(coefficients, list(coarse.values()))
+        lost = lost * (weight / tokens)
+        steps |= dict(zip(coarse, fitted, strict=True))
+        errors |= dict(zip(coarse, lost, strict=True))
     return Spectrum(mean, basis, scale, encoder, steps, errors)
 
 
