@@ -7,12 +7,12 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `fit_encoder`; for one layer, and for all layers at once), `fit_steps`; and all of it called one after another. `gram` and
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
-random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries given) adds to
-that, with compression deferred as the adapter has it, `.._at_once` without. `peak_ratio`: what K and V of one layer after
-another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the compressed cache of all
-layers); the larger of deferred and at once. `step_ratio`: median decode step of all layers' caches (append and attend, host
-time included, nothing else of a model) in which a layer compresses a chunk, over that in which none does; `.._p99_ratio`,
-`.._max_ratio`: of all steps, over their median.
+random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
+given) adds to that, its bases worked out beside attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K
+and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the
+compressed cache of all layers); the larger of both ways. `step_ratio`: median decode step of all layers' caches (append and
+attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which none does;
+`.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio step_ms step_ratio step_p99_ratio step_max_ratio svd_ratio lowrank_ratio gram_error
