@@ -1061,3 +1061,117 @@ def test_a_late_layer_is_dense_attention(rng):
         if step % 16 == 0 or step in (20, 21, 84, 85, 86):
             trial.check(what=f"step {step}")
     assert max(slots) == 2 * CHUNK + trial.layer.late
+
+
+# ---- deferred calls -------------------------------------------------------------------------------------------------
+
+
+def deferred(name: str, **changes: Any) -> tuple[SpectralCache, SpectralCache, dict[str, Any]]:
+    """Two empty caches alike, and a call to append."""
+    rng = np.random.default_rng(11)
+    first, second = (make_cache(LOSSLESS, batch=2, layers=2, landmarks=[70, 200], **changes) for _ in range(2))
+    call = {n: draw(rng, 2, heads, 300, DIM) for n, heads in (("k", 2), ("v", 2), ("queries", 4))}
+    return first, second, {**call, "padding": [0, 90]} if name == "padding" else call
+
+
+@pytest.mark.parametrize("name", ["alike", "padding"])
+def test_deferred_calls_do_the_same(name):
+    """Whatever comes next finishes them; each of it sees what it would have seen."""
+    at_once, _, call = deferred(name)
+    at_once.append(0, **call)
+    q = draw(np.random.default_rng(3), 2, 4, 1, DIM)
+    uses: list[Callable[[SpectralCache], Any]] = [
+        lambda cache: cache.finish(),
+        lambda cache: cache.lengths,
+        lambda cache: cache.nbytes,
+        lambda cache: cache.token_bytes,
+        lambda cache: cache.attend(0, q),
+        lambda cache: cache.get_kv(0, rope="pre"),
+        lambda cache: cache.append(1, **call),
+        copy.deepcopy,
+    ]
+    for use in uses:
+        _, cache, _ = deferred(name)
+        cache.append(0, **call, defer=True)
+        assert cache.layers[0].pending is not None and not any(cache.layers[0].lengths)
+        use(cache)
+        assert cache.layers[0].pending is None
+        twin = copy.deepcopy(at_once)
+        use(twin)
+        assert same(visible(cache), visible(twin))
+    for edit in (lambda cache: cache.crop(210), lambda cache: cache.reorder([1, 1])):
+        _, cache, _ = deferred(name)
+        twin = copy.deepcopy(at_once)
+        for layer in (1, 0):
+            cache.append(layer, **call, defer=True)
+        twin.append(1, **call)
+        edit(cache)
+        edit(twin)
+        assert same(visible(cache), visible(twin))
+
+
+def test_deferred_calls_fit_first_and_encode_last(monkeypatch):
+    _, cache, call = deferred("alike")
+    done: list[str] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        function = getattr(cache_module, name)
+        return lambda *args, **kwargs: (done.append(name), function(*args, **kwargs))[1]
+
+    for name in ("query_metric", "fit_spectra", "encode"):
+        monkeypatch.setattr(cache_module, name, noting(name))
+    cache.append(0, **call, defer=True)
+    assert done == ["query_metric", "fit_spectra"]
+    cache.finish()
+    assert done == ["query_metric", "fit_spectra", "encode", "encode"]
+    # Nothing waits that compresses nothing, or that goes through the ring.
+    for tokens in (1, 200):
+        own = {name: x[:, :, :tokens] for name, x in call.items()}
+        cache.append(0, **own, defer=True)
+        assert cache.layers[0].pending is None
+    cache.append(1, call["k"][:, :, :60], call["v"][:, :, :60], defer=True)
+    assert cache.layers[1].pending is None and cache.layers[1].lengths == [60, 60]
+
+
+@pytest.mark.parametrize("name", ["encode", "fit_spectra", "phase_align"])
+def test_a_deferred_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, name):
+    expected, cache, call = deferred("padding")
+    before = visible(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, name, failing(getattr(cache_module, name), 0, True, [0]))
+        with pytest.raises(InjectedError):
+            cache.append(0, **call, defer=True)
+            cache.finish()
+    assert same(visible(cache), before)
+    cache.append(0, **call, defer=True)
+    expected.append(0, **call)
+    assert same(visible(cache), visible(expected))
+
+
+def test_reset_drops_a_deferred_call():
+    expected, cache, call = deferred("alike")
+    cache.append(0, **call, defer=True)
+    cache.reset()
+    assert cache.layers[0].pending is None and same(visible(cache), visible(expected))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="streams")
+def test_deferred_calls_on_streams(monkeypatch):
+    """Layers of a prompt, each deferred while the current stream is busy and its memory is let go and used again."""
+    preset = replace(PRESETS["balanced"], min_fit=96)
+    rng = np.random.default_rng(2)
+    calls = [{n: draw(rng, 2, h, 2048, DIM).half() for n, h in (("k", 2), ("v", 2), ("queries", 4))} for _ in range(4)]
+    caches = [make_cache(preset, layers=4, dtype=torch.float16) for _ in range(2)]
+    for layer, call in enumerate(calls):
+        caches[0].append(layer, **call)
+    for layer, call in enumerate(calls):
+        torch.cuda._sleep(2_000_000)
+        caches[1].append(layer, **{name: x.clone() for name, x in call.items()}, defer=True)
+        garbage = [torch.full_like(call["queries"], float("nan")) for _ in range(4)]
+        torch.cuda._sleep(2_000_000)
+        del garbage
+        caches[1].finish()
+    for one, two in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert one.layout == two.layout and one.pages is not None and two.pages is not None
+        for name in ("k_pages", "v_pages", "k_basis", "v_basis", "k_scale", "v_scale"):
+            assert torch.equal(getattr(one.pages, name), getattr(two.pages, name)), name
