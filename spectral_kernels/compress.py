@@ -536,10 +536,11 @@ def error_weights(
         unit = v_metric.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
         eye = torch.eye(dim, dtype=torch.float64, device=q.device)
         root = torch.linalg.cholesky_ex((v_metric / unit[..., None]).double() + 1e-6 * eye).L.float().contiguous()
-    block_m = 64
-    tiles, chunks = triton.cdiv(group * count, block_m), triton.cdiv(tokens, chunk)
+    # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
+    block = 64 if _launch.has_large_shared_memory(k.device) else 32
+    tiles, chunks = triton.cdiv(group * count, block), triton.cdiv(tokens, chunk)
     each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))
-    splits, rows = triton.cdiv(chunks, each), tiles * block_m
+    splits, rows = triton.cdiv(chunks, each), tiles * block
     stats = torch.empty((batch, groups, splits, rows, 4), dtype=torch.float32, device=k.device)
     sums = torch.empty((batch, groups, splits, 2, rows, dim), dtype=torch.float32, device=k.device)
     with torch.cuda.device_of(k):
@@ -567,12 +568,12 @@ def error_weights(
             D=dim,
             HALF=dim // 2,
             PAIRS=rope.turns.shape[0],
-            BLOCK_M=block_m,
-            BLOCK_T=64 if dim <= 64 or _launch.has_large_shared_memory(k.device) else 32,
+            BLOCK_M=block,
+            BLOCK_T=block,
             BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)),
             BLOCK_D=triton.next_power_of_2(dim),
             NATIVE=_launch.is_native(k),
-            num_warps=8,
+            num_warps=8 if block == 64 or dim > 64 else 4,
             num_stages=2,
         )
     # The splits, joined as states are (merge.py), with squares.
