@@ -222,12 +222,28 @@ class _Fit(NamedTuple):
     lost: torch.Tensor
 
 
+class _Read:
+    """Numbers on their way from a device to the host, after what the current stream has been given so far."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers, self.there = numbers, None
+        if numbers.is_cuda:
+            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self.there = torch.cuda.current_stream(numbers.device).record_event()
+
+    def tolist(self) -> list[float]:
+        """Waits for them, and for nothing that came after."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.numbers.tolist()
+
+
 class _Fitting(NamedTuple):
     """Components for a new segment of some rows; what each of the bands of K and V would lose, or None."""
 
     k: Spectrum
     v: Spectrum
-    losses: torch.Tensor | None
+    losses: _Read | None
 
 
 class _Job(NamedTuple):
@@ -777,8 +793,8 @@ class LayerCache:
         losses = self._losses(k_spectrum, v_spectrum, weights) if choose and len(self.layouts) > 1 else None
         return _Fitting(k_spectrum, v_spectrum, losses)
 
-    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        """What the layer would lose in each of K's bands, then in each of V's; on the device."""
+    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> _Read:
+        """What the layer would lose in each of K's bands, then in each of V's."""
         k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
         losses = []
         for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
@@ -786,9 +802,9 @@ class LayerCache:
             # Without queries a relative error of keys counts as much as one of values.
             weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny) if weights is None else weights[i]
             losses += [(weight * side.distortion(bands)).sum(-1).mean() for bands in menu]
-        return torch.stack(losses)
+        return _Read(torch.stack(losses))
 
-    def _choose(self, losses: torch.Tensor) -> PageLayout:
+    def _choose(self, losses: _Read) -> PageLayout:
         """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
         k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
         values = losses.tolist()

@@ -166,10 +166,10 @@ def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
             MATRIX=matrix,
             EXACT=exact,
             num_warps=8 if block_d == 128 else 4,
-            num_stages=4,
+            num_stages=5 if _launch.has_large_shared_memory(x.device) else 4,
         )
-        _gram_sum_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
-            parts, out, splits, SIZE=dim * dim, BLOCK=512, BLOCK_SPLITS=8, num_warps=4
+        _gram_sum_kernel[(triton.cdiv(dim * dim, 256), batch * heads)](
+            parts, out, splits, SIZE=dim * dim, BLOCK=256, BLOCK_SPLITS=16, num_warps=4
         )
     return out
 
@@ -940,7 +940,7 @@ def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
     means: list[torch.Tensor | None] = []
     for side in sides:
         if side.centre:
-            held, unit = quantise_basis(side.x.mean(dim=2, keepdim=True, dtype=torch.float32))
+            held, unit = quantise_basis(_mean_row(side.x)[:, :, None])
             means.append(held.float() * unit[..., None])
         else:
             means.append(None)
@@ -957,6 +957,16 @@ def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
     return [
         _quantised(side, means[i], bases[i], scales[i], encoders[i], weights[i], sample) for i, side in enumerate(sides)
     ]
+
+
+def _mean_row(x: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of x [B, G, T, D], float32 [B, G, D]."""
+    # In two steps: PyTorch cuts one long sum among blocks, through a buffer as large as x in float32.
+    runs, rest = divmod(x.shape[2], 256)
+    total = x[:, :, runs * 256 :].sum(2, dtype=torch.float32)
+    if runs:
+        total += x[:, :, : runs * 256].unflatten(2, (runs, 256)).sum(3, dtype=torch.float32).sum(2)
+    return total / (runs * 256 + rest)
 
 
 def _quantised(
@@ -1356,9 +1366,9 @@ def _encode_16(
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_R=triton.next_power_of_2(bands.rank),
             NATIVE=_launch.is_native(x),
-            # A third stage takes 106 KB at D = 128 (triton 3.6); elsewhere four warps spill in the loop.
+            # At D = 128 two programs a multiprocessor fit with two stages. Elsewhere four warps spill in the loop.
             num_warps=4 if large else 8,
-            num_stages=3 if large else 2,
+            num_stages=2,
         )
 
 
