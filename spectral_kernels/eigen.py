@@ -31,8 +31,8 @@ from ._checks import check_tensor
 # e, in units of the trace. It moves no eigenvector, but float32 rotations do not see what is far below it: of those that
 # lift the rounding of the matrix above zero, the smallest. (Whitened keys of a model's first layer span ten decades.)
 RIDGES = (2.0**-17, 2.0**-28, 2.0**-40)
-# Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 4e-6, whose
-# square is what a low rank could lose by it.
+# Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 4e-6, of
+# which a low rank loses the square.
 SMALL = 2e-3
 SWEEPS = 16  # at most; 7 to 9 are usual
 
