@@ -31,10 +31,10 @@ from ._checks import check_tensor
 # e, in units of the trace. It moves no eigenvector, but float32 rotations do not see what is far below it: of those that
 # lift the rounding of the matrix above zero, the smallest. (Whitened keys of a model's first layer span ten decades.)
 RIDGES = (2.0**-17, 2.0**-28, 2.0**-40)
-# Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 4e-6, of
-# which a low rank loses the square.
-SMALL = 2e-3
-SWEEPS = 16  # at most; 7 to 9 are usual
+# Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 1e-8.
+# (Not where eigenvalues are equal, as those of the ridge: with 2e-3 the largest vector of a matrix of rank 1 is off by 1e-5.)
+SMALL = 1e-4
+SWEEPS = 16  # at most; 8 to 10 are usual
 
 
 @triton.jit
