@@ -32,7 +32,7 @@ from ._checks import check_tensor
 # lift the rounding of the matrix above zero, the smallest. (Whitened keys of a model's first layer span ten decades.)
 RIDGES = (2.0**-17, 2.0**-28, 2.0**-40)
 # Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 1e-8.
-# (Not where eigenvalues are equal, as those of the ridge: with 2e-3 the largest vector of a matrix of rank 1 is off by 1e-5.)
+# (Where eigenvalues are equal, as the ridge's are, it is slower: with 2e-3 a matrix of rank 1 fails tests/test_eigen.py.)
 SMALL = 1e-4
 SWEEPS = 16  # at most; 8 to 10 are usual
 
