@@ -7,13 +7,16 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `fit_encoder`; for one layer, and for all layers at once), `fit_steps`; and all of it called one after another. `gram` and
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
-random weights: its share is that of a whole model but for the embedding and the head. `peak_ratio`: what
-`SpectralCache.append` adds at most to the allocated memory, with K and V given, over (dense K and V of one layer + the
-compressed cache of all layers). `step_ratio`: a decode step that compresses a chunk over the median step, host time
-included.
+random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
+given) adds to that, its bases worked out beside attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K
+and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the
+compressed cache of all layers); the larger of both ways. `step_ratio`: median decode step of all layers' caches (append and
+attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which none does;
+`.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
 
-Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_share peak_ratio step_ratio svd_ratio
-lowrank_ratio gram_error (T = 131,072) torch triton.
+Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
+prefill_share_at_once peak_ratio step_ms step_ratio step_p99_ratio step_max_ratio svd_ratio lowrank_ratio gram_error
+(T = 131,072) torch triton.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,12 +37,14 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 import spectral_kernels as sk
 from perf._timing import ROOT, Call, Card, NoCard, device_times, versions
 from spectral_kernels import eigen
+from spectral_kernels.compress import Side, error_weights, fit_spectra
 from spectral_kernels.pages import pack_pages, unpack_pages
 
 HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 128
 HIDDEN, FFN = 4096, 14336
 LAYOUT = sk.PageLayout(sk.Bands.parse("16x8+16x4+96x2"), sk.Bands.parse("32x4+96x2"), DIM, CHUNK)
 RANKS = (16, 64, 96)
+Store = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def rows_of(heads: int, tokens: int, card: Card, decay: float = 4.0) -> torch.Tensor:
@@ -114,14 +119,13 @@ class Layer:
 
     def compress(self) -> None:
         """All that a layer takes once its keys are aligned and the metric of its queries is known."""
-        for side, x, bands, metric, pages in self.sides():
-            encoder = sk.fit_side(x, bands, metric)[2]
-            sk.encode(x, encoder, bands, pages, self.ids, side=side)
+        sides = [Side(x, metric, sorted(set(bands.bits))) for _, x, bands, metric, _ in self.sides()]
+        for (side, x, bands, _, pages), spectrum in zip(self.sides(), fit_spectra(sides), strict=True):
+            sk.encode(x, spectrum.side(bands)[2], bands, pages, self.ids, side=side)
 
 
-def eigen_part(moments: Sequence[torch.Tensor], metrics: Sequence[torch.Tensor]) -> None:
-    for moment, metric in zip(moments, metrics, strict=True):
-        sk.fit_encoder(*sk.quantise_basis(sk.fit_basis(moment, metric, rank=DIM)), metric)
+def eigen_part(moment: torch.Tensor, metric: torch.Tensor) -> None:
+    sk.fit_encoder(*sk.quantise_basis(sk.fit_basis(moment, metric, rank=DIM)), metric)
 
 
 def weighted_moments(layer: Layer) -> torch.Tensor:
@@ -179,13 +183,14 @@ def eigen_table(w: torch.Tensor, layers: int) -> list[str]:
     return lines
 
 
-def prefill_layer(tokens: int, card: Card) -> Call:
-    """One decoder layer in the shape of Llama-3-8B, random weights."""
+def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None]], torch.Tensor]:
+    """One decoder layer in the shape of Llama-3-8B, random weights. It hands queries, keys (before RoPE) and values to a
+    function before its attention, and calls another after it, as the adapter does."""
 
     def weight(out: int, into: int) -> torch.Tensor:
         return torch.randn(out, into, dtype=card.dtype, device=card.device) * into**-0.5
 
-    qkv, o = weight((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), weight(HIDDEN, HIDDEN)
+    projections, o = [weight(heads * DIM, HIDDEN) for heads in (HEADS, KV_HEADS, KV_HEADS)], weight(HIDDEN, HIDDEN)
     up, down = weight(2 * FFN, HIDDEN), weight(HIDDEN, FFN)
     x = torch.randn(1, tokens, HIDDEN, dtype=card.dtype, device=card.device)
     angle = torch.arange(tokens, device=card.device)[:, None] * 5e5 ** -(torch.arange(0, DIM, 2, device=card.device) / DIM)
@@ -195,10 +200,13 @@ def prefill_layer(tokens: int, card: Card) -> Call:
         a, b = y.chunk(2, dim=-1)
         return y * cos + torch.cat((-b, a), dim=-1) * sin
 
-    def run() -> torch.Tensor:
-        y = rms_norm(x, (HIDDEN,)) @ qkv.mT
-        q, k, v = y.unflatten(-1, (-1, DIM)).transpose(1, 2).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    def run(store: Store, finish: Callable[[], None]) -> torch.Tensor:
+        y = rms_norm(x, (HIDDEN,))
+        q, k, v = ((y @ w.mT).unflatten(-1, (-1, DIM)).transpose(1, 2) for w in projections)
+        store(q, k, v)
         y = scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
+        finish()
+        del q, k, v
         y = x + y.transpose(1, 2).flatten(2) @ o.mT
         a, b = (rms_norm(y, (HIDDEN,)) @ up.mT).chunk(2, dim=-1)
         return y + (silu(a) * b) @ down.mT
@@ -206,8 +214,28 @@ def prefill_layer(tokens: int, card: Card) -> Call:
     return run
 
 
-def new_cache(card: Card, layers: int) -> sk.SpectralCache:
-    preset = sk.Preset(k={DIM: str(LAYOUT.k)}, v={DIM: str(LAYOUT.v)}, chunk=CHUNK)
+def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
+    """Milliseconds a layer of the prefill: without a cache, with one that compresses beside attention, or at once."""
+    run = prefill_layer(tokens, card)
+    metric = rows_of(KV_HEADS, 512, card)[0].float()
+    cache = new_cache(card, layers, "balanced", [metric.mT @ metric] * layers)
+
+    def store(layer: int, defer: bool | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        if defer is not None:
+            cache.append(layer, k, v, queries=q, defer=defer)
+
+    def all_layers(defer: bool | None) -> None:
+        cache.reset()
+        for layer in range(layers):
+            run(partial(store, layer, defer), cache.finish)
+
+    plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 1) / layers for defer in (None, True, False))
+    return plain, deferred, at_once
+
+
+def new_cache(
+    card: Card, layers: int, preset: str | sk.Preset, v_metrics: Sequence[torch.Tensor] | None = None
+) -> sk.SpectralCache:
     inv_freq = 5e5 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
     rope = sk.Rope.from_inv_freq(inv_freq, device=card.device)
     return sk.SpectralCache(
@@ -220,40 +248,50 @@ def new_cache(card: Card, layers: int) -> sk.SpectralCache:
         preset=preset,
         dtype=card.dtype,
         device=card.device,
+        v_metrics=v_metrics,
     )
 
 
-def peak_ratio(tokens: int, layers: int, card: Card) -> float:
+def peak_ratio(tokens: int, layers: int, card: Card, defer: bool) -> float:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    cache, before, peak, dense = new_cache(card, layers), torch.cuda.memory_allocated(), 0, 0
+    preset = sk.Preset(k={DIM: str(LAYOUT.k)}, v={DIM: str(LAYOUT.v)}, chunk=CHUNK)
+    cache, before, dense = new_cache(card, layers, preset), torch.cuda.memory_allocated(), 0
+    torch.cuda.reset_peak_memory_stats()
     for layer in range(layers):
-        k, v = (torch.randn(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device) for _ in range(2))
+        cache.finish()
+        k, v = (torch.empty(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device).normal_() for _ in range(2))
         dense = k.nbytes + v.nbytes
-        torch.cuda.reset_peak_memory_stats()
-        cache.append(layer, k, v)
-        peak = max(peak, torch.cuda.max_memory_allocated() - before)
+        cache.append(layer, k, v, defer=defer)
         del k, v
-    return peak / (dense + cache.nbytes)
+    cache.finish()
+    return (torch.cuda.max_memory_allocated() - before) / (dense + cache.nbytes)
 
 
-def step_times(card: Card, tokens: int = 8192) -> tuple[float, float]:
-    """(median milliseconds of a decode step of one layer, of those that compress a chunk)."""
-    cache = new_cache(card, 1)
-    cache.append(0, *(rows_of(KV_HEADS, tokens, card) for _ in range(2)))
-    q, k, v = (rows_of(n, 1, card) for n in (HEADS, KV_HEADS, KV_HEADS))
+def step_times(card: Card, layers: int, tokens: int = 8192, steps: int = 384) -> tuple[list[float], list[float]]:
+    """Milliseconds of decode steps of all layers' caches: of those that compress nothing, and of those in which a layer
+    does. New tokens are like the prompt's."""
+    cache = new_cache(card, layers, "balanced")
+    warm = 2 * cache.preset.chunk  # kernels are compiled by then, and rings have their size
+    k, v = (rows_of(KV_HEADS, tokens + warm + steps, card) for _ in range(2))
+    for layer in range(layers):
+        cache.append(layer, k[:, :, :tokens], v[:, :, :tokens])
+    q = rows_of(HEADS, 1, card)
     plain: list[float] = []
     compressing: list[float] = []
-    for step in range(8 * CHUNK):
-        chunks = cache.layers[0].chunks[0]
+    for step in range(warm + steps):
+        own = slice(tokens + step, tokens + step + 1)
+        chunks = [layer.chunks[0] for layer in cache.layers]
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        cache.append(0, k, v)
-        cache.attend(0, q)
+        for layer in range(layers):
+            cache.append(layer, k[:, :, own], v[:, :, own])
+            cache.attend(layer, q)
         torch.cuda.synchronize()
-        if step >= 2 * CHUNK:  # kernels are compiled by then
-            (plain if cache.layers[0].chunks[0] == chunks else compressing).append(time.perf_counter() - begin)
-    return statistics.median(plain) * 1e3, statistics.median(compressing) * 1e3
+        if step >= warm:
+            same = chunks == [layer.chunks[0] for layer in cache.layers]
+            (plain if same else compressing).append((time.perf_counter() - begin) * 1e3)
+    return plain, compressing
 
 
 def against_svd(layer: Layer) -> tuple[list[str], float, float]:
@@ -284,6 +322,19 @@ def against_svd(layer: Layer) -> tuple[list[str], float, float]:
         f"  {n:34}{t:9.2f} ms  loss over the least - 1: {loss:.1e}" for n, t, loss in zip(names, times, losses, strict=True)
     ]
     return lines, times[1] / times[0], times[2] / times[0]
+
+
+def parts_of_a_layer(layer: Layer, rope: sk.Rope) -> list[str]:
+    """Lines: what the cache does for a layer's prompt besides `encode`, each by itself, by eager calls."""
+    q = torch.randn(1, HEADS, *layer.k.shape[2:], device=layer.k.device).to(layer.k.dtype)
+    own = {"chunk": 512}
+    sides = [Side(layer.k, layer.k_metric, centre=True), Side(layer.v, layer.v_metric)]
+    calls = {
+        "query_metric": lambda: sk.query_metric(q, rope, kv_heads=KV_HEADS, **own),
+        "error_weights": lambda: error_weights(q, layer.k, layer.v, rope, layer.v_metric, sinks=4, window=16, **own),
+        "fit_spectra": lambda: fit_spectra(sides),
+    }
+    return [f"  {name:34}{eager_ms(call, 5):9.3f} ms" for name, call in calls.items()]
 
 
 def say(*lines: str) -> None:
@@ -326,14 +377,15 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         if nbytes and "align" not in name:
             moved, taken = moved + nbytes, taken + times.p50
     del calls, same_work, copies
-    moments = [sk.gram(x)[0] for _, x, _, _, _ in layer.sides()]
-    metrics = [layer.k_metric, layer.v_metric]
-    one_ms = eager_ms(partial(eigen_part, moments, metrics))
-    many = [[x.expand(layers, -1, -1, -1).contiguous() for x in group] for group in (moments, metrics)]
+    moment = torch.stack([sk.gram(x)[0] for _, x, _, _, _ in layer.sides()])
+    metric = torch.stack([layer.k_metric, layer.v_metric])
+    one_ms = eager_ms(partial(eigen_part, moment, metric))
+    many = [x.expand(layers, -1, -1, -1, -1).contiguous() for x in (moment, metric)]
     eigen_ms = eager_ms(partial(eigen_part, *many), 3) / layers
     for bands in (LAYOUT.k, LAYOUT.v):
         sample = layer.k[:, :, :: tokens // 2048].float()
         say(f"  fit_steps {bands!s:24}{eager_ms(partial(sk.fit_steps, sample, bands)) * 1e3:9.1f} us")
+    say(*parts_of_a_layer(layer, rope))
     say(f"  eigen part, one layer {one_ms:21.3f} ms", f"  eigen part, {layers} layers at once {eigen_ms:12.3f} ms a layer")
     eager = eager_ms(layer.compress)
     batched = taken / 1e3 + eigen_ms
@@ -343,11 +395,18 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     svd_lines, svd, low = against_svd(layer)
     say(*svd_lines)
     del layer, aligned
-    prefill = eager_ms(prefill_layer(tokens, card), 3)
-    say(f"  prefill of a layer {prefill:24.3f} ms")
-    ratio = peak_ratio(tokens, layers, card)
-    step, spike = step_times(card)
-    say(f"  peak ratio of {layers} layers {ratio:19.3f}    decode step {step:.3f} ms, compressing {spike:.3f} ms")
+    prefill, deferred, at_once = prefill_times(tokens, layers, card)
+    say(f"  prefill of a layer {prefill:24.3f} ms, compressing beside it {deferred:.3f}, after it {at_once:.3f}")
+    peaks = [peak_ratio(tokens, layers, card, defer) for defer in (False, True)]
+    say(f"  peak ratio of {layers} layers {peaks[0]:19.3f}, deferred {peaks[1]:.3f}")
+    plain, compressing = step_times(card, layers)
+    steps = sorted(plain + compressing)
+    median, p99 = statistics.median(steps), steps[len(steps) * 99 // 100]
+    calm, spike = statistics.median(plain), statistics.median(compressing)
+    say(
+        f"  {len(steps)} decode steps of {layers} layers: median {median:.3f} ms, p99 {p99:.3f}, longest {steps[-1]:.3f};",
+        f"  {len(plain)} that do not compress {calm:.3f}, {len(compressing)} that do {spike:.3f} (medians)",
+    )
     row = {
         "T": tokens,
         "ms_per_layer": eager,
@@ -355,9 +414,14 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         "batched_ms_per_layer": batched,
         "eigen_ms_per_layer": eigen_ms,
         "read_share": moved / taken * 1e6 / bandwidth,
-        "prefill_share": eager / prefill,
-        "peak_ratio": ratio,
-        "step_ratio": spike / step,
+        "prefill_ms_per_layer": prefill,
+        "prefill_share": deferred / prefill - 1,
+        "prefill_share_at_once": at_once / prefill - 1,
+        "peak_ratio": max(peaks),
+        "step_ms": median,
+        "step_ratio": spike / calm,
+        "step_p99_ratio": p99 / median,
+        "step_max_ratio": steps[-1] / median,
         "svd_ratio": svd,
         "lowrank_ratio": low,
         "gram_error": error,

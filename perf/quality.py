@@ -298,14 +298,22 @@ def store_spectral(
     return Stored(layers, cache.nbytes, cache.token_bytes)
 
 
-def _without_mean(x: torch.Tensor, metric: torch.Tensor | None = None, **options: Any) -> compress.Spectrum:
-    spectrum = compress.fit_spectrum(x, metric, **{**options, "centre": False})
-    return replace(spectrum, mean=torch.zeros_like(x[:, :, :1].float())) if options.get("centre") else spectrum
+def _without_mean(sides: Sequence[compress.Side]) -> list[compress.Spectrum]:
+    spectra = compress.fit_spectra([replace(side, centre=False) for side in sides])
+    parts = zip(sides, spectra, strict=True)
+    return [replace(s, mean=torch.zeros_like(side.x[:, :, :1].float())) if side.centre else s for side, s in parts]
 
 
-def _unclipped(coefficients: torch.Tensor, bands: Any) -> torch.Tensor:
+def _unclipped(coefficients: torch.Tensor, choices: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     largest = coefficients.abs().amax(-2).clamp_min(torch.finfo(torch.float32).tiny)
-    return largest / torch.tensor([2.0 ** (b - 1) for b in bands.bits], device=largest.device)
+    found = []
+    for bands in choices:
+        half = torch.tensor([2.0 ** (b - 1) for b in bands.bits], device=largest.device)
+        units = coefficients * (half / largest)[..., None, :]
+        off = (units.floor() + 0.5).clamp(0.5 - half, half - 0.5) - units
+        found.append((largest / half, off.square().sum(-2) * (largest / half).square()))
+    steps, errors = (torch.stack(x) for x in zip(*found, strict=True))
+    return steps, errors
 
 
 def streamed(preset: str, first: int) -> dict[str, Callable[[Prefix], Stored]]:
@@ -349,8 +357,8 @@ def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Sto
     rows["K's metric of 512 queries"] = lambda p: patched(p, cache_module, "query_metric", _of_last_queries)
     rows["no metric of V"] = lambda p: store_spectral(replace(p, metrics=[None] * len(p.k)), preset)
     rows["no queries"] = partial(store_spectral, preset=preset, queries=False)
-    rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectrum", _without_mean)
-    rows["steps unclipped"] = lambda p: patched(p, compress, "fit_steps", _unclipped)
+    rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectra", _without_mean)
+    rows["steps unclipped"] = lambda p: patched(p, compress, "fit_quantisers", _unclipped)
     layout = preset.layout(head_dim)
     if layout is not None:
         one = replace(preset, k={head_dim: str(layout.k)}, v={head_dim: str(layout.v)}, ratio=None)

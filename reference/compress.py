@@ -4,6 +4,8 @@ The basis of X [T, D] under a metric M [D, D] is the rank-R factorisation X ~ C 
 || (X - C B) M^(1/2) ||_F. With  X M^(1/2) = U S V^T :  B = V_R^T M^(-1/2)  and the loss is the sum of the other S^2.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -39,6 +41,44 @@ def query_metric(q: ArrayLike, inv_freq: ArrayLike, scaling: float, *, chunk: in
             for y in turned[b, h]:
                 total[b, h // group] += np.outer(y, y)
     return total / count
+
+
+def error_weights(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    inv_freq: ArrayLike,
+    scaling: float,
+    v_metric: ArrayLike | None,
+    at: Sequence[int],
+    *,
+    sinks: int,
+    window: int,
+) -> tuple[F64, F64]:
+    """(w_k, w_v) [B, G]: sums over queries m in `at` and the heads of a group of p_i^2 |v_i - o|^2 / D, and of p_i^2, over
+    tokens i of sinks .. m - window, as shares of the sum of |o|^2 over the queries and all heads. q [B, H, T, D], k and v
+    [B, G, T, D], before RoPE; v_metric [G, D, D] says what |.|^2 is."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    (batch, heads, tokens, dim), groups = q.shape, k.shape[1]
+    metric = np.broadcast_to(np.eye(dim), (groups, dim, dim)) if v_metric is None else np.asarray(v_metric, np.float64)
+    positions = np.arange(tokens)
+    turned, keys = (rotate(x, positions, inv_freq) for x in (q, k))
+    turned = scale_rotary(turned, inv_freq, scaling**2)
+    w_k, w_v, power = (np.zeros((batch, groups)) for _ in range(3))
+    for b, h in np.ndindex(batch, heads):
+        g = h // (heads // groups)
+        for m in at:
+            scores = keys[b, g, : m + 1] @ turned[b, h, m] / np.sqrt(dim)
+            p = np.exp(scores - scores.max())
+            p /= p.sum()
+            o = p @ v[b, g, : m + 1]
+            power[b, g] += o @ metric[g] @ o
+            for i in range(sinks, m - window + 1):
+                off = v[b, g, i] - o
+                w_k[b, g] += p[i] ** 2 * (off @ metric[g] @ off) / dim
+                w_v[b, g] += p[i] ** 2
+    total = power.sum(1, keepdims=True)
+    return w_k / total, w_v / total
 
 
 def symmetric_root(metric: ArrayLike) -> tuple[F64, F64]:

@@ -11,6 +11,10 @@ A layer's first compression also chooses its bands, from the preset's, within th
     cold         pages, chunk by chunk         -
     exact        pinned slots, outliers        hot slot  pinned_slots + position % hot_slots
 
+Layers take turns: during decoding each compresses its chunks up to a chunk of tokens later than it could, by its place
+among the layers, so that no step has the work of all. (That keeps half a chunk more exact, on average; a prompt is
+compressed as far as it can be.)
+
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
 of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
 Test: tests/test_cache.py.
@@ -21,7 +25,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -29,7 +35,7 @@ import torch
 
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
-from .compress import Spectrum, decode, encode, error_weights, fit_encoder, fit_spectrum, query_metric
+from .compress import Side, Spectrum, decode, encode, error_weights, fit_encoder, fit_spectra, query_metric
 from .merge import merge_states
 from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
@@ -216,6 +222,82 @@ class _Fit(NamedTuple):
     lost: torch.Tensor
 
 
+class _Read:
+    """Numbers on their way from a device to the host, after what the current stream has been given so far."""
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers, self.there = numbers, None
+        if numbers.is_cuda:
+            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self.there = torch.cuda.current_stream(numbers.device).record_event()
+
+    def tolist(self) -> list[float]:
+        """Waits for them, and for nothing that came after."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.numbers.tolist()
+
+
+class _Fitting(NamedTuple):
+    """Components for a new segment of some rows; what each of the bands of K and V would lose, or None."""
+
+    k: Spectrum
+    v: Spectrum
+    losses: _Read | None
+
+
+class _Job(NamedTuple):
+    """Chunks of rows alike that are to be encoded, from chunk `first` on: k, v [m, G, n C, D]."""
+
+    members: list[int]
+    first: int
+    k: torch.Tensor
+    v: torch.Tensor
+    fitting: _Fitting | None
+
+
+class _Call(NamedTuple):
+    """A checked call of `append`: phase-aligned k and v in the cache's dtype, lengths and cold chunks afterwards, and the
+    jobs of its prompts."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    positions: torch.Tensor
+    pad: list[int]
+    after: list[int]
+    targets: list[int]
+    jobs: list[_Job]
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where eigenproblems are solved beside the model's own work: few blocks, which go first wherever there is room."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _on_the_side(device: torch.device) -> AbstractContextManager[Any]:
+    """Work of this context follows what the current stream has been given so far, and runs beside what comes next.
+
+    What it reads must be kept until the current stream waits for it. Its memory is its own: what it leaves may be let go
+    once the current stream has been given the last use of it, as the next such work waits for that.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return torch.cuda.stream(stream)
+
+
+def _on_host(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A CPU tensor that may be copied to a device while both go on (`non_blocking`)."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)"""
+    return _on_host(values, dtype, device).to(device, non_blocking=True)
+
+
 def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
     """The tensor with room for `size` entries in all."""
     out = x.new_empty((size, *x.shape[1:]))
@@ -242,6 +324,9 @@ class LayerCache:
         budget: _Budget,
         index: int,
     ) -> None:
+        # How many tokens later than it could this layer compresses during decoding: no step has two layers' chunks to
+        # encode, or few, where each layer has one in `chunk` steps.
+        self.late = index * preset.chunk // budget.layers
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
         self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
         self.budget, self.index = budget, index
@@ -255,6 +340,7 @@ class LayerCache:
         batch = len(self.lengths)
         self.lengths = [0] * batch
         self.chunks = [0] * batch  # cold chunks a row
+        self.pending: tuple[_Call, dict[str, Any]] | None = None  # a deferred call, and the state before it
         self.page_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment_rows: list[list[int]] = [[] for _ in range(batch)]
         self.segment: list[int | None] = [None] * batch  # segment that a row's next chunks are encoded in
@@ -314,18 +400,47 @@ class LayerCache:
         *,
         queries: torch.Tensor | None = None,
         padding: Sequence[int] | None = None,
+        defer: bool = False,
     ) -> None:
+        self.finish()
         pad = self._check_append(k, v, queries, padding)
         tokens = k.shape[2]
         if min(pad) == tokens:
             return  # no tokens, or nothing but padding
         after = [n + tokens - p for n, p in zip(self.lengths, pad, strict=True)]
-        targets = [self._chunks_wanted(row, n) for row, n in enumerate(after)]
+        late = self.late if tokens < self.preset.chunk else 0
+        targets = [self._chunks_wanted(row, n - late) for row, n in enumerate(after)]
         saved = self._host_state() if targets != self.chunks else {**self.__dict__}
         try:
-            self._append(k, v, queries, pad, after, targets)
+            if self.queries is not None:
+                self._note_queries(queries, pad)
+            offset = _uploaded(pad, torch.int32, self.device) if any(pad) else 0
+            steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
+            positions = (self.length - offset)[:, None] + steps  # negative on padding
+            aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
+            call = _Call(aligned, v.to(self.dtype), positions, pad, after, targets, [])
+            straight = [r for r, t in enumerate(targets) if t and not self.lengths[r]]
+            defer = defer and len(straight) == self.batch
+            with _on_the_side(self.device) if defer else nullcontext():
+                call.jobs.extend(self._jobs(targets, call, straight))
+            if defer:
+                self.pending = call, saved
+            else:
+                self._store(call)
         except BaseException:
             # What was written meanwhile lies in free pages, in free slots and past the lengths, where nothing looks.
+            self.__dict__.update(saved)
+            raise
+
+    def finish(self) -> None:
+        if self.pending is None:
+            return
+        (call, saved), self.pending = self.pending, None
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
+            self._store(call)
+        except BaseException:
             self.__dict__.update(saved)
             raise
 
@@ -349,45 +464,33 @@ class LayerCache:
             copies["pages"] = replace(self.pages, **tables)
         return {**self.__dict__, **copies}
 
-    def _append(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        queries: torch.Tensor | None,
-        pad: list[int],
-        after: list[int],
-        targets: list[int],
-    ) -> None:
-        chunk, tokens = self.preset.chunk, k.shape[2]
-        offset = torch.tensor(pad, dtype=torch.int32, device=self.device) if any(pad) else 0
-        steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
-        positions = (self.length - offset)[:, None] + steps  # negative on padding
-        aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
-        v = v.to(self.dtype)
-        if self.queries is not None:
-            self._note_queries(queries, pad)
+    def _store(self, call: _Call) -> None:
+        chunk, targets, after = self.preset.chunk, call.targets, call.after
         # Tokens of a row that was empty go straight to pages; others through the ring.
         straight = [t * chunk if n == 0 else 0 for t, n in zip(targets, self.lengths, strict=True)]
         first_hot = [max(s, c) for s, c in zip(straight, self.cold, strict=True)]
         hot = max(n - f for n, f in zip(after, first_hot, strict=True))
         if hot > self.hot_slots:
             growing = not self.layouts or any(s is None for s in self.segment) or any(self.ends)
-            self._resize_ring(max(hot + (hot // 8 if growing else 0), self.preset.window + chunk))
+            least = self.preset.window + chunk
+            least += self.late if hot > least else 0
+            self._resize_ring(max(hot + (hot // 8 if growing else 0), least))
         keep = None
         if any(straight):
-            self._compress(targets, (aligned, v, pad), [r for r, s in enumerate(straight) if s])
-            keep = positions >= torch.tensor(first_hot, dtype=torch.int32, device=self.device)[:, None]
-        elif any(pad):
-            keep = positions >= 0
-        self._store_hot(aligned, v, positions, keep)
+            self._compress(targets, call.jobs)
+            keep = call.positions >= _uploaded(first_hot, torch.int32, self.device)[:, None]
+        elif any(call.pad):
+            keep = call.positions >= 0
+        self._store_hot(call.k, call.v, call.positions, keep)
         before, self.lengths = self.lengths, after
-        self.length = self.length + (tokens - offset)
+        tokens = call.k.shape[2]
+        self.length = _uploaded(after, torch.int32, self.device) if any(call.pad) else self.length + tokens
         compressed = False
         while rows := [r for r, t in enumerate(targets) if t != self.chunks[r]]:
             # Up to the end of a segment, then what comes after it.
             ends = [e if e is not None and e > c else t for e, c, t in zip(self.ends, self.chunks, targets, strict=True)]
             stops = [min(e, t) for e, t in zip(ends, targets, strict=True)]
-            self._compress(stops, None, rows)
+            self._compress(stops, self._jobs(stops, None, rows))
             compressed = True
         self._look_at_residuals(before)
         if compressed:
@@ -413,7 +516,7 @@ class LayerCache:
         return pad
 
     def _chunks_wanted(self, row: int, length: int) -> int:
-        """Cold chunks a row of this length should have: never fewer than it has."""
+        """Cold chunks that a row should have for a length: never fewer than it has."""
         if not self.layouts:
             return 0
         old, chunk = length - self.preset.window, self.preset.chunk
@@ -476,49 +579,57 @@ class LayerCache:
 
     # ---- compression ------------------------------------------------------------------------------------------------
 
-    def _compress(
-        self, targets: list[int], call: tuple[torch.Tensor, torch.Tensor, list[int]] | None, rows: list[int]
-    ) -> None:
-        """Encode chunks chunks[row] .. targets[row] - 1 of `rows`, from a call's (aligned k, v, padding) or from the ring.
-
-        Rows alike (same padding, length and chunks) go together. Pages are written before any table names them.
-        """
+    def _jobs(self, targets: list[int], call: _Call | None, rows: list[int]) -> list[_Job]:
+        """What is to be done about chunks chunks[row] .. targets[row] - 1 of `rows`, from a call or from the ring, with the
+        components of new segments. Changes nothing. Rows alike (same padding, length and chunks) go together."""
         chunk = self.preset.chunk
-        known: dict[int, torch.Tensor] = {}
+        lengths = call.after if call else self.lengths
         groups: dict[tuple[int, int, int, int], list[int]] = {}
         for row in rows:
             new = self.segment[row] is None or self.ends[row] == self.chunks[row]
-            alike = (call[2][row] if call else 0, self.chunks[row], targets[row], self.lengths[row] if new else -1)
+            alike = (call.pad[row] if call else 0, self.chunks[row], targets[row], lengths[row] if new else -1)
             groups.setdefault(alike, []).append(row)
-        jobs = []
+        jobs: list[_Job] = []
         for (start, first, last, length), members in groups.items():
             if call:
-                k_rows, v_rows = (x[members, :, start:] if len(members) < self.batch else x[:, :, start:] for x in call[:2])
+                k, v = (self._rows(x, members)[:, :, start:] for x in (call.k, call.v))
             else:
                 position = torch.arange(first * chunk, max(last * chunk, length), device=self.device)
                 slot = self.pinned_slots + position % self.hot_slots
-                k_rows, v_rows = self.k[members][:, :, slot], self.v[members][:, :, slot]
-            spectra = self._spectra(members, k_rows, v_rows) if length >= 0 else None
+                k, v = (self._rows(x, members).index_select(2, slot) for x in (self.k, self.v))
+            # The first ones choose the layout.
+            choose = self.layout is None and not any(job.fitting for job in jobs)
+            fitting = self._fitting(members, k, v, choose=choose) if length >= 0 else None
             span = (last - first) * chunk
-            jobs.append((members, first, k_rows[:, :, :span], v_rows[:, :, :span], spectra))
+            jobs.append(_Job(members, first, k[:, :, :span], v[:, :, :span], fitting))
+        return jobs
+
+    def _compress(self, targets: list[int], jobs: list[_Job]) -> None:
+        """Fit new segments and encode chunks, up to targets[row]. Pages are written before any table names them."""
+        chunk = self.preset.chunk
+        known: dict[int, torch.Tensor] = {}
+        rows = [row for job in jobs for row in job.members]
+        for job in jobs:
+            if self.layout is None and job.fitting is not None:
+                self.layout = self.layouts[0] if job.fitting.losses is None else self._choose(job.fitting.losses)
         self._reserve(rows, targets)
         assert self.pages is not None and self.layout is not None
         free = self._free_pages()
         pins = []
-        for members, first, k_rows, v_rows, spectra in jobs:
-            if spectra is not None:
-                self._fit(members, *spectra)
+        for members, first, k_rows, v_rows, fitting in jobs:
+            if fitting is not None:
+                self._fit(members, fitting.k, fitting.v)
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
-            page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
+            page_ids = _uploaded(ids, torch.int32, self.device)
             encoders = [self._encoder(self.segment[r], known) for r in members]
             k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
             offset = self._mean_offset(members, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
-            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=spectra is not None)
-            pins.append((members, ids, first, k_rows, v_rows, lost))
-        for members, ids, first, k_rows, v_rows, lost in pins:
-            self._pin(members, ids, first, k_rows, v_rows)
+            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=fitting is not None)
+            pins.append((members, ids, page_ids, first, k_rows, v_rows, lost))
+        for members, ids, page_ids, first, k_rows, v_rows, lost in pins:
+            self._pin(members, page_ids, first, k_rows, v_rows)
             if lost is not None:
                 self._keep_outliers(members, ids, first, k_rows, v_rows, lost)
             for row, new_pages in zip(members, ids, strict=True):
@@ -528,6 +639,10 @@ class LayerCache:
                 self.segment_rows[row] += [segment] * len(new_pages)
                 self.chunks[row] += len(new_pages)
         self._write_tables()
+
+    def _rows(self, x: torch.Tensor, members: list[int]) -> torch.Tensor:
+        """These rows, in rising order, of a tensor of all rows."""
+        return x if len(members) == self.batch else x.index_select(0, _uploaded(members, torch.int64, self.device))
 
     def _encoder(self, segment: int | None, known: dict[int, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Encoders of a segment's bases, [G, D, R_K] and [G, D, R_V]; worked out again after a segment's first use.
@@ -590,7 +705,7 @@ class LayerCache:
         at_fit = torch.stack([self.fits[segment].lost for segment in segments], dim=1)
         lost = (lost / at_fit.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).mean(0)
         if not new:
-            rows = torch.tensor(members, device=self.device)
+            rows = _uploaded(members, torch.int64, self.device)
             self.worn = self.worn.index_add(0, rows, lost.mean(1).sum(-1))
             for row in members:
                 self.measured[row] += lost.shape[-1]
@@ -602,7 +717,7 @@ class LayerCache:
         """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
         assert self.pages is not None
         blocks = -(-k.shape[2] // self.preset.align)
-        table = torch.tensor(segments, dtype=torch.int32, device=self.device)
+        table = _uploaded(segments, torch.int32, self.device)
         pages = replace(
             self.pages,
             page_table=page_ids.contiguous(),
@@ -617,12 +732,14 @@ class LayerCache:
     def _look_at_residuals(self, before: list[int]) -> None:
         """End the segments of rows that begin a block of alignment and lose too much. Waits for the device."""
         align, chunk = self.preset.align, self.preset.chunk
-        crossed = [n // align > old // align for n, old in zip(self.lengths, before, strict=True)]
+        # Layers look at different steps, too.
+        blocks = [[(n - self.late) // align for n in lengths] for lengths in (self.lengths, before)]
+        crossed = [now > old for now, old in zip(*blocks, strict=True)]
         rows = [r for r, at in enumerate(crossed) if at and self.measured[r] and self.ends[r] is None]
         if not rows:
             return
         sums = self.worn.tolist()
-        self.worn = self.worn.index_fill(0, torch.tensor(rows, device=self.device), 0.0)
+        self.worn = self.worn.index_fill(0, _uploaded(rows, torch.int64, self.device), 0.0)
         self.measured, self.ends = list(self.measured), list(self.ends)
         for row in rows:
             worn, self.measured[row] = sums[row] / self.measured[row], 0
@@ -641,25 +758,25 @@ class LayerCache:
         assert self.pages is not None
         if self.pages.layout.k.is_float:
             return None
-        segments = [self.segment[row] for row in members]
+        segments = _uploaded([self.segment[row] for row in members], torch.int64, self.device)
         half = (2 ** self.pages.layout.k.bits[0] - 1) / 2
         mean = self.pages.k_basis[segments, :, 0].float() * (half * self.pages.k_scale[segments, :, 0])[..., None]
         offset = (mean[:, :, None] @ encoder)[:, :, 0]
         offset[..., 0] = -1e9
         return offset
 
-    def _spectra(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> tuple[Spectrum, Spectrum]:
-        """Components of K and V of these rows from all their tokens (as many in each); the first ones choose the layout."""
+    def _fitting(self, members: list[int], k: torch.Tensor, v: torch.Tensor, *, choose: bool) -> _Fitting:
+        """Components of K and V of these rows from all their tokens (as many in each); with losses to `choose` by."""
         metric = weights = None
         old = [segment for row in members if (segment := self.segment[row]) is not None]
         if old and self.fits.keys() >= set(old):
             coordinates = torch.stack([self._coordinates(segment, {}) for segment in old])
             metric = coordinates @ coordinates.mT
         elif self.queries:
-            q = torch.cat(self.queries, dim=2)[members]
-            q = q[:, :, self.query_padding[members[0]] :]
+            q = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, dim=2)
+            q = self._rows(q, members)[:, :, self.query_padding[members[0]] :]
             metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads)
-            if self.layout is None and len(self.layouts) > 1:
+            if choose and len(self.layouts) > 1:
                 weights = error_weights(
                     q,
                     k,
@@ -671,14 +788,13 @@ class LayerCache:
                     window=self.preset.window,
                 )
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
-        k_spectrum = fit_spectrum(k, metric, precisions=bits[0], centre=not self.layouts[0].k.is_float)
-        v_spectrum = fit_spectrum(v, self.v_metric, precisions=bits[1])
-        if self.layout is None:
-            self.layout = self.layouts[0] if len(self.layouts) == 1 else self._choose(k_spectrum, v_spectrum, weights)
-        return k_spectrum, v_spectrum
+        k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
+        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self.v_metric, bits[1])])
+        losses = self._losses(k_spectrum, v_spectrum, weights) if choose and len(self.layouts) > 1 else None
+        return _Fitting(k_spectrum, v_spectrum, losses)
 
-    def _choose(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> PageLayout:
-        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
+    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> _Read:
+        """What the layer would lose in each of K's bands, then in each of V's."""
         k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
         losses = []
         for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
@@ -686,7 +802,12 @@ class LayerCache:
             # Without queries a relative error of keys counts as much as one of values.
             weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny) if weights is None else weights[i]
             losses += [(weight * side.distortion(bands)).sum(-1).mean() for bands in menu]
-        values = torch.stack(losses).tolist()
+        return _Read(torch.stack(losses))
+
+    def _choose(self, losses: _Read) -> PageLayout:
+        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
+        k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
+        values = losses.tolist()
         of_k = dict(zip(k_bands, values[: len(k_bands)], strict=True))
         of_v = dict(zip(v_bands, values[len(k_bands) :], strict=True))
         sizes = [layout.token_bytes for layout in self.layouts]
@@ -714,23 +835,25 @@ class LayerCache:
         if all(s is not None for s in self.segment):
             self.queries = None
 
-    def _pin(self, members: list[int], ids: list[list[int]], first: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _pin(self, members: list[int], page_ids: torch.Tensor, first: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Copy sinks and landmarks of the new chunks to their slots, and have the cold kernel skip them."""
         assert self.pages is not None
-        chunk = self.preset.chunk
-        words = torch.zeros((len(members), len(ids[0]), chunk // 32), dtype=torch.int64)
+        chunk, chunks = self.preset.chunk, page_ids.shape[1]
         where: list[tuple[int, int, int, int]] = []  # row, slot, member, token
         for i, row in enumerate(members):
             for slot, position in enumerate(self.pinned[row]):
                 token = position - first * chunk
-                if 0 <= token < len(ids[0]) * chunk:
-                    words[i, token // chunk, token % chunk // 32] |= 1 << (token % 32)
+                if 0 <= token < chunks * chunk:
                     where.append((row, slot, i, token))
-        words = torch.where(words >= 2**31, words - 2**32, words)
-        page_ids = torch.tensor(ids, dtype=torch.long, device=self.device)
-        self.pages.skip[page_ids] = words.int().to(self.device)[:, :, None].expand(-1, -1, self.kv_heads, -1)
+        skip = self.pages.skip.index_fill_(0, page_ids.flatten().long(), 0)
         if where:
-            rows, slots, own, tokens = torch.tensor(where, dtype=torch.long, device=self.device).unbind(1)
+            words = torch.zeros((len(members), chunks, chunk // 32), dtype=torch.int64)
+            for _, _, i, token in where:
+                words[i, token // chunk, token % chunk // 32] |= 1 << (token % 32)
+            words = torch.where(words >= 2**31, words - 2**32, words)
+            held = _uploaded(words.tolist(), torch.int32, self.device)
+            skip[page_ids.long()] = held[:, :, None].expand(-1, -1, self.kv_heads, -1)
+            rows, slots, own, tokens = _uploaded(where, torch.int64, self.device).unbind(1)
             self.k[rows, :, slots], self.v[rows, :, slots] = k[own, :, tokens], v[own, :, tokens]
             self.key_positions[rows, slots] = (tokens + first * chunk).int()
 
@@ -753,7 +876,7 @@ class LayerCache:
             own = lost[i]
             pinned = [p - start for p in self.pinned[row] if 0 <= p - start < tokens]
             if pinned:
-                own = own.index_fill(1, torch.tensor(pinned, device=self.device), -1.0)
+                own = own.index_fill(1, _uploaded(pinned, torch.int64, self.device), -1.0)
             at = own.topk(count, dim=-1).indices  # [G, count]
             slots = slice(used, used + count)
             index = at[..., None].expand(-1, -1, self.head_dim)
@@ -761,7 +884,7 @@ class LayerCache:
             self.outlier_positions[row, :, slots] = (at + start).int()
             bits = torch.zeros((self.kv_heads, tokens), dtype=torch.int64, device=self.device).scatter_(1, at, 1)
             bits = (bits.unflatten(1, (-1, chunk // 32, 32)) << torch.arange(32, device=self.device)).sum(-1)
-            pages = torch.tensor(ids[i], device=self.device)
+            pages = _uploaded(ids[i], torch.int64, self.device)
             self.pages.skip[pages] |= torch.where(bits >= 2**31, bits - 2**32, bits).int().transpose(0, 1)
             self.outliers[row] = used + count
 
@@ -820,8 +943,9 @@ class LayerCache:
         by_block = [row[:: self.preset.align // self.preset.chunk] for row in self.segment_rows]
         for rows, table in ((self.page_rows, self.pages.page_table), (by_block, self.pages.segment_table)):
             width = table.shape[1]
-            table.copy_(torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32).view(-1, width))
-        self.pages.lengths.copy_(torch.tensor(self.cold, dtype=torch.int32))
+            padded = _on_host([row + [0] * (width - len(row)) for row in rows], torch.int32, self.device)
+            table.copy_(padded.view(-1, width), non_blocking=True)
+        self.pages.lengths.copy_(_on_host(self.cold, torch.int32, self.device), non_blocking=True)
         if self.hot_slots:
             hot = self.key_positions[:, self.pinned_slots :]
             hot.masked_fill_(hot < self.pages.lengths[:, None], -1)
@@ -1026,7 +1150,17 @@ class SpectralCache:
             for i in range(layers)
         ]
 
+    def finish(self) -> None:
+        """Finish what `append` has deferred, of all layers. Every other call does that first."""
+        for layer in self.layers:
+            layer.finish()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.finish()  # copies have no part in a stream's work
+        return self.__dict__
+
     def _layer(self, layer: int) -> LayerCache:
+        self.finish()
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer: expected 0 .. {len(self.layers) - 1}, got {layer}")
         return self.layers[layer]
@@ -1038,16 +1172,19 @@ class SpectralCache:
     @property
     def lengths(self) -> list[int]:
         """Tokens a row (of the first layer: within a forward pass later layers lag behind)."""
+        self.finish()
         return list(self.layers[0].lengths)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that the cache holds (not of what belongs to the model: frequencies, metrics of V)."""
+        self.finish()
         return sum(layer.nbytes for layer in self.layers)
 
     @property
     def token_bytes(self) -> float:
         """Bytes that one more cold token of one row costs in the long run, all layers."""
+        self.finish()
         return sum(layer.token_bytes for layer in self.layers)
 
     def append(
@@ -1058,6 +1195,7 @@ class SpectralCache:
         *,
         queries: torch.Tensor | None = None,
         padding: Sequence[int] | None = None,
+        defer: bool = False,
     ) -> None:
         """Add tokens to a layer, at positions lengths .. lengths + T - 1; chunks that leave the window are compressed.
 
@@ -1065,10 +1203,13 @@ class SpectralCache:
             k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
             queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
             padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
+            defer: if the layer is empty and every row compresses something, start to work out the bases, on a GPU on a
+                stream of its own, and leave the rest to `finish` or to the next call. k, v and queries are kept, and may
+                not change, until then.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """
-        self._layer(layer).append(k, v, queries=queries, padding=padding)
+        self._layer(layer).append(k, v, queries=queries, padding=padding, defer=defer)
 
     def attend(self, layer: int, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
         """Causal attention of the newest tokens over all of a layer's tokens.
@@ -1100,6 +1241,7 @@ class SpectralCache:
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Keep the first `lengths` tokens of every row (one number, or one a row; none above the row's length)."""
+        self.finish()
         wanted = [lengths] * self.batch if isinstance(lengths, int) else [int(n) for n in lengths]
         for layer in self.layers:
             if len(wanted) != layer.batch or any(not 0 <= n <= old for n, old in zip(wanted, layer.lengths, strict=True)):
@@ -1112,6 +1254,7 @@ class SpectralCache:
 
         Pages are shared by copies, not copied.
         """
+        self.finish()
         rows = [int(i) for i in (index.tolist() if isinstance(index, torch.Tensor) else index)]
         if not rows or any(not 0 <= i < self.batch for i in rows):
             raise ValueError(f"index: expected row numbers in 0 .. {self.batch - 1}, got {rows}")

@@ -22,6 +22,7 @@ Oracle: reference/compress.py.   Test: tests/test_compress.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -32,11 +33,11 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
-from ._launch import dot_f32, dot_int8_f32
+from ._launch import cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
 from .attention import _block, _fields, _first_block, _group_offset, _half, _mask, _masked, _offset, _subtiles, _weight
 from .eigen import eigenvectors
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
-from .rope import Rope, rotate
+from .rope import Rope, rotate, rotate_torch
 
 # Share of the mean eigenvalue added to a metric: directions that no query used must still be encoded, if coarsely.
 METRIC_FLOOR = 1e-3
@@ -85,29 +86,27 @@ def _gram_kernel(
     if mean_ptr is not None:
         mean_i = tl.load(mean_ptr + bg * D + i, mask=i < D, other=0.0)
         mean_j = tl.load(mean_ptr + bg * D + j, mask=j < D, other=0.0)
-    for run in range(split * each, tl.maximum(end, split * each + 1), RUN):  # a split of no tokens stores zeros
-        acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-        for start in range(run, tl.minimum(run + RUN, end), BLOCK_T):
-            t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-            b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+    acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    for start in range(split * each, end, BLOCK_T):
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
+        b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=(t < T)[:, None] & (j < D)[None, :], other=0.0)
+        if mean_ptr is not None:
+            b = tl.where((t < T)[:, None], b.to(tl.float32) - mean_j[None, :], 0.0).to(b.dtype)
+        if BLOCK_D >= D:
+            a = tl.trans(b)
+        else:
+            a = tl.load(x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0)
             if mean_ptr is not None:
-                b = tl.where((t < T)[:, None], b.to(tl.float32) - mean_j[None, :], 0.0).to(b.dtype)
-            if BLOCK_D >= D:
-                a = tl.trans(b)
-            else:
-                a = tl.load(
-                    x_ptr + t[None, :] * stride_x_t + i[:, None], mask=(t < T)[None, :] & (i < D)[:, None], other=0.0
-                )
-                if mean_ptr is not None:
-                    a = tl.where((t < T)[None, :], a.to(tl.float32) - mean_i[:, None], 0.0).to(a.dtype)
-            if EXACT:
-                acc = tl.dot(a, b, acc)
-            else:
-                acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-        if run > split * each:  # sums of runs are added in memory: registers hold no second tile
-            acc += tl.load(out_ptr, mask=mask, other=0.0)
-        tl.store(out_ptr, acc, mask=mask)
-        tl.debug_barrier()  # the load may lay the tile out over the threads in another way
+                a = tl.where((t < T)[None, :], a.to(tl.float32) - mean_i[:, None], 0.0).to(a.dtype)
+        if EXACT:
+            acc = tl.dot(a, b, acc)
+        else:
+            acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
+        if (start + BLOCK_T) % RUN == 0:
+            total += acc
+            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
+    tl.store(out_ptr, total + acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -167,10 +166,10 @@ def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
             MATRIX=matrix,
             EXACT=exact,
             num_warps=8 if block_d == 128 else 4,
-            num_stages=4,
+            num_stages=5 if _launch.has_large_shared_memory(x.device) else 4,
         )
-        _gram_sum_kernel[(triton.cdiv(dim * dim, 512), batch * heads)](
-            parts, out, splits, SIZE=dim * dim, BLOCK=512, BLOCK_SPLITS=8, num_warps=4
+        _gram_sum_kernel[(triton.cdiv(dim * dim, 256), batch * heads)](
+            parts, out, splits, SIZE=dim * dim, BLOCK=256, BLOCK_SPLITS=16, num_warps=4
         )
     return out
 
@@ -181,67 +180,317 @@ def gram_torch(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tenso
     return x.mT @ x
 
 
+@triton.jit(do_not_specialize=["T", "chunks", "each"])
+def _query_metric_kernel(
+    q_ptr,
+    turns_ptr,
+    factors_ptr,  # float32 [4, chunks, HALF, HALF]
+    out_ptr,  # float32 [B, G, splits, 4, HALF, HALF]
+    T,
+    chunks,
+    each,
+    G,
+    HG,
+    stride_q_b,
+    stride_q_h,
+    stride_q_t,
+    CHUNK: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MATRIX: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """One [BLOCK, BLOCK] tile of the sums of `query_metric` over `each` chunks, all query heads of one row and KV head.
+
+    EXACT: q is 16 bits wide; once turned and rounded, its products are exact in float32.
+    """
+    tiles = tl.cdiv(HALF, BLOCK)
+    i = (tl.program_id(0) // tiles) * BLOCK + tl.arange(0, BLOCK)
+    j = (tl.program_id(0) % tiles) * BLOCK + tl.arange(0, BLOCK)
+    split = tl.program_id(1)
+    bg = tl.program_id(2).to(tl.int64)
+    q_ptr += (bg // G) * stride_q_b + (bg % G) * HG * stride_q_h
+    out_ptr += ((bg * tl.num_programs(1) + split) * 4 * HALF + i[:, None]) * HALF + j[None, :]
+    mask = (i < HALF)[:, None] & (j < HALF)[None, :]
+    turns_i = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
+    turns_j = tl.load(turns_ptr + j, mask=j < PAIRS, other=0)
+    for chunk in range(split * each, tl.minimum((split + 1) * each, chunks)):
+        xx = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+        xy = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+        yx = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+        yy = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+        for start in range(0, tl.minimum(CHUNK, T - chunk * CHUNK), BLOCK_T):
+            offset = start + tl.arange(0, BLOCK_T)
+            t = chunk * CHUNK + offset
+            cos_j, sin_j = cos_sin_of_phase(phase_of(offset[:, None], turns_j[None, :]), EXACT)  # [BLOCK_T, BLOCK]
+            if BLOCK < HALF:
+                cos_i, sin_i = cos_sin_of_phase(phase_of(offset[:, None], turns_i[None, :]), EXACT)
+            row_ptr = q_ptr + t[:, None].to(tl.int64) * stride_q_t
+            for _ in range(HG):
+                xj, yj = _turned_pairs(row_ptr, j, t < T, cos_j, sin_j, HALF, PAIRS, EXACT)
+                xi, yi = xj, yj
+                if BLOCK < HALF:
+                    xi, yi = _turned_pairs(row_ptr, i, t < T, cos_i, sin_i, HALF, PAIRS, EXACT)
+                if EXACT:
+                    xx = tl.dot(tl.trans(xi), xj, xx)
+                    xy = tl.dot(tl.trans(xi), yj, xy)
+                    yx = tl.dot(tl.trans(yi), xj, yx)
+                    yy = tl.dot(tl.trans(yi), yj, yy)
+                else:
+                    xx += dot_f32(tl.trans(xi), xj, MATRIX)
+                    xy += dot_f32(tl.trans(xi), yj, MATRIX)
+                    yx += dot_f32(tl.trans(yi), xj, MATRIX)
+                    yy += dot_f32(tl.trans(yi), yj, MATRIX)
+                row_ptr += stride_q_h
+        for n in tl.static_range(2):  # z_i conj(z_j), then z_i z_j
+            real, imaginary = (xx + yy, yx - xy) if n == 0 else (xx - yy, yx + xy)
+            at = ((2 * n * chunks + chunk) * HALF + i[:, None]).to(tl.int64) * HALF + j[None, :]
+            cos = tl.load(factors_ptr + at, mask=mask, other=0.0)
+            at = (((2 * n + 1) * chunks + chunk) * HALF + i[:, None]).to(tl.int64) * HALF + j[None, :]
+            sin = tl.load(factors_ptr + at, mask=mask, other=0.0)
+            first, second = real * cos - imaginary * sin, real * sin + imaginary * cos
+            own_ptr = out_ptr + 2 * n * HALF * HALF
+            if chunk > split * each:  # sums over chunks are added in memory: registers hold no more tiles
+                first += tl.load(own_ptr, mask=mask, other=0.0)
+                second += tl.load(own_ptr + HALF * HALF, mask=mask, other=0.0)
+            tl.store(own_ptr, first, mask=mask)
+            tl.store(own_ptr + HALF * HALF, second, mask=mask)
+        tl.debug_barrier()  # the loads may lay the tiles out over the threads in another way
+
+
+@triton.jit
+def _turned_pairs(row_ptr, i, live, cos, sin, HALF: tl.constexpr, PAIRS: tl.constexpr, EXACT: tl.constexpr):
+    """Real and imaginary parts [BLOCK_T, BLOCK] of pairs i of some queries, turned: 16 bits wide if EXACT, or float32.
+
+    Dimensions that do not turn are paired as if their frequency were 0.
+    """
+    first = tl.where(i < PAIRS, i, PAIRS + i)
+    second = tl.where(i < PAIRS, PAIRS + i, HALF + i)
+    mask = live[:, None] & (i < HALF)[None, :]
+    x = tl.load(row_ptr + first[None, :], mask=mask, other=0.0)
+    y = tl.load(row_ptr + second[None, :], mask=mask, other=0.0)
+    TYPE: tl.constexpr = x.dtype if EXACT else tl.float32
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    return (x * cos - y * sin).to(TYPE), (x * sin + y * cos).to(TYPE)
+
+
 def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
     """Mean second moment of queries as the chunks see them: of R(m - t0) q_m over all chunk starts t0 <= m.
 
-    With z the queries turned to their absolute positions, as complex pairs, a chunk's turn by -t0 multiplies z_f conj(z_g)
-    by exp(-i t0 (f - g)) and z_f z_g by exp(-i t0 (f + g)); summed over the chunks a query sees, that is one [D/2, D/2]
-    factor for all queries of a chunk, so the queries are read once.
+    With z the queries turned by their offset in their own chunk, as complex pairs, a turn by a multiple n C of the chunk
+    length multiplies z_f conj(z_g) by exp(i n C (f - g)) and z_f z_g by exp(i n C (f + g)); summed over the chunks that a
+    query sees, that is one [D/2, D/2] factor for all queries of a chunk, so the queries are read once.
 
     Args:
-        q: [B, H, T, D] before RoPE, of positions 0 .. T-1, fp16, bf16 or fp32; D even.
+        q: [B, H, T, D] before RoPE, of positions 0 .. T-1, fp16, bf16 or fp32; last dimension of stride 1; D even.
         rope: frequencies and attention scaling (scaling**2 on the rotary dimensions, as scores have it).
         chunk: chunk length C.      kv_heads: G; H is a multiple of it.
     Returns:
-        float32 [B, G, D, D], symmetric, positive semi-definite up to rounding.
+        float32 [B, G, D, D], symmetric, positive semi-definite up to the rounding of turned queries to the dtype of q.
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    check_tensor("q", q, shape=(None,) * 4, dtype=FLOATS)
-    _, heads, tokens, dim = q.shape
+    check_tensor("q", q, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
+    batch, heads, tokens, dim = q.shape
     if kv_heads < 1 or heads % kv_heads:
         raise ValueError(f"q: expected a multiple of kv_heads = {kv_heads} heads, got {heads}")
     if tokens == 0 or dim % 2:
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
-    # A KV head at a time: what is held in float32 is its queries alone.
-    return torch.cat([_group_metric(own, rope, chunk) for own in q.split(heads // kv_heads, dim=1)], dim=1)
+    if not _launch.runs_kernel(q):
+        return query_metric_torch(q, rope, chunk=chunk, kv_heads=kv_heads)
+    _launch.check_bf16("q", q)
+    half, chunks = dim // 2, triton.cdiv(tokens, chunk)
+    matrix = _launch.has_matrix_units(q.device)
+    exact = matrix and _launch.is_native(q) and q.dtype != torch.float32
+    # Of more than 64 pairs a tile has two sets of them, and of large ones registers would not hold both.
+    block = 64 if exact and 32 < half <= 64 else 32 if matrix else 16
+    tiles = triton.cdiv(half, block) ** 2
+    wanted = max(1, GRAM_PROGRAMS * _launch.multiprocessors(q.device) // (batch * kv_heads * tiles))
+    each = triton.cdiv(chunks, wanted)
+    splits = triton.cdiv(chunks, each)
+    parts = torch.empty((batch, kv_heads, splits, 4, half, half), dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        _query_metric_kernel[(tiles, splits, batch * kv_heads)](
+            q,
+            rope.turns,
+            _chunk_factors(rope, chunk, chunks, half),
+            parts,
+            tokens,
+            chunks,
+            each,
+            kv_heads,
+            heads // kv_heads,
+            *q.stride()[:3],
+            CHUNK=chunk,
+            HALF=half,
+            PAIRS=rope.turns.shape[0],
+            BLOCK_T=64 if block == 64 and _launch.has_large_shared_memory(q.device) else min(32, block),
+            BLOCK=block,
+            MATRIX=matrix,
+            EXACT=exact,
+            num_warps=8 if block == 64 else 4,
+            num_stages=3,
+        )
+    return _metric_of_pairs(parts.sum(2, dtype=torch.float64), rope, chunk, tokens, heads // kv_heads)
 
 
-def _group_metric(q: torch.Tensor, rope: Rope, chunk: int) -> torch.Tensor:
-    """`query_metric` of the query heads of one KV head: float32 [B, 1, D, D]."""
-    batch, heads, tokens, dim = q.shape
-    pairs = rope.turns.shape[0]
-    positions = torch.arange(tokens, device=q.device).expand(batch, -1)
-    turned = rotate(q if q.stride(-1) == 1 else q.contiguous(), positions, rope).float()
-    turned = torch.cat((turned[..., : 2 * pairs] * rope.scaling**2, turned[..., 2 * pairs :]), dim=-1)
-    rest = (dim - 2 * pairs) // 2  # dimensions that do not turn, paired as if their frequency were 0
-    order = torch.cat(
-        [
-            torch.arange(start, start + size, device=q.device)
-            for start, size in ((0, pairs), (2 * pairs, rest), (pairs, pairs), (2 * pairs + rest, rest))
-        ]
-    )
-    half = dim // 2
-    turned = torch.nn.functional.pad(turned[..., order], (0, 0, 0, -tokens % chunk))
-    chunks = turned.shape[2] // chunk
-    x = turned[:, None].unflatten(3, (chunks, chunk)).transpose(2, 3).flatten(3, 4)
-    z = torch.complex(x[..., :half], x[..., half:])  # [B, 1, chunks, H/G * C, D/2]
-    theta = torch.cat((rope.turns, rope.turns.new_zeros(rest)))  # wraps modulo one turn
-    starts = torch.arange(chunks, device=q.device)[:, None, None] * chunk
+def _chunk_factors(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tensor:
+    """Sums over a chunk and all before it of exp(i n C (f - g)), then of exp(i n C (f + g)), real and imaginary parts:
+    float32 [4, chunks, D/2, D/2]."""
+    theta = torch.nn.functional.pad(rope.turns, (0, half - rope.turns.shape[0]))  # wraps modulo one turn
+    steps = torch.arange(0, chunks * chunk, chunk, device=theta.device)[:, None, None]
+    both = torch.stack((theta[:, None] - theta[None, :], theta[:, None] + theta[None, :]))[:, None]
+    angle = ((steps * both) >> 32).float() * (torch.pi / 2**31)
+    return torch.stack((angle.cos(), angle.sin()), dim=1).cumsum(2).flatten(0, 1)
 
-    def factors(delta: torch.Tensor) -> torch.Tensor:
-        angle = ((starts * delta) >> 32).float() * (torch.pi / 2**31)
-        return torch.polar(torch.ones_like(angle), -angle).cumsum(0)  # [chunks, D/2, D/2]
 
-    conj = ((z.mT @ z.conj()) * factors(theta[:, None] - theta[None, :])).sum(2)
-    plain = ((z.mT @ z) * factors(theta[:, None] + theta[None, :])).sum(2)
-    top = torch.cat(((conj.real + plain.real), (plain.imag - conj.imag)), dim=-1)
-    bottom = torch.cat(((conj.imag + plain.imag), (conj.real - plain.real)), dim=-1)
-    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * heads
+def _metric_of_pairs(sums: torch.Tensor, rope: Rope, chunk: int, tokens: int, group: int) -> torch.Tensor:
+    """The metric from sums of z_f conj(z_g) and of z_f z_g, real and imaginary parts, float64 [B, G, 4, D/2, D/2]."""
+    half, pairs = sums.shape[-1], rope.turns.shape[0]
+    real, imaginary, plain_real, plain_imaginary = sums.unbind(2)
+    top = torch.cat((real + plain_real, plain_imaginary - imaginary), dim=-1)
+    bottom = torch.cat((imaginary + plain_imaginary, real - plain_real), dim=-1)
+    chunks = -(-tokens // chunk)
+    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * group
     moment = torch.cat((top, bottom), dim=-2) / (2 * seen)
     moment = (moment + moment.mT) / 2
-    back = torch.argsort(order)
-    return moment[..., back[:, None], back[None, :]].contiguous()
+    if pairs < half:  # pairs in the order of dimensions
+        at = torch.arange(2 * half, device=sums.device)
+        places = (at[:pairs], half + at[:pairs], at[pairs:half], half + at[pairs:half])
+        back = torch.cat(places)
+        moment = moment[..., back[:, None], back[None, :]]
+    if rope.scaling != 1:
+        moment[..., : 2 * pairs, :] *= rope.scaling**2
+        moment[..., :, : 2 * pairs] *= rope.scaling**2
+    return moment.float().contiguous()
+
+
+def query_metric_torch(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
+    """`query_metric` in plain PyTorch."""
+    batch, heads, tokens, dim = q.shape
+    group, half, pairs, chunks = heads // kv_heads, dim // 2, rope.turns.shape[0], -(-tokens // chunk)
+    factors = _chunk_factors(rope, chunk, chunks, half)
+    positions = torch.arange(tokens, device=q.device).expand(batch, -1)
+    sums = []
+    for own in q.split(group, dim=1):  # a KV head at a time: what is held in float32 is its queries alone
+        turned = torch.nn.functional.pad(
+            rotate_torch(own, positions, rope, chunk=chunk), (0, 0, 0, -tokens % chunk)
+        ).float()
+        x, y, rest = turned[..., :pairs], turned[..., pairs : 2 * pairs], turned[..., 2 * pairs :].chunk(2, dim=-1)
+        x, y = (torch.cat(z, dim=-1) for z in ((x, rest[0]), (y, rest[1])))
+        x, y = (z.unflatten(2, (chunks, chunk)).transpose(1, 2).flatten(2, 3) for z in (x, y))  # [B, chunks, H/G * C, D/2]
+        xx, xy, yx, yy = x.mT @ x, x.mT @ y, y.mT @ x, y.mT @ y
+        parts = []
+        for real, imaginary, (cos, sin) in ((xx + yy, yx - xy, factors[:2]), (xx - yy, yx + xy, factors[2:])):
+            parts += [(real * cos - imaginary * sin).sum(1), (real * sin + imaginary * cos).sum(1)]
+        sums.append(torch.stack(parts, dim=1))
+    return _metric_of_pairs(torch.stack(sums, dim=1).double(), rope, chunk, tokens, group)
+
+
+@triton.jit(do_not_specialize=["T", "S", "each", "sinks", "window"])
+def _error_weights_kernel(
+    q_ptr,  # [B, H, S, D], contiguous
+    at_ptr,  # int64 [S]
+    k_ptr,
+    v_ptr,
+    root_ptr,  # float32 [G, D, D], or None
+    turns_ptr,
+    stats_ptr,  # float32 [B, G, splits, ROWS, 4]
+    sums_ptr,  # float32 [B, G, splits, 2, ROWS, D]
+    T,
+    S,
+    each,
+    G,
+    HG,
+    sinks,
+    window,
+    scale,
+    scaling,
+    stride_k_b,
+    stride_k_g,
+    stride_k_t,
+    stride_v_b,
+    stride_v_g,
+    stride_v_t,
+    CHUNK: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """BLOCK_M queries of one row and KV head over `each` chunks of keys. With e the exponentials below their largest so
+    far, and e2 the squares of those of tokens that are not exact: the largest, and sums of e, e2, e2 |v|^2, e v, e2 v."""
+    rows = tl.num_programs(0) * BLOCK_M
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    bg = tl.program_id(2).to(tl.int64)
+    TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
+    pair = tl.arange(0, BLOCK_HALF)
+    d = tl.arange(0, BLOCK_D)
+    live = row < HG * S
+    position = tl.load(at_ptr + row % S, mask=live, other=0).to(tl.int32)
+    q_ptr += (bg * HG * S + row[:, None]) * D
+    k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
+    v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
+    turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
+    first = tl.where(pair < PAIRS, pair, PAIRS + pair)
+    second = tl.where(pair < PAIRS, PAIRS + pair, HALF + pair)
+    factor = tl.where(pair < PAIRS, scale * scaling, scale)
+    if root_ptr is not None:
+        at = (bg % G) * D * D + d[:, None] * D + d[None, :]
+        root = tl.load(root_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+    top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    sum1 = tl.zeros([BLOCK_M], dtype=tl.float32)
+    sum2 = tl.zeros([BLOCK_M], dtype=tl.float32)
+    squares = tl.zeros([BLOCK_M], dtype=tl.float32)
+    values1 = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    values2 = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for chunk in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(T, CHUNK))):
+        distance = tl.maximum(position - chunk * CHUNK, 0)  # of queries before the chunk nothing counts
+        cos, sin = cos_sin_of_phase(phase_of(distance[:, None], turns[None, :]), NATIVE)
+        x, y = _turned_pairs(q_ptr, pair, live, cos, sin, HALF, PAIRS, False)
+        x, y = (x * factor[None, :]).to(TYPE), (y * factor[None, :]).to(TYPE)
+        for start in range(0, tl.minimum(CHUNK, T - chunk * CHUNK), BLOCK_T):
+            t = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
+            mask = (t < T)[:, None] & (pair < HALF)[None, :]
+            k_row = k_ptr + t[:, None].to(tl.int64) * stride_k_t
+            k1 = tl.load(k_row + first[None, :], mask=mask, other=0.0).to(TYPE)
+            k2 = tl.load(k_row + second[None, :], mask=mask, other=0.0).to(TYPE)
+            v_row = v_ptr + t[:, None].to(tl.int64) * stride_v_t
+            v = tl.load(v_row + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+            score = tl.dot(x, tl.trans(k1), input_precision="tf32x3")
+            score = tl.dot(y, tl.trans(k2), score, input_precision="tf32x3")
+            age = position[:, None] - t[None, :]
+            score = tl.where((age >= 0) & (t < T)[None, :], score, float("-inf"))
+            larger = tl.maximum(top, tl.max(score, 1))
+            base = tl.where(larger == float("-inf"), 0.0, larger)
+            shrink = tl.exp2(top - base)
+            top = larger
+            e = tl.exp2(score - base[:, None])
+            e2 = tl.where((age >= window) & (t >= sinks)[None, :], e * e, 0.0)
+            weighted = v.to(tl.float32)
+            if root_ptr is not None:
+                weighted = tl.dot(v, root, input_precision="tf32x3")
+            size = tl.sum(weighted * weighted, 1)
+            sum1 = sum1 * shrink + tl.sum(e, 1)
+            sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
+            squares = squares * shrink * shrink + tl.sum(e2 * size[None, :], 1)
+            values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
+            values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
+    out = (bg * tl.num_programs(1) + split) * rows + row
+    tl.store(stats_ptr + out * 4, top)
+    tl.store(stats_ptr + out * 4 + 1, sum1)
+    tl.store(stats_ptr + out * 4 + 2, sum2)
+    tl.store(stats_ptr + out * 4 + 3, squares)
+    out = (bg * tl.num_programs(1) + split) * 2 * rows + row
+    tl.store(sums_ptr + out[:, None] * D + d[None, :], values1, mask=(d < D)[None, :])
+    tl.store(sums_ptr + (out + rows)[:, None] * D + d[None, :], values2, mask=(d < D)[None, :])
 
 
 def error_weights(
@@ -265,13 +514,97 @@ def error_weights(
     averaged over `queries` queries of the second half of the tokens.
 
     Args:
-        q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point.
+        q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point;
+            last dimensions of stride 1.
         rope: frequencies.      v_metric: float32 [G, D, D], sum over a group's heads of W_o^T W_o, or None.
         chunk: chunk length C.      sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
         (w_k, w_v), float32 [B, G]: the layer's relative error is the sum over g of w_k[g] times the mean squared error of
-        keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`.
+        keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`. Of 16-bit tensors, softmax
+        weights and turned queries count to 16 bits.
     """
+    batch, heads, tokens, dim = q.shape
+    groups = k.shape[1]
+    kernel = _launch.runs_kernel(k) and _launch.has_matrix_units(k.device)
+    if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2:
+        return error_weights_torch(q, k, v, rope, v_metric, chunk=chunk, sinks=sinks, window=window, queries=queries)
+    at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
+    own = q.index_select(2, at)
+    group, count = heads // groups, len(at)
+    root = unit = None
+    if v_metric is not None:  # entries below 1, as fp16 wants them
+        unit = v_metric.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        eye = torch.eye(dim, dtype=torch.float64, device=q.device)
+        root = torch.linalg.cholesky_ex((v_metric / unit[..., None]).double() + 1e-6 * eye).L.float().contiguous()
+    # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
+    block = 64 if _launch.has_large_shared_memory(k.device) else 32
+    tiles, chunks = triton.cdiv(group * count, block), triton.cdiv(tokens, chunk)
+    each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))
+    splits, rows = triton.cdiv(chunks, each), tiles * block
+    stats = torch.empty((batch, groups, splits, rows, 4), dtype=torch.float32, device=k.device)
+    sums = torch.empty((batch, groups, splits, 2, rows, dim), dtype=torch.float32, device=k.device)
+    with torch.cuda.device_of(k):
+        _error_weights_kernel[(tiles, splits, batch * groups)](
+            own,
+            at,
+            k,
+            v,
+            root,
+            rope.turns,
+            stats,
+            sums,
+            tokens,
+            count,
+            each,
+            groups,
+            group,
+            sinks,
+            window,
+            dim**-0.5 * math.log2(math.e),
+            rope.scaling**2,
+            *k.stride()[:3],
+            *v.stride()[:3],
+            CHUNK=chunk,
+            D=dim,
+            HALF=dim // 2,
+            PAIRS=rope.turns.shape[0],
+            BLOCK_M=block,
+            BLOCK_T=block,
+            BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)),
+            BLOCK_D=triton.next_power_of_2(dim),
+            NATIVE=_launch.is_native(k),
+            num_warps=8 if block == 64 or dim > 64 else 4,
+            num_stages=2,
+        )
+    # The splits, joined as states are (merge.py), with squares.
+    top, *parts = stats[..., : group * count, :].unbind(-1)
+    shrink = torch.exp2(top - top.amax(2, keepdim=True))
+    whole, p2, squares = ((x * f).sum(2) for x, f in zip(parts, (shrink, shrink**2, shrink**2), strict=True))
+    o, p2_v = (
+        (sums[:, :, :, i, : group * count] * f[..., None]).sum(2) / (whole**n)[..., None]
+        for i, (f, n) in enumerate(((shrink, 1), (shrink**2, 2)))
+    )
+    p2, squares = p2 / whole**2, squares / whole**2
+    weighted = o if v_metric is None else o @ v_metric
+    power = (weighted * o).sum(-1)
+    w_k = ((squares if unit is None else squares * unit) - 2 * (weighted * p2_v).sum(-1) + power * p2).sum(-1) / dim
+    total = power.sum((-2, -1))[:, None].clamp_min(torch.finfo(torch.float32).tiny)
+    return w_k / total, p2.sum(-1) / total
+
+
+def error_weights_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rope: Rope,
+    v_metric: torch.Tensor | None = None,
+    *,
+    chunk: int,
+    sinks: int,
+    window: int,
+    queries: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`error_weights` in plain PyTorch."""
     groups = k.shape[1]
     found = []
     for g, own in enumerate(q.split(q.shape[1] // groups, dim=1)):  # what is held in float32 is one head's keys and values
@@ -409,21 +742,24 @@ STEP_SHARES = 25
 @triton.jit(do_not_specialize=["T"])
 def _fit_steps_kernel(
     coefficients_ptr,
-    widest_ptr,
-    top_ptr,
+    widest_ptr,  # [P, N, R]
+    top_ptr,  # [P, R]
     step_ptr,
+    error_ptr,
     T,
     R: tl.constexpr,
     SHARES: tl.constexpr,
     BLOCK_SHARES: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The steps of 16 components of one row and head: squared errors of all shares in one pass."""
+    """The steps of 16 components of one row and head in one choice: squared errors of all shares in one pass."""
     r = tl.program_id(0) * 16 + tl.arange(0, 16)
     n = tl.program_id(1).to(tl.int64)
+    choice = tl.program_id(2)
     used = r < R
-    widest = tl.load(widest_ptr + n * R + r, mask=used, other=1.0)
-    half = tl.load(top_ptr + r, mask=used, other=2.0) * 0.5
+    own = (choice * tl.num_programs(1) + n) * R + r
+    widest = tl.load(widest_ptr + own, mask=used, other=1.0)
+    half = tl.load(top_ptr + choice * R + r, mask=used, other=2.0) * 0.5
     share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
     share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
     step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
@@ -441,25 +777,74 @@ def _fit_steps_kernel(
     error = tl.sum(errors, 1)
     best = tl.argmin(error, 0, tie_break_left=True)
     best = tl.where(best < SHARES, best, 0)
-    tl.store(step_ptr + n * R + r, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+    tl.store(step_ptr + own, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+    tl.store(error_ptr + own, tl.min(error, 0), mask=used)
 
 
-def _widest_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """Steps that clip no value of the sample; of a 16-bit side, its steps."""
+def _largest(coefficients: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each component; one without variance in the sample still gets a step that later rows can use."""
     largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
-    if bands.is_float:  # floats have exponents of their own: one step, so that no later row finds a component too small
-        largest = largest.amax(-1, keepdim=True).expand_as(largest)
-    # A component without variance in the sample still gets a step that later rows can use.
-    largest = torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
-    if bands.is_float:
-        return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
-    return largest / (_tops(bands, coefficients.device) / 2)
+    return torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @cache
-def _tops(bands: Bands, device: torch.device) -> torch.Tensor:
-    """2**bits of each component, float32 [R]."""
-    return torch.tensor([2.0**bits for bits in bands.bits], device=device)
+def _tops(choices: tuple[Bands, ...], device: torch.device) -> torch.Tensor:
+    """2**bits of each component in each of some bands, float32 [P, R]."""
+    return torch.tensor([[2.0**bits for bits in bands.bits] for bands in choices], device=device)
+
+
+def fit_quantisers(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The quantiser step of each component with the least squared error over a sample, for each of some bands.
+
+    Args:
+        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+    Returns:
+        (steps, sums of squared errors), float32 [P, ..., R]; steps are positive.
+    """
+    check_tensor("coefficients", coefficients, dtype=torch.float32)
+    if not _launch.runs_kernel(coefficients):
+        return fit_quantisers_torch(coefficients, choices)
+    largest = _largest(coefficients)
+    tops = _tops(tuple(choices), coefficients.device)
+    tokens, rank = coefficients.shape[-2:]
+    widest = largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), rank)
+    steps, errors = torch.empty_like(widest), torch.empty_like(widest)
+    if widest.numel() == 0:
+        return steps, errors
+    with torch.cuda.device_of(coefficients):
+        _fit_steps_kernel[(triton.cdiv(rank, 16), largest.numel() // rank, len(choices))](
+            coefficients.contiguous(),
+            widest,
+            tops,
+            steps,
+            errors,
+            tokens,
+            R=rank,
+            SHARES=STEP_SHARES,
+            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
+            BLOCK_T=32,
+            num_warps=8,
+        )
+    return steps, errors
+
+
+def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`fit_quantisers` in plain PyTorch."""
+    fitted = []
+    for top in _tops(tuple(choices), coefficients.device):
+        widest = _largest(coefficients) / (top / 2)
+        best, least = widest, torch.full_like(widest, float("inf"))
+        for share in range(STEP_SHARES):
+            step = (1 - share / 30) * widest
+            code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
+                (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
+            )
+            error = (code * step[..., None, :] - coefficients).square().sum(-2)
+            best = torch.where(error < least, step, best)
+            least = torch.minimum(error, least)
+        fitted.append((best, least))
+    steps, errors = (torch.stack(x) for x in zip(*fitted, strict=True))
+    return steps, errors
 
 
 def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
@@ -471,46 +856,12 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
         float32 [..., R], positive. 16-bit components share the power of two that brings the largest
         magnitude of all below 2**12.
     """
-    check_tensor("coefficients", coefficients, dtype=torch.float32)
-    if not _launch.runs_kernel(coefficients) or bands.is_float:
-        return fit_steps_torch(coefficients, bands)
-    widest = _widest_steps(coefficients, bands)
-    if widest.numel() == 0:
-        return widest
-    steps = torch.empty_like(widest)
-    tokens, rank = coefficients.shape[-2:]
-    with torch.cuda.device_of(coefficients):
-        _fit_steps_kernel[(triton.cdiv(rank, 16), widest.numel() // rank)](
-            coefficients.contiguous(),
-            widest,
-            _tops(bands, coefficients.device),
-            steps,
-            tokens,
-            R=rank,
-            SHARES=STEP_SHARES,
-            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
-            BLOCK_T=32,
-            num_warps=8,
-        )
-    return steps
-
-
-def fit_steps_torch(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
-    """`fit_steps` in plain PyTorch."""
-    widest = _widest_steps(coefficients, bands)
-    if bands.is_float:
-        return widest
-    top = _tops(bands, coefficients.device)
-    best, least = widest, torch.full_like(widest, float("inf"))
-    for share in range(STEP_SHARES):
-        step = (1 - share / 30) * widest
-        code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
-            (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
-        )
-        error = (code * step[..., None, :] - coefficients).square().sum(-2)
-        best = torch.where(error < least, step, best)
-        least = torch.minimum(error, least)
-    return best
+    if not bands.is_float:
+        return fit_quantisers(coefficients, [bands])[0][0]
+    # Floats have exponents of their own: one step, so that no later row finds a component too small.
+    largest = _largest(coefficients)
+    largest = largest.amax(-1, keepdim=True).expand_as(largest)
+    return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
 
 
 @dataclass(frozen=True)
@@ -562,41 +913,84 @@ class Spectrum:
         return basis.contiguous(), scale, encoder.contiguous()
 
 
-def fit_spectrum(
-    x: torch.Tensor,
-    metric: torch.Tensor | None = None,
-    *,
-    precisions: Sequence[int] = (8, 4, 2),
-    centre: bool = False,
-    sample: int = 2048,
-) -> Spectrum:
-    """Components of one side (K or V) from its rows.
+@dataclass(frozen=True)
+class Side:
+    """Rows of one side (K or V), and how their components are wanted.
 
     Args:
         x: [B, G, T, D] phase-aligned keys or values, fp16, bf16 or fp32, T at least 1.
         metric: [B, G, D, D] or [G, D, D] float32, or None.
         precisions: numbers of bits that quantiser steps are fitted for.
         centre: subtract the mean row (as int8 holds it). Keys have one: what a bias of the key projection adds.
+    """
+
+    x: torch.Tensor
+    metric: torch.Tensor | None = None
+    precisions: Sequence[int] = (8, 4, 2)
+    centre: bool = False
+
+
+def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
+    """Components of sides of the same B, G and D from their rows; their eigenproblems are solved together.
+
+    Args:
         sample: about how many rows, evenly spread, the quantiser steps are fitted on.
     """
-    dim, mean = x.shape[-1], None
-    if centre:
-        held, unit = quantise_basis(x.mean(dim=2, keepdim=True, dtype=torch.float32))
-        mean = held.float() * unit[..., None]
-    basis, scale = quantise_basis(fit_basis(gram(x, None if mean is None else mean[:, :, 0]), metric, rank=dim))
-    encoder = fit_encoder(basis, scale, metric)
-    rows = x[:, :, :: max(1, x.shape[2] // sample)]
-    coefficients = (rows if mean is None else (rows - mean).to(x.dtype)).float() @ encoder
-    rows = basis.float() * scale[..., None]
-    weight = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # [B, G, D]: of a squared error of a component
-    steps, errors = {}, {0: coefficients.square().mean(-2) * weight}
-    for bits in precisions:
-        bands = Bands(((dim, bits),))
-        steps[bits] = fit_steps(coefficients, bands)
-        if not bands.is_float:
-            units = coefficients / steps[bits][..., None, :]
-            codes = (torch.floor(units) + 0.5).clamp(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
-            errors[bits] = (codes - units).square().mean(-2) * steps[bits].square() * weight
+    dim = sides[0].x.shape[-1]
+    means: list[torch.Tensor | None] = []
+    for side in sides:
+        if side.centre:
+            held, unit = quantise_basis(_mean_row(side.x)[:, :, None])
+            means.append(held.float() * unit[..., None])
+        else:
+            means.append(None)
+    moment = torch.stack([gram(s.x, None if m is None else m[:, :, 0]) for s, m in zip(sides, means, strict=True)])
+    metric = None
+    if any(side.metric is not None for side in sides):
+        eye = torch.eye(dim, device=moment.device)
+        metrics = [eye if side.metric is None else side.metric for side in sides]
+        metric = torch.stack([x.expand(moment.shape[1:]) for x in metrics])
+    bases, scales = quantise_basis(fit_basis(moment, metric, rank=dim))
+    encoders = fit_encoder(bases, scales, metric)
+    rows = bases.float() * scales[..., None]
+    weights = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # of a squared error of a component
+    return [
+        _quantised(side, means[i], bases[i], scales[i], encoders[i], weights[i], sample) for i, side in enumerate(sides)
+    ]
+
+
+def _mean_row(x: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of x [B, G, T, D], float32 [B, G, D]."""
+    # In two steps: PyTorch cuts one long sum among blocks, through a buffer as large as x in float32.
+    runs, rest = divmod(x.shape[2], 256)
+    total = x[:, :, runs * 256 :].sum(2, dtype=torch.float32)
+    if runs:
+        total += x[:, :, : runs * 256].unflatten(2, (runs, 256)).sum(3, dtype=torch.float32).sum(2)
+    return total / (runs * 256 + rest)
+
+
+def _quantised(
+    side: Side,
+    mean: torch.Tensor | None,
+    basis: torch.Tensor,
+    scale: torch.Tensor,
+    encoder: torch.Tensor,
+    weight: torch.Tensor,
+    sample: int,
+) -> Spectrum:
+    """A side's spectrum, from components without a quantiser."""
+    rows = side.x[:, :, :: max(1, side.x.shape[2] // sample)]
+    coefficients = (rows if mean is None else (rows - mean).to(rows.dtype)).float() @ encoder
+    tokens, dim = coefficients.shape[-2:]
+    errors = {0: torch.linalg.vector_norm(coefficients, dim=-2).square() * (weight / tokens)}
+    choices = {bits: Bands(((dim, bits),)) for bits in side.precisions}
+    steps = {bits: fit_steps(coefficients, bands) for bits, bands in choices.items() if bands.is_float}
+    coarse = {bits: bands for bits, bands in choices.items() if not bands.is_float}
+    if coarse:
+        fitted, lost = fit_quantisers(coefficients, list(coarse.values()))
+        lost = lost * (weight / tokens)
+        steps |= dict(zip(coarse, fitted, strict=True))
+        errors |= dict(zip(coarse, lost, strict=True))
     return Spectrum(mean, basis, scale, encoder, steps, errors)
 
 
@@ -606,12 +1000,12 @@ def fit_side(
     """Basis, scale and encoder of one side (K or V) from its rows, without a mean.
 
     Args:
-        x, metric, sample: as `fit_spectrum` has them.      bands: of the side.
+        x, metric, sample: as `Side` and `fit_spectra` have them.      bands: of the side.
     Returns:
         (basis int8 [B, G, R, D], scale float32 [B, G, R] with the steps, encoder float32 [B, G, D, R]): x @ encoder is in
         units of steps, as `encode` wants it.
     """
-    return fit_spectrum(x, metric, precisions=sorted(set(bands.bits)), sample=sample).side(bands)
+    return fit_spectra([Side(x, metric, sorted(set(bands.bits)))], sample=sample)[0].side(bands)
 
 
 @triton.jit
@@ -972,9 +1366,9 @@ def _encode_16(
             BLOCK_D=triton.next_power_of_2(dim),
             BLOCK_R=triton.next_power_of_2(bands.rank),
             NATIVE=_launch.is_native(x),
-            # A third stage takes 106 KB at D = 128 (triton 3.6); elsewhere four warps spill in the loop.
+            # At D = 128 two programs a multiprocessor fit with two stages. Elsewhere four warps spill in the loop.
             num_warps=4 if large else 8,
-            num_stages=3 if large else 2,
+            num_stages=2,
         )
 
 

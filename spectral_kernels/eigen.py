@@ -32,6 +32,7 @@ from ._checks import check_tensor
 # lift the rounding of the matrix above zero, the smallest. (Whitened keys of a model's first layer span ten decades.)
 RIDGES = (2.0**-17, 2.0**-28, 2.0**-40)
 # Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 1e-8.
+# (Where eigenvalues are equal, as the ridge's are, it is slower: with 2e-3 a matrix of rank 1 fails tests/test_eigen.py.)
 SMALL = 1e-4
 SWEEPS = 16  # at most; 8 to 10 are usual
 
@@ -152,10 +153,11 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
     trace = diagonal.sum(-1)[:, None, None]
     eye = torch.eye(dim, dtype=w.dtype, device=w.device)
     w = torch.where(trace > 0, w / trace.clamp_min(torch.finfo(w.dtype).tiny), eye)
+    # All ridges at once: a factorisation takes as long for a few matrices more.
+    lower, info = torch.linalg.cholesky_ex(torch.stack([w + ridge * eye for ridge in RIDGES]))
     root = torch.zeros_like(w)
-    for ridge in RIDGES:
-        lower, info = torch.linalg.cholesky_ex(w + ridge * eye)
-        root = torch.where((info == 0)[:, None, None], lower, root)
+    for some, failed in zip(lower, info, strict=True):
+        root = torch.where((failed == 0)[:, None, None], some, root)
     rows = torch.nn.functional.pad(root.mT.float(), (0, 0, 0, _padded_rows(dim) - dim)).contiguous()
     _orthogonalise(rows)
     v = rows.double()

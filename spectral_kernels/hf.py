@@ -9,8 +9,8 @@ What happens to one model, and to no other:
   (and after the norms of Qwen3), whatever release of transformers wrote the layer;
 - a hook before its decoder reads left padding and positions, puts a `ModelCache` in place of a new, empty cache, and
   sends both to the attention function as one more keyword.
-The first forward of a sequence is exact: dense causal attention by PyTorch's SDPA over rotated queries and keys; then
-K, V and Q go to the cache. Later forwards append to the cache and attend to it, one token or several.
+The first forward of a sequence is exact: dense causal attention by PyTorch's SDPA over rotated queries and keys, while the
+cache compresses K and V. Later forwards append to the cache and attend to it, one token or several.
 Positions are token indices after left padding: RoPE depends on differences only.
 
 Works with transformers 4.57 to 5.23. This is the only module that imports it.   Test: tests/test_hf.py.
@@ -466,12 +466,16 @@ def _attention(
     if step.past:
         out = _cached_attention(step, layer, query, key, value, scaling)
     else:
-        out = _dense_attention(step, query, key, value, scaling)
         if step.cache is not None:
             with torch.no_grad():
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
-                step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding)
+                step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
+        # The bases are worked out beside attention, whose many short blocks leave room again and again.
+        out = _dense_attention(step, query, key, value, scaling)
+        if step.cache is not None and step.cache.spectral is not None:
+            with torch.no_grad():
+                step.cache.spectral.finish()
     return out.transpose(1, 2), None
 
 

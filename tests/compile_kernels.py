@@ -21,6 +21,7 @@ from triton.runtime.jit import JITFunction
 import spectral_kernels as sk
 from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
+from spectral_kernels.compress import error_weights
 from spectral_kernels.eigen import eigenvectors
 
 TYPES = {
@@ -152,6 +153,10 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     sk.rotate(x, key_positions, rope)
     sk.phase_align(x, key_positions, rope, chunk=chunk)
     sk.gram(x)
+    queries = x.repeat_interleave(group, dim=1)
+    sk.query_metric(queries, rope, chunk=layout.align, kv_heads=kv_heads)
+    for metric in (None, torch.eye(dim).expand(kv_heads, -1, -1)):
+        error_weights(queries, x, x, rope, metric, chunk=layout.align, sinks=4, window=16)
     eigenvectors(torch.eye(dim, dtype=torch.float64))
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)

@@ -828,9 +828,7 @@ def failing(function: Callable[..., Any], at: int, late: bool, calls: list[int])
     return run
 
 
-STEPS = [
-    (cache_module, name) for name in ("phase_align", "encode", "decode", "fit_spectrum", "fit_encoder", "query_metric")
-]
+STEPS = [(cache_module, name) for name in ("phase_align", "encode", "decode", "fit_spectra", "fit_encoder", "query_metric")]
 STEPS += [
     (LayerCache, name)
     for name in (
@@ -1018,3 +1016,162 @@ def test_long_generation(rng):
     assert trial.layer.chunks == [(800 - LOSSLESS.window) // CHUNK]
     first, last = np.sqrt(np.mean(errors[:50])), np.sqrt(np.mean(errors[50:]))
     assert 0 < last < 1.5 * first
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_step_compresses_many_layers(rng):
+    """Prompts are compressed as far as they can be; then each layer is late by its share of a chunk, and never more."""
+    for layers, most in ((32, 1), (64, 1), (65, 2), (126, 2)):
+        late = [layer.late for layer in make_cache(LOSSLESS, layers=layers).layers]
+        assert min(late) == 0 and max(late) < CHUNK and max(map(late.count, late)) == most
+    layers = 5
+    preset = replace(LOSSLESS, window=20)
+    cache = make_cache(preset, layers=layers, batch=1)
+    k, v = (draw(rng, 1, 2, 230, DIM) for _ in range(2))
+    for layer in range(layers):
+        cache.append(layer, k, v)
+    assert all(layer.cold == [192] for layer in cache.layers)
+    counts = []
+    for step in range(2 * CHUNK):
+        before = [list(layer.chunks) for layer in cache.layers]
+        for layer in range(layers):
+            cache.append(layer, k[:, :, step : step + 1], v[:, :, step : step + 1])
+        counts.append(sum(layer.chunks != old for layer, old in zip(cache.layers, before, strict=True)))
+        late = [cache.lengths[0] - preset.window - layer.cold[0] for layer in cache.layers]
+        assert all(0 <= n < CHUNK + layer.late for n, layer in zip(late, cache.layers, strict=True))
+    assert max(counts) == 1 and sum(counts) == sum((18 + 2 * CHUNK - layer.late) // CHUNK for layer in cache.layers)
+    long = [(draw(rng, 1, 2, CHUNK, DIM)) for _ in range(2)]
+    for layer in range(layers):
+        cache.append(layer, *long)
+    assert len({tuple(layer.cold) for layer in cache.layers}) == 1
+
+
+def test_a_late_layer_is_dense_attention(rng):
+    """The last of many layers, all its tokens in its ring or its pages, at every step of two chunks."""
+    trial = Trial(rng, LOSSLESS, batch=2, layers=8)
+    trial.cache.layers = trial.cache.layers[::-1]  # the trial's layer 0 is the one that is late
+    trial.append(230, padding=[0, 40])
+    assert trial.layer.late == 7 * CHUNK // 8
+    slots = set()
+    for step in range(2 * CHUNK):
+        trial.append(1)
+        slots.add(trial.layer.hot_slots)
+        if step % 16 == 0 or step in (20, 21, 84, 85, 86):
+            trial.check(what=f"step {step}")
+    assert max(slots) == 2 * CHUNK + trial.layer.late
+
+
+# ---- deferred calls -------------------------------------------------------------------------------------------------
+
+
+def deferred(name: str, **changes: Any) -> tuple[SpectralCache, SpectralCache, dict[str, Any]]:
+    """Two empty caches alike, and a call to append."""
+    rng = np.random.default_rng(11)
+    first, second = (make_cache(LOSSLESS, batch=2, layers=2, landmarks=[70, 200], **changes) for _ in range(2))
+    call = {n: draw(rng, 2, heads, 300, DIM) for n, heads in (("k", 2), ("v", 2), ("queries", 4))}
+    return first, second, {**call, "padding": [0, 90]} if name == "padding" else call
+
+
+@pytest.mark.parametrize("name", ["alike", "padding"])
+def test_deferred_calls_do_the_same(name):
+    """Whatever comes next finishes them; each of it sees what it would have seen."""
+    at_once, _, call = deferred(name)
+    at_once.append(0, **call)
+    q = draw(np.random.default_rng(3), 2, 4, 1, DIM)
+    uses: list[Callable[[SpectralCache], Any]] = [
+        lambda cache: cache.finish(),
+        lambda cache: cache.lengths,
+        lambda cache: cache.nbytes,
+        lambda cache: cache.token_bytes,
+        lambda cache: cache.attend(0, q),
+        lambda cache: cache.get_kv(0, rope="pre"),
+        lambda cache: cache.append(1, **call),
+        copy.deepcopy,
+    ]
+    for use in uses:
+        _, cache, _ = deferred(name)
+        cache.append(0, **call, defer=True)
+        assert cache.layers[0].pending is not None and not any(cache.layers[0].lengths)
+        use(cache)
+        assert cache.layers[0].pending is None
+        twin = copy.deepcopy(at_once)
+        use(twin)
+        assert same(visible(cache), visible(twin))
+    for edit in (lambda cache: cache.crop(210), lambda cache: cache.reorder([1, 1])):
+        _, cache, _ = deferred(name)
+        twin = copy.deepcopy(at_once)
+        for layer in (1, 0):
+            cache.append(layer, **call, defer=True)
+        twin.append(1, **call)
+        edit(cache)
+        edit(twin)
+        assert same(visible(cache), visible(twin))
+
+
+def test_deferred_calls_fit_first_and_encode_last(monkeypatch):
+    _, cache, call = deferred("alike")
+    done: list[str] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        function = getattr(cache_module, name)
+        return lambda *args, **kwargs: (done.append(name), function(*args, **kwargs))[1]
+
+    for name in ("query_metric", "fit_spectra", "encode"):
+        monkeypatch.setattr(cache_module, name, noting(name))
+    cache.append(0, **call, defer=True)
+    assert done == ["query_metric", "fit_spectra"]
+    cache.finish()
+    assert done == ["query_metric", "fit_spectra", "encode", "encode"]
+    # Nothing waits that compresses nothing, or that goes through the ring.
+    for tokens in (1, 200):
+        own = {name: x[:, :, :tokens] for name, x in call.items()}
+        cache.append(0, **own, defer=True)
+        assert cache.layers[0].pending is None
+    cache.append(1, call["k"][:, :, :60], call["v"][:, :, :60], defer=True)
+    assert cache.layers[1].pending is None and cache.layers[1].lengths == [60, 60]
+
+
+@pytest.mark.parametrize("name", ["encode", "fit_spectra", "phase_align"])
+def test_a_deferred_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, name):
+    expected, cache, call = deferred("padding")
+    before = visible(expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, name, failing(getattr(cache_module, name), 0, True, [0]))
+        with pytest.raises(InjectedError):
+            cache.append(0, **call, defer=True)
+            cache.finish()
+    assert same(visible(cache), before)
+    cache.append(0, **call, defer=True)
+    expected.append(0, **call)
+    assert same(visible(cache), visible(expected))
+
+
+def test_reset_drops_a_deferred_call():
+    expected, cache, call = deferred("alike")
+    cache.append(0, **call, defer=True)
+    cache.reset()
+    assert cache.layers[0].pending is None and same(visible(cache), visible(expected))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="streams")
+def test_deferred_calls_on_streams(monkeypatch):
+    """Layers of a prompt, each deferred while the current stream is busy and its memory is let go and used again."""
+    preset = replace(PRESETS["balanced"], min_fit=96)
+    rng = np.random.default_rng(2)
+    calls = [{n: draw(rng, 2, h, 2048, DIM).half() for n, h in (("k", 2), ("v", 2), ("queries", 4))} for _ in range(4)]
+    caches = [make_cache(preset, layers=4, dtype=torch.float16) for _ in range(2)]
+    for layer, call in enumerate(calls):
+        caches[0].append(layer, **call)
+    for layer, call in enumerate(calls):
+        torch.cuda._sleep(2_000_000)
+        caches[1].append(layer, **{name: x.clone() for name, x in call.items()}, defer=True)
+        garbage = [torch.full_like(call["queries"], float("nan")) for _ in range(4)]
+        torch.cuda._sleep(2_000_000)
+        del garbage
+        caches[1].finish()
+    for one, two in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert one.layout == two.layout and one.pages is not None and two.pages is not None
+        for name in ("k_pages", "v_pages", "k_basis", "v_basis", "k_scale", "v_scale"):
+            assert torch.equal(getattr(one.pages, name), getattr(two.pages, name)), name

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from reference import pages as pages_oracle
 from reference import rope as rope_oracle
 from spectral_kernels import compress
 from spectral_kernels.pages import Bands
+from spectral_kernels.rope import phase_align
 from tests import budgets
 from tests.cases import (
     DEVICE,
@@ -129,6 +131,18 @@ def metric_budget(q: F64, inv_freq: np.ndarray, scaling: float, dtype: torch.dty
     return (2 * budgets.U[dtype] + 6 * budgets.ANGLE + 4 * depth * budgets.ACC) * mean
 
 
+def check_query_metric(
+    implementation: str, q: torch.Tensor, inv_freq: np.ndarray, scaling: float, *, chunk: int, kv_heads: int
+) -> tuple[F64, F64]:
+    """Within its budget; returns the oracle's metric and the budget."""
+    own = to_numpy(q)
+    expected = oracle.query_metric(own, inv_freq, scaling, chunk=chunk, kv_heads=kv_heads)
+    budget = metric_budget(own, inv_freq, scaling, q.dtype, chunk, kv_heads)
+    call = operation(compress, "query_metric", implementation)
+    budgets.check(call(q, rope_of(inv_freq, scaling), chunk=chunk, kv_heads=kv_heads), expected, budget)
+    return expected, budget
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -137,15 +151,7 @@ def metric_budget(q: F64, inv_freq: np.ndarray, scaling: float, dtype: torch.dty
 def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, tokens):
     inv_freq, chunk = inverse_frequencies(rotary_dim), 64
     q = torch.from_numpy(rng.standard_normal((2, 4, tokens, dim))).to(DEVICE, dtype)
-    expected = oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=chunk, kv_heads=2)
-    args, kwargs = (q, rope_of(inv_freq, scaling)), {"chunk": chunk, "kv_heads": 2}
-    if implementation == "triton" and not (dtype == torch.bfloat16 and DEVICE.type == "cpu"):
-        with kernels():
-            got = compress.query_metric(*args, **kwargs)
-    else:
-        got = compress.query_metric(*args, **kwargs)
-    budget = metric_budget(to_numpy(q), inv_freq, scaling, dtype, chunk, 2)
-    budgets.check(got, expected, budget)
+    expected, budget = check_query_metric(implementation, q, inv_freq, scaling, chunk=chunk, kv_heads=2)
     if dtype != torch.float32:
         return  # the budget's teeth, where it is sharpest
     wrong = {
@@ -161,6 +167,71 @@ def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, toke
         del wrong["scaling once"]
     for mistake, mutant in wrong.items():
         budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+def check_error_weights(
+    implementation: str,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    inv_freq: np.ndarray,
+    scaling: float,
+    metric: F64 | None,
+    *,
+    queries: int,
+    sinks: int,
+    window: int,
+    chunk: int = 64,
+) -> tuple[tuple[F64, F64], tuple[F64, F64], tuple[Any, ...]]:
+    """Within budget; returns what the oracle says, the budgets, and the oracle's arguments.
+
+    Scores are sums of products of which both operands are rounded to the dtype, and keys were once before; a softmax weight
+    is off by its score's error, relatively, and by that of the sum; its square by twice as much. Of w_k, |v - o|^2 is what
+    is left of sums of squares, none larger than that of four times the largest value.
+    """
+    q, k, v = qkv
+    tokens, dim = q.shape[2:]
+    at = np.linspace(tokens // 2, tokens - 1, min(queries, tokens)).astype(int)
+    arguments = (*map(to_numpy, qkv), inv_freq, scaling, metric, at)
+    expected = oracle.error_weights(*arguments, sinks=sinks, window=window)
+    rope = rope_of(inv_freq, scaling)
+    aligned = phase_align(k, torch.arange(tokens, device=k.device).expand(k.shape[0], -1), rope, chunk=chunk)
+    call = operation(compress, "error_weights", implementation)
+    held = None if metric is None else tensor(metric)
+    got = call(q, aligned, v, rope, held, chunk=chunk, sinks=sinks, window=window, queries=queries)
+    size = np.prod([np.linalg.norm(to_numpy(x), axis=-1).max() for x in (q, k)]) * dim**-0.5 * scaling**2
+    units = max(budgets.U[q.dtype], budgets.PRODUCT)
+    slack = 4 * size * (3 * units + 8 * budgets.ANGLE) + 8 * units + 2.0**-16
+    own = to_numpy(v)
+    weighted = own if metric is None else own @ metric
+    largest = (weighted * own).sum(-1).max(-1)
+    allowed = slack * (expected[0] + 4 * expected[1] * largest / dim), slack * expected[1]
+    for name, ours, exact, budget in zip(("w_k", "w_v"), got, expected, allowed, strict=True):
+        budgets.check(ours, exact, budget + 1e-30, name)
+    return expected, allowed, arguments
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "rotary_dim", "scaling", "tokens", "weighted"),
+    [(64, 64, 1.0, 150, True), (80, 40, 1.2, 97, False), (64, 64, 1.0, 1, True)],
+)
+def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tokens, weighted):
+    q, k, v = (torch.from_numpy(rng.standard_normal((2, n, tokens, dim))).to(DEVICE, dtype) for n in (4, 2, 2))
+    v[:, :, :, 0] += 3
+    metric = np.stack([random_metric(rng, dim) * 1e-3 for _ in range(2)]) if weighted else None
+    inv_freq = inverse_frequencies(rotary_dim)
+    expected, allowed, arguments = check_error_weights(
+        implementation, (q, k, v), inv_freq, scaling, metric, queries=20, sinks=2, window=16
+    )
+    if dtype != torch.float32 or tokens == 1:
+        return  # the budget's teeth, where it is sharpest
+    w_k, w_v = expected
+    wrong = {"zeros": (0 * w_k, 0 * w_v), "other heads": (w_k[:, ::-1], w_v[:, ::-1]), "halved": (w_k / 2, w_v / 2)}
+    wrong["no sinks"] = oracle.error_weights(*arguments, sinks=0, window=16)
+    wrong["no window"] = oracle.error_weights(*arguments, sinks=2, window=0)
+    for mistake, mutants in wrong.items():
+        for mutant, exact, budget in zip(mutants, expected, allowed, strict=True):
+            budgets.check_rejects(mutant, exact, budget, mistake)
 
 
 # bases
@@ -313,7 +384,10 @@ def check_fit_steps(implementation: str, c: F64, bits: int) -> None:
     components.
     """
     bands = Bands(((16, bits),))
-    both = to_numpy(operation(compress, "fit_steps", implementation)(tensor(np.stack([c, 3 * c])), bands))
+    # Two choices at once: the first is of other bits.
+    choices = [Bands(((16, 8 if bits == 4 else 4),)), bands]
+    found = operation(compress, "fit_quantisers", implementation)(tensor(np.stack([c, 3 * c])), choices)
+    (_, both), (_, errors) = map(to_numpy, found)
     steps = both[0]
     assert (both > 0).all()
     # A multiple of the coefficients gets that multiple of the step, but where rounding decides between neighbours.
@@ -324,6 +398,9 @@ def check_fit_steps(implementation: str, c: F64, bits: int) -> None:
 
     widest = np.abs(c).max(0) / 2 ** (bits - 1)
     best = np.min([error(widest * share) for share in np.linspace(0.2, 1, 750)], axis=0)
+    # The error it reports is that of its step, up to float32 sums of T squares and of what rounds in each difference.
+    slack = (len(c) + 8) * budgets.ACC * error(steps) + 16 * budgets.ACC * (steps * np.abs(c).sum(0))
+    budgets.check(errors[0], error(steps), slack, "error")
     assert (error(steps) <= 1.15 * best).all() and np.mean(error(steps) / best) <= 1.05
 
 

@@ -44,7 +44,14 @@ from tests.cases import (
     to_numpy,
 )
 from tests.test_attention import check_exact, check_spectral
-from tests.test_compress import check_encode, check_fit_steps, check_gram, decode_oracle
+from tests.test_compress import (
+    check_encode,
+    check_error_weights,
+    check_fit_steps,
+    check_gram,
+    check_query_metric,
+    decode_oracle,
+)
 from tests.test_eigen import check_eigenvectors
 from tests.test_merge import check_many, check_two
 from tests.test_rope import project_oracle
@@ -304,6 +311,33 @@ def fuzz_gram(draw: Draw) -> None:
     check_gram(implementation, strided(x, draw.of("strides", *STRIDES)))
 
 
+def draw_queries_of(draw: Draw, heads: int) -> tuple[torch.Tensor, np.ndarray, float]:
+    """Queries [B, heads * G, T, D] of a prompt, and what turns them."""
+    dim = draw.of("dim", 64, 80, 96, 128)
+    inv_freq = inverse_frequencies(draw.of("rotary_dim", dim, dim // 2), draw.of("theta", 1e4, 1e6))
+    shape = (draw.int("batch", 1, 2), heads, draw.int("tokens", 1, 90), dim)
+    q = draw.rng().standard_normal(shape) * draw.of("size", 1e-2, 1.0, 3.0)
+    return torch.from_numpy(q).to(DEVICE, draw.of("dtype", *DTYPES)), inv_freq, draw.of("scaling", 1.0, 1.2)
+
+
+def fuzz_query_metric(draw: Draw) -> None:
+    implementation, groups, group = draw.of("implementation", *IMPLEMENTATIONS), draw.int("G", 1, 2), draw.int("H/G", 1, 3)
+    q, inv_freq, scaling = draw_queries_of(draw, groups * group)
+    check_query_metric(implementation, q, inv_freq, scaling, chunk=draw.of("chunk", 64, 128), kv_heads=groups)
+
+
+def fuzz_error_weights(draw: Draw) -> None:
+    implementation, groups, group = draw.of("implementation", *IMPLEMENTATIONS), draw.int("G", 1, 2), draw.int("H/G", 1, 3)
+    q, inv_freq, scaling = draw_queries_of(draw, groups * group)
+    rng = draw.rng()
+    shape = (q.shape[0], groups, *q.shape[2:])
+    k, v = (torch.from_numpy(rng.standard_normal(shape)).to(DEVICE, q.dtype) for _ in range(2))
+    root = rng.standard_normal((groups, q.shape[-1], q.shape[-1]))
+    metric = draw.of("metric", None, root.mT @ root * draw.of("weight", 1e-6, 1.0))
+    options = {name: draw.int(name, 0, 20) for name in ("sinks", "window")}
+    check_error_weights(implementation, (q, k, v), inv_freq, scaling, metric, queries=draw.int("queries", 1, 12), **options)
+
+
 def fuzz_eigenvectors(draw: Draw) -> None:
     implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
     dim = draw.int("dim", 1, 16 if is_slow(implementation) else 130)
@@ -318,10 +352,12 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "project_queries": (fuzz_project_queries, 0.1),
     "attend_spectral": (fuzz_attend_spectral, 0.3),
     "attend_exact": (fuzz_attend_exact, 0.2),
-    "merge": (fuzz_merge, 0.1),
+    "merge": (fuzz_merge, 0.06),
     "encode": (fuzz_encode, 0.05),
     "decode": (fuzz_decode, 0.05),
     "gram": (fuzz_gram, 0.05),
+    "query_metric": (fuzz_query_metric, 0.02),
+    "error_weights": (fuzz_error_weights, 0.02),
     "eigenvectors": (fuzz_eigenvectors, 0.025),
     "fit_steps": (fuzz_fit_steps, 0.025),
 }

@@ -16,7 +16,7 @@ from perf.generate import load
 from perf.quality import Case, Prefix
 from spectral_kernels import Bands, pack_pages, unpack_pages
 from spectral_kernels.cache import PRESETS, Preset, _Budget
-from spectral_kernels.compress import fit_spectrum
+from spectral_kernels.compress import Side, fit_spectra
 from spectral_kernels.hf import enable
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "qwen2.5-coder-1.5b-kv.safetensors"
@@ -157,7 +157,7 @@ def test_distortion_is_what_the_codec_loses(rng, centre):
     mixing = rng.standard_normal((64, 64)) * np.exp(-np.arange(64) / 12)
     x = torch.from_numpy(rng.standard_normal((1, 1, 1536, 64)) @ mixing.T + 3.0).float()
     metric = torch.from_numpy(mixing @ mixing.T + np.eye(64)).float()[None, None]
-    spectrum = fit_spectrum(x, metric, centre=centre)
+    [spectrum] = fit_spectra([Side(x, metric, centre=centre)])
     for text in ("16x8+16x4+32x2", "16x4+16x2", "64x2"):
         bands = Bands.parse(text)
         basis, scale, encoder = spectrum.side(bands)
@@ -211,7 +211,7 @@ def test_keys_with_a_large_mean_lose_nothing_by_it(rng):
     bias = torch.from_numpy(30 * rng.standard_normal((1, 2, 1, 64))).float()
     bands = Bands.parse("16x4+32x2")
     plain, shifted, uncentred = (
-        float(fit_spectrum(y, centre=centre).distortion(bands).sum())
+        float(fit_spectra([Side(y, centre=centre)])[0].distortion(bands).sum())
         for y, centre in ((x, True), (x + bias, True), (x + bias, False))
     )
     assert shifted < 1.3 * plain
