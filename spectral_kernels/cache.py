@@ -5,21 +5,21 @@ page (cold). Some tokens stay exact for good (pinned: attention sinks and landma
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
 When these lose more than tokens did at the fit (`Preset.max_residual`), the segment ends with its block of alignment: newer
 tokens stay exact until there are enough to fit a new one on, with the metrics of the old one.
-A layer's first compression also chooses its bands, from the preset's, within the bytes that all layers share.
+Layers choose their bands from the preset's together, within the bytes that all share: each stores its first pages in the
+widest bands, and when all have fitted their first segments, every layer gets its own and narrows its pages to them.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
     exact        pinned slots, outliers        hot slot  pinned_slots + position % hot_slots
 
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
-of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
+of all layers' bands, once in a sequence, and the look at the residuals, once in a block of alignment.
 Test: tests/test_cache.py.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,7 +31,7 @@ from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
 from .compress import Spectrum, decode, encode, error_weights, fit_encoder, fit_spectrum, query_metric
 from .merge import merge_states
-from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
+from .pages import BLOCK, CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
 
 
@@ -41,7 +41,7 @@ class Preset:
 
     Args:
         k, v: bands of cold keys and values by head dimension D, or None: every token stays exact. With a `ratio`, several
-            to choose from: each layer gets its own when it is first compressed, where the bytes count most.
+            to choose from: each layer gets its own when all have been compressed first, where the bytes count most.
         ratio: how many times smaller than 16-bit keys and values the coefficients of cold tokens are at least, all layers
             together.
         chunk: chunk length C (tokens of a page), 64, 128 or 256.
@@ -149,48 +149,44 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-class _Budget:
-    """Shares bytes among layers that ask one after another, each with what it would lose in each layout.
+def share_bytes(total: float, sizes: Sequence[int], losses: Sequence[Sequence[float]]) -> list[int]:
+    """The layout of each layer for which the sum of all losses is least, as far as whole layouts let it be.
 
-    Losses are relative errors of outputs, which layers can be compared by. A layer gets what a price for a byte makes it
-    take: the lowest price at which it, and layers still to come if they are like those seen so far, keep to the bytes that
-    are left. So the total never exceeds the budget.
+    Args:
+        total: bytes that a cold token of all layers may take; at least what it takes in the smallest layouts.
+        sizes: bytes of a layer's cold token in each layout.
+        losses: of each layer in each layout: relative errors of outputs, which layers can be compared by.
+    Returns:
+        For each layer the index of its layout, on the lower convex hull of its losses over bytes: the steps on these that
+        save most a byte are taken, as long as they fit.
     """
+    hulls = [_hull(sizes, own) for own in losses]
+    steps = sorted(
+        ((_saved(a, b, sizes, own), layer, b) for layer, own in enumerate(losses) for a, b in pairwise(hulls[layer])),
+        key=lambda step: -step[0],
+    )
+    chosen = [hull[0] for hull in hulls]
+    left = total - sum(sizes[i] for i in chosen)
+    full = set()  # layers whose next step did not fit
+    for _, layer, layout in steps:
+        more = sizes[layout] - sizes[chosen[layer]]
+        if layer not in full and more <= left:
+            chosen[layer], left = layout, left - more
+        else:
+            full.add(layer)
+    return chosen
 
-    def __init__(self, layers: int, total: float) -> None:
-        self.layers, self.total = layers, total
-        self.taken: dict[int, int] = {}  # bytes of a cold token, by layer
-        self.steps: dict[int, list[tuple[int, float, int]]] = {}  # (bytes, what its last byte saves, layout), by layer
 
-    def choose(self, layer: int, sizes: Sequence[int], losses: Sequence[float]) -> int:
-        """Index of the layout that a layer gets."""
-        hull: list[int] = []  # layouts on the lower convex hull of loss over bytes
-        for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
-            if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
-                continue
-            while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
-                hull.pop()
-            hull.append(i)
-        saved = [math.inf, *(_saved(a, b, sizes, losses) for a, b in pairwise(hull))]
-        self.steps[layer] = [(sizes[i], gain, i) for i, gain in zip(hull, saved, strict=True)]
-        others = {n: size for n, size in self.taken.items() if n != layer}
-        left, to_come = self.total - sum(others.values()), self.layers - len(others) - 1
-
-        def needed(price: float) -> float:
-            seen = [self._at(n, price)[0] for n in self.steps]
-            return self._at(layer, price)[0] + to_come * sum(seen) / len(seen)
-
-        prices = sorted({gain for steps in self.steps.values() for _, gain, _ in steps if gain < math.inf} | {0.0})
-        price = prices[min(bisect_left(prices, True, key=lambda price: needed(price) <= left), len(prices) - 1)]
-        self.taken[layer], _, chosen = self._at(layer, price)
-        return chosen
-
-    def forget(self, layer: int) -> None:
-        self.taken.pop(layer, None)
-        self.steps.pop(layer, None)
-
-    def _at(self, layer: int, price: float) -> tuple[int, float, int]:
-        return next(step for step in reversed(self.steps[layer]) if step[1] > price)
+def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Layouts on the lower convex hull of loss over bytes, smallest first."""
+    hull: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
+        if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
+            continue
+        while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
 def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
@@ -198,6 +194,45 @@ def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> flo
     return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
 
 
+class _Budget:
+    """The bytes that a cache's layers share.
+
+    A layer that fits its first segment says what it would lose in each layout, and stores its tokens in the richest one
+    until all layers have said so. Then each gets its own, and writes its pages anew (`LayerCache.narrowed`).
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self.layers: list[LayerCache] = []
+
+    def settle(self) -> None:
+        """Choose all layers' layouts, if they wait for nothing else. Waits for the device, once in a sequence."""
+        losses = [layer.losses for layer in self.layers]
+        if any(own is None for own in losses):
+            return
+        values = torch.stack([own for own in losses if own is not None]).tolist()
+        layouts = self.layers[0].layouts
+        chosen = share_bytes(self.total, [layout.token_bytes for layout in layouts], values)
+        states = [layer.narrowed(layouts[i]) for layer, i in zip(self.layers, chosen, strict=True)]
+        for layer, state in zip(self.layers, states, strict=True):  # all or none
+            layer.__dict__.update(state)
+
+
+def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
+    """The smallest layout that has as many bits for every component as each of these."""
+
+    def widest(sides: list[Bands]) -> Bands:
+        blocks = range(0, max(side.rank for side in sides), BLOCK)
+        bits = [max(side.bits[r] for side in sides if r < side.rank) for r in blocks]
+        return Bands(tuple((BLOCK * bits.count(b), b) for b in dict.fromkeys(bits)))
+
+    return replace(layouts[0], k=widest([x.k for x in layouts]), v=widest([x.v for x in layouts]))
+
+
+# Share of the mean weight of a KV head's query heads that is added to the weight of each.
+HEAD_FLOOR = 1 / 8
+# Pages that are written anew at once: as many are rebuilt in float32.
+NARROWED = 64
 # A new segment's bases are at most this share of the coefficients of the segment before it.
 BASES_SHARE = 1 / 8
 
@@ -206,14 +241,24 @@ class _Fit(NamedTuple):
     """What later chunks of a segment need besides its bases.
 
     Components of K past its rank (int8 [G, N, D] with a scale each, float32 [G, N]), which with those before are a basis of
-    the whole space, orthonormal in the metric of the fit; the quantiser steps of the components before, float32; what keys
-    and values lost at the fit, float32 [2, G].
+    the whole space, orthonormal in the metric of the fit; the quantiser steps of the components before, float32; how much
+    the errors of V in each query head's output count, float32 [H], 1 on average; what keys and values lost at the fit,
+    float32 [2, G].
     """
 
     rest: torch.Tensor
     rest_scale: torch.Tensor
     steps: torch.Tensor
+    shares: torch.Tensor
     lost: torch.Tensor
+
+
+class _OpenFit(NamedTuple):
+    """A fit of rows whose layer may still change its layout: their segments, and the spectra of K and V."""
+
+    segments: list[int]
+    k: Spectrum
+    v: Spectrum
 
 
 def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -238,14 +283,13 @@ class LayerCache:
         pinned: Sequence[Sequence[int]],
         dtype: torch.dtype,
         device: torch.device,
-        v_metric: torch.Tensor | None,
+        v_metrics: torch.Tensor | None,
         budget: _Budget,
-        index: int,
     ) -> None:
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
         self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
-        self.budget, self.index = budget, index
-        self.dtype, self.device, self.v_metric = dtype, device, v_metric
+        self.budget = budget
+        self.dtype, self.device, self.v_metrics = dtype, device, v_metrics
         self.pinned = [list(row) for row in pinned]
         self.pinned_slots = max(map(len, self.pinned), default=0) if self.layouts else 0
         self.lengths: list[int] = [0] * batch  # tokens a row
@@ -264,8 +308,9 @@ class LayerCache:
         # What tokens since the last look lost, relative to the fit: sums on the device, and how many tokens.
         self.worn = torch.zeros(batch, dtype=torch.float32, device=self.device)
         self.measured = [0] * batch
-        self.layout: PageLayout | None = None  # chosen at the first fit
-        self.budget.forget(self.index)
+        self.layout: PageLayout | None = None  # from the first fit on; the richest one until all layers have fitted
+        self.losses: torch.Tensor | None = None  # in each layout, while the layer waits for the others
+        self.open_fits: list[_OpenFit] = []
         self.pages: Pages | None = None
         self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
         self.query_padding = [0] * batch
@@ -324,6 +369,8 @@ class LayerCache:
         saved = self._host_state() if targets != self.chunks else {**self.__dict__}
         try:
             self._append(k, v, queries, pad, after, targets)
+            if self.losses is not None:
+                self.budget.settle()
         except BaseException:
             # What was written meanwhile lies in free pages, in free slots and past the lengths, where nothing looks.
             self.__dict__.update(saved)
@@ -343,6 +390,7 @@ class LayerCache:
             "segment_rows": [list(row) for row in self.segment_rows],
             "encoders": dict(self.encoders),
             "fits": dict(self.fits),
+            "open_fits": list(self.open_fits),
         }
         if self.pages is not None:
             tables = {name: getattr(self.pages, name).clone() for name in ("page_table", "segment_table", "lengths")}
@@ -512,7 +560,8 @@ class LayerCache:
             page_ids = torch.tensor(ids, dtype=torch.int32, device=self.device)
             encoders = [self._encoder(self.segment[r], known) for r in members]
             k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
-            offset = self._mean_offset(members, k_encoder)
+            segments = [segment for r in members if (segment := self.segment[r]) is not None]
+            offset = self._mean_offset(self.pages, segments, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
             lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=spectra is not None)
@@ -538,12 +587,28 @@ class LayerCache:
         if segment in self.encoders:
             return self.encoders.pop(segment)
         p = self.pages
-        v_encoder = fit_encoder(p.v_basis[segment], p.v_scale[segment], self.v_metric)
+        metric = self._v_metric([segment])
+        v_encoder = fit_encoder(p.v_basis[segment], p.v_scale[segment], metric if metric is None else metric[0])
         if segment not in self.fits:  # a crop went back to a segment that had ended
             return fit_encoder(p.k_basis[segment], p.k_scale[segment]), v_encoder
         steps = self.fits[segment].steps
         k_encoder = self._coordinates(segment, known)[..., : steps.shape[-1]] / steps[:, None]
         return torch.nn.functional.pad(k_encoder, (p.layout.k.rank - steps.shape[-1], 0)), v_encoder
+
+    def _v_metric(self, segments: list[int]) -> torch.Tensor | None:
+        """The metric of V that segments were fitted with, float32 [m, G, D, D], or None for the identity."""
+        if self.v_metrics is None:
+            return None
+        even = torch.ones(self.query_heads, dtype=torch.float32, device=self.device)  # of one that had ended
+        shares = torch.stack([self.fits[s].shares if s in self.fits else even for s in segments])
+        return self._shared_v_metric(shares)
+
+    def _shared_v_metric(self, shares: torch.Tensor) -> torch.Tensor | None:
+        """Of query heads whose errors count so much, [m, H]."""
+        if self.v_metrics is None:
+            return None
+        by_group = self.v_metrics.unflatten(0, (self.kv_heads, -1))
+        return torch.einsum("mgh,ghde->mgde", shares.unflatten(1, (self.kv_heads, -1)), by_group)
 
     def _coordinates(self, segment: int, known: dict[int, torch.Tensor]) -> torch.Tensor:
         """float32 [G, D, D]: x @ this is as long as the keys x are in the metric that a segment was fitted with.
@@ -601,17 +666,11 @@ class LayerCache:
     ) -> torch.Tensor:
         """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
         assert self.pages is not None
-        blocks = -(-k.shape[2] // self.preset.align)
-        table = torch.tensor(segments, dtype=torch.int32, device=self.device)
-        pages = replace(
-            self.pages,
-            page_table=page_ids.contiguous(),
-            segment_table=table[:, None].repeat(1, blocks),
-            lengths=torch.full_like(table, k.shape[2]),
-        )
+        pages = self._pages_alone(self.pages, segments, page_ids)
         k_off, v_off = decode(pages, side="k") - k.float(), decode(pages, side="v") - v.float()
         k_off = k_off @ torch.stack([self._coordinates(segment, known) for segment in segments])
-        weighted = v_off if self.v_metric is None else v_off @ self.v_metric
+        metric = self._v_metric(segments)
+        weighted = v_off if metric is None else v_off @ metric
         return torch.stack((k_off.square().sum(-1), (weighted * v_off).sum(-1)))
 
     def _look_at_residuals(self, before: list[int]) -> None:
@@ -636,81 +695,156 @@ class LayerCache:
         bases = (self.layout.k.rank + self.layout.v.rank) * (self.head_dim + 4)
         return bases <= BASES_SHARE * own * self.layout.token_bytes
 
-    def _mean_offset(self, members: list[int], encoder: torch.Tensor) -> torch.Tensor | None:
+    def _mean_offset(self, pages: Pages, segments: list[int], encoder: torch.Tensor) -> torch.Tensor | None:
         """What coefficients lose by centring, [B, G, R]; component 0 stands for the mean: it gets its highest code."""
-        assert self.pages is not None
-        if self.pages.layout.k.is_float:
+        if pages.layout.k.is_float:
             return None
-        segments = [self.segment[row] for row in members]
-        half = (2 ** self.pages.layout.k.bits[0] - 1) / 2
-        mean = self.pages.k_basis[segments, :, 0].float() * (half * self.pages.k_scale[segments, :, 0])[..., None]
+        half = (2 ** pages.layout.k.bits[0] - 1) / 2
+        mean = pages.k_basis[segments, :, 0].float() * (half * pages.k_scale[segments, :, 0])[..., None]
         offset = (mean[:, :, None] @ encoder)[:, :, 0]
         offset[..., 0] = -1e9
         return offset
 
-    def _spectra(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> tuple[Spectrum, Spectrum]:
-        """Components of K and V of these rows from all their tokens (as many in each); the first ones choose the layout."""
+    def _spectra(self, members: list[int], k: torch.Tensor, v: torch.Tensor) -> tuple[Spectrum, Spectrum, torch.Tensor]:
+        """Components of K and V of these rows from all their tokens (as many in each), and the shares of the query heads.
+
+        The first ones say what the layer would lose in each of its layouts.
+        """
         metric = weights = None
+        shares = torch.ones((len(members), self.query_heads), dtype=torch.float32, device=self.device)
         old = [segment for row in members if (segment := self.segment[row]) is not None]
         if old and self.fits.keys() >= set(old):
             coordinates = torch.stack([self._coordinates(segment, {}) for segment in old])
             metric = coordinates @ coordinates.mT
+            shares = torch.stack([self.fits[segment].shares for segment in old])
         elif self.queries:
             q = torch.cat(self.queries, dim=2)[members]
             q = q[:, :, self.query_padding[members[0]] :]
-            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads)
-            if self.layout is None and len(self.layouts) > 1:
-                weights = error_weights(
-                    q,
-                    k,
-                    v,
-                    self.rope,
-                    self.v_metric,
-                    chunk=self.preset.align,
-                    sinks=self.preset.sinks,
-                    window=self.preset.window,
-                )
+            options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
+            weights = error_weights(q, k, v, self.rope, self.v_metrics, **options)
+            k_shares, shares = (self._shares(w) for w in weights)
+            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads, weights=k_shares)
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_spectrum = fit_spectrum(k, metric, precisions=bits[0], centre=not self.layouts[0].k.is_float)
-        v_spectrum = fit_spectrum(v, self.v_metric, precisions=bits[1])
+        v_spectrum = fit_spectrum(v, self._shared_v_metric(shares), precisions=bits[1])
         if self.layout is None:
-            self.layout = self.layouts[0] if len(self.layouts) == 1 else self._choose(k_spectrum, v_spectrum, weights)
-        return k_spectrum, v_spectrum
+            self.layout = _widest(self.layouts)
+            if len(self.layouts) > 1:
+                self.losses = self._losses(k_spectrum, v_spectrum, weights)
+        return k_spectrum, v_spectrum, shares
 
-    def _choose(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> PageLayout:
-        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
+    def _shares(self, weights: torch.Tensor) -> torch.Tensor:
+        """How much each query head counts in its KV head's metric, [m, H], 1 on average: few queries say so, none is 0."""
+        own = weights.unflatten(1, (self.kv_heads, -1))
+        own = own + HEAD_FLOOR * own.mean(-1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
+        return (own / own.mean(-1, keepdim=True)).flatten(1)
+
+    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """What the layer would lose in each of its layouts, float32, on the device."""
         k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
-        losses = []
+        losses: list[dict[Bands, torch.Tensor]] = []
         for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
-            lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
-            # Without queries a relative error of keys counts as much as one of values.
-            weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny) if weights is None else weights[i]
-            losses += [(weight * side.distortion(bands)).sum(-1).mean() for bands in menu]
-        values = torch.stack(losses).tolist()
-        of_k = dict(zip(k_bands, values[: len(k_bands)], strict=True))
-        of_v = dict(zip(v_bands, values[len(k_bands) :], strict=True))
-        sizes = [layout.token_bytes for layout in self.layouts]
-        chosen = self.budget.choose(self.index, sizes, [of_k[x.k] + of_v[x.v] for x in self.layouts])
-        return self.layouts[chosen]
+            if weights is None:  # a relative error of keys counts as much as one of values
+                lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
+                weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny)
+            else:  # the metrics of K, and of V without metrics, are of one query head on average, that of V is their sum
+                own = weights[i].unflatten(1, (self.kv_heads, -1))
+                weight = own.mean(-1) if i == 1 and self.v_metrics is not None else own.sum(-1)
+            losses.append({bands: (weight * side.distortion(bands)).sum(-1).mean() for bands in menu})
+        return torch.stack([losses[0][x.k] + losses[1][x.v] for x in self.layouts])
 
-    def _fit(self, members: list[int], k: Spectrum, v: Spectrum) -> None:
+    def narrowed(self, layout: PageLayout) -> dict[str, Any]:
+        """Attributes of this layer with its pages written anew in the layout it gets: no component has more bits there.
+
+        A step is a multiple of the steps of higher precisions (`Spectrum`), so this gives the codes that the tokens
+        themselves would have got.
+        """
+        old = self.pages
+        assert old is not None
+        settled: dict[str, Any] = {"losses": None, "open_fits": [], "layout": layout}
+        if layout == self.layout:
+            return settled
+        new = allocate_pages(
+            layout,
+            pages=old.k_pages.shape[0],
+            segments=old.k_basis.shape[0],
+            kv_heads=self.kv_heads,
+            batch=self.batch,
+            max_chunks=old.max_chunks,
+            device=self.device,
+        )
+        tables = {name: getattr(old, name) for name in ("skip", "page_table", "segment_table", "lengths")}
+        new = replace(new, **tables)
+        held: dict[int, dict[int, None]] = {}  # pages by segment; rows may share them
+        for pages, segments in zip(self.page_rows, self.segment_rows, strict=True):
+            for page, segment in zip(pages, segments, strict=True):
+                held.setdefault(segment, {})[page] = None
+        fits = dict(self.fits)
+        for fit in self.open_fits:
+            k_encoder, v_encoder = self._write_bases(new, fit)
+            sides = ((fit.k, layout.k, old.layout.k), (fit.v, layout.v, old.layout.v))
+            tiny = torch.finfo(torch.float32).tiny
+            more = torch.stack([x.distortion(to) / x.distortion(at).clamp_min(tiny) for x, to, at in sides], dim=1)
+            alike: dict[int, list[int]] = {}  # those of as many pages
+            for i, segment in enumerate(fit.segments):
+                alike.setdefault(len(held.get(segment, ())), []).append(i)
+                if segment in fits:
+                    was = self.fits[segment]
+                    fits[segment] = self._fit_of(fit, i, new, was.shares, was.lost * more[i])
+            alike.pop(0, None)
+            for own in alike.values():
+                segments = [fit.segments[i] for i in own]
+                offset = self._mean_offset(new, segments, k_encoder[own])
+                ids = torch.tensor([list(held[s]) for s in segments], dtype=torch.int32, device=self.device)
+                for some in ids.split(max(1, NARROWED // len(own)), dim=1):
+                    some = some.contiguous()
+                    source = self._pages_alone(old, segments, some)
+                    encode(decode(source, side="k"), k_encoder[own], layout.k, new.k_pages, some, side="k", offset=offset)
+                    encode(decode(source, side="v"), v_encoder[own], layout.v, new.v_pages, some, side="v")
+        return {**settled, "pages": new, "fits": fits}
+
+    def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
+        """Pages [m, n] as rows of their own, each of one segment."""
+        tokens = page_ids.shape[1] * self.preset.chunk
+        table = torch.tensor(segments, dtype=torch.int32, device=self.device)
+        return replace(
+            pages,
+            page_table=page_ids.contiguous(),
+            segment_table=table[:, None].repeat(1, -(-tokens // self.preset.align)),
+            lengths=torch.full_like(table, tokens),
+        )
+
+    def _write_bases(self, pages: Pages, fit: _OpenFit) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bases of segments into pages; returns their encoders [m, G, D, R_K] and [m, G, D, R_V]."""
+        k_basis, k_scale, k_encoder = fit.k.side(pages.layout.k)
+        v_basis, v_scale, v_encoder = fit.v.side(pages.layout.v)
+        for i, segment in enumerate(fit.segments):
+            pages.k_basis[segment], pages.k_scale[segment] = k_basis[i], k_scale[i]
+            pages.v_basis[segment], pages.v_scale[segment] = v_basis[i], v_scale[i]
+        return k_encoder, v_encoder
+
+    def _fit_of(self, fit: _OpenFit, i: int, pages: Pages, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
+        """What the i-th segment of a fit needs later on, its bases being in `pages`."""
+        first = 0 if pages.layout.k.is_float else 1  # not the mean
+        held = pages.layout.k.rank - first
+        steps = pages.k_scale[fit.segments[i], :, first:] / fit.k.scale[i, :, :held]
+        return _Fit(fit.k.basis[i, :, held:].clone(), fit.k.scale[i, :, held:].clone(), steps, shares, lost)
+
+    def _fit(self, members: list[int], k: Spectrum, v: Spectrum, shares: torch.Tensor) -> None:
         """A new segment for each of these rows."""
         assert self.layout is not None and self.pages is not None
-        k_basis, k_scale, k_encoder = k.side(self.layout.k)
-        v_basis, v_scale, v_encoder = v.side(self.layout.v)
-        first = 0 if self.layout.k.is_float else 1  # not the mean
-        held = self.layout.k.rank - first
         used = self._used_segments()
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
+        fit = _OpenFit(ids, k, v)
+        k_encoder, v_encoder = self._write_bases(self.pages, fit)
+        lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
-            self.pages.k_basis[segment], self.pages.k_scale[segment] = k_basis[i], k_scale[i]
-            self.pages.v_basis[segment], self.pages.v_scale[segment] = v_basis[i], v_scale[i]
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
-            steps = k_scale[i, :, first:] / k.scale[i, :, :held]
-            lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
-            self.fits[segment] = _Fit(k.basis[i, :, held:].clone(), k.scale[i, :, held:].clone(), steps, lost)
+            self.fits[segment] = self._fit_of(fit, i, self.pages, shares[i].clone(), lost)
             self.segment[row], self.ends[row] = segment, None
         self.fits = {s: fit for s, fit in self.fits.items() if s in self.segment}
+        if self.losses is not None:
+            self.open_fits.append(fit)
         if all(s is not None for s in self.segment):
             self.queries = None
 
@@ -957,7 +1091,7 @@ class SpectralCache:
         preset: a name in PRESETS or a Preset.
         dtype: of the exact tokens: fp16, bf16 or fp32.      device: of all tensors.
         landmarks: positions that stay exact: the same for all rows, or a sequence of them a row.
-        v_metrics: a layer float32 [G, D, D], the sum over a group's heads of W_o^T W_o, or None: plain least squares.
+        v_metrics: a layer float32 [H, D, D], W_o^T W_o of each query head, or None: plain least squares.
     Raises:
         TypeError, ValueError: an argument is not as above. A call that raises leaves the cache as it was.
     """
@@ -999,7 +1133,7 @@ class SpectralCache:
             raise ValueError(f"v_metrics: expected one a layer, {layers}, got {len(v_metrics)}")
         for i, metric in enumerate(v_metrics):
             if metric is not None:
-                shape = (kv_heads, head_dim, head_dim)
+                shape = (query_heads, head_dim, head_dim)
                 check_tensor(f"v_metrics[{i}]", metric, shape=shape, dtype=torch.float32, device=device)
         named = list(landmarks)
         per_row = [list(map(int, row)) for row in named] if named and not isinstance(named[0], int) else [named] * batch
@@ -1007,7 +1141,7 @@ class SpectralCache:
             raise ValueError(f"landmarks: expected positions that are not negative, for {batch} rows, got {named}")
         pinned = [sorted({*range(preset.sinks), *row}) for row in per_row]
         self.rope, self.preset, self.dtype, self.device = rope, preset, dtype, device
-        budget = _Budget(layers, layers * 4 * head_dim / preset.ratio if preset.ratio else math.inf)
+        budget = _Budget(layers * 4 * head_dim / preset.ratio if preset.ratio else math.inf)
         self.layers = [
             LayerCache(
                 batch=batch,
@@ -1019,12 +1153,12 @@ class SpectralCache:
                 pinned=pinned,
                 dtype=dtype,
                 device=device,
-                v_metric=v_metrics[i],
+                v_metrics=v_metrics[i],
                 budget=budget,
-                index=i,
             )
             for i in range(layers)
         ]
+        budget.layers = self.layers
 
     def _layer(self, layer: int) -> LayerCache:
         if not 0 <= layer < len(self.layers):

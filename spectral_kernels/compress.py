@@ -181,7 +181,9 @@ def gram_torch(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tenso
     return x.mT @ x
 
 
-def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
+def query_metric(
+    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean second moment of queries as the chunks see them: of R(m - t0) q_m over all chunk starts t0 <= m.
 
     With z the queries turned to their absolute positions, as complex pairs, a chunk's turn by -t0 multiplies z_f conj(z_g)
@@ -192,6 +194,7 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         q: [B, H, T, D] before RoPE, of positions 0 .. T-1, fp16, bf16 or fp32; D even.
         rope: frequencies and attention scaling (scaling**2 on the rotary dimensions, as scores have it).
         chunk: chunk length C.      kv_heads: G; H is a multiple of it.
+        weights: float32 [B, H], not negative: how much the queries of each head count, or None: all the same.
     Returns:
         float32 [B, G, D, D], symmetric, positive semi-definite up to rounding.
     Raises:
@@ -203,17 +206,25 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         raise ValueError(f"q: expected a multiple of kv_heads = {kv_heads} heads, got {heads}")
     if tokens == 0 or dim % 2:
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
+    size = heads // kv_heads
+    shares: Sequence[torch.Tensor | None] = [None] * kv_heads
+    if weights is not None:
+        check_tensor("weights", weights, shape=(q.shape[0], heads), dtype=torch.float32, device=q.device)
+        shares = weights.split(size, dim=1)
     # A KV head at a time: what is held in float32 is its queries alone.
-    return torch.cat([_group_metric(own, rope, chunk) for own in q.split(heads // kv_heads, dim=1)], dim=1)
+    groups = zip(q.split(size, dim=1), shares, strict=True)
+    return torch.cat([_group_metric(own, rope, chunk, share) for own, share in groups], dim=1)
 
 
-def _group_metric(q: torch.Tensor, rope: Rope, chunk: int) -> torch.Tensor:
+def _group_metric(q: torch.Tensor, rope: Rope, chunk: int, weights: torch.Tensor | None) -> torch.Tensor:
     """`query_metric` of the query heads of one KV head: float32 [B, 1, D, D]."""
     batch, heads, tokens, dim = q.shape
     pairs = rope.turns.shape[0]
     positions = torch.arange(tokens, device=q.device).expand(batch, -1)
     turned = rotate(q if q.stride(-1) == 1 else q.contiguous(), positions, rope).float()
     turned = torch.cat((turned[..., : 2 * pairs] * rope.scaling**2, turned[..., 2 * pairs :]), dim=-1)
+    if weights is not None:
+        turned = turned * weights.sqrt()[..., None, None]
     rest = (dim - 2 * pairs) // 2  # dimensions that do not turn, paired as if their frequency were 0
     order = torch.cat(
         [
@@ -249,53 +260,55 @@ def error_weights(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metric: torch.Tensor | None = None,
+    v_metrics: torch.Tensor | None = None,
     *,
     chunk: int,
     sinks: int,
     window: int,
     queries: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What errors of cold keys and values cost in a layer's output, relative to the output's mean square.
+    """What errors of cold keys and values cost in each query head's outputs, relative to the mean square of all outputs.
 
     To first order and with errors that are independent from token to token, softmax weights p and scores s,
 
         E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = x^T W_o^T W_o x
 
-    averaged over `queries` queries of the second half of the tokens.
+    averaged over `queries` queries of the second half of the tokens. Heads that look at few old tokens count, those that
+    look at many (errors cancel) or at exact ones do not.
 
     Args:
         q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point.
-        rope: frequencies.      v_metric: float32 [G, D, D], sum over a group's heads of W_o^T W_o, or None.
+        rope: frequencies.      v_metrics: float32 [H, D, D], W_o^T W_o of each query head, or None.
         chunk: chunk length C.      sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
-        (w_k, w_v), float32 [B, G]: the layer's relative error is the sum over g of w_k[g] times the mean squared error of
-        keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`.
+        (w_k, w_v), float32 [B, H]: the layer's relative error is the sum over h of w_k[h] times the mean squared error of
+        keys in the metric of head h's queries (`query_metric`) plus w_v[h] times that of values in `v_metrics[h]`.
     """
     groups = k.shape[1]
+    size = q.shape[1] // groups
     found = []
-    for g, own in enumerate(q.split(q.shape[1] // groups, dim=1)):  # what is held in float32 is one head's keys and values
-        metric = None if v_metric is None else v_metric[g]
-        found.append(_head_weights(own, k[:, g], v[:, g], rope, metric, chunk, sinks, window, queries))
-    w_k, w_v, power = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    for g, own in enumerate(q.split(size, dim=1)):  # what is held in float32 is one KV head's keys and values
+        metrics = None if v_metrics is None else v_metrics[g * size : (g + 1) * size]
+        found.append(_group_weights(own, k[:, g], v[:, g], rope, metrics, chunk, sinks, window, queries))
+    w_k, w_v, power = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
     total = power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return w_k / total, w_v / total
 
 
-def _head_weights(
+def _group_weights(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metric: torch.Tensor | None,
+    v_metrics: torch.Tensor | None,
     chunk: int,
     sinks: int,
     window: int,
     queries: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`error_weights` of one KV head before they are divided by its outputs' squares, and these, float32 [B].
+    """`error_weights` of one KV head before they are divided by all outputs' squares, and these, float32 [B, H/G].
 
-    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metric: [D, D].
+    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metrics: [H/G, D, D].
     """
     batch, heads, tokens, dim = q.shape
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
@@ -305,16 +318,21 @@ def _head_weights(
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
     values = v.float()
-    weighted = values if v_metric is None else values @ v_metric
-    square = (weighted * values).sum(-1)[:, None]  # [B, 1, T]: of the values
-    w_k, w_v, total = (q.new_zeros(batch, dtype=torch.float32) for _ in range(3))
+    if v_metrics is None:
+        square = values.square().sum(-1)[:, None, None]  # [B, H/G, 1, T]: of the values
+    else:
+        square = torch.stack([((values @ metric) * values).sum(-1) for metric in v_metrics], dim=1)[:, :, None]
+    w_k, w_v, total = (q.new_zeros((batch, heads), dtype=torch.float32) for _ in range(3))
     for some, own in zip(at.split(16), turned.split(16, dim=2), strict=True):  # few at a time: scores are [.., S, T]
-        age = some.repeat(heads)[:, None] - positions
-        p = (own.flatten(1, 2) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
-        o = p @ values
-        power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
+        age = some[:, None] - positions
+        scores = (own.flatten(1, 2) @ keys.mT).unflatten(1, (heads, -1))
+        p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
+        o = (p.flatten(1, 2) @ values).unflatten(1, (heads, -1))
+        weighted = o if v_metrics is None else o @ v_metrics
+        power = (weighted * o).sum(-1, keepdim=True)
+        off = square - 2 * (weighted.flatten(1, 2) @ values.mT).unflatten(1, (heads, -1)) + power
         p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
-        w_k += (p2 * (square - 2 * o @ weighted.mT + power)).sum((-2, -1)) / dim
+        w_k += (p2 * off).sum((-2, -1)) / dim
         w_v += p2.sum((-2, -1))
         total += power.sum((-2, -1))
     return w_k, w_v, total
@@ -522,7 +540,8 @@ class Spectrum:
             (all tokens hold its highest code) and the components here are those from 1 on.
         basis: int8 [B, G, D, D], scale: float32 [B, G, D]: component r is the vector scale[r] * basis[r].
         encoder: float32 [B, G, D, D]: coefficients (x - mean) @ encoder.
-        steps: of the quantiser, float32 [B, G, D] for each number of bits.
+        steps: of the quantiser, float32 [B, G, D] for each number of bits; a multiple of that for the next higher number,
+            so that codes of fewer bits are functions of those of more.
         errors: mean squared error of a component in units of the metric, float32 [B, G, D] for each number of bits and 0.
     """
 
@@ -590,9 +609,13 @@ def fit_spectrum(
     rows = basis.float() * scale[..., None]
     weight = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # [B, G, D]: of a squared error of a component
     steps, errors = {}, {0: coefficients.square().mean(-2) * weight}
-    for bits in precisions:
+    finer = None
+    for bits in sorted(precisions, reverse=True):
         bands = Bands(((dim, bits),))
         steps[bits] = fit_steps(coefficients, bands)
+        if finer is not None:
+            steps[bits] = finer * (steps[bits] / finer).round().clamp_min(1)
+        finer = None if bands.is_float else steps[bits]
         if not bands.is_float:
             units = coefficients / steps[bits][..., None, :]
             codes = (torch.floor(units) + 0.5).clamp(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
