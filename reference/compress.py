@@ -23,12 +23,21 @@ def gram(x: ArrayLike) -> F64:
     return total
 
 
-def query_metric(q: ArrayLike, inv_freq: ArrayLike, scaling: float, *, chunk: int, kv_heads: int) -> F64:
-    """Mean of y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D], heads of a group, chunk starts t0 <=
-    m."""
+def query_metric(
+    q: ArrayLike,
+    inv_freq: ArrayLike,
+    scaling: float,
+    *,
+    chunk: int,
+    kv_heads: int,
+    weights: ArrayLike | None = None,
+) -> F64:
+    """Mean of w_h y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D], heads h of a group, chunk starts t0
+    <= m; weights w [B, H], or None for ones."""
     q = np.asarray(q, np.float64)
     batch, heads, tokens, dim = q.shape
     group = heads // kv_heads
+    weight = np.ones((batch, heads)) if weights is None else np.asarray(weights, np.float64)
     total = np.zeros((batch, kv_heads, dim, dim))
     count = 0
     for start in range(0, tokens, chunk):
@@ -37,7 +46,7 @@ def query_metric(q: ArrayLike, inv_freq: ArrayLike, scaling: float, *, chunk: in
         count += group * len(later)
         for b, h in np.ndindex(batch, heads):
             for y in turned[b, h]:
-                total[b, h // group] += np.outer(y, y)
+                total[b, h // group] += weight[b, h] * np.outer(y, y)
     return total / count
 
 
@@ -93,3 +102,39 @@ def quantise(units: ArrayLike, bands: Bands) -> F64:
         else:
             out[..., r] = code_of(units[..., r], bits) - (2**bits - 1) / 2
     return out
+
+
+def error_weights(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    inv_freq: ArrayLike,
+    v_metrics: ArrayLike,
+    *,
+    sinks: int,
+    window: int,
+    queries: int,
+) -> tuple[F64, F64]:
+    """Keys k [B, G, T, D] before RoPE, queries q [B, H, T, D], values v, metrics [H, D, D] -> (w_k, w_v) [B, H]:
+    sums over `queries` queries m of the second half, and cold tokens i, of p_i^2 |v_i - o|^2 / D and of p_i^2, over the
+    sum of all heads' |o|^2."""
+    q, k, v, metrics = (np.asarray(x, np.float64) for x in (q, k, v, v_metrics))
+    batch, heads, tokens, dim = q.shape
+    group = heads // k.shape[1]
+    at = np.linspace(tokens // 2, tokens - 1, queries).astype(int)
+    positions = np.arange(tokens)
+    q, k = rotate(q, positions, inv_freq), rotate(k, positions, inv_freq)
+    w_k, w_v, power = (np.zeros((batch, heads)) for _ in range(3))
+    for b, h in np.ndindex(batch, heads):
+        for m in at:
+            scores = k[b, h // group, : m + 1] @ q[b, h, m] / np.sqrt(dim)
+            p = np.exp(scores - scores.max())
+            p /= p.sum()
+            o = p @ v[b, h // group, : m + 1]
+            power[b, h] += o @ metrics[h] @ o
+            for i in range(sinks, m - window + 1):
+                off = v[b, h // group, i] - o
+                w_k[b, h] += p[i] ** 2 * (off @ metrics[h] @ off) / dim
+                w_v[b, h] += p[i] ** 2
+    total = power.sum(1, keepdims=True)
+    return w_k / total, w_v / total

@@ -348,6 +348,8 @@ class LayerCache:
         outliers = (self.outlier_k, self.outlier_v, self.outlier_positions)
         encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
         total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
+        total += sum(fit.k.nbytes + fit.v.nbytes for fit in self.open_fits)
+        total += 0 if self.losses is None else self.losses.nbytes
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------

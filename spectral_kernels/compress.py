@@ -552,6 +552,11 @@ class Spectrum:
     steps: dict[int, torch.Tensor]
     errors: dict[int, torch.Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        held = (self.basis, self.scale, self.encoder, *self.steps.values(), *self.errors.values())
+        return sum(t.nbytes for t in held) + (0 if self.mean is None else self.mean.nbytes)
+
     def _bands(self, bands: Bands) -> list[tuple[int, slice]]:
         """Bits and own components of each band."""
         parts, start = [], 0 if self.mean is None else -1

@@ -13,6 +13,7 @@ from reference import pages as pages_oracle
 from reference import rope as rope_oracle
 from spectral_kernels import compress
 from spectral_kernels.pages import Bands
+from spectral_kernels.rope import phase_align
 from tests import budgets
 from tests.cases import (
     DEVICE,
@@ -148,8 +149,13 @@ def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, toke
     budgets.check(got, expected, budget)
     if dtype != torch.float32:
         return  # the budget's teeth, where it is sharpest
+    weights = rng.uniform(0.0, 2.0, (2, 4)).astype(np.float32)
+    weighted = oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=chunk, kv_heads=2, weights=weights)
+    got = compress.query_metric(*args, **kwargs, weights=torch.from_numpy(weights).to(DEVICE))
+    budgets.check(got, weighted, 2 * budget)  # no head counts more than twice
     wrong = {
         "zeros": np.zeros_like(expected),
+        "weights": weighted,
         "scaling once": oracle.query_metric(to_numpy(q), inv_freq, scaling**0.5, chunk=chunk, kv_heads=2),
         "not turned": oracle.query_metric(to_numpy(q), inv_freq * 0, scaling, chunk=chunk, kv_heads=2),
         "one chunk": oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=4096, kv_heads=2),
@@ -161,6 +167,38 @@ def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, toke
         del wrong["scaling once"]
     for mistake, mutant in wrong.items():
         budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+@pytest.mark.parametrize("rotary_dim", [64, 32])
+def test_error_weights(rng, rotary_dim):
+    """Against its definition in float64, head by head; heads that count, tokens and queries that do not."""
+    inv_freq, options = inverse_frequencies(rotary_dim), {"sinks": 4, "window": 8, "queries": 24}
+    q, k, v = (tensor(rng.standard_normal((2, heads, 70, 64)) * size) for heads, size in ((4, 2.0), (2, 1.0), (2, 1.0)))
+    metrics = np.stack([random_metric(rng, 64) for _ in range(4)])
+    rope = rope_of(inv_freq)
+    positions = torch.arange(70, device=DEVICE).expand(2, -1)
+    aligned = phase_align(k, positions, rope, chunk=64)
+    expected = oracle.error_weights(*map(to_numpy, (q, k, v)), inv_freq, metrics, **options)
+    got = compress.error_weights(q, aligned, v, rope, tensor(metrics), chunk=64, **options)
+    wrong = oracle.error_weights(*map(to_numpy, (q, k, v)), inv_freq, metrics, **{**options, "window": 9})
+    for a, b, mutant in zip(got, expected, wrong, strict=True):
+        # Scores of size 10 in float32, so weights to 1e-5; |v - o|^2 is a difference of sums of 64 products.
+        np.testing.assert_allclose(to_numpy(a), b, rtol=1e-4)
+        assert (np.abs(mutant / b - 1) > 1e-3).all()
+
+
+def test_steps_are_multiples(rng):
+    """Codes of fewer bits are functions of those of more: quantising what those stand for gives the same codes."""
+    x = tensor(spectrum(rng, (1, 2, 500), 64))
+    found = compress.fit_spectrum(x, None, centre=True)
+    y = (x - found.mean) @ found.encoder
+    for fine, coarse in ((8, 4), (4, 2)):
+        a, b = (found.steps[bits][:, :, None] for bits in (fine, coarse))
+        assert torch.equal((b / a).round() * a, b)
+        rebuilt = ((y / a).floor() + 0.5).clamp(0.5 - 2 ** (fine - 1), 2 ** (fine - 1) - 0.5) * a
+        top = 2 ** (coarse - 1)
+        codes, again = (((z / b).floor()).clamp(-top, top - 1) for z in (y, rebuilt))
+        assert (codes != again).float().mean() < 1e-4
 
 
 # bases
