@@ -327,11 +327,11 @@ def against_svd(layer: Layer) -> tuple[list[str], float, float]:
 def parts_of_a_layer(layer: Layer, rope: sk.Rope) -> list[str]:
     """Lines: what the cache does for a layer's prompt besides `encode`, each by itself, by eager calls."""
     q = torch.randn(1, HEADS, *layer.k.shape[2:], device=layer.k.device).to(layer.k.dtype)
-    own = {"chunk": 512}
     sides = [Side(layer.k, layer.k_metric, centre=True), Side(layer.v, layer.v_metric)]
+    by_head = layer.v_metric.repeat_interleave(HEADS // KV_HEADS, dim=0)
     calls = {
-        "query_metric": lambda: sk.query_metric(q, rope, kv_heads=KV_HEADS, **own),
-        "error_weights": lambda: error_weights(q, layer.k, layer.v, rope, layer.v_metric, sinks=4, window=16, **own),
+        "query_metric": lambda: sk.query_metric(q, rope, chunk=512, kv_heads=KV_HEADS),
+        "error_weights": lambda: error_weights(q, layer.k, layer.v, rope, by_head, chunk=512, sinks=4, window=16),
         "fit_spectra": lambda: fit_spectra(sides),
     }
     return [f"  {name:34}{eager_ms(call, 5):9.3f} ms" for name, call in calls.items()]

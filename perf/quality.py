@@ -288,8 +288,8 @@ def store_spectral(
         device=prefix.k[0].device,
         v_metrics=prefix.metrics,
     )
-    for i, (k, v, q) in enumerate(zip(prefix.k, prefix.v, prefix.q, strict=True)):
-        for part in (slice(0, first), *(slice(t, t + 64) for t in range(first or k.shape[2], k.shape[2], 64))):
+    for part in (slice(0, first), *(slice(t, t + 64) for t in range(first or prefix.tokens, prefix.tokens, 64))):
+        for i, (k, v, q) in enumerate(zip(prefix.k, prefix.v, prefix.q, strict=True)):
             cache.append(i, k[:, :, part], v[:, :, part], queries=q[:, :, part] if queries else None)
     layers = []
     for i in range(len(prefix.k)):

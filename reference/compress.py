@@ -25,12 +25,21 @@ def gram(x: ArrayLike) -> F64:
     return total
 
 
-def query_metric(q: ArrayLike, inv_freq: ArrayLike, scaling: float, *, chunk: int, kv_heads: int) -> F64:
-    """Mean of y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D], heads of a group, chunk starts t0 <=
-    m."""
+def query_metric(
+    q: ArrayLike,
+    inv_freq: ArrayLike,
+    scaling: float,
+    *,
+    chunk: int,
+    kv_heads: int,
+    weights: ArrayLike | None = None,
+) -> F64:
+    """Mean of w_h y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D], heads h of a group, chunk starts t0
+    <= m; weights w [B, H], or None for ones."""
     q = np.asarray(q, np.float64)
     batch, heads, tokens, dim = q.shape
     group = heads // kv_heads
+    weight = np.ones((batch, heads)) if weights is None else np.asarray(weights, np.float64)
     total = np.zeros((batch, kv_heads, dim, dim))
     count = 0
     for start in range(0, tokens, chunk):
@@ -39,7 +48,7 @@ def query_metric(q: ArrayLike, inv_freq: ArrayLike, scaling: float, *, chunk: in
         count += group * len(later)
         for b, h in np.ndindex(batch, heads):
             for y in turned[b, h]:
-                total[b, h // group] += np.outer(y, y)
+                total[b, h // group] += weight[b, h] * np.outer(y, y)
     return total / count
 
 
@@ -49,22 +58,22 @@ def error_weights(
     v: ArrayLike,
     inv_freq: ArrayLike,
     scaling: float,
-    v_metric: ArrayLike | None,
+    v_metrics: ArrayLike | None,
     at: Sequence[int],
     *,
     sinks: int,
     window: int,
 ) -> tuple[F64, F64]:
-    """(w_k, w_v) [B, G]: sums over queries m in `at` and the heads of a group of p_i^2 |v_i - o|^2 / D, and of p_i^2, over
-    tokens i of sinks .. m - window, as shares of the sum of |o|^2 over the queries and all heads. q [B, H, T, D], k and v
-    [B, G, T, D], before RoPE; v_metric [G, D, D] says what |.|^2 is."""
+    """(w_k, w_v) [B, H]: sums over queries m in `at` of p_i^2 |v_i - o|^2 / D, and of p_i^2, over tokens i of sinks ..
+    m - window, as shares of the sum of |o|^2 over the queries and all heads. q [B, H, T, D], k and v [B, G, T, D], before
+    RoPE; v_metrics [H, D, D] say what |.|^2 is."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (batch, heads, tokens, dim), groups = q.shape, k.shape[1]
-    metric = np.broadcast_to(np.eye(dim), (groups, dim, dim)) if v_metric is None else np.asarray(v_metric, np.float64)
+    metric = np.broadcast_to(np.eye(dim), (heads, dim, dim)) if v_metrics is None else np.asarray(v_metrics, np.float64)
     positions = np.arange(tokens)
     turned, keys = (rotate(x, positions, inv_freq) for x in (q, k))
     turned = scale_rotary(turned, inv_freq, scaling**2)
-    w_k, w_v, power = (np.zeros((batch, groups)) for _ in range(3))
+    w_k, w_v, power = (np.zeros((batch, heads)) for _ in range(3))
     for b, h in np.ndindex(batch, heads):
         g = h // (heads // groups)
         for m in at:
@@ -72,11 +81,11 @@ def error_weights(
             p = np.exp(scores - scores.max())
             p /= p.sum()
             o = p @ v[b, g, : m + 1]
-            power[b, g] += o @ metric[g] @ o
+            power[b, h] += o @ metric[h] @ o
             for i in range(sinks, m - window + 1):
                 off = v[b, g, i] - o
-                w_k[b, g] += p[i] ** 2 * (off @ metric[g] @ off) / dim
-                w_v[b, g] += p[i] ** 2
+                w_k[b, h] += p[i] ** 2 * (off @ metric[h] @ off) / dim
+                w_v[b, h] += p[i] ** 2
     total = power.sum(1, keepdims=True)
     return w_k / total, w_v / total
 

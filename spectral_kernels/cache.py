@@ -5,7 +5,8 @@ page (cold). Some tokens stay exact for good (pinned: attention sinks and landma
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
 When these lose more than tokens did at the fit (`Preset.max_residual`), the segment ends with its block of alignment: newer
 tokens stay exact until there are enough to fit a new one on, with the metrics of the old one.
-A layer's first compression also chooses its bands, from the preset's, within the bytes that all layers share.
+Layers choose their bands from the preset's together, within the bytes that all share: each stores its first pages in the
+widest bands, and when all have fitted their first segments, every layer gets its own and narrows its pages to them.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
@@ -16,14 +17,13 @@ among the layers, so that no step has the work of all. (That keeps half a chunk 
 compressed as far as it can be.)
 
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
-of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
+of all layers' bands, once in a sequence, and the look at the residuals, once in a block of alignment.
 Test: tests/test_cache.py.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
 from .compress import Side, Spectrum, decode, encode, error_weights, fit_encoder, fit_spectra, query_metric
 from .merge import merge_states
-from .pages import CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
+from .pages import BLOCK, CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
 
 
@@ -47,7 +47,7 @@ class Preset:
 
     Args:
         k, v: bands of cold keys and values by head dimension D, or None: every token stays exact. With a `ratio`, several
-            to choose from: each layer gets its own when it is first compressed, where the bytes count most.
+            to choose from: each layer gets its own when all have been compressed first, where the bytes count most.
         ratio: how many times smaller than 16-bit keys and values the coefficients of cold tokens are at least, all layers
             together.
         chunk: chunk length C (tokens of a page), 64, 128 or 256.
@@ -155,48 +155,44 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-class _Budget:
-    """Shares bytes among layers that ask one after another, each with what it would lose in each layout.
+def share_bytes(total: float, sizes: Sequence[int], losses: Sequence[Sequence[float]]) -> list[int]:
+    """The layout of each layer for which the sum of all losses is least, as far as whole layouts let it be.
 
-    Losses are relative errors of outputs, which layers can be compared by. A layer gets what a price for a byte makes it
-    take: the lowest price at which it, and layers still to come if they are like those seen so far, keep to the bytes that
-    are left. So the total never exceeds the budget.
+    Args:
+        total: bytes that a cold token of all layers may take; at least what it takes in the smallest layouts.
+        sizes: bytes of a layer's cold token in each layout.
+        losses: of each layer in each layout: relative errors of outputs, which layers can be compared by.
+    Returns:
+        For each layer the index of its layout, on the lower convex hull of its losses over bytes: the steps on these that
+        save most a byte are taken, as long as they fit.
     """
+    hulls = [_hull(sizes, own) for own in losses]
+    steps = sorted(
+        ((_saved(a, b, sizes, own), layer, b) for layer, own in enumerate(losses) for a, b in pairwise(hulls[layer])),
+        key=lambda step: -step[0],
+    )
+    chosen = [hull[0] for hull in hulls]
+    left = total - sum(sizes[i] for i in chosen)
+    full = set()  # layers whose next step did not fit
+    for _, layer, layout in steps:
+        more = sizes[layout] - sizes[chosen[layer]]
+        if layer not in full and more <= left:
+            chosen[layer], left = layout, left - more
+        else:
+            full.add(layer)
+    return chosen
 
-    def __init__(self, layers: int, total: float) -> None:
-        self.layers, self.total = layers, total
-        self.taken: dict[int, int] = {}  # bytes of a cold token, by layer
-        self.steps: dict[int, list[tuple[int, float, int]]] = {}  # (bytes, what its last byte saves, layout), by layer
 
-    def choose(self, layer: int, sizes: Sequence[int], losses: Sequence[float]) -> int:
-        """Index of the layout that a layer gets."""
-        hull: list[int] = []  # layouts on the lower convex hull of loss over bytes
-        for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
-            if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
-                continue
-            while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
-                hull.pop()
-            hull.append(i)
-        saved = [math.inf, *(_saved(a, b, sizes, losses) for a, b in pairwise(hull))]
-        self.steps[layer] = [(sizes[i], gain, i) for i, gain in zip(hull, saved, strict=True)]
-        others = {n: size for n, size in self.taken.items() if n != layer}
-        left, to_come = self.total - sum(others.values()), self.layers - len(others) - 1
-
-        def needed(price: float) -> float:
-            seen = [self._at(n, price)[0] for n in self.steps]
-            return self._at(layer, price)[0] + to_come * sum(seen) / len(seen)
-
-        prices = sorted({gain for steps in self.steps.values() for _, gain, _ in steps if gain < math.inf} | {0.0})
-        price = prices[min(bisect_left(prices, True, key=lambda price: needed(price) <= left), len(prices) - 1)]
-        self.taken[layer], _, chosen = self._at(layer, price)
-        return chosen
-
-    def forget(self, layer: int) -> None:
-        self.taken.pop(layer, None)
-        self.steps.pop(layer, None)
-
-    def _at(self, layer: int, price: float) -> tuple[int, float, int]:
-        return next(step for step in reversed(self.steps[layer]) if step[1] > price)
+def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Layouts on the lower convex hull of loss over bytes, smallest first."""
+    hull: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
+        if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
+            continue
+        while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
+            hull.pop()
+        hull.append(i)
+    return hull
 
 
 def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
@@ -204,6 +200,50 @@ def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> flo
     return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
 
 
+class _Budget:
+    """The bytes that a cache's layers share.
+
+    A layer that fits its first segment says what it would lose in each layout, and stores its tokens in the richest one
+    until all layers have said so. Then each gets its own, and writes its pages anew (`LayerCache.narrow`).
+    """
+
+    def __init__(self, total: float) -> None:
+        self.total = total
+        self.layers: list[LayerCache] = []
+
+    def settle(self) -> None:
+        """Choose all layers' layouts, if they wait for nothing else. Waits for the device, once in a sequence.
+
+        Layer after layer, so that no two have their pages twice: if one fails, those before it have theirs, and the next
+        call goes on.
+        """
+        losses = [layer.losses for layer in self.layers]
+        if any(own is None for own in losses):
+            return
+        values = torch.stack([own for own in losses if own is not None]).tolist()
+        layouts = self.layers[0].layouts
+        chosen = share_bytes(self.total, [layout.token_bytes for layout in layouts], values)
+        for layer, i in zip(self.layers, chosen, strict=True):
+            layer.narrow(layouts[i])
+        for layer in self.layers:
+            layer.losses, layer.open_fits = None, []
+
+
+def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
+    """The smallest layout that has as many bits for every component as each of these."""
+
+    def widest(sides: list[Bands]) -> Bands:
+        blocks = range(0, max(side.rank for side in sides), BLOCK)
+        bits = [max(side.bits[r] for side in sides if r < side.rank) for r in blocks]
+        return Bands(tuple((BLOCK * bits.count(b), b) for b in dict.fromkeys(bits)))
+
+    return replace(layouts[0], k=widest([x.k for x in layouts]), v=widest([x.v for x in layouts]))
+
+
+# Share of the mean weight of a KV head's query heads that is added to the weight of each.
+HEAD_FLOOR = 1 / 8
+# Pages that are written anew at once: as many are rebuilt in float32.
+NARROWED = 64
 # A new segment's bases are at most this share of the coefficients of the segment before it.
 BASES_SHARE = 1 / 8
 
@@ -212,38 +252,34 @@ class _Fit(NamedTuple):
     """What later chunks of a segment need besides its bases.
 
     Components of K past its rank (int8 [G, N, D] with a scale each, float32 [G, N]), which with those before are a basis of
-    the whole space, orthonormal in the metric of the fit; the quantiser steps of the components before, float32; what keys
-    and values lost at the fit, float32 [2, G].
+    the whole space, orthonormal in the metric of the fit; the quantiser steps of the components before, float32; how much
+    the errors of V in each query head's output count, float32 [H], 1 on average; what keys and values lost at the fit,
+    float32 [2, G].
     """
 
     rest: torch.Tensor
     rest_scale: torch.Tensor
     steps: torch.Tensor
+    shares: torch.Tensor
     lost: torch.Tensor
 
 
-class _Read:
-    """Numbers on their way from a device to the host, after what the current stream has been given so far."""
+class _OpenFit(NamedTuple):
+    """A fit of rows whose layer may still change its layout: their segments, and the spectra of K and V."""
 
-    def __init__(self, numbers: torch.Tensor) -> None:
-        self.numbers, self.there = numbers, None
-        if numbers.is_cuda:
-            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
-            self.there = torch.cuda.current_stream(numbers.device).record_event()
-
-    def tolist(self) -> list[float]:
-        """Waits for them, and for nothing that came after."""
-        if self.there is not None:
-            self.there.synchronize()
-        return self.numbers.tolist()
+    segments: list[int]
+    k: Spectrum
+    v: Spectrum
 
 
 class _Fitting(NamedTuple):
-    """Components for a new segment of some rows; what each of the bands of K and V would lose, or None."""
+    """Components for a new segment of some rows, and the shares of the query heads in the metrics [m, H]; what the layer
+    would lose in each of its layouts, or None."""
 
     k: Spectrum
     v: Spectrum
-    losses: _Read | None
+    shares: torch.Tensor
+    losses: torch.Tensor | None
 
 
 class _Job(NamedTuple):
@@ -320,17 +356,16 @@ class LayerCache:
         pinned: Sequence[Sequence[int]],
         dtype: torch.dtype,
         device: torch.device,
-        v_metric: torch.Tensor | None,
+        v_metrics: torch.Tensor | None,
         budget: _Budget,
-        index: int,
+        late: int,
     ) -> None:
-        # How many tokens later than it could this layer compresses during decoding: no step has two layers' chunks to
-        # encode, or few, where each layer has one in `chunk` steps.
-        self.late = index * preset.chunk // budget.layers
+        # How many tokens later than it could this layer compresses during decoding.
+        self.late = late
         self.query_heads, self.kv_heads, self.head_dim = query_heads, kv_heads, head_dim
         self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
-        self.budget, self.index = budget, index
-        self.dtype, self.device, self.v_metric = dtype, device, v_metric
+        self.budget = budget
+        self.dtype, self.device, self.v_metrics = dtype, device, v_metrics
         self.pinned = [list(row) for row in pinned]
         self.pinned_slots = max(map(len, self.pinned), default=0) if self.layouts else 0
         self.lengths: list[int] = [0] * batch  # tokens a row
@@ -350,8 +385,9 @@ class LayerCache:
         # What tokens since the last look lost, relative to the fit: sums on the device, and how many tokens.
         self.worn = torch.zeros(batch, dtype=torch.float32, device=self.device)
         self.measured = [0] * batch
-        self.layout: PageLayout | None = None  # chosen at the first fit
-        self.budget.forget(self.index)
+        self.layout: PageLayout | None = None  # from the first fit on; the richest one until all layers have fitted
+        self.losses: torch.Tensor | None = None  # in each layout, while the layer waits for the others
+        self.open_fits: list[_OpenFit] = []
         self.pages: Pages | None = None
         self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
         self.query_padding = [0] * batch
@@ -389,6 +425,8 @@ class LayerCache:
         outliers = (self.outlier_k, self.outlier_v, self.outlier_positions)
         encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
         total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
+        total += sum(fit.k.nbytes + fit.v.nbytes for fit in self.open_fits)
+        total += 0 if self.losses is None else self.losses.nbytes
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------
@@ -458,6 +496,7 @@ class LayerCache:
             "segment_rows": [list(row) for row in self.segment_rows],
             "encoders": dict(self.encoders),
             "fits": dict(self.fits),
+            "open_fits": list(self.open_fits),
         }
         if self.pages is not None:
             tables = {name: getattr(self.pages, name).clone() for name in ("page_table", "segment_table", "lengths")}
@@ -497,6 +536,8 @@ class LayerCache:
             least = max(self.preset.window + chunk, *(n - c for n, c in zip(self.lengths, self.cold, strict=True)))
             if self.hot_slots > 2 * least:  # the tokens that waited for the first fit have left
                 self._resize_ring(least)
+        if self.losses is not None:
+            self.budget.settle()
 
     def _check_append(self, k, v, queries, padding) -> list[int]:
         shape = (self.batch, self.kv_heads, None, self.head_dim)
@@ -611,19 +652,20 @@ class LayerCache:
         rows = [row for job in jobs for row in job.members]
         for job in jobs:
             if self.layout is None and job.fitting is not None:
-                self.layout = self.layouts[0] if job.fitting.losses is None else self._choose(job.fitting.losses)
+                self.layout, self.losses = _widest(self.layouts), job.fitting.losses
         self._reserve(rows, targets)
         assert self.pages is not None and self.layout is not None
         free = self._free_pages()
         pins = []
         for members, first, k_rows, v_rows, fitting in jobs:
             if fitting is not None:
-                self._fit(members, fitting.k, fitting.v)
+                self._fit(members, fitting)
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
             page_ids = _uploaded(ids, torch.int32, self.device)
             encoders = [self._encoder(self.segment[r], known) for r in members]
             k_encoder, v_encoder = (torch.stack(side) for side in zip(*encoders, strict=True))
-            offset = self._mean_offset(members, k_encoder)
+            segments = [segment for r in members if (segment := self.segment[r]) is not None]
+            offset = self._mean_offset(self.pages, segments, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
             lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=fitting is not None)
@@ -653,12 +695,28 @@ class LayerCache:
         if segment in self.encoders:
             return self.encoders.pop(segment)
         p = self.pages
-        v_encoder = fit_encoder(p.v_basis[segment], p.v_scale[segment], self.v_metric)
+        metric = self._v_metric([segment])
+        v_encoder = fit_encoder(p.v_basis[segment], p.v_scale[segment], metric if metric is None else metric[0])
         if segment not in self.fits:  # a crop went back to a segment that had ended
             return fit_encoder(p.k_basis[segment], p.k_scale[segment]), v_encoder
         steps = self.fits[segment].steps
         k_encoder = self._coordinates(segment, known)[..., : steps.shape[-1]] / steps[:, None]
         return torch.nn.functional.pad(k_encoder, (p.layout.k.rank - steps.shape[-1], 0)), v_encoder
+
+    def _v_metric(self, segments: list[int]) -> torch.Tensor | None:
+        """The metric of V that segments were fitted with, float32 [m, G, D, D], or None for the identity."""
+        if self.v_metrics is None:
+            return None
+        even = torch.ones(self.query_heads, dtype=torch.float32, device=self.device)  # of one that had ended
+        shares = torch.stack([self.fits[s].shares if s in self.fits else even for s in segments])
+        return self._shared_v_metric(shares)
+
+    def _shared_v_metric(self, shares: torch.Tensor) -> torch.Tensor | None:
+        """Of query heads whose errors count so much, [m, H]."""
+        if self.v_metrics is None:
+            return None
+        by_group = self.v_metrics.unflatten(0, (self.kv_heads, -1))
+        return torch.einsum("mgh,ghde->mgde", shares.unflatten(1, (self.kv_heads, -1)), by_group)
 
     def _coordinates(self, segment: int, known: dict[int, torch.Tensor]) -> torch.Tensor:
         """float32 [G, D, D]: x @ this is as long as the keys x are in the metric that a segment was fitted with.
@@ -716,17 +774,11 @@ class LayerCache:
     ) -> torch.Tensor:
         """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
         assert self.pages is not None
-        blocks = -(-k.shape[2] // self.preset.align)
-        table = _uploaded(segments, torch.int32, self.device)
-        pages = replace(
-            self.pages,
-            page_table=page_ids.contiguous(),
-            segment_table=table[:, None].repeat(1, blocks),
-            lengths=torch.full_like(table, k.shape[2]),
-        )
+        pages = self._pages_alone(self.pages, segments, page_ids)
         k_off, v_off = decode(pages, side="k") - k.float(), decode(pages, side="v") - v.float()
         k_off = k_off @ torch.stack([self._coordinates(segment, known) for segment in segments])
-        weighted = v_off if self.v_metric is None else v_off @ self.v_metric
+        metric = self._v_metric(segments)
+        weighted = v_off if metric is None else v_off @ metric
         return torch.stack((k_off.square().sum(-1), (weighted * v_off).sum(-1)))
 
     def _look_at_residuals(self, before: list[int]) -> None:
@@ -753,14 +805,13 @@ class LayerCache:
         bases = (self.layout.k.rank + self.layout.v.rank) * (self.head_dim + 4)
         return bases <= BASES_SHARE * own * self.layout.token_bytes
 
-    def _mean_offset(self, members: list[int], encoder: torch.Tensor) -> torch.Tensor | None:
+    def _mean_offset(self, pages: Pages, segments: list[int], encoder: torch.Tensor) -> torch.Tensor | None:
         """What coefficients lose by centring, [B, G, R]; component 0 stands for the mean: it gets its highest code."""
-        assert self.pages is not None
-        if self.pages.layout.k.is_float:
+        if pages.layout.k.is_float:
             return None
-        segments = _uploaded([self.segment[row] for row in members], torch.int64, self.device)
-        half = (2 ** self.pages.layout.k.bits[0] - 1) / 2
-        mean = self.pages.k_basis[segments, :, 0].float() * (half * self.pages.k_scale[segments, :, 0])[..., None]
+        at = _uploaded(segments, torch.int64, self.device)
+        half = (2 ** pages.layout.k.bits[0] - 1) / 2
+        mean = pages.k_basis[at, :, 0].float() * (half * pages.k_scale[at, :, 0])[..., None]
         offset = (mean[:, :, None] @ encoder)[:, :, 0]
         offset[..., 0] = -1e9
         return offset
@@ -768,70 +819,136 @@ class LayerCache:
     def _fitting(self, members: list[int], k: torch.Tensor, v: torch.Tensor, *, choose: bool) -> _Fitting:
         """Components of K and V of these rows from all their tokens (as many in each); with losses to `choose` by."""
         metric = weights = None
+        shares = torch.ones((len(members), self.query_heads), dtype=torch.float32, device=self.device)
         old = [segment for row in members if (segment := self.segment[row]) is not None]
         if old and self.fits.keys() >= set(old):
             coordinates = torch.stack([self._coordinates(segment, {}) for segment in old])
             metric = coordinates @ coordinates.mT
+            shares = torch.stack([self.fits[segment].shares for segment in old])
         elif self.queries:
             q = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, dim=2)
             q = self._rows(q, members)[:, :, self.query_padding[members[0]] :]
-            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads)
-            if choose and len(self.layouts) > 1:
-                weights = error_weights(
-                    q,
-                    k,
-                    v,
-                    self.rope,
-                    self.v_metric,
-                    chunk=self.preset.align,
-                    sinks=self.preset.sinks,
-                    window=self.preset.window,
-                )
+            options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
+            weights = error_weights(q, k, v, self.rope, self.v_metrics, **options)
+            k_shares, shares = (self._shares(w) for w in weights)
+            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads, weights=k_shares)
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
-        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self.v_metric, bits[1])])
+        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
         losses = self._losses(k_spectrum, v_spectrum, weights) if choose and len(self.layouts) > 1 else None
-        return _Fitting(k_spectrum, v_spectrum, losses)
+        return _Fitting(k_spectrum, v_spectrum, shares, losses)
 
-    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> _Read:
-        """What the layer would lose in each of K's bands, then in each of V's."""
+    def _shares(self, weights: torch.Tensor) -> torch.Tensor:
+        """How much each query head counts in its KV head's metric, [m, H], 1 on average: few queries say so, none is 0."""
+        own = weights.unflatten(1, (self.kv_heads, -1))
+        own = own + HEAD_FLOOR * own.mean(-1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
+        return (own / own.mean(-1, keepdim=True)).flatten(1)
+
+    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        """What the layer would lose in each of its layouts, float32, on the device."""
         k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
-        losses = []
+        losses: list[dict[Bands, torch.Tensor]] = []
         for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
-            lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
-            # Without queries a relative error of keys counts as much as one of values.
-            weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny) if weights is None else weights[i]
-            losses += [(weight * side.distortion(bands)).sum(-1).mean() for bands in menu]
-        return _Read(torch.stack(losses))
+            if weights is None:  # a relative error of keys counts as much as one of values
+                lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
+                weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny)
+            else:  # the metrics of K, and of V without metrics, are of one query head on average, that of V is their sum
+                own = weights[i].unflatten(1, (self.kv_heads, -1))
+                weight = own.mean(-1) if i == 1 and self.v_metrics is not None else own.sum(-1)
+            losses.append({bands: (weight * side.distortion(bands)).sum(-1).mean() for bands in menu})
+        return torch.stack([losses[0][x.k] + losses[1][x.v] for x in self.layouts])
 
-    def _choose(self, losses: _Read) -> PageLayout:
-        """The layout that the layer gets from the cache's budget. Waits for the device, once in a sequence."""
-        k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
-        values = losses.tolist()
-        of_k = dict(zip(k_bands, values[: len(k_bands)], strict=True))
-        of_v = dict(zip(v_bands, values[len(k_bands) :], strict=True))
-        sizes = [layout.token_bytes for layout in self.layouts]
-        chosen = self.budget.choose(self.index, sizes, [of_k[x.k] + of_v[x.v] for x in self.layouts])
-        return self.layouts[chosen]
+    def narrow(self, layout: PageLayout) -> None:
+        """Write the pages anew in the layout that the layer gets: no component has more bits there.
 
-    def _fit(self, members: list[int], k: Spectrum, v: Spectrum) -> None:
+        A step is a multiple of the steps of higher precisions (`Spectrum`), so this gives the codes that the tokens
+        themselves would have got.
+        """
+        old = self.pages
+        assert old is not None
+        if layout == self.layout:
+            return
+        new = allocate_pages(
+            layout,
+            pages=old.k_pages.shape[0],
+            segments=old.k_basis.shape[0],
+            kv_heads=self.kv_heads,
+            batch=self.batch,
+            max_chunks=old.max_chunks,
+            device=self.device,
+        )
+        tables = {name: getattr(old, name) for name in ("skip", "page_table", "segment_table", "lengths")}
+        new = replace(new, **tables)
+        held: dict[int, dict[int, None]] = {}  # pages by segment; rows may share them
+        for pages, segments in zip(self.page_rows, self.segment_rows, strict=True):
+            for page, segment in zip(pages, segments, strict=True):
+                held.setdefault(segment, {})[page] = None
+        fits = dict(self.fits)
+        for fit in self.open_fits:
+            k_encoder, v_encoder = self._write_bases(new, fit)
+            sides = ((fit.k, layout.k, old.layout.k), (fit.v, layout.v, old.layout.v))
+            tiny = torch.finfo(torch.float32).tiny
+            more = torch.stack([x.distortion(to) / x.distortion(at).clamp_min(tiny) for x, to, at in sides], dim=1)
+            alike: dict[int, list[int]] = {}  # those of as many pages
+            for i, segment in enumerate(fit.segments):
+                alike.setdefault(len(held.get(segment, ())), []).append(i)
+                if segment in fits:
+                    was = self.fits[segment]
+                    fits[segment] = self._fit_of(fit, i, new, was.shares, was.lost * more[i])
+            alike.pop(0, None)
+            for own in alike.values():
+                segments = [fit.segments[i] for i in own]
+                offset = self._mean_offset(new, segments, k_encoder[own])
+                ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
+                for some in ids.split(max(1, NARROWED // len(own)), dim=1):
+                    some = some.contiguous()
+                    source = self._pages_alone(old, segments, some)
+                    encode(decode(source, side="k"), k_encoder[own], layout.k, new.k_pages, some, side="k", offset=offset)
+                    encode(decode(source, side="v"), v_encoder[own], layout.v, new.v_pages, some, side="v")
+        self.layout, self.pages, self.fits = layout, new, fits
+
+    def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
+        """Pages [m, n] as rows of their own, each of one segment."""
+        tokens = page_ids.shape[1] * self.preset.chunk
+        table = _uploaded(segments, torch.int32, self.device)
+        return replace(
+            pages,
+            page_table=page_ids.contiguous(),
+            segment_table=table[:, None].repeat(1, -(-tokens // self.preset.align)),
+            lengths=torch.full_like(table, tokens),
+        )
+
+    def _write_bases(self, pages: Pages, fit: _OpenFit) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bases of segments into pages; returns their encoders [m, G, D, R_K] and [m, G, D, R_V]."""
+        k_basis, k_scale, k_encoder = fit.k.side(pages.layout.k)
+        v_basis, v_scale, v_encoder = fit.v.side(pages.layout.v)
+        for i, segment in enumerate(fit.segments):
+            pages.k_basis[segment], pages.k_scale[segment] = k_basis[i], k_scale[i]
+            pages.v_basis[segment], pages.v_scale[segment] = v_basis[i], v_scale[i]
+        return k_encoder, v_encoder
+
+    def _fit_of(self, fit: _OpenFit, i: int, pages: Pages, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
+        """What the i-th segment of a fit needs later on, its bases being in `pages`."""
+        first = 0 if pages.layout.k.is_float else 1  # not the mean
+        held = pages.layout.k.rank - first
+        steps = pages.k_scale[fit.segments[i], :, first:] / fit.k.scale[i, :, :held]
+        return _Fit(fit.k.basis[i, :, held:].clone(), fit.k.scale[i, :, held:].clone(), steps, shares, lost)
+
+    def _fit(self, members: list[int], fitting: _Fitting) -> None:
         """A new segment for each of these rows."""
         assert self.layout is not None and self.pages is not None
-        k_basis, k_scale, k_encoder = k.side(self.layout.k)
-        v_basis, v_scale, v_encoder = v.side(self.layout.v)
-        first = 0 if self.layout.k.is_float else 1  # not the mean
-        held = self.layout.k.rank - first
         used = self._used_segments()
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
+        fit = _OpenFit(ids, fitting.k, fitting.v)
+        k_encoder, v_encoder = self._write_bases(self.pages, fit)
+        lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
-            self.pages.k_basis[segment], self.pages.k_scale[segment] = k_basis[i], k_scale[i]
-            self.pages.v_basis[segment], self.pages.v_scale[segment] = v_basis[i], v_scale[i]
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
-            steps = k_scale[i, :, first:] / k.scale[i, :, :held]
-            lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
-            self.fits[segment] = _Fit(k.basis[i, :, held:].clone(), k.scale[i, :, held:].clone(), steps, lost)
+            self.fits[segment] = self._fit_of(fit, i, self.pages, fitting.shares[i].clone(), lost)
             self.segment[row], self.ends[row] = segment, None
         self.fits = {s: fit for s, fit in self.fits.items() if s in self.segment}
+        if self.losses is not None:
+            self.open_fits.append(fit)
         if all(s is not None for s in self.segment):
             self.queries = None
 
@@ -1081,9 +1198,10 @@ class SpectralCache:
         preset: a name in PRESETS or a Preset.
         dtype: of the exact tokens: fp16, bf16 or fp32.      device: of all tensors.
         landmarks: positions that stay exact: the same for all rows, or a sequence of them a row.
-        v_metrics: a layer float32 [G, D, D], the sum over a group's heads of W_o^T W_o, or None: plain least squares.
+        v_metrics: a layer float32 [H, D, D], W_o^T W_o of each query head, or None: plain least squares.
     Raises:
-        TypeError, ValueError: an argument is not as above. A call that raises leaves the cache as it was.
+        TypeError, ValueError: an argument is not as above. A call that raises leaves the cache as it was, except that
+            layers that had got their bands keep them.
     """
 
     def __init__(
@@ -1123,7 +1241,7 @@ class SpectralCache:
             raise ValueError(f"v_metrics: expected one a layer, {layers}, got {len(v_metrics)}")
         for i, metric in enumerate(v_metrics):
             if metric is not None:
-                shape = (kv_heads, head_dim, head_dim)
+                shape = (query_heads, head_dim, head_dim)
                 check_tensor(f"v_metrics[{i}]", metric, shape=shape, dtype=torch.float32, device=device)
         named = list(landmarks)
         per_row = [list(map(int, row)) for row in named] if named and not isinstance(named[0], int) else [named] * batch
@@ -1131,7 +1249,7 @@ class SpectralCache:
             raise ValueError(f"landmarks: expected positions that are not negative, for {batch} rows, got {named}")
         pinned = [sorted({*range(preset.sinks), *row}) for row in per_row]
         self.rope, self.preset, self.dtype, self.device = rope, preset, dtype, device
-        budget = _Budget(layers, layers * 4 * head_dim / preset.ratio if preset.ratio else math.inf)
+        budget = _Budget(layers * 4 * head_dim / preset.ratio if preset.ratio else math.inf)
         self.layers = [
             LayerCache(
                 batch=batch,
@@ -1143,12 +1261,14 @@ class SpectralCache:
                 pinned=pinned,
                 dtype=dtype,
                 device=device,
-                v_metric=v_metrics[i],
+                v_metrics=v_metrics[i],
                 budget=budget,
-                index=i,
+                # No step has two layers' chunks to encode, or few, where each layer has one in `chunk` steps.
+                late=i * preset.chunk // layers,
             )
             for i in range(layers)
         ]
+        budget.layers = self.layers
 
     def finish(self) -> None:
         """Finish what `append` has deferred, of all layers. Every other call does that first."""

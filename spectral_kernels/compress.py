@@ -185,6 +185,7 @@ def _query_metric_kernel(
     q_ptr,
     turns_ptr,
     factors_ptr,  # float32 [4, chunks, HALF, HALF]
+    weights_ptr,  # float32 [B, H]: what queries are multiplied by, or None
     out_ptr,  # float32 [B, G, splits, 4, HALF, HALF]
     T,
     chunks,
@@ -228,11 +229,14 @@ def _query_metric_kernel(
             if BLOCK < HALF:
                 cos_i, sin_i = cos_sin_of_phase(phase_of(offset[:, None], turns_i[None, :]), EXACT)
             row_ptr = q_ptr + t[:, None].to(tl.int64) * stride_q_t
-            for _ in range(HG):
-                xj, yj = _turned_pairs(row_ptr, j, t < T, cos_j, sin_j, HALF, PAIRS, EXACT)
+            for h in range(HG):
+                weight = 1.0
+                if weights_ptr is not None:
+                    weight = tl.load(weights_ptr + bg * HG + h)
+                xj, yj = _turned_pairs(row_ptr, j, t < T, cos_j, sin_j, weight, HALF, PAIRS, EXACT)
                 xi, yi = xj, yj
                 if BLOCK < HALF:
-                    xi, yi = _turned_pairs(row_ptr, i, t < T, cos_i, sin_i, HALF, PAIRS, EXACT)
+                    xi, yi = _turned_pairs(row_ptr, i, t < T, cos_i, sin_i, weight, HALF, PAIRS, EXACT)
                 if EXACT:
                     xx = tl.dot(tl.trans(xi), xj, xx)
                     xy = tl.dot(tl.trans(xi), yj, xy)
@@ -261,8 +265,9 @@ def _query_metric_kernel(
 
 
 @triton.jit
-def _turned_pairs(row_ptr, i, live, cos, sin, HALF: tl.constexpr, PAIRS: tl.constexpr, EXACT: tl.constexpr):
-    """Real and imaginary parts [BLOCK_T, BLOCK] of pairs i of some queries, turned: 16 bits wide if EXACT, or float32.
+def _turned_pairs(row_ptr, i, live, cos, sin, weight, HALF: tl.constexpr, PAIRS: tl.constexpr, EXACT: tl.constexpr):
+    """Real and imaginary parts [BLOCK_T, BLOCK] of pairs i of some queries, turned and multiplied by a weight: 16 bits wide
+    if EXACT, or float32.
 
     Dimensions that do not turn are paired as if their frequency were 0.
     """
@@ -273,10 +278,12 @@ def _turned_pairs(row_ptr, i, live, cos, sin, HALF: tl.constexpr, PAIRS: tl.cons
     y = tl.load(row_ptr + second[None, :], mask=mask, other=0.0)
     TYPE: tl.constexpr = x.dtype if EXACT else tl.float32
     x, y = x.to(tl.float32), y.to(tl.float32)
-    return (x * cos - y * sin).to(TYPE), (x * sin + y * cos).to(TYPE)
+    return ((x * cos - y * sin) * weight).to(TYPE), ((x * sin + y * cos) * weight).to(TYPE)
 
 
-def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
+def query_metric(
+    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """Mean second moment of queries as the chunks see them: of R(m - t0) q_m over all chunk starts t0 <= m.
 
     With z the queries turned by their offset in their own chunk, as complex pairs, a turn by a multiple n C of the chunk
@@ -287,6 +294,7 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         q: [B, H, T, D] before RoPE, of positions 0 .. T-1, fp16, bf16 or fp32; last dimension of stride 1; D even.
         rope: frequencies and attention scaling (scaling**2 on the rotary dimensions, as scores have it).
         chunk: chunk length C.      kv_heads: G; H is a multiple of it.
+        weights: float32 [B, H], not negative: how much the queries of each head count, or None: all the same.
     Returns:
         float32 [B, G, D, D], symmetric, positive semi-definite up to the rounding of turned queries to the dtype of q.
     Raises:
@@ -298,8 +306,10 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
         raise ValueError(f"q: expected a multiple of kv_heads = {kv_heads} heads, got {heads}")
     if tokens == 0 or dim % 2:
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
+    if weights is not None:
+        check_tensor("weights", weights, shape=(batch, heads), dtype=torch.float32, device=q.device)
     if not _launch.runs_kernel(q):
-        return query_metric_torch(q, rope, chunk=chunk, kv_heads=kv_heads)
+        return query_metric_torch(q, rope, chunk=chunk, kv_heads=kv_heads, weights=weights)
     _launch.check_bf16("q", q)
     half, chunks = dim // 2, triton.cdiv(tokens, chunk)
     matrix = _launch.has_matrix_units(q.device)
@@ -316,6 +326,7 @@ def query_metric(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> t
             q,
             rope.turns,
             _chunk_factors(rope, chunk, chunks, half),
+            None if weights is None else weights.sqrt(),
             parts,
             tokens,
             chunks,
@@ -367,17 +378,22 @@ def _metric_of_pairs(sums: torch.Tensor, rope: Rope, chunk: int, tokens: int, gr
     return moment.float().contiguous()
 
 
-def query_metric_torch(q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int) -> torch.Tensor:
+def query_metric_torch(
+    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     """`query_metric` in plain PyTorch."""
     batch, heads, tokens, dim = q.shape
     group, half, pairs, chunks = heads // kv_heads, dim // 2, rope.turns.shape[0], -(-tokens // chunk)
     factors = _chunk_factors(rope, chunk, chunks, half)
     positions = torch.arange(tokens, device=q.device).expand(batch, -1)
+    roots = (q.new_ones((batch, heads), dtype=torch.float32) if weights is None else weights.sqrt()).split(group, dim=1)
     sums = []
-    for own in q.split(group, dim=1):  # a KV head at a time: what is held in float32 is its queries alone
+    # A KV head at a time: what is held in float32 is its queries alone.
+    for own, root in zip(q.split(group, dim=1), roots, strict=True):
         turned = torch.nn.functional.pad(
             rotate_torch(own, positions, rope, chunk=chunk), (0, 0, 0, -tokens % chunk)
         ).float()
+        turned *= root[..., None, None]
         x, y, rest = turned[..., :pairs], turned[..., pairs : 2 * pairs], turned[..., 2 * pairs :].chunk(2, dim=-1)
         x, y = (torch.cat(z, dim=-1) for z in ((x, rest[0]), (y, rest[1])))
         x, y = (z.unflatten(2, (chunks, chunk)).transpose(1, 2).flatten(2, 3) for z in (x, y))  # [B, chunks, H/G * C, D/2]
@@ -395,7 +411,7 @@ def _error_weights_kernel(
     at_ptr,  # int64 [S]
     k_ptr,
     v_ptr,
-    root_ptr,  # float32 [G, D, D], or None
+    root_ptr,  # float32 [H, D, D], or None
     turns_ptr,
     stats_ptr,  # float32 [B, G, splits, ROWS, 4]
     sums_ptr,  # float32 [B, G, splits, 2, ROWS, D]
@@ -424,18 +440,21 @@ def _error_weights_kernel(
     BLOCK_D: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_M queries of one row and KV head over `each` chunks of keys. With e the exponentials below their largest so
+    """BLOCK_M queries of one row and head over `each` chunks of keys. With e the exponentials below their largest so
     far, and e2 the squares of those of tokens that are not exact: the largest, and sums of e, e2, e2 |v|^2, e v, e2 v."""
     rows = tl.num_programs(0) * BLOCK_M
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(S, BLOCK_M)  # of a head
+    head = tl.program_id(0) // tiles
+    query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     bg = tl.program_id(2).to(tl.int64)
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
     pair = tl.arange(0, BLOCK_HALF)
     d = tl.arange(0, BLOCK_D)
-    live = row < HG * S
-    position = tl.load(at_ptr + row % S, mask=live, other=0).to(tl.int32)
-    q_ptr += (bg * HG * S + row[:, None]) * D
+    live = query < S
+    position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)
+    q_ptr += ((bg * HG + head) * S + query[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
     v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
     turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
@@ -443,7 +462,7 @@ def _error_weights_kernel(
     second = tl.where(pair < PAIRS, PAIRS + pair, HALF + pair)
     factor = tl.where(pair < PAIRS, scale * scaling, scale)
     if root_ptr is not None:
-        at = (bg % G) * D * D + d[:, None] * D + d[None, :]
+        at = ((bg % G) * HG + head) * D * D + d[:, None] * D + d[None, :]
         root = tl.load(root_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     sum1 = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -454,7 +473,7 @@ def _error_weights_kernel(
     for chunk in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(T, CHUNK))):
         distance = tl.maximum(position - chunk * CHUNK, 0)  # of queries before the chunk nothing counts
         cos, sin = cos_sin_of_phase(phase_of(distance[:, None], turns[None, :]), NATIVE)
-        x, y = _turned_pairs(q_ptr, pair, live, cos, sin, HALF, PAIRS, False)
+        x, y = _turned_pairs(q_ptr, pair, live, cos, sin, 1.0, HALF, PAIRS, False)
         x, y = (x * factor[None, :]).to(TYPE), (y * factor[None, :]).to(TYPE)
         for start in range(0, tl.minimum(CHUNK, T - chunk * CHUNK), BLOCK_T):
             t = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
@@ -498,47 +517,48 @@ def error_weights(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metric: torch.Tensor | None = None,
+    v_metrics: torch.Tensor | None = None,
     *,
     chunk: int,
     sinks: int,
     window: int,
     queries: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What errors of cold keys and values cost in a layer's output, relative to the output's mean square.
+    """What errors of cold keys and values cost in each query head's outputs, relative to the mean square of all outputs.
 
     To first order and with errors that are independent from token to token, softmax weights p and scores s,
 
         E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = x^T W_o^T W_o x
 
-    averaged over `queries` queries of the second half of the tokens.
+    averaged over `queries` queries of the second half of the tokens. Heads that look at few old tokens count, those that
+    look at many (errors cancel) or at exact ones do not.
 
     Args:
         q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point;
             last dimensions of stride 1.
-        rope: frequencies.      v_metric: float32 [G, D, D], sum over a group's heads of W_o^T W_o, or None.
+        rope: frequencies.      v_metrics: float32 [H, D, D], W_o^T W_o of each query head, or None.
         chunk: chunk length C.      sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
-        (w_k, w_v), float32 [B, G]: the layer's relative error is the sum over g of w_k[g] times the mean squared error of
-        keys in the metric of `query_metric` plus w_v[g] times that of values in `v_metric`. Of 16-bit tensors, softmax
-        weights and turned queries count to 16 bits.
+        (w_k, w_v), float32 [B, H]: the layer's relative error is the sum over h of w_k[h] times the mean squared error of
+        keys in the metric of head h's queries (`query_metric`) plus w_v[h] times that of values in `v_metrics[h]`. Of
+        16-bit tensors, softmax weights and turned queries count to 16 bits.
     """
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
     kernel = _launch.runs_kernel(k) and _launch.has_matrix_units(k.device)
     if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2:
-        return error_weights_torch(q, k, v, rope, v_metric, chunk=chunk, sinks=sinks, window=window, queries=queries)
+        return error_weights_torch(q, k, v, rope, v_metrics, chunk=chunk, sinks=sinks, window=window, queries=queries)
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     own = q.index_select(2, at)
     group, count = heads // groups, len(at)
     root = unit = None
-    if v_metric is not None:  # entries below 1, as fp16 wants them
-        unit = v_metric.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    if v_metrics is not None:  # entries below 1, as fp16 wants them
+        unit = v_metrics.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
         eye = torch.eye(dim, dtype=torch.float64, device=q.device)
-        root = torch.linalg.cholesky_ex((v_metric / unit[..., None]).double() + 1e-6 * eye).L.float().contiguous()
+        root = torch.linalg.cholesky_ex((v_metrics / unit[:, None, None]).double() + 1e-6 * eye).L.float().contiguous()
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     block = 64 if _launch.has_large_shared_memory(k.device) else 32
-    tiles, chunks = triton.cdiv(group * count, block), triton.cdiv(tokens, chunk)
+    tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
     each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))
     splits, rows = triton.cdiv(chunks, each), tiles * block
     stats = torch.empty((batch, groups, splits, rows, 4), dtype=torch.float32, device=k.device)
@@ -577,17 +597,18 @@ def error_weights(
             num_stages=2,
         )
     # The splits, joined as states are (merge.py), with squares.
-    top, *parts = stats[..., : group * count, :].unbind(-1)
+    top, *parts = stats.unbind(-1)
     shrink = torch.exp2(top - top.amax(2, keepdim=True))
     whole, p2, squares = ((x * f).sum(2) for x, f in zip(parts, (shrink, shrink**2, shrink**2), strict=True))
-    o, p2_v = (
-        (sums[:, :, :, i, : group * count] * f[..., None]).sum(2) / (whole**n)[..., None]
-        for i, (f, n) in enumerate(((shrink, 1), (shrink**2, 2)))
-    )
-    p2, squares = p2 / whole**2, squares / whole**2
-    weighted = o if v_metric is None else o @ v_metric
+    o = (sums[:, :, :, 0] * shrink[..., None]).sum(2) / whole[..., None]
+    p2_v = (sums[:, :, :, 1] * (shrink**2)[..., None]).sum(2) / (whole**2)[..., None]
+    # [B, H, S] and [B, H, S, D], without the rows that fill tiles.
+    o, p2_v = (x.view(batch, heads, -1, dim)[:, :, :count] for x in (o, p2_v))
+    p2, squares = (x.view(batch, heads, -1)[:, :, :count] for x in (p2 / whole**2, squares / whole**2))
+    weighted = o if v_metrics is None else o @ v_metrics
     power = (weighted * o).sum(-1)
-    w_k = ((squares if unit is None else squares * unit) - 2 * (weighted * p2_v).sum(-1) + power * p2).sum(-1) / dim
+    squares = squares if unit is None else squares * unit[:, None]
+    w_k = (squares - 2 * (weighted * p2_v).sum(-1) + power * p2).sum(-1) / dim
     total = power.sum((-2, -1))[:, None].clamp_min(torch.finfo(torch.float32).tiny)
     return w_k / total, p2.sum(-1) / total
 
@@ -597,7 +618,7 @@ def error_weights_torch(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metric: torch.Tensor | None = None,
+    v_metrics: torch.Tensor | None = None,
     *,
     chunk: int,
     sinks: int,
@@ -606,29 +627,30 @@ def error_weights_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`error_weights` in plain PyTorch."""
     groups = k.shape[1]
+    size = q.shape[1] // groups
     found = []
-    for g, own in enumerate(q.split(q.shape[1] // groups, dim=1)):  # what is held in float32 is one head's keys and values
-        metric = None if v_metric is None else v_metric[g]
-        found.append(_head_weights(own, k[:, g], v[:, g], rope, metric, chunk, sinks, window, queries))
-    w_k, w_v, power = (torch.stack(x, dim=1) for x in zip(*found, strict=True))
+    for g, own in enumerate(q.split(size, dim=1)):  # what is held in float32 is one KV head's keys and values
+        metrics = None if v_metrics is None else v_metrics[g * size : (g + 1) * size]
+        found.append(_group_weights(own, k[:, g], v[:, g], rope, metrics, chunk, sinks, window, queries))
+    w_k, w_v, power = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
     total = power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return w_k / total, w_v / total
 
 
-def _head_weights(
+def _group_weights(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metric: torch.Tensor | None,
+    v_metrics: torch.Tensor | None,
     chunk: int,
     sinks: int,
     window: int,
     queries: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`error_weights` of one KV head before they are divided by its outputs' squares, and these, float32 [B].
+    """`error_weights` of one KV head before they are divided by all outputs' squares, and these, float32 [B, H/G].
 
-    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metric: [D, D].
+    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metrics: [H/G, D, D].
     """
     batch, heads, tokens, dim = q.shape
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
@@ -638,16 +660,21 @@ def _head_weights(
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
     values = v.float()
-    weighted = values if v_metric is None else values @ v_metric
-    square = (weighted * values).sum(-1)[:, None]  # [B, 1, T]: of the values
-    w_k, w_v, total = (q.new_zeros(batch, dtype=torch.float32) for _ in range(3))
+    if v_metrics is None:
+        square = values.square().sum(-1)[:, None, None]  # [B, H/G, 1, T]: of the values
+    else:
+        square = torch.stack([((values @ metric) * values).sum(-1) for metric in v_metrics], dim=1)[:, :, None]
+    w_k, w_v, total = (q.new_zeros((batch, heads), dtype=torch.float32) for _ in range(3))
     for some, own in zip(at.split(16), turned.split(16, dim=2), strict=True):  # few at a time: scores are [.., S, T]
-        age = some.repeat(heads)[:, None] - positions
-        p = (own.flatten(1, 2) @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
-        o = p @ values
-        power = ((o if v_metric is None else o @ v_metric) * o).sum(-1, keepdim=True)
+        age = some[:, None] - positions
+        scores = (own.flatten(1, 2) @ keys.mT).unflatten(1, (heads, -1))
+        p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
+        o = (p.flatten(1, 2) @ values).unflatten(1, (heads, -1))
+        weighted = o if v_metrics is None else o @ v_metrics
+        power = (weighted * o).sum(-1, keepdim=True)
+        off = square - 2 * (weighted.flatten(1, 2) @ values.mT).unflatten(1, (heads, -1)) + power
         p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
-        w_k += (p2 * (square - 2 * o @ weighted.mT + power)).sum((-2, -1)) / dim
+        w_k += (p2 * off).sum((-2, -1)) / dim
         w_v += p2.sum((-2, -1))
         total += power.sum((-2, -1))
     return w_k, w_v, total
@@ -873,7 +900,8 @@ class Spectrum:
             (all tokens hold its highest code) and the components here are those from 1 on.
         basis: int8 [B, G, D, D], scale: float32 [B, G, D]: component r is the vector scale[r] * basis[r].
         encoder: float32 [B, G, D, D]: coefficients (x - mean) @ encoder.
-        steps: of the quantiser, float32 [B, G, D] for each number of bits.
+        steps: of the quantiser, float32 [B, G, D] for each number of bits; a multiple of that for the next higher number,
+            so that codes of fewer bits are functions of those of more.
         errors: mean squared error of a component in units of the metric, float32 [B, G, D] for each number of bits and 0.
     """
 
@@ -883,6 +911,11 @@ class Spectrum:
     encoder: torch.Tensor
     steps: dict[int, torch.Tensor]
     errors: dict[int, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        held = (self.basis, self.scale, self.encoder, *self.steps.values(), *self.errors.values())
+        return sum(t.nbytes for t in held) + (0 if self.mean is None else self.mean.nbytes)
 
     def _bands(self, bands: Bands) -> list[tuple[int, slice]]:
         """Bits and own components of each band."""
@@ -985,12 +1018,16 @@ def _quantised(
     errors = {0: torch.linalg.vector_norm(coefficients, dim=-2).square() * (weight / tokens)}
     choices = {bits: Bands(((dim, bits),)) for bits in side.precisions}
     steps = {bits: fit_steps(coefficients, bands) for bits, bands in choices.items() if bands.is_float}
-    coarse = {bits: bands for bits, bands in choices.items() if not bands.is_float}
+    coarse = [bits for bits in sorted(choices, reverse=True) if not choices[bits].is_float]
     if coarse:
-        fitted, lost = fit_quantisers(coefficients, list(coarse.values()))
-        lost = lost * (weight / tokens)
-        steps |= dict(zip(coarse, fitted, strict=True))
-        errors |= dict(zip(coarse, lost, strict=True))
+        fitted, lost = fit_quantisers(coefficients, [choices[bits] for bits in coarse])
+        step, errors[coarse[0]] = fitted[0], lost[0] * (weight / tokens)
+        steps[coarse[0]] = step
+        for bits, wanted in zip(coarse[1:], fitted[1:], strict=True):
+            step = step * (wanted / step).round().clamp_min(1)
+            units = coefficients / step[..., None, :]
+            codes = (torch.floor(units) + 0.5).clamp(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5)
+            steps[bits], errors[bits] = step, (codes - units).square().mean(-2) * step.square() * weight
     return Spectrum(mean, basis, scale, encoder, steps, errors)
 
 

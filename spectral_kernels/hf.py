@@ -347,12 +347,11 @@ def enable(model: PreTrainedModel, preset: str | Preset = "balanced", *, landmar
 
 
 def v_metrics(model: PreTrainedModel) -> list[torch.Tensor | None]:
-    """What errors of V cost after the output projection: for each layer the sum of W_o^T W_o over a group's heads.
+    """What errors of V cost after the output projection: for each layer W_o^T W_o of each query head.
 
     Returns:
-        One float32 [G, D, D] a layer, on its weight's device; None where the weight is not a plain floating-point matrix.
+        One float32 [H, D, D] a layer, on its weight's device; None where the weight is not a plain floating-point matrix.
     """
-    groups: int = model.config.num_key_value_heads
     metrics: list[torch.Tensor | None] = []
     for layer in model.get_decoder().layers:
         dim = layer.self_attn.head_dim
@@ -361,8 +360,8 @@ def v_metrics(model: PreTrainedModel) -> list[torch.Tensor | None]:
         if weight is None or weight.dtype not in FLOATS or weight.shape[1:] != (width,):
             metrics.append(None)  # quantised: the metric is an aid, not worth unpacking weights for
             continue
-        by_group = weight.detach().float().view(weight.shape[0], groups, -1, dim)  # [hidden, G, H/G, D]
-        metrics.append(torch.einsum("oghd,oghe->gde", by_group, by_group))
+        by_head = weight.detach().float().view(weight.shape[0], -1, dim)  # [hidden, H, D]
+        metrics.append(torch.einsum("ohd,ohe->hde", by_head, by_head))
     return metrics
 
 

@@ -154,8 +154,9 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     sk.phase_align(x, key_positions, rope, chunk=chunk)
     sk.gram(x)
     queries = x.repeat_interleave(group, dim=1)
-    sk.query_metric(queries, rope, chunk=layout.align, kv_heads=kv_heads)
-    for metric in (None, torch.eye(dim).expand(kv_heads, -1, -1)):
+    for weights in (None, torch.ones(batch, group * kv_heads)):
+        sk.query_metric(queries, rope, chunk=layout.align, kv_heads=kv_heads, weights=weights)
+    for metric in (None, torch.eye(dim).expand(group * kv_heads, -1, -1)):
         error_weights(queries, x, x, rope, metric, chunk=layout.align, sinks=4, window=16)
     eigenvectors(torch.eye(dim, dtype=torch.float64))
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):

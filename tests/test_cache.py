@@ -7,6 +7,7 @@ segments, crop, reorder) is held to a derived budget; what few bits lose is a se
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -451,10 +452,10 @@ def tensors_of(x: Any) -> Iterator[torch.Tensor]:
 
 
 def test_nbytes_is_the_sum_over_tensors(rng):
-    trial = Trial(rng, LOSSLESS, metric=True, layers=1, v_metrics=[torch.eye(DIM, device=DEVICE).repeat(2, 1, 1)])
+    trial = Trial(rng, LOSSLESS, metric=True, layers=1, v_metrics=[torch.eye(DIM, device=DEVICE).repeat(4, 1, 1)])
 
     def total() -> int:
-        kept = {name: value for name, value in vars(trial.layer).items() if name not in ("rope", "v_metric")}
+        kept = {name: value for name, value in vars(trial.layer).items() if name not in ("rope", "v_metrics")}
         return sum({t.data_ptr(): t.nbytes for t in tensors_of(kept) if t.numel()}.values())
 
     for tokens in (1, 80, 10, 100, 1, 200):
@@ -598,7 +599,11 @@ def test_new_generation_never_sees_the_old_one(kind, second, padding):
     if kind == "lossless":  # a prompt that is compressed at once writes its own sinks
         mutants += [keeps_segments] if second > LOSSLESS.window + LOSSLESS.min_fit else [keeps_segments, keeps_sinks]
     for mutant in mutants:
-        assert not same(after(lambda cache, mutant=mutant: mutant(cache.layers[0])), expected), mutant.__name__
+        try:
+            found = after(lambda cache, mutant=mutant: mutant(cache.layers[0]))
+        except ValueError:  # more keys than queries
+            continue
+        assert not same(found, expected), mutant.__name__
 
 
 # ---- crop and reorder -----------------------------------------------------------------------------------------------
@@ -909,6 +914,84 @@ def test_failure_in_the_middle_leaves_the_cache_as_it_was(monkeypatch, situation
                 assert same(visible(cache), expected), f"{what}: going on"
             at += 1
     assert failures >= 4
+
+
+SHARED = Preset(
+    k={64: ("16x4", "16x4+32x2", "16x8+16x4+32x2")}, v={64: ("32x2", "16x4+32x2", "64x4")}, ratio=7.0, align=128, min_fit=96
+)
+
+
+def shared_cache(rng: np.random.Generator, layers: int = 3) -> tuple[SpectralCache, list[dict[str, torch.Tensor]]]:
+    """A cache whose layers share bytes, and what to append to each: 300 tokens of three rows."""
+    sizes = 10.0 ** np.arange(layers)  # later layers' keys spread more, so that layouts differ
+    calls = [
+        {"k": size**0.5 * low_rank(rng, 3, 300), "v": low_rank(rng, 3, 300), "queries": draw(rng, 3, 4, 300, DIM)}
+        for size in sizes
+    ]
+    metrics = [torch.eye(DIM, device=DEVICE).repeat(4, 1, 1)] * layers
+    return make_cache(SHARED, batch=3, layers=layers, v_metrics=metrics), calls
+
+
+def test_layers_share_bytes_once_all_have_fitted(rng, monkeypatch):
+    """Until then they store their tokens in the widest bands; then in the codes that the tokens would have got at once."""
+    cache, calls = shared_cache(rng)
+    widest = cache_module._widest(cache.layers[0].layouts)
+    assert str(widest.k) == "16x8+16x4+32x2" and str(widest.v) == "64x4"
+    for i, call in enumerate(calls):
+        assert all(layer.layout == widest and layer.losses is not None for layer in cache.layers[:i])
+        cache.append(i, **call)
+    layouts = [layer.layout for layer in cache.layers]
+    assert sum(layout.token_bytes for layout in layouts) <= 3 * 4 * DIM / SHARED.ratio
+    assert len(set(layouts)) > 1 and widest not in layouts
+    assert all(layer.losses is None and not layer.open_fits for layer in cache.layers)
+    for layer, call in zip(cache.layers, calls, strict=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "_widest", lambda _, layout=layer.layout: layout)
+            other = make_cache(SHARED, batch=3, layers=2, v_metrics=[cache.layers[0].v_metrics] * 2)
+            other.append(0, **call)  # the other layer has none: nothing is written anew
+        direct = other.layers[0]
+        assert direct.layout == layer.layout and direct.losses is not None
+        for name in ("k_basis", "k_scale", "v_basis", "v_scale", "skip", "page_table", "segment_table"):
+            assert torch.equal(getattr(direct.pages, name), getattr(layer.pages, name)), name
+        for name in ("k_pages", "v_pages"):  # a coefficient on the boundary of two codes may get either
+            different = (getattr(direct.pages, name) != getattr(layer.pages, name)).float().mean()
+            assert different < 1e-3, name
+        for segment, fit in layer.fits.items():
+            at_once = direct.fits[segment]
+            assert all(torch.equal(a, b) for a, b in zip(fit[:4], at_once[:4], strict=True))
+            # Not measured again, but worked out from the spectra: of all tokens, where a block of them was measured.
+            assert ((fit.lost / at_once.lost).log().abs() < math.log(1.5)).all()
+    more = {name: x[:, :, :200] for name, x in calls[0].items()}
+    cache.append(0, **more)
+    assert cache.layers[0].cold == [384] * 3
+
+
+def test_failure_while_layers_share_bytes(rng, monkeypatch):
+    """Each step fails once in the append that makes all layers write their pages anew: a layer has done so, or not."""
+    start, calls = shared_cache(rng, layers=2)
+    start.append(0, **calls[0])
+    twin = copy.deepcopy(start)
+    twin.append(1, **calls[1])
+    failures = narrowed = 0
+    for name in ("encode", "decode", "allocate_pages", "share_bytes", "error_weights"):
+        at, failed = 0, True
+        while failed:
+            cache, count = copy.deepcopy(start), [0]
+            with monkeypatch.context() as patch:
+                patch.setattr(cache_module, name, failing(getattr(cache_module, name), at, True, count))
+                try:
+                    cache.append(1, **calls[1])
+                    failed = False
+                except InjectedError:
+                    failures += 1
+                    assert cache.layers[1].lengths == [0, 0, 0] and cache.layers[1].pages is None, name
+                    tokens = visible(cache)[2:]  # of the first layer
+                    narrowed += same(tokens, visible(twin)[2:])
+                    assert same(tokens, visible(start)[2:]) or same(tokens, visible(twin)[2:]), name
+                    cache.append(1, **calls[1])
+            assert same(visible(cache), visible(twin)), name
+            at += 1
+    assert failures >= 8 and 0 < narrowed < failures
 
 
 @pytest.mark.parametrize("start", [0, 5, 60, 100, 130, 159, 200, 255])

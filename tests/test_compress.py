@@ -154,8 +154,14 @@ def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, toke
     expected, budget = check_query_metric(implementation, q, inv_freq, scaling, chunk=chunk, kv_heads=2)
     if dtype != torch.float32:
         return  # the budget's teeth, where it is sharpest
+    weights = rng.uniform(0.0, 2.0, (2, 4)).astype(np.float32)
+    weighted = oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=chunk, kv_heads=2, weights=weights)
+    call = operation(compress, "query_metric", implementation)
+    got = call(q, rope_of(inv_freq, scaling), chunk=chunk, kv_heads=2, weights=torch.from_numpy(weights).to(DEVICE))
+    budgets.check(got, weighted, 2 * budget)  # no head counts more than twice
     wrong = {
         "zeros": np.zeros_like(expected),
+        "weights": weighted,
         "scaling once": oracle.query_metric(to_numpy(q), inv_freq, scaling**0.5, chunk=chunk, kv_heads=2),
         "not turned": oracle.query_metric(to_numpy(q), inv_freq * 0, scaling, chunk=chunk, kv_heads=2),
         "one chunk": oracle.query_metric(to_numpy(q), inv_freq, scaling, chunk=4096, kv_heads=2),
@@ -201,6 +207,8 @@ def check_error_weights(
     units = max(budgets.U[q.dtype], budgets.PRODUCT)
     slack = 4 * size * (3 * units + 8 * budgets.ANGLE) + 8 * units + 2.0**-16
     own = to_numpy(v)
+    # [B, H, T, D]: a KV head's values as each of its query heads sees them.
+    own = own.repeat(q.shape[1] // own.shape[1], axis=1)
     weighted = own if metric is None else own @ metric
     largest = (weighted * own).sum(-1).max(-1)
     allowed = slack * (expected[0] + 4 * expected[1] * largest / dim), slack * expected[1]
@@ -218,7 +226,7 @@ def check_error_weights(
 def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tokens, weighted):
     q, k, v = (torch.from_numpy(rng.standard_normal((2, n, tokens, dim))).to(DEVICE, dtype) for n in (4, 2, 2))
     v[:, :, :, 0] += 3
-    metric = np.stack([random_metric(rng, dim) * 1e-3 for _ in range(2)]) if weighted else None
+    metric = np.stack([random_metric(rng, dim) * 1e-3 for _ in range(4)]) if weighted else None
     inv_freq = inverse_frequencies(rotary_dim)
     expected, allowed, arguments = check_error_weights(
         implementation, (q, k, v), inv_freq, scaling, metric, queries=20, sinks=2, window=16
@@ -232,6 +240,20 @@ def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tok
     for mistake, mutants in wrong.items():
         for mutant, exact, budget in zip(mutants, expected, allowed, strict=True):
             budgets.check_rejects(mutant, exact, budget, mistake)
+
+
+def test_steps_are_multiples(rng):
+    """Codes of fewer bits are functions of those of more: quantising what those stand for gives the same codes."""
+    x = tensor(spectrum(rng, (1, 2, 500), 64))
+    [found] = compress.fit_spectra([compress.Side(x, centre=True)])
+    y = (x - found.mean) @ found.encoder
+    for fine, coarse in ((8, 4), (4, 2)):
+        a, b = (found.steps[bits][:, :, None] for bits in (fine, coarse))
+        assert torch.equal((b / a).round() * a, b)
+        rebuilt = ((y / a).floor() + 0.5).clamp(0.5 - 2 ** (fine - 1), 2 ** (fine - 1) - 0.5) * a
+        top = 2 ** (coarse - 1)
+        codes, again = (((z / b).floor()).clamp(-top, top - 1) for z in (y, rebuilt))
+        assert (codes != again).float().mean() < 1e-4
 
 
 # bases

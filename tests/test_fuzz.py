@@ -332,7 +332,7 @@ def fuzz_error_weights(draw: Draw) -> None:
     rng = draw.rng()
     shape = (q.shape[0], groups, *q.shape[2:])
     k, v = (torch.from_numpy(rng.standard_normal(shape)).to(DEVICE, q.dtype) for _ in range(2))
-    root = rng.standard_normal((groups, q.shape[-1], q.shape[-1]))
+    root = rng.standard_normal((groups * group, q.shape[-1], q.shape[-1]))
     metric = draw.of("metric", None, root.mT @ root * draw.of("weight", 1e-6, 1.0))
     options = {name: draw.int(name, 0, 20) for name in ("sinks", "window")}
     check_error_weights(implementation, (q, k, v), inv_freq, scaling, metric, queries=draw.int("queries", 1, 12), **options)

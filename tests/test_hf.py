@@ -696,20 +696,18 @@ def test_a_forward_that_fails_half_way_is_not_built_upon(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_v_metric_is_the_output_projections_of_a_group(architecture: str) -> None:
+def test_v_metric_is_the_output_projection_of_a_head(architecture: str) -> None:
     model = tiny(architecture)
     metrics = v_metrics(model)
     assert len(metrics) == 2
     for layer, metric in zip(model.model.layers, metrics, strict=True):
         assert metric is not None
-        assert (metric.dtype, metric.shape) == (torch.float32, (2, 64, 64))
+        assert (metric.dtype, metric.shape) == (torch.float32, (4, 64, 64))
         weight = layer.self_attn.o_proj.weight.detach().double()
-        for group in range(2):
-            heads = [weight[:, 64 * head : 64 * head + 64] for head in (2 * group, 2 * group + 1)]
-            expected = sum(w.T @ w for w in heads)
-            magnitude = sum(w.abs().T @ w.abs() for w in heads)
-            # A float32 sum of 2 * 256 products, in any order.
-            assert ((metric[group].double() - expected).abs() <= 513 * 2**-24 * magnitude).all()
+        for head in range(4):
+            own = weight[:, 64 * head : 64 * head + 64]
+            # A float32 sum of 256 products, in any order.
+            assert ((metric[head].double() - own.T @ own).abs() <= 257 * 2**-24 * (own.abs().T @ own.abs())).all()
 
 
 def test_v_metric_skips_weights_that_are_not_plain_matrices() -> None:
