@@ -25,9 +25,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -269,25 +267,6 @@ class _Call(NamedTuple):
     jobs: list[_Job]
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where eigenproblems are solved beside the model's own work: few blocks, which go first wherever there is room."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
-def _on_the_side(device: torch.device) -> AbstractContextManager[Any]:
-    """Work of this context follows what the current stream has been given so far, and runs beside what comes next.
-
-    What it reads must be kept until the current stream waits for it. Its memory is its own: what it leaves may be let go
-    once the current stream has been given the last use of it, as the next such work waits for that.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
-
-
 def _on_host(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A CPU tensor that may be copied to a device while both go on (`non_blocking`)."""
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
@@ -421,8 +400,7 @@ class LayerCache:
             call = _Call(aligned, v.to(self.dtype), positions, pad, after, targets, [])
             straight = [r for r, t in enumerate(targets) if t and not self.lengths[r]]
             defer = defer and len(straight) == self.batch
-            with _on_the_side(self.device) if defer else nullcontext():
-                call.jobs.extend(self._jobs(targets, call, straight))
+            call.jobs.extend(self._jobs(targets, call, straight))
             if defer:
                 self.pending = call, saved
             else:
@@ -437,8 +415,6 @@ class LayerCache:
             return
         (call, saved), self.pending = self.pending, None
         try:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
             self._store(call)
         except BaseException:
             self.__dict__.update(saved)
@@ -1156,7 +1132,7 @@ class SpectralCache:
             layer.finish()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.finish()  # copies have no part in a stream's work
+        self.finish()
         return self.__dict__
 
     def _layer(self, layer: int) -> LayerCache:
@@ -1203,9 +1179,9 @@ class SpectralCache:
             k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
             queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
             padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
-            defer: if the layer is empty and every row compresses something, start to work out the bases, on a GPU on a
-                stream of its own, and leave the rest to `finish` or to the next call. k, v and queries are kept, and may
-                not change, until then.
+            defer: if the layer is empty and every row compresses something, give the device what works out the bases, and
+                leave the rest to `finish` or to the next call: it needs numbers from the device, which other work given to
+                it in between (attention to the prompt) hides the wait for. v and queries may not change until then.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """
