@@ -519,6 +519,7 @@ class LayerCache:
         elif self.queries is not None:
             if not self.queries:
                 self.query_padding = pad
+            queries = queries if queries.stride(-1) == 1 else queries.contiguous()
             self.queries = [*self.queries, queries.to(self.dtype)]
 
     def _resize_ring(self, slots: int) -> None:
