@@ -267,14 +267,12 @@ class _Call(NamedTuple):
     jobs: list[_Job]
 
 
-def _on_host(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A CPU tensor that may be copied to a device while both go on (`non_blocking`)."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-
-
 def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)"""
-    return _on_host(values, dtype, device).to(device, non_blocking=True)
+    """A tensor of a few numbers on a device: they are read before this returns, and it waits for nothing else.
+
+    (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -920,9 +918,9 @@ class LayerCache:
         by_block = [row[:: self.preset.align // self.preset.chunk] for row in self.segment_rows]
         for rows, table in ((self.page_rows, self.pages.page_table), (by_block, self.pages.segment_table)):
             width = table.shape[1]
-            padded = _on_host([row + [0] * (width - len(row)) for row in rows], torch.int32, self.device)
+            padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
             table.copy_(padded.view(-1, width), non_blocking=True)
-        self.pages.lengths.copy_(_on_host(self.cold, torch.int32, self.device), non_blocking=True)
+        self.pages.lengths.copy_(torch.tensor(self.cold, dtype=torch.int32), non_blocking=True)
         if self.hot_slots:
             hot = self.key_positions[:, self.pinned_slots :]
             hot.masked_fill_(hot < self.pages.lengths[:, None], -1)
