@@ -8,7 +8,7 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
 random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, its bases worked out beside attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K
+given) adds to that, deferred past attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K
 and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the
 compressed cache of all layers); the larger of both ways. `step_ratio`: median decode step of all layers' caches (append and
 attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which none does;
@@ -215,7 +215,7 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
 
 
 def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
-    """Milliseconds a layer of the prefill: without a cache, with one that compresses beside attention, or at once."""
+    """Milliseconds a layer of the prefill: without a cache, with one that defers past attention, with one that does not."""
     run = prefill_layer(tokens, card)
     metric = rows_of(KV_HEADS, 512, card)[0].float()
     cache = new_cache(card, layers, "balanced", [metric.mT @ metric] * layers)
@@ -396,7 +396,7 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     say(*svd_lines)
     del layer, aligned
     prefill, deferred, at_once = prefill_times(tokens, layers, card)
-    say(f"  prefill of a layer {prefill:24.3f} ms, compressing beside it {deferred:.3f}, after it {at_once:.3f}")
+    say(f"  prefill of a layer {prefill:24.3f} ms, with a cache {deferred:.3f}, not deferred {at_once:.3f}")
     peaks = [peak_ratio(tokens, layers, card, defer) for defer in (False, True)]
     say(f"  peak ratio of {layers} layers {peaks[0]:19.3f}, deferred {peaks[1]:.3f}")
     plain, compressing = step_times(card, layers)

@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -305,33 +303,12 @@ class _Call(NamedTuple):
     jobs: list[_Job]
 
 
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where eigenproblems are solved beside the model's own work: few blocks, which go first wherever there is room."""
-    return torch.cuda.Stream(device, priority=-1)
-
-
-def _on_the_side(device: torch.device) -> AbstractContextManager[Any]:
-    """Work of this context follows what the current stream has been given so far, and runs beside what comes next.
-
-    What it reads must be kept until the current stream waits for it. Its memory is its own: what it leaves may be let go
-    once the current stream has been given the last use of it, as the next such work waits for that.
-    """
-    if device.type != "cuda":
-        return nullcontext()
-    stream = _side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
-
-
-def _on_host(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A CPU tensor that may be copied to a device while both go on (`non_blocking`)."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-
-
 def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)"""
-    return _on_host(values, dtype, device).to(device, non_blocking=True)
+    """A tensor of a few numbers on a device: they are read before this returns, and it waits for nothing else.
+
+    (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)
+    """
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -459,8 +436,7 @@ class LayerCache:
             call = _Call(aligned, v.to(self.dtype), positions, pad, after, targets, [])
             straight = [r for r, t in enumerate(targets) if t and not self.lengths[r]]
             defer = defer and len(straight) == self.batch
-            with _on_the_side(self.device) if defer else nullcontext():
-                call.jobs.extend(self._jobs(targets, call, straight))
+            call.jobs.extend(self._jobs(targets, call, straight))
             if defer:
                 self.pending = call, saved
             else:
@@ -475,8 +451,6 @@ class LayerCache:
             return
         (call, saved), self.pending = self.pending, None
         try:
-            if self.device.type == "cuda":
-                torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
             self._store(call)
         except BaseException:
             self.__dict__.update(saved)
@@ -584,6 +558,7 @@ class LayerCache:
         elif self.queries is not None:
             if not self.queries:
                 self.query_padding = pad
+            queries = queries if queries.stride(-1) == 1 else queries.contiguous()
             self.queries = [*self.queries, queries.to(self.dtype)]
 
     def _resize_ring(self, slots: int) -> None:
@@ -1060,9 +1035,9 @@ class LayerCache:
         by_block = [row[:: self.preset.align // self.preset.chunk] for row in self.segment_rows]
         for rows, table in ((self.page_rows, self.pages.page_table), (by_block, self.pages.segment_table)):
             width = table.shape[1]
-            padded = _on_host([row + [0] * (width - len(row)) for row in rows], torch.int32, self.device)
+            padded = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32)
             table.copy_(padded.view(-1, width), non_blocking=True)
-        self.pages.lengths.copy_(_on_host(self.cold, torch.int32, self.device), non_blocking=True)
+        self.pages.lengths.copy_(torch.tensor(self.cold, dtype=torch.int32), non_blocking=True)
         if self.hot_slots:
             hot = self.key_positions[:, self.pinned_slots :]
             hot.masked_fill_(hot < self.pages.lengths[:, None], -1)
@@ -1276,7 +1251,7 @@ class SpectralCache:
             layer.finish()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.finish()  # copies have no part in a stream's work
+        self.finish()
         return self.__dict__
 
     def _layer(self, layer: int) -> LayerCache:
@@ -1323,9 +1298,9 @@ class SpectralCache:
             k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
             queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
             padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
-            defer: if the layer is empty and every row compresses something, start to work out the bases, on a GPU on a
-                stream of its own, and leave the rest to `finish` or to the next call. k, v and queries are kept, and may
-                not change, until then.
+            defer: if the layer is empty and every row compresses something, give the device what works out the bases, and
+                leave the rest to `finish` or to the next call: it needs numbers from the device, which other work given to
+                it in between (attention to the prompt) hides the wait for. v and queries may not change until then.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """

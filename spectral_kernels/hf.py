@@ -470,7 +470,7 @@ def _attention(
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
                 step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
-        # The bases are worked out beside attention, whose many short blocks leave room again and again.
+        # While the device attends, the host gets what it needs to go on with the cache.
         out = _dense_attention(step, query, key, value, scaling)
         if step.cache is not None and step.cache.spectral is not None:
             with torch.no_grad():
