@@ -33,10 +33,11 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -49,7 +50,7 @@ from perf._timing import versions
 from perf.generate import DTYPES, load
 from spectral_kernels import cache as cache_module
 from spectral_kernels import compress
-from spectral_kernels.cache import PRESETS, Preset, SpectralCache
+from spectral_kernels.cache import PRESETS, LayerCache, Preset, SpectralCache
 from spectral_kernels.hf import enable, v_metrics
 from spectral_kernels.pages import HEAD_DIMS
 from spectral_kernels.rope import Rope, rotate
@@ -355,6 +356,7 @@ def ablations(preset: Preset, head_dim: int) -> dict[str, Callable[[Prefix], Sto
     rows["no sinks"] = partial(store_spectral, preset=replace(preset, sinks=0))
     rows["no metric of K"] = lambda p: patched(p, cache_module, "query_metric", lambda *args, **kwargs: None)
     rows["K's metric of 512 queries"] = lambda p: patched(p, cache_module, "query_metric", _of_last_queries)
+    rows["query heads count alike"] = lambda p: patched(p, LayerCache, "_shares", lambda _, w: torch.ones_like(w))
     rows["no metric of V"] = lambda p: store_spectral(replace(p, metrics=[None] * len(p.k)), preset)
     rows["no queries"] = partial(store_spectral, preset=preset, queries=False)
     rows["K not centred"] = lambda p: patched(p, cache_module, "fit_spectra", _without_mean)
@@ -511,25 +513,23 @@ def attention_errors(prefix: Prefix, stored: Stored, layer: int, *, queries: int
 
 def measure(
     model: Any, case: Case, schemes: dict[str, Callable[[Prefix], Stored]], *, model_name: str, bar: Any = None
-) -> list[Row]:
-    """All schemes on one case; the context is read once."""
+) -> Iterator[Row]:
+    """All schemes on one case, as they come; the context is read once."""
     prefix = read_prefix(model, case)
     exact = predict(model, case, [(prefix.rotated(k), v) for k, v in zip(prefix.k, prefix.v, strict=True)])
     if bar is not None:
         bar.update(1)
     dense = _token_bytes(prefix)
-    rows = []
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
         recalled = int(result.pop("recalled"))
         ratios = (prefix.tokens * dense / stored.nbytes, dense / stored.token_bytes)
-        rows.append(
-            Row(model_name, case.name, case.context, name, *ratios, **result, needles=len(case.answers), recalled=recalled)
+        yield Row(
+            model_name, case.name, case.context, name, *ratios, **result, needles=len(case.answers), recalled=recalled
         )
         if bar is not None:
             bar.update(1)
-    return rows
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
@@ -615,12 +615,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         schemes |= ablations(PRESETS[args.ablation], model.get_decoder().layers[0].self_attn.head_dim)
     ran = versions()  # now: the tree may change while this runs
     rows: list[Row] = []
-    with tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar:
-        for case in cases:
-            rows += measure(model, case, schemes, model_name=name, bar=bar)
+    with (
+        tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar,
+        args.json.open("w") if args.json else nullcontext() as out,
+    ):
+        for row in chain.from_iterable(measure(model, case, schemes, model_name=name, bar=bar) for case in cases):
+            rows.append(row)
+            if out is not None:  # at once: a run may take long
+                out.write(json.dumps({**vars(row), **ran}) + "\n")
+                out.flush()
     print(table(rows))
-    if args.json:
-        args.json.write_text("".join(json.dumps({**vars(row), **ran}) + "\n" for row in rows))
     png = args.png or (args.json.with_suffix(".png") if args.json else Path("quality.png"))
     frontier(rows, png)
     print(f"\nfrontier: {png}")
