@@ -137,6 +137,23 @@ def gram(card: Card) -> Kernel:
     return Kernel([partial(sk.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, f"G={KV_HEADS} T={tokens} D={DIM}")
 
 
+def query_metric(card: Card) -> Kernel:
+    tokens = tokens_of(card, 2 * HEADS * DIM)
+    q = torch.randn(1, HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
+    inv_freq = 5e5 ** -(np.arange(0, DIM, 2) / DIM)
+    rope = sk.Rope.from_inv_freq(torch.as_tensor(inv_freq), device=card.device)
+
+    def check() -> None:
+        part, chunk = q[:, -HEADS // KV_HEADS :, :160], 64
+        data = numpy_of(part)
+        want = compress_oracle.query_metric(data, inv_freq, 1.0, chunk=chunk, kv_heads=1)
+        got = sk.query_metric(part, rope, chunk=chunk, kv_heads=1)
+        budgets.check(got, want, budgets.query_metric(data, inv_freq, 1.0, card.dtype, chunk, 1))
+
+    call = partial(sk.query_metric, q, rope, chunk=ALIGN, kv_heads=KV_HEADS)
+    return Kernel([call], q.nbytes + 4 * KV_HEADS * DIM**2, check, f"H={HEADS} G={KV_HEADS} T={tokens} D={DIM}")
+
+
 def fit_steps(card: Card) -> Kernel:
     tokens, bands = 2048, preset_layout(LAYOUT, DIM).k
     nbytes = 4 * KV_HEADS * bands.rank * (tokens + 1)
@@ -275,6 +292,7 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "phase_align": partial(rotate, chunk=ALIGN),
     "project_queries": project_queries,
     "gram": gram,
+    "query_metric": query_metric,
     "fit_steps": fit_steps,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},

@@ -313,6 +313,7 @@ def _exact_split(
     stride_key_positions_b,
     stride_key_positions_g,
     HG: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -331,7 +332,7 @@ def _exact_split(
     position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
-    if Q == 1:  # all rows are one query's
+    if ONE_QUERY:  # all rows are one query's
         phase = (tl.load(positions_ptr + b * stride_positions_b).to(tl.int64) * turns)[None, :]
     else:
         phase = position[:, None] * turns[None, :]
@@ -417,6 +418,7 @@ def _attend_exact_kernel(
     stride_key_positions_b,
     stride_key_positions_g,
     HG: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
     C: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -433,7 +435,7 @@ def _attend_exact_kernel(
         tl.program_id(2).to(tl.int64), N, splits, Q, G, softmax_scale, rotary_scale,
         stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
         stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
-        HG, C, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+        HG, ONE_QUERY, C, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
     )  # fmt: skip
 
 
@@ -614,6 +616,7 @@ def _prepare_kernel(
     stride_key_positions_b,
     stride_key_positions_g,
     HG: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
     HG_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
@@ -653,7 +656,7 @@ def _prepare_kernel(
                 softmax_scale, rotary_scale,
                 stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
                 stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
-                HG, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+                HG, ONE_QUERY, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
             )  # fmt: skip
 
 
@@ -1195,6 +1198,7 @@ def attend_spectral(
                 *v.stride()[:3],
                 *_key_strides(key_positions),
                 HG=group,
+                ONE_QUERY=queries == 1,
                 ALIGN=layout.align,
                 D=dim,
                 PAIRS=rope.turns.shape[0],
@@ -1468,6 +1472,7 @@ def _launch_exact(
         *v.stride()[:3],
         *_key_strides(key_positions),
         HG=group,
+        ONE_QUERY=queries == 1,
         C=chunk,
         D=dim,
         PAIRS=rope.turns.shape[0],

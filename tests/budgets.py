@@ -328,6 +328,23 @@ def joined(states: list[State], allowed: list[tuple[F64, F64]]) -> tuple[tuple[F
 # compress.py
 
 
+def query_metric(q: F64, inv_freq: F64, scaling: float, dtype: torch.dtype, chunk: int, kv_heads: int) -> F64:
+    """The mean of |y||y|^T, with |y| the pairs' lengths: queries are turned and stored in their dtype (twice in a
+    product), turned by up to 4 more angles, and as many products are added as there are queries in a chunk, then
+    chunks."""
+    size = rope_oracle.scale_rotary(rope_oracle.pair_magnitude(q, inv_freq), inv_freq, scaling**2)
+    batch, heads, tokens, _ = q.shape
+    # A dimension that does not turn is paired with another one, and products of pairs are what is summed.
+    size = np.maximum(size, np.abs(q).max(-1, keepdims=True) * scaling**4) if len(inv_freq) * 2 < q.shape[-1] else size
+    seen = np.array([m // chunk + 1 for m in range(tokens)])
+    mean = np.zeros((batch, kv_heads, q.shape[-1], q.shape[-1]))
+    for b, h in np.ndindex(batch, heads):
+        mean[b, h * kv_heads // heads] += (size[b, h] * seen[:, None]).T @ size[b, h]
+    mean /= seen.sum() * (heads // kv_heads)
+    depth = chunk * (heads // kv_heads) + tokens // chunk + 16
+    return (2 * U[dtype] + 6 * ANGLE + 4 * depth * ACC) * mean
+
+
 def gram(x: ArrayLike) -> F64:
     """Products of float32 operands (as three tf32 products at worst) added over T tokens one by one at worst."""
     x = np.abs(np.asarray(x, np.float64))

@@ -149,6 +149,10 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     for splits in (2, 33):  # few and many are joined by other kernels
         sk.attend_spectral(q, positions, pages, rope, exact=exact, splits=splits, matrix_units=matrix)
     sk.attend_exact(q, positions, *exact, rope, chunk=chunk, matrix_units=matrix)
+    # Numbers of queries that are specialised in other ways than one is.
+    two = q.expand(-1, -1, 2, -1).contiguous(), positions.repeat(1, 2)
+    sk.attend_spectral(*two, pages, rope, exact=exact, matrix_units=matrix)
+    sk.attend_exact(*two, *exact, rope, chunk=chunk, matrix_units=matrix)
     sk.project_queries(q, positions, pages, rope)
     sk.rotate(x, key_positions, rope)
     sk.phase_align(x, key_positions, rope, chunk=chunk)

@@ -11,7 +11,6 @@ from safetensors import safe_open
 
 from reference import compress as oracle
 from reference import pages as pages_oracle
-from reference import rope as rope_oracle
 from spectral_kernels import compress
 from spectral_kernels.pages import Bands
 from spectral_kernels.rope import phase_align
@@ -114,30 +113,13 @@ def test_gram_budget_has_teeth(rng):
         budgets.check_rejects(mutant, expected, budget, mistake)
 
 
-def metric_budget(q: F64, inv_freq: np.ndarray, scaling: float, dtype: torch.dtype, chunk: int, kv_heads: int) -> F64:
-    """The mean of |y||y|^T, with |y| the pairs' lengths: queries are turned and stored in their dtype (twice in a
-    product), turned by up to 4 more angles, and as many products are added as there are queries in a chunk, then
-    chunks."""
-    size = rope_oracle.scale_rotary(rope_oracle.pair_magnitude(q, inv_freq), inv_freq, scaling**2)
-    batch, heads, tokens, _ = q.shape
-    # A dimension that does not turn is paired with another one, and products of pairs are what is summed.
-    size = np.maximum(size, np.abs(q).max(-1, keepdims=True) * scaling**4) if len(inv_freq) * 2 < q.shape[-1] else size
-    seen = np.array([m // chunk + 1 for m in range(tokens)])
-    mean = np.zeros((batch, kv_heads, q.shape[-1], q.shape[-1]))
-    for b, h in np.ndindex(batch, heads):
-        mean[b, h * kv_heads // heads] += (size[b, h] * seen[:, None]).T @ size[b, h]
-    mean /= seen.sum() * (heads // kv_heads)
-    depth = chunk * (heads // kv_heads) + tokens // chunk + 16
-    return (2 * budgets.U[dtype] + 6 * budgets.ANGLE + 4 * depth * budgets.ACC) * mean
-
-
 def check_query_metric(
     implementation: str, q: torch.Tensor, inv_freq: np.ndarray, scaling: float, *, chunk: int, kv_heads: int
 ) -> tuple[F64, F64]:
     """Within its budget; returns the oracle's metric and the budget."""
     own = to_numpy(q)
     expected = oracle.query_metric(own, inv_freq, scaling, chunk=chunk, kv_heads=kv_heads)
-    budget = metric_budget(own, inv_freq, scaling, q.dtype, chunk, kv_heads)
+    budget = budgets.query_metric(own, inv_freq, scaling, q.dtype, chunk, kv_heads)
     call = operation(compress, "query_metric", implementation)
     budgets.check(call(q, rope_of(inv_freq, scaling), chunk=chunk, kv_heads=kv_heads), expected, budget)
     return expected, budget
