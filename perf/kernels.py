@@ -137,6 +137,32 @@ def gram(card: Card) -> Kernel:
     return Kernel([partial(sk.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, f"G={KV_HEADS} T={tokens} D={DIM}")
 
 
+def query_metric(card: Card) -> Kernel:
+    tokens, group = tokens_of(card, 2 * HEADS * DIM), HEADS // KV_HEADS
+    q = torch.randn(1, HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
+    rope, inv_freq = rope_on(card)
+    chunk = 4 * ALIGN  # few starts for the oracle
+    call = partial(sk.query_metric, q, rope, chunk=chunk, kv_heads=KV_HEADS)
+
+    def check() -> None:
+        """The last KV head: all its queries from each chunk's start on, turned by the oracle (no scaling)."""
+        own, seen = numpy_of(q[0, -group:]), np.arange(tokens) // chunk + 1
+        want = np.zeros((DIM, DIM))
+        for start in range(0, tokens, chunk):
+            turned = rope_oracle.rotate(own[:, start:], np.arange(tokens - start), inv_freq).reshape(-1, DIM)
+            want += turned.T @ turned
+        size = rope_oracle.pair_magnitude(own, inv_freq).reshape(-1, DIM)
+        largest = (size * np.tile(seen, group)[:, None]).T @ size
+        # Queries turned and rounded, twice in a product; products added in a chunk, then chunks.
+        depth = chunk * group + tokens // chunk + 16
+        relative = 2 * budgets.U[card.dtype] + 6 * budgets.ANGLE + 4 * depth * budgets.ACC
+        count = seen.sum() * group
+        budgets.check(call()[0, -1], want / count, relative * largest / count)
+
+    nbytes = q.nbytes + 4 * KV_HEADS * DIM**2
+    return Kernel([call], nbytes, check, f"H={HEADS} G={KV_HEADS} T={tokens} D={DIM}")
+
+
 def fit_steps(card: Card) -> Kernel:
     tokens, bands = 2048, preset_layout(LAYOUT, DIM).k
     nbytes = 4 * KV_HEADS * bands.rank * (tokens + 1)
@@ -275,6 +301,7 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "phase_align": partial(rotate, chunk=ALIGN),
     "project_queries": project_queries,
     "gram": gram,
+    "query_metric": query_metric,
     "fit_steps": fit_steps,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},

@@ -47,7 +47,7 @@ from tests.test_attention import check_exact, check_spectral
 from tests.test_compress import (
     check_encode,
     check_error_weights,
-    check_fit_steps,
+    check_fit_quantisers,
     check_gram,
     check_query_metric,
     decode_oracle,
@@ -291,12 +291,12 @@ def fuzz_decode(draw: Draw) -> None:
     budgets.check(operation(compress, "decode", implementation)(pages_of(arrays), side=side), expected, budget)
 
 
-def fuzz_fit_steps(draw: Draw) -> None:
+def fuzz_fit_quantisers(draw: Draw) -> None:
     implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
     c = rng.standard_normal((draw.int("tokens", 300, 500), 16)) * np.exp(
         draw.of("spread", 0.0, 3.0) * rng.standard_normal(16)
     )
-    check_fit_steps(implementation, c, draw.of("bits", 8, 4, 2))
+    check_fit_quantisers(implementation, c, draw.of("bits", 8, 4, 2))
 
 
 def fuzz_gram(draw: Draw) -> None:
@@ -359,7 +359,7 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "query_metric": (fuzz_query_metric, 0.02),
     "error_weights": (fuzz_error_weights, 0.02),
     "eigenvectors": (fuzz_eigenvectors, 0.025),
-    "fit_steps": (fuzz_fit_steps, 0.025),
+    "fit_quantisers": (fuzz_fit_quantisers, 0.025),
 }
 
 
