@@ -380,7 +380,7 @@ def test_fit_encoder_with_a_component_of_zeros(rng):
     assert np.isfinite(got).all()
 
 
-def check_fit_steps(implementation: str, c: F64, bits: int) -> None:
+def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
     """c [T, 16]. Near the least squared error of a uniform quantiser, found here by a scan thirty times as fine.
 
     Neighbouring steps of the fit lie a thirtieth of the widest apart, and the error goes with the square of the step:
@@ -417,7 +417,7 @@ def test_fit_steps(rng, implementation, bits, kind):
         "uniform": lambda: rng.uniform(-1, 1, (400, 16)),
         "outliers": lambda: rng.standard_normal((400, 16)) * np.where(rng.random((400, 16)) < 0.01, 20, 1),
     }[kind]() * np.exp(3 * rng.standard_normal(16))
-    check_fit_steps(implementation, c, bits)
+    check_fit_quantisers(implementation, c, bits)
 
 
 def test_fit_steps_of_floats_and_zeros(rng):

@@ -47,7 +47,7 @@ from tests.test_attention import check_exact, check_spectral
 from tests.test_compress import (
     check_encode,
     check_error_weights,
-    check_fit_steps,
+    check_fit_quantisers,
     check_gram,
     check_query_metric,
     decode_oracle,
@@ -296,7 +296,7 @@ def fuzz_fit_quantisers(draw: Draw) -> None:
     c = rng.standard_normal((draw.int("tokens", 300, 500), 16)) * np.exp(
         draw.of("spread", 0.0, 3.0) * rng.standard_normal(16)
     )
-    check_fit_steps(implementation, c, draw.of("bits", 8, 4, 2))
+    check_fit_quantisers(implementation, c, draw.of("bits", 8, 4, 2))
 
 
 def fuzz_gram(draw: Draw) -> None:
