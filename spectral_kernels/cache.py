@@ -147,7 +147,7 @@ _K, _V = ({dim: menus[side] for dim, menus in _BANDS.items()} for side in (0, 1)
 PRESETS: dict[str, Preset] = {
     "exact": Preset(),
     # Short windows and more bits for older tokens lose less than the reverse at the same bytes (README, Quality).
-    "quality": Preset(k=_K, v=_V, ratio=5.28, align=256, window=32),
+    "quality": Preset(k=_K, v=_V, ratio=5.28, window=32),
     "balanced": Preset(k=_K, v=_V, ratio=8.0, window=16),
     "small": Preset(k=_K, v=_V, ratio=12.1, window=16),
 }
