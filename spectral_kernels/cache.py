@@ -423,8 +423,7 @@ class LayerCache:
         if min(pad) == tokens:
             return  # no tokens, or nothing but padding
         after = [n + tokens - p for n, p in zip(self.lengths, pad, strict=True)]
-        late = self.late if tokens < self.preset.chunk else 0
-        targets = [self._chunks_wanted(row, n - late) for row, n in enumerate(after)]
+        targets = [self._chunks_wanted(row, n - self._late(tokens)) for row, n in enumerate(after)]
         saved = self._host_state() if targets != self.chunks else {**self.__dict__}
         try:
             if self.queries is not None:
@@ -505,7 +504,7 @@ class LayerCache:
             stops = [min(e, t) for e, t in zip(ends, targets, strict=True)]
             self._compress(stops, self._jobs(stops, None, rows))
             compressed = True
-        self._look_at_residuals(before)
+        self._look_at_residuals(before, self._late(tokens))
         if compressed:
             least = max(self.preset.window + chunk, *(n - c for n, c in zip(self.lengths, self.cold, strict=True)))
             if self.hot_slots > 2 * least:  # the tokens that waited for the first fit have left
@@ -529,6 +528,10 @@ class LayerCache:
         if any(pad) and any(self.lengths):
             raise ValueError(f"padding: expected none on a cache that holds tokens, got {pad}")
         return pad
+
+    def _late(self, tokens: int) -> int:
+        """How many tokens later than it could the layer compresses in a call of so many: decoding alone takes turns."""
+        return self.late if tokens < self.preset.chunk else 0
 
     def _chunks_wanted(self, row: int, length: int) -> int:
         """Cold chunks that a row should have for a length: never fewer than it has."""
@@ -756,11 +759,14 @@ class LayerCache:
         weighted = v_off if metric is None else v_off @ metric
         return torch.stack((k_off.square().sum(-1), (weighted * v_off).sum(-1)))
 
-    def _look_at_residuals(self, before: list[int]) -> None:
-        """End the segments of rows that begin a block of alignment and lose too much. Waits for the device."""
+    def _look_at_residuals(self, before: list[int], late: int) -> None:
+        """End the segments of rows that began a block of alignment and lose too much. Waits for the device.
+
+        As late as they compress: no sooner, so that layers take turns, and no later, as a segment ends where a block does
+        that no cold token lies past.
+        """
         align, chunk = self.preset.align, self.preset.chunk
-        # Layers look at different steps, too.
-        blocks = [[(n - self.late) // align for n in lengths] for lengths in (self.lengths, before)]
+        blocks = [[(n - late) // align for n in lengths] for lengths in (self.lengths, before)]
         crossed = [now > old for now, old in zip(*blocks, strict=True)]
         rows = [r for r, at in enumerate(crossed) if at and self.measured[r] and self.ends[r] is None]
         if not rows:

@@ -1131,6 +1131,20 @@ def test_no_step_compresses_many_layers(rng):
     assert len({tuple(layer.cold) for layer in cache.layers}) == 1
 
 
+def test_a_late_layer_ends_its_segments_where_others_do(rng):
+    """Parts of a chunk and more are compressed at once in all layers, which then look at what was lost at once."""
+    preset = Preset(k={64: "16x4+16x2"}, v={64: "16x4+16x2"}, align=128, window=16, min_fit=256, max_residual=1.5)
+    cache = make_cache(preset, layers=8, batch=1)
+    x = torch.cat([low_rank(rng, 1, 1472) for _ in range(2)], dim=2)
+    for layer in (0, 7):
+        cache.append(layer, x[:, :, :1496], x[:, :, :1496])
+        for start in range(1496, x.shape[2], CHUNK):  # a chunk ends soon after a block begins
+            part = x[:, :, start : start + CHUNK].contiguous()
+            cache.append(layer, part, part)
+    assert cache.layers[7].late == 7 * CHUNK // 8
+    assert cache.layers[0].segment_rows == cache.layers[7].segment_rows and len(segments_of(cache.layers[7], 0)) == 2
+
+
 def test_a_late_layer_is_dense_attention(rng):
     """The last of many layers, all its tokens in its ring or its pages, at every step of two chunks."""
     trial = Trial(rng, LOSSLESS, batch=2, layers=8)
