@@ -253,7 +253,7 @@ def tensors() -> Prefix:
 
 
 # Five percent above what was measured when these were set: a worse codec fails, rounding does not.
-@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.250, 0.166), (7, 0.333, 0.232), (10, 0.430, 0.356)])
+@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.257, 0.164), (7, 0.355, 0.243), (10, 0.446, 0.363)])
 def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
     """D = 128. For comparison: outputs of the 3-bit yardstick at 4.0 are off by 0.139, of the 2-bit one at 5.3 by 0.336."""
     base = PRESETS["small"]
@@ -262,7 +262,7 @@ def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
 
 
 @pytest.mark.parametrize(
-    ("preset", "scores", "outputs"), [("quality", 0.106, 0.147), ("balanced", 0.498, 0.194), ("small", 0.709, 0.314)]
+    ("preset", "scores", "outputs"), [("quality", 0.134, 0.149), ("balanced", 0.479, 0.228), ("small", 0.731, 0.323)]
 )
 def test_errors_on_the_embedded_model(prefix, preset, scores, outputs):
     got = mean_errors(prefix, preset)
@@ -276,7 +276,7 @@ def test_a_stream_keeps_its_quality(tensors):
         np.mean([quality.attention_errors(tensors, stored, n) for n in range(len(tensors.k))], axis=0)
         for stored in (store(tensors) for store in schemes.values())
     )
-    assert renewed[1] <= 0.356  # five percent above what it was when this was set
+    assert renewed[1] <= 0.334  # five percent above what it was when this was set
     assert renewed[1] < 0.85 * one[1] and renewed[0] < one[0]
 
 
@@ -296,7 +296,7 @@ def test_error_targets_have_teeth(tensors, change):
     base = PRESETS["small"]
     stored = quality.ablations(Preset(k=base.k, v=base.v, ratio=10), 128)[change](tensors)
     scores, outputs = np.mean([quality.attention_errors(tensors, stored, n) for n in range(len(tensors.k))], axis=0)
-    assert scores > 0.430 or outputs > 0.356
+    assert scores > 0.446 or outputs > 0.363
 
 
 def test_needles_through_the_presets(embedded, case, prefix, exact):
