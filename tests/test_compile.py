@@ -34,6 +34,9 @@ KERNELS = {
 }
 # Loads and stores of local memory that a kernel's innermost loops have today, at most: no other kernel may have any.
 LOOP_SPILLS = {
+    "_attend_exact_kernel": 4,  # D = 256, several queries
+    "_attend_spectral_kernel": 27,  # 16-bit sides, sm_100; none with integers
+    "_finish_spectral_kernel": 4,  # sm_120
     "_orthogonalise_kernel": 156,  # triton 3.6; 8 with 3.9
     "_prepare_kernel": 2,  # sm_80, several queries
 }
