@@ -151,13 +151,8 @@ def query_metric(card: Card) -> Kernel:
         for start in range(0, tokens, chunk):
             turned = rope_oracle.rotate(own[:, start:], np.arange(tokens - start), inv_freq).reshape(-1, DIM)
             want += turned.T @ turned
-        size = rope_oracle.pair_magnitude(own, inv_freq).reshape(-1, DIM)
-        largest = (size * np.tile(seen, group)[:, None]).T @ size
-        # As tests/budgets.py has it, for one head.
-        depth = chunk * group + tokens // chunk + 16
-        relative = 2 * budgets.U[card.dtype] + 6 * budgets.ANGLE + 4 * depth * budgets.ACC
-        count = seen.sum() * group
-        budgets.check(call()[0, -1], want / count, relative * largest / count)
+        budget = budgets.query_metric(own[None], inv_freq, 1.0, card.dtype, chunk, 1)[0, 0]
+        budgets.check(call()[0, -1], want / (seen.sum() * group), budget)
 
     nbytes = q.nbytes + 4 * KV_HEADS * DIM**2
     return Kernel([call], nbytes, check, f"H={HEADS} G={KV_HEADS} T={tokens} D={DIM}")

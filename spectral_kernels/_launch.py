@@ -44,6 +44,15 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
+def _bf16_parts(x):
+    """Three bf16 numbers whose sum is float32 x, largest first."""
+    first = x.to(tl.bfloat16)
+    rest = x - first.to(tl.float32)
+    second = rest.to(tl.bfloat16)
+    return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
     """float32 a [.., M, K] @ b [.., K, N] in float32 accuracy, or multiply and sum.
 
@@ -51,10 +60,7 @@ def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
     arithmetic (NATIVE): a is the sum of three bf16 parts.
     """
     if MATRIX and NATIVE and b.dtype == tl.bfloat16:
-        a1 = a.to(tl.bfloat16)
-        rest = a - a1.to(tl.float32)
-        a2 = rest.to(tl.bfloat16)
-        a3 = (rest - a2.to(tl.float32)).to(tl.bfloat16)
+        a1, a2, a3 = _bf16_parts(a)
         out = tl.dot(a3, b)
         out = tl.dot(a2, b, out)
         out = tl.dot(a1, b, out)
@@ -84,10 +90,7 @@ def dot_int8_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr):
     """
     if MATRIX and NATIVE:
         a16 = a.to(tl.bfloat16)
-        b1 = b.to(tl.bfloat16)
-        rest = b - b1.to(tl.float32)
-        b2 = rest.to(tl.bfloat16)
-        b3 = (rest - b2.to(tl.float32)).to(tl.bfloat16)
+        b1, b2, b3 = _bf16_parts(b)
         out = tl.dot(a16, b3)
         out = tl.dot(a16, b2, out)
         out = tl.dot(a16, b1, out)

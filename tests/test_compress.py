@@ -381,11 +381,8 @@ def test_fit_encoder_with_a_component_of_zeros(rng):
 
 
 def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
-    """c [T, 16]. Near the least squared error of a uniform quantiser, found here by a scan thirty times as fine.
-
-    Neighbouring steps of the fit lie a thirtieth of the widest apart, and the error goes with the square of the step:
-    7 % for a component that wants the widest, and as much again for the sample's noise; less on average over
-    components.
+    """c [T, 16]. The least squared error of the steps that are tried, a thirtieth of the widest apart; on average over
+    components near the least of a uniform quantiser, found here by a scan thirty times as fine.
     """
     bands = Bands(((16, bits),))
     # Two choices at once: the first is of other bits.
