@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from spectral_kernels import _launch
+
 ROOT = Path(__file__).resolve().parents[1]
 Call = Callable[[], Any]
 
@@ -149,19 +151,23 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
 def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]:
     """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's records.
 
-    Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by one: a kernel's own time
-    does not depend on that.
+    Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by one, each when the one
+    before has ended: one that starts early would count its waiting.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(rounds):
-            for call in calls:
-                call()
+    overlap, _launch.OVERLAP = _launch.OVERLAP, False
+    try:
+        for call in calls:
+            call()
         torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+            torch.cuda.synchronize()
+    finally:
+        _launch.OVERLAP = overlap
     found: dict[str, list[float]] = {}
     for event in profiler.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:

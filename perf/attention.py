@@ -4,16 +4,16 @@
     python -m perf.attention --json                     all shapes; rows go to perf/results/attention.jsonl
 
 A step is what a layer runs for a new token: `attend_spectral(.., exact=..)` over the newest 128 tokens and 4 sinks, exact,
-and the cold pages of the others (query projection, cold kernel, merge of all states). A peer reads all tokens in 16 bits
+and the cold pages of the others, with the projected queries and the merge of all states. A peer reads all tokens in 16 bits
 (or fp8). Queries, keys and values are bf16, before sm_80 fp16. First every kernel variant is compiled and checked on small
 shapes; each row and each peer is checked again before it is timed: ours against float64 within a derived budget
 (perf/_cases.py), a peer against float64 within the rounding of its 16-bit weights and output. Times: perf/_timing.py. Those
-of a step's kernels alone are the profiler's. `read_share` is of the cold kernel alone: the page bytes that it must read
-over its time, as a share of the bandwidth of a read-only pass in the same run.
+of a step's kernels alone are the profiler's. `read_share` is of `_attend_spectral_kernel` alone, with all that it does: the
+page bytes that it must read over its time, as a share of the bandwidth of a read-only pass in the same run.
 
 Row: gpu commit B H G D T layout chunk align p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us gbs
-project_us (from sm_80 on with the exact tokens) kernel_us (cold) exact_us (before sm_80) merge_us kernel_gbs read_share
-read_gbs budget_share peers {name: microseconds, or why there is no figure} torch triton date.
+kernel_us (from sm_80 on all but the merge) project_us exact_us (both before sm_80) merge_us kernel_gbs read_share read_gbs
+budget_share peers {name: microseconds, or why there is no figure} torch triton date.
 The same arguments draw the same shapes; tables and plot: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -49,7 +49,7 @@ TARGETS = tuple(Shape(b, 32, 8, 128, t) for b, t in ((16, 65536), (1, 131072), (
 SMALL_SHAPES = ((1, 2048), (1, 32768), (16, 8192))  # B, T checked first: they compile all that the others launch
 PAGE = 64  # tokens of a FlashInfer page
 STEP_KERNELS = {  # what a step launches (one of these names), by the columns of a row
-    "project_us": ("_prepare_kernel", "_project_operand_kernel"),
+    "project_us": ("_project_operand_kernel",),
     "kernel_us": ("_attend_spectral_kernel", "_attend_operands_kernel"),
     "exact_us": ("_attend_exact_kernel",),
     "merge_us": ("_finish_spectral_kernel",),

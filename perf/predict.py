@@ -35,7 +35,6 @@ TRUSTED = 0.3  # the error that issue 5 allows the forced path at B = 4, T = 32K
 # a query, the records of 4 heads.
 LINES = {"_project_operand_kernel": {("LDG", 16): 8, ("LDG", 2): 4, ("STG", 1): 4}}
 COLUMNS = {  # kernels by the columns of perf.attention's rows
-    "_prepare_kernel": "project_us",
     "_project_operand_kernel": "project_us",
     "_attend_spectral_kernel": "kernel_us",
     "_attend_operands_kernel": "kernel_us",
@@ -50,14 +49,15 @@ def tiles(values: dict[str, Any], shape: Shape) -> int:
 
 
 def rounds(values: dict[str, Any], shape: Shape) -> int:
-    """Of a program of `_prepare_kernel`: M rows at a time, each a block and a head."""
-    return max(1, values["each"] * values["HG_PAD"] // values["M"])
+    """Of a program of `_attend_spectral_kernel` that projects its queries: M rows at a time, each a block and a head."""
+    each = math.ceil(math.ceil(shape.cold / values["C"]) / values["splits"])
+    return math.ceil(math.ceil(each * values["C"] / values["ALIGN"]) * values["HG_PAD"] / values["M"])
 
 
-TRIPS: dict[str, Callable[[dict[str, Any], Shape], int]] = {  # of the loop with matrix instructions; others run once
-    "_attend_spectral_kernel": tiles,
-    "_attend_operands_kernel": tiles,
-    "_prepare_kernel": rounds,
+Trips = Callable[[dict[str, Any], Shape], int]
+TRIPS: dict[str, tuple[Trips, ...]] = {  # of the loops with integer matrix instructions, in order; others run once
+    "_attend_spectral_kernel": (rounds, tiles),
+    "_attend_operands_kernel": (tiles,),
 }
 
 
@@ -68,7 +68,7 @@ def launches(card: Card, cases: Sequence[tuple[Shape, str]], old: bool) -> list[
     dtype = torch.bfloat16 if stand_in(card.capability, recorder, old) else torch.float16
     _launch.multiprocessors = lambda device: card.multiprocessors
     count, cuda = attention.count_splits, torch.device("cuda")
-    attention.count_splits = lambda programs, tiles, device, each: count(programs, tiles, cuda, each)
+    attention.count_splits = lambda programs, tiles, device, each, less=0: count(programs, tiles, cuda, each, less)
     out = []
     for shape, name in cases:
         layout = preset_layout(name, shape.dim)
@@ -97,10 +97,9 @@ def simulate(card: Card, launched: Launched, shape: Shape) -> Estimate:
     streams: list[int] = []
     visits = [(loop, 1) for loop in loops]
     if name in TRIPS:
-        hot = min((loop for loop in loops if any(i.operation == "IMMA" for i in loop)), key=len)
-        visits = [(hot, TRIPS[name](launched.values, shape))]
-        if TRIPS[name] is tiles:
-            streams = [i.at for i in hot]
+        hot = [loop for loop in loops if any(i.operation == "IMMA" for i in loop)]
+        visits = [(loop, trips(launched.values, shape)) for loop, trips in zip(hot, TRIPS[name], strict=True)]
+        streams = [i.at for i in hot[-1]]
     launch = Launch(code, launched.programs, launched.row["warps"], launched.row["registers"], launched.row["shared_bytes"])
     return estimate(card, launch, visits, streams, LINES.get(name, {}))
 
@@ -123,7 +122,7 @@ def predict(card: Card, cases: Sequence[tuple[Shape, str]], old: bool) -> list[P
             kernel = launch.row["kernel"]
             found = simulate(card, launch, shape)
             kernels[kernel] = found.seconds * 1e6 + START
-            if TRIPS.get(kernel) is tiles:
+            if kernel in TRIPS:
                 issue = found.issue
         read = shape.page_bytes(preset_layout(name, shape.dim)) / card.bytes_per_second * 1e6
         out.append(Prediction(kernels, issue, sum(kernels.values()) + GAP * len(kernels), read))
@@ -154,7 +153,7 @@ class Comparison(NamedTuple):
 
 def comparisons(rows: Iterable[dict[str, Any]]) -> list[Comparison]:
     """Measured beside predicted, for rows of perf.old_cards (all of `attend_spectral`, and each kernel) and of
-    perf.attention (each kernel: its step has another launch besides).
+    perf.attention (each kernel; the exact tokens of its step are not in the prediction).
 
     Rows of cards that are not in CARDS, and of pages other than the layout's, are left out.
     """

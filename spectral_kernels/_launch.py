@@ -28,6 +28,15 @@ def has_large_shared_memory(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
+# Whether launches overlap where they can; perf times each kernel by itself without.
+OVERLAP = True
+
+
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel may start before the one ahead of it has ended (programmatic dependent launch): from sm_90."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def check_bf16(name: str, x: torch.Tensor) -> None:
     """Cards before sm_80 have no bf16 arithmetic: convert such inputs to fp16 or fp32.
 

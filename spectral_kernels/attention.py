@@ -10,11 +10,11 @@ turned query, a projected query u (once a block) and the weights (once a tile of
 Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shifted, so a field that starts at bit b holds
 2**b times its code; u has 2**-b in it. A 16-bit side uses three-product tf32 dots instead.
 
-Three launches: `_prepare_kernel` (u, a program some blocks and a KV head; and the exact tokens of a decode step),
-`_attend_spectral_kernel` (one split of the pages each) and `_finish_spectral_kernel` (joins the splits and the exact
-tokens, and applies the V basis once a segment). Pages hold operand fragments, so what a thread loads goes to the matrix
-units as it is. The warps of a program of the second work on a tile of tokens each (from sm_80; attention_sm75.py before): a
-block of 16 components is as high as one dot, so that they would all compute the same one.
+Two launches: `_attend_spectral_kernel` (a split of the pages each, for whose blocks it projects the queries first; and the
+exact tokens of a decode step) and `_finish_spectral_kernel` (joins the splits and the exact tokens, and applies the V basis
+once a segment), which from sm_90 starts while the first ends. Pages hold operand fragments, so what a thread loads goes to
+the matrix units as it is. The warps of a program of the first work on a tile of tokens each (from sm_80; attention_sm75.py
+before): a block of 16 components is as high as one dot, so that they would all compute the same one.
 
 Exact.  Keys are phase-aligned and unquantised, and stay so: for each block of alignment that has keys in a tile (a few)
 the queries are turned by their distance to its start, in float32. 16-bit keys and values are operands as they are: the
@@ -37,7 +37,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin, cos_sin_of_phase, dot_f32, dot_int8_f32
+from ._launch import cos_sin_of_phase, dot_f32, dot_int8_f32
 from .merge import merge_many_states, merge_states_torch
 from .pages import HEAD_DIMS, PageLayout, Pages, unpack_pages
 from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
@@ -447,15 +447,13 @@ def _project_blocks(
     basis_ptr,
     scale_ptr,
     segment_table_ptr,
-    lengths_ptr,
     u_ptr,
-    unit_ptr,
-    bias_ptr,
+    affine_ptr,
     first,
+    blocks,
+    u_row,
     g,
     bq,
-    max_blocks,
-    each,
     Q,
     G,
     softmax_scale,
@@ -464,39 +462,36 @@ def _project_blocks(
     stride_q_h,
     stride_q_q,
     stride_positions_b,
-    stride_segments_b,
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     GROUPS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     M: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of `each` blocks from `first` on and one KV head, as the cold kernel reads them, in log2 units:
+    """The projected queries of blocks first .. blocks - 1 and one KV head in rows u_row + block, in log2 units:
 
-    u [B*Q, G, max_blocks, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`,
-    by `_weight`), with unit and bias (sum of u times `_offset`) [B*Q, G, max_blocks, HG_PAD] float32.
-    A 16-bit side: u [B*Q, G, max_blocks, HG_PAD, R] float32.
+    u [rows, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`, by `_weight`),
+    with affine [rows, HG_PAD, 2] float32: their unit, and the sum of u times `_offset`. A 16-bit side: u [rows, HG_PAD, R]
+    float32.
     M rows at a time, each a block and a head of the group.
     """
     STEPS: tl.constexpr = (R + 31) // 32
     ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
     BLOCK_D: tl.constexpr = _power_of_2(D)
+    BLOCK_R: tl.constexpr = max(32, _power_of_2(R))
     b = bq // Q
-    segment_table_ptr += b * stride_segments_b
     segment = tl.load(segment_table_ptr + first)
-    blocks = tl.minimum(tl.cdiv(tl.load(lengths_ptr + b), ALIGN), first + each)
     h = tl.arange(0, M) % HG_PAD
     local = tl.arange(0, M) // HG_PAD
     position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
     q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-    row_out = ((bq * G + g) * max_blocks + local) * HG_PAD + h
+    row_out = (u_row + local) * HG_PAD + h
     if not IS_FLOAT:
         d = tl.arange(0, BLOCK_D)
         partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
@@ -512,11 +507,7 @@ def _project_blocks(
         full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
         q *= full
         q_partner *= full
-        # Turned back by the blocks from the first of ROWS to each: what is left to turn by is the same for all rows.
-        back = -tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
-        back_cos, back_sin = cos_sin_of_phase(back, NATIVE)
-        back_cos, back_sin = back_cos[:, None, :], back_sin[:, None, :]  # [ROWS, 1, BLOCK_D]
-        q, q_partner = q * back_cos + q_partner * back_sin, q_partner * back_cos - q * back_sin
+        back = tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
         column = tl.arange(0, BLOCK_R)
         # The component of a product's column: see `_by_thread`.
         r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
@@ -548,8 +539,9 @@ def _project_blocks(
             while more:
                 here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
                 live = (h < HG) & here
-                cos, sin = cos_sin(position - start.to(tl.int64) * ALIGN, turns, NATIVE)  # exact modulo a turn
-                turned = q * cos[None, None, :] + q_partner * sin[None, None, :]  # [ROWS, HG_PAD, BLOCK_D]
+                phase = ((position - start.to(tl.int64) * ALIGN) * turns >> 32).to(tl.int32)  # exact modulo a turn
+                cos, sin = cos_sin_of_phase(phase[None, None, :] - back[:, None, :], NATIVE)
+                turned = q * cos + q_partner * sin  # [ROWS, HG_PAD, BLOCK_D]
                 hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
                 u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)
                 u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
@@ -558,106 +550,17 @@ def _project_blocks(
                 hi, lo, value = _split_int16(u, NATIVE)
                 unit = tl.reshape(tl.reshape(top * (1.0 / _FULL), [ROWS, HG_PAD]) * (largest * (1.0 / _FULL)), [M])
                 out = row_out + start * HG_PAD
-                tl.store(unit_ptr + out, unit, mask=live)
-                tl.store(bias_ptr + out, tl.sum(value * offset, 1) * unit, mask=live)
-                u_row = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
-                u_row += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
+                affine = tl.join(unit, tl.sum(value * offset, 1) * unit)
+                tl.store(affine_ptr + out[:, None] * 2 + tl.arange(0, 2)[None, :], affine, mask=live[:, None])
+                u_at = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
+                u_at += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
                 stored = live[:, None] & (column < STEPS * 32)[None, :]
-                tl.store(u_row, hi, mask=stored)
-                tl.store(u_row + 32, lo, mask=stored)
+                u_at = u_at[:, :, None] + (tl.arange(0, 2) * 32)[None, None, :]
+                tl.store(u_at, tl.join(hi, lo), mask=stored[:, :, None])
                 done = tl.min(tl.where(here, ROWS, local), 0)
                 start += done
                 more = (done == ROWS) & (start < blocks)
         segment = tl.load(segment_table_ptr + start, mask=start < blocks, other=0)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "max_blocks", "each", "N", "exact_each", "exact_splits", "stride_positions_b", "stride_segments_b",
-        "stride_key_positions_b", "stride_key_positions_g",
-    ]
-)  # fmt: skip
-def _prepare_kernel(
-    q_ptr,
-    positions_ptr,
-    turns_ptr,
-    basis_ptr,
-    scale_ptr,
-    segment_table_ptr,
-    lengths_ptr,
-    u_ptr,
-    unit_ptr,
-    bias_ptr,
-    k_ptr,
-    v_ptr,
-    key_positions_ptr,
-    o_ptr,
-    lse_ptr,
-    max_blocks,
-    each,
-    N,
-    exact_each,
-    exact_splits,
-    Q,
-    G,
-    softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_segments_b,
-    stride_k_b,
-    stride_k_g,
-    stride_k_n,
-    stride_v_b,
-    stride_v_g,
-    stride_v_n,
-    stride_key_positions_b,
-    stride_key_positions_g,
-    HG: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
-    HG_PAD: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    GROUPS: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
-    EXACT: tl.constexpr,
-    M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MATRIX: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """What needs the queries but no cold page, in one launch: the projected queries (`_project_blocks`) and, in the last
-    programs, as they are shorter, the exact tokens (`_exact_split`; those of a row's first query are all its queries')."""
-    g = tl.program_id(0).to(tl.int64)
-    bq = tl.program_id(1).to(tl.int64)
-    projections = tl.num_programs(2)
-    if EXACT:
-        projections -= tl.cdiv(Q * HG, BLOCK_M) * exact_splits
-    program = tl.program_id(2)
-    if program < projections:
-        _project_blocks(
-            q_ptr, positions_ptr, turns_ptr, basis_ptr, scale_ptr, segment_table_ptr, lengths_ptr, u_ptr, unit_ptr,
-            bias_ptr, program * each, g, bq, max_blocks, each, Q, G, softmax_scale, rotary_scale,
-            stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_segments_b,
-            HG, HG_PAD, ALIGN, D, PAIRS, R, BLOCK_R, GROUPS, IS_FLOAT, M, MATRIX, NATIVE,
-        )  # fmt: skip
-    elif EXACT:  # without exact tokens their arguments are stand-ins of other types
-        if bq % Q == 0:
-            program -= projections
-            _exact_split(
-                q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-                program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G,
-                softmax_scale, rotary_scale,
-                stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
-                stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
-                HG, ONE_QUERY, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -703,14 +606,27 @@ def _units(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
     return weight, offset
 
 
-@triton.jit(do_not_specialize=["max_blocks", "splits", "stride_pages_b", "stride_segments_b"])
-def _attend_spectral_kernel(
+@triton.jit
+def _prefetch(ptr, BYTES: tl.constexpr):
+    """Ask L2 for BYTES, a multiple of 128, from each of the pointers [N] on."""
+    LINES: tl.constexpr = BYTES // 128
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
+    at = (ptr[:, None] + line[None, :] * 128).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def _cold_split(
+    q_ptr,
+    positions_ptr,
+    turns_ptr,
+    k_basis_ptr,
+    k_scale_ptr,
     k_ptr,
     v_ptr,
     skip_ptr,
     u_ptr,
-    unit_ptr,
-    bias_ptr,
+    affine_ptr,
     basis_ptr,
     scale_ptr,
     page_table_ptr,
@@ -721,10 +637,19 @@ def _attend_spectral_kernel(
     segment_ptr,
     o_ptr,
     o_lse_ptr,
-    max_blocks,
+    split,
+    g,
+    bq,
+    u_blocks,
     splits,
     Q,
     G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
     stride_pages_b,
     stride_segments_b,
     HG: tl.constexpr,
@@ -733,6 +658,7 @@ def _attend_spectral_kernel(
     ALIGN: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
     RK: tl.constexpr,
     RV: tl.constexpr,
     K_BYTES: tl.constexpr,
@@ -741,14 +667,17 @@ def _attend_spectral_kernel(
     V_GROUPS: tl.constexpr,
     K_FLOAT: tl.constexpr,
     V_FLOAT: tl.constexpr,
+    M: tl.constexpr,
     RUN: tl.constexpr,
     W: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One split of the pages of one row, query and KV head: its state over all heads of the group. W warps work on a tile
-    of 64 tokens each, and join their states once a run of chunks that share a segment.
+    """One split of the pages of one row, query and KV head: its state over all heads of the group. The queries are
+    projected for the blocks of the split first; then W warps work on a tile of 64 tokens each, and join their states once a
+    run of chunks that share a segment.
 
+    u, affine: scratch, u_blocks rows a split of its own (`_project_blocks`).
     c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
     [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
     """
@@ -756,9 +685,6 @@ def _attend_spectral_kernel(
     PAGES: tl.constexpr = ALIGN // C
     N: tl.constexpr = 2 * HG_PAD
     STEPS: tl.constexpr = (RK + 31) // 32
-    split = tl.program_id(0)
-    g = tl.program_id(1).to(tl.int64)
-    bq = tl.program_id(2).to(tl.int64)
     b = bq // Q
     length = tl.load(lengths_ptr + b)
     chunks = tl.cdiv(length, C)
@@ -768,7 +694,20 @@ def _attend_spectral_kernel(
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
     segment_table_ptr += b * stride_segments_b
-    u_row = (bq * G + g) * max_blocks
+    first = chunk // PAGES
+    u_row = ((bq * G + g) * splits + split) * u_blocks - first
+    if chunk < end:
+        if NATIVE:  # the first pages come while the queries are projected
+            page = tl.load(page_table_ptr + tl.minimum(chunk + tl.arange(0, TURN), end - 1)).to(tl.int64) * G + g
+            _prefetch(k_ptr + page * (C * K_BYTES), C * K_BYTES)
+            _prefetch(v_ptr + page * (C * V_BYTES), C * V_BYTES)
+        _project_blocks(
+            q_ptr, positions_ptr, turns_ptr, k_basis_ptr, k_scale_ptr, segment_table_ptr, u_ptr, affine_ptr,
+            first, tl.cdiv(end, PAGES), u_row, g, bq, Q, G, softmax_scale, rotary_scale,
+            stride_q_b, stride_q_h, stride_q_q, stride_positions_b,
+            HG, HG_PAD, ALIGN, D, PAIRS, RK, K_GROUPS, K_FLOAT, M, MATRIX, NATIVE,
+        )  # fmt: skip
+        tl.debug_barrier()  # a thread reads what others wrote
 
     t = tl.arange(0, 64)
     h = tl.arange(0, HG_PAD)
@@ -823,9 +762,8 @@ def _attend_spectral_kernel(
                     u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)
                     dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
                 hi, lo = tl.split(tl.reshape(dots, [W, 64, HG_PAD, 2]))
-                mask = (h < HG)[None, :]
-                unit = tl.load(unit_ptr + u_at[:, None] * HG_PAD + h[None, :], mask=mask, other=0.0)
-                bias = tl.load(bias_ptr + u_at[:, None] * HG_PAD + h[None, :], mask=mask, other=0.0)
+                affine = tl.load(affine_ptr + u_at[:, None] * (2 * HG_PAD) + tl.arange(0, 2 * HG_PAD)[None, :])
+                unit, bias = tl.split(tl.reshape(affine, [W, HG_PAD, 2]))
                 s = (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
             # Bit t: token t of the tile is kept exact elsewhere or lies past the row's length.
             hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
@@ -917,13 +855,124 @@ def _attend_spectral_kernel(
     tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "u_blocks", "splits", "N", "exact_each", "exact_splits", "stride_positions_b", "stride_pages_b",
+        "stride_segments_b", "stride_key_positions_b", "stride_key_positions_g",
+    ]
+)  # fmt: skip
+def _attend_spectral_kernel(
+    q_ptr,
+    positions_ptr,
+    turns_ptr,
+    k_basis_ptr,
+    k_scale_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    skip_ptr,
+    u_ptr,
+    affine_ptr,
+    v_basis_ptr,
+    v_scale_ptr,
+    page_table_ptr,
+    segment_table_ptr,
+    lengths_ptr,
+    c_ptr,
+    lse_ptr,
+    segment_ptr,
+    o_ptr,
+    o_lse_ptr,
+    k_ptr,
+    v_ptr,
+    key_positions_ptr,
+    exact_ptr,
+    exact_lse_ptr,
+    u_blocks,
+    splits,
+    N,
+    exact_each,
+    exact_splits,
+    Q,
+    G,
+    softmax_scale,
+    rotary_scale,
+    stride_q_b,
+    stride_q_h,
+    stride_q_q,
+    stride_positions_b,
+    stride_pages_b,
+    stride_segments_b,
+    stride_k_b,
+    stride_k_g,
+    stride_k_n,
+    stride_v_b,
+    stride_v_g,
+    stride_v_n,
+    stride_key_positions_b,
+    stride_key_positions_g,
+    HG: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
+    HG_PAD: tl.constexpr,
+    C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    RK: tl.constexpr,
+    RV: tl.constexpr,
+    K_BYTES: tl.constexpr,
+    V_BYTES: tl.constexpr,
+    K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    K_FLOAT: tl.constexpr,
+    V_FLOAT: tl.constexpr,
+    EXACT: tl.constexpr,
+    M: tl.constexpr,
+    RUN: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """The exact tokens (`_exact_split`; those of a row's first query are all its queries'), which start first, and the
+    splits of the pages (`_cold_split`), in one launch."""
+    if OVERLAP:  # `_finish_spectral_kernel` may start once all programs of this one have
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.program_id(0).to(tl.int64)
+    bq = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2) - (tl.num_programs(2) - splits)
+    if split >= 0:
+        _cold_split(
+            q_ptr, positions_ptr, turns_ptr, k_basis_ptr, k_scale_ptr, k_pages_ptr, v_pages_ptr, skip_ptr,
+            u_ptr, affine_ptr, v_basis_ptr, v_scale_ptr, page_table_ptr, segment_table_ptr, lengths_ptr,
+            c_ptr, lse_ptr, segment_ptr, o_ptr, o_lse_ptr, split, g, bq, u_blocks, splits, Q, G,
+            softmax_scale, rotary_scale, stride_q_b, stride_q_h, stride_q_q, stride_positions_b,
+            stride_pages_b, stride_segments_b,
+            HG, HG_PAD, C, ALIGN, D, BLOCK_D, PAIRS, RK, RV, K_BYTES, V_BYTES, K_GROUPS, V_GROUPS, K_FLOAT, V_FLOAT,
+            M, RUN, W, MATRIX, NATIVE,
+        )  # fmt: skip
+    elif EXACT:  # without exact tokens their arguments are stand-ins of other types
+        if bq % Q == 0:
+            program = tl.program_id(2)
+            _exact_split(
+                q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, exact_ptr, exact_lse_ptr,
+                program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G,
+                softmax_scale, rotary_scale,
+                stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
+                stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
+                HG, ONE_QUERY, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+            )  # fmt: skip
+
+
 @triton.jit
 def _largest_each(a, b, c, d, a_other, b_other, c_other, d_other):
     """For `tl.reduce`: four maxima in one pass."""
     return tl.maximum(a, a_other), tl.maximum(b, b_other), tl.maximum(c, c_other), tl.maximum(d, d_other)
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits"])
+@triton.jit(do_not_specialize=["splits", "exact_splits", "stride_segments_b"])
 def _finish_spectral_kernel(
     c_ptr,
     lse_ptr,
@@ -933,18 +982,22 @@ def _finish_spectral_kernel(
     exact_ptr,
     exact_lse_ptr,
     basis_ptr,
+    segment_table_ptr,
+    lengths_ptr,
     out_ptr,
     out_lse_ptr,
     splits,
     exact_splits,
     Q,
     G,
+    stride_segments_b,
     HG: tl.constexpr,
     D: tl.constexpr,
     RV: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Join the states of the splits (at most BLOCK_N, see `_attend_spectral_kernel`) of one row, query and head with those
     of its exact tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once a segment."""
@@ -959,9 +1012,16 @@ def _finish_spectral_kernel(
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
+    # Most often the first block's segment is the only one.
+    any_cold = tl.load(lengths_ptr + bq // Q) > 0
+    loaded = tl.load(segment_table_ptr + bq // Q * stride_segments_b, mask=any_cold, other=0)
+    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other threads.
+    at = (g * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
+    inside = (r < RV)[:, None] & (d < D)[None, :]
+    basis = tl.load(basis_ptr + loaded.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
+    if OVERLAP:  # until here nothing was read that the launch before writes
+        tl.extra.cuda.gdc_wait()
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then chosen away.
-    first = tl.load(segment_ptr)
-    known = tl.load(lse_ptr + row * splits) > float("-inf")
     lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
     segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
     o_lse = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
@@ -970,12 +1030,6 @@ def _finish_spectral_kernel(
     y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
     c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
     x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
-    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other threads.
-    at = (g * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
-    inside = (r < RV)[:, None] & (d < D)[None, :]
-    # Most often the first split's segment is the only one.
-    loaded = tl.where(known, first, 0)
-    basis = tl.load(basis_ptr + loaded.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
     # Of an empty split no segment was written.
     live = lse > float("-inf")
     low = tl.where(live, segment, NONE)
@@ -1011,28 +1065,28 @@ def _finish_spectral_kernel(
         tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
-WARPS = 4  # of a program of the cold kernel
+WARPS = 4  # of a program of `_attend_spectral_kernel`
+RESIDENT = 3  # such programs a multiprocessor: what its registers hold
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
-RESIDENT = 3  # programs of `_prepare_kernel` that project, a multiprocessor
 
 
-def _launch_settings(layout: PageLayout, group: int, matrix: bool) -> tuple[dict, dict]:
-    """Tile sizes and warps of `_prepare_kernel` and of `_attend_spectral_kernel` by shape and path: a pure function."""
-    large = layout.head_dim > 128
+def _launch_settings(layout: PageLayout, group: int, matrix: bool, large_shared: bool) -> dict:
+    """Tile sizes, warps, stages and registers of `_attend_spectral_kernel` by shape, path and shared memory: a pure
+    function."""
     pad = triton.next_power_of_2(group)
-    prepare = {"HG_PAD": pad, "M": pad, "num_warps": 4, "num_stages": 1}
-    attend = {"BLOCK_D": 16, "num_warps": WARPS, "num_stages": 1}
-    if matrix:
-        pad = max(4, pad)  # hi and lo of 4 heads are the 8 columns of a dot
-        rows = 32 if layout.k.rank <= 64 and not large else 16  # of small ranks registers hold more
-        prepare |= {"HG_PAD": pad, "M": max(rows, pad), "num_warps": 8 if large else 4}
-        floats = layout.k.is_float or layout.v.is_float
-        attend |= {"BLOCK_D": 32, "num_stages": 2 if floats else 3}
-        if not large:
-            prepare["maxnreg"] = 168  # three programs of four warps a multiprocessor
-            if not floats:
-                attend["maxnreg"] = 128  # four
-    return prepare, attend
+    if not matrix:
+        return {"HG_PAD": pad, "M": pad, "BLOCK_D": 16, "W": 1, "num_warps": WARPS, "num_stages": 1}
+    pad = max(4, pad)  # hi and lo of 4 heads are the 8 columns of a dot
+    large, floats = layout.head_dim > 128, layout.k.is_float or layout.v.is_float
+    warps = 2 * WARPS if large else WARPS  # a large basis, in registers of all of them
+    settings = {"HG_PAD": pad, "M": max(16, pad), "BLOCK_D": 32, "W": warps, "num_warps": warps}
+    if floats:
+        settings["num_stages"] = 2
+    elif large:
+        settings["num_stages"] = 2 if large_shared else 1  # pages of 8 tiles of D = 256: 96 KB
+    else:
+        settings |= {"num_stages": 3, "maxnreg": 168}  # RESIDENT programs a multiprocessor
+    return settings
 
 
 def _exact_settings(group: int, queries: int, matrix: bool) -> dict[str, int]:
@@ -1042,23 +1096,25 @@ def _exact_settings(group: int, queries: int, matrix: bool) -> dict[str, int]:
     return {"BLOCK_M": min(4, triton.next_power_of_2(group * queries)), "BLOCK_N": 16}
 
 
-def count_splits(programs: int, tiles: int, device: torch.device, each: int) -> int:
-    """Splits of the keys: enough programs for about `each` a multiprocessor, none with less than one tile."""
+def count_splits(programs: int, tiles: int, device: torch.device, each: int, less: int = 0) -> int:
+    """Splits of the keys: enough programs for about `each` a multiprocessor, less some; none with less than one tile."""
     if device.type != "cuda":
         return max(1, min(tiles, 2))
-    return max(1, min(tiles, each * _launch.multiprocessors(device) // max(programs, 1), MAX_SPLITS))
+    return max(1, min(tiles, (each * _launch.multiprocessors(device) - less) // max(programs, 1), MAX_SPLITS))
 
 
-def _count_cold_splits(programs: int, tiles: int, device: torch.device, old: bool) -> int:
-    """Splits of `tiles` tiles of 64 cold tokens: 16 warps a multiprocessor, or 12 (programs of one) where cards are old;
-    half as many where a program's warps would take less than four tiles each: its start and end cost as much."""
-    if old:
+def _count_cold_splits(programs: int, tiles: int, device: torch.device, warps: int, beside: int) -> int:
+    """Splits of `tiles` tiles of 64 cold tokens, for programs of so many warps: as many as are resident. Where a warp would
+    take less than six tiles, a program's start and end cost as much: then two thirds, less the programs of exact tokens
+    that run `beside`, if those are few."""
+    if warps == 1:  # attention_sm75.py
         return count_splits(programs, tiles, device, each=12)
-    turns = triton.cdiv(tiles, WARPS)
-    most = count_splits(programs, turns, device, each=16 // WARPS)
-    if turns >= 4 * most:
+    turns, each = triton.cdiv(tiles, warps), RESIDENT * WARPS // warps
+    most = count_splits(programs, turns, device, each=each)
+    if turns >= 6 * most:
         return most
-    return max(count_splits(programs, turns, device, each=8 // WARPS), triton.cdiv(turns, 4))
+    units = _launch.multiprocessors(device)
+    return count_splits(programs, turns, device, each=max(1, each - 1), less=beside if 2 * beside <= units else 0)
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -1136,17 +1192,24 @@ def attend_spectral(
     kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     native = _launch.is_native(q)
-    prepare, attend = _launch_settings(layout, group, matrix)
+    settings = _launch_settings(layout, group, matrix, _launch.has_large_shared_memory(q.device))
     old = not (matrix or layout.k.is_float or layout.v.is_float)
-    splits = min(splits or _count_cold_splits(rows * kv_heads, chunks * layout.chunk // 64, q.device, old), chunks)
-    pad, k_rank, blocks = prepare["HG_PAD"], layout.k.rank, pages.max_blocks
+    overlap = not old and _launch.overlaps_launches(q.device)
+    tile = _exact_settings(group, queries, matrix)
+    exact_splits, exact_each, exact_o, exact_lse = _exact_states(q4, exact, matrix)
+    exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
+    if splits is None:
+        beside = exact_programs * kv_heads * batch
+        warps = 1 if old else settings["num_warps"]
+        splits = _count_cold_splits(rows * kv_heads, chunks * layout.chunk // 64, q.device, warps, beside)
+    splits = min(splits, chunks)
+    pad, k_rank = settings["HG_PAD"], layout.k.rank
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
     split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
     segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
     factors = scale * LOG2_E, rope.scaling**2
     with torch.cuda.device_of(q):
-        exact_splits, exact_each, exact_o, exact_lse = _exact_states(q4, exact, matrix)
         if old:
             from . import attention_sm75  # it takes helpers from here
 
@@ -1155,70 +1218,25 @@ def attend_spectral(
             states = c, split_lse, segments, o, o_lse
             attention_sm75._attend_old_cards(q4, positions, pages, rope, *factors, states)
         else:
-            shape = (rows, kv_heads, blocks)
+            turn = max(1, settings["W"] * 64 // layout.chunk)  # chunks that the warps take at a time
+            each = triton.cdiv(triton.cdiv(chunks, turn), splits) * turn
+            u_blocks = triton.cdiv(each * layout.chunk, layout.align) + 1
+            shape = (rows, kv_heads, splits, u_blocks)
             u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
             u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
-            unit, bias = torch.empty((2, *shape, pad), dtype=torch.float32, device=q.device)
+            affine = torch.empty((*shape, pad, 2), dtype=torch.float32, device=q.device)
             k, v, key_positions = exact or (u, u, u)
-            tile = _exact_settings(group, queries, matrix)
-            # Blocks of a program: more than it takes at a time once all multiprocessors are busy.
-            each = prepare["M"] // pad
-            works = triton.cdiv(blocks, each) * kv_heads * rows
-            each *= max(1, triton.cdiv(works, RESIDENT * _launch.multiprocessors(q.device)))
-            programs = triton.cdiv(blocks, each)
-            exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
-            _prepare_kernel[(kv_heads, rows, programs + exact_programs)](
+            _attend_spectral_kernel[(kv_heads, rows, exact_programs + splits)](
                 q4,
                 positions,
                 rope.turns,
                 pages.k_basis,
                 pages.k_scale,
-                pages.segment_table,
-                pages.lengths,
-                u,
-                unit,
-                bias,
-                k,
-                v,
-                key_positions,
-                exact_o,
-                exact_lse,
-                blocks,
-                triton.cdiv(blocks, programs),
-                key_positions.shape[-1],
-                exact_each,
-                exact_splits,
-                queries,
-                kv_heads,
-                *factors,
-                *q4.stride()[:3],
-                positions.stride(0),
-                pages.segment_table.stride(0),
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *_key_strides(key_positions),
-                HG=group,
-                ONE_QUERY=queries == 1,
-                ALIGN=layout.align,
-                D=dim,
-                PAIRS=rope.turns.shape[0],
-                R=k_rank,
-                BLOCK_R=max(32, triton.next_power_of_2(k_rank)),
-                GROUPS=layout.k.groups,
-                IS_FLOAT=layout.k.is_float,
-                EXACT=exact_splits > 0,
-                MATRIX=matrix,
-                NATIVE=native,
-                **tile,
-                **prepare,
-            )
-            _attend_spectral_kernel[(splits, kv_heads, rows)](
                 pages.k_pages,
                 pages.v_pages,
                 pages.skip,
                 u,
-                unit,
-                bias,
+                affine,
                 pages.v_basis,
                 pages.v_scale,
                 pages.page_table,
@@ -1229,17 +1247,32 @@ def attend_spectral(
                 segments,
                 o,
                 o_lse,
-                blocks,
+                k,
+                v,
+                key_positions,
+                exact_o,
+                exact_lse,
+                u_blocks,
                 splits,
+                key_positions.shape[-1],
+                exact_each,
+                exact_splits,
                 queries,
                 kv_heads,
+                *factors,
+                *q4.stride()[:3],
+                positions.stride(0),
                 pages.page_table.stride(0),
                 pages.segment_table.stride(0),
+                *k.stride()[:3],
+                *v.stride()[:3],
+                *_key_strides(key_positions),
                 HG=group,
-                HG_PAD=pad,
+                ONE_QUERY=queries == 1,
                 C=layout.chunk,
                 ALIGN=layout.align,
                 D=dim,
+                PAIRS=rope.turns.shape[0],
                 RK=k_rank,
                 RV=layout.v.rank,
                 K_BYTES=layout.k.bytes,
@@ -1248,11 +1281,13 @@ def attend_spectral(
                 V_GROUPS=layout.v.groups,
                 K_FLOAT=layout.k.is_float,
                 V_FLOAT=layout.v.is_float,
+                EXACT=exact_splits > 0,
                 RUN=64,
-                W=WARPS if matrix else 1,
+                OVERLAP=overlap,
                 MATRIX=matrix,
                 NATIVE=native,
-                **attend,
+                **tile,
+                **settings,
             )
         block_n = max(16, triton.next_power_of_2(splits))
         # All dimensions at once, or as many programs as keep the card busy.
@@ -1269,18 +1304,23 @@ def attend_spectral(
             exact_o,
             exact_lse,
             pages.v_basis,
+            pages.segment_table,
+            pages.lengths,
             out,
             lse,
             splits,
             exact_splits,
             queries,
             kv_heads,
+            pages.segment_table.stride(0),
             HG=group,
             D=dim,
             RV=layout.v.rank,
             BLOCK_N=block_n,
             BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
             BLOCK_D=block_d,
+            OVERLAP=overlap,
+            launch_pdl=overlap and _launch.OVERLAP,
             num_warps=min(16, 4 * triton.next_power_of_2(triton.cdiv(held, 20480))),
         )
     return out, lse

@@ -27,7 +27,6 @@ KERNELS = {
     "_gram_sum_kernel",
     "_merge_many_states_kernel",
     "_merge_states_kernel",
-    "_prepare_kernel",
     "_project_queries_kernel",
     "_query_metric_kernel",
     "_rotate_kernel",
@@ -38,7 +37,6 @@ LOOP_SPILLS = {
     "_attend_spectral_kernel": 27,  # 16-bit sides, sm_100; none with integers
     "_finish_spectral_kernel": 4,  # sm_120
     "_orthogonalise_kernel": 156,  # triton 3.6; 8 with 3.9
-    "_prepare_kernel": 2,  # sm_80, several queries
 }
 CASE = ("kernel", "capability", "triton", "layout", "D", "group", "warps")
 
