@@ -1103,18 +1103,27 @@ def count_splits(programs: int, tiles: int, device: torch.device, each: int, les
     return max(1, min(tiles, (each * _launch.multiprocessors(device) - less) // max(programs, 1), MAX_SPLITS))
 
 
-def _count_cold_splits(programs: int, tiles: int, device: torch.device, warps: int, beside: int) -> int:
-    """Splits of `tiles` tiles of 64 cold tokens, for programs of so many warps: as many as are resident. Where a warp would
-    take less than six tiles, a program's start and end cost as much: then two thirds, less the programs of exact tokens
-    that run `beside`, if those are few."""
+def _count_both_splits(
+    programs: int, tiles: int, exact_programs: int, exact_tiles: int, device: torch.device, warps: int
+) -> tuple[int, int]:
+    """Splits of a row's cold tokens (tiles of 64) and of its exact ones, whose programs start first: for `programs` and
+    `exact_programs` a split, of so many warps.
+
+    Of long rows as many programs as are resident, with few exact ones beside them. Where a warp would take less than six
+    tiles, a program's start and end cost as much: then two thirds, and the exact tokens as fast as can be.
+    """
+    exact = count_splits(exact_programs, exact_tiles, device, each=4) if exact_tiles else 0
     if warps == 1:  # attention_sm75.py
-        return count_splits(programs, tiles, device, each=12)
+        return count_splits(programs, tiles, device, each=12), exact
     turns, each = triton.cdiv(tiles, warps), RESIDENT * WARPS // warps
+    units = _launch.multiprocessors(device)
     most = count_splits(programs, turns, device, each=each)
     if turns >= 6 * most:
-        return most
-    units = _launch.multiprocessors(device)
-    return count_splits(programs, turns, device, each=max(1, each - 1), less=beside if 2 * beside <= units else 0)
+        most = triton.cdiv(turns, triton.cdiv(turns, most))  # none without a tile
+        left = (each * units - most * programs) // exact_programs
+        return most, min(left, exact) if left > 0 else exact
+    beside = exact * exact_programs
+    return count_splits(programs, turns, device, max(1, each - 1), less=beside if 2 * beside <= units else 0), exact
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
@@ -1196,13 +1205,18 @@ def attend_spectral(
     old = not (matrix or layout.k.is_float or layout.v.is_float)
     overlap = not old and _launch.overlaps_launches(q.device)
     tile = _exact_settings(group, queries, matrix)
-    exact_splits, exact_each, exact_o, exact_lse = _exact_states(q4, exact, matrix)
-    exact_programs = triton.cdiv(group * queries, tile["BLOCK_M"]) * exact_splits
-    if splits is None:
-        beside = exact_programs * kv_heads * batch
-        warps = 1 if old else settings["num_warps"]
-        splits = _count_cold_splits(rows * kv_heads, chunks * layout.chunk // 64, q.device, warps, beside)
-    splits = min(splits, chunks)
+    exact_rows = triton.cdiv(group * queries, tile["BLOCK_M"])  # programs a row, KV head and split
+    exact_tiles = triton.cdiv(exact[0].shape[2], tile["BLOCK_N"]) if exact else 0
+    cold_splits, exact_splits = _count_both_splits(
+        rows * kv_heads,
+        chunks * layout.chunk // 64,
+        exact_rows * kv_heads * batch,
+        exact_tiles,
+        q.device,
+        1 if old else settings["num_warps"],
+    )
+    splits = min(splits or cold_splits, chunks)
+    exact_splits, exact_each, exact_o, exact_lse = _exact_states(q4, exact, matrix, exact_splits)
     pad, k_rank = settings["HG_PAD"], layout.k.rank
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
@@ -1226,7 +1240,7 @@ def attend_spectral(
             u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
             affine = torch.empty((*shape, pad, 2), dtype=torch.float32, device=q.device)
             k, v, key_positions = exact or (u, u, u)
-            _attend_spectral_kernel[(kv_heads, rows, exact_programs + splits)](
+            _attend_spectral_kernel[(kv_heads, rows, exact_rows * exact_splits + splits)](
                 q4,
                 positions,
                 rope.turns,
