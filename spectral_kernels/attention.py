@@ -440,28 +440,53 @@ def _attend_exact_kernel(
 
 
 @triton.jit
+def _load_queries(
+    q_ptr,
+    turns_ptr,
+    g,
+    rotary_scale,
+    stride_q_h,
+    HG: tl.constexpr,
+    HG_PAD: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """(queries of a group and their partners of `_pairs` [1, HG_PAD, BLOCK_D], in units in which the longest pair is _FULL:
+    one unit at any distance; the longest pairs [1, HG_PAD]; turns a position [BLOCK_D])."""
+    d = tl.arange(0, _power_of_2(D))
+    i = tl.arange(0, HG_PAD)
+    partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
+    row = q_ptr + (g * HG + i) * stride_q_h
+    mask = (i < HG)[None, :, None] & (d < D)[None, None, :]
+    q = tl.load(row[None, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    q *= tl.where(sign == 0.0, 1.0, rotary_scale)[None, None, :]
+    q_partner = tl.load(row[None, :, None] + partner[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    q_partner *= (sign * rotary_scale)[None, None, :]
+    largest = tl.sqrt(tl.max(q * q + q_partner * q_partner, 2))
+    full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
+    return q * full, q_partner * full, largest, turns
+
+
+@triton.jit
 def _project_blocks(
     q_ptr,
-    positions_ptr,
+    queries,
+    position,
     turns_ptr,
     basis_ptr,
     scale_ptr,
     segment_table_ptr,
     u_ptr,
     affine_ptr,
+    segment,
     first,
     blocks,
     u_row,
     g,
-    bq,
-    Q,
     G,
     softmax_scale,
     rotary_scale,
-    stride_q_b,
     stride_q_h,
-    stride_q_q,
-    stride_positions_b,
     HG: tl.constexpr,
     HG_PAD: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -474,7 +499,8 @@ def _project_blocks(
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of blocks first .. blocks - 1 and one KV head in rows u_row + block, in log2 units:
+    """The projected queries of blocks first .. blocks - 1 and one KV head in rows u_row + block, in log2 units; `queries`
+    from `_load_queries` (a 16-bit side loads its own), `segment` of the first block:
 
     u [rows, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`, by `_weight`),
     with affine [rows, HG_PAD, 2] float32: their unit, and the sum of u times `_offset`. A 16-bit side: u [rows, HG_PAD, R]
@@ -485,28 +511,12 @@ def _project_blocks(
     ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
     BLOCK_D: tl.constexpr = _power_of_2(D)
     BLOCK_R: tl.constexpr = max(32, _power_of_2(R))
-    b = bq // Q
-    segment = tl.load(segment_table_ptr + first)
     h = tl.arange(0, M) % HG_PAD
     local = tl.arange(0, M) // HG_PAD
-    position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
-    q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
     row_out = (u_row + local) * HG_PAD + h
     if not IS_FLOAT:
+        q, q_partner, largest, turns = queries
         d = tl.arange(0, BLOCK_D)
-        partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
-        # The queries, in units in which the longest pair is _FULL: one unit at any distance.
-        i = tl.arange(0, HG_PAD)
-        q_row = q_ptr + (g * HG + i) * stride_q_h
-        mask = (i < HG)[None, :, None] & (d < D)[None, None, :]
-        q = tl.load(q_row[None, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        q *= tl.where(sign == 0.0, 1.0, rotary_scale)[None, None, :]
-        q_partner = tl.load(q_row[None, :, None] + partner[None, None, :], mask=mask, other=0.0).to(tl.float32)
-        q_partner *= (sign * rotary_scale)[None, None, :]
-        largest = tl.sqrt(tl.max(q * q + q_partner * q_partner, 2))  # [1, HG_PAD]
-        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
-        q *= full
-        q_partner *= full
         back = tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
         column = tl.arange(0, BLOCK_R)
         # The component of a product's column: see `_by_thread`.
@@ -608,10 +618,10 @@ def _units(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
 
 @triton.jit
 def _prefetch(ptr, BYTES: tl.constexpr):
-    """Ask L2 for BYTES, a multiple of 128, from each of the pointers [N] on."""
-    LINES: tl.constexpr = BYTES // 128
+    """Ask L2 for BYTES from each of the pointers [N] on."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
     line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-    at = (ptr[:, None] + line[None, :] * 128).to(tl.int64)
+    at = ptr.to(tl.int64)[:, None] + line[None, :] * 128
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
 
 
@@ -686,7 +696,13 @@ def _cold_split(
     N: tl.constexpr = 2 * HG_PAD
     STEPS: tl.constexpr = (RK + 31) // 32
     b = bq // Q
+    # Nothing waits for another load that need not: queries, then tables, then the basis and the first pages.
     length = tl.load(lengths_ptr + b)
+    position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
+    q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
+    queries = ()
+    if not K_FLOAT:
+        queries = _load_queries(q_ptr, turns_ptr, g, rotary_scale, stride_q_h, HG, HG_PAD, D, PAIRS)
     chunks = tl.cdiv(length, C)
     TURN: tl.constexpr = max(1, W // TILES)  # chunks that the warps take at a time
     each = tl.cdiv(tl.cdiv(chunks, TURN), splits) * TURN
@@ -696,15 +712,20 @@ def _cold_split(
     segment_table_ptr += b * stride_segments_b
     first = chunk // PAGES
     u_row = ((bq * G + g) * splits + split) * u_blocks - first
-    if chunk < end:
-        if NATIVE:  # the first pages come while the queries are projected
-            page = tl.load(page_table_ptr + tl.minimum(chunk + tl.arange(0, TURN), end - 1)).to(tl.int64) * G + g
-            _prefetch(k_ptr + page * (C * K_BYTES), C * K_BYTES)
-            _prefetch(v_ptr + page * (C * V_BYTES), C * V_BYTES)
+    any_chunk = chunk < end
+    segment = tl.load(segment_table_ptr + first, mask=any_chunk, other=0)
+    early = tl.load(page_table_ptr + tl.maximum(tl.minimum(chunk + tl.arange(0, TURN), end - 1), 0))
+    if any_chunk:
+        if NATIVE:
+            bases = (segment + tl.zeros([1], dtype=tl.int64)) * G + g
+            _prefetch(k_basis_ptr + bases * (RK * D), RK * D)
+            _prefetch(scale_ptr + bases * RV, 4 * RV)
+            pages = early.to(tl.int64) * G + g
+            _prefetch(k_ptr + pages * (C * K_BYTES), C * K_BYTES)
+            _prefetch(v_ptr + pages * (C * V_BYTES), C * V_BYTES)
         _project_blocks(
-            q_ptr, positions_ptr, turns_ptr, k_basis_ptr, k_scale_ptr, segment_table_ptr, u_ptr, affine_ptr,
-            first, tl.cdiv(end, PAGES), u_row, g, bq, Q, G, softmax_scale, rotary_scale,
-            stride_q_b, stride_q_h, stride_q_q, stride_positions_b,
+            q_ptr, queries, position, turns_ptr, k_basis_ptr, k_scale_ptr, segment_table_ptr, u_ptr, affine_ptr, segment,
+            first, tl.cdiv(end, PAGES), u_row, g, G, softmax_scale, rotary_scale, stride_q_h,
             HG, HG_PAD, ALIGN, D, PAIRS, RK, K_GROUPS, K_FLOAT, M, MATRIX, NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
