@@ -5,6 +5,7 @@ Launchers run on CPU tensors with `JITFunction.run` replaced: what they would la
 and one JSON line a kernel and case says what it needs. Runs in a process of its own, without TRITON_INTERPRET.
 """
 
+import itertools
 import json
 import math
 import re
@@ -34,6 +35,7 @@ TYPES = {
     torch.float32: "*fp32",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+DIMS = (64, 128, 256)
 
 
 def check_operand_lanes(ttgir: str) -> None:
@@ -122,16 +124,25 @@ class Recorder:
 
 
 def cases(few: bool) -> Iterator[tuple[str, sk.PageLayout, int]]:
-    """Name, page layout and query heads a KV head: all presets, or the few that CI has time for."""
-    for preset in ("quality", "balanced", "small"):
-        for dim in (64, 128, 256):
-            layout = sk.PRESETS[preset].layout(dim)
-            assert layout is not None
-            for group in (1, 4, 6, 8):
-                if not few or (preset, dim, group) in {("small", 64, 6), ("balanced", 128, 4), ("quality", 256, 1)}:
-                    yield f"{preset} {layout.k} {layout.v}", layout, group
-    lossless = sk.PageLayout(sk.Bands.parse("64x16"), sk.Bands.parse("64x16"), 64, 64)
-    yield f"lossless {lossless.k} {lossless.v}", lossless, 1
+    """Name, page layout and query heads a KV head: all presets, or the few that CI has time for.
+
+    Those come first: a kernel that is the same in several cases has the row of the first one, whichever are compiled.
+    """
+    every = list(itertools.product(("quality", "balanced", "small"), DIMS, (1, 4, 6, 8)))
+    first = [("balanced", 128, 4), ("quality", 256, 1), ("small", 64, 6)]
+    for preset, dim, group in first:
+        yield _named(preset, sk.PRESETS[preset].layout(dim), group)
+    bands = sk.Bands.parse("64x16")
+    yield _named("lossless", sk.PageLayout(bands, bands, 64, 64), 1)
+    if not few:
+        for preset, dim, group in every:
+            if (preset, dim, group) not in first:
+                yield _named(preset, sk.PRESETS[preset].layout(dim), group)
+
+
+def _named(name: str, layout: sk.PageLayout | None, group: int) -> tuple[str, sk.PageLayout, int]:
+    assert layout is not None
+    return f"{name} {layout.k} {layout.v}", layout, group
 
 
 def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bool) -> None:
@@ -190,14 +201,19 @@ def compile_all(
     few: bool,
     report: Callable[[dict[str, Any]], None],
     kernels: Collection[str] = (),
-    layouts: Collection[str] = (),
+    dims: Collection[int] = DIMS,
 ) -> None:
-    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`,
-    `layouts`: only those of these names."""
+    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once.
+
+    Args:
+        few: only CI's cases.
+        kernels: only those of these names; all if there are none.
+        dims: only cases of these head dimensions.
+    """
     recorder = Recorder(capability, lambda launched, new: report(launched.row) if new else None, kernels)
     matrix = stand_in(capability, recorder)
     for name, layout, group in cases(few):
-        if layouts and name not in layouts:
+        if layout.head_dim not in dims:
             continue
         recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
         launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)

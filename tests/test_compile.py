@@ -7,10 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 from perf import _sass
 from perf._simulate import CARDS, Launch, estimate, trace
+from perf.resources import replaced
 from perf.tables import RESULTS, read_rows
+from tests.compile_kernels import cases
 
 # Shared memory a block may use, bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -97,6 +100,33 @@ def test_a_worse_row_is_seen() -> None:
     assert worse(row, row) == []
     assert worse(row | {"loop_spills": 1, "registers": 116}, row) == ["loop_spills"]
     assert worse(row | {"registers": 117, "shared_bytes": 1024}, row) == ["registers", "shared_bytes"]
+
+
+def test_a_partial_run_replaces_its_own_rows_only() -> None:
+    """perf.resources: other kernels, capabilities, cases and versions of Triton stay; what is compiled no more goes."""
+    ci = next(name for name, layout, group in cases(few=True) if (layout.head_dim, group) == (128, 4))
+
+    def row(kernel: str, capability: int, layout: str = ci, version: str = triton.__version__, registers: int = 1) -> dict:
+        names = {"kernel": kernel, "capability": capability, "layout": layout, "D": 128, "group": 4, "triton": version}
+        return names | {"registers": registers}
+
+    a, b, gone = row("_a", 80), row("_b", 80), row("_gone", 80)
+    others = [row("_a", 90), row("_a", 80, version="3.5.0")]
+    outside = row("_a", 80, layout="of another preset")
+    old = [a, b, gone, outside, *others]
+    new = row("_a", 80, registers=2)
+
+    def lines(rows: list[dict]) -> list[str]:
+        return sorted(map(json.dumps, rows))
+
+    for few, kernels, stay in (
+        (False, (), others),
+        (True, (), [*others, outside]),
+        (True, ("_a",), [*others, outside, b, gone]),
+    ):
+        rows = replaced(old, [new], 80, few, kernels)
+        assert lines(rows) == lines([new, *stay])
+        assert rows == replaced(list(reversed(rows)), [new], 80, few, kernels)  # one order, whatever was there
 
 
 # The machine code and the model of perf._simulate.
