@@ -21,7 +21,7 @@ from typing import Any
 import triton
 
 from perf.tables import RESULTS, read_rows
-from tests.compile_kernels import DIMS, cases, compile_all
+from tests.compile_kernels import DIMS, FIRST, cases, compile_all
 
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 ORDER = ("triton", "capability", "kernel", "D", "layout", "group")
@@ -32,13 +32,14 @@ def compiled(task: tuple[int, int], few: bool, kernels: Sequence[str]) -> tuple[
     """The capability and its rows of one head dimension; in a process of its own: launchers launch nothing afterwards."""
     rows: list[Row] = []
     dim, capability = task
-    compile_all(capability, few, rows.append, kernels, (dim,))
+    chosen = [case for case in cases()[: FIRST if few else None] if case.layout.head_dim == dim]
+    compile_all(capability, chosen, rows.append, kernels)
     return capability, rows
 
 
 def replaced(rows: Sequence[Row], new: Sequence[Row], capability: int, few: bool, kernels: Collection[str]) -> list[Row]:
     """`rows`, with `new` instead of those that a run of this capability and this triton writes; sorted."""
-    cases_of_ci = {(name, group) for name, _, group in cases(few=True)}
+    cases_of_ci = {(case.name, case.group) for case in cases()[:FIRST]}
 
     def old(row: Row) -> bool:
         return (
@@ -54,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("capability", nargs="*", type=int, default=CAPABILITIES)
     parser.add_argument("--kernel", nargs="+", default=(), metavar="NAME", help="only these kernels, as _rotate_kernel")
-    parser.add_argument("--few", action="store_true", help="only the cases that CI compiles")
+    parser.add_argument("--few", action="store_true", help="only the cases that CI has")
     parser.add_argument("--jobs", type=int, default=1, help="processes: a task is a capability and a head dimension")
     arguments = parser.parse_args()
     path = RESULTS / "resources.jsonl"
