@@ -73,7 +73,7 @@ def test_kernels_compile(capability: int) -> None:
     for row in read_rows(RESULTS / "resources.jsonl"):
         recorded.setdefault(tuple(row[name] for name in CASE), []).append(row)
     for row in rows:
-        assert row["capability"] == capability
+        assert (row["capability"], row["triton"]) == (capability, triton.__version__)
         assert 0 < row["registers"] <= 255, row
         assert row["shared_bytes"] <= SHARED_LIMIT[capability] * 1024, row
         assert row["loop_spills"] <= LOOP_SPILLS.get(row["kernel"], 0), row
