@@ -193,6 +193,7 @@ def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
     _launch.has_large_shared_memory = lambda device: capability in (90, 100)
+    _launch.has_tensor_memory = lambda device: capability == 100
     JITFunction.run = recorder.run_of
     return matrix
 

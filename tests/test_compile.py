@@ -35,15 +35,23 @@ KERNELS = {
     "_query_metric_kernel",
     "_rotate_kernel",
 }
-# Loads and stores of local memory that a kernel's innermost loops have today, at most: no other kernel may have any.
 FIRST_CARDS = {75, 80, 90}  # CI has time for more cases of these; sm_86 and 89 are sm_80 with less shared memory
+# Loads and stores of local memory that a kernel's innermost loops have today, at most: no other kernel may have any.
 LOOP_SPILLS = {
-    "_attend_exact_kernel": 4,  # D = 256, several queries
-    "_attend_spectral_kernel": 27,  # 16-bit sides, sm_100; none with integers
-    "_finish_spectral_kernel": 4,  # sm_120
-    "_orthogonalise_kernel": 156,  # triton 3.6; 8 with 3.9
-    "_prepare_kernel": 2,  # sm_80, several queries
+    "3.6.0": {
+        # D = 128: 16 warps leave 128 registers a thread, and it exchanges rows through shared memory, where 3.9 shuffles.
+        "_orthogonalise_kernel": 156,
+        "_prepare_kernel": 2,  # sm_80, several queries
+    },
+    "3.9.0": {
+        "_attend_exact_kernel": 4,  # D = 256, several queries
+        "_attend_spectral_kernel": 27,  # 16-bit sides, sm_100; none with integers
+        "_finish_spectral_kernel": 4,  # sm_120
+        "_orthogonalise_kernel": 8,
+        "_prepare_kernel": 2,  # sm_80, several queries
+    },
 }
+LATEST = max(LOOP_SPILLS, key=lambda version: [int(part) for part in version.split(".")])  # what a newer one is held to
 CASE = ("kernel", "capability", "triton", "layout", "D", "group", "warps")
 
 
@@ -51,6 +59,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     """A Python process that compiles: without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+
+
+def loop_spills_allowed(row: dict) -> int:
+    return LOOP_SPILLS.get(row["triton"], LOOP_SPILLS[LATEST]).get(row["kernel"], 0)
 
 
 def worse(row: dict, before: dict) -> list[str]:
@@ -76,7 +88,7 @@ def test_kernels_compile(capability: int) -> None:
         assert (row["capability"], row["triton"]) == (capability, triton.__version__)
         assert 0 < row["registers"] <= 255, row
         assert row["shared_bytes"] <= SHARED_LIMIT[capability] * 1024, row
-        assert row["loop_spills"] <= LOOP_SPILLS.get(row["kernel"], 0), row
+        assert row["loop_spills"] <= loop_spills_allowed(row), row
         if row["kernel"] in OLD_CARDS and row["D"] <= 128:
             # 12 of these programs of one warp a multiprocessor (65,536 registers): enough loads in flight for memory.
             assert row["registers"] <= 168, row
@@ -95,7 +107,7 @@ def test_rows_of_resources() -> None:
     }
     for row in rows:
         assert row["shared_bytes"] <= SHARED_LIMIT[row["capability"]] * 1024, row
-        assert row["loop_spills"] <= LOOP_SPILLS.get(row["kernel"], 0), row
+        assert row["loop_spills"] <= loop_spills_allowed(row), row
 
 
 def test_a_worse_row_is_seen() -> None:
