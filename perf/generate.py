@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from spectral_kernels.cache import PRESETS
-from spectral_kernels.hf import ModelCache, enable
+from spectral_kernels.hf import CACHE, ModelCache, enable
 
 TINY_MODEL = Path(__file__).parent / "tiny_model"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -180,7 +180,7 @@ def generate(
     return Run(
         tokens,
         tokenizer.decode(tokens, skip_special_tokens=True),
-        cache_bytes(out.past_key_values),
+        cache_bytes(out[CACHE]),
         input_ids.shape[1],
         first - start,
         last - first,

@@ -51,7 +51,7 @@ from perf.generate import DTYPES, load
 from spectral_kernels import cache as cache_module
 from spectral_kernels import compress
 from spectral_kernels.cache import PRESETS, LayerCache, Preset, SpectralCache
-from spectral_kernels.hf import enable, v_metrics
+from spectral_kernels.hf import CACHE, enable, v_metrics
 from spectral_kernels.pages import HEAD_DIMS
 from spectral_kernels.rope import Rope, rotate
 
@@ -215,7 +215,7 @@ def read_prefix(model: Any, case: Case) -> Prefix:
     collect = Preset(k=bands, v=bands, min_fit=case.ids.shape[1])  # never compresses, but keeps the queries
     with enable(model, collect) as handle:
         cache = handle.new_cache()
-        model(input_ids=case.ids[:, : case.context - 1].to(model.device), past_key_values=cache, logits_to_keep=1)
+        model(input_ids=case.ids[:, : case.context - 1].to(model.device), logits_to_keep=1, **{CACHE: cache})
         spectral, rope = cache.spectral, handle.rope.to(model.device)
     assert spectral is not None
     k, v, q = [], [], []
@@ -237,7 +237,7 @@ def predict(model: Any, case: Case, layers: Sequence[tuple[torch.Tensor, torch.T
         cache.update(k.to(model.dtype), v.to(model.dtype), i)
     ids = case.ids[:, case.context - 1 : -1].to(model.device)
     mask = torch.ones((1, case.ids.shape[1] - 1), dtype=torch.long, device=model.device)
-    logits = model(input_ids=ids, past_key_values=cache, attention_mask=mask).logits[0]
+    logits = model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits[0]
     return logits.float().log_softmax(-1)
 
 

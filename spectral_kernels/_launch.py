@@ -37,6 +37,11 @@ def overlaps_launches(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether matrix units keep their sums in a memory of their own (sm_100)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+
+
 def check_bf16(name: str, x: torch.Tensor) -> None:
     """Cards before sm_80 have no bf16 arithmetic: convert such inputs to fp16 or fp32.
 

@@ -342,7 +342,8 @@ def query_metric(
             MATRIX=matrix,
             EXACT=exact,
             num_warps=8 if block == 64 else 4,
-            num_stages=3,
+            # Triton 3.6 fails where it would pipeline these loops with sums in tensor memory.
+            num_stages=1 if _launch.has_tensor_memory(q.device) else 3,
         )
     return _metric_of_pairs(parts.sum(2, dtype=torch.float64), rope, chunk, tokens, heads // kv_heads)
 

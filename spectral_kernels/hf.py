@@ -13,7 +13,7 @@ The first forward of a sequence is exact: dense causal attention by PyTorch's SD
 cache compresses K and V. Later forwards append to the cache and attend to it, one token or several.
 Positions are token indices after left padding: RoPE depends on differences only.
 
-Works with transformers 4.57 to 5.23. This is the only module that imports it.   Test: tests/test_hf.py.
+Works with transformers 4.57 to 5.24. This is the only module that imports it.   Test: tests/test_hf.py.
 """
 
 from __future__ import annotations
@@ -40,14 +40,19 @@ NAME = "spectral"
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Frequencies that do not depend on the length: dynamic and longrope leave old keys turned by old frequencies.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+# What forwards call the cache. Since 5.24 they rename the old keyword themselves, but only after hooks have run.
+_OLD_CACHE = "past_key_values"
+CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
 # The positional parameters of every decoder's forward, in all supported releases.
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds")
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds")
 # Cache.crop(0) empties the cache before this release and removes no token since.
-_CROP_COUNTS = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 17)
+_CROP_COUNTS = _RELEASE >= (5, 17)
 
 
 class ModelCache(Cache):
-    """The `past_key_values` of an enabled model: a `SpectralCache` and what generate asks of a cache.
+    """The cache of an enabled model (`cache=`; before transformers 5.24 `past_key_values=`): a `SpectralCache` and what
+    generate asks of a cache.
 
     Attributes:
         spectral: the SpectralCache, None while empty.
@@ -87,9 +92,7 @@ class ModelCache(Cache):
         """
         handle = self._owner()
         if not self._busy or handle is None or not handle.enabled:
-            raise RuntimeError(
-                "past_key_values: a spectral cache works only in the model that it was made for, while enabled"
-            )
+            raise RuntimeError(f"{CACHE}: a spectral cache works only in the model that it was made for, while enabled")
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -108,6 +111,10 @@ class ModelCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)  # generate (since 5.24) takes "all layers" of none for a cache that counts no tokens
 
     @property
     def is_initialized(self) -> bool:
@@ -207,7 +214,8 @@ class Handle:
         self.disable()
 
     def new_cache(self) -> ModelCache:
-        """An empty cache, to pass as `past_key_values` and keep between calls (chat). Without one each call has its own."""
+        """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep between calls (chat).
+        Without one each call has its own."""
         return ModelCache(self)
 
     def _spectral_cache(
@@ -239,6 +247,8 @@ class Handle:
         if len(args) > len(_POSITIONAL):
             raise TypeError(f"forward: expected at most {len(_POSITIONAL)} positional arguments, got {len(args)}")
         kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        if _OLD_CACHE in kwargs:  # the new keyword wins, as in transformers
+            kwargs.setdefault(CACHE, kwargs.pop(_OLD_CACHE))
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None:
             return (), kwargs  # transformers' own error follows
@@ -258,9 +268,9 @@ class Handle:
         past = 0 if cache is None else cache.columns
         if cache is not None and past:
             if batch != len(cache.padding):
-                raise ValueError(f"past_key_values: expected a cache of {batch} rows, got {len(cache.padding)}")
+                raise ValueError(f"{CACHE}: expected a cache of {batch} rows, got {len(cache.padding)}")
             if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters()):
-                raise ValueError("past_key_values: attention to a spectral cache has no gradient; use torch.no_grad()")
+                raise ValueError(f"{CACHE}: attention to a spectral cache has no gradient; use torch.no_grad()")
         padding = _left_padding(kwargs.get("attention_mask"), batch, past + queries)
         if padding is None:
             padding = cache.padding if cache is not None and past else [0] * batch
@@ -284,30 +294,31 @@ class Handle:
         if cache is not None:
             cache._busy = True
         # Padding and positions travel in the step: masks of [T, T] and transformers' search for packed rows are not needed.
-        kwargs.update(attention_mask=None, position_ids=None, past_key_values=cache)
+        kwargs.update(attention_mask=None, position_ids=None)
+        kwargs[CACHE] = cache
         kwargs[NAME] = _Step(self, cache, past, queries, padding, offsets, positions)
         return (), kwargs
 
     def _choose_cache(self, kwargs: dict[str, Any]) -> ModelCache | None:
-        given = kwargs.get("past_key_values")
+        given = kwargs.get(CACHE)
         if given is None:
             use_cache = kwargs.get("use_cache")
             use_cache = self.model.config.use_cache if use_cache is None else use_cache
             return ModelCache(self) if use_cache else None
         if isinstance(given, ModelCache):
             if given._owner() is not self:
-                raise ValueError("past_key_values: expected a cache of this model and this enable(), got another's")
+                raise ValueError(f"{CACHE}: expected a cache of this model and this enable(), got another's")
             if given._busy:
-                raise ValueError("past_key_values: an earlier forward through this cache failed half-way; reset() it")
+                raise ValueError(f"{CACHE}: an earlier forward through this cache failed half-way; reset() it")
             return given
         if type(given) is not DynamicCache or getattr(given, "offloading", False):
             raise TypeError(
-                "past_key_values: expected None, a new DynamicCache (cache_implementation None or 'dynamic') or a cache of "
+                f"{CACHE}: expected None, a new DynamicCache (cache_implementation None or 'dynamic') or a cache of "
                 f"this handle, got {type(given).__name__}{' with offloading' if type(given) is DynamicCache else ''}"
             )
         if given.get_seq_length() > 0:
             raise ValueError(
-                f"past_key_values: expected an empty cache, got a DynamicCache of {given.get_seq_length()} tokens: keys "
+                f"{CACHE}: expected an empty cache, got a DynamicCache of {given.get_seq_length()} tokens: keys "
                 "that the model stored before enable() are already rotated; pass the whole prompt again"
             )
         return ModelCache(self)
@@ -324,7 +335,7 @@ def enable(model: PreTrainedModel, preset: str | Preset = "balanced", *, landmar
     """Let a model's `generate` and forwards with a cache store and attend to a spectral cache, until `disable()`.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of transformers 4.57 to 5.23 on one device, fp16, bf16 or fp32
+        model: a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of transformers 4.57 to 5.24 on one device, fp16, bf16 or fp32
             (no bf16 on cards before sm_80, which cannot compute with it: `model.to(torch.float16)` first), attention
             implementation "sdpa" or "eager", RoPE of type default, linear, llama3 or yarn, no active sliding window, head
             dimension 64, 80, 96, 128 or 256.
@@ -332,7 +343,7 @@ def enable(model: PreTrainedModel, preset: str | Preset = "balanced", *, landmar
         landmarks: token positions (left padding not counted) that stay exact: the same for all rows, or a sequence a row.
     Returns:
         A Handle: a context manager with `disable()` and `new_cache()`.
-        The model's `past_key_values` are a `ModelCache`; every generate() without one starts a new one. The first forward
+        The model's cache is a `ModelCache`; every generate() without one starts a new one. The first forward
         of a sequence attends densely by SDPA, with the left padding of a 2-D attention mask; so does one without a cache.
     Raises:
         TypeError, ValueError, NotImplementedError: the model or an argument is not as above; nothing was changed.

@@ -1,15 +1,16 @@
-"""Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY ...` (75 80 86 89 90 100
-120; --few: the layouts that CI has time for). `python -m perf.resources` keeps the rows.
+"""Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY ... [--first N]` (75 80 86
+89 90 100 120; the cases in the order of `cases`). `python -m perf.resources` keeps the rows.
 
 Launchers run on CPU tensors with `JITFunction.run` replaced: what they would launch is compiled for the capability instead,
 and one JSON line a kernel and case says what it needs. Runs in a process of its own, without TRITON_INTERPRET.
 """
 
+import argparse
+import itertools
 import json
 import math
 import re
-import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +35,8 @@ TYPES = {
     torch.float32: "*fp32",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+DIMS = (64, 128, 256)
+FIRST, FEW = 4, 2  # cases that CI compiles for a card
 
 
 def check_operand_lanes(ttgir: str) -> None:
@@ -51,6 +54,12 @@ def check_operand_lanes(ttgir: str) -> None:
             lanes = re.search(r"lane = (\[\[.*?\]\])", layout)
             good = lanes is not None and json.loads(lanes[1]) == [[0] * (rank - 1) + [2**bit] for bit in range(5)]
         assert good, f"operands of mma.sync, {shape}: lanes lie otherwise in {layout}"
+
+
+class Case(NamedTuple):
+    name: str  # preset and bands
+    layout: sk.PageLayout
+    group: int  # query heads a KV head
 
 
 class Launched(NamedTuple):
@@ -121,17 +130,20 @@ class Recorder:
         return row, kernel
 
 
-def cases(few: bool) -> Iterator[tuple[str, sk.PageLayout, int]]:
-    """Name, page layout and query heads a KV head: all presets, or the few that CI has time for."""
-    for preset in ("quality", "balanced", "small"):
-        for dim in (64, 128, 256):
-            layout = sk.PRESETS[preset].layout(dim)
-            assert layout is not None
-            for group in (1, 4, 6, 8):
-                if not few or (preset, dim, group) in {("small", 64, 6), ("balanced", 128, 4), ("quality", 256, 1)}:
-                    yield f"{preset} {layout.k} {layout.v}", layout, group
-    lossless = sk.PageLayout(sk.Bands.parse("64x16"), sk.Bands.parse("64x16"), 64, 64)
-    yield f"lossless {lossless.k} {lossless.v}", lossless, 1
+def cases() -> list[Case]:
+    """All presets, head dimensions and groups. Those of CI come first (FIRST of them, or FEW): a kernel that is the same in
+    several cases has the row of the first, whichever are compiled."""
+    bands = sk.Bands.parse("64x16")
+    lossless = sk.PageLayout(bands, bands, 64, 64)
+    first = [("balanced", 128, 4), ("quality", 256, 1), ("small", 64, 6)]
+    every = itertools.product(("quality", "balanced", "small"), DIMS, (1, 4, 6, 8))
+    found = []
+    for preset, dim, group in [*first, *(case for case in every if case not in first)]:
+        layout = sk.PRESETS[preset].layout(dim)
+        assert layout is not None
+        found.append(Case(f"{preset} {layout.k} {layout.v}", layout, group))
+    found.insert(1, Case(f"lossless {lossless.k} {lossless.v}", lossless, 1))
+    return found
 
 
 def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bool) -> None:
@@ -182,31 +194,30 @@ def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
     _launch.has_matrix_units = lambda device: matrix
     _launch.has_large_shared_memory = lambda device: capability in (90, 100)
     _launch.overlaps_launches = lambda device: capability >= 90
+    _launch.has_tensor_memory = lambda device: capability == 100
     JITFunction.run = recorder.run_of
     return matrix
 
 
 def compile_all(
-    capability: int,
-    few: bool,
-    report: Callable[[dict[str, Any]], None],
-    kernels: Collection[str] = (),
-    layouts: Collection[str] = (),
+    capability: int, chosen: Iterable[Case], report: Callable[[dict[str, Any]], None], kernels: Collection[str] = ()
 ) -> None:
-    """Compile what the launchers would launch on a card of this capability, `report` each kernel's row once. `kernels`,
-    `layouts`: only those of these names."""
+    """Compile what the launchers would launch on a card of this capability in these cases, `report` each kernel's row once.
+    `kernels`: only those of these names, all if there are none."""
     recorder = Recorder(capability, lambda launched, new: report(launched.row) if new else None, kernels)
     matrix = stand_in(capability, recorder)
-    for name, layout, group in cases(few):
-        if layouts and name not in layouts:
-            continue
+    for name, layout, group in chosen:
         recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
         launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
 
 
 def main() -> None:
-    for capability in (int(arg) for arg in sys.argv[1:] if arg.isdigit()):
-        compile_all(capability, "--few" in sys.argv, lambda row: print(json.dumps(row), flush=True))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("capability", nargs="+", type=int)
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N cases")
+    arguments = parser.parse_args()
+    for capability in arguments.capability:
+        compile_all(capability, cases()[: arguments.first], lambda row: print(json.dumps(row), flush=True))
 
 
 if __name__ == "__main__":

@@ -316,7 +316,7 @@ def test_bases_of_a_model_are_as_good_as_float64(side, layer):
     """Within a thousandth of the least weighted error of each rank, from float32 moments (layer 0 spans ten decades)."""
     with safe_open(DATA, "pt") as data:
         x, q = (data.get_tensor(f"layer{layer}.{name}").double().numpy() for name in (side, "q"))
-    heads = len(x) if DEVICE.type == "cuda" else 1  # the interpreter takes five seconds for one
+    heads = len(x) if DEVICE.type == "cuda" else 1  # the interpreter takes ten seconds for one
     for head in range(heads):
         rows, queries = x[head], q[6 * head : 6 * head + 6].reshape(-1, 128)
         moment = rows.T @ rows

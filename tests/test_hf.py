@@ -507,6 +507,19 @@ def test_a_model_that_shares_the_config_object_stays_dense() -> None:
     assert type(out.past_key_values) is DynamicCache
 
 
+@pytest.mark.parametrize("name", sorted({"past_key_values", hf.CACHE}))
+def test_the_decoder_takes_a_cache_by_every_name_and_by_place(name: str) -> None:
+    """Since transformers 5.24 its name is `cache`; the old keyword is renamed only after hooks have seen it."""
+    model, ids = tiny(), prompt(6)["input_ids"]
+    with enable(model, "exact") as handle, torch.no_grad():
+        cache = handle.new_cache()
+        assert model.model(ids[:, :2], **{name: cache})[hf.CACHE] is cache
+        assert model.model(ids[:, 2:4], None, None, cache)[hf.CACHE] is cache
+        # The new name wins, as it does in transformers.
+        assert model.model(ids[:, 4:], **{"past_key_values": None, hf.CACHE: cache})[hf.CACHE] is cache
+    assert cache.columns == 6
+
+
 # ---- refused before anything changes ---------------------------------------------------------------------------------
 
 

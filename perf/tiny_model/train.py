@@ -24,6 +24,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from spectral_kernels.hf import CACHE
+
 from .recall import (
     ANSWER,
     BOS,
@@ -136,10 +138,10 @@ def recall_by_asking(model: PreTrainedModel, contexts: list[RecallContext]) -> f
     for context in contexts:
         cache = DynamicCache()
         prefix = torch.tensor([[BOS, *(ids[word] for word in context.text.split())]], device=model.device)
-        model(input_ids=prefix, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=prefix, logits_to_keep=1, **{CACHE: cache})
         for question in context.questions:
             tokens = torch.tensor([[ids[word] for word in question.text.split()]], device=model.device)
-            logits = model(input_ids=tokens, past_key_values=cache, logits_to_keep=1).logits
+            logits = model(input_ids=tokens, logits_to_keep=1, **{CACHE: cache}).logits
             right += int(logits[0, -1].argmax()) == ids[question.answer]
             asked += 1
             cache.crop(-tokens.shape[1])
