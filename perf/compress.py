@@ -217,8 +217,8 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
 def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
     """Milliseconds a layer of the prefill: without a cache, with one that defers past attention, with one that does not."""
     run = prefill_layer(tokens, card)
-    metric = rows_of(KV_HEADS, 512, card)[0].float()
-    cache = new_cache(card, layers, "balanced", [metric.mT @ metric] * layers)
+    rows = rows_of(HEADS, 512, card)[0].float()
+    cache = new_cache(card, layers, "balanced", [rows.mT @ rows] * layers)
 
     def store(layer: int, defer: bool | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if defer is not None:
