@@ -931,19 +931,27 @@ class Spectrum:
         lost = self.errors[0][..., parts[-1][1].stop :].sum(-1)
         return lost + sum(self.errors[bits][..., own].sum(-1) for bits, own in parts)
 
-    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
-        parts = self._bands(bands)
-        rank = parts[-1][1].stop
-        steps = torch.cat([self.steps[bits][..., own] for bits, own in parts], dim=-1)
+    def _steps(self, bands: Bands) -> torch.Tensor:
+        return torch.cat([self.steps[bits][..., own] for bits, own in self._bands(bands)], dim=-1)
+
+    def stored(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor]:
+        """(basis int8 [B, G, R, D], scale float32 [B, G, R]) of pages in these bands."""
+        steps = self._steps(bands)
+        rank = steps.shape[-1]
         basis, scale = self.basis[..., :rank, :], self.scale[..., :rank] * steps
-        encoder = self.encoder[..., :rank] / steps[..., None, :]
         if self.mean is not None:
             mean, unit = quantise_basis(self.mean)
             basis = torch.cat((mean, basis), dim=-2)
             scale = torch.cat((unit * (2 / (2 ** bands.bits[0] - 1)), scale), dim=-1)
+        return basis.contiguous(), scale
+
+    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
+        steps = self._steps(bands)
+        encoder = self.encoder[..., : steps.shape[-1]] / steps[..., None, :]
+        if self.mean is not None:
             encoder = torch.nn.functional.pad(encoder, (1, 0))
-        return basis.contiguous(), scale, encoder.contiguous()
+        return *self.stored(bands), encoder.contiguous()
 
 
 @dataclass(frozen=True)
@@ -1504,27 +1512,28 @@ def _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D: tl.constexpr, MATRIX: 
     return dot_int8_f32(basis, c * tl.load(scale_ptr + basis_row + r)[:, None], MATRIX, NATIVE)
 
 
-def decode(pages: Pages, *, side: str) -> torch.Tensor:
-    """Rebuild keys (phase-aligned) or values from their pages: for tests and for the fallback path.
+def decode(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rebuild keys (phase-aligned) or values from their pages.
 
     Args:
-        pages: cold pages with their tables and lengths.      side: "k" or "v".
+        pages: cold pages with their tables and lengths.      side: "k" or "v".      dtype: of the result, fp16, bf16, fp32.
     Returns:
-        float32 [B, G, max_chunks * C, D], contiguous, by position; zeros from a row's length on. Skip bits are not looked
-        at. Float32 arithmetic.
+        [B, G, max_chunks * C, D], contiguous, by position; zeros from a row's length on. Skip bits are not looked at.
+        Float32 arithmetic, one rounding.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     if not isinstance(pages, Pages):
         raise TypeError(f"pages: expected Pages, got {type(pages).__name__}")
     check_in("side", side, ("k", "v"))
+    check_in("dtype", dtype, FLOATS)
     data = pages.k_pages if side == "k" else pages.v_pages
     if not _launch.runs_kernel(data):
-        return decode_torch(pages, side=side)
+        return decode_torch(pages, side=side, dtype=dtype)
     bands = pages.layout.k if side == "k" else pages.layout.v
     batch, chunks = pages.page_table.shape
     chunk, dim, heads = pages.layout.chunk, pages.layout.head_dim, pages.kv_heads
-    out = torch.empty((batch, heads, chunks * chunk, dim), dtype=torch.float32, device=data.device)
+    out = torch.empty((batch, heads, chunks * chunk, dim), dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
     matrix = _launch.has_matrix_units(data.device)
@@ -1558,7 +1567,7 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
     return out
 
 
-def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
+def decode_torch(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`decode` in plain PyTorch."""
     layout, chunk = pages.layout, pages.layout.chunk
     k = side == "k"
@@ -1572,4 +1581,4 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     basis = (pages.k_basis if k else pages.v_basis)[segments].float()
     # A missing chunk reads segment 0, which may hold NaN.
     scale = (pages.k_scale if k else pages.v_scale)[segments].masked_fill(~live[:, ::chunk, None, None], 0.0)
-    return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).contiguous()
+    return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).to(dtype).contiguous()
