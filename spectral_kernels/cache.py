@@ -546,15 +546,12 @@ class LayerCache:
             least = self.preset.window + chunk
             least += self.late if hot > least else 0
             self._resize_ring(max(hot + (hot // 8 if growing else 0), least))
-        keep = None
         if any(straight):
             self._compress(targets, call.jobs)
-            keep = call.positions >= _uploaded(first_hot, torch.int32, self.device)[:, None]
-        elif any(call.pad):
-            keep = call.positions >= 0
-        self._store_hot(call.k, call.v, call.positions, keep)
-        before, self.lengths = self.lengths, after
         tokens = call.k.shape[2]
+        starts = [max(f - n, 0) + p for f, n, p in zip(first_hot, self.lengths, call.pad, strict=True)]
+        self._store_hot(call.k, call.v, call.positions, [range(start, tokens) for start in starts])
+        before, self.lengths = self.lengths, after
         self.length = _uploaded(after, torch.int32, self.device) if any(call.pad) else self.length + tokens
         compressed = False
         while rows := [r for r, t in enumerate(targets) if t != self.chunks[r]]:
@@ -639,19 +636,20 @@ class LayerCache:
                 key_positions[row, new] = position.int()
         self.k, self.v, self.key_positions, self.hot_slots = k, v, key_positions, slots
 
-    def _store_hot(
-        self, aligned: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None
-    ) -> None:
-        """Write tokens to their slots; `keep` [B, T] leaves some out."""
-        slots = self.pinned_slots + positions.long() % self.hot_slots  # [B, T]
-        if keep is None:
+    def _store_hot(self, aligned: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, keep: list[range]) -> None:
+        """Write the tokens that each row keeps to their slots."""
+        if len(set(keep)) == 1:
+            own = slice(keep[0].start, keep[0].stop)
+            slots = self.pinned_slots + positions[:, own].long() % self.hot_slots
             index = slots[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
-            self.k.scatter_(2, index, aligned)
-            self.v.scatter_(2, index, v)
-            self.key_positions.scatter_(1, slots, positions)
+            self.k.scatter_(2, index, aligned[:, :, own])
+            self.v.scatter_(2, index, v[:, :, own])
+            self.key_positions.scatter_(1, slots, positions[:, own])
             return
-        row, token = keep.nonzero(as_tuple=True)
-        slot = slots[row, token]
+        # Not by a mask: the host would wait for its sum.
+        at = [(row, token) for row, tokens in enumerate(keep) for token in tokens]
+        row, token = _uploaded(at, torch.int64, self.device).unbind(1)
+        slot = self.pinned_slots + positions[row, token].long() % self.hot_slots
         self.k[row, :, slot], self.v[row, :, slot] = aligned[row, :, token], v[row, :, token]
         self.key_positions[row, slot] = positions[row, token]
 
@@ -1215,12 +1213,11 @@ class LayerCache:
         if rows:
             start = torch.tensor(self.cold, dtype=torch.int32, device=self.device)
             position = start[:, None] + torch.arange(chunk, dtype=torch.int32, device=self.device)
-            mine = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-            mine[rows] = True
             index = position.clamp_max(k.shape[2] - 1).long()[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
             k, v = k.gather(2, index), v.gather(2, index)
             aligned = phase_align(k, position, self.rope, chunk=self.preset.align)
-            self._store_hot(aligned, v, position, mine[:, None] & (position < self.length[:, None]))
+            kept = [range(n - c if r in rows else 0) for r, (n, c) in enumerate(zip(lengths, self.cold, strict=True))]
+            self._store_hot(aligned, v, position, kept)
 
     def _drop_queries(self, lengths: list[int]) -> None:
         if not self.queries or lengths == self.lengths:

@@ -411,7 +411,7 @@ def _error_weights_kernel(
     at_ptr,  # int64 [S]
     k_ptr,
     v_ptr,
-    root_ptr,  # float32 [H, D, D], or None
+    metric_ptr,  # float32 [H, D, D], or None
     turns_ptr,
     stats_ptr,  # float32 [B, G, splits, ROWS, 4]
     sums_ptr,  # float32 [B, G, splits, 2, ROWS, D]
@@ -461,9 +461,9 @@ def _error_weights_kernel(
     first = tl.where(pair < PAIRS, pair, PAIRS + pair)
     second = tl.where(pair < PAIRS, PAIRS + pair, HALF + pair)
     factor = tl.where(pair < PAIRS, scale * scaling, scale)
-    if root_ptr is not None:
+    if metric_ptr is not None:
         at = ((bg % G) * HG + head) * D * D + d[:, None] * D + d[None, :]
-        root = tl.load(root_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+        metric = tl.load(metric_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     sum1 = tl.zeros([BLOCK_M], dtype=tl.float32)
     sum2 = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -494,9 +494,9 @@ def _error_weights_kernel(
             e = tl.exp2(score - base[:, None])
             e2 = tl.where((age >= window) & (t >= sinks)[None, :], e * e, 0.0)
             weighted = v.to(tl.float32)
-            if root_ptr is not None:
-                weighted = tl.dot(v, root, input_precision="tf32x3")
-            size = tl.sum(weighted * weighted, 1)
+            if metric_ptr is not None:
+                weighted = tl.dot(v, metric, input_precision="tf32x3")
+            size = tl.sum(weighted * v.to(tl.float32), 1)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
             squares = squares * shrink * shrink + tl.sum(e2 * size[None, :], 1)
@@ -551,13 +551,13 @@ def error_weights(
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     own = q.index_select(2, at)
     group, count = heads // groups, len(at)
-    root = unit = None
-    if v_metrics is not None:  # entries below 1, as fp16 wants them
+    metric = unit = None
+    if v_metrics is not None:  # entries up to 1, as fp16 wants them
         unit = v_metrics.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        eye = torch.eye(dim, dtype=torch.float64, device=q.device)
-        root = torch.linalg.cholesky_ex((v_metrics / unit[:, None, None]).double() + 1e-6 * eye).L.float().contiguous()
+        metric = (v_metrics / unit[:, None, None]).contiguous()
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
-    block = 64 if _launch.has_large_shared_memory(k.device) else 32
+    large = _launch.has_large_shared_memory(k.device)
+    block = 64 if large else 32
     tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
     each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))
     splits, rows = triton.cdiv(chunks, each), tiles * block
@@ -569,7 +569,7 @@ def error_weights(
             at,
             k,
             v,
-            root,
+            metric,
             rope.turns,
             stats,
             sums,
@@ -593,8 +593,8 @@ def error_weights(
             BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)),
             BLOCK_D=triton.next_power_of_2(dim),
             NATIVE=_launch.is_native(k),
-            num_warps=8 if block == 64 or dim > 64 else 4,
-            num_stages=2,
+            num_warps=8 if large or dim > 64 else 4,
+            num_stages=3 if large else 2,
         )
     # The splits, joined as states are (merge.py), with squares.
     top, *parts = stats.unbind(-1)

@@ -1294,6 +1294,20 @@ def test_a_deferred_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, name
     assert same(visible(cache), visible(expected))
 
 
+@pytest.mark.parametrize("defer", [False, True])
+def test_keys_may_be_overwritten(defer):
+    """Without a copy, wherever they lie in memory; the cache is the same. They are not, unless that is asked for."""
+    expected, cache, call = deferred("padding")
+    expected.append(0, **call, defer=defer)
+    own = {**call, "k": strided(call["k"].clone(), "swapped")}
+    cache.append(0, **own, defer=defer, overwrite=True)
+    cache.finish()
+    assert same(visible(cache), visible(expected))
+    positions = torch.arange(300, device=DEVICE).expand(2, -1)
+    aligned = cache_module.phase_align(call["k"], positions, cache.rope, chunk=LOSSLESS.align)
+    assert torch.equal(own["k"][0], aligned[0]) and not torch.equal(call["k"][0], aligned[0])
+
+
 def test_reset_drops_a_deferred_call():
     expected, cache, call = deferred("alike")
     cache.append(0, **call, defer=True)

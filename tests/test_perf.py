@@ -244,7 +244,7 @@ def test_benchmarks_run_every_public_kernel():
 
 
 def test_a_prefill_is_timed_through_the_cache(monkeypatch):
-    """With the model's shapes scaled down: the cache takes what the layer hands it, deferred or not, and compresses it."""
+    """With the model's shapes scaled down: the cache takes what it is handed, deferred or not, and compresses it."""
     for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 64, "HIDDEN": 256, "FFN": 64}.items():
         monkeypatch.setattr(compress_job, name, value)
     caches = []
@@ -264,6 +264,14 @@ def test_a_prefill_is_timed_through_the_cache(monkeypatch):
     assert compress_job.prefill_times(640, 2, card) == (0.5, 0.5, 0.5)
     assert [layer.cold for layer in caches[0].layers] == [[576], [576]]
     assert all(layer.losses is None for layer in caches[0].layers)
+    assert compress_job.narrow_ms(640, card) == 1.0
+    for name in ("synchronize", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1 << 20)
+    dense = 2 * 2 * 640 * 64 * 2
+    for overwrite in (True, False):
+        ratio, narrowed = compress_job.peak_ratio(640, 4, card, overwrite)
+        assert ratio == 0 and narrowed >= 0
+        assert dense < dense + caches[-1].nbytes < 5 * dense
 
 
 # perf.attention
