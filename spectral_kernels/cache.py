@@ -890,17 +890,16 @@ class LayerCache:
 
     def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """What the layer would lose in each of its layouts, float32, on the device."""
-        k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
-        losses: list[dict[Bands, torch.Tensor]] = []
-        for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
+        losses = []
+        for i, (side, bands) in enumerate(((k, [x.k for x in self.layouts]), (v, [x.v for x in self.layouts]))):
             if weights is None:  # a relative error of keys counts as much as one of values
                 lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
                 weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny)
             else:  # the metrics of K, and of V without metrics, are of one query head on average, that of V is their sum
                 own = weights[i].unflatten(1, (self.kv_heads, -1))
                 weight = own.mean(-1) if i == 1 and self.v_metrics is not None else own.sum(-1)
-            losses.append({bands: (weight * side.distortion(bands)).sum(-1).mean() for bands in menu})
-        return torch.stack([losses[0][x.k] + losses[1][x.v] for x in self.layouts])
+            losses.append((weight * side.distortions(bands)).sum(-1).mean(-1))
+        return losses[0] + losses[1]
 
     def losses_left(self) -> list[float]:
         """What the layer would lose in each of its layouts; inf in those that its pages, if there are any, cannot get."""
@@ -939,7 +938,8 @@ class LayerCache:
             self._write_bases(new, fit)
             sides = ((fit.k, layout.k, old.layout.k), (fit.v, layout.v, old.layout.v))
             tiny = torch.finfo(torch.float32).tiny
-            more = torch.stack([x.distortion(to) / x.distortion(at).clamp_min(tiny) for x, to, at in sides], dim=1)
+            lost = [x.distortions([to, at]).clamp_min(tiny) for x, to, at in sides]
+            more = torch.stack([x[0] / x[1] for x in lost], dim=1)
             alike: dict[int, list[int]] = {}  # those of as many pages
             for i, segment in enumerate(fit.segments):
                 alike.setdefault(len(held.get(segment, ())), []).append(segment)

@@ -891,6 +891,29 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
     return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
 
 
+def _parts(bands: Bands, centred: bool) -> list[tuple[int, slice]]:
+    """Bits and own components of each band; the first component of all is the mean's, if there is one."""
+    parts, start = [], -1 if centred else 0
+    for rank, bits in bands.bands:
+        parts.append((bits, slice(max(0, start), start + rank)))
+        start += rank
+    return parts
+
+
+@cache
+def _held(
+    choices: tuple[Bands, ...], precisions: tuple[int, ...], centred: bool, dim: int, device: torch.device
+) -> torch.Tensor:
+    """1 where a component has a precision (or 0 bits) in each of some bands, else 0: float32 [P, precisions, D]."""
+    held = torch.zeros((len(choices), len(precisions), dim))
+    for own, bands in zip(held, choices, strict=True):
+        own[precisions.index(0)] = 1
+        for bits, part in _parts(bands, centred):
+            own[:, part] = 0
+            own[precisions.index(bits), part] = 1
+    return held.to(device)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The components of one side, best first, and what each loses at each precision: what a layout is chosen by.
@@ -917,22 +940,14 @@ class Spectrum:
         held = (self.basis, self.scale, self.encoder, *self.steps.values(), *self.errors.values())
         return sum(t.nbytes for t in held) + (0 if self.mean is None else self.mean.nbytes)
 
-    def _bands(self, bands: Bands) -> list[tuple[int, slice]]:
-        """Bits and own components of each band."""
-        parts, start = [], 0 if self.mean is None else -1
-        for rank, bits in bands.bands:
-            parts.append((bits, slice(max(0, start), start + rank)))
-            start += rank
-        return parts
-
-    def distortion(self, bands: Bands) -> torch.Tensor:
-        """Mean squared error of a row in these bands, in units of the metric: float32 [B, G]."""
-        parts = self._bands(bands)
-        lost = self.errors[0][..., parts[-1][1].stop :].sum(-1)
-        return lost + sum(self.errors[bits][..., own].sum(-1) for bits, own in parts)
+    def distortions(self, choices: Sequence[Bands]) -> torch.Tensor:
+        """Mean squared error of a row in each of some bands, in units of the metric: float32 [P, B, G]."""
+        precisions, errors = tuple(self.errors), torch.stack(list(self.errors.values()), dim=-2)
+        held = _held(tuple(choices), precisions, self.mean is not None, errors.shape[-1], errors.device)
+        return (errors * held[:, None, None]).sum((-2, -1))
 
     def _steps(self, bands: Bands) -> torch.Tensor:
-        return torch.cat([self.steps[bits][..., own] for bits, own in self._bands(bands)], dim=-1)
+        return torch.cat([self.steps[bits][..., own] for bits, own in _parts(bands, self.mean is not None)], dim=-1)
 
     def stored(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor]:
         """(basis int8 [B, G, R, D], scale float32 [B, G, R]) of pages in these bands."""
