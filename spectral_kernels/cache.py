@@ -261,12 +261,24 @@ def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
 
 # Share of the mean weight of a KV head's query heads that is added to the weight of each.
 HEAD_FLOOR = 1 / 8
+# Queries that are enough for the metric of K, spread over all tokens. (On keys of Qwen2.5-Coder-0.5B, 3,584 tokens, metrics
+# of 448 to 1,792 of the queries lost 0.3 % less to 0.7 % more than the metric of all.)
+METRIC_QUERIES = 4096
 # Pages that are written anew at once: as many are rebuilt in float32.
 NARROWED = 32
 # How much more than their budget the layers' pages may take before all layers have fitted.
 SLACK = 1.02
 # A new segment's bases are at most this share of the coefficients of the segment before it.
 BASES_SHARE = 1 / 8
+
+
+def _sampled(q: torch.Tensor, rope: Rope, align: int) -> tuple[torch.Tensor, Rope, int]:
+    """Every 2**n-th query, as queries of consecutive positions with frequencies that are as many times higher, and their
+    block of alignment: at least METRIC_QUERIES of them, or all."""
+    step = 1
+    while q.shape[2] >= 2 * step * METRIC_QUERIES and align % (128 * step) == 0:
+        step *= 2
+    return q[:, :, ::step], Rope(rope.turns * step, rope.scaling), align // step
 
 
 class _Fit(NamedTuple):
@@ -875,7 +887,8 @@ class LayerCache:
             options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
             weights = error_weights(q, k, v, self.rope, self.v_metrics, **options)
             k_shares, shares = (self._shares(w) for w in weights)
-            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads, weights=k_shares)
+            some, rope, chunk = _sampled(q, self.rope, self.preset.align)
+            metric = query_metric(some, rope, chunk=chunk, kv_heads=self.kv_heads, weights=k_shares)
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
         k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
