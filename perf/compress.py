@@ -267,7 +267,13 @@ def peak_ratio(tokens: int, layers: int, card: Card, overwrite: bool) -> tuple[f
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before, peak, dense = torch.cuda.memory_allocated(), 0, 0
-    with mock.patch.object(LayerCache, "_narrow_pages", autospec=True, side_effect=LayerCache._narrow_pages) as narrow:
+    narrowed, narrow = [], LayerCache.narrow
+
+    def noted(layer: LayerCache, layout: sk.PageLayout) -> None:
+        narrowed.append(layout != layer.layout)
+        narrow(layer, layout)
+
+    with mock.patch.object(LayerCache, "narrow", noted):
         for layer in range(layers):
             k, v = (rows_of(KV_HEADS, tokens, card, decay=decay) for decay in (2.0 + layer % 5, 1.0 + layer % 3))
             dense = k.nbytes + v.nbytes
@@ -276,8 +282,7 @@ def peak_ratio(tokens: int, layers: int, card: Card, overwrite: bool) -> tuple[f
             cache.finish()
             peak = max(peak, torch.cuda.max_memory_allocated())
             del k, v
-        written = sum(call.args[4].numel() for call in narrow.call_args_list)
-    return (peak - before) / (dense + cache.nbytes), written // cache.layers[0].chunks[0]
+    return (peak - before) / (dense + cache.nbytes), sum(narrowed)
 
 
 def narrow_ms(tokens: int, card: Card) -> float:

@@ -264,8 +264,8 @@ HEAD_FLOOR = 1 / 8
 # Queries that are enough for the metric of K, spread over all tokens. (On keys of Qwen2.5-Coder-0.5B, 3,584 tokens, metrics
 # of 448 to 1,792 of the queries lost 0.3 % less to 0.7 % more than the metric of all.)
 METRIC_QUERIES = 4096
-# Pages that are written anew at once: as many are rebuilt in float32.
-NARROWED = 32
+# Pages that are written anew at once: their codes take two bytes each.
+NARROWED = 128
 # How much more than their budget the layers' pages may take before all layers have fitted.
 SLACK = 1.02
 # A new segment's bases are at most this share of the coefficients of the segment before it.
@@ -962,27 +962,29 @@ class LayerCache:
             alike.pop(0, None)
             for segments in alike.values():
                 ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
-                for some in ids.split(max(1, NARROWED // len(segments)), dim=1):
-                    self._narrow_pages(old, new, segments, some.contiguous())
+                self._narrow_pages(old, new, segments, ids)
         self.layout, self.pages, self.fits = layout, new, fits
 
     def _narrow_pages(self, old: Pages, new: Pages, segments: list[int], page_ids: torch.Tensor) -> None:
         """Write pages [m, n] of some segments anew: their codes, as if the bases were unit vectors, in new steps."""
-        source, index = self._pages_alone(old, segments, page_ids), _uploaded(segments, torch.int64, self.device)
+        index = _uploaded(segments, torch.int64, self.device)
+        units, encoders = old, {}
         for side in ("k", "v"):
-            bands, pages = getattr(new.layout, side), getattr(new, f"{side}_pages")
             was, now = (getattr(x, f"{side}_scale") for x in (old, new))
             unit = torch.eye(was.shape[-1], self.head_dim, dtype=torch.int8, device=self.device)
-            held: dict[str, Any] = {
-                f"{side}_basis": unit.repeat(*was.shape[:2], 1, 1),
-                f"{side}_scale": torch.ones_like(was),
-            }
-            # Half a step from whole numbers of them, up to 127.5: fp16 holds them.
-            codes = decode(replace(source, **held), side=side, dtype=torch.float16)
-            ratio = (was[index, :, : bands.rank] / now[index]).diag_embed()
-            encoder = torch.nn.functional.pad(ratio, (0, 0, 0, self.head_dim - bands.rank))
-            encode(codes, encoder, bands, pages, page_ids, side=side)
-            del codes
+            unit = unit.repeat(*was.shape[:2], 1, 1)
+            held: dict[str, Any] = {f"{side}_basis": unit, f"{side}_scale": torch.ones_like(was)}
+            units = replace(units, **held)
+            rank = now.shape[-1]
+            ratio = (was[index, :, :rank] / now[index]).diag_embed()
+            encoders[side] = torch.nn.functional.pad(ratio, (0, 0, 0, self.head_dim - rank))
+        for some in page_ids.split(max(1, NARROWED // len(segments)), dim=1):
+            source, ids = self._pages_alone(units, segments, some), some.contiguous()
+            for side, bands, pages in (("k", new.layout.k, new.k_pages), ("v", new.layout.v, new.v_pages)):
+                # Half a step from whole numbers of them, up to 127.5: fp16 holds them.
+                codes = decode(source, side=side, dtype=torch.float16)
+                encode(codes, encoders[side], bands, pages, ids, side=side)
+                del codes
 
     def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
         """Pages [m, n] as rows of their own, each of one segment."""

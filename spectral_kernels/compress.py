@@ -546,7 +546,8 @@ def error_weights(
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
     kernel = _launch.runs_kernel(k) and _launch.has_matrix_units(k.device)
-    if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2:
+    wide = k.dtype == torch.float32 and dim > 64 and not _launch.has_large_shared_memory(k.device)  # would not fit there
+    if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2 or wide:
         return error_weights_torch(q, k, v, rope, v_metrics, chunk=chunk, sinks=sinks, window=window, queries=queries)
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     own = q.index_select(2, at)
@@ -556,7 +557,7 @@ def error_weights(
         unit = v_metrics.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
         metric = (v_metrics / unit[:, None, None]).contiguous()
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
-    large = _launch.has_large_shared_memory(k.device)
+    large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
     block = 64 if large else 32
     tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
     each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))

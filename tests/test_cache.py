@@ -1313,10 +1313,10 @@ def test_a_deferred_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, name
 
 @pytest.mark.parametrize("defer", [False, True])
 def test_keys_may_be_overwritten(defer):
-    """Without a copy, wherever they lie in memory; the cache is the same. They are not, unless that is asked for."""
+    """Instead of a copy; the cache is the same. They are not, unless that is asked for."""
     expected, cache, call = deferred("padding")
     expected.append(0, **call, defer=defer)
-    own = {**call, "k": strided(call["k"].clone(), "swapped")}
+    own = {**call, "k": call["k"].clone()}
     cache.append(0, **own, defer=defer, overwrite=True)
     cache.finish()
     assert same(visible(cache), visible(expected))
