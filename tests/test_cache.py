@@ -966,23 +966,6 @@ def test_layers_share_bytes_once_all_have_fitted(rng, monkeypatch):
     assert cache.layers[0].cold == [384] * 3
 
 
-def test_queries_are_sampled_evenly(rng, monkeypatch):
-    """The metric of every fourth query is that of its definition: queries at their positions, less the starts of blocks."""
-    monkeypatch.setattr(cache_module, "METRIC_QUERIES", 100)
-    q, rope = draw(rng, 1, 2, 500, DIM), rope_of(inverse_frequencies(DIM), 1.0)
-    some, faster, chunk = cache_module._sampled(q, rope, 256)
-    assert some.shape[2] == 125 and chunk == 64
-    got = cache_module.query_metric(some, faster, chunk=chunk, kv_heads=1)
-    expected, seen = np.zeros((DIM, DIM)), 0
-    for start in (0, 256):
-        at = torch.arange(start + -start % 4, 500, 4, device=DEVICE)
-        own = to_numpy(cache_module.rotate(q[:, :, at].contiguous(), (at - start)[None], rope)).reshape(-1, DIM)
-        expected, seen = expected + own.T @ own, seen + len(own)
-    # Angles of float32 turns are good to 1e-6; a query one position off moves pairs of the highest frequency by a radian.
-    np.testing.assert_allclose(to_numpy(got)[0, 0], expected / seen, atol=1e-4 * np.abs(expected).max() / seen)
-    assert cache_module._sampled(q, rope, 64)[2] == 64, "no block has fewer than 64 queries"
-
-
 class BudgetedLayer:
     """What a budget asks of a layer."""
 
