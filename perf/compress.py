@@ -8,20 +8,22 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
 random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, deferred past attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K
-and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the
-compressed cache of all layers); the larger of both ways. `step_ratio`: median decode step of all layers' caches (append and
-attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which none does;
-`.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
+given) adds to that, deferred past attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K and V of one
+layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the compressed
+cache of all layers), with the same preset; K's memory is used, `.._copied`: it is not. `narrow_ms`: to write the pages of a
+layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`: median decode step of all layers' caches
+(append and attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which
+none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
-prefill_share_at_once peak_ratio step_ms step_ratio step_p99_ratio step_max_ratio svd_ratio lowrank_ratio gram_error
-(T = 131,072) torch triton.
+prefill_share_at_once peak_ratio peak_ratio_copied narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
+step_max_ratio svd_ratio lowrank_ratio gram_error (T = 131,072) torch triton.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -30,6 +32,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
@@ -37,6 +40,7 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 import spectral_kernels as sk
 from perf._timing import ROOT, Call, Card, NoCard, device_times, versions
 from spectral_kernels import eigen
+from spectral_kernels.cache import LayerCache
 from spectral_kernels.compress import Side, error_weights, fit_spectra
 from spectral_kernels.pages import pack_pages, unpack_pages
 
@@ -217,8 +221,7 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
 def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
     """Milliseconds a layer of the prefill: without a cache, with one that defers past attention, with one that does not."""
     run = prefill_layer(tokens, card)
-    metric = rows_of(KV_HEADS, 512, card)[0].float()
-    cache = new_cache(card, layers, "balanced", [metric.mT @ metric] * layers)
+    cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
 
     def store(layer: int, defer: bool | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if defer is not None:
@@ -231,6 +234,11 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
 
     plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 1) / layers for defer in (None, True, False))
     return plain, deferred, at_once
+
+
+def metrics_of(layers: int, card: Card) -> list[torch.Tensor]:
+    rows = rows_of(HEADS, 512, card)[0].float()
+    return [rows.mT @ rows] * layers
 
 
 def new_cache(
@@ -252,20 +260,37 @@ def new_cache(
     )
 
 
-def peak_ratio(tokens: int, layers: int, card: Card, defer: bool) -> float:
+def peak_ratio(tokens: int, layers: int, card: Card, overwrite: bool) -> tuple[float, int]:
+    """The ratio, of layers that lose more or less; and how many times pages were written anew."""
+    q = rows_of(HEADS, tokens, card)
+    cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    preset = sk.Preset(k={DIM: str(LAYOUT.k)}, v={DIM: str(LAYOUT.v)}, chunk=CHUNK)
-    cache, before, dense = new_cache(card, layers, preset), torch.cuda.memory_allocated(), 0
-    torch.cuda.reset_peak_memory_stats()
-    for layer in range(layers):
-        cache.finish()
-        k, v = (torch.empty(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device).normal_() for _ in range(2))
-        dense = k.nbytes + v.nbytes
-        cache.append(layer, k, v, defer=defer)
-        del k, v
-    cache.finish()
-    return (torch.cuda.max_memory_allocated() - before) / (dense + cache.nbytes)
+    before, peak, dense = torch.cuda.memory_allocated(), 0, 0
+    narrowed, narrow = [], LayerCache.narrow
+
+    def noted(layer: LayerCache, layout: sk.PageLayout) -> None:
+        narrowed.append(layout != layer.layout)
+        narrow(layer, layout)
+
+    with mock.patch.object(LayerCache, "narrow", noted):
+        for layer in range(layers):
+            k, v = (rows_of(KV_HEADS, tokens, card, decay=decay) for decay in (2.0 + layer % 5, 1.0 + layer % 3))
+            dense = k.nbytes + v.nbytes
+            torch.cuda.reset_peak_memory_stats()
+            cache.append(layer, k, v, queries=q, defer=True, overwrite=overwrite)
+            cache.finish()
+            peak = max(peak, torch.cuda.max_memory_allocated())
+            del k, v
+    return (peak - before) / (dense + cache.nbytes), sum(narrowed)
+
+
+def narrow_ms(tokens: int, card: Card) -> float:
+    """Milliseconds that one layer's pages take to be written anew."""
+    cache = new_cache(card, 2, "balanced")
+    cache.append(0, *(rows_of(KV_HEADS, tokens, card) for _ in range(2)))
+    layer = cache.layers[0]
+    return eager_ms(lambda: copy.copy(layer).narrow(layer.layouts[0]))
 
 
 def step_times(card: Card, layers: int, tokens: int = 8192, steps: int = 384) -> tuple[list[float], list[float]]:
@@ -397,8 +422,10 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     del layer, aligned
     prefill, deferred, at_once = prefill_times(tokens, layers, card)
     say(f"  prefill of a layer {prefill:24.3f} ms, with a cache {deferred:.3f}, not deferred {at_once:.3f}")
-    peaks = [peak_ratio(tokens, layers, card, defer) for defer in (False, True)]
-    say(f"  peak ratio of {layers} layers {peaks[0]:19.3f}, deferred {peaks[1]:.3f}")
+    (peak, narrowed), (copied, _) = (peak_ratio(tokens, layers, card, overwrite) for overwrite in (True, False))
+    say(f"  peak ratio of {layers} layers {peak:19.3f}, with a copy of K {copied:.3f}")
+    narrowing = narrow_ms(tokens, card)
+    say(f"  to write a layer's pages anew {narrowing:16.3f} ms; {narrowed} times in all")
     plain, compressing = step_times(card, layers)
     steps = sorted(plain + compressing)
     median, p99 = statistics.median(steps), steps[len(steps) * 99 // 100]
@@ -417,7 +444,10 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         "prefill_ms_per_layer": prefill,
         "prefill_share": deferred / prefill - 1,
         "prefill_share_at_once": at_once / prefill - 1,
-        "peak_ratio": max(peaks),
+        "peak_ratio": peak,
+        "peak_ratio_copied": copied,
+        "narrow_ms": narrowing,
+        "narrowed_per_layer": narrowed / layers,
         "step_ms": median,
         "step_ratio": spike / calm,
         "step_p99_ratio": p99 / median,

@@ -5,8 +5,8 @@ page (cold). Some tokens stay exact for good (pinned: attention sinks and landma
 A row's first compression fits its segment (the bases of K and V) on all tokens it has; later chunks are encoded in it.
 When these lose more than tokens did at the fit (`Preset.max_residual`), the segment ends with its block of alignment: newer
 tokens stay exact until there are enough to fit a new one on, with the metrics of the old one.
-Layers choose their bands from the preset's together, within the bytes that all share: each stores its first pages in the
-widest bands, and when all have fitted their first segments, every layer gets its own and narrows its pages to them.
+Layers choose their bands from the preset's together, within the bytes that all share. Until all have fitted their first
+segments, pages are in bands that are richer than the layer's share of what is known; then they are narrowed to its own.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
@@ -17,7 +17,7 @@ among the layers, so that no step has the work of all. (That keeps half a chunk 
 compressed as far as it can be.)
 
 Lengths are known to the host (every call says how many tokens come), so nothing here waits for the device, but the choice
-of all layers' bands, once in a sequence, and the look at the residuals, once in a block of alignment.
+of a layer's bands, once in a sequence, and the look at the residuals, once in a block of alignment.
 Test: tests/test_cache.py.
 """
 
@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -130,13 +132,17 @@ def _menus(head_dim: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return _undominated(k), _undominated(v)
 
 
+def _within(a: Bands, b: Bands) -> bool:
+    """Whether b has as many bits for every component as a."""
+    return a.rank <= b.rank and all(x <= y for x, y in zip(a.bits, b.bits, strict=False))
+
+
 def _undominated(text: str) -> tuple[str, ...]:
     """Of some bands, those to which no other gives every component as many bits for as few bytes."""
     menu = {part: Bands.parse(part) for part in text.split()}
 
     def better(a: Bands, b: Bands) -> bool:
-        more = a.rank >= b.rank and all(x >= y for x, y in zip(a.bits, b.bits, strict=False))
-        return a is not b and a.bytes <= b.bytes and more
+        return a is not b and a.bytes <= b.bytes and _within(b, a)
 
     return tuple(part for part, bands in menu.items() if not any(better(other, bands) for other in menu.values()))
 
@@ -201,30 +207,46 @@ def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> flo
 class _Budget:
     """The bytes that a cache's layers share.
 
-    A layer that fits its first segment says what it would lose in each layout, and stores its tokens in the richest one
-    until all layers have said so. Then each gets its own, and writes its pages anew (`LayerCache.narrow`).
+    A layer that fits its first segment says what it would lose in each layout. Until all have said so, it stores its tokens
+    in bands richer than its share of what is known so far, and the richer the less is known; with the last one each gets
+    its own. Pages are written anew (`LayerCache.narrow`) then, and before that where it saves most, if all take too much.
     """
 
     def __init__(self, total: float) -> None:
         self.total = total
         self.layers: list[LayerCache] = []
 
-    def settle(self) -> None:
-        """Choose all layers' layouts, if they wait for nothing else. Waits for the device, once in a sequence.
+    def layout_of(self, layer: LayerCache, losses: list[float]) -> PageLayout:
+        """The layout for the first pages of a layer, from its losses. Other layers may get theirs.
 
-        Layer after layer, so that no two have their pages twice: if one fails, those before it have theirs, and the next
+        One after another, so that no two have their pages twice: if one fails, those before it have theirs, and the next
         call goes on.
         """
-        losses = [layer.losses for layer in self.layers]
-        if any(own is None for own in losses):
-            return
-        values = torch.stack([own for own in losses if own is not None]).tolist()
-        layouts = self.layers[0].layouts
-        chosen = share_bytes(self.total, [layout.token_bytes for layout in layouts], values)
-        for layer, i in zip(self.layers, chosen, strict=True):
-            layer.narrow(layouts[i])
-        for layer in self.layers:
-            layer.losses, layer.open_fits = None, []
+        layer.losses = losses
+        known = [each for each in self.layers if each.losses is not None]
+        layouts = layer.layouts
+        sizes = [layout.token_bytes for layout in layouts]
+        left = [each.losses_left() for each in known]
+        share = len(known) / len(self.layers)
+        # The first layer may have half as much again as one has on average.
+        total = max(self.total * share * (1.5 - share / 2), len(known) * sizes[0])
+        own = {}
+        for each, chosen, lost in zip(known, share_bytes(total, sizes, left), left, strict=True):
+            hull = _hull(sizes, lost)
+            own[each] = layouts[chosen] if share == 1 else _widest([layouts[i] for i in hull[: hull.index(chosen) + 1]])
+        more = {each: each.layout.token_bytes - own[each].token_bytes for each in known if each.layout is not None}
+        over = sum(x.token_bytes for x in own.values()) + sum(more.values()) - SLACK * self.total
+        for each in sorted(more, key=lambda each: -more[each]):
+            if share == 1 or over > 0:
+                each.narrow(own[each])
+                over -= more[each]
+        return own[layer]
+
+    def settle(self) -> None:
+        """Forget what layouts were chosen by, once every layer has its own."""
+        if all(layer.losses is not None and layer.layout is not None for layer in self.layers):
+            for layer in self.layers:
+                layer.losses, layer.open_fits = None, []
 
 
 def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
@@ -240,8 +262,10 @@ def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
 
 # Share of the mean weight of a KV head's query heads that is added to the weight of each.
 HEAD_FLOOR = 1 / 8
-# Pages that are written anew at once: as many are rebuilt in float32.
-NARROWED = 64
+# Pages that are written anew at once: their codes take two bytes each.
+NARROWED = 128
+# How much more than their budget the layers' pages may take before all layers have fitted.
+SLACK = 1.02
 # A new segment's bases are at most this share of the coefficients of the segment before it.
 BASES_SHARE = 1 / 8
 
@@ -270,6 +294,21 @@ class _OpenFit(NamedTuple):
     v: Spectrum
 
 
+class _Numbers:
+    """A few numbers on their way to the host: reading them waits for what the device was given before, and no more."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.host, self.event = x.to("cpu", non_blocking=True), None
+        if x.is_cuda:
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(x.device))
+
+    def read(self) -> list[float]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host.tolist()
+
+
 class _Fitting(NamedTuple):
     """Components for a new segment of some rows, and the shares of the query heads in the metrics [m, H]; what the layer
     would lose in each of its layouts, or None."""
@@ -277,7 +316,7 @@ class _Fitting(NamedTuple):
     k: Spectrum
     v: Spectrum
     shares: torch.Tensor
-    losses: torch.Tensor | None
+    losses: _Numbers | None
 
 
 class _Job(NamedTuple):
@@ -301,6 +340,17 @@ class _Call(NamedTuple):
     after: list[int]
     targets: list[int]
     jobs: list[_Job]
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where deferred calls are worked on: many small launches, which go first wherever there is room."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def _beside(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU, what is done in this context runs beside the current stream's work."""
+    return torch.cuda.stream(_side_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -362,8 +412,8 @@ class LayerCache:
         # What tokens since the last look lost, relative to the fit: sums on the device, and how many tokens.
         self.worn = torch.zeros(batch, dtype=torch.float32, device=self.device)
         self.measured = [0] * batch
-        self.layout: PageLayout | None = None  # from the first fit on; the richest one until all layers have fitted
-        self.losses: torch.Tensor | None = None  # in each layout, while the layer waits for the others
+        self.layout: PageLayout | None = None  # from the first fit on; a richer one until all layers have fitted
+        self.losses: list[float] | None = None  # in each layout, while the layer waits for the others
         self.open_fits: list[_OpenFit] = []
         self.pages: Pages | None = None
         self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
@@ -403,7 +453,6 @@ class LayerCache:
         encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
         total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
         total += sum(fit.k.nbytes + fit.v.nbytes for fit in self.open_fits)
-        total += 0 if self.losses is None else self.losses.nbytes
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------
@@ -416,6 +465,7 @@ class LayerCache:
         queries: torch.Tensor | None = None,
         padding: Sequence[int] | None = None,
         defer: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.finish()
         pad = self._check_append(k, v, queries, padding)
@@ -431,14 +481,19 @@ class LayerCache:
             offset = _uploaded(pad, torch.int32, self.device) if any(pad) else 0
             steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
             positions = (self.length - offset)[:, None] + steps  # negative on padding
-            aligned = phase_align(k.to(self.dtype), positions.clamp_min(0), self.rope, chunk=self.preset.align)
+            own = k.to(self.dtype)
+            out = own if overwrite or own is not k else None
+            aligned = phase_align(own, positions.clamp_min(0), self.rope, chunk=self.preset.align, out=out)
             call = _Call(aligned, v.to(self.dtype), positions, pad, after, targets, [])
             straight = [r for r, t in enumerate(targets) if t and not self.lengths[r]]
-            defer = defer and len(straight) == self.batch
-            call.jobs.extend(self._jobs(targets, call, straight))
-            if defer:
+            if defer and len(straight) == self.batch:
+                if self.device.type == "cuda":
+                    _side_stream(self.device).wait_stream(torch.cuda.current_stream(self.device))
+                with _beside(self.device):
+                    call.jobs.extend(self._jobs(targets, call, straight))
                 self.pending = call, saved
             else:
+                call.jobs.extend(self._jobs(targets, call, straight))
                 self._store(call)
         except BaseException:
             # What was written meanwhile lies in free pages, in free slots and past the lengths, where nothing looks.
@@ -450,10 +505,15 @@ class LayerCache:
             return
         (call, saved), self.pending = self.pending, None
         try:
-            self._store(call)
+            # Nothing that it uses was made or let go by the current stream since `append`.
+            with _beside(self.device):
+                self._store(call)
         except BaseException:
             self.__dict__.update(saved)
             raise
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.current_stream(self.device).wait_stream(_side_stream(self.device))
 
     def _host_state(self) -> dict[str, Any]:
         """Attributes with copies of all lists and tables that compression edits in place."""
@@ -487,15 +547,12 @@ class LayerCache:
             least = self.preset.window + chunk
             least += self.late if hot > least else 0
             self._resize_ring(max(hot + (hot // 8 if growing else 0), least))
-        keep = None
         if any(straight):
             self._compress(targets, call.jobs)
-            keep = call.positions >= _uploaded(first_hot, torch.int32, self.device)[:, None]
-        elif any(call.pad):
-            keep = call.positions >= 0
-        self._store_hot(call.k, call.v, call.positions, keep)
-        before, self.lengths = self.lengths, after
         tokens = call.k.shape[2]
+        starts = [max(f - n, 0) + p for f, n, p in zip(first_hot, self.lengths, call.pad, strict=True)]
+        self._store_hot(call.k, call.v, call.positions, [range(start, tokens) for start in starts])
+        before, self.lengths = self.lengths, after
         self.length = _uploaded(after, torch.int32, self.device) if any(call.pad) else self.length + tokens
         compressed = False
         while rows := [r for r, t in enumerate(targets) if t != self.chunks[r]]:
@@ -580,19 +637,20 @@ class LayerCache:
                 key_positions[row, new] = position.int()
         self.k, self.v, self.key_positions, self.hot_slots = k, v, key_positions, slots
 
-    def _store_hot(
-        self, aligned: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor | None
-    ) -> None:
-        """Write tokens to their slots; `keep` [B, T] leaves some out."""
-        slots = self.pinned_slots + positions.long() % self.hot_slots  # [B, T]
-        if keep is None:
+    def _store_hot(self, aligned: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, keep: list[range]) -> None:
+        """Write the tokens that each row keeps to their slots."""
+        if len(set(keep)) == 1:
+            own = slice(keep[0].start, keep[0].stop)
+            slots = self.pinned_slots + positions[:, own].long() % self.hot_slots
             index = slots[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
-            self.k.scatter_(2, index, aligned)
-            self.v.scatter_(2, index, v)
-            self.key_positions.scatter_(1, slots, positions)
+            self.k.scatter_(2, index, aligned[:, :, own])
+            self.v.scatter_(2, index, v[:, :, own])
+            self.key_positions.scatter_(1, slots, positions[:, own])
             return
-        row, token = keep.nonzero(as_tuple=True)
-        slot = slots[row, token]
+        # Not by a mask: the host would wait for its sum.
+        at = [(row, token) for row, tokens in enumerate(keep) for token in tokens]
+        row, token = _uploaded(at, torch.int64, self.device).unbind(1)
+        slot = self.pinned_slots + positions[row, token].long() % self.hot_slots
         self.k[row, :, slot], self.v[row, :, slot] = aligned[row, :, token], v[row, :, token]
         self.key_positions[row, slot] = positions[row, token]
 
@@ -630,7 +688,8 @@ class LayerCache:
         rows = [row for job in jobs for row in job.members]
         for job in jobs:
             if self.layout is None and job.fitting is not None:
-                self.layout, self.losses = _widest(self.layouts), job.fitting.losses
+                losses = job.fitting.losses
+                self.layout = self.layouts[0] if losses is None else self.budget.layout_of(self, losses.read())
         self._reserve(rows, targets)
         assert self.pages is not None and self.layout is not None
         free = self._free_pages()
@@ -638,6 +697,11 @@ class LayerCache:
         for members, first, k_rows, v_rows, fitting in jobs:
             if fitting is not None:
                 self._fit(members, fitting)
+                known |= {
+                    s: own
+                    for row, own in zip(members, fitting.k.encoder, strict=True)
+                    if (s := self.segment[row]) is not None
+                }
             ids = [[free.pop() for _ in range(k_rows.shape[2] // chunk)] for _ in members]
             page_ids = _uploaded(ids, torch.int32, self.device)
             encoders = [self._encoder(self.segment[r], known) for r in members]
@@ -816,7 +880,7 @@ class LayerCache:
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
         k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
-        losses = self._losses(k_spectrum, v_spectrum, weights) if choose and len(self.layouts) > 1 else None
+        losses = _Numbers(self._losses(k_spectrum, v_spectrum, weights)) if choose and len(self.layouts) > 1 else None
         return _Fitting(k_spectrum, v_spectrum, shares, losses)
 
     def _shares(self, weights: torch.Tensor) -> torch.Tensor:
@@ -827,20 +891,26 @@ class LayerCache:
 
     def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         """What the layer would lose in each of its layouts, float32, on the device."""
-        k_bands, v_bands = (list(dict.fromkeys(getattr(x, side) for x in self.layouts)) for side in ("k", "v"))
-        losses: list[dict[Bands, torch.Tensor]] = []
-        for i, (side, menu) in enumerate(((k, k_bands), (v, v_bands))):
+        losses = []
+        for i, (side, bands) in enumerate(((k, [x.k for x in self.layouts]), (v, [x.v for x in self.layouts]))):
             if weights is None:  # a relative error of keys counts as much as one of values
                 lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
                 weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny)
             else:  # the metrics of K, and of V without metrics, are of one query head on average, that of V is their sum
                 own = weights[i].unflatten(1, (self.kv_heads, -1))
                 weight = own.mean(-1) if i == 1 and self.v_metrics is not None else own.sum(-1)
-            losses.append({bands: (weight * side.distortion(bands)).sum(-1).mean() for bands in menu})
-        return torch.stack([losses[0][x.k] + losses[1][x.v] for x in self.layouts])
+            losses.append((weight * side.distortions(bands)).sum(-1).mean(-1))
+        return losses[0] + losses[1]
+
+    def losses_left(self) -> list[float]:
+        """What the layer would lose in each of its layouts; inf in those that its pages, if there are any, cannot get."""
+        assert self.losses is not None
+        own = self.layout
+        fits = [own is None or (_within(x.k, own.k) and _within(x.v, own.v)) for x in self.layouts]
+        return [loss if fit else math.inf for loss, fit in zip(self.losses, fits, strict=True)]
 
     def narrow(self, layout: PageLayout) -> None:
-        """Write the pages anew in the layout that the layer gets: no component has more bits there.
+        """Write the pages anew in another layout: no component has more bits there.
 
         A step is a multiple of the steps of higher precisions (`Spectrum`), so this gives the codes that the tokens
         themselves would have got.
@@ -866,27 +936,43 @@ class LayerCache:
                 held.setdefault(segment, {})[page] = None
         fits = dict(self.fits)
         for fit in self.open_fits:
-            k_encoder, v_encoder = self._write_bases(new, fit)
+            self._write_bases(new, fit)
             sides = ((fit.k, layout.k, old.layout.k), (fit.v, layout.v, old.layout.v))
             tiny = torch.finfo(torch.float32).tiny
-            more = torch.stack([x.distortion(to) / x.distortion(at).clamp_min(tiny) for x, to, at in sides], dim=1)
+            lost = [x.distortions([to, at]).clamp_min(tiny) for x, to, at in sides]
+            more = torch.stack([x[0] / x[1] for x in lost], dim=1)
             alike: dict[int, list[int]] = {}  # those of as many pages
             for i, segment in enumerate(fit.segments):
-                alike.setdefault(len(held.get(segment, ())), []).append(i)
+                alike.setdefault(len(held.get(segment, ())), []).append(segment)
                 if segment in fits:
                     was = self.fits[segment]
                     fits[segment] = self._fit_of(fit, i, new, was.shares, was.lost * more[i])
             alike.pop(0, None)
-            for own in alike.values():
-                segments = [fit.segments[i] for i in own]
-                offset = self._mean_offset(new, segments, k_encoder[own])
+            for segments in alike.values():
                 ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
-                for some in ids.split(max(1, NARROWED // len(own)), dim=1):
-                    some = some.contiguous()
-                    source = self._pages_alone(old, segments, some)
-                    encode(decode(source, side="k"), k_encoder[own], layout.k, new.k_pages, some, side="k", offset=offset)
-                    encode(decode(source, side="v"), v_encoder[own], layout.v, new.v_pages, some, side="v")
+                self._narrow_pages(old, new, segments, ids)
         self.layout, self.pages, self.fits = layout, new, fits
+
+    def _narrow_pages(self, old: Pages, new: Pages, segments: list[int], page_ids: torch.Tensor) -> None:
+        """Write pages [m, n] of some segments anew: their codes, as if the bases were unit vectors, in new steps."""
+        index = _uploaded(segments, torch.int64, self.device)
+        units, encoders = old, {}
+        for side in ("k", "v"):
+            was, now = (getattr(x, f"{side}_scale") for x in (old, new))
+            unit = torch.eye(was.shape[-1], self.head_dim, dtype=torch.int8, device=self.device)
+            unit = unit.repeat(*was.shape[:2], 1, 1)
+            held: dict[str, Any] = {f"{side}_basis": unit, f"{side}_scale": torch.ones_like(was)}
+            units = replace(units, **held)
+            rank = now.shape[-1]
+            ratio = (was[index, :, :rank] / now[index]).diag_embed()
+            encoders[side] = torch.nn.functional.pad(ratio, (0, 0, 0, self.head_dim - rank))
+        for some in page_ids.split(max(1, NARROWED // len(segments)), dim=1):
+            source, ids = self._pages_alone(units, segments, some), some.contiguous()
+            for side, bands, pages in (("k", new.layout.k, new.k_pages), ("v", new.layout.v, new.v_pages)):
+                # Half a step from whole numbers of them, up to 127.5: fp16 holds them.
+                codes = decode(source, side=side, dtype=torch.float16)
+                encode(codes, encoders[side], bands, pages, ids, side=side)
+                del codes
 
     def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
         """Pages [m, n] as rows of their own, each of one segment."""
@@ -899,14 +985,13 @@ class LayerCache:
             lengths=torch.full_like(table, tokens),
         )
 
-    def _write_bases(self, pages: Pages, fit: _OpenFit) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bases of segments into pages; returns their encoders [m, G, D, R_K] and [m, G, D, R_V]."""
-        k_basis, k_scale, k_encoder = fit.k.side(pages.layout.k)
-        v_basis, v_scale, v_encoder = fit.v.side(pages.layout.v)
+    def _write_bases(self, pages: Pages, fit: _OpenFit) -> None:
+        """Bases of segments into pages."""
+        k_basis, k_scale = fit.k.stored(pages.layout.k)
+        v_basis, v_scale = fit.v.stored(pages.layout.v)
         for i, segment in enumerate(fit.segments):
             pages.k_basis[segment], pages.k_scale[segment] = k_basis[i], k_scale[i]
             pages.v_basis[segment], pages.v_scale[segment] = v_basis[i], v_scale[i]
-        return k_encoder, v_encoder
 
     def _fit_of(self, fit: _OpenFit, i: int, pages: Pages, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
         """What the i-th segment of a fit needs later on, its bases being in `pages`."""
@@ -920,8 +1005,10 @@ class LayerCache:
         assert self.layout is not None and self.pages is not None
         used = self._used_segments()
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
-        fit = _OpenFit(ids, fitting.k, fitting.v)
-        k_encoder, v_encoder = self._write_bases(self.pages, fit)
+        # No encoders: pages are written anew from their codes.
+        fit = _OpenFit(ids, *(replace(x, encoder=x.encoder[..., :0].clone()) for x in (fitting.k, fitting.v)))
+        self._write_bases(self.pages, fit)
+        k_encoder, v_encoder = fitting.k.side(self.layout.k)[2], fitting.v.side(self.layout.v)[2]
         lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
@@ -1129,12 +1216,11 @@ class LayerCache:
         if rows:
             start = torch.tensor(self.cold, dtype=torch.int32, device=self.device)
             position = start[:, None] + torch.arange(chunk, dtype=torch.int32, device=self.device)
-            mine = torch.zeros(self.batch, dtype=torch.bool, device=self.device)
-            mine[rows] = True
             index = position.clamp_max(k.shape[2] - 1).long()[:, None, :, None].expand(-1, self.kv_heads, -1, self.head_dim)
             k, v = k.gather(2, index), v.gather(2, index)
             aligned = phase_align(k, position, self.rope, chunk=self.preset.align)
-            self._store_hot(aligned, v, position, mine[:, None] & (position < self.length[:, None]))
+            kept = [range(n - c if r in rows else 0) for r, (n, c) in enumerate(zip(lengths, self.cold, strict=True))]
+            self._store_hot(aligned, v, position, kept)
 
     def _drop_queries(self, lengths: list[int]) -> None:
         if not self.queries or lengths == self.lengths:
@@ -1297,6 +1383,7 @@ class SpectralCache:
         queries: torch.Tensor | None = None,
         padding: Sequence[int] | None = None,
         defer: bool = False,
+        overwrite: bool = False,
     ) -> None:
         """Add tokens to a layer, at positions lengths .. lengths + T - 1; chunks that leave the window are compressed.
 
@@ -1304,13 +1391,14 @@ class SpectralCache:
             k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
             queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
             padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
-            defer: if the layer is empty and every row compresses something, give the device what works out the bases, and
-                leave the rest to `finish` or to the next call: it needs numbers from the device, which other work given to
+            defer: if the layer is empty and every row compresses something, leave what can wait to `finish` or to the next
+                call; the rest is done on a stream of its own. It needs numbers from the device, which other work given to
                 it in between (attention to the prompt) hides the wait for. v and queries may not change until then.
+            overwrite: k's own memory may be used for the phase-aligned keys, and not change until the call is finished.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """
-        self._layer(layer).append(k, v, queries=queries, padding=padding, defer=defer)
+        self._layer(layer).append(k, v, queries=queries, padding=padding, defer=defer, overwrite=overwrite)
 
     def attend(self, layer: int, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
         """Causal attention of the newest tokens over all of a layer's tokens.

@@ -412,7 +412,7 @@ def _error_weights_kernel(
     at_ptr,  # int64 [S]
     k_ptr,
     v_ptr,
-    root_ptr,  # float32 [H, D, D], or None
+    metric_ptr,  # float32 [H, D, D], or None
     turns_ptr,
     stats_ptr,  # float32 [B, G, splits, ROWS, 4]
     sums_ptr,  # float32 [B, G, splits, 2, ROWS, D]
@@ -462,9 +462,9 @@ def _error_weights_kernel(
     first = tl.where(pair < PAIRS, pair, PAIRS + pair)
     second = tl.where(pair < PAIRS, PAIRS + pair, HALF + pair)
     factor = tl.where(pair < PAIRS, scale * scaling, scale)
-    if root_ptr is not None:
+    if metric_ptr is not None:
         at = ((bg % G) * HG + head) * D * D + d[:, None] * D + d[None, :]
-        root = tl.load(root_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+        metric = tl.load(metric_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     sum1 = tl.zeros([BLOCK_M], dtype=tl.float32)
     sum2 = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -495,9 +495,9 @@ def _error_weights_kernel(
             e = tl.exp2(score - base[:, None])
             e2 = tl.where((age >= window) & (t >= sinks)[None, :], e * e, 0.0)
             weighted = v.to(tl.float32)
-            if root_ptr is not None:
-                weighted = tl.dot(v, root, input_precision="tf32x3")
-            size = tl.sum(weighted * weighted, 1)
+            if metric_ptr is not None:
+                weighted = tl.dot(v, metric, input_precision="tf32x3")
+            size = tl.sum(weighted * v.to(tl.float32), 1)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
             squares = squares * shrink * shrink + tl.sum(e2 * size[None, :], 1)
@@ -547,18 +547,19 @@ def error_weights(
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
     kernel = _launch.runs_kernel(k) and _launch.has_matrix_units(k.device)
-    if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2:
+    wide = k.dtype == torch.float32 and dim > 64 and not _launch.has_large_shared_memory(k.device)  # would not fit there
+    if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2 or wide:
         return error_weights_torch(q, k, v, rope, v_metrics, chunk=chunk, sinks=sinks, window=window, queries=queries)
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     own = q.index_select(2, at)
     group, count = heads // groups, len(at)
-    root = unit = None
-    if v_metrics is not None:  # entries below 1, as fp16 wants them
+    metric = unit = None
+    if v_metrics is not None:  # entries up to 1, as fp16 wants them
         unit = v_metrics.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        eye = torch.eye(dim, dtype=torch.float64, device=q.device)
-        root = torch.linalg.cholesky_ex((v_metrics / unit[:, None, None]).double() + 1e-6 * eye).L.float().contiguous()
+        metric = (v_metrics / unit[:, None, None]).contiguous()
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
-    block = 64 if _launch.has_large_shared_memory(k.device) else 32
+    large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
+    block = 64 if large else 32
     tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
     each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))
     splits, rows = triton.cdiv(chunks, each), tiles * block
@@ -570,7 +571,7 @@ def error_weights(
             at,
             k,
             v,
-            root,
+            metric,
             rope.turns,
             stats,
             sums,
@@ -594,8 +595,8 @@ def error_weights(
             BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)),
             BLOCK_D=triton.next_power_of_2(dim),
             NATIVE=_launch.is_native(k),
-            num_warps=8 if block == 64 or dim > 64 else 4,
-            num_stages=2,
+            num_warps=8 if large or dim > 64 else 4,
+            num_stages=3 if large else 2,
         )
     # The splits, joined as states are (merge.py), with squares.
     top, *parts = stats.unbind(-1)
@@ -892,6 +893,29 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
     return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
 
 
+def _parts(bands: Bands, centred: bool) -> list[tuple[int, slice]]:
+    """Bits and own components of each band; the first component of all is the mean's, if there is one."""
+    parts, start = [], -1 if centred else 0
+    for rank, bits in bands.bands:
+        parts.append((bits, slice(max(0, start), start + rank)))
+        start += rank
+    return parts
+
+
+@cache
+def _held(
+    choices: tuple[Bands, ...], precisions: tuple[int, ...], centred: bool, dim: int, device: torch.device
+) -> torch.Tensor:
+    """1 where a component has a precision (or 0 bits) in each of some bands, else 0: float32 [P, precisions, D]."""
+    held = torch.zeros((len(choices), len(precisions), dim))
+    for own, bands in zip(held, choices, strict=True):
+        own[precisions.index(0)] = 1
+        for bits, part in _parts(bands, centred):
+            own[:, part] = 0
+            own[precisions.index(bits), part] = 1
+    return held.to(device)
+
+
 @dataclass(frozen=True)
 class Spectrum:
     """The components of one side, best first, and what each loses at each precision: what a layout is chosen by.
@@ -918,33 +942,33 @@ class Spectrum:
         held = (self.basis, self.scale, self.encoder, *self.steps.values(), *self.errors.values())
         return sum(t.nbytes for t in held) + (0 if self.mean is None else self.mean.nbytes)
 
-    def _bands(self, bands: Bands) -> list[tuple[int, slice]]:
-        """Bits and own components of each band."""
-        parts, start = [], 0 if self.mean is None else -1
-        for rank, bits in bands.bands:
-            parts.append((bits, slice(max(0, start), start + rank)))
-            start += rank
-        return parts
+    def distortions(self, choices: Sequence[Bands]) -> torch.Tensor:
+        """Mean squared error of a row in each of some bands, in units of the metric: float32 [P, B, G]."""
+        precisions, errors = tuple(self.errors), torch.stack(list(self.errors.values()), dim=-2)
+        held = _held(tuple(choices), precisions, self.mean is not None, errors.shape[-1], errors.device)
+        return (errors * held[:, None, None]).sum((-2, -1))
 
-    def distortion(self, bands: Bands) -> torch.Tensor:
-        """Mean squared error of a row in these bands, in units of the metric: float32 [B, G]."""
-        parts = self._bands(bands)
-        lost = self.errors[0][..., parts[-1][1].stop :].sum(-1)
-        return lost + sum(self.errors[bits][..., own].sum(-1) for bits, own in parts)
+    def _steps(self, bands: Bands) -> torch.Tensor:
+        return torch.cat([self.steps[bits][..., own] for bits, own in _parts(bands, self.mean is not None)], dim=-1)
 
-    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
-        parts = self._bands(bands)
-        rank = parts[-1][1].stop
-        steps = torch.cat([self.steps[bits][..., own] for bits, own in parts], dim=-1)
+    def stored(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor]:
+        """(basis int8 [B, G, R, D], scale float32 [B, G, R]) of pages in these bands."""
+        steps = self._steps(bands)
+        rank = steps.shape[-1]
         basis, scale = self.basis[..., :rank, :], self.scale[..., :rank] * steps
-        encoder = self.encoder[..., :rank] / steps[..., None, :]
         if self.mean is not None:
             mean, unit = quantise_basis(self.mean)
             basis = torch.cat((mean, basis), dim=-2)
             scale = torch.cat((unit * (2 / (2 ** bands.bits[0] - 1)), scale), dim=-1)
+        return basis.contiguous(), scale
+
+    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
+        steps = self._steps(bands)
+        encoder = self.encoder[..., : steps.shape[-1]] / steps[..., None, :]
+        if self.mean is not None:
             encoder = torch.nn.functional.pad(encoder, (1, 0))
-        return basis.contiguous(), scale, encoder.contiguous()
+        return *self.stored(bands), encoder.contiguous()
 
 
 @dataclass(frozen=True)
@@ -1505,27 +1529,28 @@ def _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D: tl.constexpr, MATRIX: 
     return dot_int8_f32(basis, c * tl.load(scale_ptr + basis_row + r)[:, None], MATRIX, NATIVE)
 
 
-def decode(pages: Pages, *, side: str) -> torch.Tensor:
-    """Rebuild keys (phase-aligned) or values from their pages: for tests and for the fallback path.
+def decode(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rebuild keys (phase-aligned) or values from their pages.
 
     Args:
-        pages: cold pages with their tables and lengths.      side: "k" or "v".
+        pages: cold pages with their tables and lengths.      side: "k" or "v".      dtype: of the result, fp16, bf16, fp32.
     Returns:
-        float32 [B, G, max_chunks * C, D], contiguous, by position; zeros from a row's length on. Skip bits are not looked
-        at. Float32 arithmetic.
+        [B, G, max_chunks * C, D], contiguous, by position; zeros from a row's length on. Skip bits are not looked at.
+        Float32 arithmetic, one rounding.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     if not isinstance(pages, Pages):
         raise TypeError(f"pages: expected Pages, got {type(pages).__name__}")
     check_in("side", side, ("k", "v"))
+    check_in("dtype", dtype, FLOATS)
     data = pages.k_pages if side == "k" else pages.v_pages
     if not _launch.runs_kernel(data):
-        return decode_torch(pages, side=side)
+        return decode_torch(pages, side=side, dtype=dtype)
     bands = pages.layout.k if side == "k" else pages.layout.v
     batch, chunks = pages.page_table.shape
     chunk, dim, heads = pages.layout.chunk, pages.layout.head_dim, pages.kv_heads
-    out = torch.empty((batch, heads, chunks * chunk, dim), dtype=torch.float32, device=data.device)
+    out = torch.empty((batch, heads, chunks * chunk, dim), dtype=dtype, device=data.device)
     if out.numel() == 0:
         return out
     matrix = _launch.has_matrix_units(data.device)
@@ -1559,7 +1584,7 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
     return out
 
 
-def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
+def decode_torch(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """`decode` in plain PyTorch."""
     layout, chunk = pages.layout, pages.layout.chunk
     k = side == "k"
@@ -1573,4 +1598,4 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     basis = (pages.k_basis if k else pages.v_basis)[segments].float()
     # A missing chunk reads segment 0, which may hold NaN.
     scale = (pages.k_scale if k else pages.v_scale)[segments].masked_fill(~live[:, ::chunk, None, None], 0.0)
-    return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).contiguous()
+    return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).to(dtype).contiguous()

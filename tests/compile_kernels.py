@@ -179,7 +179,8 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
         sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
         sk.encode(x, encoder, bands, data, pages.page_table[:, :2].contiguous(), side=side)
-        sk.decode(pages, side=side)
+        for decoded in (torch.float32, torch.float16):
+            sk.decode(pages, side=side, dtype=decoded)
     o, lse = torch.zeros(2, 3, dim), torch.zeros(2, 3)
     sk.merge_states(o, lse, o, lse)
     sk.merge_many_states(o, lse)

@@ -19,7 +19,7 @@ import torch
 from reference import attention as oracle
 from reference import rope as rope_oracle
 from spectral_kernels import cache as cache_module
-from spectral_kernels.cache import PRESETS, LayerCache, Preset, SpectralCache
+from spectral_kernels.cache import PRESETS, LayerCache, Preset, SpectralCache, share_bytes
 from tests import budgets
 from tests.cases import DEVICE, DTYPES, F64, inverse_frequencies, rope_of, strided, to_numpy
 
@@ -933,24 +933,24 @@ def shared_cache(rng: np.random.Generator, layers: int = 3) -> tuple[SpectralCac
 
 
 def test_layers_share_bytes_once_all_have_fitted(rng, monkeypatch):
-    """Until then they store their tokens in the widest bands; then in the codes that the tokens would have got at once."""
+    """Until then their bands are richer than their share; then they have the codes that tokens would have got at once."""
     cache, calls = shared_cache(rng)
-    widest = cache_module._widest(cache.layers[0].layouts)
-    assert str(widest.k) == "16x8+16x4+32x2" and str(widest.v) == "64x4"
+    first = []
     for i, call in enumerate(calls):
-        assert all(layer.layout == widest and layer.losses is not None for layer in cache.layers[:i])
+        assert all(layer.losses is not None for layer in cache.layers[:i])
         cache.append(i, **call)
+        first.append(cache.layers[i].layout)
     layouts = [layer.layout for layer in cache.layers]
     assert sum(layout.token_bytes for layout in layouts) <= 3 * 4 * DIM / SHARED.ratio
-    assert len(set(layouts)) > 1 and widest not in layouts
+    assert len(set(layouts)) > 1 and any(was != now for was, now in zip(first, layouts, strict=True))
     assert all(layer.losses is None and not layer.open_fits for layer in cache.layers)
     for layer, call in zip(cache.layers, calls, strict=True):
         with monkeypatch.context() as patch:
-            patch.setattr(cache_module, "_widest", lambda _, layout=layer.layout: layout)
+            patch.setattr(cache_module._Budget, "layout_of", lambda *_, layout=layer.layout: layout)
             other = make_cache(SHARED, batch=3, layers=2, v_metrics=[cache.layers[0].v_metrics] * 2)
-            other.append(0, **call)  # the other layer has none: nothing is written anew
+            other.append(0, **call)
         direct = other.layers[0]
-        assert direct.layout == layer.layout and direct.losses is not None
+        assert direct.layout == layer.layout
         for name in ("k_basis", "k_scale", "v_basis", "v_scale", "skip", "page_table", "segment_table"):
             assert torch.equal(getattr(direct.pages, name), getattr(layer.pages, name)), name
         for name in ("k_pages", "v_pages"):  # a coefficient on the boundary of two codes may get either
@@ -966,12 +966,62 @@ def test_layers_share_bytes_once_all_have_fitted(rng, monkeypatch):
     assert cache.layers[0].cold == [384] * 3
 
 
+class BudgetedLayer:
+    """What a budget asks of a layer."""
+
+    layouts = PRESETS["balanced"].layouts(128)
+    losses_left = LayerCache.losses_left
+
+    def __init__(self) -> None:
+        self.layout = self.losses = None
+        self.narrowed = 0
+
+    def narrow(self, layout) -> None:
+        assert self.layout is not None
+        assert cache_module._within(layout.k, self.layout.k) and cache_module._within(layout.v, self.layout.v)
+        self.narrowed += layout != self.layout
+        self.layout = layout
+
+
+@pytest.mark.parametrize("slope", [-3.0, 0.0, 3.0])
+def test_bands_before_all_layers_have_fitted(rng, slope):
+    """Whether layers lose ever more or ever less: never more bytes than allowed, in the end what choosing at once gives.
+
+    Spectra fall, and layers differ by a factor of ten.
+    """
+    layers, count = [BudgetedLayer() for _ in range(32)], 32
+    sizes = [layout.token_bytes for layout in layers[0].layouts]
+    budget = cache_module._Budget(count * 4 * 128 / 8)
+    budget.layers = layers
+    losses = []
+    for i in range(count):
+        size = np.exp(slope * i / count) * 10.0 ** rng.uniform(-0.5, 0.5)
+        fall = rng.uniform(2, 6, size=2)
+        errors = [np.exp(-f * np.arange(0, 128, 16) / 128) * w for f, w in zip(fall, rng.uniform(0.5, 2, 2), strict=True)]
+
+        def lost(bands, error):
+            bits = np.array([*bands.bits[::16], *[0] * ((128 - bands.rank) // 16)])
+            return (error * 4.0 ** -bits.astype(float)).sum()
+
+        losses.append([size * (lost(x.k, errors[0]) + lost(x.v, errors[1])) for x in layers[0].layouts])
+    for layer, own in zip(layers, losses, strict=True):
+        layer.layout = budget.layout_of(layer, own)
+        assert sum(x.layout.token_bytes for x in layers if x.layout) <= cache_module.SLACK * budget.total
+    assert sum(x.layout.token_bytes for x in layers) <= budget.total
+    at_once = sum(own[i] for own, i in zip(losses, share_bytes(budget.total, sizes, losses), strict=True))
+    assert sum(x.losses[x.layouts.index(x.layout)] for x in layers) <= 1.005 * at_once
+    assert sum(x.narrowed for x in layers) <= 2 * count
+    budget.settle()
+    assert all(x.losses is None for x in layers)
+
+
 def test_failure_while_layers_share_bytes(rng, monkeypatch):
     """Each step fails once in the append that makes all layers write their pages anew: a layer has done so, or not."""
-    start, calls = shared_cache(rng, layers=2)
-    start.append(0, **calls[0])
+    start, calls = shared_cache(rng)
+    for i in range(2):
+        start.append(i, **calls[i])
     twin = copy.deepcopy(start)
-    twin.append(1, **calls[1])
+    twin.append(2, **calls[2])
     failures = narrowed = 0
     for name in ("encode", "decode", "allocate_pages", "share_bytes", "error_weights"):
         at, failed = 0, True
@@ -980,15 +1030,15 @@ def test_failure_while_layers_share_bytes(rng, monkeypatch):
             with monkeypatch.context() as patch:
                 patch.setattr(cache_module, name, failing(getattr(cache_module, name), at, True, count))
                 try:
-                    cache.append(1, **calls[1])
+                    cache.append(2, **calls[2])
                     failed = False
                 except InjectedError:
                     failures += 1
-                    assert cache.layers[1].lengths == [0, 0, 0] and cache.layers[1].pages is None, name
+                    assert cache.layers[2].lengths == [0, 0, 0] and cache.layers[2].pages is None, name
                     tokens = visible(cache)[2:]  # of the first layer
                     narrowed += same(tokens, visible(twin)[2:])
                     assert same(tokens, visible(start)[2:]) or same(tokens, visible(twin)[2:]), name
-                    cache.append(1, **calls[1])
+                    cache.append(2, **calls[2])
             assert same(visible(cache), visible(twin)), name
             at += 1
     assert failures >= 8 and 0 < narrowed < failures
@@ -1242,6 +1292,20 @@ def test_a_deferred_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, name
     cache.append(0, **call, defer=True)
     expected.append(0, **call)
     assert same(visible(cache), visible(expected))
+
+
+@pytest.mark.parametrize("defer", [False, True])
+def test_keys_may_be_overwritten(defer):
+    """Instead of a copy; the cache is the same. They are not, unless that is asked for."""
+    expected, cache, call = deferred("padding")
+    expected.append(0, **call, defer=defer)
+    own = {**call, "k": call["k"].clone()}
+    cache.append(0, **own, defer=defer, overwrite=True)
+    cache.finish()
+    assert same(visible(cache), visible(expected))
+    positions = torch.arange(300, device=DEVICE).expand(2, -1)
+    aligned = cache_module.phase_align(call["k"], positions, cache.rope, chunk=LOSSLESS.align)
+    assert torch.equal(own["k"][0], aligned[0]) and not torch.equal(call["k"][0], aligned[0])
 
 
 def test_reset_drops_a_deferred_call():

@@ -203,7 +203,7 @@ def check_error_weights(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("dim", "rotary_dim", "scaling", "tokens", "weighted"),
-    [(64, 64, 1.0, 150, True), (80, 40, 1.2, 97, False), (64, 64, 1.0, 1, True)],
+    [(64, 64, 1.0, 150, True), (80, 40, 1.2, 97, False), (128, 128, 1.0, 70, True), (64, 64, 1.0, 1, True)],
 )
 def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tokens, weighted):
     q, k, v = (torch.from_numpy(rng.standard_normal((2, n, tokens, dim))).to(DEVICE, dtype) for n in (4, 2, 2))

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend
 
 from perf import _cases, _timing, old_cards, predict, tables
 from perf import attention as job
+from perf import compress as compress_job
 from perf import kernels as kernel_bench
 from perf._cases import Shape, check_state, expected, make_decodes
 from reference import attention as attention_oracle
@@ -237,6 +238,40 @@ def test_benchmarks_run_every_public_kernel():
     """Of the package; perf.compress times those inside it (eigenvectors)."""
     public = {name for _, name in operations()} & set(kernel_bench.sk.__all__)
     assert len(public) >= 10 and public <= {name.split()[0] for name in kernel_bench.KERNELS}
+
+
+# perf.compress
+
+
+def test_a_prefill_is_timed_through_the_cache(monkeypatch):
+    """With the model's shapes scaled down: the cache takes what it is handed, deferred or not, and compresses it."""
+    for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 64, "HIDDEN": 256, "FFN": 64}.items():
+        monkeypatch.setattr(compress_job, name, value)
+    caches = []
+
+    def timed(call, repeats=10):
+        call()
+        return 1.0
+
+    def new_cache(*args):
+        caches.append(real(*args))
+        return caches[-1]
+
+    real = compress_job.new_cache
+    monkeypatch.setattr(compress_job, "eager_ms", timed)
+    monkeypatch.setattr(compress_job, "new_cache", new_cache)
+    card = CARD if DEVICE.type == "cpu" else _timing.Card(DEVICE)
+    assert compress_job.prefill_times(640, 2, card) == (0.5, 0.5, 0.5)
+    assert [layer.cold for layer in caches[0].layers] == [[576], [576]]
+    assert all(layer.losses is None for layer in caches[0].layers)
+    assert compress_job.narrow_ms(640, card) == 1.0
+    for name in ("synchronize", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1 << 20)
+    dense = 2 * 2 * 640 * 64 * 2
+    for overwrite in (True, False):
+        ratio, narrowed = compress_job.peak_ratio(640, 4, card, overwrite)
+        assert ratio == 0 and narrowed >= 0
+        assert dense < dense + caches[-1].nbytes < 5 * dense
 
 
 # perf.attention

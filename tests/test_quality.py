@@ -169,7 +169,7 @@ def test_distortion_is_what_the_codec_loses(rng, centre):
             values[..., 0] = (2 ** bands.bits[0] - 1) / 2  # what the cache sets
         lost = (values * scale[..., None, :]) @ basis.float() - x
         done = ((lost @ metric) * lost).sum(-1).mean()
-        assert float(spectrum.distortion(bands)) == pytest.approx(float(done), rel=0.1), text
+        assert float(spectrum.distortions([bands])[0]) == pytest.approx(float(done), rel=0.1), text
 
 
 def test_budget_is_kept_and_spent_where_it_counts():
@@ -220,7 +220,7 @@ def test_keys_with_a_large_mean_lose_nothing_by_it(rng):
     bias = torch.from_numpy(30 * rng.standard_normal((1, 2, 1, 64))).float()
     bands = Bands.parse("16x4+32x2")
     plain, shifted, uncentred = (
-        float(fit_spectra([Side(y, centre=centre)])[0].distortion(bands).sum())
+        float(fit_spectra([Side(y, centre=centre)])[0].distortions([bands]).sum())
         for y, centre in ((x, True), (x + bias, True), (x + bias, False))
     )
     assert shifted < 1.3 * plain
