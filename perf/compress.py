@@ -8,15 +8,16 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
 random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, deferred past attention as the adapter has it, `.._at_once` without. `peak_ratio`: what K and V of one
-layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the compressed
-cache of all layers), with the same preset; K's memory is used, `.._copied`: it is not. `narrow_ms`: to write the pages of a
+given) adds to that, as the adapter has it (a layer is compressed beside the next one's work), `.._at_once` without deferring.
+`peak_ratio`: what K and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and
+V of one layer + the compressed cache of all), with the same preset; each layer is finished before the next and its K's
+memory is used. `.._adapter`: K is copied and a layer finished beside the next, as the adapter has it. `narrow_ms`: to write the pages of a
 layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`: median decode step of all layers' caches
 (append and attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which
 none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
-prefill_share_at_once peak_ratio peak_ratio_copied narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
+prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
 step_max_ratio svd_ratio lowrank_ratio gram_error (T = 131,072) torch triton.
 """
 
@@ -225,12 +226,15 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
 
     def store(layer: int, defer: bool | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if defer is not None:
+            if layer:
+                cache.start(layer - 1)
             cache.append(layer, k, v, queries=q, defer=defer)
 
     def all_layers(defer: bool | None) -> None:
         cache.reset()
         for layer in range(layers):
-            run(partial(store, layer, defer), cache.finish)
+            run(partial(store, layer, defer), partial(cache.finish, layer - 1) if layer else lambda: None)
+        cache.finish()
 
     plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 1) / layers for defer in (None, True, False))
     return plain, deferred, at_once
@@ -260,8 +264,8 @@ def new_cache(
     )
 
 
-def peak_ratio(tokens: int, layers: int, card: Card, overwrite: bool) -> tuple[float, int]:
-    """The ratio, of layers that lose more or less; and how many times pages were written anew."""
+def peak_ratio(tokens: int, layers: int, card: Card, adapter: bool) -> tuple[float, int]:
+    """The ratio, of layers that lose more or less; and how many times pages were written anew. adapter: as that has it."""
     q = rows_of(HEADS, tokens, card)
     cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
     torch.cuda.synchronize()
@@ -278,10 +282,14 @@ def peak_ratio(tokens: int, layers: int, card: Card, overwrite: bool) -> tuple[f
             k, v = (rows_of(KV_HEADS, tokens, card, decay=decay) for decay in (2.0 + layer % 5, 1.0 + layer % 3))
             dense = k.nbytes + v.nbytes
             torch.cuda.reset_peak_memory_stats()
-            cache.append(layer, k, v, queries=q, defer=True, overwrite=overwrite)
-            cache.finish()
+            if adapter and layer:
+                cache.start(layer - 1)
+            cache.append(layer, k, v, queries=q, defer=True, overwrite=not adapter)
+            if layer or not adapter:
+                cache.finish(layer - adapter)
             peak = max(peak, torch.cuda.max_memory_allocated())
             del k, v
+        cache.finish()
     return (peak - before) / (dense + cache.nbytes), sum(narrowed)
 
 
@@ -422,8 +430,8 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     del layer, aligned
     prefill, deferred, at_once = prefill_times(tokens, layers, card)
     say(f"  prefill of a layer {prefill:24.3f} ms, with a cache {deferred:.3f}, not deferred {at_once:.3f}")
-    (peak, narrowed), (copied, _) = (peak_ratio(tokens, layers, card, overwrite) for overwrite in (True, False))
-    say(f"  peak ratio of {layers} layers {peak:19.3f}, with a copy of K {copied:.3f}")
+    (peak, narrowed), (adapter, _) = (peak_ratio(tokens, layers, card, adapter) for adapter in (False, True))
+    say(f"  peak ratio of {layers} layers {peak:19.3f}, as the adapter has it {adapter:.3f}")
     narrowing = narrow_ms(tokens, card)
     say(f"  to write a layer's pages anew {narrowing:16.3f} ms; {narrowed} times in all")
     plain, compressing = step_times(card, layers)
@@ -445,7 +453,7 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         "prefill_share": deferred / prefill - 1,
         "prefill_share_at_once": at_once / prefill - 1,
         "peak_ratio": peak,
-        "peak_ratio_copied": copied,
+        "peak_ratio_adapter": adapter,
         "narrow_ms": narrowing,
         "narrowed_per_layer": narrowed / layers,
         "step_ms": median,

@@ -489,8 +489,6 @@ class LayerCache:
             if defer and len(straight) == self.batch:
                 if self.device.type == "cuda":
                     _side_stream(self.device).wait_stream(torch.cuda.current_stream(self.device))
-                with _beside(self.device):
-                    call.jobs.extend(self._jobs(targets, call, straight))
                 self.pending = call, saved
             else:
                 call.jobs.extend(self._jobs(targets, call, straight))
@@ -500,9 +498,21 @@ class LayerCache:
             self.__dict__.update(saved)
             raise
 
+    def start(self) -> None:
+        if self.pending is None or self.pending[0].jobs:
+            return
+        call, saved = self.pending
+        try:
+            with _beside(self.device):
+                call.jobs.extend(self._jobs(call.targets, call, list(range(self.batch))))
+        except BaseException:
+            self.__dict__.update(saved)
+            raise
+
     def finish(self) -> None:
         if self.pending is None:
             return
+        self.start()
         (call, saved), self.pending = self.pending, None
         try:
             # Nothing that it uses was made or let go by the current stream since `append`.
@@ -1337,17 +1347,23 @@ class SpectralCache:
         ]
         budget.layers = self.layers
 
-    def finish(self) -> None:
-        """Finish what `append` has deferred, of all layers. Every other call does that first."""
-        for layer in self.layers:
-            layer.finish()
+    def start(self, layer: int) -> None:
+        """Launch the first part of what `append` has deferred, up to the numbers that `finish` waits for."""
+        self._layer(layer, finished=False).start()
+
+    def finish(self, layer: int | None = None) -> None:
+        """Finish what `append` has deferred, of a layer or of all. Every other call does that first,
+        but for deferred ones of other layers."""
+        for own in self.layers if layer is None else [self._layer(layer, finished=False)]:
+            own.finish()
 
     def __getstate__(self) -> dict[str, Any]:
         self.finish()
         return self.__dict__
 
-    def _layer(self, layer: int) -> LayerCache:
-        self.finish()
+    def _layer(self, layer: int, finished: bool = True) -> LayerCache:
+        if finished:
+            self.finish()
         if not 0 <= layer < len(self.layers):
             raise ValueError(f"layer: expected 0 .. {len(self.layers) - 1}, got {layer}")
         return self.layers[layer]
@@ -1391,14 +1407,16 @@ class SpectralCache:
             k, v: [B, G, T, D] keys before RoPE, and values; fp16, bf16 or fp32, on the cache's device; copied.
             queries: [B, H, T, D] before RoPE, of the same tokens: the metric of K. Kept until the bases are fitted.
             padding: how many of each row's first tokens are left padding and not stored; only into an empty cache.
-            defer: if the layer is empty and every row compresses something, leave what can wait to `finish` or to the next
-                call; the rest is done on a stream of its own. It needs numbers from the device, which other work given to
-                it in between (attention to the prompt) hides the wait for. v and queries may not change until then.
+            defer: if the layer is empty and every row compresses something, leave all but the alignment of k to `start` and
+                `finish` or to the next call. It is done on a stream of its own, beside what the device was given in between
+                (attention to the prompt, the next layer), which hides the many launches and the wait for numbers from the
+                device. k, v and queries are held, and v and queries may not change, until then.
             overwrite: k's own memory may be used for the phase-aligned keys, and not change until the call is finished.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """
-        self._layer(layer).append(k, v, queries=queries, padding=padding, defer=defer, overwrite=overwrite)
+        own = self._layer(layer, finished=not defer)
+        own.append(k, v, queries=queries, padding=padding, defer=defer, overwrite=overwrite)
 
     def attend(self, layer: int, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
         """Causal attention of the newest tokens over all of a layer's tokens.

@@ -326,6 +326,9 @@ class Handle:
     def _after_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         step: _Step | None = kwargs.get(NAME)
         if step is not None and step.cache is not None:
+            if step.cache.spectral is not None:
+                with torch.no_grad():
+                    step.cache.spectral.finish()
             step.cache.padding, step.cache._offsets = step.padding, step.offsets
             step.cache.columns = step.past + step.queries
             step.cache._busy = False
@@ -480,12 +483,14 @@ def _attention(
             with torch.no_grad():
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
+                if layer:
+                    step.cache.spectral.start(layer - 1)
                 step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
-        # While the device attends, the host gets what it needs to go on with the cache.
         out = _dense_attention(step, query, key, value, scaling)
-        if step.cache is not None and step.cache.spectral is not None:
+        # The layer before this one is compressed while the device is busy with the rest of it and with this attention.
+        if layer and step.cache is not None and step.cache.spectral is not None:
             with torch.no_grad():
-                step.cache.spectral.finish()
+                step.cache.spectral.finish(layer - 1)
     return out.transpose(1, 2), None
 
 

@@ -1267,8 +1267,11 @@ def test_deferred_calls_fit_first_and_encode_last(monkeypatch):
     for name in ("query_metric", "fit_spectra", "encode"):
         monkeypatch.setattr(cache_module, name, noting(name))
     cache.append(0, **call, defer=True)
-    assert done == ["query_metric", "fit_spectra"]
-    cache.finish()
+    assert not done
+    for _ in range(2):
+        cache.start(0)
+        assert done == ["query_metric", "fit_spectra"]
+    cache.finish(0)
     assert done == ["query_metric", "fit_spectra", "encode", "encode"]
     # Nothing waits that compresses nothing, or that goes through the ring.
     for tokens in (1, 200):
@@ -1316,8 +1319,10 @@ def test_reset_drops_a_deferred_call():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="what the host reads while the device is busy")
-def test_deferred_calls_on_a_busy_device():
-    """Layers of a prompt, each deferred while the device is busy and memory is let go and used again."""
+@pytest.mark.parametrize("behind", [0, 1])
+def test_deferred_calls_on_a_busy_device(behind):
+    """Layers of a prompt, each deferred while the device is busy and memory is let go and used again; finished at once or
+    beside the next one, as the adapter does."""
     preset = replace(PRESETS["balanced"], min_fit=96)
     rng = np.random.default_rng(2)
     calls = [{n: draw(rng, 2, h, 2048, DIM).half() for n, h in (("k", 2), ("v", 2), ("queries", 4))} for _ in range(4)]
@@ -1326,11 +1331,15 @@ def test_deferred_calls_on_a_busy_device():
         caches[0].append(layer, **call)
     for layer, call in enumerate(calls):
         torch.cuda._sleep(2_000_000)
+        if layer >= behind:
+            caches[1].start(layer - behind)
         caches[1].append(layer, **{name: x.clone() for name, x in call.items()}, defer=True)
         garbage = [torch.full_like(call["queries"], float("nan")) for _ in range(4)]
         torch.cuda._sleep(2_000_000)
         del garbage
-        caches[1].finish()
+        if layer >= behind:
+            caches[1].finish(layer - behind)
+    caches[1].finish()
     for one, two in zip(caches[0].layers, caches[1].layers, strict=True):
         assert one.layout == two.layout and one.pages is not None and two.pages is not None
         for name in ("k_pages", "v_pages", "k_basis", "v_basis", "k_scale", "v_scale"):

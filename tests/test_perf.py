@@ -268,8 +268,8 @@ def test_a_prefill_is_timed_through_the_cache(monkeypatch):
     for name in ("synchronize", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1 << 20)
     dense = 2 * 2 * 640 * 64 * 2
-    for overwrite in (True, False):
-        ratio, narrowed = compress_job.peak_ratio(640, 4, card, overwrite)
+    for adapter in (False, True):
+        ratio, narrowed = compress_job.peak_ratio(640, 4, card, adapter)
         assert ratio == 0 and narrowed >= 0
         assert dense < dense + caches[-1].nbytes < 5 * dense
 
