@@ -8,13 +8,13 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
 random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, as the adapter has it (a layer is compressed beside the next one's work), `.._at_once` without deferring.
+given) adds to that, as the adapter has it: a layer is compressed beside the next one's work; `.._at_once`: not deferred.
 `peak_ratio`: what K and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and
 V of one layer + the compressed cache of all), with the same preset; each layer is finished before the next and its K's
-memory is used. `.._adapter`: K is copied and a layer finished beside the next, as the adapter has it. `narrow_ms`: to write the pages of a
-layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`: median decode step of all layers' caches
-(append and attend, host time included, nothing else of a model) in which a layer compresses a chunk, over that in which
-none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
+memory is used. `.._adapter`: K is copied and a layer finished beside the next, as the adapter has it. `narrow_ms`: to write
+the pages of a layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`: median decode step of all
+layers' caches (append and attend, host time included, nothing else of a model) in which a layer compresses a chunk, over
+that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
