@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -269,6 +270,7 @@ def peak_ratio(tokens: int, layers: int, card: Card, adapter: bool) -> tuple[flo
     q = rows_of(HEADS, tokens, card)
     cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
     torch.cuda.synchronize()
+    gc.collect()  # what earlier measurements left
     torch.cuda.empty_cache()
     before, peak, dense = torch.cuda.memory_allocated(), 0, 0
     narrowed, narrow = [], LayerCache.narrow

@@ -1346,6 +1346,12 @@ class SpectralCache:
             for i in range(layers)
         ]
         budget.layers = self.layers
+        self._budget = budget
+
+    def __del__(self) -> None:
+        # Layers and their budget know each other: device memory must not wait until the garbage collector sees that.
+        if hasattr(self, "_budget"):
+            self._budget.layers = []
 
     def start(self, layer: int) -> None:
         """Launch the first part of what `append` has deferred, up to the numbers that `finish` waits for."""

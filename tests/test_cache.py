@@ -7,7 +7,9 @@ segments, crop, reorder) is held to a derived budget; what few bits lose is a se
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -1316,6 +1318,19 @@ def test_reset_drops_a_deferred_call():
     cache.append(0, **call, defer=True)
     cache.reset()
     assert cache.layers[0].pending is None and same(visible(cache), visible(expected))
+
+
+def test_memory_does_not_wait_for_the_garbage_collector():
+    _, cache, call = deferred("alike")
+    cache.append(0, **call)
+    layer = weakref.ref(cache.layers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del cache
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="what the host reads while the device is busy")
