@@ -155,13 +155,15 @@ def comparisons(rows: Iterable[dict[str, Any]]) -> list[Comparison]:
     """Measured beside predicted, for rows of perf.old_cards (all of `attend_spectral`, and each kernel) and of
     perf.attention (each kernel; the exact tokens of its step are not in the prediction).
 
-    Rows of cards that are not in CARDS, and of pages other than the layout's, are left out.
+    Rows of cards that are not in CARDS, of pages other than the layout's, and of kernels that are gone are left out.
     """
     chosen: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in rows:
         name, pages = card_of(row["gpu"]), preset_layout(row["layout"], row["D"])
         if name and (row["chunk"], row["align"]) == (pages.chunk, pages.align):
             old = row.get("path") == "sm_75" or CARDS[name].capability < 80
+            if not old and (row.get("project_us") or "_prepare_kernel" in row.get("kernels", ())):
+                continue  # of a step whose queries were projected by another launch
             chosen.setdefault((name, old), []).append(row)
     out = []
     for (name, old), own in chosen.items():
