@@ -43,7 +43,7 @@ LOOP_SPILLS = {
     },
     "3.9.0": {
         "_attend_exact_kernel": 4,  # D = 256, several queries
-        "_attend_spectral_kernel": 27,  # 16-bit sides, sm_100; none with integers
+        "_attend_spectral_kernel": 2,  # 16-bit sides, sm_90 and 120; none with integers
         "_finish_spectral_kernel": 4,  # sm_120
         "_orthogonalise_kernel": 8,
     },
