@@ -674,3 +674,24 @@ def test_bf16_is_refused_before_sm_80(rng, monkeypatch):
         attention.attend_exact(
             queries.tensor.half(), queries.positions, tokens.k_tensor, tokens.v_tensor, tokens.positions, rotary, chunk=64
         )
+
+
+@pytest.mark.parametrize(
+    "rows, tiles, warps, expected",
+    [
+        (1, 2048, 4, (47, 2)),  # long: all programs resident at once, few exact ones beside them
+        (16, 1024, 4, (3, 4)),  # no room beside them: the exact ones first
+        (1, 128, 4, (26, 7)),  # short: two programs a multiprocessor, the exact ones among them
+        (4, 128, 4, (8, 7)),  # as many exact ones as would leave no room are not counted
+        (1, 2048, 8, (16, 7)),  # D = 256: one program of 8 warps a multiprocessor
+        (4, 512, 1, (49, 7)),  # cards before sm_80
+    ],
+)
+def test_splits_by_shape(monkeypatch, rows, tiles, warps, expected):
+    """Of 8 KV heads and seven tiles of exact keys, on a card of 132 multiprocessors; without them, and of one tile."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    count = attention._count_both_splits
+    device = torch.device("cuda")
+    assert count(8 * rows, tiles, 8 * rows, 7, device, warps) == expected
+    assert count(8 * rows, tiles, 8 * rows, 0, device, warps)[1] == 0
+    assert count(8 * rows, 1, 8 * rows, 1, device, warps) == (1, 1)
