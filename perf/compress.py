@@ -221,7 +221,8 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
 
 
 def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
-    """Milliseconds a layer of the prefill: without a cache, with one that defers past attention, with one that does not."""
+    """Milliseconds a layer of the prefill: without a cache, with one that defers as the adapter has it, and with one that
+    does not."""
     run = prefill_layer(tokens, card)
     cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
 

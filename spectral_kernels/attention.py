@@ -1088,6 +1088,7 @@ def _finish_spectral_kernel(
 
 WARPS = 4  # of a program of `_attend_spectral_kernel`
 RESIDENT = 3  # such programs a multiprocessor: what its registers hold
+EXACT_RESIDENT = 4  # programs of exact tokens a multiprocessor, at most
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
 
 
@@ -1110,13 +1111,6 @@ def _launch_settings(layout: PageLayout, group: int, matrix: bool, large_shared:
     return settings
 
 
-def _exact_settings(group: int, queries: int, matrix: bool) -> dict[str, int]:
-    """Rows and keys of a tile of exact attention."""
-    if matrix:
-        return {"BLOCK_M": 16, "BLOCK_N": 32}
-    return {"BLOCK_M": min(4, triton.next_power_of_2(group * queries)), "BLOCK_N": 16}
-
-
 def count_splits(programs: int, tiles: int, device: torch.device, each: int, less: int = 0) -> int:
     """Splits of the keys: enough programs for about `each` a multiprocessor, less some; none with less than one tile."""
     if device.type != "cuda":
@@ -1133,7 +1127,7 @@ def _count_both_splits(
     Of long rows as many programs as are resident, with few exact ones beside them. Where a warp would take less than six
     tiles, a program's start and end cost as much: then two thirds, and the exact tokens as fast as can be.
     """
-    exact = count_splits(exact_programs, exact_tiles, device, each=4) if exact_tiles else 0
+    exact = count_splits(exact_programs, exact_tiles, device, each=EXACT_RESIDENT) if exact_tiles else 0
     if warps == 1:  # attention_sm75.py
         return count_splits(programs, tiles, device, each=12), exact
     turns, each = triton.cdiv(tiles, warps), RESIDENT * WARPS // warps
@@ -1225,9 +1219,7 @@ def attend_spectral(
     settings = _launch_settings(layout, group, matrix, _launch.has_large_shared_memory(q.device))
     old = not (matrix or layout.k.is_float or layout.v.is_float)
     overlap = not old and _launch.overlaps_launches(q.device)
-    tile = _exact_settings(group, queries, matrix)
-    exact_rows = triton.cdiv(group * queries, tile["BLOCK_M"])  # programs a row, KV head and split
-    exact_tiles = triton.cdiv(exact[0].shape[2], tile["BLOCK_N"]) if exact else 0
+    tile, exact_rows, exact_tiles = _exact_grid(group, queries, exact[0].shape[2] if exact else 0, matrix)
     cold_splits, exact_splits = _count_both_splits(
         rows * kv_heads,
         chunks * layout.chunk // 64,
@@ -1237,7 +1229,7 @@ def attend_spectral(
         1 if old else settings["num_warps"],
     )
     splits = min(splits or cold_splits, chunks)
-    exact_splits, exact_each, exact_o, exact_lse = _exact_states(q4, exact, matrix, exact_splits)
+    exact_each, exact_o, exact_lse = _exact_states(q4, exact_splits, exact_tiles, tile)
     pad, k_rank = settings["HG_PAD"], layout.k.rank
     c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
     o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
@@ -1473,7 +1465,10 @@ def attend_exact(
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     exact, factors = (k, v, key_positions), (scale * LOG2_E, rope.scaling**2)
     with torch.cuda.device_of(q):
-        splits, each, o_splits, lse_splits = _exact_states(q4, exact, matrix, splits)
+        tile, programs, tiles = _exact_grid(q4.shape[1] // k.shape[1], q4.shape[2], k.shape[2], matrix)
+        programs *= k.shape[1] * k.shape[0]
+        splits = min(splits or count_splits(programs, tiles, q.device, each=EXACT_RESIDENT), tiles)
+        each, o_splits, lse_splits = _exact_states(q4, splits, tiles, tile)
         if splits == 1:
             o_splits, lse_splits = out, lse
         _launch_exact(q4, positions, exact, rope, chunk, factors, o_splits, lse_splits, each, matrix)
@@ -1484,22 +1479,20 @@ def attend_exact(
     )
 
 
-def _exact_states(
-    q: torch.Tensor, exact: tuple[torch.Tensor, ...] | None, matrix: bool, splits: int | None = None
-) -> tuple[int, int, torch.Tensor, torch.Tensor]:
-    """(splits of the exact tokens, tokens of each, room for their states: o [B, H, Q, splits, D], lse); no splits without
-    tokens."""
+def _exact_grid(group: int, queries: int, tokens: int, matrix: bool) -> tuple[dict[str, int], int, int]:
+    """(rows and keys of a tile, programs a row, KV head and split, tiles of the keys) of exact attention."""
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32}
+    if not matrix:
+        tile = {"BLOCK_M": min(4, triton.next_power_of_2(group * queries)), "BLOCK_N": 16}
+    return tile, triton.cdiv(group * queries, tile["BLOCK_M"]), triton.cdiv(tokens, tile["BLOCK_N"])
+
+
+def _exact_states(q: torch.Tensor, splits: int, tiles: int, tile: dict[str, int]) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """(tokens of a split of the exact tokens, room for the splits' states: o [B, H, Q, splits, D], lse)."""
     batch, heads, queries, dim = q.shape
-    tokens, kv_heads = (exact[0].shape[2], exact[0].shape[1]) if exact else (0, 1)
-    found, each = 0, 1
-    if tokens:
-        tile = _exact_settings(heads // kv_heads, queries, matrix)
-        tiles = triton.cdiv(tokens, tile["BLOCK_N"])
-        programs = batch * kv_heads * triton.cdiv(heads // kv_heads * queries, tile["BLOCK_M"])
-        found = min(splits or count_splits(programs, tiles, q.device, each=4), tiles)
-        each = triton.cdiv(tiles, found) * tile["BLOCK_N"]
-    o = torch.empty((batch, heads, queries, found, dim), dtype=torch.float32, device=q.device)
-    return found, each, o, torch.empty((batch, heads, queries, found), dtype=torch.float32, device=q.device)
+    o = torch.empty((batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device)
+    lse = torch.empty((batch, heads, queries, splits), dtype=torch.float32, device=q.device)
+    return triton.cdiv(tiles, max(splits, 1)) * tile["BLOCK_N"], o, lse
 
 
 def _key_strides(key_positions: torch.Tensor) -> tuple[int, int]:
@@ -1524,9 +1517,9 @@ def _launch_exact(
     batch, kv_heads, tokens, dim = k.shape
     _, heads, queries, _ = q.shape
     group = heads // kv_heads
-    tile = _exact_settings(group, queries, matrix)
+    tile, programs, _ = _exact_grid(group, queries, tokens, matrix)
     splits = lse.numel() // (batch * heads * queries)
-    _attend_exact_kernel[(splits, kv_heads * triton.cdiv(group * queries, tile["BLOCK_M"]), batch)](
+    _attend_exact_kernel[(splits, kv_heads * programs, batch)](
         q,
         positions,
         k,

@@ -1018,7 +1018,7 @@ class LayerCache:
         # No encoders: pages are written anew from their codes.
         fit = _OpenFit(ids, *(replace(x, encoder=x.encoder[..., :0].clone()) for x in (fitting.k, fitting.v)))
         self._write_bases(self.pages, fit)
-        k_encoder, v_encoder = fitting.k.side(self.layout.k)[2], fitting.v.side(self.layout.v)[2]
+        k_encoder, v_encoder = fitting.k.encoder_of(self.layout.k), fitting.v.encoder_of(self.layout.v)
         lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
             self.encoders[segment] = (k_encoder[i], v_encoder[i])

@@ -962,13 +962,17 @@ class Spectrum:
             scale = torch.cat((unit * (2 / (2 ** bands.bits[0] - 1)), scale), dim=-1)
         return basis.contiguous(), scale
 
-    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
+    def encoder_of(self, bands: Bands) -> torch.Tensor:
+        """The encoder float32 [B, G, D, R] of pages in these bands."""
         steps = self._steps(bands)
         encoder = self.encoder[..., : steps.shape[-1]] / steps[..., None, :]
         if self.mean is not None:
             encoder = torch.nn.functional.pad(encoder, (1, 0))
-        return *self.stored(bands), encoder.contiguous()
+        return encoder.contiguous()
+
+    def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
+        return *self.stored(bands), self.encoder_of(bands)
 
 
 @dataclass(frozen=True)
