@@ -8,13 +8,13 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
 random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, as the adapter has it: a layer is compressed beside the next one's work; `.._at_once`: not deferred.
-`peak_ratio`: what K and V of one layer after another, and `SpectralCache.append`, take at most of memory, over (dense K and
-V of one layer + the compressed cache of all), with the same preset; each layer is finished before the next and its K's
-memory is used. `.._adapter`: K is copied and a layer finished beside the next, as the adapter has it. `narrow_ms`: to write
-the pages of a layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`: median decode step of all
-layers' caches (append and attend, host time included, nothing else of a model) in which a layer compresses a chunk, over
-that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
+given) adds to that, as the adapter has it: a layer is fitted beside its attention and finished beside the rest of it;
+`.._at_once`: not deferred. `peak_ratio`: what K and V of one layer after another, and `SpectralCache.append`, take at most
+of memory, over (dense K and V of one layer + the compressed cache of all), with the same preset; each layer is finished
+before the next and its K's memory is used. `.._adapter`: K is copied, and a layer finished once the next one has its K and
+V. `narrow_ms`: to write the pages of a layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`:
+median decode step of all layers' caches (append and attend, host time included, nothing else of a model) in which a layer
+compresses a chunk, over that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
@@ -206,12 +206,12 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
         a, b = y.chunk(2, dim=-1)
         return y * cos + torch.cat((-b, a), dim=-1) * sin
 
-    def run(store: Store, finish: Callable[[], None]) -> torch.Tensor:
+    def run(store: Store, start: Callable[[], None]) -> torch.Tensor:
         y = rms_norm(x, (HIDDEN,))
         q, k, v = ((y @ w.mT).unflatten(-1, (-1, DIM)).transpose(1, 2) for w in projections)
         store(q, k, v)
         y = scaled_dot_product_attention(turned(q), turned(k), v, is_causal=True, enable_gqa=True)
-        finish()
+        start()
         del q, k, v
         y = x + y.transpose(1, 2).flatten(2) @ o.mT
         a, b = (rms_norm(y, (HIDDEN,)) @ up.mT).chunk(2, dim=-1)
@@ -229,13 +229,13 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
     def store(layer: int, defer: bool | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if defer is not None:
             if layer:
-                cache.start(layer - 1)
+                cache.finish(layer - 1)
             cache.append(layer, k, v, queries=q, defer=defer)
 
     def all_layers(defer: bool | None) -> None:
         cache.reset()
         for layer in range(layers):
-            run(partial(store, layer, defer), partial(cache.finish, layer - 1) if layer else lambda: None)
+            run(partial(store, layer, defer), partial(cache.start, layer))
         cache.finish()
 
     plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 1) / layers for defer in (None, True, False))
@@ -286,10 +286,11 @@ def peak_ratio(tokens: int, layers: int, card: Card, adapter: bool) -> tuple[flo
             dense = k.nbytes + v.nbytes
             torch.cuda.reset_peak_memory_stats()
             if adapter and layer:
-                cache.start(layer - 1)
+                cache.finish(layer - 1)
             cache.append(layer, k, v, queries=q, defer=True, overwrite=not adapter)
-            if layer or not adapter:
-                cache.finish(layer - adapter)
+            cache.start(layer)
+            if not adapter:
+                cache.finish(layer)
             peak = max(peak, torch.cuda.max_memory_allocated())
             del k, v
         cache.finish()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .pages import Bands, code_of
+from .pages import U8, Bands, code_of, pack_pages, unpack_pages
 from .rope import rotate, scale_rotary
 
 F64 = NDArray[np.float64]
@@ -142,3 +142,9 @@ def quantise(units: ArrayLike, bands: Bands) -> F64:
         else:
             out[..., r] = code_of(units[..., r], bits) - (2**bits - 1) / 2
     return out
+
+
+def requantise(pages: ArrayLike, source: Bands, bands: Bands, ratio: ArrayLike, side: str) -> U8:
+    """Pages [..., C * bytes] in other bands; ratio [..., R]: the old step of each component over its new one."""
+    ratio = np.asarray(ratio, np.float64)
+    return pack_pages(unpack_pages(pages, source, side)[..., : ratio.shape[-1]] * ratio[..., None, :], bands, side)

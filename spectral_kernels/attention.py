@@ -617,12 +617,19 @@ def _units(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
 
 
 @triton.jit
-def _prefetch(ptr, BYTES: tl.constexpr):
-    """Ask L2 for BYTES from each of the pointers [N] on."""
-    LINES: tl.constexpr = (BYTES + 127) // 128
-    line = tl.minimum(tl.arange(0, triton.next_power_of_2(LINES)), LINES - 1)
-    at = ptr.to(tl.int64)[:, None] + line[None, :] * 128
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+def _prefetch(at, size, live):
+    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an element a thread."""
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p;
+        setp.ne.b32 p, $3, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0; }""",
+        "=r,l,r,r",
+        [at & -16, size, live.to(tl.int32)],
+        tl.int32,
+        False,
+        1,
+    )
 
 
 @triton.jit
@@ -679,6 +686,7 @@ def _cold_split(
     V_FLOAT: tl.constexpr,
     M: tl.constexpr,
     RUN: tl.constexpr,
+    BULK: tl.constexpr,
     W: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -714,15 +722,20 @@ def _cold_split(
     u_row = ((bq * G + g) * splits + split) * u_blocks - first
     any_chunk = chunk < end
     segment = tl.load(segment_table_ptr + first, mask=any_chunk, other=0)
-    early = tl.load(page_table_ptr + tl.maximum(tl.minimum(chunk + tl.arange(0, TURN), end - 1), 0))
+    # A quarter of the threads each: first pages of K, of V, the K basis, V scales.
+    thread = tl.arange(0, 32 * W)
+    what = thread // (8 * W)
+    nth = thread % (8 * W)
+    early = nth < tl.minimum(end - chunk, TURN)
+    early_page = tl.load(page_table_ptr + chunk + nth, mask=early, other=0).to(tl.int64) * G + g
     if any_chunk:
-        if NATIVE:
-            bases = (segment + tl.zeros([1], dtype=tl.int64)) * G + g
-            _prefetch(k_basis_ptr + bases * (RK * D), RK * D)
-            _prefetch(scale_ptr + bases * RV, 4 * RV)
-            pages = early.to(tl.int64) * G + g
-            _prefetch(k_ptr + pages * (C * K_BYTES), C * K_BYTES)
-            _prefetch(v_ptr + pages * (C * V_BYTES), C * V_BYTES)
+        if BULK:
+            bases = segment.to(tl.int64) * G + g
+            k_at, v_at = k_ptr.to(tl.int64) + early_page * (C * K_BYTES), v_ptr.to(tl.int64) + early_page * (C * V_BYTES)
+            basis_at, scale_at = k_basis_ptr.to(tl.int64) + bases * (RK * D), scale_ptr.to(tl.int64) + bases * (4 * RV)
+            at = tl.where(what == 0, k_at, tl.where(what == 1, v_at, tl.where(what == 2, basis_at, scale_at)))
+            size = tl.where(what < 2, tl.where(what == 0, C * K_BYTES, C * V_BYTES), tl.where(what == 2, RK * D, 4 * RV))
+            _prefetch(at, size, tl.where(what < 2, early, nth == 0))
         _project_blocks(
             q_ptr, queries, position, turns_ptr, k_basis_ptr, k_scale_ptr, segment_table_ptr, u_ptr, affine_ptr, segment,
             first, tl.cdiv(end, PAGES), u_row, g, G, softmax_scale, rotary_scale, stride_q_h,
@@ -972,7 +985,7 @@ def _attend_spectral_kernel(
             softmax_scale, rotary_scale, stride_q_b, stride_q_h, stride_q_q, stride_positions_b,
             stride_pages_b, stride_segments_b,
             HG, HG_PAD, C, ALIGN, D, BLOCK_D, PAIRS, RK, RV, K_BYTES, V_BYTES, K_GROUPS, V_GROUPS, K_FLOAT, V_FLOAT,
-            M, RUN, W, MATRIX, NATIVE,
+            M, RUN, OVERLAP, W, MATRIX, NATIVE,
         )  # fmt: skip
     elif EXACT:  # without exact tokens their arguments are stand-ins of other types
         if bq % Q == 0:
@@ -1348,7 +1361,7 @@ def attend_spectral(
             BLOCK_D=block_d,
             OVERLAP=overlap,
             launch_pdl=overlap and _launch.OVERLAP,
-            num_warps=min(16, 4 * triton.next_power_of_2(triton.cdiv(held, 20480))),
+            num_warps=min(16, max(2, triton.next_power_of_2(triton.cdiv(held, 5120)))),
         )
     return out, lse
 

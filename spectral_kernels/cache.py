@@ -35,7 +35,7 @@ import torch
 
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
-from .compress import Side, Spectrum, decode, encode, error_weights, fit_encoder, fit_spectra, query_metric
+from .compress import Side, Spectrum, decode, encode, error_weights, fit_encoder, fit_spectra, query_metric, requantise
 from .merge import merge_states
 from .pages import BLOCK, CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
@@ -262,8 +262,6 @@ def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
 
 # Share of the mean weight of a KV head's query heads that is added to the weight of each.
 HEAD_FLOOR = 1 / 8
-# Pages that are written anew at once: their codes take two bytes each.
-NARROWED = 128
 # How much more than their budget the layers' pages may take before all layers have fitted.
 SLACK = 1.02
 # A new segment's bases are at most this share of the coefficients of the segment before it.
@@ -960,29 +958,12 @@ class LayerCache:
             alike.pop(0, None)
             for segments in alike.values():
                 ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
-                self._narrow_pages(old, new, segments, ids)
+                index = _uploaded(segments, torch.int64, self.device)
+                ratio = old.k_scale[index, :, : layout.k.rank] / new.k_scale[index]
+                requantise(old.k_pages, old.layout.k, new.k_pages, layout.k, ratio, ids, side="k")
+                ratio = old.v_scale[index, :, : layout.v.rank] / new.v_scale[index]
+                requantise(old.v_pages, old.layout.v, new.v_pages, layout.v, ratio, ids, side="v")
         self.layout, self.pages, self.fits = layout, new, fits
-
-    def _narrow_pages(self, old: Pages, new: Pages, segments: list[int], page_ids: torch.Tensor) -> None:
-        """Write pages [m, n] of some segments anew: their codes, as if the bases were unit vectors, in new steps."""
-        index = _uploaded(segments, torch.int64, self.device)
-        units, encoders = old, {}
-        for side in ("k", "v"):
-            was, now = (getattr(x, f"{side}_scale") for x in (old, new))
-            unit = torch.eye(was.shape[-1], self.head_dim, dtype=torch.int8, device=self.device)
-            unit = unit.repeat(*was.shape[:2], 1, 1)
-            held: dict[str, Any] = {f"{side}_basis": unit, f"{side}_scale": torch.ones_like(was)}
-            units = replace(units, **held)
-            rank = now.shape[-1]
-            ratio = (was[index, :, :rank] / now[index]).diag_embed()
-            encoders[side] = torch.nn.functional.pad(ratio, (0, 0, 0, self.head_dim - rank))
-        for some in page_ids.split(max(1, NARROWED // len(segments)), dim=1):
-            source, ids = self._pages_alone(units, segments, some), some.contiguous()
-            for side, bands, pages in (("k", new.layout.k, new.k_pages), ("v", new.layout.v, new.v_pages)):
-                # Half a step from whole numbers of them, up to 127.5: fp16 holds them.
-                codes = decode(source, side=side, dtype=torch.float16)
-                encode(codes, encoders[side], bands, pages, ids, side=side)
-                del codes
 
     def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
         """Pages [m, n] as rows of their own, each of one segment."""

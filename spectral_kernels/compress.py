@@ -1533,28 +1533,27 @@ def _rebuilt(c, basis_ptr, scale_ptr, basis_row, r, d, D: tl.constexpr, MATRIX: 
     return dot_int8_f32(basis, c * tl.load(scale_ptr + basis_row + r)[:, None], MATRIX, NATIVE)
 
 
-def decode(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def decode(pages: Pages, *, side: str) -> torch.Tensor:
     """Rebuild keys (phase-aligned) or values from their pages.
 
     Args:
-        pages: cold pages with their tables and lengths.      side: "k" or "v".      dtype: of the result, fp16, bf16, fp32.
+        pages: cold pages with their tables and lengths.      side: "k" or "v".
     Returns:
-        [B, G, max_chunks * C, D], contiguous, by position; zeros from a row's length on. Skip bits are not looked at.
-        Float32 arithmetic, one rounding.
+        float32 [B, G, max_chunks * C, D], contiguous, by position; zeros from a row's length on. Skip bits are not looked
+        at. Float32 arithmetic.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     if not isinstance(pages, Pages):
         raise TypeError(f"pages: expected Pages, got {type(pages).__name__}")
     check_in("side", side, ("k", "v"))
-    check_in("dtype", dtype, FLOATS)
     data = pages.k_pages if side == "k" else pages.v_pages
     if not _launch.runs_kernel(data):
-        return decode_torch(pages, side=side, dtype=dtype)
+        return decode_torch(pages, side=side)
     bands = pages.layout.k if side == "k" else pages.layout.v
     batch, chunks = pages.page_table.shape
     chunk, dim, heads = pages.layout.chunk, pages.layout.head_dim, pages.kv_heads
-    out = torch.empty((batch, heads, chunks * chunk, dim), dtype=dtype, device=data.device)
+    out = torch.empty((batch, heads, chunks * chunk, dim), dtype=torch.float32, device=data.device)
     if out.numel() == 0:
         return out
     matrix = _launch.has_matrix_units(data.device)
@@ -1588,7 +1587,7 @@ def decode(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> to
     return out
 
 
-def decode_torch(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     """`decode` in plain PyTorch."""
     layout, chunk = pages.layout, pages.layout.chunk
     k = side == "k"
@@ -1602,4 +1601,143 @@ def decode_torch(pages: Pages, *, side: str, dtype: torch.dtype = torch.float32)
     basis = (pages.k_basis if k else pages.v_basis)[segments].float()
     # A missing chunk reads segment 0, which may hold NaN.
     scale = (pages.k_scale if k else pages.v_scale)[segments].masked_fill(~live[:, ::chunk, None, None], 0.0)
-    return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).to(dtype).contiguous()
+    return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+@triton.jit
+def _coefficients_of(ptr, tile, GROUPS: tl.constexpr, i: tl.constexpr, SUB: tl.constexpr, C: tl.constexpr):
+    """Block i of sub-tile SUB of a tile, as its bytes lie, in units of its steps, float32 [512]; ptr: the page."""
+    GROUP: tl.constexpr = _block(GROUPS, i)[0]
+    HALF: tl.constexpr = _half(GROUPS, GROUP)
+    ptr += _group_offset(GROUPS, GROUP) * C + tile * (512 * _subtiles(GROUPS, GROUP)) + (0 if HALF else 512 * SUB)
+    bits = _masked(tl.load(ptr + tl.arange(0, 512)), _mask(GROUPS, i), 4 * SUB if HALF else 0, False)
+    return (bits.to(tl.float32) + _offset(GROUPS, i)) * _weight(GROUPS, i)
+
+
+@triton.jit(do_not_specialize=["stride_ids_b"])
+def _requantise_kernel(
+    source_ptr,
+    out_ptr,
+    ratio_ptr,
+    page_ids_ptr,
+    G,
+    stride_ids_b,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    SOURCE_BYTES: tl.constexpr,
+    SOURCE_GROUPS: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    IS_K: tl.constexpr,
+):
+    """A tile of 64 tokens of one page and head. A byte's place in its sub-tile is the same in all groups (pages.py)."""
+    TILES: tl.constexpr = C // 64
+    tile = tl.program_id(0) % TILES
+    g = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    page = tl.load(page_ids_ptr + b * stride_ids_b + tl.program_id(0) // TILES).to(tl.int64)
+    at = tl.arange(0, 512)
+    column = at // 16 % 4 * 4 + at % 4 if IS_K else at // 8 % 2 * 8 + at // 64
+    ratio_ptr += (b * G + g) * R + column
+    if page >= 0:
+        source_ptr += (page * G + g) * (C * SOURCE_BYTES)
+        out_ptr += (page * G + g) * (C * BYTES)
+        for n in tl.static_range(len(GROUPS)):
+            tile_ptr = out_ptr + _group_offset(GROUPS, n) * C + tile * (512 * _subtiles(GROUPS, n)) + at
+            both = tl.zeros([512], dtype=tl.int32)
+            for sub in tl.static_range(2):
+                byte = tl.zeros([512], dtype=tl.int32)
+                for f in tl.static_range(_fields(GROUPS, n)):
+                    c = _coefficients_of(source_ptr, tile, SOURCE_GROUPS, _first_block(GROUPS, n) + f, sub, C)
+                    c *= tl.load(ratio_ptr + (_first_block(GROUPS, n) + f) * 16)
+                    byte |= _stored(c, GROUPS, _first_block(GROUPS, n) + f)
+                if _half(GROUPS, n):
+                    both |= byte << (4 * sub)
+                else:
+                    tl.store(tile_ptr + sub * 512, byte.to(tl.uint8))
+            if _half(GROUPS, n):
+                tl.store(tile_ptr, both.to(tl.uint8))
+
+
+def _check_requantise(source, source_bands, pages, bands, ratio, page_ids, side):
+    check_in("side", side, ("k", "v"))
+    check_tensor("source", source, shape=(None, None, None), dtype=torch.uint8)
+    count, heads, size = source.shape
+    check_tensor("pages", pages, shape=(count, heads, None), dtype=torch.uint8, device=source.device)
+    check_tensor("page_ids", page_ids, shape=(None, None), dtype=torch.int32, device=source.device, unit_stride=True)
+    batch = page_ids.shape[0]
+    check_tensor("ratio", ratio, shape=(batch, heads, bands.rank), dtype=torch.float32, device=source.device)
+    if source_bands.is_float or bands.is_float or bands.rank > source_bands.rank:
+        raise ValueError(f"bands: expected integers, a rank of at most that of {source_bands}, got {bands}")
+    chunk = size // source_bands.bytes
+    for name, x, own in (("source", source, source_bands), ("pages", pages, bands)):
+        if chunk not in CHUNKS or x.shape[2] != chunk * own.bytes or not x.is_contiguous():
+            raise ValueError(f"{name}: expected contiguous pages of {own.bytes} bytes a token, got {list(x.shape)}")
+    return chunk
+
+
+def requantise(
+    source: torch.Tensor,
+    source_bands: Bands,
+    pages: torch.Tensor,
+    bands: Bands,
+    ratio: torch.Tensor,
+    page_ids: torch.Tensor,
+    *,
+    side: str,
+) -> None:
+    """Write pages anew in other bands: the coefficients that pages hold, in other steps, rounded as `encode` does.
+
+    Where a step is a whole number of old ones (`Spectrum`), that gives the codes of the tokens themselves.
+
+    Args:
+        source: uint8 [P, G, C * bytes], k_pages or v_pages in `source_bands`, contiguous.
+        pages: uint8 [P, G, C * bytes], likewise in `bands`, of no higher rank; written in place.
+        ratio: float32 [B, G, R], old step over new step of each component of `bands`.
+        page_ids: int32 [B, N], pages of N chunks of each row, no page twice; negative: left out.
+        side: "k" or "v".
+    Raises:
+        TypeError, ValueError: an argument is not as above, or a side is 16 bits wide; nothing was launched.
+    """
+    chunk = _check_requantise(source, source_bands, pages, bands, ratio, page_ids, side)
+    if not _launch.runs_kernel(source):
+        return requantise_torch(source, source_bands, pages, bands, ratio, page_ids, side=side)
+    if page_ids.numel() == 0:
+        return None
+    with torch.cuda.device_of(source):
+        _requantise_kernel[(page_ids.shape[1] * chunk // 64, source.shape[1], len(page_ids))](
+            source,
+            pages,
+            ratio.contiguous(),
+            page_ids,
+            source.shape[1],
+            page_ids.stride(0),
+            C=chunk,
+            R=bands.rank,
+            SOURCE_BYTES=source_bands.bytes,
+            SOURCE_GROUPS=source_bands.groups,
+            BYTES=bands.bytes,
+            GROUPS=bands.groups,
+            IS_K=side == "k",
+            num_warps=4,
+        )
+    return None
+
+
+def requantise_torch(
+    source: torch.Tensor,
+    source_bands: Bands,
+    pages: torch.Tensor,
+    bands: Bands,
+    ratio: torch.Tensor,
+    page_ids: torch.Tensor,
+    *,
+    side: str,
+) -> None:
+    """`requantise` in plain PyTorch."""
+    _check_requantise(source, source_bands, pages, bands, ratio, page_ids, side)
+    keep = page_ids >= 0
+    ids = page_ids[keep].long()
+    values = unpack_pages(source[ids], source_bands, side=side)[..., : bands.rank]
+    own = ratio[:, None].expand(-1, page_ids.shape[1], -1, -1)[keep]
+    pages[ids] = pack_pages(values * own[:, :, None], bands, side=side)

@@ -484,13 +484,13 @@ def _attention(
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
                 if layer:
-                    step.cache.spectral.start(layer - 1)
+                    step.cache.spectral.finish(layer - 1)
                 step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
         out = _dense_attention(step, query, key, value, scaling)
-        # The layer before this one is compressed while the device is busy with the rest of it and with this attention.
-        if layer and step.cache is not None and step.cache.spectral is not None:
+        # Fitted beside this attention, which has the device busy meanwhile, and finished beside the rest of the layer.
+        if step.cache is not None and step.cache.spectral is not None:
             with torch.no_grad():
-                step.cache.spectral.finish(layer - 1)
+                step.cache.spectral.start(layer)
     return out.transpose(1, 2), None
 
 

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 import spectral_kernels as sk
 from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
-from spectral_kernels.compress import error_weights
+from spectral_kernels.compress import error_weights, requantise
 from spectral_kernels.eigen import eigenvectors
 
 TYPES = {
@@ -179,8 +179,12 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
         sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
         sk.encode(x, encoder, bands, data, pages.page_table[:, :2].contiguous(), side=side)
-        for decoded in (torch.float32, torch.float16):
-            sk.decode(pages, side=side, dtype=decoded)
+        sk.decode(pages, side=side)
+        if not bands.is_float:
+            coarse = sk.Bands(((bands.rank, 2),))
+            written = torch.zeros(4, kv_heads, chunk * coarse.bytes, dtype=torch.uint8)
+            ratio, ids = torch.ones(batch, kv_heads, bands.rank), pages.page_table[:, :2].contiguous()
+            requantise(data, bands, written, coarse, ratio, ids, side=side)
     o, lse = torch.zeros(2, 3, dim), torch.zeros(2, 3)
     sk.merge_states(o, lse, o, lse)
     sk.merge_many_states(o, lse)

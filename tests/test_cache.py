@@ -1025,7 +1025,7 @@ def test_failure_while_layers_share_bytes(rng, monkeypatch):
     twin = copy.deepcopy(start)
     twin.append(2, **calls[2])
     failures = narrowed = 0
-    for name in ("encode", "decode", "allocate_pages", "share_bytes", "error_weights"):
+    for name in ("encode", "decode", "requantise", "allocate_pages", "share_bytes", "error_weights"):
         at, failed = 0, True
         while failed:
             cache, count = copy.deepcopy(start), [0]

@@ -583,6 +583,51 @@ def test_decode_budget_has_teeth(rng):
         budgets.check_rejects(mutant, expected, budget, mistake)
 
 
+# pages in other bands
+
+
+def check_requantise(implementation, source: Bands, bands: Bands, chunk: int, side: str, rng, chunks: int = 2) -> None:
+    """The codes of the oracle, all of them: a coefficient is half a step off whole numbers, so that over a whole number it
+    is no nearer to another code's range than half a step over that. Pages that are not named stay."""
+    batch, heads, pool = 2, 2, 2 * chunks + 3
+    shape = (pool, heads, chunk)
+    old = torch.from_numpy(rng.integers(0, 256, (*shape[:2], chunk * source.bytes), dtype=np.uint8)).to(DEVICE)
+    new = torch.from_numpy(rng.integers(0, 256, (*shape[:2], chunk * bands.bytes), dtype=np.uint8)).to(DEVICE)
+    before = new.cpu().numpy()
+    ids = rng.permutation(pool)[: batch * chunks].reshape(batch, chunks).astype(np.int32)
+    if chunks:
+        ids[-1, 0] = -1
+    ratio = (1 / rng.integers(1, 100, (batch, heads, bands.rank))).astype(np.float32)
+    run = operation(compress, "requantise", implementation)
+    run(old, source, new, bands, tensor(ratio), torch.from_numpy(ids).to(DEVICE), side=side)
+    want = before.copy()
+    for b, j in np.ndindex(batch, chunks):
+        if ids[b, j] >= 0:
+            want[ids[b, j]] = oracle.requantise(old[ids[b, j]].cpu().numpy(), source.bands, bands.bands, ratio[b], side)
+    np.testing.assert_array_equal(new.cpu().numpy(), want)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    ("source", "text", "chunk"),
+    [
+        ("16x8+16x4+32x2", "16x8+16x4+32x2", 64),
+        ("16x8+16x4+96x2", "32x4+16x2", 128),
+        ("128x4", "16x2", 64),
+        ("48x4", "48x2", 64),
+        ("64x8", "16x8+32x4", 256),
+    ],
+)
+def test_requantise(rng, implementation, side, source, text, chunk):
+    check_requantise(implementation, Bands.parse(source), Bands.parse(text), chunk, side, rng)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_requantise_no_pages(rng, implementation):
+    check_requantise(implementation, Bands.parse("16x8"), Bands.parse("16x4"), 64, "k", rng, chunks=0)
+
+
 # the whole side
 
 
@@ -628,6 +673,14 @@ def test_arguments_are_named(rng):
     pages = torch.zeros(4, 2, 64 * 16, dtype=torch.uint8, device=DEVICE)
     ids = torch.zeros(1, 2, dtype=torch.int32, device=DEVICE)
     encoder = torch.zeros(1, 2, 64, 16, device=DEVICE)
+    coarse, ratio = torch.zeros(4, 2, 64 * 8, dtype=torch.uint8, device=DEVICE), torch.ones(1, 2, 16, device=DEVICE)
+    good: dict[str, Any] = {"source": pages, "source_bands": bands, "pages": coarse, "bands": Bands.parse("16x4")}
+    good |= {"ratio": ratio, "page_ids": ids, "side": "k"}
+
+    def narrow(**changes: Any) -> None:
+        compress.requantise(**{**good, **changes})
+
+    narrow()
     for call, error, name in [
         (lambda: compress.gram(x[0]), ValueError, "x"),
         (lambda: compress.fit_basis(x[..., :32], rank=4), ValueError, "moment"),
@@ -639,6 +692,15 @@ def test_arguments_are_named(rng):
         (lambda: compress.encode(x, encoder, bands, pages[..., :8], ids, side="k"), ValueError, "pages"),
         (lambda: compress.encode(x, encoder, bands, pages, ids.long(), side="k"), TypeError, "page_ids"),
         (lambda: compress.decode(x, side="k"), TypeError, "pages"),
+        (lambda: narrow(side="q"), ValueError, "side"),
+        (lambda: narrow(source=pages[..., :8]), ValueError, "source"),
+        (lambda: narrow(pages=coarse[:3]), ValueError, "pages"),
+        (lambda: narrow(pages=coarse[:, :1]), ValueError, "pages"),
+        (lambda: narrow(pages=coarse[..., 8:]), ValueError, "pages"),
+        (lambda: narrow(bands=Bands.parse("32x4")), ValueError, "ratio"),
+        (lambda: narrow(source_bands=Bands.parse("16x16")), ValueError, "bands"),
+        (lambda: narrow(ratio=ratio.double()), TypeError, "ratio"),
+        (lambda: narrow(page_ids=ids.long()), TypeError, "page_ids"),
     ]:
         with pytest.raises(error, match=name):
             call()

@@ -50,6 +50,7 @@ from tests.test_compress import (
     check_fit_quantisers,
     check_gram,
     check_query_metric,
+    check_requantise,
     decode_oracle,
 )
 from tests.test_eigen import check_eigenvectors
@@ -291,6 +292,18 @@ def fuzz_decode(draw: Draw) -> None:
     budgets.check(operation(compress, "decode", implementation)(pages_of(arrays), side=side), expected, budget)
 
 
+def fuzz_requantise(draw: Draw) -> None:
+    implementation, rng, side = draw.of("implementation", *IMPLEMENTATIONS), draw.rng(), draw.of("side", "k", "v")
+    bits = [b for b in (8, 4, 2) if draw.of(f"{b} bits", False, True)] or [4]
+    source = Bands(tuple((16 * draw.int(f"blocks of {b}", 1, 3), b) for b in bits))
+    wanted = [b for b in (8, 4, 2) if draw.of(f"to {b} bits", False, True)] or [2]
+    sizes = rng.multinomial(
+        draw.int("blocks kept", len(wanted), max(len(wanted), source.rank // 16)), [1 / len(wanted)] * len(wanted)
+    )
+    bands = Bands(tuple((16 * int(n), b) for n, b in zip(sizes, wanted, strict=True) if n))
+    check_requantise(implementation, source, bands, draw.of("chunk", 64, 128, 256), side, rng, draw.int("chunks", 0, 2))
+
+
 def fuzz_fit_quantisers(draw: Draw) -> None:
     implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
     c = rng.standard_normal((draw.int("tokens", 300, 500), 16)) * np.exp(
@@ -348,13 +361,14 @@ def fuzz_eigenvectors(draw: Draw) -> None:
 
 # Each with its share of the cases.
 FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
-    "rotate": (fuzz_rotate, 0.1),
+    "rotate": (fuzz_rotate, 0.08),
     "project_queries": (fuzz_project_queries, 0.1),
     "attend_spectral": (fuzz_attend_spectral, 0.3),
     "attend_exact": (fuzz_attend_exact, 0.2),
     "merge": (fuzz_merge, 0.06),
     "encode": (fuzz_encode, 0.05),
     "decode": (fuzz_decode, 0.05),
+    "requantise": (fuzz_requantise, 0.02),
     "gram": (fuzz_gram, 0.05),
     "query_metric": (fuzz_query_metric, 0.02),
     "error_weights": (fuzz_error_weights, 0.02),
