@@ -1114,7 +1114,9 @@ def _launch_settings(layout: PageLayout, group: int, matrix: bool, large_shared:
     pad = max(4, pad)  # hi and lo of 4 heads are the 8 columns of a dot
     large, floats = layout.head_dim > 128, layout.k.is_float or layout.v.is_float
     warps = 2 * WARPS if large else WARPS  # a large basis, in registers of all of them
-    settings = {"HG_PAD": pad, "M": max(16, pad), "BLOCK_D": 32, "W": warps, "num_warps": warps}
+    # Rows of a projection: of more a large basis leaves no registers, and a short context has no more blocks a split.
+    m = max(16 if layout.k.rank > 64 or floats else 32, pad)
+    settings = {"HG_PAD": pad, "M": m, "BLOCK_D": 32, "W": warps, "num_warps": warps}
     if floats:
         settings["num_stages"] = 2
     elif large:
