@@ -8,13 +8,14 @@ One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum i
 `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
 time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
 random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, as the adapter has it: a layer is fitted beside its attention and finished beside the rest of it;
+given) adds to that, as the adapter has it: a layer is compressed beside its attention, the rest of it and the next one;
 `.._at_once`: not deferred. `peak_ratio`: what K and V of one layer after another, and `SpectralCache.append`, take at most
 of memory, over (dense K and V of one layer + the compressed cache of all), with the same preset; each layer is finished
-before the next and its K's memory is used. `.._adapter`: K is copied, and a layer finished once the next one has its K and
-V. `narrow_ms`: to write the pages of a layer anew for other bands, which is done `narrowed_per_layer` times. `step_ratio`:
-median decode step of all layers' caches (append and attend, host time included, nothing else of a model) in which a layer
-compresses a chunk, over that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps, over their median.
+before the next and its K's memory is used. `.._adapter`: K is copied, and a layer finished when its numbers have come, as
+the adapter has it. `narrow_ms`: to write the pages of a layer anew for other bands, which is done `narrowed_per_layer`
+times. `step_ratio`: median decode step of all layers' caches (append and attend, host time included, nothing else of a
+model) in which a layer compresses a chunk, over that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps,
+over their median.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
@@ -228,14 +229,12 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
 
     def store(layer: int, defer: bool | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if defer is not None:
-            if layer:
-                cache.finish(layer - 1)
             cache.append(layer, k, v, queries=q, defer=defer)
 
     def all_layers(defer: bool | None) -> None:
         cache.reset()
         for layer in range(layers):
-            run(partial(store, layer, defer), partial(cache.start, layer))
+            run(partial(store, layer, defer), partial(cache.start, layer) if defer else lambda: None)
         cache.finish()
 
     plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 1) / layers for defer in (None, True, False))
@@ -285,8 +284,6 @@ def peak_ratio(tokens: int, layers: int, card: Card, adapter: bool) -> tuple[flo
             k, v = (rows_of(KV_HEADS, tokens, card, decay=decay) for decay in (2.0 + layer % 5, 1.0 + layer % 3))
             dense = k.nbytes + v.nbytes
             torch.cuda.reset_peak_memory_stats()
-            if adapter and layer:
-                cache.finish(layer - 1)
             cache.append(layer, k, v, queries=q, defer=True, overwrite=not adapter)
             cache.start(layer)
             if not adapter:

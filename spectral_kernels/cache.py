@@ -27,7 +27,7 @@ import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -132,6 +132,7 @@ def _menus(head_dim: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return _undominated(k), _undominated(v)
 
 
+@cache
 def _within(a: Bands, b: Bands) -> bool:
     """Whether b has as many bits for every component as a."""
     return a.rank <= b.rank and all(x <= y for x, y in zip(a.bits, b.bits, strict=False))
@@ -170,7 +171,7 @@ def share_bytes(total: float, sizes: Sequence[int], losses: Sequence[Sequence[fl
         For each layer the index of its layout, on the lower convex hull of its losses over bytes: the steps on these that
         save most a byte are taken, as long as they fit.
     """
-    hulls = [_hull(sizes, own) for own in losses]
+    hulls = [_hull(tuple(sizes), tuple(own)) for own in losses]
     steps = sorted(
         ((_saved(a, b, sizes, own), layer, b) for layer, own in enumerate(losses) for a, b in pairwise(hulls[layer])),
         key=lambda step: -step[0],
@@ -187,7 +188,8 @@ def share_bytes(total: float, sizes: Sequence[int], losses: Sequence[Sequence[fl
     return chosen
 
 
-def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
+@lru_cache(maxsize=256)  # the same for every layer but those that have changed, each time that layers share bytes
+def _hull(sizes: tuple[int, ...], losses: tuple[float, ...]) -> tuple[int, ...]:
     """Layouts on the lower convex hull of loss over bytes, smallest first."""
     hull: list[int] = []
     for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
@@ -196,7 +198,7 @@ def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
         while len(hull) > 1 and _saved(hull[-2], hull[-1], sizes, losses) <= _saved(hull[-1], i, sizes, losses):
             hull.pop()
         hull.append(i)
-    return hull
+    return tuple(hull)
 
 
 def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
@@ -225,7 +227,7 @@ class _Budget:
         layer.losses = losses
         known = [each for each in self.layers if each.losses is not None]
         layouts = layer.layouts
-        sizes = [layout.token_bytes for layout in layouts]
+        sizes = tuple(layout.token_bytes for layout in layouts)
         left = [each.losses_left() for each in known]
         share = len(known) / len(self.layers)
         # The first layer may have half as much again as one has on average.
@@ -233,7 +235,9 @@ class _Budget:
         own = {}
         for each, chosen, lost in zip(known, share_bytes(total, sizes, left), left, strict=True):
             hull = _hull(sizes, lost)
-            own[each] = layouts[chosen] if share == 1 else _widest([layouts[i] for i in hull[: hull.index(chosen) + 1]])
+            own[each] = (
+                layouts[chosen] if share == 1 else _widest(tuple(layouts[i] for i in hull[: hull.index(chosen) + 1]))
+            )
         more = {each: each.layout.token_bytes - own[each].token_bytes for each in known if each.layout is not None}
         over = sum(x.token_bytes for x in own.values()) + sum(more.values()) - SLACK * self.total
         for each in sorted(more, key=lambda each: -more[each]):
@@ -249,7 +253,8 @@ class _Budget:
                 layer.losses, layer.open_fits = None, []
 
 
-def _widest(layouts: Sequence[PageLayout]) -> PageLayout:
+@lru_cache(maxsize=256)
+def _widest(layouts: tuple[PageLayout, ...]) -> PageLayout:
     """The smallest layout that has as many bits for every component as each of these."""
 
     def widest(sides: list[Bands]) -> Bands:
@@ -300,6 +305,9 @@ class _Numbers:
         if x.is_cuda:
             self.event = torch.cuda.Event()
             self.event.record(torch.cuda.current_stream(x.device))
+
+    def are_here(self) -> bool:
+        return self.event is None or self.event.query()
 
     def read(self) -> list[float]:
         if self.event is not None:
@@ -412,6 +420,7 @@ class LayerCache:
         self.measured = [0] * batch
         self.layout: PageLayout | None = None  # from the first fit on; a richer one until all layers have fitted
         self.losses: list[float] | None = None  # in each layout, while the layer waits for the others
+        self.left: tuple[list[float], PageLayout | None, tuple[float, ...]] | None = None  # `losses_left`, and of what
         self.open_fits: list[_OpenFit] = []
         self.pages: Pages | None = None
         self.queries: list[torch.Tensor] | None = []  # queries so far, until every row has its segment; None: not wanted
@@ -506,6 +515,13 @@ class LayerCache:
         except BaseException:
             self.__dict__.update(saved)
             raise
+
+    def is_ready(self) -> bool:
+        """Whether `finish` would launch what is left at once, without waiting for numbers from the device."""
+        if self.pending is None:
+            return True
+        fittings = [job.fitting for job in self.pending[0].jobs]
+        return bool(fittings) and all(x is None or x.losses is None or x.losses.are_here() for x in fittings)
 
     def finish(self) -> None:
         if self.pending is None:
@@ -910,12 +926,14 @@ class LayerCache:
             losses.append((weight * side.distortions(bands)).sum(-1).mean(-1))
         return losses[0] + losses[1]
 
-    def losses_left(self) -> list[float]:
+    def losses_left(self) -> tuple[float, ...]:
         """What the layer would lose in each of its layouts; inf in those that its pages, if there are any, cannot get."""
-        assert self.losses is not None
-        own = self.layout
-        fits = [own is None or (_within(x.k, own.k) and _within(x.v, own.v)) for x in self.layouts]
-        return [loss if fit else math.inf for loss, fit in zip(self.losses, fits, strict=True)]
+        own, losses = self.layout, self.losses
+        assert losses is not None
+        if self.left is None or self.left[0] is not losses or self.left[1] is not own:
+            fits = [own is None or (_within(x.k, own.k) and _within(x.v, own.v)) for x in self.layouts]
+            self.left = losses, own, tuple(loss if fit else math.inf for loss, fit in zip(losses, fits, strict=True))
+        return self.left[2]
 
     def narrow(self, layout: PageLayout) -> None:
         """Write the pages anew in another layout: no component has more bits there.
@@ -1335,14 +1353,27 @@ class SpectralCache:
             self._budget.layers = []
 
     def start(self, layer: int) -> None:
-        """Launch the first part of what `append` has deferred, up to the numbers that `finish` waits for."""
-        self._layer(layer, finished=False).start()
+        """Launch the first part of what `append` has deferred, up to the numbers that `finish` waits for.
+
+        To be called when the device has something else to do, as the prompt's attention. Calls that were deferred before
+        are finished if their numbers have come.
+        """
+        own = self._layer(layer, finished=False)
+        self._finish_others(own)
+        own.start()
 
     def finish(self, layer: int | None = None) -> None:
         """Finish what `append` has deferred, of a layer or of all. Every other call does that first,
         but for deferred ones of other layers."""
         for own in self.layers if layer is None else [self._layer(layer, finished=False)]:
             own.finish()
+
+    def _finish_others(self, but: LayerCache) -> None:
+        """Finish the deferred calls of other layers, in turn; not the last one while it would wait for the device."""
+        others = [own for own in self.layers if own.pending is not None and own is not but]
+        for own in others:
+            if own is not others[-1] or own.is_ready():
+                own.finish()
 
     def __getstate__(self) -> dict[str, Any]:
         self.finish()
@@ -1397,12 +1428,15 @@ class SpectralCache:
             defer: if the layer is empty and every row compresses something, leave all but the alignment of k to `start` and
                 `finish` or to the next call. It is done on a stream of its own, beside what the device was given in between
                 (attention to the prompt, the next layer), which hides the many launches and the wait for numbers from the
-                device. k, v and queries are held, and v and queries may not change, until then.
+                device. k, v and queries are held, and v and queries may not change, until then: of one layer besides this
+                one, as a rule.
             overwrite: k's own memory may be used for the phase-aligned keys, and not change until the call is finished.
         Raises:
             TypeError, ValueError: an argument is not as above; the cache is as it was.
         """
         own = self._layer(layer, finished=not defer)
+        if defer:
+            self._finish_others(own)
         own.append(k, v, queries=queries, padding=padding, defer=defer, overwrite=overwrite)
 
     def attend(self, layer: int, q: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:

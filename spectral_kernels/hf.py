@@ -483,11 +483,9 @@ def _attention(
             with torch.no_grad():
                 if step.cache.spectral is None:
                     step.cache.spectral = step.handle._start(key)
-                if layer:
-                    step.cache.spectral.finish(layer - 1)
                 step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
         out = _dense_attention(step, query, key, value, scaling)
-        # Fitted beside this attention, which has the device busy meanwhile, and finished beside the rest of the layer.
+        # Compressed beside this attention, the rest of the layer and the next one, which have the device busy meanwhile.
         if step.cache is not None and step.cache.spectral is not None:
             with torch.no_grad():
                 step.cache.spectral.start(layer)

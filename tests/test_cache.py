@@ -975,7 +975,7 @@ class BudgetedLayer:
     losses_left = LayerCache.losses_left
 
     def __init__(self) -> None:
-        self.layout = self.losses = None
+        self.layout = self.losses = self.left = None
         self.narrowed = 0
 
     def narrow(self, layout) -> None:
@@ -1284,6 +1284,46 @@ def test_deferred_calls_fit_first_and_encode_last(monkeypatch):
     assert cache.layers[1].pending is None and cache.layers[1].lengths == [60, 60]
 
 
+def test_deferred_calls_wait_for_no_more_than_they_must(rng, monkeypatch):
+    """A call is finished once its numbers have come, or when two others wait."""
+    here: set[int] = set()
+    cache, calls = shared_cache(rng, layers=5)
+    numbers = [torch.zeros(0)]
+
+    class Numbers(cache_module._Numbers):
+        def __init__(self, x: torch.Tensor) -> None:
+            super().__init__(x)
+            numbers.append(x)
+            self.count = len(numbers) - 2
+
+        def are_here(self) -> bool:
+            return self.count in here
+
+    monkeypatch.setattr(cache_module, "_Numbers", Numbers)
+
+    def waiting() -> list[int]:
+        return [i for i, layer in enumerate(cache.layers) if layer.pending is not None]
+
+    def append(layer: int) -> list[int]:
+        cache.append(layer, **calls[layer], defer=True)
+        return waiting()
+
+    assert append(0) == [0]
+    cache.start(0)
+    assert append(1) == [0, 1]
+    cache.start(1)
+    assert waiting() == [0, 1]
+    assert append(2) == [1, 2]  # the first was waited for
+    here.add(1)
+    cache.start(2)
+    assert waiting() == [2]  # the second had come
+    here.add(2)
+    assert append(3) == [3]
+    assert append(4) == [3, 4]  # not started: nothing has come
+    cache.finish()
+    assert not waiting() and all(layer.cold[0] for layer in cache.layers)
+
+
 @pytest.mark.parametrize("name", ["encode", "fit_spectra", "phase_align"])
 def test_a_deferred_call_that_fails_leaves_the_cache_as_it_was(monkeypatch, name):
     expected, cache, call = deferred("padding")
@@ -1334,10 +1374,10 @@ def test_memory_does_not_wait_for_the_garbage_collector():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="what the host reads while the device is busy")
-@pytest.mark.parametrize("behind", [0, 1])
+@pytest.mark.parametrize("behind", [0, 1, None])
 def test_deferred_calls_on_a_busy_device(behind):
-    """Layers of a prompt, each deferred while the device is busy and memory is let go and used again; finished at once or
-    beside the next one, as the adapter does."""
+    """Layers of a prompt, each deferred while the device is busy and memory is let go and used again; finished at once,
+    beside the next one, or when its numbers have come, as the adapter has it."""
     preset = replace(PRESETS["balanced"], min_fit=96)
     rng = np.random.default_rng(2)
     calls = [{n: draw(rng, 2, h, 2048, DIM).half() for n, h in (("k", 2), ("v", 2), ("queries", 4))} for _ in range(4)]
@@ -1346,13 +1386,15 @@ def test_deferred_calls_on_a_busy_device(behind):
         caches[0].append(layer, **call)
     for layer, call in enumerate(calls):
         torch.cuda._sleep(2_000_000)
-        if layer >= behind:
+        if behind is not None and layer >= behind:
             caches[1].start(layer - behind)
         caches[1].append(layer, **{name: x.clone() for name, x in call.items()}, defer=True)
         garbage = [torch.full_like(call["queries"], float("nan")) for _ in range(4)]
         torch.cuda._sleep(2_000_000)
         del garbage
-        if layer >= behind:
+        if behind is None:
+            caches[1].start(layer)
+        elif layer >= behind:
             caches[1].finish(layer - behind)
     caches[1].finish()
     for one, two in zip(caches[0].layers, caches[1].layers, strict=True):
