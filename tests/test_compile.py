@@ -32,6 +32,7 @@ KERNELS = {
     "_merge_states_kernel",
     "_project_queries_kernel",
     "_query_metric_kernel",
+    "_requantise_kernel",
     "_rotate_kernel",
 }
 FIRST_CARDS = {75, 86, 90}  # CI has time for more cases of these; sm_80 and 89 are as sm_86, with no less shared memory
@@ -43,9 +44,11 @@ LOOP_SPILLS = {
     },
     "3.9.0": {
         "_attend_exact_kernel": 4,  # D = 256, several queries
-        "_attend_spectral_kernel": 2,  # 16-bit sides, sm_90 and 120; none with integers
-        "_finish_spectral_kernel": 4,  # sm_120
+        # 16-bit sides, sm_90 and 120: 2; D = 256 and groups of 6 and 8 on sm_80: 11; none with integers up to D = 128
+        "_attend_spectral_kernel": 11,
+        "_finish_spectral_kernel": 17,  # V of rank 96, D = 128: the loop over segments, most often one
         "_orthogonalise_kernel": 8,
+        "_query_metric_kernel": 5,  # D = 128, one head a group, sm_80
     },
 }
 LATEST = max(LOOP_SPILLS, key=lambda version: [int(part) for part in version.split(".")])  # what a newer one is held to
