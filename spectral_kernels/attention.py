@@ -618,7 +618,8 @@ def _units(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
 
 @triton.jit
 def _prefetch(at, size, live):
-    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an element a thread."""
+    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an element a thread. From sm_90,
+    which wants addresses that are multiples of 16: the one before will do."""
     tl.inline_asm_elementwise(
         """{ .reg .pred p;
         setp.ne.b32 p, $3, 0;

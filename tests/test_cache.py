@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -1288,16 +1289,15 @@ def test_deferred_calls_wait_for_no_more_than_they_must(rng, monkeypatch):
     """A call is finished once its numbers have come, or when two others wait."""
     here: set[int] = set()
     cache, calls = shared_cache(rng, layers=5)
-    numbers = [torch.zeros(0)]
+    layers = itertools.count()
 
     class Numbers(cache_module._Numbers):
         def __init__(self, x: torch.Tensor) -> None:
             super().__init__(x)
-            numbers.append(x)
-            self.count = len(numbers) - 2
+            self.layer = next(layers)
 
         def are_here(self) -> bool:
-            return self.count in here
+            return self.layer in here
 
     monkeypatch.setattr(cache_module, "_Numbers", Numbers)
 

@@ -587,12 +587,13 @@ def test_decode_budget_has_teeth(rng):
 
 
 def check_requantise(implementation, source: Bands, bands: Bands, chunk: int, side: str, rng, chunks: int = 2) -> None:
-    """The codes of the oracle, all of them: a coefficient is half a step off whole numbers, so that over a whole number it
-    is no nearer to another code's range than half a step over that. Pages that are not named stay."""
+    """Exactly the oracle's bytes: a coefficient is half a step off whole numbers, so over a whole number n it is at least
+    1 / 2n from the boundary of two codes, more than rounding. Pages that are not named stay."""
     batch, heads, pool = 2, 2, 2 * chunks + 3
-    shape = (pool, heads, chunk)
-    old = torch.from_numpy(rng.integers(0, 256, (*shape[:2], chunk * source.bytes), dtype=np.uint8)).to(DEVICE)
-    new = torch.from_numpy(rng.integers(0, 256, (*shape[:2], chunk * bands.bytes), dtype=np.uint8)).to(DEVICE)
+    old, new = (
+        torch.from_numpy(rng.integers(0, 256, (pool, heads, chunk * x.bytes), dtype=np.uint8)).to(DEVICE)
+        for x in (source, bands)
+    )
     before = new.cpu().numpy()
     ids = rng.permutation(pool)[: batch * chunks].reshape(batch, chunks).astype(np.int32)
     if chunks:
