@@ -262,14 +262,18 @@ def check(decode: Decode) -> float:
     return check_state(decode, state)
 
 
-def measure(shape: Shape, layout: str, peers: dict[str, float | str], card: Card) -> dict[str, Any]:
+def steps_of(shape: Shape, layout: str, card: Card) -> list[Decode]:
+    """As many random decode steps as keep their inputs out of the L2 cache."""
     pages = preset_layout(layout, shape.dim)
     copies = card.copies(shape.step_bytes(pages))
-    decodes = make_decodes(shape, pages, copies=copies, dtype=card.dtype, device=card.device)
+    return make_decodes(shape, pages, copies=copies, dtype=card.dtype, device=card.device)
+
+
+def measure(shape: Shape, layout: str, card: Card) -> tuple[Times, float]:
+    """Of a decode step, and its error as `check` has it."""
+    decodes = steps_of(shape, layout, card)
     budget_share = check(decodes[0])
-    times = device_times([decode.step for decode in decodes])
-    kernels = kernel_times([decode.step for decode in decodes])
-    return row_of(shape, layout, times, kernels, budget_share, peers, card.read_bandwidth)
+    return device_times([decode.step for decode in decodes]), budget_share
 
 
 def split_heads(heads: str) -> tuple[int, int]:
@@ -438,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         flush=True,
     )
     failed = failing(card, variants)
-    rows, longest = [], 0.0
+    measured, longest = [], 0.0
     for index, shape in enumerate(shapes):
         started = time.monotonic()
         if started - begin + longest > args.seconds:
@@ -454,17 +458,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"[{index + 1}/{len(shapes)}] {shape}: {shown}", file=sys.stderr, flush=True)
         for layout in args.layouts:
             try:
-                row = {**same, **measure(shape, layout, peers, card)}
+                measured.append((shape, layout, peers, *measure(shape, layout, card)))
             except Exception as error:  # one wrong or broken row does not cost the others; the exit code tells
                 print(f"{shape} {layout}: FAILED, {reason(error)}", file=sys.stderr, flush=True)
                 failed += 1
-                continue
-            rows.append(row)
-            if args.json:
-                args.json.parent.mkdir(parents=True, exist_ok=True)
-                with args.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
         longest = max(longest, time.monotonic() - started)
+    rows = []
+    # Last: once the profiler has run in a process, every launch takes longer.
+    for shape, layout, peers, times, budget_share in measured:
+        kernels = kernel_times([decode.step for decode in steps_of(shape, layout, card)])
+        rows.append({**same, **row_of(shape, layout, times, kernels, budget_share, peers, card.read_bandwidth)})
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        with args.json.open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     print(table(rows))
     if args.plot:
         tables.plot_attention(tables.read_rows(args.json), args.plot)

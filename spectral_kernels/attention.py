@@ -451,7 +451,8 @@ def _load_queries(
     D: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """(queries of a group and their partners of `_pairs` [1, HG_PAD, BLOCK_D]; turns a position [BLOCK_D])."""
+    """(queries of a group and their partners of `_pairs` [1, HG_PAD, BLOCK_D], in units in which the longest pair is _FULL:
+    one unit at any distance; the longest pairs [1, HG_PAD]; turns a position [BLOCK_D])."""
     d = tl.arange(0, _power_of_2(D))
     i = tl.arange(0, HG_PAD)
     partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
@@ -461,21 +462,9 @@ def _load_queries(
     q *= tl.where(sign == 0.0, 1.0, rotary_scale)[None, None, :]
     q_partner = tl.load(row[None, :, None] + partner[None, None, :], mask=mask, other=0.0).to(tl.float32)
     q_partner *= (sign * rotary_scale)[None, None, :]
-    return q, q_partner, turns
-
-
-@triton.jit
-def _load_run(segment_table_ptr, block, blocks, RUN: tl.constexpr):
-    """For `_run_end`: the segment of a block below `blocks`, and those of RUN blocks from it on [RUN]."""
-    i = tl.arange(0, RUN)
-    segment = tl.load(segment_table_ptr + block, mask=block < blocks, other=0)
-    return segment, tl.load(segment_table_ptr + block + i, mask=block + i < blocks, other=-1)
-
-
-@triton.jit
-def _run_end(block, segment, run, RUN: tl.constexpr):
-    """The block after the last that shares its segment (or after RUN of them)."""
-    return block + tl.min(tl.where(run != segment, tl.arange(0, RUN), RUN), 0)
+    largest = tl.sqrt(tl.max(q * q + q_partner * q_partner, 2))
+    full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
+    return q * full, q_partner * full, largest, turns
 
 
 @triton.jit
@@ -490,7 +479,6 @@ def _project_blocks(
     u_ptr,
     affine_ptr,
     segment,
-    run_end,
     first,
     blocks,
     u_row,
@@ -508,12 +496,11 @@ def _project_blocks(
     GROUPS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
     M: tl.constexpr,
-    RUN: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """The projected queries of blocks first .. blocks - 1 and one KV head in rows u_row + block, in log2 units; `queries`
-    from `_load_queries` (a 16-bit side loads its own), `segment` and `run_end` of the first block:
+    from `_load_queries` (a 16-bit side loads its own), `segment` of the first block:
 
     u [rows, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`, by `_weight`),
     with affine [rows, HG_PAD, 2] float32: their unit, and the sum of u times `_offset`. A 16-bit side: u [rows, HG_PAD, R]
@@ -527,40 +514,41 @@ def _project_blocks(
     h = tl.arange(0, M) % HG_PAD
     local = tl.arange(0, M) // HG_PAD
     row_out = (u_row + local) * HG_PAD + h
-    column = tl.arange(0, BLOCK_R)
     if not IS_FLOAT:
+        q, q_partner, largest, turns = queries
         d = tl.arange(0, BLOCK_D)
+        back = tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
+        column = tl.arange(0, BLOCK_R)
         # The component of a product's column: see `_by_thread`.
         r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
         weight, offset = _units(r, GROUPS, 0, R // 16)
         offset = _by_thread(offset[None, :], 1, BLOCK_R)
-        q, q_partner, turns = queries
-        back = tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
-        # In units in which the longest pair is _FULL: one unit at any distance.
-        largest = tl.sqrt(tl.max(q * q + q_partner * q_partner, 2))
-        full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
-        q *= full
-        q_partner *= full
+    # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
     start = first
-    while start < blocks:  # once a run of blocks that share a segment
+    while start < blocks:
         row = (segment.to(tl.int64) * G + g) * R
         if IS_FLOAT:
-            scale = tl.load(scale_ptr + row + column, mask=column < R, other=0.0) * softmax_scale
+            live = (h < HG) & (start + local < blocks)
+            live = live & (tl.load(segment_table_ptr + start + local, mask=live, other=-1) == segment)
+            out = row_out + start * HG_PAD
+            i = tl.arange(0, BLOCK_R)
+            u = projected_query(
+                q_ptr, turns_ptr, basis_ptr + row * D, position - (start + local) * ALIGN, (g * HG + h) * stride_q_h, live,
+                rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
+            )  # fmt: skip
+            u *= (tl.load(scale_ptr + row + i, mask=i < R, other=0.0) * softmax_scale)[:, None]
+            u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
+            tl.store(u_float_ptr + out[None, :] * R + i[:, None], u, mask=live[None, :] & (i < R)[:, None])
+            same = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+            start += tl.min(tl.where(same, ROWS, local), 0)
         else:
             at = basis_ptr + row * D + r[None, :] * D + d[:, None]
             basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)
             scale = tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale * weight
-        while start < run_end:
-            live = (h < HG) & (start + local < run_end)
-            out = row_out + start * HG_PAD
-            if IS_FLOAT:
-                u = projected_query(
-                    q_ptr, turns_ptr, basis_ptr + row * D, position - (start + local) * ALIGN, (g * HG + h) * stride_q_h,
-                    live, rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
-                )  # fmt: skip
-                at = u_ptr.to(tl.pointer_type(tl.float32)) + out[None, :] * R + column[:, None]
-                tl.store(at, u * scale[:, None], mask=live[None, :] & (column < R)[:, None])
-            else:
+            more = start < blocks
+            while more:
+                here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
+                live = (h < HG) & here
                 phase = ((position - start.to(tl.int64) * ALIGN) * turns >> 32).to(tl.int32)  # exact modulo a turn
                 cos, sin = cos_sin_of_phase(phase[None, None, :] - back[:, None, :], NATIVE)
                 turned = q * cos + q_partner * sin  # [ROWS, HG_PAD, BLOCK_D]
@@ -571,6 +559,7 @@ def _project_blocks(
                 u = _by_thread(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], M, BLOCK_R)
                 hi, lo, value = _split_int16(u, NATIVE)
                 unit = tl.reshape(tl.reshape(top * (1.0 / _FULL), [ROWS, HG_PAD]) * (largest * (1.0 / _FULL)), [M])
+                out = row_out + start * HG_PAD
                 affine = tl.join(unit, tl.sum(value * offset, 1) * unit)
                 tl.store(affine_ptr + out[:, None] * 2 + tl.arange(0, 2)[None, :], affine, mask=live[:, None])
                 u_at = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
@@ -578,10 +567,10 @@ def _project_blocks(
                 stored = live[:, None] & (column < STEPS * 32)[None, :]
                 u_at = u_at[:, :, None] + (tl.arange(0, 2) * 32)[None, None, :]
                 tl.store(u_at, tl.join(hi, lo), mask=stored[:, :, None])
-            start += ROWS
-        start = run_end
-        segment, run = _load_run(segment_table_ptr, start, blocks, RUN)
-        run_end = _run_end(start, segment, run, RUN)
+                done = tl.min(tl.where(here, ROWS, local), 0)
+                start += done
+                more = (done == ROWS) & (start < blocks)
+        segment = tl.load(segment_table_ptr + start, mask=start < blocks, other=0)
 
 
 @triton.jit
@@ -716,9 +705,13 @@ def _cold_split(
     N: tl.constexpr = 2 * HG_PAD
     STEPS: tl.constexpr = (RK + 31) // 32
     b = bq // Q
+    # Nothing waits for another load that need not: queries, then tables, then the basis and the first pages.
     length = tl.load(lengths_ptr + b)
     position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
     q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
+    queries = ()
+    if not K_FLOAT:
+        queries = _load_queries(q_ptr, turns_ptr, g, rotary_scale, stride_q_h, HG, HG_PAD, D, PAIRS)
     chunks = tl.cdiv(length, C)
     TURN: tl.constexpr = max(1, W // TILES)  # chunks that the warps take at a time
     each = tl.cdiv(tl.cdiv(chunks, TURN), splits) * TURN
@@ -726,21 +719,16 @@ def _cold_split(
     end = tl.minimum(chunk + each, chunks)
     page_table_ptr += b * stride_pages_b
     segment_table_ptr += b * stride_segments_b
-    first, end_block = chunk // PAGES, tl.cdiv(end, PAGES)
+    first = chunk // PAGES
     u_row = ((bq * G + g) * splits + split) * u_blocks - first
-    # Nothing waits for another load that need not: tables and queries, then the basis and the first pages.
     any_chunk = chunk < end
-    segment, run = _load_run(segment_table_ptr, first, end_block, RUN)
+    segment = tl.load(segment_table_ptr + first, mask=any_chunk, other=0)
     # A quarter of the threads each: first pages of K, of V, the K basis, V scales.
     thread = tl.arange(0, 32 * W)
     what = thread // (8 * W)
     nth = thread % (8 * W)
     early = nth < tl.minimum(end - chunk, TURN)
     early_page = tl.load(page_table_ptr + chunk + nth, mask=early, other=0).to(tl.int64) * G + g
-    queries = ()
-    if not K_FLOAT:
-        queries = _load_queries(q_ptr, turns_ptr, g, rotary_scale, stride_q_h, HG, HG_PAD, D, PAIRS)
-    run_end = first
     if any_chunk:
         if BULK:
             bases = segment.to(tl.int64) * G + g
@@ -749,11 +737,10 @@ def _cold_split(
             at = tl.where(what == 0, k_at, tl.where(what == 1, v_at, tl.where(what == 2, basis_at, scale_at)))
             size = tl.where(what < 2, tl.where(what == 0, C * K_BYTES, C * V_BYTES), tl.where(what == 2, RK * D, 4 * RV))
             _prefetch(at, size, tl.where(what < 2, early, nth == 0))
-        run_end = _run_end(first, segment, run, RUN)
         _project_blocks(
             q_ptr, queries, position, turns_ptr, k_basis_ptr, k_scale_ptr, segment_table_ptr, u_ptr, affine_ptr, segment,
-            run_end, first, end_block, u_row, g, G, softmax_scale, rotary_scale, stride_q_h,
-            HG, HG_PAD, ALIGN, D, PAIRS, RK, K_GROUPS, K_FLOAT, M, RUN, MATRIX, NATIVE,
+            first, tl.cdiv(end, PAGES), u_row, g, G, softmax_scale, rotary_scale, stride_q_h,
+            HG, HG_PAD, ALIGN, D, PAIRS, RK, K_GROUPS, K_FLOAT, M, MATRIX, NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
 
@@ -766,12 +753,13 @@ def _cold_split(
     l_all = tl.zeros([HG_PAD], dtype=tl.float32)
     if chunk >= end:
         tl.store(lse_ptr + out, tl.full([HG_PAD], float("-inf"), dtype=tl.float32), mask=h < HG)
-        for n in tl.static_range(RV // 16):  # `_finish_spectral_kernel` multiplies it by 0
-            tl.store(c_ptr + out[None, :] * RV + (n * 16 + i16)[:, None], tl.zeros([16, HG_PAD], dtype=tl.float32),
-                     mask=(h < HG)[None, :])  # fmt: skip
     while chunk < end:
         # A run of blocks that share a segment.
-        stop = tl.minimum(run_end * PAGES, end)
+        block = chunk // PAGES
+        segment = tl.load(segment_table_ptr + block)
+        i = tl.arange(0, RUN)
+        others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
+        stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
         m_warp = tl.full([W, HG_PAD], float("-inf"), dtype=tl.float32)
         l_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
         w_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
@@ -856,18 +844,14 @@ def _cold_split(
                         part_sum = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
                         rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part_sum,)
             acc = rescaled
-        # The warps' states together; what that loads is asked for first.
-        BLOCKS: tl.constexpr = _least(4, triton.next_power_of_2(RV // 16))  # up to 64 components at a time
-        basis_row = (segment.to(tl.int64) * G + g) * RV
-        scales = ()
-        for n in tl.static_range(0, RV // 16, BLOCKS):
-            r = n * 16 + tl.arange(0, 16 * BLOCKS)
-            scales = scales + (tl.load(scale_ptr + basis_row + r, mask=r < RV, other=0.0),)
+        # The warps' states together.
         m = tl.max(m_warp, 0)
         own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
         l, w_sum = tl.split(tl.sum(tl.join(l_warp * own, w_warp * own), 0))
-        # In V's basis; l and acc both count weights in units of 1 / _FULL.
+        # In V's basis; l and acc both count weights in units of 1 / _FULL. Up to 64 components at a time.
+        BLOCKS: tl.constexpr = _least(4, triton.next_power_of_2(RV // 16))
         norm = tl.where(l > 0.0, 1.0 / l, 0.0)
+        basis_row = (segment.to(tl.int64) * G + g) * RV
         scaled = ()
         for n in tl.static_range(0, RV // 16, BLOCKS):
             parts = ()
@@ -875,7 +859,7 @@ def _cold_split(
                 parts = parts + (acc[_least(n + f, RV // 16 - 1)] * own[:, None, :],)
             coefficient = _sum_of_warps(parts)
             r = n * 16 + tl.arange(0, 16 * BLOCKS)
-            scale = scales[n // BLOCKS]
+            scale = tl.load(scale_ptr + basis_row + r, mask=r < RV, other=0.0)
             if not V_FLOAT:
                 weight, offset = _units(r, V_GROUPS, n, _least(n + BLOCKS, RV // 16))
                 coefficient += offset[:, None] * w_sum[None, :]
@@ -902,8 +886,6 @@ def _cold_split(
                     o += dot_int8_f32(basis, scaled[n] * new[None, :], MATRIX, NATIVE)
                 tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
             tl.debug_barrier()  # the next run's threads read what others wrote
-            segment, run = _load_run(segment_table_ptr, run_end, end_block, RUN)
-            run_end = _run_end(run_end, segment, run, RUN)
         chunk = stop
     tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
 
@@ -1074,7 +1056,7 @@ def _finish_spectral_kernel(
     basis = tl.load(basis_ptr + loaded.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
     if OVERLAP:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
-    # All that is read is asked for at once. An empty split has written zeros, and no segment.
+    # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then chosen away.
     lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
     segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
     o_lse = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
@@ -1083,6 +1065,7 @@ def _finish_spectral_kernel(
     y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
     c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
     x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
+    # Of an empty split no segment was written.
     live = lse > float("-inf")
     low = tl.where(live, segment, NONE)
     largest, earlier, last, own = tl.reduce((lse, o_lse, tl.where(live, segment, -1), -low), 0, _largest_each)
@@ -1095,7 +1078,7 @@ def _finish_spectral_kernel(
     w = tl.exp(lse - top)
     total += tl.sum(w, 0)
     while own < NONE:
-        c = tl.sum(tl.where(live & (segment == own), w, 0.0)[:, None] * x, 0)
+        c = tl.sum(tl.where((live & (segment == own))[:, None], w[:, None] * x, 0.0), 0)
         if own != loaded:
             basis = tl.load(basis_ptr + own.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
         loaded = own

@@ -320,9 +320,6 @@ def _attend_operands_kernel(
     live = heads * 4 + (lane & 3) < HG
     if chunk >= end:
         tl.store(lse_ptr + out, tl.full([4], float("-inf"), dtype=tl.float32), mask=h < HG)
-        for n in tl.static_range(RV // 16):  # as `_attend_spectral_kernel` has it
-            r = n * 16 + tl.arange(0, 2)[:, None] * 8
-            tl.store(c_ptr + (c_row[None, :] + r), tl.zeros([2, 32], dtype=tl.float32), mask=live[None, :])
     while chunk < end:
         # A run of blocks that share a segment.
         block = chunk // PAGES
