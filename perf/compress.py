@@ -64,19 +64,21 @@ def rows_of(heads: int, tokens: int, card: Card, decay: float = 4.0) -> torch.Te
     return out
 
 
-def eager_ms(call: Call, repeats: int = 10) -> float:
-    """Median milliseconds of a call by device events, host time included where the host is what it waits for."""
+def once_ms(call: Call) -> float:
+    """Milliseconds of a call by device events, host time included where the host is what it waits for."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
     call()
-    samples = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end))
-    return statistics.median(samples)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def eager_ms(call: Call, repeats: int = 10) -> float:
+    """Median of `once_ms`, after a call that compiles."""
+    call()
+    return statistics.median(once_ms(call) for _ in range(repeats))
 
 
 def gram_error(x: torch.Tensor) -> float:
@@ -221,9 +223,9 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
     return run
 
 
-def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, float]:
-    """Milliseconds a layer of the prefill: without a cache, with one that defers as the adapter has it, and with one that
-    does not."""
+def prefill_times(tokens: int, layers: int, card: Card, rounds: int = 5) -> tuple[float, float, float]:
+    """Milliseconds a layer of the prefill without a cache; how many times that it takes with one that defers as the adapter
+    has it, and with one that does not. Medians of rounds of the three in turn: a card slows down as it gets warm."""
     run = prefill_layer(tokens, card)
     cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
 
@@ -237,8 +239,12 @@ def prefill_times(tokens: int, layers: int, card: Card) -> tuple[float, float, f
             run(partial(store, layer, defer), partial(cache.start, layer) if defer else lambda: None)
         cache.finish()
 
-    plain, deferred, at_once = (eager_ms(partial(all_layers, defer), 1) / layers for defer in (None, True, False))
-    return plain, deferred, at_once
+    modes = (None, True, False)
+    all_layers(True)  # compiles
+    times = [[once_ms(partial(all_layers, defer)) for defer in modes] for _ in range(rounds)]
+    plain = statistics.median(first for first, _, _ in times)
+    deferred, at_once = (statistics.median(each[mode] / each[0] for each in times) for mode in (1, 2))
+    return plain / layers, deferred, at_once
 
 
 def metrics_of(layers: int, card: Card) -> list[torch.Tensor]:
@@ -430,7 +436,7 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
     say(*svd_lines)
     del layer, aligned
     prefill, deferred, at_once = prefill_times(tokens, layers, card)
-    say(f"  prefill of a layer {prefill:24.3f} ms, with a cache {deferred:.3f}, not deferred {at_once:.3f}")
+    say(f"  prefill of a layer {prefill:24.3f} ms; with a cache {deferred:.3f} times that, not deferred {at_once:.3f}")
     (peak, narrowed), (adapter, _) = (peak_ratio(tokens, layers, card, adapter) for adapter in (False, True))
     say(f"  peak ratio of {layers} layers {peak:19.3f}, as the adapter has it {adapter:.3f}")
     narrowing = narrow_ms(tokens, card)
@@ -451,8 +457,8 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         "eigen_ms_per_layer": eigen_ms,
         "read_share": moved / taken * 1e6 / bandwidth,
         "prefill_ms_per_layer": prefill,
-        "prefill_share": deferred / prefill - 1,
-        "prefill_share_at_once": at_once / prefill - 1,
+        "prefill_share": deferred - 1,
+        "prefill_share_at_once": at_once - 1,
         "peak_ratio": peak,
         "peak_ratio_adapter": adapter,
         "narrow_ms": narrowing,
