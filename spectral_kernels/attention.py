@@ -1141,20 +1141,33 @@ def _count_both_splits(
     `exact_programs` a split, of so many warps.
 
     Of long rows as many programs as are resident, with few exact ones beside them. Where a warp would take less than six
-    tiles, a program's start and end cost as much: then two thirds, and the exact tokens as fast as can be.
+    tiles, a program's start and end cost as much: then two thirds. Of those that take eight tiles or more the exact tokens'
+    programs, two a row, still end first; beside shorter ones they take others' place, and go as fast as can be. More
+    programs than are resident would end last of all.
     """
     exact = count_splits(exact_programs, exact_tiles, device, each=EXACT_RESIDENT) if exact_tiles else 0
     if warps == 1:  # attention_sm75.py
         return count_splits(programs, tiles, device, each=12), exact
     turns, each = triton.cdiv(tiles, warps), RESIDENT * WARPS // warps
-    units = _launch.multiprocessors(device)
+    resident = each * _launch.multiprocessors(device)
     most = count_splits(programs, turns, device, each=each)
     if turns >= 6 * most:
         most = triton.cdiv(turns, triton.cdiv(turns, most))  # none without a tile
-        left = (each * units - most * programs) // exact_programs
+        left = (resident - most * programs) // exact_programs
+        if exact and left <= 0 and most >= 8 and each > 1:  # one of many makes room
+            most, left = most - 1, (resident - (most - 1) * programs) // exact_programs
         return most, min(left, exact) if left > 0 else exact
+    fewer = max(1, each - 1)
+    most = count_splits(programs, turns, device, fewer)
+    longest = triton.cdiv(turns, most)
+    if longest >= 8:
+        return triton.cdiv(turns, longest), min(exact, 2)
     beside = exact * exact_programs
-    return count_splits(programs, turns, device, max(1, each - 1), less=beside if 2 * beside <= units else 0), exact
+    if 3 * beside <= 2 * resident // each:
+        most = count_splits(programs, turns, device, fewer, less=beside)
+    elif beside + programs <= resident:
+        most = min(most, (resident - beside) // programs)
+    return most, exact
 
 
 def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):

@@ -681,8 +681,11 @@ def test_bf16_is_refused_before_sm_80(rng, monkeypatch):
     [
         (1, 2048, 4, (47, 2)),  # long: all programs resident at once, few exact ones beside them
         (16, 1024, 4, (3, 4)),  # no room beside them: the exact ones first
+        (4, 512, 4, (11, 1)),  # one of many gives room
+        (1, 1024, 4, (32, 2)),  # two programs a multiprocessor, and exact ones that end early beside them
         (1, 128, 4, (26, 7)),  # short: two programs a multiprocessor, the exact ones among them
-        (4, 128, 4, (8, 7)),  # as many exact ones as would leave no room are not counted
+        (4, 128, 4, (5, 7)),  # of many exact ones: as many in all as are resident
+        (16, 32, 4, (2, 4)),  # more than those alone
         (1, 2048, 8, (16, 7)),  # D = 256: one program of 8 warps a multiprocessor
         (4, 512, 1, (49, 7)),  # cards before sm_80
     ],

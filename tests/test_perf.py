@@ -249,19 +249,21 @@ def test_a_prefill_is_timed_through_the_cache(monkeypatch):
         monkeypatch.setattr(compress_job, name, value)
     caches = []
 
-    def timed(call, repeats=10):
+    times = iter((2.0, 3.0, 4.0, 4.0, 8.0, 10.0))  # without a cache, deferred, at once; twice
+
+    def timed(call):
         call()
-        return 1.0
+        return next(times, 1.0)
 
     def new_cache(*args):
         caches.append(real(*args))
         return caches[-1]
 
     real = compress_job.new_cache
-    monkeypatch.setattr(compress_job, "eager_ms", timed)
+    monkeypatch.setattr(compress_job, "once_ms", timed)
     monkeypatch.setattr(compress_job, "new_cache", new_cache)
     card = CARD if DEVICE.type == "cpu" else _timing.Card(DEVICE)
-    assert compress_job.prefill_times(640, 2, card) == (0.5, 0.5, 0.5)
+    assert compress_job.prefill_times(640, 2, card, rounds=2) == (1.5, 1.75, 2.25)
     assert [layer.cold for layer in caches[0].layers] == [[576], [576]]
     assert all(layer.losses is None for layer in caches[0].layers)
     assert compress_job.narrow_ms(640, card) == 1.0
