@@ -152,7 +152,8 @@ def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]
     """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's records.
 
     Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by one, each when the one
-    before has ended: one that starts early would count its waiting.
+    before has ended: one that starts early would count its waiting. Once the profiler has run in a process every launch
+    takes longer: what is to be timed by `device_times` comes first.
     """
     from torch.profiler import ProfilerActivity, profile
 
