@@ -57,13 +57,16 @@ def measure(shape: Shape, layout: str, card: Card) -> list[dict[str, Any]]:
     own = Shape(shape.batch, shape.heads, shape.kv_heads, shape.dim, shape.tokens + WINDOW)
     nbytes = own.page_bytes(pages)
     decodes = make_decodes(own, pages, copies=card.copies(nbytes), dtype=card.dtype, device=card.device)
-    rows = []
+    timed = []
     for path, matrix in (("sm_75", False), ("tl.dot", True)):
         if matrix and not _launch.has_matrix_units(card.device):
             continue
         share = check(decodes[0], matrix)
         calls = [partial(attend, decode, matrix) for decode in decodes]
-        times, kernels = device_times(calls), kernel_times(calls)
+        timed.append((path, share, calls, device_times(calls)))
+    rows = []
+    for path, share, calls, times in timed:
+        kernels = kernel_times(calls)
         numbers = {
             "p20_us": times.p20,
             "p50_us": times.p50,
