@@ -25,7 +25,7 @@ from reference import compress as compress_oracle
 from reference import merge as merge_oracle
 from reference import pages as pages_oracle
 from reference import rope as rope_oracle
-from spectral_kernels.compress import STEP_SHARES
+from spectral_kernels.compress import LEAST_SHARE, STEP_SHARES
 from tests import budgets
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
@@ -168,7 +168,7 @@ def fit_steps(card: Card) -> Kernel:
         """The step is one of those tried, and its squared error, in float64, is as good as the least of theirs."""
         c, step = numpy_of(samples[0][-1]), numpy_of(sk.fit_steps(samples[0], bands)[-1])
         widest = np.abs(c).max(0) * 2.0 ** (1 - np.array(bands.bits))
-        tried = (1 - np.arange(STEP_SHARES) / 30)[:, None] * widest  # [shares, R]
+        tried = np.geomspace(1, LEAST_SHARE, STEP_SHARES)[:, None] * widest  # [shares, R]
         budgets.check(np.abs(tried / step - 1).min(0), np.zeros(bands.rank), np.full(bands.rank, 8 * budgets.ACC))
 
         def error(step: np.ndarray) -> np.ndarray:

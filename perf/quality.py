@@ -301,8 +301,11 @@ def store_spectral(
 
 def _without_mean(sides: Sequence[compress.Side]) -> list[compress.Spectrum]:
     spectra = compress.fit_spectra([replace(side, centre=False) for side in sides])
-    parts = zip(sides, spectra, strict=True)
-    return [replace(s, mean=torch.zeros_like(side.x[:, :, :1].float())) if side.centre else s for side, s in parts]
+    found = []
+    for side, spectrum in zip(sides, spectra, strict=True):
+        row, scale = torch.zeros_like(spectrum.basis[..., :1, :]), torch.ones_like(spectrum.scale[..., :1])
+        found.append(spectrum.with_mean(row, scale) if side.centre else spectrum)
+    return found
 
 
 def _unclipped(coefficients: torch.Tensor, choices: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,7 +333,8 @@ def store_aligned(prefix: Prefix, preset: Preset, align: int) -> Stored:
     """What blocks of alignment shorter than a page would do, which pages cannot have: the cache's codec on such keys."""
 
     def with_align(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: function(*args, **{**kwargs, **({"chunk": align} if "chunk" in kwargs else {})})
+        changed = {"chunk": align, "stride": 1}
+        return lambda *args, **kwargs: function(*args, **{name: changed.get(name, x) for name, x in kwargs.items()})
 
     with ExitStack() as patches:
         for name in ("phase_align", "query_metric", "error_weights", "rotate"):

@@ -33,9 +33,10 @@ def query_metric(
     chunk: int,
     kv_heads: int,
     weights: ArrayLike | None = None,
+    stride: int = 1,
 ) -> F64:
-    """Mean of w_h y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D], heads h of a group, chunk starts t0
-    <= m; weights w [B, H], or None for ones."""
+    """Mean of w_h y y^T over all y = S R(m - t0) q_m: tokens m of q [B, H, T, D] that are multiples of stride, heads h of a
+    group, chunk starts t0 <= m; weights w [B, H], or None for ones."""
     q = np.asarray(q, np.float64)
     batch, heads, tokens, dim = q.shape
     group = heads // kv_heads
@@ -43,8 +44,8 @@ def query_metric(
     total = np.zeros((batch, kv_heads, dim, dim))
     count = 0
     for start in range(0, tokens, chunk):
-        later = np.arange(start, tokens)
-        turned = scale_rotary(rotate(q[:, :, start:], later - start, inv_freq), inv_freq, scaling**2)
+        later = np.arange(-(-start // stride) * stride, tokens, stride)
+        turned = scale_rotary(rotate(q[:, :, later], later - start, inv_freq), inv_freq, scaling**2)
         count += group * len(later)
         for b, h in np.ndindex(batch, heads):
             for y in turned[b, h]:

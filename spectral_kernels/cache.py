@@ -28,7 +28,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -271,6 +272,16 @@ HEAD_FLOOR = 1 / 8
 SLACK = 1.02
 # A new segment's bases are at most this share of the coefficients of the segment before it.
 BASES_SHARE = 1 / 8
+# Of more queries a row than this, only some count in the metric of K.
+METRIC_QUERIES = 4096
+
+
+def _stride(tokens: int, align: int) -> int:
+    """The least power of two that leaves METRIC_QUERIES of so many queries, as far as `query_metric` allows it."""
+    stride = 1
+    while tokens > METRIC_QUERIES * stride and align % (128 * stride) == 0:
+        stride *= 2
+    return stride
 
 
 class _Fit(NamedTuple):
@@ -365,6 +376,13 @@ def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Te
     (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)
     """
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def _entries(x: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """The entries of these numbers, in rising order; a view if they follow one another."""
+    if index[-1] - index[0] == len(index) - 1:
+        return x[index[0] : index[-1] + 1]
+    return x[_uploaded(index, torch.int64, x.device)]
 
 
 def _enlarged(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -900,7 +918,8 @@ class LayerCache:
             options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
             weights = error_weights(q, k, v, self.rope, self.v_metrics, **options)
             k_shares, shares = (self._shares(w) for w in weights)
-            metric = query_metric(q, self.rope, chunk=self.preset.align, kv_heads=self.kv_heads, weights=k_shares)
+            kept = {"chunk": self.preset.align, "stride": _stride(q.shape[2], self.preset.align)}
+            metric = query_metric(q, self.rope, kv_heads=self.kv_heads, weights=k_shares, **kept)
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
         k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
@@ -945,42 +964,38 @@ class LayerCache:
         assert old is not None
         if layout == self.layout:
             return
-        new = allocate_pages(
-            layout,
-            pages=old.k_pages.shape[0],
-            segments=old.k_basis.shape[0],
-            kv_heads=self.kv_heads,
-            batch=self.batch,
-            max_chunks=old.max_chunks,
-            device=self.device,
-        )
-        tables = {name: getattr(old, name) for name in ("skip", "page_table", "segment_table", "lengths")}
-        new = replace(new, **tables)
+        made: dict[str, Any] = {"layout": layout}
+        for side, bands in (("k", layout.k), ("v", layout.v)):
+            pages, basis, scale = (getattr(old, f"{side}_{name}") for name in ("pages", "basis", "scale"))
+            made[f"{side}_pages"] = pages.new_empty((*pages.shape[:2], self.preset.chunk * bands.bytes))
+            made[f"{side}_basis"] = basis.new_empty((*basis.shape[:2], bands.rank, self.head_dim))
+            made[f"{side}_scale"] = scale.new_empty((*scale.shape[:2], bands.rank))
+        new = replace(old, **made)
         held: dict[int, dict[int, None]] = {}  # pages by segment; rows may share them
-        for pages, segments in zip(self.page_rows, self.segment_rows, strict=True):
-            for page, segment in zip(pages, segments, strict=True):
-                held.setdefault(segment, {})[page] = None
+        for row_pages, segments in zip(self.page_rows, self.segment_rows, strict=True):
+            for segment, run in groupby(zip(segments, row_pages, strict=True), itemgetter(0)):
+                held.setdefault(segment, {}).update(dict.fromkeys(page for _, page in run))
         fits = dict(self.fits)
         for fit in self.open_fits:
             self._write_bases(new, fit)
             sides = ((fit.k, layout.k, old.layout.k), (fit.v, layout.v, old.layout.v))
-            tiny = torch.finfo(torch.float32).tiny
-            lost = [x.distortions([to, at]).clamp_min(tiny) for x, to, at in sides]
-            more = torch.stack([x[0] / x[1] for x in lost], dim=1)
+            predicted = torch.stack([x.distortions([to, at]) for x, to, at in sides])
+            predicted = predicted.clamp_min(torch.finfo(torch.float32).tiny)
+            more = predicted[:, 0] / predicted[:, 1]  # [2, m, G]
             alike: dict[int, list[int]] = {}  # those of as many pages
             for i, segment in enumerate(fit.segments):
                 alike.setdefault(len(held.get(segment, ())), []).append(segment)
                 if segment in fits:
                     was = self.fits[segment]
-                    fits[segment] = self._fit_of(fit, i, new, was.shares, was.lost * more[i])
+                    fits[segment] = self._fit_of(fit, i, new, was.shares, was.lost * more[:, i])
             alike.pop(0, None)
             for segments in alike.values():
                 ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
-                index = _uploaded(segments, torch.int64, self.device)
-                ratio = old.k_scale[index, :, : layout.k.rank] / new.k_scale[index]
-                requantise(old.k_pages, old.layout.k, new.k_pages, layout.k, ratio, ids, side="k")
-                ratio = old.v_scale[index, :, : layout.v.rank] / new.v_scale[index]
-                requantise(old.v_pages, old.layout.v, new.v_pages, layout.v, ratio, ids, side="v")
+                for side, bands in (("k", layout.k), ("v", layout.v)):
+                    was_in, now_in = (_entries(getattr(x, f"{side}_scale"), segments) for x in (old, new))
+                    ratio = was_in[..., : bands.rank] / now_in
+                    source, pages = (getattr(x, f"{side}_pages") for x in (old, new))
+                    requantise(source, getattr(old.layout, side), pages, bands, ratio, ids, side=side)
         self.layout, self.pages, self.fits = layout, new, fits
 
     def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
@@ -1004,10 +1019,9 @@ class LayerCache:
 
     def _fit_of(self, fit: _OpenFit, i: int, pages: Pages, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
         """What the i-th segment of a fit needs later on, its bases being in `pages`."""
-        first = 0 if pages.layout.k.is_float else 1  # not the mean
-        held = pages.layout.k.rank - first
-        steps = pages.k_scale[fit.segments[i], :, first:] / fit.k.scale[i, :, :held]
-        return _Fit(fit.k.basis[i, :, held:].clone(), fit.k.scale[i, :, held:].clone(), steps, shares, lost)
+        first, rank = int(fit.k.is_centred), pages.layout.k.rank  # not the mean
+        steps = pages.k_scale[fit.segments[i], :, first:] / fit.k.scale[i, :, first:rank]
+        return _Fit(fit.k.basis[i, :, rank:].clone(), fit.k.scale[i, :, rank:].clone(), steps, shares, lost)
 
     def _fit(self, members: list[int], fitting: _Fitting) -> None:
         """A new segment for each of these rows."""

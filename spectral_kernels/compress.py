@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 import triton
@@ -36,6 +36,7 @@ from ._checks import FLOATS, check_in, check_tensor
 from ._launch import cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
 from .attention import _block, _fields, _first_block, _group_offset, _half, _mask, _masked, _offset, _subtiles, _weight
 from .eigen import eigenvectors
+from .merge import merge_many_states
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate, rotate_torch
 
@@ -282,7 +283,7 @@ def _turned_pairs(row_ptr, i, live, cos, sin, weight, HALF: tl.constexpr, PAIRS:
 
 
 def query_metric(
-    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None
+    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None, stride: int = 1
 ) -> torch.Tensor:
     """Mean second moment of queries as the chunks see them: of R(m - t0) q_m over all chunk starts t0 <= m.
 
@@ -295,6 +296,7 @@ def query_metric(
         rope: frequencies and attention scaling (scaling**2 on the rotary dimensions, as scores have it).
         chunk: chunk length C.      kv_heads: G; H is a multiple of it.
         weights: float32 [B, H], not negative: how much the queries of each head count, or None: all the same.
+        stride: only the queries of positions 0, stride, 2 stride .. count; a divisor of C / 64.
     Returns:
         float32 [B, G, D, D], symmetric, positive semi-definite up to the rounding of turned queries to the dtype of q.
     Raises:
@@ -308,8 +310,12 @@ def query_metric(
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
     if weights is not None:
         check_tensor("weights", weights, shape=(batch, heads), dtype=torch.float32, device=q.device)
+    if stride < 1 or (stride > 1 and chunk % (64 * stride)):
+        raise ValueError(f"stride: expected a divisor of chunk / 64 = {chunk / 64:g}, got {stride}")
     if not _launch.runs_kernel(q):
-        return query_metric_torch(q, rope, chunk=chunk, kv_heads=kv_heads, weights=weights)
+        return query_metric_torch(q, rope, chunk=chunk, kv_heads=kv_heads, weights=weights, stride=stride)
+    q, rope, chunk = _every(stride, q, rope, chunk)
+    tokens = q.shape[2]
     _launch.check_bf16("q", q)
     half, chunks = dim // 2, triton.cdiv(tokens, chunk)
     matrix = _launch.has_matrix_units(q.device)
@@ -348,6 +354,11 @@ def query_metric(
     return _metric_of_pairs(parts.sum(2, dtype=torch.float64), rope, chunk, tokens, heads // kv_heads)
 
 
+def _every(stride: int, q: torch.Tensor, rope: Rope, chunk: int) -> tuple[torch.Tensor, Rope, int]:
+    """The queries of positions 0, stride, .. with positions counted in units of stride."""
+    return (q[:, :, ::stride], Rope(rope.turns * stride, rope.scaling), chunk // stride) if stride > 1 else (q, rope, chunk)
+
+
 def _chunk_factors(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tensor:
     """Sums over a chunk and all before it of exp(i n C (f - g)), then of exp(i n C (f + g)), real and imaginary parts:
     float32 [4, chunks, D/2, D/2]."""
@@ -380,9 +391,10 @@ def _metric_of_pairs(sums: torch.Tensor, rope: Rope, chunk: int, tokens: int, gr
 
 
 def query_metric_torch(
-    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None
+    q: torch.Tensor, rope: Rope, *, chunk: int, kv_heads: int, weights: torch.Tensor | None = None, stride: int = 1
 ) -> torch.Tensor:
     """`query_metric` in plain PyTorch."""
+    q, rope, chunk = _every(stride, q, rope, chunk)
     batch, heads, tokens, dim = q.shape
     group, half, pairs, chunks = heads // kv_heads, dim // 2, rope.turns.shape[0], -(-tokens // chunk)
     factors = _chunk_factors(rope, chunk, chunks, half)
@@ -406,16 +418,55 @@ def query_metric_torch(
     return _metric_of_pairs(torch.stack(sums, dim=1).double(), rope, chunk, tokens, group)
 
 
+@triton.jit(do_not_specialize=["T", "each"])
+def _squares_kernel(
+    v_ptr,
+    metric_ptr,  # float32 [H, D, D], or None
+    out_ptr,  # float32 [B, H, T]
+    T,
+    each,
+    H,
+    HG,
+    stride_v_b,
+    stride_v_g,
+    stride_v_t,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """|v|^2 of `each` tokens of one row in the metric of one query head."""
+    TYPE: tl.constexpr = v_ptr.dtype.element_ty if NATIVE else tl.float32
+    head = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    v_ptr += b * stride_v_b + head // HG * stride_v_g
+    if metric_ptr is not None:
+        at = (head * D + d[:, None]) * D + d[None, :]
+        metric = tl.load(metric_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+    begin = tl.program_id(0) * each
+    for start in range(begin, tl.minimum(begin + each, T), BLOCK_T):
+        t = start + tl.arange(0, BLOCK_T)
+        v_row = v_ptr + t[:, None].to(tl.int64) * stride_v_t
+        v = tl.load(v_row + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+        weighted = v.to(tl.float32)
+        if metric_ptr is not None:
+            weighted = tl.dot(v, metric, input_precision="tf32x3")
+        tl.store(out_ptr + (b * H + head) * T + t, tl.sum(weighted * v.to(tl.float32), 1), mask=t < T)
+
+
 @triton.jit(do_not_specialize=["T", "S", "each", "sinks", "window"])
 def _error_weights_kernel(
     q_ptr,  # [B, H, S, D], contiguous
     at_ptr,  # int64 [S]
     k_ptr,
     v_ptr,
-    metric_ptr,  # float32 [H, D, D], or None
+    squares_ptr,  # float32 [B, H, T]
     turns_ptr,
-    stats_ptr,  # float32 [B, G, splits, ROWS, 4]
-    sums_ptr,  # float32 [B, G, splits, 2, ROWS, D]
+    turned_ptr,  # [B, G, splits, ROWS, D], of the type of k: where a program holds its turned queries
+    o_ptr,  # float32 [B, G, 2, ROWS, splits, D]
+    lse_ptr,  # float32 [B, G, 2, ROWS, splits]
+    size_ptr,  # float32 [B, G, ROWS, splits]
     T,
     S,
     each,
@@ -437,34 +488,33 @@ def _error_weights_kernel(
     PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_M queries of one row and head over `each` chunks of keys. With e the exponentials below their largest so
-    far, and e2 the squares of those of tokens that are not exact: the largest, and sums of e, e2, e2 |v|^2, e v, e2 v."""
+    """BLOCK_M queries of one row and of HEADS heads, 1 or 2, over `each` chunks of keys: the state of attention, that of
+    attention with squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
     rows = tl.num_programs(0) * BLOCK_M
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tiles = tl.cdiv(S, BLOCK_M)  # of a head
-    head = tl.program_id(0) // tiles
-    query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    OWN: tl.constexpr = BLOCK_M // HEADS  # queries of a head
+    m = tl.arange(0, BLOCK_M)
+    row = tl.program_id(0) * BLOCK_M + m
+    tiles = tl.cdiv(S, OWN)  # of a head, 1 if there are two
+    first_head = tl.program_id(0) // tiles * HEADS
+    head = first_head + m // OWN
+    query = (tl.program_id(0) % tiles) * OWN + m % OWN
     split = tl.program_id(1)
+    splits = tl.num_programs(1)
     bg = tl.program_id(2).to(tl.int64)
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
-    pair = tl.arange(0, BLOCK_HALF)
     d = tl.arange(0, BLOCK_D)
-    live = query < S
-    position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)
-    q_ptr += ((bg * HG + head) * S + query[:, None]) * D
+    live = (query < S) & (head < HG)
+    position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)  # below T
+    newest = tl.minimum(position - window, T - 1)  # token that is not exact
+    q_row = q_ptr + ((bg * HG + head[:, None]) * S + query[:, None]) * D
+    squares_ptr += (bg * HG + first_head) * T
+    turned_row = turned_ptr + ((bg * splits + split) * rows + row[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
     v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
-    turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
-    first = tl.where(pair < PAIRS, pair, PAIRS + pair)
-    second = tl.where(pair < PAIRS, PAIRS + pair, HALF + pair)
-    factor = tl.where(pair < PAIRS, scale * scaling, scale)
-    if metric_ptr is not None:
-        at = ((bg % G) * HG + head) * D * D + d[:, None] * D + d[None, :]
-        metric = tl.load(metric_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
     top = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     sum1 = tl.zeros([BLOCK_M], dtype=tl.float32)
     sum2 = tl.zeros([BLOCK_M], dtype=tl.float32)
@@ -473,44 +523,51 @@ def _error_weights_kernel(
     values2 = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     for chunk in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(T, CHUNK))):
         distance = tl.maximum(position - chunk * CHUNK, 0)  # of queries before the chunk nothing counts
-        cos, sin = cos_sin_of_phase(phase_of(distance[:, None], turns[None, :]), NATIVE)
-        x, y = _turned_pairs(q_ptr, pair, live, cos, sin, 1.0, HALF, PAIRS, False)
-        x, y = (x * factor[None, :]).to(TYPE), (y * factor[None, :]).to(TYPE)
+        # Few pairs at a time, by way of memory: registers hold the sums.
+        for start in tl.static_range(0, HALF, 16):
+            pair = start + tl.arange(0, 16)
+            turns = tl.load(turns_ptr + pair, mask=pair < PAIRS, other=0)
+            cos, sin = cos_sin_of_phase(phase_of(distance[:, None], turns[None, :]), NATIVE)
+            factor = tl.where(pair < PAIRS, scale * scaling, scale)
+            x, y = _turned_pairs(q_row, pair, live, cos, sin, factor[None, :], HALF, PAIRS, False)
+            own = live[:, None] & (pair < HALF)[None, :]
+            tl.store(turned_row + tl.where(pair < PAIRS, pair, PAIRS + pair)[None, :], x, mask=own)
+            tl.store(turned_row + tl.where(pair < PAIRS, PAIRS + pair, HALF + pair)[None, :], y, mask=own)
+        tl.debug_barrier()
+        q = tl.load(turned_row + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
+        tl.debug_barrier()  # before the next chunk's are stored
         for start in range(0, tl.minimum(CHUNK, T - chunk * CHUNK), BLOCK_T):
             t = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
-            mask = (t < T)[:, None] & (pair < HALF)[None, :]
-            k_row = k_ptr + t[:, None].to(tl.int64) * stride_k_t
-            k1 = tl.load(k_row + first[None, :], mask=mask, other=0.0).to(TYPE)
-            k2 = tl.load(k_row + second[None, :], mask=mask, other=0.0).to(TYPE)
-            v_row = v_ptr + t[:, None].to(tl.int64) * stride_v_t
-            v = tl.load(v_row + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
-            score = tl.dot(x, tl.trans(k1), input_precision="tf32x3")
-            score = tl.dot(y, tl.trans(k2), score, input_precision="tf32x3")
-            age = position[:, None] - t[None, :]
-            score = tl.where((age >= 0) & (t < T)[None, :], score, float("-inf"))
+            mask = (t < T)[:, None] & (d < D)[None, :]
+            k = tl.load(k_ptr + t[:, None].to(tl.int64) * stride_k_t + d[None, :], mask=mask, other=0.0).to(TYPE)
+            v = tl.load(v_ptr + t[:, None].to(tl.int64) * stride_v_t + d[None, :], mask=mask, other=0.0).to(TYPE)
+            square = tl.load(squares_ptr + t, mask=t < T, other=0.0)[None, :]
+            if HEADS == 2:
+                other = tl.load(squares_ptr + tl.minimum(HG - 1 - first_head, 1) * T + t, mask=t < T, other=0.0)
+                square = tl.where(m[:, None] < OWN, square, other[None, :])
+            score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+            score = tl.where(t[None, :] <= position[:, None], score, float("-inf"))
             larger = tl.maximum(top, tl.max(score, 1))
             base = tl.where(larger == float("-inf"), 0.0, larger)
             shrink = tl.exp2(top - base)
             top = larger
             e = tl.exp2(score - base[:, None])
-            e2 = tl.where((age >= window) & (t >= sinks)[None, :], e * e, 0.0)
-            weighted = v.to(tl.float32)
-            if metric_ptr is not None:
-                weighted = tl.dot(v, metric, input_precision="tf32x3")
-            size = tl.sum(weighted * v.to(tl.float32), 1)
+            e2 = tl.where(tl.where(t >= sinks, t, T)[None, :] <= newest[:, None], e * e, 0.0)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
-            squares = squares * shrink * shrink + tl.sum(e2 * size[None, :], 1)
+            squares = squares * shrink * shrink + tl.sum(e2 * square, 1)
             values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
             values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
-    out = (bg * tl.num_programs(1) + split) * rows + row
-    tl.store(stats_ptr + out * 4, top)
-    tl.store(stats_ptr + out * 4 + 1, sum1)
-    tl.store(stats_ptr + out * 4 + 2, sum2)
-    tl.store(stats_ptr + out * 4 + 3, squares)
-    out = (bg * tl.num_programs(1) + split) * 2 * rows + row
-    tl.store(sums_ptr + out[:, None] * D + d[None, :], values1, mask=(d < D)[None, :])
-    tl.store(sums_ptr + (out + rows)[:, None] * D + d[None, :], values2, mask=(d < D)[None, :])
+    # 0 of empty states, whose log-sum-exp is -inf.
+    one = 1.0 / tl.where(sum1 > 0, sum1, 1.0)
+    two = 1.0 / tl.where(sum2 > 0, sum2, 1.0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    tl.store(size_ptr + (bg * rows + row) * splits + split, squares * two)
+    out = (bg * 2 * rows + row) * splits + split
+    tl.store(lse_ptr + out, (top + tl.log2(sum1)) * 0.6931471805599453)
+    tl.store(lse_ptr + out + rows * splits, (2 * top + tl.log2(sum2)) * 0.6931471805599453)
+    tl.store(o_ptr + out[:, None] * D + d[None, :], values1 * one[:, None], mask=(d < D)[None, :])
+    tl.store(o_ptr + (out + rows * splits)[:, None] * D + d[None, :], values2 * two[:, None], mask=(d < D)[None, :])
 
 
 def error_weights(
@@ -551,30 +608,54 @@ def error_weights(
     if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2 or wide:
         return error_weights_torch(q, k, v, rope, v_metrics, chunk=chunk, sinks=sinks, window=window, queries=queries)
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
-    own = q.index_select(2, at)
     group, count = heads // groups, len(at)
+    own = q.index_select(2, at)
     metric = unit = None
     if v_metrics is not None:  # entries up to 1, as fp16 wants them
         unit = v_metrics.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
         metric = (v_metrics / unit[:, None, None]).contiguous()
+    squares = torch.empty((batch, heads, tokens), dtype=torch.float32, device=k.device)
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
-    block = 64 if large else 32
-    tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
-    each = triton.cdiv(chunks, max(1, _launch.multiprocessors(k.device) // (batch * groups * tiles)))
+    block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
+    heads_each = 2 if count <= block // 2 and group > 1 else 1
+    tiles = triton.cdiv(group, heads_each) * triton.cdiv(count, block // heads_each)
+    chunks = triton.cdiv(tokens, chunk)
+    each = triton.cdiv(chunks, max(1, programs // (batch * groups * tiles)))
     splits, rows = triton.cdiv(chunks, each), tiles * block
-    stats = torch.empty((batch, groups, splits, rows, 4), dtype=torch.float32, device=k.device)
-    sums = torch.empty((batch, groups, splits, 2, rows, dim), dtype=torch.float32, device=k.device)
+    empty = partial(torch.empty, dtype=torch.float32, device=k.device)
+    o, lse = empty((batch, groups, 2, rows, splits, dim)), empty((batch, groups, 2, rows, splits))
+    size = empty((batch, groups, rows, splits))
+    turned = k.new_empty((batch, groups, splits, rows, dim))
+    # Tokens of a program that works out squares.
+    share = triton.cdiv(tokens, 2 * block * max(1, programs // (batch * heads))) * 2 * block
+    same = {"D": dim, "BLOCK_D": triton.next_power_of_2(dim), "NATIVE": _launch.is_native(k)}
     with torch.cuda.device_of(k):
+        _squares_kernel[(triton.cdiv(tokens, share), heads, batch)](
+            v,
+            metric,
+            squares,
+            tokens,
+            share,
+            heads,
+            group,
+            *v.stride()[:3],
+            BLOCK_T=2 * block,
+            num_warps=8 if large or dim > 64 else 4,
+            num_stages=3 if large else 2,
+            **same,
+        )
         _error_weights_kernel[(tiles, splits, batch * groups)](
             own,
             at,
             k,
             v,
-            metric,
+            squares,
             rope.turns,
-            stats,
-            sums,
+            turned,
+            o,
+            lse,
+            size,
             tokens,
             count,
             each,
@@ -587,30 +668,27 @@ def error_weights(
             *k.stride()[:3],
             *v.stride()[:3],
             CHUNK=chunk,
-            D=dim,
             HALF=dim // 2,
             PAIRS=rope.turns.shape[0],
             BLOCK_M=block,
-            BLOCK_T=block,
-            BLOCK_HALF=max(16, triton.next_power_of_2(dim // 2)),
-            BLOCK_D=triton.next_power_of_2(dim),
-            NATIVE=_launch.is_native(k),
-            num_warps=8 if large or dim > 64 else 4,
+            BLOCK_T=32,
+            HEADS=heads_each,
+            # Four warps take a tile of 64 rows to the matrix units; eight would do it twice.
+            num_warps=4 if large or dim <= 64 else 8,
             num_stages=3 if large else 2,
+            **same,
         )
-    # The splits, joined as states are (merge.py), with squares.
-    top, *parts = stats.unbind(-1)
-    shrink = torch.exp2(top - top.amax(2, keepdim=True))
-    whole, p2, squares = ((x * f).sum(2) for x, f in zip(parts, (shrink, shrink**2, shrink**2), strict=True))
-    o = (sums[:, :, :, 0] * shrink[..., None]).sum(2) / whole[..., None]
-    p2_v = (sums[:, :, :, 1] * (shrink**2)[..., None]).sum(2) / (whole**2)[..., None]
-    # [B, H, S] and [B, H, S, D], without the rows that fill tiles.
-    o, p2_v = (x.view(batch, heads, -1, dim)[:, :, :count] for x in (o, p2_v))
-    p2, squares = (x.view(batch, heads, -1)[:, :, :count] for x in (p2 / whole**2, squares / whole**2))
+    outputs, total = merge_many_states(o, lse)
+    ((o, o2), (lse1, lse2)) = (x.unbind(2) for x in (outputs, total))
+    p2 = (lse2 - 2 * lse1).exp()  # sum of squares of weights
+    size = (torch.where(p2[..., None] > 0, (lse[:, :, 1] - lse2[..., None]).exp(), 0.0) * size).sum(-1)
+    # [B, H, S, ..], without the rows that fill tiles.
+    held = block // heads_each * triton.cdiv(count, block // heads_each)
+    o, o2, p2, size = (x.unflatten(2, (-1, held))[:, :, :group, :count].flatten(1, 2) for x in (o, o2, p2, size))
     weighted = o if v_metrics is None else o @ v_metrics
     power = (weighted * o).sum(-1)
-    squares = squares if unit is None else squares * unit[:, None]
-    w_k = (squares - 2 * (weighted * p2_v).sum(-1) + power * p2).sum(-1) / dim
+    size = size if unit is None else size * unit[:, None]
+    w_k = (p2 * (size - 2 * (weighted * o2).sum(-1) + power)).sum(-1) / dim
     total = power.sum((-2, -1))[:, None].clamp_min(torch.finfo(torch.float32).tiny)
     return w_k / total, p2.sum(-1) / total
 
@@ -764,8 +842,10 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
-# Steps that are tried: shares 1 - j/30 of the widest one (which clips nothing), down to 0.2 of it.
-STEP_SHARES = 25
+# A mean is that of about so many tokens, evenly spread.
+MEAN_TOKENS = 4096
+# Steps that are tried: the widest one, which clips nothing, to a fifth of it, each the same share of the one before.
+STEP_SHARES, LEAST_SHARE = 16, 0.2
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -778,7 +858,7 @@ def _fit_steps_kernel(
     T,
     R: tl.constexpr,
     SHARES: tl.constexpr,
-    BLOCK_SHARES: tl.constexpr,
+    FALL: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """The steps of 16 components of one row and head in one choice: squared errors of all shares in one pass."""
@@ -789,12 +869,11 @@ def _fit_steps_kernel(
     own = (choice * tl.num_programs(1) + n) * R + r
     widest = tl.load(widest_ptr + own, mask=used, other=1.0)
     half = tl.load(top_ptr + choice * R + r, mask=used, other=2.0) * 0.5
-    share = 1.0 - tl.arange(0, BLOCK_SHARES).to(tl.float32) / 30.0
-    share = tl.where(tl.arange(0, BLOCK_SHARES) < SHARES, share, 1.0)
-    step = (share[:, None] * widest[None, :])[:, None, :]  # [BLOCK_SHARES, 1, 16]
+    share = tl.exp2(tl.arange(0, SHARES).to(tl.float32) * FALL)
+    step = (share[:, None] * widest[None, :])[:, None, :]  # [SHARES, 1, 16]
     inverse = 1.0 / step
     half = half[None, None, :]
-    errors = tl.zeros([BLOCK_SHARES, BLOCK_T, 16], dtype=tl.float32)
+    errors = tl.zeros([SHARES, BLOCK_T, 16], dtype=tl.float32)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         at = (n * T + t)[:, None] * R + r[None, :]
@@ -805,8 +884,7 @@ def _fit_steps_kernel(
         errors += off * off
     error = tl.sum(errors, 1)
     best = tl.argmin(error, 0, tie_break_left=True)
-    best = tl.where(best < SHARES, best, 0)
-    tl.store(step_ptr + own, (1.0 - best.to(tl.float32) / 30.0) * widest, mask=used)
+    tl.store(step_ptr + own, tl.exp2(best.to(tl.float32) * FALL) * widest, mask=used)
     tl.store(error_ptr + own, tl.min(error, 0), mask=used)
 
 
@@ -850,7 +928,7 @@ def fit_quantisers(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tupl
             tokens,
             R=rank,
             SHARES=STEP_SHARES,
-            BLOCK_SHARES=triton.next_power_of_2(STEP_SHARES),
+            FALL=math.log2(LEAST_SHARE) / (STEP_SHARES - 1),
             BLOCK_T=32,
             num_warps=8,
         )
@@ -864,7 +942,7 @@ def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -
         widest = _largest(coefficients) / (top / 2)
         best, least = widest, torch.full_like(widest, float("inf"))
         for share in range(STEP_SHARES):
-            step = (1 - share / 30) * widest
+            step = LEAST_SHARE ** (share / (STEP_SHARES - 1)) * widest
             code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
                 (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
             )
@@ -893,24 +971,22 @@ def fit_steps(coefficients: torch.Tensor, bands: Bands) -> torch.Tensor:
     return torch.exp2((torch.ceil(torch.log2(largest)) - 12).clamp_min(-126))
 
 
-def _parts(bands: Bands, centred: bool) -> list[tuple[int, slice]]:
-    """Bits and own components of each band; the first component of all is the mean's, if there is one."""
-    parts, start = [], -1 if centred else 0
+def _parts(bands: Bands) -> list[tuple[int, slice]]:
+    """Bits and components of each band."""
+    parts, start = [], 0
     for rank, bits in bands.bands:
-        parts.append((bits, slice(max(0, start), start + rank)))
+        parts.append((bits, slice(start, start + rank)))
         start += rank
     return parts
 
 
 @cache
-def _held(
-    choices: tuple[Bands, ...], precisions: tuple[int, ...], centred: bool, dim: int, device: torch.device
-) -> torch.Tensor:
-    """1 where a component has a precision (or 0 bits) in each of some bands, else 0: float32 [P, precisions, D]."""
-    held = torch.zeros((len(choices), len(precisions), dim))
+def _held(choices: tuple[Bands, ...], precisions: tuple[int, ...], count: int, device: torch.device) -> torch.Tensor:
+    """1 where one of `count` components has a precision in each of some bands, else 0: float32 [P, precisions, count]."""
+    held = torch.zeros((len(choices), len(precisions), count))
     for own, bands in zip(held, choices, strict=True):
         own[precisions.index(0)] = 1
-        for bits, part in _parts(bands, centred):
+        for bits, part in _parts(bands):
             own[:, part] = 0
             own[precisions.index(bits), part] = 1
     return held.to(device)
@@ -920,59 +996,73 @@ def _held(
 class Spectrum:
     """The components of one side, best first, and what each loses at each precision: what a layout is chosen by.
 
+    N = D components, or D + 1: then the first one is the mean, which is to be subtracted before `encode`, and for which all
+    tokens hold the highest code.
+
     Args:
-        mean: float32 [B, G, 1, D] to subtract before `encode`, or None. With a mean, component 0 of the side stands for it
-            (all tokens hold its highest code) and the components here are those from 1 on.
-        basis: int8 [B, G, D, D], scale: float32 [B, G, D]: component r is the vector scale[r] * basis[r].
-        encoder: float32 [B, G, D, D]: coefficients (x - mean) @ encoder.
-        steps: of the quantiser, float32 [B, G, D] for each number of bits; a multiple of that for the next higher number,
+        basis: int8 [B, G, N, D], scale: float32 [B, G, N]: component n is the vector scale[n] * basis[n].
+        encoder: float32 [B, G, D, D]: coefficients (x - mean) @ encoder of the components but the mean.
+        steps: of the quantiser, float32 [B, G, N] for each number of bits; a multiple of that for the next higher number,
             so that codes of fewer bits are functions of those of more.
-        errors: mean squared error of a component in units of the metric, float32 [B, G, D] for each number of bits and 0.
+        precisions: numbers of bits.      errors: mean squared error of a component at each precision in units of the
+            metric, float32 [precisions, B, G, N]; the first precision is 0.
     """
 
-    mean: torch.Tensor | None
     basis: torch.Tensor
     scale: torch.Tensor
     encoder: torch.Tensor
     steps: dict[int, torch.Tensor]
-    errors: dict[int, torch.Tensor]
+    precisions: tuple[int, ...]
+    errors: torch.Tensor
 
     @property
     def nbytes(self) -> int:
-        held = (self.basis, self.scale, self.encoder, *self.steps.values(), *self.errors.values())
-        return sum(t.nbytes for t in held) + (0 if self.mean is None else self.mean.nbytes)
+        return sum(t.nbytes for t in (self.basis, self.scale, self.encoder, self.errors, *self.steps.values()))
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether the first component is the mean."""
+        return self.basis.shape[-2] > self.basis.shape[-1]
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        """What to subtract before `encode`, float32 [B, G, 1, D]."""
+        return self.basis[..., :1, :].float() * self.scale[..., :1, None] if self.is_centred else None
+
+    def with_mean(self, row: torch.Tensor, scale: torch.Tensor) -> Spectrum:
+        """These components after a mean: int8 [B, G, 1, D] with a scale float32 [B, G, 1]."""
+        pad = torch.nn.functional.pad
+        return replace(
+            self,
+            basis=torch.cat((row, self.basis), dim=-2),
+            scale=torch.cat((scale, self.scale), dim=-1),
+            # The highest code of so many bits, (2**bits - 1) / 2, stands for 1.
+            steps={bits: pad(step, (1, 0), value=2 / (2**bits - 1)) for bits, step in self.steps.items()},
+            errors=pad(self.errors, (1, 0)),
+        )
 
     def distortions(self, choices: Sequence[Bands]) -> torch.Tensor:
         """Mean squared error of a row in each of some bands, in units of the metric: float32 [P, B, G]."""
-        precisions, errors = tuple(self.errors), torch.stack(list(self.errors.values()), dim=-2)
-        held = _held(tuple(choices), precisions, self.mean is not None, errors.shape[-1], errors.device)
-        return (errors * held[:, None, None]).sum((-2, -1))
+        held = _held(tuple(choices), self.precisions, self.errors.shape[-1], self.errors.device)
+        return (self.errors * held[:, :, None, None]).sum((1, -1))
 
     def _steps(self, bands: Bands) -> torch.Tensor:
-        return torch.cat([self.steps[bits][..., own] for bits, own in _parts(bands, self.mean is not None)], dim=-1)
+        return torch.cat([self.steps[bits][..., own] for bits, own in _parts(bands)], dim=-1)
 
     def stored(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor]:
         """(basis int8 [B, G, R, D], scale float32 [B, G, R]) of pages in these bands."""
-        steps = self._steps(bands)
-        rank = steps.shape[-1]
-        basis, scale = self.basis[..., :rank, :], self.scale[..., :rank] * steps
-        if self.mean is not None:
-            mean, unit = quantise_basis(self.mean)
-            basis = torch.cat((mean, basis), dim=-2)
-            scale = torch.cat((unit * (2 / (2 ** bands.bits[0] - 1)), scale), dim=-1)
-        return basis.contiguous(), scale
+        return self.basis[..., : bands.rank, :], self.scale[..., : bands.rank] * self._steps(bands)
 
     def encoder_of(self, bands: Bands) -> torch.Tensor:
         """The encoder float32 [B, G, D, R] of pages in these bands."""
-        steps = self._steps(bands)
-        encoder = self.encoder[..., : steps.shape[-1]] / steps[..., None, :]
-        if self.mean is not None:
-            encoder = torch.nn.functional.pad(encoder, (1, 0))
-        return encoder.contiguous()
+        steps, first = self._steps(bands), int(self.is_centred)
+        encoder = self.encoder[..., : bands.rank - first] / steps[..., None, first:]
+        return torch.nn.functional.pad(encoder, (first, 0)).contiguous()
 
     def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
-        return *self.stored(bands), self.encoder_of(bands)
+        basis, scale = self.stored(bands)
+        return basis.contiguous(), scale, self.encoder_of(bands)
 
 
 @dataclass(frozen=True)
@@ -999,14 +1089,11 @@ def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
         sample: about how many rows, evenly spread, the quantiser steps are fitted on.
     """
     dim = sides[0].x.shape[-1]
-    means: list[torch.Tensor | None] = []
-    for side in sides:
-        if side.centre:
-            held, unit = quantise_basis(_mean_row(side.x)[:, :, None])
-            means.append(held.float() * unit[..., None])
-        else:
-            means.append(None)
-    moment = torch.stack([gram(s.x, None if m is None else m[:, :, 0]) for s, m in zip(sides, means, strict=True)])
+    # The mean of a part will do: second moments are about that, whatever it is.
+    some = [side.x[:, :, :: max(1, side.x.shape[2] // MEAN_TOKENS)] if side.centre else None for side in sides]
+    means = [None if x is None else quantise_basis(x.mean(2, keepdim=True, dtype=torch.float32)) for x in some]
+    rows = [None if mean is None else mean[0].float() * mean[1][..., None] for mean in means]
+    moment = torch.stack([gram(s.x, None if m is None else m[:, :, 0]) for s, m in zip(sides, rows, strict=True)])
     metric = None
     if any(side.metric is not None for side in sides):
         eye = torch.eye(dim, device=moment.device)
@@ -1014,21 +1101,13 @@ def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
         metric = torch.stack([x.expand(moment.shape[1:]) for x in metrics])
     bases, scales = quantise_basis(fit_basis(moment, metric, rank=dim))
     encoders = fit_encoder(bases, scales, metric)
-    rows = bases.float() * scales[..., None]
-    weights = ((rows if metric is None else rows @ metric) * rows).sum(-1)  # of a squared error of a component
-    return [
-        _quantised(side, means[i], bases[i], scales[i], encoders[i], weights[i], sample) for i, side in enumerate(sides)
-    ]
-
-
-def _mean_row(x: torch.Tensor) -> torch.Tensor:
-    """Mean over tokens of x [B, G, T, D], float32 [B, G, D]."""
-    # In two steps: PyTorch cuts one long sum among blocks, through a buffer as large as x in float32.
-    runs, rest = divmod(x.shape[2], 256)
-    total = x[:, :, runs * 256 :].sum(2, dtype=torch.float32)
-    if runs:
-        total += x[:, :, : runs * 256].unflatten(2, (runs, 256)).sum(3, dtype=torch.float32).sum(2)
-    return total / (runs * 256 + rest)
+    vectors = bases.float() * scales[..., None]
+    weights = ((vectors if metric is None else vectors @ metric) * vectors).sum(-1)  # of a squared error of a component
+    found = []
+    for i, (side, mean) in enumerate(zip(sides, means, strict=True)):
+        spectrum = _quantised(side, rows[i], bases[i], scales[i], encoders[i], weights[i], sample)
+        found.append(spectrum if mean is None else spectrum.with_mean(*mean))
+    return found
 
 
 def _quantised(
@@ -1040,7 +1119,7 @@ def _quantised(
     weight: torch.Tensor,
     sample: int,
 ) -> Spectrum:
-    """A side's spectrum, from components without a quantiser."""
+    """A side's spectrum but its mean, from components without a quantiser."""
     rows = side.x[:, :, :: max(1, side.x.shape[2] // sample)]
     coefficients = (rows if mean is None else (rows - mean).to(rows.dtype)).float() @ encoder
     tokens, dim = coefficients.shape[-2:]
@@ -1058,7 +1137,7 @@ def _quantised(
             # In place: samples of all heads in float32 are most of what a fit holds besides K and V.
             off = torch.floor(units).add_(0.5).clamp_(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5).sub_(units).square_()
             steps[bits], errors[bits] = step, off.mean(-2) * step.square() * weight
-    return Spectrum(mean, basis, scale, encoder, steps, errors)
+    return Spectrum(basis, scale, encoder, steps, tuple(errors), torch.stack(list(errors.values())))
 
 
 def fit_side(

@@ -114,14 +114,21 @@ def test_gram_budget_has_teeth(rng):
 
 
 def check_query_metric(
-    implementation: str, q: torch.Tensor, inv_freq: np.ndarray, scaling: float, *, chunk: int, kv_heads: int
+    implementation: str,
+    q: torch.Tensor,
+    inv_freq: np.ndarray,
+    scaling: float,
+    *,
+    chunk: int,
+    kv_heads: int,
+    stride: int = 1,
 ) -> tuple[F64, F64]:
     """Within its budget; returns the oracle's metric and the budget."""
-    own = to_numpy(q)
-    expected = oracle.query_metric(own, inv_freq, scaling, chunk=chunk, kv_heads=kv_heads)
-    budget = budgets.query_metric(own, inv_freq, scaling, q.dtype, chunk, kv_heads)
+    own, options = to_numpy(q), {"chunk": chunk, "kv_heads": kv_heads, "stride": stride}
+    expected = oracle.query_metric(own, inv_freq, scaling, **options)
+    budget = budgets.query_metric(own[:, :, ::stride], inv_freq, scaling, q.dtype, chunk // stride, kv_heads)
     call = operation(compress, "query_metric", implementation)
-    budgets.check(call(q, rope_of(inv_freq, scaling), chunk=chunk, kv_heads=kv_heads), expected, budget)
+    budgets.check(call(q, rope_of(inv_freq, scaling), **options), expected, budget)
     return expected, budget
 
 
@@ -155,6 +162,15 @@ def test_query_metric(rng, implementation, dtype, dim, rotary_dim, scaling, toke
         del wrong["scaling once"]
     for mistake, mutant in wrong.items():
         budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("stride", [2, 4])
+def test_query_metric_of_some_queries(rng, implementation, stride):
+    inv_freq, q = inverse_frequencies(64), tensor(rng.standard_normal((1, 2, 300, 64)))
+    options = {"chunk": 256, "kv_heads": 1}
+    expected, budget = check_query_metric(implementation, q, inv_freq, 1.2, stride=stride, **options)
+    budgets.check_rejects(oracle.query_metric(to_numpy(q), inv_freq, 1.2, **options), expected, budget, "all queries")
 
 
 def check_error_weights(
@@ -230,7 +246,7 @@ def test_steps_are_multiples(rng):
     [found] = compress.fit_spectra([compress.Side(x, centre=True)])
     y = (x - found.mean) @ found.encoder
     for fine, coarse in ((8, 4), (4, 2)):
-        a, b = (found.steps[bits][:, :, None] for bits in (fine, coarse))
+        a, b = (found.steps[bits][:, :, None, 1:] for bits in (fine, coarse))  # not the mean's
         assert torch.equal((b / a).round() * a, b)
         rebuilt = ((y / a).floor() + 0.5).clamp(0.5 - 2 ** (fine - 1), 2 ** (fine - 1) - 0.5) * a
         top = 2 ** (coarse - 1)
@@ -381,8 +397,8 @@ def test_fit_encoder_with_a_component_of_zeros(rng):
 
 
 def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
-    """c [T, 16]. The least squared error of the steps that are tried, a thirtieth of the widest apart; on average over
-    components near the least of a uniform quantiser, found here by a scan thirty times as fine.
+    """c [T, 16]. The least squared error of the steps that are tried, a tenth of themselves apart; on average over
+    components near the least of a uniform quantiser, found here by a scan fifty times as fine.
     """
     bands = Bands(((16, bits),))
     # Two choices at once: the first is of other bits.
@@ -403,7 +419,8 @@ def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
     slack = (len(c) + 8) * budgets.ACC * error(steps) + 16 * budgets.ACC * (steps * np.abs(c).sum(0))
     budgets.check(errors[0], error(steps), slack, "error")
     # As good as the best step that is tried, of which the finest grid's are not much better.
-    least = np.min([error((1 - i / 30) * widest) for i in range(compress.STEP_SHARES)], axis=0)
+    shares = np.geomspace(1, compress.LEAST_SHARE, compress.STEP_SHARES)
+    least = np.min([error(share * widest) for share in shares], axis=0)
     budgets.check(np.maximum(error(steps) - least, 0.0), np.zeros(16), slack, "least error")
     assert np.mean(error(steps) / best) <= 1.05
 

@@ -334,7 +334,9 @@ def draw_queries_of(draw: Draw, heads: int) -> tuple[torch.Tensor, np.ndarray, f
 def fuzz_query_metric(draw: Draw) -> None:
     implementation, groups, group = draw.of("implementation", *IMPLEMENTATIONS), draw.int("G", 1, 2), draw.int("H/G", 1, 3)
     q, inv_freq, scaling = draw_queries_of(draw, groups * group)
-    check_query_metric(implementation, q, inv_freq, scaling, chunk=draw.of("chunk", 64, 128), kv_heads=groups)
+    stride = draw.of("stride", 1, 2)
+    chunk = draw.of("chunk", 64, 128) * stride
+    check_query_metric(implementation, q, inv_freq, scaling, chunk=chunk, kv_heads=groups, stride=stride)
 
 
 def fuzz_error_weights(draw: Draw) -> None:
