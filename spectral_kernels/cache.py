@@ -29,7 +29,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import groupby, pairwise
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -301,11 +300,15 @@ class _Fit(NamedTuple):
 
 
 class _OpenFit(NamedTuple):
-    """A fit of rows whose layer may still change its layout: their segments, and the spectra of K and V."""
+    """A fit of rows whose layer may still change its layout: their segments, the spectra of K and V, and what keys and
+    values lose by these: in the layer's layout, float32 [2, m, G], and in each of its layouts [2, P, m, G] (None where
+    there is but one)."""
 
     segments: list[int]
     k: Spectrum
     v: Spectrum
+    predicted: torch.Tensor | None
+    by_layout: torch.Tensor | None
 
 
 class _Numbers:
@@ -327,12 +330,13 @@ class _Numbers:
 
 
 class _Fitting(NamedTuple):
-    """Components for a new segment of some rows, and the shares of the query heads in the metrics [m, H]; what the layer
-    would lose in each of its layouts, or None."""
+    """Components for a new segment of some rows, and the shares of the query heads in the metrics [m, H]; what keys and
+    values lose in each layout, float32 [2, P, m, G], if there are several; the layer's relative loss in each, if wanted."""
 
     k: Spectrum
     v: Spectrum
     shares: torch.Tensor
+    by_layout: torch.Tensor | None
     losses: _Numbers | None
 
 
@@ -376,6 +380,12 @@ def _uploaded(values: Any, dtype: torch.dtype, device: torch.device) -> torch.Te
     (`torch.tensor(.., device=..)` waits for all that the device has been given to do.)
     """
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def _distortions(k: Spectrum, v: Spectrum, layouts: Sequence[PageLayout]) -> torch.Tensor:
+    """What keys and values lose in each of some layouts, in units of their metrics, positive: float32 [2, P, m, G]."""
+    lost = torch.stack([k.distortions([x.k for x in layouts]), v.distortions([x.v for x in layouts])])
+    return lost.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _entries(x: torch.Tensor, index: list[int]) -> torch.Tensor:
@@ -923,8 +933,11 @@ class LayerCache:
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
         k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
-        losses = _Numbers(self._losses(k_spectrum, v_spectrum, weights)) if choose and len(self.layouts) > 1 else None
-        return _Fitting(k_spectrum, v_spectrum, shares, losses)
+        by_layout = losses = None
+        if len(self.layouts) > 1:
+            by_layout = _distortions(k_spectrum, v_spectrum, self.layouts)
+            losses = _Numbers(self._losses((k_spectrum, v_spectrum), by_layout, weights)) if choose else None
+        return _Fitting(k_spectrum, v_spectrum, shares, by_layout, losses)
 
     def _shares(self, weights: torch.Tensor) -> torch.Tensor:
         """How much each query head counts in its KV head's metric, [m, H], 1 on average: few queries say so, none is 0."""
@@ -932,17 +945,22 @@ class LayerCache:
         own = own + HEAD_FLOOR * own.mean(-1, keepdim=True).clamp_min(torch.finfo(own.dtype).tiny)
         return (own / own.mean(-1, keepdim=True)).flatten(1)
 
-    def _losses(self, k: Spectrum, v: Spectrum, weights: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    def _losses(
+        self,
+        spectra: Sequence[Spectrum],
+        by_layout: torch.Tensor,
+        weights: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
         """What the layer would lose in each of its layouts, float32, on the device."""
         losses = []
-        for i, (side, bands) in enumerate(((k, [x.k for x in self.layouts]), (v, [x.v for x in self.layouts]))):
+        for i, (side, lost_by) in enumerate(zip(spectra, by_layout, strict=True)):
             if weights is None:  # a relative error of keys counts as much as one of values
                 lost = side.errors[0].sum(-1)  # of a side of which nothing is stored
                 weight = 1 / (lost * lost.shape[1]).clamp_min(torch.finfo(lost.dtype).tiny)
             else:  # the metrics of K, and of V without metrics, are of one query head on average, that of V is their sum
                 own = weights[i].unflatten(1, (self.kv_heads, -1))
                 weight = own.mean(-1) if i == 1 and self.v_metrics is not None else own.sum(-1)
-            losses.append((weight * side.distortions(bands)).sum(-1).mean(-1))
+            losses.append((weight * lost_by).sum(-1).mean(-1))
         return losses[0] + losses[1]
 
     def losses_left(self) -> tuple[float, ...]:
@@ -968,20 +986,24 @@ class LayerCache:
         for side, bands in (("k", layout.k), ("v", layout.v)):
             pages, basis, scale = (getattr(old, f"{side}_{name}") for name in ("pages", "basis", "scale"))
             made[f"{side}_pages"] = pages.new_empty((*pages.shape[:2], self.preset.chunk * bands.bytes))
-            made[f"{side}_basis"] = basis.new_empty((*basis.shape[:2], bands.rank, self.head_dim))
+            made[f"{side}_basis"] = basis[:, :, : bands.rank].contiguous()
             made[f"{side}_scale"] = scale.new_empty((*scale.shape[:2], bands.rank))
         new = replace(old, **made)
         held: dict[int, dict[int, None]] = {}  # pages by segment; rows may share them
         for row_pages, segments in zip(self.page_rows, self.segment_rows, strict=True):
-            for segment, run in groupby(zip(segments, row_pages, strict=True), itemgetter(0)):
-                held.setdefault(segment, {}).update(dict.fromkeys(page for _, page in run))
-        fits = dict(self.fits)
+            start = 0
+            for segment, run in groupby(segments):
+                stop = start + len(list(run))
+                held.setdefault(segment, {}).update(dict.fromkeys(row_pages[start:stop]))
+                start = stop
+        fits, open_fits = dict(self.fits), []
         for fit in self.open_fits:
-            self._write_bases(new, fit)
-            sides = ((fit.k, layout.k, old.layout.k), (fit.v, layout.v, old.layout.v))
-            predicted = torch.stack([x.distortions([to, at]) for x, to, at in sides])
-            predicted = predicted.clamp_min(torch.finfo(torch.float32).tiny)
-            more = predicted[:, 0] / predicted[:, 1]  # [2, m, G]
+            self._write_scales(new, fit)
+            assert fit.by_layout is not None and fit.predicted is not None
+            known = layout in self.layouts
+            by = fit.by_layout[:, self.layouts.index(layout)] if known else _distortions(fit.k, fit.v, [layout])[:, 0]
+            more = by / fit.predicted  # [2, m, G]
+            open_fits.append(fit._replace(predicted=by))
             alike: dict[int, list[int]] = {}  # those of as many pages
             for i, segment in enumerate(fit.segments):
                 alike.setdefault(len(held.get(segment, ())), []).append(segment)
@@ -996,7 +1018,7 @@ class LayerCache:
                     ratio = was_in[..., : bands.rank] / now_in
                     source, pages = (getattr(x, f"{side}_pages") for x in (old, new))
                     requantise(source, getattr(old.layout, side), pages, bands, ratio, ids, side=side)
-        self.layout, self.pages, self.fits = layout, new, fits
+        self.layout, self.pages, self.fits, self.open_fits = layout, new, fits, open_fits
 
     def _pages_alone(self, pages: Pages, segments: list[int], page_ids: torch.Tensor) -> Pages:
         """Pages [m, n] as rows of their own, each of one segment."""
@@ -1011,16 +1033,20 @@ class LayerCache:
 
     def _write_bases(self, pages: Pages, fit: _OpenFit) -> None:
         """Bases of segments into pages."""
-        k_basis, k_scale = fit.k.stored(pages.layout.k)
-        v_basis, v_scale = fit.v.stored(pages.layout.v)
         for i, segment in enumerate(fit.segments):
-            pages.k_basis[segment], pages.k_scale[segment] = k_basis[i], k_scale[i]
-            pages.v_basis[segment], pages.v_scale[segment] = v_basis[i], v_scale[i]
+            pages.k_basis[segment] = fit.k.basis[i, :, : pages.layout.k.rank]
+            pages.v_basis[segment] = fit.v.basis[i, :, : pages.layout.v.rank]
+        self._write_scales(pages, fit)
+
+    def _write_scales(self, pages: Pages, fit: _OpenFit) -> None:
+        k_scale, v_scale = fit.k.scale_of(pages.layout.k), fit.v.scale_of(pages.layout.v)
+        for i, segment in enumerate(fit.segments):
+            pages.k_scale[segment], pages.v_scale[segment] = k_scale[i], v_scale[i]
 
     def _fit_of(self, fit: _OpenFit, i: int, pages: Pages, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
         """What the i-th segment of a fit needs later on, its bases being in `pages`."""
         first, rank = int(fit.k.is_centred), pages.layout.k.rank  # not the mean
-        steps = pages.k_scale[fit.segments[i], :, first:] / fit.k.scale[i, :, first:rank]
+        steps = fit.k.steps_of(pages.layout.k)[i, :, first:]
         return _Fit(fit.k.basis[i, :, rank:].clone(), fit.k.scale[i, :, rank:].clone(), steps, shares, lost)
 
     def _fit(self, members: list[int], fitting: _Fitting) -> None:
@@ -1029,7 +1055,9 @@ class LayerCache:
         used = self._used_segments()
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
         # No encoders: pages are written anew from their codes.
-        fit = _OpenFit(ids, *(replace(x, encoder=x.encoder[..., :0].clone()) for x in (fitting.k, fitting.v)))
+        k, v = (replace(x, encoder=x.encoder[..., :0].clone()) for x in (fitting.k, fitting.v))
+        predicted = None if fitting.by_layout is None else _distortions(k, v, [self.layout])[:, 0]
+        fit = _OpenFit(ids, k, v, predicted, fitting.by_layout)
         self._write_bases(self.pages, fit)
         k_encoder, v_encoder = fitting.k.encoder_of(self.layout.k), fitting.v.encoder_of(self.layout.v)
         lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured

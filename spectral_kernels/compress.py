@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 
 import torch
 import triton
@@ -911,46 +911,69 @@ def fit_quantisers(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tupl
     check_tensor("coefficients", coefficients, dtype=torch.float32)
     if not _launch.runs_kernel(coefficients):
         return fit_quantisers_torch(coefficients, choices)
-    largest = _largest(coefficients)
-    tops = _tops(tuple(choices), coefficients.device)
-    tokens, rank = coefficients.shape[-2:]
-    widest = largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), rank)
-    steps, errors = torch.empty_like(widest), torch.empty_like(widest)
-    if widest.numel() == 0:
-        return steps, errors
-    with torch.cuda.device_of(coefficients):
-        _fit_steps_kernel[(triton.cdiv(rank, 16), largest.numel() // rank, len(choices))](
-            coefficients.contiguous(),
-            widest,
-            tops,
-            steps,
-            errors,
-            tokens,
-            R=rank,
-            SHARES=STEP_SHARES,
-            FALL=math.log2(LEAST_SHARE) / (STEP_SHARES - 1),
-            BLOCK_T=32,
-            num_warps=8,
-        )
-    return steps, errors
+    return _best_steps(coefficients, _widest_steps(coefficients, choices), choices, STEP_SHARES)
 
 
 def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
     """`fit_quantisers` in plain PyTorch."""
-    fitted = []
-    for top in _tops(tuple(choices), coefficients.device):
-        widest = _largest(coefficients) / (top / 2)
-        best, least = widest, torch.full_like(widest, float("inf"))
-        for share in range(STEP_SHARES):
-            step = LEAST_SHARE ** (share / (STEP_SHARES - 1)) * widest
-            code = (torch.floor(coefficients / step[..., None, :]) + 0.5).clamp(
-                (0.5 - top / 2)[None, :], (top / 2 - 0.5)[None, :]
-            )
-            error = (code * step[..., None, :] - coefficients).square().sum(-2)
-            best = torch.where(error < least, step, best)
-            least = torch.minimum(error, least)
-        fitted.append((best, least))
-    steps, errors = (torch.stack(x) for x in zip(*fitted, strict=True))
+    widest = _widest_steps(coefficients, choices)
+    best, least = widest, torch.full_like(widest, float("inf"))
+    for share in range(STEP_SHARES):
+        step = LEAST_SHARE ** (share / (STEP_SHARES - 1)) * widest
+        error = quantiser_errors_torch(coefficients, step, choices)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best, least
+
+
+def quantiser_errors(coefficients: torch.Tensor, steps: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
+    """Sums of squared errors over a sample with these steps, float32 [P, ..., R]. Other arguments: see `fit_quantisers`."""
+    check_tensor("coefficients", coefficients, dtype=torch.float32)
+    if not _launch.runs_kernel(coefficients):
+        return quantiser_errors_torch(coefficients, steps, choices)
+    return _best_steps(coefficients, steps, choices, 1)[1]
+
+
+def quantiser_errors_torch(coefficients: torch.Tensor, steps: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
+    """`quantiser_errors` in plain PyTorch."""
+    errors = []
+    for step, top in zip(steps[..., None, :], _tops(tuple(choices), coefficients.device), strict=True):
+        # In place: samples of all heads in float32 are most of what a fit holds besides K and V.
+        code = torch.floor(coefficients / step).add_(0.5).clamp_(0.5 - top / 2, top / 2 - 0.5)
+        errors.append(code.mul_(step).sub_(coefficients).square_().sum(-2))
+    return torch.stack(errors)
+
+
+def _widest_steps(coefficients: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
+    """The least step of each component that clips nothing, for each of some bands, float32 [P, ..., R]."""
+    largest = _largest(coefficients)
+    tops = _tops(tuple(choices), coefficients.device)
+    return largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), tops.shape[-1])
+
+
+def _best_steps(
+    coefficients: torch.Tensor, widest: torch.Tensor, choices: Sequence[Bands], shares: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch `_fit_steps_kernel`: the best of so many steps down from `widest` [P, ..., R], and its squared error."""
+    widest = widest.contiguous()
+    steps, errors = torch.empty_like(widest), torch.empty_like(widest)
+    if widest.numel() == 0:
+        return steps, errors
+    tokens, rank = coefficients.shape[-2:]
+    with torch.cuda.device_of(coefficients):
+        _fit_steps_kernel[(triton.cdiv(rank, 16), widest[0].numel() // rank, len(choices))](
+            coefficients.contiguous(),
+            widest,
+            _tops(tuple(choices), coefficients.device),
+            steps,
+            errors,
+            tokens,
+            R=rank,
+            SHARES=shares,
+            FALL=math.log2(LEAST_SHARE) / (STEP_SHARES - 1),
+            BLOCK_T=32 if shares > 1 else 128,
+            num_warps=8,
+        )
     return steps, errors
 
 
@@ -1046,23 +1069,27 @@ class Spectrum:
         held = _held(tuple(choices), self.precisions, self.errors.shape[-1], self.errors.device)
         return (self.errors * held[:, :, None, None]).sum((1, -1))
 
-    def _steps(self, bands: Bands) -> torch.Tensor:
+    @cached_property
+    def _scales(self) -> dict[int, torch.Tensor]:
+        return {bits: self.scale * step for bits, step in self.steps.items()}
+
+    def steps_of(self, bands: Bands) -> torch.Tensor:
+        """Steps float32 [B, G, R] of the components in these bands."""
         return torch.cat([self.steps[bits][..., own] for bits, own in _parts(bands)], dim=-1)
 
-    def stored(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor]:
-        """(basis int8 [B, G, R, D], scale float32 [B, G, R]) of pages in these bands."""
-        return self.basis[..., : bands.rank, :], self.scale[..., : bands.rank] * self._steps(bands)
+    def scale_of(self, bands: Bands) -> torch.Tensor:
+        """The scale float32 [B, G, R] of pages in these bands: of basis rows, times steps."""
+        return torch.cat([self._scales[bits][..., own] for bits, own in _parts(bands)], dim=-1)
 
     def encoder_of(self, bands: Bands) -> torch.Tensor:
         """The encoder float32 [B, G, D, R] of pages in these bands."""
-        steps, first = self._steps(bands), int(self.is_centred)
+        steps, first = self.steps_of(bands), int(self.is_centred)
         encoder = self.encoder[..., : bands.rank - first] / steps[..., None, first:]
         return torch.nn.functional.pad(encoder, (first, 0)).contiguous()
 
     def side(self, bands: Bands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(basis int8 [B, G, R, D], scale float32 [B, G, R], encoder float32 [B, G, D, R]): see `fit_side`."""
-        basis, scale = self.stored(bands)
-        return basis.contiguous(), scale, self.encoder_of(bands)
+        return self.basis[..., : bands.rank, :].contiguous(), self.scale_of(bands), self.encoder_of(bands)
 
 
 @dataclass(frozen=True)
@@ -1132,11 +1159,11 @@ def _quantised(
         step, errors[coarse[0]] = fitted[0], lost[0] * (weight / tokens)
         steps[coarse[0]] = step
         for bits, wanted in zip(coarse[1:], fitted[1:], strict=True):
-            step = step * (wanted / step).round().clamp_min(1)
-            units = coefficients / step[..., None, :]
-            # In place: samples of all heads in float32 are most of what a fit holds besides K and V.
-            off = torch.floor(units).add_(0.5).clamp_(0.5 - 2 ** (bits - 1), 2 ** (bits - 1) - 0.5).sub_(units).square_()
-            steps[bits], errors[bits] = step, off.mean(-2) * step.square() * weight
+            steps[bits] = step = step * (wanted / step).round().clamp_min(1)
+    if len(coarse) > 1:
+        own = torch.stack([steps[bits] for bits in coarse[1:]])
+        lost = quantiser_errors(coefficients, own, [choices[bits] for bits in coarse[1:]]) * (weight / tokens)
+        errors |= dict(zip(coarse[1:], lost, strict=True))
     return Spectrum(basis, scale, encoder, steps, tuple(errors), torch.stack(list(errors.values())))
 
 

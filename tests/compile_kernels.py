@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 import spectral_kernels as sk
 from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
-from spectral_kernels.compress import error_weights, requantise
+from spectral_kernels.compress import error_weights, quantiser_errors, requantise
 from spectral_kernels.eigen import eigenvectors
 
 TYPES = {
@@ -178,6 +178,8 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
         sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
+        if not bands.is_float:
+            quantiser_errors(torch.zeros(kv_heads, 64, bands.rank), torch.ones(1, kv_heads, bands.rank), [bands])
         sk.encode(x, encoder, bands, data, pages.page_table[:, :2].contiguous(), side=side)
         sk.decode(pages, side=side)
         if not bands.is_float:

@@ -404,7 +404,7 @@ def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
     # Two choices at once: the first is of other bits.
     choices = [Bands(((16, 8 if bits == 4 else 4),)), bands]
     found = operation(compress, "fit_quantisers", implementation)(tensor(np.stack([c, 3 * c])), choices)
-    (_, both), (_, errors) = map(to_numpy, found)
+    (_, both), (others, errors) = map(to_numpy, found)
     steps = both[0]
     assert (both > 0).all()
     # A multiple of the coefficients gets that multiple of the step, but where rounding decides between neighbours.
@@ -418,6 +418,9 @@ def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
     # The error it reports is that of its step, up to float32 sums of T squares and of what rounds in each difference.
     slack = (len(c) + 8) * budgets.ACC * error(steps) + 16 * budgets.ACC * (steps * np.abs(c).sum(0))
     budgets.check(errors[0], error(steps), slack, "error")
+    again = operation(compress, "quantiser_errors", implementation)(tensor(np.stack([c, 3 * c])), found[0], choices)
+    reported = np.stack((others, errors))
+    budgets.check(again, reported, (len(c) + 8) * budgets.ACC * reported, "error of given steps")
     # As good as the best step that is tried, of which the finest grid's are not much better.
     shares = np.geomspace(1, compress.LEAST_SHARE, compress.STEP_SHARES)
     least = np.min([error(share * widest) for share in shares], axis=0)
