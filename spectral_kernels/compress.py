@@ -489,29 +489,25 @@ def _error_weights_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HEADS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_M queries of one row and of HEADS heads, 1 or 2, over `each` chunks of keys: the state of attention, that of
-    attention with squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
+    """BLOCK_M queries of one row and head over `each` chunks of keys: the state of attention, that of attention with
+    squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
     rows = tl.num_programs(0) * BLOCK_M
-    OWN: tl.constexpr = BLOCK_M // HEADS  # queries of a head
-    m = tl.arange(0, BLOCK_M)
-    row = tl.program_id(0) * BLOCK_M + m
-    tiles = tl.cdiv(S, OWN)  # of a head, 1 if there are two
-    first_head = tl.program_id(0) // tiles * HEADS
-    head = first_head + m // OWN
-    query = (tl.program_id(0) % tiles) * OWN + m % OWN
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(S, BLOCK_M)  # of a head
+    query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     bg = tl.program_id(2).to(tl.int64)
+    bh = bg * HG + tl.program_id(0) // tiles
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
     d = tl.arange(0, BLOCK_D)
-    live = (query < S) & (head < HG)
+    live = query < S
     position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)  # below T
     newest = tl.minimum(position - window, T - 1)  # token that is not exact
-    q_row = q_ptr + ((bg * HG + head[:, None]) * S + query[:, None]) * D
-    squares_ptr += (bg * HG + first_head) * T
+    q_row = q_ptr + (bh * S + query[:, None]) * D
+    squares_ptr += bh * T
     turned_row = turned_ptr + ((bg * splits + split) * rows + row[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
     v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
@@ -541,10 +537,7 @@ def _error_weights_kernel(
             mask = (t < T)[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + t[:, None].to(tl.int64) * stride_k_t + d[None, :], mask=mask, other=0.0).to(TYPE)
             v = tl.load(v_ptr + t[:, None].to(tl.int64) * stride_v_t + d[None, :], mask=mask, other=0.0).to(TYPE)
-            square = tl.load(squares_ptr + t, mask=t < T, other=0.0)[None, :]
-            if HEADS == 2:
-                other = tl.load(squares_ptr + tl.minimum(HG - 1 - first_head, 1) * T + t, mask=t < T, other=0.0)
-                square = tl.where(m[:, None] < OWN, square, other[None, :])
+            square = tl.load(squares_ptr + t, mask=t < T, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             score = tl.where(t[None, :] <= position[:, None], score, float("-inf"))
             larger = tl.maximum(top, tl.max(score, 1))
@@ -555,7 +548,7 @@ def _error_weights_kernel(
             e2 = tl.where(tl.where(t >= sinks, t, T)[None, :] <= newest[:, None], e * e, 0.0)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
-            squares = squares * shrink * shrink + tl.sum(e2 * square, 1)
+            squares = squares * shrink * shrink + tl.sum(e2 * square[None, :], 1)
             values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
             values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
     # 0 of empty states, whose log-sum-exp is -inf.
@@ -618,9 +611,7 @@ def error_weights(
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
     block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
-    heads_each = 2 if count <= block // 2 and group > 1 else 1
-    tiles = triton.cdiv(group, heads_each) * triton.cdiv(count, block // heads_each)
-    chunks = triton.cdiv(tokens, chunk)
+    tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
     each = triton.cdiv(chunks, max(1, programs // (batch * groups * tiles)))
     splits, rows = triton.cdiv(chunks, each), tiles * block
     empty = partial(torch.empty, dtype=torch.float32, device=k.device)
@@ -672,7 +663,6 @@ def error_weights(
             PAIRS=rope.turns.shape[0],
             BLOCK_M=block,
             BLOCK_T=32,
-            HEADS=heads_each,
             # Four warps take a tile of 64 rows to the matrix units; eight would do it twice.
             num_warps=4 if large or dim <= 64 else 8,
             num_stages=3 if large else 2,
@@ -683,8 +673,7 @@ def error_weights(
     p2 = (lse2 - 2 * lse1).exp()  # sum of squares of weights
     size = (torch.where(p2[..., None] > 0, (lse[:, :, 1] - lse2[..., None]).exp(), 0.0) * size).sum(-1)
     # [B, H, S, ..], without the rows that fill tiles.
-    held = block // heads_each * triton.cdiv(count, block // heads_each)
-    o, o2, p2, size = (x.unflatten(2, (-1, held))[:, :, :group, :count].flatten(1, 2) for x in (o, o2, p2, size))
+    o, o2, p2, size = (x.unflatten(2, (group, -1))[:, :, :, :count].flatten(1, 2) for x in (o, o2, p2, size))
     weighted = o if v_metrics is None else o @ v_metrics
     power = (weighted * o).sum(-1)
     size = size if unit is None else size * unit[:, None]

@@ -303,6 +303,7 @@ def fuzz_requantise(draw: Draw) -> None:
 
 
 def fuzz_fit_quantisers(draw: Draw) -> None:
+    """And `quantiser_errors`."""
     implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
     c = rng.standard_normal((draw.int("tokens", 300, 500), 16)) * np.exp(
         draw.of("spread", 0.0, 3.0) * rng.standard_normal(16)
@@ -348,7 +349,9 @@ def fuzz_error_weights(draw: Draw) -> None:
     root = rng.standard_normal((groups * group, q.shape[-1], q.shape[-1]))
     metric = draw.of("metric", None, root.mT @ root * draw.of("weight", 1e-6, 1.0))
     options = {name: draw.int(name, 0, 20) for name in ("sinks", "window")}
-    check_error_weights(implementation, (q, k, v), inv_freq, scaling, metric, queries=draw.int("queries", 1, 12), **options)
+    check_error_weights(
+        implementation, (q, k, v), inv_freq, scaling, metric, queries=draw.of("queries", 1, 12, 40), **options
+    )
 
 
 def fuzz_eigenvectors(draw: Draw) -> None:
