@@ -8,6 +8,16 @@ import triton.language as tl
 KERNELS_ON_CPU = False
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. (Triton's own is for kernels; called by the host it takes ten times as long.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def runs_kernel(x: torch.Tensor) -> bool:
     """Whether a launcher starts its Triton kernel for this tensor (else it calls its plain-PyTorch twin)."""
     return x.is_cuda or (KERNELS_ON_CPU and x.device.type == "cpu")

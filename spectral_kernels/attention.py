@@ -1109,7 +1109,7 @@ MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
 def _launch_settings(layout: PageLayout, group: int, matrix: bool, large_shared: bool) -> dict:
     """Tile sizes, warps, stages and registers of `_attend_spectral_kernel` by shape, path and shared memory: a pure
     function."""
-    pad = triton.next_power_of_2(group)
+    pad = _launch.next_power_of_2(group)
     if not matrix:
         return {"HG_PAD": pad, "M": pad, "BLOCK_D": 16, "W": 1, "num_warps": WARPS, "num_stages": 1}
     pad = max(4, pad)  # hi and lo of 4 heads are the 8 columns of a dot
@@ -1148,20 +1148,20 @@ def _count_both_splits(
     exact = count_splits(exact_programs, exact_tiles, device, each=EXACT_RESIDENT) if exact_tiles else 0
     if warps == 1:  # attention_sm75.py
         return count_splits(programs, tiles, device, each=12), exact
-    turns, each = triton.cdiv(tiles, warps), RESIDENT * WARPS // warps
+    turns, each = _launch.cdiv(tiles, warps), RESIDENT * WARPS // warps
     resident = each * _launch.multiprocessors(device)
     most = count_splits(programs, turns, device, each=each)
     if turns >= 6 * most:
-        most = triton.cdiv(turns, triton.cdiv(turns, most))  # none without a tile
+        most = _launch.cdiv(turns, _launch.cdiv(turns, most))  # none without a tile
         left = (resident - most * programs) // exact_programs
         if exact and left <= 0 and most >= 8 and each > 1:  # one of many makes room
             most, left = most - 1, (resident - (most - 1) * programs) // exact_programs
         return most, min(left, exact) if left > 0 else exact
     fewer = max(1, each - 1)
     most = count_splits(programs, turns, device, fewer)
-    longest = triton.cdiv(turns, most)
+    longest = _launch.cdiv(turns, most)
     if longest >= 8:
-        return triton.cdiv(turns, longest), min(exact, 2)
+        return _launch.cdiv(turns, longest), min(exact, 2)
     beside = exact * exact_programs
     if 3 * beside <= 2 * resident // each:
         most = count_splits(programs, turns, device, fewer, less=beside)
@@ -1275,10 +1275,10 @@ def attend_spectral(
             attention_sm75._attend_old_cards(q4, positions, pages, rope, *factors, states)
         else:
             turn = max(1, settings["W"] * 64 // layout.chunk)  # chunks that the warps take at a time
-            each = triton.cdiv(triton.cdiv(chunks, turn), splits) * turn
-            u_blocks = triton.cdiv(each * layout.chunk, layout.align) + 1
+            each = _launch.cdiv(_launch.cdiv(chunks, turn), splits) * turn
+            u_blocks = _launch.cdiv(each * layout.chunk, layout.align) + 1
             shape = (rows, kv_heads, splits, u_blocks)
-            u_shape = (pad, 4 * k_rank) if layout.k.is_float else (triton.cdiv(k_rank, 32), 2 * pad, 32)
+            u_shape = (pad, 4 * k_rank) if layout.k.is_float else (_launch.cdiv(k_rank, 32), 2 * pad, 32)
             u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
             affine = torch.empty((*shape, pad, 2), dtype=torch.float32, device=q.device)
             k, v, key_positions = exact or (u, u, u)
@@ -1345,13 +1345,13 @@ def attend_spectral(
                 **tile,
                 **settings,
             )
-        block_n = max(16, triton.next_power_of_2(splits))
+        block_n = max(16, _launch.next_power_of_2(splits))
         # All dimensions at once, or as many programs as keep the card busy.
         block_d = 32
         if rows * heads >= _launch.multiprocessors(q.device):
             block_d = min(_power_of_2(dim), 128 if layout.v.rank <= 128 else 64)
         held = (block_n + block_d) * layout.v.rank  # numbers in registers
-        _finish_spectral_kernel[(triton.cdiv(dim, block_d), heads, rows)](
+        _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, rows)](
             c,
             split_lse,
             segments,
@@ -1373,11 +1373,11 @@ def attend_spectral(
             D=dim,
             RV=layout.v.rank,
             BLOCK_N=block_n,
-            BLOCK_E=max(1, triton.next_power_of_2(exact_splits)),
+            BLOCK_E=max(1, _launch.next_power_of_2(exact_splits)),
             BLOCK_D=block_d,
             OVERLAP=overlap,
             launch_pdl=overlap and _launch.OVERLAP,
-            num_warps=min(16, max(2, triton.next_power_of_2(triton.cdiv(held, 5120)))),
+            num_warps=min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120)))),
         )
     return out, lse
 
@@ -1512,8 +1512,8 @@ def _exact_grid(group: int, queries: int, tokens: int, matrix: bool) -> tuple[di
     """(rows and keys of a tile, programs a row, KV head and split, tiles of the keys) of exact attention."""
     tile = {"BLOCK_M": 16, "BLOCK_N": 32}
     if not matrix:
-        tile = {"BLOCK_M": min(4, triton.next_power_of_2(group * queries)), "BLOCK_N": 16}
-    return tile, triton.cdiv(group * queries, tile["BLOCK_M"]), triton.cdiv(tokens, tile["BLOCK_N"])
+        tile = {"BLOCK_M": min(4, _launch.next_power_of_2(group * queries)), "BLOCK_N": 16}
+    return tile, _launch.cdiv(group * queries, tile["BLOCK_M"]), _launch.cdiv(tokens, tile["BLOCK_N"])
 
 
 def _exact_states(q: torch.Tensor, splits: int, tiles: int, tile: dict[str, int]) -> tuple[int, torch.Tensor, torch.Tensor]:
@@ -1521,7 +1521,7 @@ def _exact_states(q: torch.Tensor, splits: int, tiles: int, tile: dict[str, int]
     batch, heads, queries, dim = q.shape
     o = torch.empty((batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, heads, queries, splits), dtype=torch.float32, device=q.device)
-    return triton.cdiv(tiles, max(splits, 1)) * tile["BLOCK_N"], o, lse
+    return _launch.cdiv(tiles, max(splits, 1)) * tile["BLOCK_N"], o, lse
 
 
 def _key_strides(key_positions: torch.Tensor) -> tuple[int, int]:

@@ -440,7 +440,7 @@ def _attend_old_cards(
     layout, (batch, heads, queries, dim) = pages.layout, q.shape
     kv_heads, blocks, rows = pages.kv_heads, pages.max_blocks, batch * queries
     group, splits = heads // kv_heads, states[0].shape[-2]
-    head_blocks = triton.cdiv(group, 4)
+    head_blocks = _launch.cdiv(group, 4)
     words = layout.k.rank // 16 + 2
     u = torch.empty((rows, kv_heads, blocks, head_blocks, 32, words), dtype=torch.int32, device=q.device)
     native = _launch.is_native(q)

@@ -513,12 +513,15 @@ class LayerCache:
         try:
             if self.queries is not None:
                 self._note_queries(queries, pad)
-            offset = _uploaded(pad, torch.int32, self.device) if any(pad) else 0
-            steps = torch.arange(tokens, dtype=torch.int32, device=self.device)
-            positions = (self.length - offset)[:, None] + steps  # negative on padding
+            positions = self.length[:, None]
+            if tokens > 1 or any(pad):
+                offset = _uploaded(pad, torch.int32, self.device)[:, None] if any(pad) else 0
+                positions = positions - offset + torch.arange(tokens, dtype=torch.int32, device=self.device)
+            # Negative on padding.
+            turned_by = positions.clamp_min(0) if any(pad) else positions
             own = k.to(self.dtype)
             out = own if overwrite or own is not k else None
-            aligned = phase_align(own, positions.clamp_min(0), self.rope, chunk=self.preset.align, out=out)
+            aligned = phase_align(own, turned_by, self.rope, chunk=self.preset.align, out=out)
             call = _Call(aligned, v.to(self.dtype), positions, pad, after, targets, [])
             straight = [r for r, t in enumerate(targets) if t and not self.lengths[r]]
             if defer and len(straight) == self.batch:
@@ -1197,7 +1200,9 @@ class LayerCache:
                 f"q: expected at most as many queries as each row has newest exact tokens, got {queries} "
                 f"for lengths {self.lengths} of which {self.cold} are cold"
             )
-        positions = (self.length - queries)[:, None] + torch.arange(queries, dtype=torch.int32, device=self.device)
+        positions = (self.length - queries)[:, None]
+        if queries > 1:
+            positions = positions + torch.arange(queries, dtype=torch.int32, device=self.device)
         exact = (self.k, self.v, self.key_positions)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         if self.pages is None or not any(self.chunks):

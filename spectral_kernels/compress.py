@@ -145,10 +145,10 @@ def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
         return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
     matrix = _launch.has_matrix_units(x.device)
     exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
-    block_t, block_d = (64, min(128, triton.next_power_of_2(dim))) if exact else (32, 64) if matrix else (16, 16)
-    tiles = triton.cdiv(dim, block_d) ** 2
+    block_t, block_d = (64, min(128, _launch.next_power_of_2(dim))) if exact else (32, 64) if matrix else (16, 16)
+    tiles = _launch.cdiv(dim, block_d) ** 2
     programs = GRAM_PROGRAMS * _launch.multiprocessors(x.device)
-    splits = min(triton.cdiv(tokens, GRAM_RUN), max(1, programs // (batch * heads * tiles)))
+    splits = min(_launch.cdiv(tokens, GRAM_RUN), max(1, programs // (batch * heads * tiles)))
     parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
     out = torch.empty((batch, heads, dim, dim), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -169,7 +169,7 @@ def gram(x: torch.Tensor, mean: torch.Tensor | None = None) -> torch.Tensor:
             num_warps=8 if block_d == 128 else 4,
             num_stages=5 if _launch.has_large_shared_memory(x.device) else 4,
         )
-        _gram_sum_kernel[(triton.cdiv(dim * dim, 256), batch * heads)](
+        _gram_sum_kernel[(_launch.cdiv(dim * dim, 256), batch * heads)](
             parts, out, splits, SIZE=dim * dim, BLOCK=256, BLOCK_SPLITS=16, num_warps=4
         )
     return out
@@ -317,15 +317,15 @@ def query_metric(
     q, rope, chunk = _every(stride, q, rope, chunk)
     tokens = q.shape[2]
     _launch.check_bf16("q", q)
-    half, chunks = dim // 2, triton.cdiv(tokens, chunk)
+    half, chunks = dim // 2, _launch.cdiv(tokens, chunk)
     matrix = _launch.has_matrix_units(q.device)
     exact = matrix and _launch.is_native(q) and q.dtype != torch.float32
     # Of more than 64 pairs a tile has two sets of them, and of large ones registers would not hold both.
     block = 64 if exact and 32 < half <= 64 else 32 if matrix else 16
-    tiles = triton.cdiv(half, block) ** 2
+    tiles = _launch.cdiv(half, block) ** 2
     wanted = max(1, GRAM_PROGRAMS * _launch.multiprocessors(q.device) // (batch * kv_heads * tiles))
-    each = triton.cdiv(chunks, wanted)
-    splits = triton.cdiv(chunks, each)
+    each = _launch.cdiv(chunks, wanted)
+    splits = _launch.cdiv(chunks, each)
     parts = torch.empty((batch, kv_heads, splits, 4, half, half), dtype=torch.float32, device=q.device)
     with torch.cuda.device_of(q):
         _query_metric_kernel[(tiles, splits, batch * kv_heads)](
@@ -611,18 +611,18 @@ def error_weights(
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
     block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
-    tiles, chunks = group * triton.cdiv(count, block), triton.cdiv(tokens, chunk)
-    each = triton.cdiv(chunks, max(1, programs // (batch * groups * tiles)))
-    splits, rows = triton.cdiv(chunks, each), tiles * block
+    tiles, chunks = group * _launch.cdiv(count, block), _launch.cdiv(tokens, chunk)
+    each = _launch.cdiv(chunks, max(1, programs // (batch * groups * tiles)))
+    splits, rows = _launch.cdiv(chunks, each), tiles * block
     empty = partial(torch.empty, dtype=torch.float32, device=k.device)
     o, lse = empty((batch, groups, 2, rows, splits, dim)), empty((batch, groups, 2, rows, splits))
     size = empty((batch, groups, rows, splits))
     turned = k.new_empty((batch, groups, splits, rows, dim))
     # Tokens of a program that works out squares.
-    share = triton.cdiv(tokens, 2 * block * max(1, programs // (batch * heads))) * 2 * block
-    same = {"D": dim, "BLOCK_D": triton.next_power_of_2(dim), "NATIVE": _launch.is_native(k)}
+    share = _launch.cdiv(tokens, 2 * block * max(1, programs // (batch * heads))) * 2 * block
+    same = {"D": dim, "BLOCK_D": _launch.next_power_of_2(dim), "NATIVE": _launch.is_native(k)}
     with torch.cuda.device_of(k):
-        _squares_kernel[(triton.cdiv(tokens, share), heads, batch)](
+        _squares_kernel[(_launch.cdiv(tokens, share), heads, batch)](
             v,
             metric,
             squares,
@@ -950,7 +950,7 @@ def _best_steps(
         return steps, errors
     tokens, rank = coefficients.shape[-2:]
     with torch.cuda.device_of(coefficients):
-        _fit_steps_kernel[(triton.cdiv(rank, 16), widest[0].numel() // rank, len(choices))](
+        _fit_steps_kernel[(_launch.cdiv(rank, 16), widest[0].numel() // rank, len(choices))](
             coefficients.contiguous(),
             widest,
             _tops(tuple(choices), coefficients.device),
@@ -1503,10 +1503,10 @@ def _encode_16(
     tiles = tokens // 64
     # Two blocks a multiprocessor: more would only read the encoder more often.
     blocks = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    each = triton.cdiv(tiles * heads * batch, blocks)
+    each = _launch.cdiv(tiles * heads * batch, blocks)
     large = _launch.has_large_shared_memory(x.device)
     with torch.cuda.device_of(x):
-        _encode_matrix_kernel[(triton.cdiv(tiles, each), heads, batch)](
+        _encode_matrix_kernel[(_launch.cdiv(tiles, each), heads, batch)](
             x,
             encoder,
             offset,
@@ -1525,8 +1525,8 @@ def _encode_16(
             BYTES=bands.bytes,
             GROUPS=bands.groups,
             IS_K=side == "k",
-            BLOCK_D=triton.next_power_of_2(dim),
-            BLOCK_R=triton.next_power_of_2(bands.rank),
+            BLOCK_D=_launch.next_power_of_2(dim),
+            BLOCK_R=_launch.next_power_of_2(bands.rank),
             NATIVE=_launch.is_native(x),
             # A third stage takes 113 KB at D = 128, and a fifth off an H200's time. Elsewhere four warps spill in the loop.
             num_warps=4 if large else 8,
@@ -1655,7 +1655,7 @@ def decode(pages: Pages, *, side: str) -> torch.Tensor:
     matrix = _launch.has_matrix_units(data.device)
     block_d = 64 if matrix else 16
     with torch.cuda.device_of(data):
-        _decode_kernel[(chunks * chunk // 32 * triton.cdiv(dim, block_d), heads, batch)](
+        _decode_kernel[(chunks * chunk // 32 * _launch.cdiv(dim, block_d), heads, batch)](
             data,
             pages.k_basis if side == "k" else pages.v_basis,
             pages.k_scale if side == "k" else pages.v_scale,

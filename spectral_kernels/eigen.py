@@ -108,7 +108,7 @@ def _orthogonalise_kernel(
 
 def _padded_rows(dim: int) -> int:
     """Rows of a matrix as the kernel has them: those past D are zero, and may end up anywhere."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, _launch.next_power_of_2(dim))
 
 
 def _orthogonalise(rows: torch.Tensor) -> None:

@@ -99,7 +99,7 @@ def merge_states(
         dim = o_a.shape[-1]
         with torch.cuda.device_of(o_a):
             _merge_states_kernel[(lse.numel(),)](
-                o_a, lse_a, o_b, lse_b, out, lse, D=dim, BLOCK_D=triton.next_power_of_2(dim), num_warps=1
+                o_a, lse_a, o_b, lse_b, out, lse, D=dim, BLOCK_D=_launch.next_power_of_2(dim), num_warps=1
             )
     return out, lse
 
@@ -171,9 +171,9 @@ def merge_many_states(
         return out.copy_(merged), out_lse.copy_(total)
     if out_lse.numel():
         dim, n = o.shape[-1], o.shape[-2]
-        block_d = min(64, triton.next_power_of_2(dim))
+        block_d = min(64, _launch.next_power_of_2(dim))
         with torch.cuda.device_of(o):
-            _merge_many_states_kernel[(out_lse.numel(), triton.cdiv(dim, block_d))](
+            _merge_many_states_kernel[(out_lse.numel(), _launch.cdiv(dim, block_d))](
                 o, lse, out, out_lse, n, D=dim, BLOCK_N=32, BLOCK_D=block_d, num_warps=4
             )
     return out, out_lse

@@ -172,7 +172,7 @@ def rotate(
     pairs = rope.turns.shape[0]
     block_t = 16
     with torch.cuda.device_of(x):
-        _rotate_kernel[(triton.cdiv(tokens, block_t), heads, batch)](
+        _rotate_kernel[(_launch.cdiv(tokens, block_t), heads, batch)](
             x,
             positions,
             rope.turns,
@@ -186,8 +186,8 @@ def rotate(
             CHUNK=chunk or 0,
             INVERSE=inverse,
             BLOCK_T=block_t,
-            BLOCK_PAIRS=triton.next_power_of_2(max(pairs, 1)),
-            BLOCK_REST=triton.next_power_of_2(max(dim - 2 * pairs, 1)),
+            BLOCK_PAIRS=_launch.next_power_of_2(max(pairs, 1)),
+            BLOCK_REST=_launch.next_power_of_2(max(dim - 2 * pairs, 1)),
         )
     return out
 
@@ -398,8 +398,8 @@ def project_queries(
     positions = positions if positions.stride(-1) == 1 else positions.contiguous()
     batch, heads, queries, dim = q4.shape
     group = heads // pages.kv_heads
-    matrix, block_r = _launch.has_matrix_units(q.device), triton.next_power_of_2(pages.layout.k.rank)
-    m = max(16 if matrix else 1, triton.next_power_of_2(group))
+    matrix, block_r = _launch.has_matrix_units(q.device), _launch.next_power_of_2(pages.layout.k.rank)
+    m = max(16 if matrix else 1, _launch.next_power_of_2(group))
     # Without matrix units a thread holds block_r * block_k * m / 128 products: 64 leave registers for the rest.
     block_k = 16 if matrix else min(16, max(1, 64 * 128 // (block_r * m)))
     with torch.cuda.device_of(q):
