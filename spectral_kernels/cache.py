@@ -276,7 +276,8 @@ METRIC_QUERIES = 4096
 
 
 def _stride(tokens: int, align: int) -> int:
-    """The least power of two that leaves METRIC_QUERIES of so many queries, as far as `query_metric` allows it."""
+    """The least power of two that leaves at most METRIC_QUERIES of so many queries, or the largest that `query_metric`
+    takes."""
     stride = 1
     while tokens > METRIC_QUERIES * stride and align % (128 * stride) == 0:
         stride *= 2
@@ -487,7 +488,9 @@ class LayerCache:
         outliers = (self.outlier_k, self.outlier_v, self.outlier_positions)
         encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
         total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
-        total += sum(fit.k.nbytes + fit.v.nbytes for fit in self.open_fits)
+        for fit in self.open_fits:
+            total += fit.k.nbytes + fit.v.nbytes
+            total += sum(x.nbytes for x in (fit.predicted, fit.by_layout) if x is not None)
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------
@@ -937,7 +940,7 @@ class LayerCache:
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
         k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
         by_layout = losses = None
-        if len(self.layouts) > 1:
+        if len(self.layouts) > 1 and (choose or self.layout is None or self.losses is not None):  # may be narrowed
             by_layout = _distortions(k_spectrum, v_spectrum, self.layouts)
             losses = _Numbers(self._losses((k_spectrum, v_spectrum), by_layout, weights)) if choose else None
         return _Fitting(k_spectrum, v_spectrum, shares, by_layout, losses)
@@ -1012,7 +1015,7 @@ class LayerCache:
                 alike.setdefault(len(held.get(segment, ())), []).append(segment)
                 if segment in fits:
                     was = self.fits[segment]
-                    fits[segment] = self._fit_of(fit, i, new, was.shares, was.lost * more[:, i])
+                    fits[segment] = self._fit_of(fit, i, layout, was.shares, was.lost * more[:, i])
             alike.pop(0, None)
             for segments in alike.values():
                 ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
@@ -1042,14 +1045,15 @@ class LayerCache:
         self._write_scales(pages, fit)
 
     def _write_scales(self, pages: Pages, fit: _OpenFit) -> None:
+        """Scales of segments into pages, whose layout they have the steps of."""
         k_scale, v_scale = fit.k.scale_of(pages.layout.k), fit.v.scale_of(pages.layout.v)
         for i, segment in enumerate(fit.segments):
             pages.k_scale[segment], pages.v_scale[segment] = k_scale[i], v_scale[i]
 
-    def _fit_of(self, fit: _OpenFit, i: int, pages: Pages, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
-        """What the i-th segment of a fit needs later on, its bases being in `pages`."""
-        first, rank = int(fit.k.is_centred), pages.layout.k.rank  # not the mean
-        steps = fit.k.steps_of(pages.layout.k)[i, :, first:]
+    def _fit_of(self, fit: _OpenFit, i: int, layout: PageLayout, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
+        """What the i-th segment of a fit needs later on in pages of a layout."""
+        first, rank = int(fit.k.is_centred), layout.k.rank  # not the mean
+        steps = fit.k.steps_of(layout.k)[i, :, first:].clone()
         return _Fit(fit.k.basis[i, :, rank:].clone(), fit.k.scale[i, :, rank:].clone(), steps, shares, lost)
 
     def _fit(self, members: list[int], fitting: _Fitting) -> None:
@@ -1058,7 +1062,7 @@ class LayerCache:
         used = self._used_segments()
         ids = [s for s in range(self.pages.k_basis.shape[0]) if s not in used][: len(members)]
         # No encoders: pages are written anew from their codes.
-        k, v = (replace(x, encoder=x.encoder[..., :0].clone()) for x in (fitting.k, fitting.v))
+        k, v = fitting.k.without_encoder(), fitting.v.without_encoder()
         predicted = None if fitting.by_layout is None else _distortions(k, v, [self.layout])[:, 0]
         fit = _OpenFit(ids, k, v, predicted, fitting.by_layout)
         self._write_bases(self.pages, fit)
@@ -1066,7 +1070,7 @@ class LayerCache:
         lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
-            self.fits[segment] = self._fit_of(fit, i, self.pages, fitting.shares[i].clone(), lost)
+            self.fits[segment] = self._fit_of(fit, i, self.layout, fitting.shares[i].clone(), lost)
             self.segment[row], self.ends[row] = segment, None
         self.fits = {s: fit for s, fit in self.fits.items() if s in self.segment}
         if self.losses is not None:

@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -296,7 +296,7 @@ def query_metric(
         rope: frequencies and attention scaling (scaling**2 on the rotary dimensions, as scores have it).
         chunk: chunk length C.      kv_heads: G; H is a multiple of it.
         weights: float32 [B, H], not negative: how much the queries of each head count, or None: all the same.
-        stride: only the queries of positions 0, stride, 2 stride .. count; a divisor of C / 64.
+        stride: only the queries of positions 0, stride, 2 stride .. count; 1 or a divisor of C / 64.
     Returns:
         float32 [B, G, D, D], symmetric, positive semi-definite up to the rounding of turned queries to the dtype of q.
     Raises:
@@ -310,8 +310,9 @@ def query_metric(
         raise ValueError(f"q: expected at least one token and an even D, got shape {list(q.shape)}")
     if weights is not None:
         check_tensor("weights", weights, shape=(batch, heads), dtype=torch.float32, device=q.device)
-    if stride < 1 or (stride > 1 and chunk % (64 * stride)):
-        raise ValueError(f"stride: expected a divisor of chunk / 64 = {chunk / 64:g}, got {stride}")
+    if stride != 1 and (stride not in range(1, chunk + 1) or chunk % (64 * stride)):
+        raise ValueError(f"stride: expected 1 or a divisor of chunk / 64 = {chunk / 64:g}, got {stride}")
+    stride = int(stride)
     if not _launch.runs_kernel(q):
         return query_metric_torch(q, rope, chunk=chunk, kv_heads=kv_heads, weights=weights, stride=stride)
     q, rope, chunk = _every(stride, q, rope, chunk)
@@ -551,9 +552,11 @@ def _error_weights_kernel(
             squares = squares * shrink * shrink + tl.sum(e2 * square[None, :], 1)
             values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
             values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
-    # 0 of empty states, whose log-sum-exp is -inf.
+    # 0 of empty states, whose log-sum-exp is -inf; sums of squares too small to be divided by are such.
+    some = sum2 >= 1.1754943508222875e-38
     one = 1.0 / tl.where(sum1 > 0, sum1, 1.0)
-    two = 1.0 / tl.where(sum2 > 0, sum2, 1.0)
+    two = tl.where(some, 1.0 / tl.where(some, sum2, 1.0), 0.0)
+    sum2 = tl.where(some, sum2, 0.0)
     top = tl.where(top == float("-inf"), 0.0, top)
     tl.store(size_ptr + (bg * rows + row) * splits + split, squares * two)
     out = (bg * 2 * rows + row) * splits + split
@@ -831,9 +834,10 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
-# A mean is that of about so many tokens, evenly spread.
+# A mean is that of so many tokens to twice as many, evenly spread.
 MEAN_TOKENS = 4096
-# Steps that are tried: the widest one, which clips nothing, to a fifth of it, each the same share of the one before.
+# Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
+# the one before.
 STEP_SHARES, LEAST_SHARE = 16, 0.2
 
 
@@ -850,7 +854,8 @@ def _fit_steps_kernel(
     FALL: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The steps of 16 components of one row and head in one choice: squared errors of all shares in one pass."""
+    """The steps of 16 components of one row and head in one choice: squared errors of all shares, 2**(FALL * j) of the
+    widest step, in one pass."""
     r = tl.program_id(0) * 16 + tl.arange(0, 16)
     n = tl.program_id(1).to(tl.int64)
     choice = tl.program_id(2)
@@ -916,8 +921,19 @@ def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -
 
 
 def quantiser_errors(coefficients: torch.Tensor, steps: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
-    """Sums of squared errors over a sample with these steps, float32 [P, ..., R]. Other arguments: see `fit_quantisers`."""
+    """The squared errors of quantisers with given steps over a sample, for each of some bands.
+
+    Args:
+        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+        steps: float32 [P, ..., R], positive, for the components of each.
+    Returns:
+        Sums of squared errors, float32 [P, ..., R].
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
+    shape = (len(choices), *coefficients.shape[:-2], coefficients.shape[-1])
+    check_tensor("steps", steps, shape=shape, dtype=torch.float32, device=coefficients.device)
     if not _launch.runs_kernel(coefficients):
         return quantiser_errors_torch(coefficients, steps, choices)
     return _best_steps(coefficients, steps, choices, 1)[1]
@@ -1053,14 +1069,20 @@ class Spectrum:
             errors=pad(self.errors, (1, 0)),
         )
 
+    def without_encoder(self) -> Spectrum:
+        """What pages are narrowed by, in memory of its own: a fit's tensors are parts of larger ones."""
+        return replace(
+            self,
+            basis=self.basis.clone(),
+            scale=self.scale.clone(),
+            encoder=self.encoder[..., :0].clone(),
+            steps={bits: step.clone() for bits, step in self.steps.items()},
+        )
+
     def distortions(self, choices: Sequence[Bands]) -> torch.Tensor:
         """Mean squared error of a row in each of some bands, in units of the metric: float32 [P, B, G]."""
         held = _held(tuple(choices), self.precisions, self.errors.shape[-1], self.errors.device)
         return (self.errors * held[:, :, None, None]).sum((1, -1))
-
-    @cached_property
-    def _scales(self) -> dict[int, torch.Tensor]:
-        return {bits: self.scale * step for bits, step in self.steps.items()}
 
     def steps_of(self, bands: Bands) -> torch.Tensor:
         """Steps float32 [B, G, R] of the components in these bands."""
@@ -1068,7 +1090,7 @@ class Spectrum:
 
     def scale_of(self, bands: Bands) -> torch.Tensor:
         """The scale float32 [B, G, R] of pages in these bands: of basis rows, times steps."""
-        return torch.cat([self._scales[bits][..., own] for bits, own in _parts(bands)], dim=-1)
+        return self.scale[..., : bands.rank] * self.steps_of(bands)
 
     def encoder_of(self, bands: Bands) -> torch.Tensor:
         """The encoder float32 [B, G, D, R] of pages in these bands."""

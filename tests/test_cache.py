@@ -450,7 +450,7 @@ def tensors_of(x: Any) -> Iterator[torch.Tensor]:
         yield from (t for value in x.values() for t in tensors_of(value))
     elif isinstance(x, (list, tuple)):
         yield from (t for value in x for t in tensors_of(value))
-    elif isinstance(x, cache_module.Pages):
+    elif isinstance(x, (cache_module.Pages, cache_module.Spectrum)):
         yield from tensors_of(vars(x))
 
 
@@ -969,6 +969,51 @@ def test_layers_share_bytes_once_all_have_fitted(rng, monkeypatch):
     assert cache.layers[0].cold == [384] * 3
 
 
+def test_nbytes_while_layers_wait_for_others(rng):
+    """The memory behind all that a layer holds, spectra among it, is counted."""
+    cache, calls = shared_cache(rng)
+    for i in range(2):
+        cache.append(i, **calls[i])
+    for layer in cache.layers[:2]:
+        assert layer.open_fits
+        kept = {name: value for name, value in vars(layer).items() if name not in ("rope", "v_metrics", "budget")}
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(kept) if t.numel()}
+        assert layer.nbytes <= sum(held.values()) <= 1.01 * layer.nbytes
+
+
+@pytest.mark.parametrize("lengths", [[300, 0, 300], [0, 200, 0]])
+def test_narrowing_without_some_of_the_rows_of_a_fit(rng, lengths):
+    """Rows that are gone by the time the last layer fits leave segments that do not follow one another."""
+    cache, calls = shared_cache(rng)
+    for i in range(2):
+        cache.append(i, **calls[i])
+    for layer in cache.layers[:2]:
+        layer.crop(lengths)
+    cache.append(2, **calls[2])
+    whole, _ = shared_cache(rng)
+    for i, call in enumerate(calls):
+        whole.append(i, **call)
+    for one, other in zip(cache.layers[:2], whole.layers[:2], strict=True):
+        assert one.layout == other.layout
+        (k, v, valid), (k_all, v_all, _) = (layer.get_kv(rope="pre") for layer in (one, other))
+        for row in (r for r, length in enumerate(lengths) if length):
+            cold = one.cold[row]
+            assert cold > 0 and valid[row, :cold].all()
+            for got, wanted in ((k, k_all), (v, v_all)):
+                torch.testing.assert_close(got[row, :, :cold], wanted[row, :, :cold])
+
+
+def test_stride_of_the_metrics_queries():
+    for align in (64, 128, 256, 512, 1024):
+        assert cache_module._stride(cache_module.METRIC_QUERIES, align) == 1
+        for tokens in (5000, 32768, 131072):
+            stride = cache_module._stride(tokens, align)
+            assert stride == 1 or align % (64 * stride) == 0  # what query_metric takes
+            enough = tokens <= stride * cache_module.METRIC_QUERIES
+            assert enough or align % (128 * stride)
+            assert stride == 1 or tokens > stride // 2 * cache_module.METRIC_QUERIES
+
+
 class BudgetedLayer:
     """What a budget asks of a layer."""
 
@@ -1026,7 +1071,16 @@ def test_failure_while_layers_share_bytes(rng, monkeypatch):
     twin = copy.deepcopy(start)
     twin.append(2, **calls[2])
     failures = narrowed = 0
-    for name in ("encode", "decode", "requantise", "allocate_pages", "share_bytes", "error_weights"):
+    for name in (
+        "encode",
+        "decode",
+        "requantise",
+        "allocate_pages",
+        "share_bytes",
+        "error_weights",
+        "_distortions",
+        "_entries",
+    ):
         at, failed = 0, True
         while failed:
             cache, count = copy.deepcopy(start), [0]

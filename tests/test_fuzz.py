@@ -303,12 +303,11 @@ def fuzz_requantise(draw: Draw) -> None:
 
 
 def fuzz_fit_quantisers(draw: Draw) -> None:
-    """And `quantiser_errors`."""
     implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
     c = rng.standard_normal((draw.int("tokens", 300, 500), 16)) * np.exp(
         draw.of("spread", 0.0, 3.0) * rng.standard_normal(16)
     )
-    check_fit_quantisers(implementation, c, draw.of("bits", 8, 4, 2))
+    check_fit_quantisers(implementation, c, draw.of("bits", 8, 4, 2))  # and quantiser_errors
 
 
 def fuzz_gram(draw: Draw) -> None:
