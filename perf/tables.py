@@ -113,19 +113,22 @@ def plot_attention(rows: Iterable[Row], path: Path) -> None:
     batches = sorted({row["B"] for row in shown})
     figure, axes = pyplot.subplots(1, len(batches), figsize=(3.2 * len(batches), 3.2), sharey=True, squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
-        for gpu in sorted({row["gpu"] for row in shown}):
-            for layout in LAYOUTS:
+        for style, gpu in enumerate(sorted({row["gpu"] for row in shown})):
+            for color, layout in enumerate(LAYOUTS):
                 points = [(r["T"], r["speedup"]) for r in shown if (r["gpu"], r["B"], r["layout"]) == (gpu, batch, layout)]
                 if points:
-                    axis.plot(*zip(*points, strict=True), marker="o", label=f"{layout}, {gpu}")
+                    look = {"color": f"C{color}", "linestyle": ("-", "--", ":", "-.")[style % 4], "marker": "o"}
+                    axis.plot(*zip(*points, strict=True), label=f"{layout}, {gpu}", **look)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(xscale="log", xlabel="tokens T", title=f"B = {batch}")
         ticks = sorted({row["T"] for row in shown})
         axis.set_xticks(ticks, [f"{t // 1024}K" for t in ticks], minor=False)
         axis.minorticks_off()
     axes[0][0].set_ylabel("speed-up over the best peer")
-    axes[0][-1].legend(fontsize="x-small")
-    figure.tight_layout()
+    # Of all panels: a card may have no row of some.
+    lines = dict(pair[::-1] for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=len(LAYOUTS), fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
