@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from reference import compress as oracle
 from reference import pages as pages_oracle
-from spectral_kernels import compress
+from spectral_kernels import _launch, compress
 from spectral_kernels.pages import Bands
 from spectral_kernels.rope import phase_align
 from tests import budgets
@@ -240,6 +240,31 @@ def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tok
     for mistake, mutants in wrong.items():
         for mutant, exact, budget in zip(mutants, expected, allowed, strict=True):
             budgets.check_rejects(mutant, exact, budget, mistake)
+
+
+class Noted:
+    """A kernel whose launches note their grids."""
+
+    def __init__(self, kernel: Any, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("multiprocessors", "splits"), [(1, 1), (64, 3)])
+def test_error_weights_in_splits(rng, monkeypatch, dtype, multiprocessors, splits):
+    """A program that turns its queries for one chunk after another, and one for each chunk, some of which no query sees."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: multiprocessors)
+    grids: list[tuple[int, ...]] = []
+    for name in ("_squares_kernel", "_error_weights_kernel"):
+        monkeypatch.setattr(compress, name, Noted(getattr(compress, name), grids))
+    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 300, 64))).to(DEVICE, dtype) for n in (2, 1, 1))
+    check_error_weights("triton", (q, k, v), inverse_frequencies(64), 1.0, None, queries=20, sinks=2, window=16, chunk=128)
+    squares, weights = grids
+    assert weights[1] == splits and (squares[0] > 1) == (splits > 1)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
