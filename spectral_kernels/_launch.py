@@ -14,7 +14,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def next_power_of_2(n: int) -> int:
-    """The least power of two that is not below n."""
+    """The least power of two that is not below n; 1 for 0."""
     return 1 << max(n - 1, 0).bit_length()
 
 

@@ -1349,7 +1349,7 @@ def attend_spectral(
         # All dimensions at once, or as many programs as keep the card busy.
         block_d = 32
         if rows * heads >= _launch.multiprocessors(q.device):
-            block_d = min(_power_of_2(dim), 128 if layout.v.rank <= 128 else 64)
+            block_d = min(_launch.next_power_of_2(dim), 128 if layout.v.rank <= 128 else 64)
         held = (block_n + block_d) * layout.v.rank  # numbers in registers
         _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, rows)](
             c,
@@ -1373,7 +1373,7 @@ def attend_spectral(
             D=dim,
             RV=layout.v.rank,
             BLOCK_N=block_n,
-            BLOCK_E=max(1, _launch.next_power_of_2(exact_splits)),
+            BLOCK_E=_launch.next_power_of_2(exact_splits),
             BLOCK_D=block_d,
             OVERLAP=overlap,
             launch_pdl=overlap and _launch.OVERLAP,

@@ -934,13 +934,14 @@ class LayerCache:
             options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
             weights = error_weights(q, k, v, self.rope, self.v_metrics, **options)
             k_shares, shares = (self._shares(w) for w in weights)
-            kept = {"chunk": self.preset.align, "stride": _stride(q.shape[2], self.preset.align)}
-            metric = query_metric(q, self.rope, kv_heads=self.kv_heads, weights=k_shares, **kept)
+            align = self.preset.align
+            stride = _stride(q.shape[2], align)
+            metric = query_metric(q, self.rope, chunk=align, kv_heads=self.kv_heads, weights=k_shares, stride=stride)
         bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
         k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
         k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
         by_layout = losses = None
-        if len(self.layouts) > 1 and (choose or self.layout is None or self.losses is not None):  # may be narrowed
+        if len(self.layouts) > 1 and (self.layout is None or self.losses is not None):  # may be narrowed
             by_layout = _distortions(k_spectrum, v_spectrum, self.layouts)
             losses = _Numbers(self._losses((k_spectrum, v_spectrum), by_layout, weights)) if choose else None
         return _Fitting(k_spectrum, v_spectrum, shares, by_layout, losses)
@@ -1005,6 +1006,7 @@ class LayerCache:
         fits, open_fits = dict(self.fits), []
         for fit in self.open_fits:
             self._write_scales(new, fit)
+            k_steps = fit.k.steps_of(layout.k)
             assert fit.by_layout is not None and fit.predicted is not None
             known = layout in self.layouts
             by = fit.by_layout[:, self.layouts.index(layout)] if known else _distortions(fit.k, fit.v, [layout])[:, 0]
@@ -1015,7 +1017,7 @@ class LayerCache:
                 alike.setdefault(len(held.get(segment, ())), []).append(segment)
                 if segment in fits:
                     was = self.fits[segment]
-                    fits[segment] = self._fit_of(fit, i, layout, was.shares, was.lost * more[:, i])
+                    fits[segment] = self._fit_of(fit, i, k_steps, was.shares, was.lost * more[:, i])
             alike.pop(0, None)
             for segments in alike.values():
                 ids = _uploaded([list(held[s]) for s in segments], torch.int32, self.device)
@@ -1050,10 +1052,10 @@ class LayerCache:
         for i, segment in enumerate(fit.segments):
             pages.k_scale[segment], pages.v_scale[segment] = k_scale[i], v_scale[i]
 
-    def _fit_of(self, fit: _OpenFit, i: int, layout: PageLayout, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
-        """What the i-th segment of a fit needs later on in pages of a layout."""
-        first, rank = int(fit.k.is_centred), layout.k.rank  # not the mean
-        steps = fit.k.steps_of(layout.k)[i, :, first:].clone()
+    def _fit_of(self, fit: _OpenFit, i: int, k_steps: torch.Tensor, shares: torch.Tensor, lost: torch.Tensor) -> _Fit:
+        """What the i-th segment of a fit needs later on; k_steps: of K in its pages, float32 [m, G, R]."""
+        first, rank = int(fit.k.is_centred), k_steps.shape[-1]  # not the mean
+        steps = k_steps[i, :, first:].clone()
         return _Fit(fit.k.basis[i, :, rank:].clone(), fit.k.scale[i, :, rank:].clone(), steps, shares, lost)
 
     def _fit(self, members: list[int], fitting: _Fitting) -> None:
@@ -1067,10 +1069,11 @@ class LayerCache:
         fit = _OpenFit(ids, k, v, predicted, fitting.by_layout)
         self._write_bases(self.pages, fit)
         k_encoder, v_encoder = fitting.k.encoder_of(self.layout.k), fitting.v.encoder_of(self.layout.v)
+        k_steps = fit.k.steps_of(self.layout.k)
         lost = torch.zeros((2, self.kv_heads), dtype=torch.float32, device=self.device)  # until it is measured
         for i, (row, segment) in enumerate(zip(members, ids, strict=True)):
             self.encoders[segment] = (k_encoder[i], v_encoder[i])
-            self.fits[segment] = self._fit_of(fit, i, self.layout, fitting.shares[i].clone(), lost)
+            self.fits[segment] = self._fit_of(fit, i, k_steps, fitting.shares[i].clone(), lost)
             self.segment[row], self.ends[row] = segment, None
         self.fits = {s: fit for s, fit in self.fits.items() if s in self.segment}
         if self.losses is not None:

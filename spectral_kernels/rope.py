@@ -186,8 +186,8 @@ def rotate(
             CHUNK=chunk or 0,
             INVERSE=inverse,
             BLOCK_T=block_t,
-            BLOCK_PAIRS=_launch.next_power_of_2(max(pairs, 1)),
-            BLOCK_REST=_launch.next_power_of_2(max(dim - 2 * pairs, 1)),
+            BLOCK_PAIRS=_launch.next_power_of_2(pairs),
+            BLOCK_REST=_launch.next_power_of_2(dim - 2 * pairs),
         )
     return out
 
