@@ -35,7 +35,16 @@ from . import _launch
 from ._checks import FLOATS, check_in, check_tensor
 from ._launch import cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
 from .attention import _block, _fields, _first_block, _group_offset, _half, _mask, _masked, _offset, _subtiles, _weight
-from .eigen import eigenvectors
+from .eigen import (
+    eigenvectors_torch,
+    factorise_f64,
+    has_kernels,
+    product_f64,
+    sizes_f64,
+    solve_f64,
+    store_floored_f64,
+    weighted_eigenvectors,
+)
 from .merge import merge_many_states
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate, rotate_torch
@@ -780,13 +789,22 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
         raise ValueError(f"moment: expected shape [..., D, D], got {list(moment.shape)}")
     if not 1 <= rank <= dim:
         raise ValueError(f"rank: expected 1 .. {dim}, got {rank}")
+    if metric is not None:
+        check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=moment.device)
+        moment = moment.expand(torch.broadcast_shapes(moment.shape, metric.shape))
+    if not has_kernels(moment, dim):
+        return fit_basis_torch(moment, metric, rank=rank)
+    return weighted_eigenvectors(moment, metric, floor=METRIC_FLOOR, rank=rank, signed=True, dtype=torch.float32)
+
+
+def fit_basis_torch(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank: int) -> torch.Tensor:
+    """`fit_basis` in plain PyTorch."""
     moment = moment.double()
     if metric is None:
-        basis = eigenvectors(moment)[..., :rank, :]
+        basis = eigenvectors_torch(moment)[..., :rank, :]
     else:
-        check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=moment.device)
         root = torch.linalg.cholesky_ex(_floored(metric)).L
-        basis = eigenvectors(root.mT @ moment @ root)[..., :rank, :]
+        basis = eigenvectors_torch(root.mT @ moment @ root)[..., :rank, :]
         basis = torch.linalg.solve_triangular(root.expand(*basis.shape[:-2], -1, -1), basis, upper=False, left=False)
     largest = basis.gather(-1, basis.abs().argmax(-1, keepdim=True))
     return (basis * torch.where(largest < 0, -1.0, 1.0)).float().contiguous()
@@ -806,6 +824,65 @@ def quantise_basis(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (basis / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
+@triton.jit
+def _encoder_kernel(
+    basis_ptr,  # int8 [R, D] a program
+    scale_ptr,  # float32 [R] a program
+    metric_ptr,  # [D, D] a program, or None
+    metric_f64_ptr,  # float64 [D, D] a program, scratch, or None
+    rows_ptr,  # float64 [R, D] a program, scratch
+    x_ptr,  # float64 [D, R] a program, scratch
+    inner_ptr,  # float64 [R, R] a program, scratch
+    out_ptr,  # float32 [D, R] a program
+    FLOOR: tl.constexpr,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The encoder of one basis: `fit_encoder`."""
+    BLOCK: tl.constexpr = min(N, 32)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, N)
+    rows_ptr += n * R * D
+    x_ptr += n * R * D
+    inner_ptr += n * R * R
+    # By way of memory: Triton 3.6 fails where it would multiply what it has just made of integers.
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        mask = (i < R)[:, None] & (j < D)[None, :]
+        row = tl.load(basis_ptr + n * R * D + i[:, None] * D + j[None, :], mask=mask, other=0).to(tl.float64)
+        tl.store(rows_ptr + i[:, None] * D + j[None, :], row, mask=mask)
+        if metric_ptr is None:
+            tl.store(x_ptr + j[None, :] * R + i[:, None], row, mask=mask)
+    tl.debug_barrier()
+    if metric_ptr is not None:
+        metric_f64_ptr += n * D * D
+        store_floored_f64(metric_ptr + n * D * D, metric_f64_ptr, FLOOR, D, N)
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            x = product_f64(metric_f64_ptr, D, 1, rows_ptr, 1, D, first, D, D, R, N)
+            tl.store(x_ptr + i[:, None] * R + j[None, :], x, mask=(i < D)[:, None] & (j < R)[None, :])
+        tl.debug_barrier()
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        inner = product_f64(rows_ptr, D, 1, x_ptr, R, 1, first, R, D, R, N)
+        # Room for the rounding of rows that are nearly dependent, and any length for a row of zeros (a component of no
+        # variance): it spoils no other.
+        more = tl.where(inner > 0, inner * tl.full([N, BLOCK], 1 + 1e-13, dtype=tl.float64), 1.0)
+        inner = tl.where(i[:, None] == j[None, :], more, inner)
+        tl.store(inner_ptr + i[:, None] * R + j[None, :], inner, mask=(i < R)[:, None] & (j < R)[None, :])
+    tl.debug_barrier()
+    factorise_f64(inner_ptr, inner_ptr, 0.0, R, N)
+    solve_f64(x_ptr, inner_ptr, D, R, N, N, True)
+    solve_f64(x_ptr, inner_ptr, D, R, N, N, False)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        mask = (i < D)[:, None] & (j < R)[None, :]
+        x = tl.load(x_ptr + i[:, None] * R + j[None, :], mask=mask, other=0.0)
+        inverse = 1.0 / tl.load(scale_ptr + n * R + j, mask=j < R, other=1.0).to(tl.float64)
+        tl.store(out_ptr + n * D * R + i[:, None] * R + j[None, :], (x * inverse[None, :]).to(tl.float32), mask=mask)
+
+
 def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
     """The encoder of a basis as it is held: coefficients x @ encoder have the least M-weighted error.
 
@@ -819,6 +896,36 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     """
     check_tensor("basis", basis, dtype=torch.int8)
     check_tensor("scale", scale, shape=basis.shape[:-1], dtype=torch.float32, device=basis.device)
+    if metric is not None:
+        check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=basis.device)
+    rank, dim = basis.shape[-2:]
+    if not has_kernels(basis, dim) or rank > dim:
+        return fit_encoder_torch(basis, scale, metric)
+    out = torch.empty((*basis.shape[:-2], dim, rank), dtype=torch.float32, device=basis.device)
+    if out.numel() == 0:
+        return out
+    count = basis.shape[:-2].numel()
+    empty = partial(torch.empty, dtype=torch.float64, device=basis.device)
+    with torch.cuda.device_of(basis):
+        _encoder_kernel[(count,)](
+            basis.contiguous(),
+            scale.contiguous(),
+            None if metric is None else metric.expand(*basis.shape[:-2], dim, dim).contiguous(),
+            None if metric is None else empty((count, dim, dim)),
+            empty((count, rank, dim)),
+            empty((count, dim, rank)),
+            empty((count, rank, rank)),
+            out,
+            FLOOR=METRIC_FLOOR,
+            R=rank,
+            D=dim,
+            **sizes_f64(dim),
+        )
+    return out
+
+
+def fit_encoder_torch(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
+    """`fit_encoder` in plain PyTorch."""
     rows = basis.double() / 127
     weighted = rows if metric is None else rows @ _floored(metric)
     inner = rows @ weighted.mT
@@ -1120,7 +1227,7 @@ class Side:
     centre: bool = False
 
 
-def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
+def fit_spectra(sides: Sequence[Side], *, sample: int = 1024) -> list[Spectrum]:
     """Components of sides of the same B, G and D from their rows; their eigenproblems are solved together.
 
     Args:
@@ -1179,7 +1286,7 @@ def _quantised(
 
 
 def fit_side(
-    x: torch.Tensor, bands: Bands, metric: torch.Tensor | None = None, *, sample: int = 2048
+    x: torch.Tensor, bands: Bands, metric: torch.Tensor | None = None, *, sample: int = 1024
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Basis, scale and encoder of one side (K or V) from its rows, without a mean.
 

@@ -10,10 +10,14 @@ S V^T, and W = V (S^2 - e) V^T: nothing else is accumulated. A rotation makes ro
 All pairs meet once a sweep, with few rows on the move. A thread block holds the rows as two halves, row i of a against row
 i of b. b goes through all its orders i xor s, one bit of i at a time (Gray code), so that every a meets every b; then a and
 b trade halves, and the same happens within each half, and so on. The bits that turn most often are those along which a
-thread holds several rows: such a turn moves nothing, and warps seldom wait for one another.
+thread holds several rows: such a turn moves nothing. The others go by way of memory, where every warp finds its rows.
 
-Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and three steps in float64
+Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and four steps in float64
 make the vectors orthonormal beyond it.
+
+What comes before and after the rotations is float64, in one program a matrix too (`_roots_kernel`, `_basis_kernel`): dozens
+of calls to batched libraries take many times the multiprocessors' time, beside a model that needs them. Matrices lie in
+memory, which the cache of a multiprocessor holds, and pass through registers 16 or 32 columns at a time.
 
 Source: Hestenes (1958); Veselic and Hari, A note on a one-sided Jacobi algorithm (1989).
 Oracle: reference/eigen.py.   Test: tests/test_eigen.py.
@@ -29,8 +33,8 @@ from . import _launch
 from ._checks import check_tensor
 
 # e, in units of the trace. It moves no eigenvector, but float32 rotations do not see what is far below it: of those that
-# lift the rounding of the matrix above zero, the smallest. (Whitened keys of a model's first layer span ten decades.)
-RIDGES = (2.0**-17, 2.0**-28, 2.0**-40)
+# lift the rounding of the matrix above zero, the first. (Whitened keys of a model's first layer span ten decades.)
+RIDGES = (2.0**-40, 2.0**-28, 2.0**-17)
 # Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 1e-8.
 # (Where eigenvalues are equal, as the ridge's are, it is slower: with 2e-3 a matrix of rank 1 fails tests/test_eigen.py.)
 SMALL = 1e-4
@@ -51,80 +55,424 @@ def _flipped(x, BIT: tl.constexpr):
 
 
 @triton.jit
+def _moved(x, source, memory_ptr, D: tl.constexpr):
+    """x [P, N], zero past column D, with rows taken from rows `source` [P], by way of float32 [P, D] in memory."""
+    row = tl.arange(0, x.shape[0])
+    column = tl.arange(0, x.shape[1])
+    mask = (row >= 0)[:, None] & (column < D)[None, :]
+    tl.debug_barrier()  # what was there has been read
+    tl.store(memory_ptr + row[:, None] * D + column[None, :], x, mask=mask)
+    tl.debug_barrier()
+    return tl.load(memory_ptr + source[:, None] * D + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _orthogonalise_kernel(
     x_ptr,
     D: tl.constexpr,
     P: tl.constexpr,
     LOG: tl.constexpr,
+    WARP_BITS: tl.constexpr,
     SMALL: tl.constexpr,
     SWEEPS: tl.constexpr,
 ):
-    """Rotate the 2 P rows of one matrix [2 P, D], in place, until they are orthogonal; their order changes. P = 2**LOG."""
+    """Rotate the 2 P rows of one matrix [2 P, D], in place, until they are orthogonal; their order changes. P = 2**LOG.
+
+    WARP_BITS: the last bits of a row's number, by which rows are spread over warps.
+    """
     pair = tl.arange(0, P)
     column = tl.arange(0, 2 * P)
-    x_ptr += tl.program_id(0).to(tl.int64) * (2 * P * D) + pair[:, None] * D + column[None, :]
+    x_ptr += tl.program_id(0).to(tl.int64) * (2 * P * D)
+    at = pair[:, None] * D + column[None, :]
     mask = ((pair >= 0)[:, None] & (column < D)[None, :]) != 0
-    a = tl.load(x_ptr, mask=mask, other=0.0)
-    b = tl.load(x_ptr + P * D, mask=mask, other=0.0)
+    a = tl.load(x_ptr + at, mask=mask, other=0.0)
+    b = tl.load(x_ptr + P * D + at, mask=mask, other=0.0)
     sweep = 0
-    worst = 1.0
-    while (sweep < SWEEPS) & (worst > SMALL):
-        largest = tl.zeros([P], dtype=tl.float32)
+    going = 1
+    while (sweep < SWEEPS) & (going != 0):
+        turned = tl.zeros([P], dtype=tl.int32)
         size_a = tl.sum(a * a, 1)  # kept up to date by a'.a' = a.a - t c within a sweep
         size_b = tl.sum(b * b, 1)
         for step in range(1, 2 * P):
             dot = tl.sum(a * b, 1)
-            # Zero for rows of zeros. No product of sizes underflows: the ridge is at least 2**-40 of the trace.
-            ratio = tl.abs(dot) * tl.rsqrt(tl.maximum(size_a * size_b, 1e-37))
-            largest = tl.maximum(largest, ratio)
+            # No product of sizes underflows: the ridge is at least 2**-40 of the trace. Rows of zeros are not turned.
+            square = dot * dot
+            product = size_a * size_b
+            turned |= (square > SMALL * SMALL * product).to(tl.int32)
+            # 1 / sqrt(d^2 + 4c^2) gives sine and cosine of the double angle. (All threads of a row do the same here: two
+            # of the slow special functions, not the five of the formula for t.)
             difference = size_b - size_a
-            twice = 2.0 * dot
-            root = tl.sqrt(difference * difference + twice * twice)
-            t = tl.where(difference < 0, -twice, twice) / tl.maximum(tl.abs(difference) + root, tl.abs(twice))
-            t = tl.where(ratio > 1e-7, t, 0.0)  # what rounding leaves is not turned
-            cos = tl.rsqrt(1.0 + t * t)
-            sin = t * cos
+            inverse = tl.rsqrt(tl.maximum(difference * difference + 4.0 * square, 1e-37))
+            half = 0.5 + 0.5 * tl.abs(difference) * inverse  # cos^2, at least a half
+            back = tl.rsqrt(half)
+            sin = tl.where(difference < 0, -dot, dot) * inverse * back
+            turns = square > 1e-14 * product  # what rounding leaves is not turned
+            cos = tl.where(turns, half * back, 1.0)
+            sin = tl.where(turns, sin, 0.0)
             a, b = a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]
-            size_a = tl.maximum(size_a - t * dot, 0.0)
-            size_b = tl.maximum(size_b + t * dot, 0.0)
+            moved = sin * back * dot
+            size_a = tl.maximum(size_a - moved, 0.0)
+            size_b = tl.maximum(size_b + moved, 0.0)
             left = 2 * P - step
             for i in tl.static_range(LOG):
                 if left == P >> i:
                     high = ((pair >> i) & 1) != 0
-                    moving = _flipped(tl.where(high[:, None], a, b), i)
-                    a = tl.where(high[:, None], moving, a)
-                    b = tl.where(high[:, None], b, moving)
-                    size = _flipped(tl.where(high, size_a, size_b), i)
-                    size_a = tl.where(high, size, size_a)
-                    size_b = tl.where(high, size_b, size)
+                    trade = tl.where(high[:, None], a, b)
+                    if i < WARP_BITS:
+                        trade = _moved(trade, pair ^ (1 << i), x_ptr, D)
+                    else:
+                        trade = _flipped(trade, i)
+                    a = tl.where(high[:, None], trade, a)
+                    b = tl.where(high[:, None], b, trade)
+                    size_a = tl.sum(a * a, 1)
+                    size_b = tl.sum(b * b, 1)
                 if ((left & (left - 1)) != 0) & ((step & ((2 << i) - 1)) == (1 << i)):
-                    b = _flipped(b, LOG - 1 - i)
-                    size_b = _flipped(size_b, LOG - 1 - i)
-        worst = tl.max(largest, 0)
+                    if LOG - 1 - i < WARP_BITS:
+                        b = _moved(b, pair ^ (1 << (LOG - 1 - i)), x_ptr, D)
+                        size_b = tl.sum(b * b, 1)
+                    else:
+                        b = _flipped(b, LOG - 1 - i)
+                        size_b = _flipped(size_b, LOG - 1 - i)
+        going = tl.max(turned, 0)
         sweep += 1
-    tl.store(x_ptr, a, mask=mask)
-    tl.store(x_ptr + P * D, b, mask=mask)
+    tl.debug_barrier()
+    tl.store(x_ptr + at, a, mask=mask)
+    tl.store(x_ptr + P * D + at, b, mask=mask)
 
 
-def _padded_rows(dim: int) -> int:
-    """Rows of a matrix as the kernel has them: those past D are zero, and may end up anywhere."""
-    return max(16, _launch.next_power_of_2(dim))
+@triton.jit
+def product_f64(
+    a_ptr,
+    stride_ai,
+    stride_ak,
+    b_ptr,
+    stride_bk,
+    stride_bj,
+    first,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    L: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Columns from `first` on of the product of float64 [M, K] and [K, L] in memory: [N, min(N, 32)], zero past M and L."""
+    BLOCK: tl.constexpr = min(N, 32)
+    i = tl.arange(0, N)
+    j = first + tl.arange(0, BLOCK)
+    out = tl.zeros([N, BLOCK], dtype=tl.float64)
+    for start in range(0, K, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        a_at = i[:, None] * stride_ai + k[None, :] * stride_ak
+        a = tl.load(a_ptr + a_at, mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
+        b_at = k[:, None] * stride_bk + j[None, :] * stride_bj
+        b = tl.load(b_ptr + b_at, mask=(k < K)[:, None] & (j < L)[None, :], other=0.0)
+        out = tl.dot(a, b, out, out_dtype=tl.float64)
+    return out
+
+
+@triton.jit
+def store_floored_f64(metric_ptr, out_ptr, FLOOR: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+    """A metric [D, D] as `compress._floored` has it, to float64 memory."""
+    BLOCK: tl.constexpr = min(N, 32)
+    i = tl.arange(0, N)
+    mean = tl.sum(tl.load(metric_ptr + i * (D + 1), mask=i < D, other=0.0).to(tl.float64), 0) / D
+    factor = tl.where(mean > 0, 0.5 / tl.where(mean > 0, mean, 1.0), 0.0)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        mask = (i < D)[:, None] & (j < D)[None, :]
+        m = tl.load(metric_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0).to(tl.float64)
+        m += tl.load(metric_ptr + j[None, :] * D + i[:, None], mask=mask, other=0.0).to(tl.float64)
+        floor = tl.where(i[:, None] == j[None, :], tl.full([N, BLOCK], FLOOR, dtype=tl.float64), 0.0)
+        tl.store(out_ptr + i[:, None] * D + j[None, :], m * factor + floor, mask=mask)
+    tl.debug_barrier()
+
+
+@triton.jit
+def factorise_f64(a_ptr, out_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
+    """L of L L^T = a + ridge I, float64 [D, D] in memory (may be a itself, of which the lower half is read), with zeros
+    above the diagonal. Returns whether there is one, as an integer; else what is stored is of no use.
+
+    16 columns at a time: less the part that the columns before them explain, then one by one.
+    """
+    i = tl.arange(0, N)
+    k = tl.arange(0, 16)
+    good = 1
+    for first in range(0, D, 16):
+        j = first + k
+        mask = (i < D)[:, None] & (j < D)[None, :]
+        part = tl.load(a_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0)
+        part = tl.where(i[:, None] == j[None, :], part + ridge, part)
+        for before in range(0, first, 16):
+            left = tl.load(
+                out_ptr + i[:, None] * D + (before + k)[None, :], mask=(i < D)[:, None] & (k >= 0)[None, :], other=0.0
+            )
+            right = tl.load(
+                out_ptr + j[None, :] * D + (before + k)[:, None], mask=(j < D)[None, :] & (k >= 0)[:, None], other=0.0
+            )
+            part = tl.dot(-left, right, part, out_dtype=tl.float64)
+        for c in range(0, tl.minimum(D - first, 16)):
+            column = tl.sum(tl.where(k[None, :] == c, part, 0.0), 1)
+            row = tl.sum(tl.where(i[:, None] == j[None, :], column[:, None], 0.0), 0)
+            pivot = tl.sum(tl.where(k == c, row, 0.0), 0)
+            good &= (pivot > 0).to(tl.int32)
+            inverse = 1.0 / tl.sqrt(pivot)
+            column = tl.where(i >= first + c, column * inverse, 0.0)
+            row = tl.where(k > c, row * inverse, 0.0)
+            part = tl.where(k[None, :] == c, column[:, None], part - column[:, None] * row[None, :])
+        tl.store(out_ptr + i[:, None] * D + j[None, :], part, mask=mask)
+        tl.debug_barrier()
+    return good
+
+
+@triton.jit
+def solve_f64(
+    x_ptr, lower_ptr, M: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """x L^-1, or x L^-T if TRANSPOSED, in place of x, float64 [M, D] in memory; L: lower triangle, float64 [D, D]."""
+    i = tl.arange(0, M_PADDED)
+    k = tl.arange(0, 16)
+    panels: tl.constexpr = (D + 15) // 16
+    for n in range(0, panels):
+        first = 16 * (n if TRANSPOSED else panels - 1 - n)
+        j = first + k
+        mask = (i < M)[:, None] & (j < D)[None, :]
+        part = tl.load(x_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0)
+        for m in range(0, n):
+            q = 16 * (m if TRANSPOSED else panels - 1 - m) + k
+            left = tl.load(x_ptr + i[:, None] * D + q[None, :], mask=(i < M)[:, None] & (q < D)[None, :], other=0.0)
+            at = j[None, :] * D + q[:, None] if TRANSPOSED else q[:, None] * D + j[None, :]
+            right = tl.load(lower_ptr + at, mask=(j < D)[None, :] & (q < D)[:, None], other=0.0)
+            part = tl.dot(-left, right, part, out_dtype=tl.float64)
+        for step in range(0, 16):
+            c = step if TRANSPOSED else 15 - step
+            own = tl.minimum(first + c, D - 1)  # of columns past D, which are zero, anything
+            inverse = 1.0 / tl.load(lower_ptr + own * (D + 1))
+            column = tl.sum(tl.where(k[None, :] == c, part, 0.0), 1) * inverse
+            at = j * D + own if TRANSPOSED else own * D + j
+            row = tl.load(lower_ptr + at, mask=(k > c if TRANSPOSED else k < c) & (j < D), other=0.0)
+            part = tl.where(k[None, :] == c, column[:, None], part - column[:, None] * row[None, :])
+        tl.store(x_ptr + i[:, None] * D + j[None, :], part, mask=mask)
+        tl.debug_barrier()
+
+
+@triton.jit
+def _places(x, N: tl.constexpr):
+    """The place [N] of each number in falling order."""
+    i = tl.arange(0, N)
+    first = (x[None, :] > x[:, None]) | ((x[None, :] == x[:, None]) & (i[None, :] < i[:, None]))
+    return tl.sum(first.to(tl.int32), 1)
+
+
+@triton.jit
+def _roots_kernel(
+    moment_ptr,  # float64 [D, D] a program
+    metric_ptr,  # [D, D] a program, or None
+    lower_ptr,  # float64 [D, D] a program: L of the metric, or None
+    w_ptr,  # float64 [D, D] a program, scratch
+    root_ptr,  # float64 [D, D] a program, scratch
+    order_ptr,  # int32 [D] a program
+    rows_ptr,  # float32 [N, D] a program
+    FLOOR: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    RIDGES: tl.constexpr,
+):
+    """Of one moment G and metric L L^T: rows X with X^T X = L^T G L + e I, its trace 1, its rows and columns in `order`."""
+    BLOCK: tl.constexpr = min(N, 32)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, N)
+    moment_ptr += n * D * D
+    w_ptr += n * D * D
+    root_ptr += n * D * D
+    order_ptr += n * D
+    if metric_ptr is not None:
+        lower_ptr += n * D * D
+        store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
+        factorise_f64(lower_ptr, lower_ptr, 0.0, D, N)
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            half = product_f64(moment_ptr, D, 1, lower_ptr, D, 1, first, D, D, D, N)
+            tl.store(root_ptr + i[:, None] * D + j[None, :], half, mask=(i < D)[:, None] & (j < D)[None, :])
+        tl.debug_barrier()
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            w = product_f64(lower_ptr, 1, D, root_ptr, D, 1, first, D, D, D, N)
+            tl.store(w_ptr + i[:, None] * D + j[None, :], w, mask=(i < D)[:, None] & (j < D)[None, :])
+        tl.debug_barrier()
+    else:
+        w_ptr = moment_ptr
+    diagonal = tl.load(w_ptr + i * (D + 1), mask=i < D, other=0.0)
+    trace = tl.sum(diagonal, 0)
+    tl.store(order_ptr + _places(tl.where(i < D, diagonal, float("-inf")), N), i, mask=i < D)
+    tl.debug_barrier()
+    factor = tl.where(trace > 0, 0.5 / tl.where(trace > 0, trace, 1.0), 0.0)
+    order = tl.load(order_ptr + i, mask=i < D, other=0)
+    good = 0
+    for attempt in tl.static_range(len(RIDGES)):
+        if good == 0:
+            for first in range(0, N, BLOCK):
+                j = first + tl.arange(0, BLOCK)
+                mask = (i < D)[:, None] & (j < D)[None, :]
+                other = tl.load(order_ptr + j, mask=j < D, other=0)
+                w = tl.load(w_ptr + order[:, None] * D + other[None, :], mask=mask, other=0.0)
+                w += tl.load(w_ptr + other[None, :] * D + order[:, None], mask=mask, other=0.0)
+                # The identity for a matrix of zeros.
+                w = tl.where(trace > 0, w * factor, tl.where(i[:, None] == j[None, :], 1.0, 0.0))
+                tl.store(root_ptr + i[:, None] * D + j[None, :], w, mask=mask)
+            tl.debug_barrier()
+            good = factorise_f64(root_ptr, root_ptr, RIDGES[attempt], D, N)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        mask = (i < D)[:, None] & (j < D)[None, :]
+        root = tl.load(root_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0)
+        root = tl.where(good != 0, root, 0.0)
+        tl.store(
+            rows_ptr + n * N * D + j[None, :] * D + i[:, None],
+            root.to(tl.float32),
+            mask=(i < D)[:, None] & (j >= 0)[None, :],
+        )
+
+
+@triton.jit
+def _basis_kernel(
+    rows_ptr,  # float32 [N, D] a program: what `_orthogonalise_kernel` made of `_roots_kernel`'s
+    order_ptr,
+    lower_ptr,  # or None
+    v_ptr,  # float64 [D, D] a program, scratch
+    overlap_ptr,  # float64 [D, D] a program, scratch
+    out_ptr,  # [R, D] a program
+    R: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    """The first R rows of V^T L^-1: eigenvectors V of L^T G L by falling eigenvalue, orthonormal. SIGNED: the entry of each
+    row that is largest is positive."""
+    BLOCK: tl.constexpr = min(N, 32)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, N)
+    v_ptr += n * D * D
+    overlap_ptr += n * D * D
+    rows_ptr += n * N * D
+    size = tl.zeros([N], dtype=tl.float64)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        x = tl.load(rows_ptr + i[:, None] * D + j[None, :], mask=(i >= 0)[:, None] & (j < D)[None, :], other=0.0)
+        size += tl.sum(x.to(tl.float64) * x.to(tl.float64), 1)
+    place = _places(size, N)  # the rows of zeros last: others are as long as the ridge
+    inverse = 1.0 / tl.sqrt(size)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        x = tl.load(rows_ptr + i[:, None] * D + j[None, :], mask=(i >= 0)[:, None] & (j < D)[None, :], other=0.0)
+        order = tl.load(order_ptr + n * D + j, mask=j < D, other=0)
+        mask = (place < D)[:, None] & (j < D)[None, :]
+        tl.store(v_ptr + place[:, None] * D + order[None, :], x.to(tl.float64) * inverse[:, None], mask=mask)
+    tl.debug_barrier()
+    # To first order, as Gram and Schmidt would: from each row its parts along the larger ones. A symmetric step would turn
+    # the larger row as far as the smaller one, of which a rotation of rows that differ in size knows far less.
+    for _ in range(4):  # overlaps of up to 0.1, then their squares
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            x = product_f64(v_ptr, D, 1, v_ptr, 1, D, first, D, D, D, N)
+            x = tl.where(i[:, None] == j[None, :], (x - 1.0) * 0.5, tl.where(i[:, None] > j[None, :], x, 0.0))
+            tl.store(overlap_ptr + i[:, None] * D + j[None, :], x, mask=(i < D)[:, None] & (j < D)[None, :])
+        tl.debug_barrier()
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            mask = (i < D)[:, None] & (j < D)[None, :]
+            x = product_f64(overlap_ptr, D, 1, v_ptr, D, 1, first, D, D, D, N)
+            x = tl.load(v_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0) - x
+            tl.debug_barrier()  # these columns have been read
+            tl.store(v_ptr + i[:, None] * D + j[None, :], x, mask=mask)
+        tl.debug_barrier()
+    if lower_ptr is not None:
+        solve_f64(v_ptr, lower_ptr + n * D * D, R, D, N, N, False)
+    largest = tl.zeros([N], dtype=tl.float64)
+    least = tl.zeros([N], dtype=tl.float64)
+    if SIGNED:
+        for first in range(0, N, BLOCK):
+            j = first + tl.arange(0, BLOCK)
+            x = tl.load(v_ptr + i[:, None] * D + j[None, :], mask=(i < R)[:, None] & (j < D)[None, :], other=0.0)
+            largest = tl.maximum(largest, tl.max(x, 1))
+            least = tl.minimum(least, tl.min(x, 1))
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        mask = (i < R)[:, None] & (j < D)[None, :]
+        x = tl.load(v_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0)
+        x = tl.where((largest < -least)[:, None], -x, x)
+        tl.store(out_ptr + n * R * D + i[:, None] * D + j[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def sizes_f64(dim: int) -> dict[str, int]:
+    """How a program holds D x D matrices: N rows, of which those past D are zero; its warps and stages."""
+    return {"N": max(16, _launch.next_power_of_2(dim)), "num_warps": 8 if dim > 64 else 4, "num_stages": 1}
 
 
 def _orthogonalise(rows: torch.Tensor) -> None:
-    """Rotate the rows of each matrix, float32 [N, _padded_rows(D), D], contiguous, D up to 128, in place, in any order."""
-    dim = rows.shape[-1]
-    pairs = _padded_rows(dim) // 2
-    options: dict[str, int] = {"num_warps": 4}
+    """Rotate the rows of each matrix, float32 [count, N, D] (see `sizes_f64`), contiguous, in place, in any order."""
+    count, pairs, dim = rows.shape[0], rows.shape[1] // 2, rows.shape[2]
+    options = {"num_warps": 4}
     if dim > 64:
-        # Of few matrices each has a multiprocessor of its own, of many two share one (H200, D = 128: 16 matrices take
-        # 2.0 ms and 2.4 ms, 512 take 8.0 ms and 6.2 ms).
-        few = len(rows) <= _launch.multiprocessors(rows.device)
-        options = {"num_warps": 16} if few else {"num_warps": 8, "maxnreg": 128}
+        # Of few matrices each has a multiprocessor of its own, of many two share one (H100, D = 128: 16 matrices take
+        # 1.3 ms and 1.4 ms, 512 take 4.9 ms and 4.5 ms).
+        few = count <= _launch.multiprocessors(rows.device)
+        options = {"num_warps": 8} if few else {"num_warps": 8, "maxnreg": 128}
     with torch.cuda.device_of(rows):
-        _orthogonalise_kernel[(rows.shape[0],)](
-            rows, D=dim, P=pairs, LOG=pairs.bit_length() - 1, SMALL=SMALL, SWEEPS=SWEEPS, **options
+        _orthogonalise_kernel[(count,)](
+            rows,
+            D=dim,
+            P=pairs,
+            LOG=pairs.bit_length() - 1,
+            WARP_BITS=options["num_warps"].bit_length() - 1,
+            SMALL=SMALL,
+            SWEEPS=SWEEPS,
+            **options,
         )
+
+
+def has_kernels(x: torch.Tensor, dim: int) -> bool:
+    """Whether D x D matrices are worked on by kernels where x is: on CUDA cards from sm_80 on with D up to 128."""
+    return dim <= 128 and _launch.runs_kernel(x) and _launch.has_matrix_units(x.device)
+
+
+def weighted_eigenvectors(
+    moment: torch.Tensor, metric: torch.Tensor | None, *, floor: float, rank: int, signed: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """By kernels: V^T L^-1, the first R rows, where V are eigenvectors of L^T G L by falling eigenvalue.
+
+    Args:
+        moment: G, symmetric, [..., D, D].      metric: like it, broadcastable, or None: L is the identity.
+        floor: L L^T is the metric, symmetric, scaled to a mean eigenvalue of 1, with this added to its diagonal.
+        signed: make the largest entry of each row positive.
+    Returns:
+        `dtype` [..., R, D], contiguous.
+    """
+    dim, count = moment.shape[-1], moment.shape[:-2].numel()
+    out = torch.empty((*moment.shape[:-2], rank, dim), dtype=dtype, device=moment.device)
+    if out.numel() == 0:
+        return out
+    same = sizes_f64(dim)
+    first, second, lower = torch.empty((3, count, dim, dim), dtype=torch.float64, device=moment.device)
+    rows = torch.empty((count, same["N"], dim), dtype=torch.float32, device=moment.device)
+    order = torch.empty((count, dim), dtype=torch.int32, device=moment.device)
+    weights = None if metric is None else metric.expand(moment.shape).contiguous()
+    root = None if metric is None else lower
+    with torch.cuda.device_of(moment):
+        _roots_kernel[(count,)](
+            moment.double().contiguous(),
+            weights,
+            root,
+            first,
+            second,
+            order,
+            rows,
+            FLOOR=floor,
+            D=dim,
+            RIDGES=RIDGES,
+            **same,
+        )
+        _orthogonalise(rows)
+        _basis_kernel[(count,)](rows, order, root, first, second, out, R=rank, D=dim, SIGNED=signed, **same)
+    return out
 
 
 def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
@@ -143,34 +491,9 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
     dim = matrices.shape[-1]
     if matrices.dim() < 2 or matrices.shape[-2] != dim:
         raise ValueError(f"matrices: expected shape [..., D, D], got {list(matrices.shape)}")
-    if dim > 128 or not _launch.runs_kernel(matrices) or not _launch.has_matrix_units(matrices.device):
+    if not has_kernels(matrices, dim):
         return eigenvectors_torch(matrices)
-    if matrices.numel() == 0:
-        return matrices.clone()
-    w = (matrices + matrices.mT).reshape(-1, dim, dim)
-    diagonal = w.diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True)
-    w = w.gather(1, order[:, :, None].expand_as(w)).gather(2, order[:, None, :].expand_as(w))
-    trace = diagonal.sum(-1)[:, None, None]
-    eye = torch.eye(dim, dtype=w.dtype, device=w.device)
-    w = torch.where(trace > 0, w / trace.clamp_min(torch.finfo(w.dtype).tiny), eye)
-    # All ridges at once: a factorisation takes as long for a few matrices more.
-    lower, info = torch.linalg.cholesky_ex(torch.stack([w + ridge * eye for ridge in RIDGES]))
-    root = torch.zeros_like(w)
-    for some, failed in zip(lower, info, strict=True):
-        root = torch.where((failed == 0)[:, None, None], some, root)
-    rows = torch.nn.functional.pad(root.mT.float(), (0, 0, 0, _padded_rows(dim) - dim)).contiguous()
-    _orthogonalise(rows)
-    v = rows.double()
-    size, falling = v.norm(dim=-1).sort(dim=-1, descending=True)  # the rows of zeros last: others are as long as the ridge
-    v = v.gather(1, falling[:, :dim, None].expand(-1, -1, dim)) / size[:, :dim, None]
-    # To first order, as Gram and Schmidt would: from each row its parts along the larger ones. A symmetric step would turn
-    # the larger row as far as the smaller one, of which a rotation of rows that differ in size knows far less.
-    for _ in range(3):  # overlaps of 1e-3, then their squares
-        overlap = (v @ v.mT).tril()
-        overlap.diagonal(dim1=-2, dim2=-1).sub_(1).mul_(0.5)
-        v = torch.baddbmm(v, overlap, v, alpha=-1)
-    return torch.empty_like(v).scatter_(2, order[:, None, :].expand_as(v), v).view(matrices.shape)
+    return weighted_eigenvectors(matrices, None, floor=0.0, rank=dim, signed=False, dtype=torch.float64)
 
 
 def eigenvectors_torch(matrices: torch.Tensor) -> torch.Tensor:

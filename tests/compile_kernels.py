@@ -23,7 +23,6 @@ import spectral_kernels as sk
 from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
 from spectral_kernels.compress import error_weights, quantiser_errors, requantise
-from spectral_kernels.eigen import eigenvectors
 
 TYPES = {
     torch.uint8: "*u8",
@@ -33,6 +32,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 DIMS = (64, 128, 256)
@@ -174,7 +174,10 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
         sk.query_metric(queries, rope, chunk=layout.align, kv_heads=kv_heads, weights=weights)
     for metric in (None, torch.eye(dim).expand(group * kv_heads, -1, -1)):
         error_weights(queries, x, x, rope, metric, chunk=layout.align, sinks=4, window=16)
-    eigenvectors(torch.eye(dim, dtype=torch.float64))
+    eye = torch.eye(dim)
+    for metric in (None, eye):
+        sk.fit_basis(eye, metric, rank=dim)
+        sk.fit_encoder(eye.to(torch.int8), torch.ones(dim), metric)
     for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
         encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
         sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
