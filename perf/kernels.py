@@ -183,6 +183,25 @@ def fit_steps(card: Card) -> Kernel:
     return Kernel(calls, nbytes, check, f"G={KV_HEADS} T={tokens} {bands}")
 
 
+def fit_encoder(card: Card) -> Kernel:
+    """Of random rows, which are well conditioned."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(-127, 128, (2 * KV_HEADS, DIM, DIM), generator=generator, dtype=torch.int8).to(card.device)
+    scale = torch.rand((2 * KV_HEADS, DIM), generator=generator).to(card.device) + 0.5
+    root = torch.randn((2 * KV_HEADS, DIM, DIM), generator=generator).to(card.device)
+    metric = root @ root.mT + DIM * torch.eye(DIM, device=card.device)
+    call = partial(sk.fit_encoder, rows, scale, metric)
+
+    def check() -> None:
+        """With R = D the encoder is the basis' inverse, good to the rounding of its entries."""
+        for i, got in enumerate(numpy_of(call())):
+            basis = numpy_of(rows[i]) * numpy_of(scale[i])[:, None]
+            budgets.check(got @ basis, np.eye(DIM), 4 * budgets.ACC * (np.abs(got) @ np.abs(basis)) + 1e-9)
+
+    nbytes = rows.nbytes + scale.nbytes + 2 * metric.nbytes
+    return Kernel([call], nbytes, check, f"{2 * KV_HEADS} matrices R=D={DIM}")
+
+
 def encode(card: Card, side: str) -> Kernel:
     layout = preset_layout(LAYOUT, DIM)
     bands, tokens = (layout.k if side == "k" else layout.v), tokens_of(card, 2 * KV_HEADS * DIM)
@@ -298,6 +317,7 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "gram": gram,
     "query_metric": query_metric,
     "fit_steps": fit_steps,
+    "fit_encoder": fit_encoder,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
     **{f"attend_spectral {name}": partial(attend_spectral, name=name) for name in LAYOUTS},

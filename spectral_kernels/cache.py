@@ -211,8 +211,8 @@ class _Budget:
 
     A layer that fits its first segment says what it would lose in each layout. Until all have said so, it stores its tokens
     in bands richer than its share of what is known so far, and the richer the less is known; with the last one each gets
-    its own. Pages are written anew (`LayerCache.narrow`) then, and before that with EARLY layers left, and where it saves
-    most, if all take too much.
+    its own. Pages are written anew (`LayerCache.narrow`) then, and before that with EARLY of the layers left, and where it
+    saves most, if all take too much.
     """
 
     def __init__(self, total: float) -> None:
@@ -242,7 +242,7 @@ class _Budget:
         more = {each: each.layout.token_bytes - own[each].token_bytes for each in known if each.layout is not None}
         over = sum(x.token_bytes for x in own.values()) + sum(more.values()) - SLACK * self.total
         for each in sorted(more, key=lambda each: -more[each]):
-            if len(self.layers) - len(known) <= EARLY or over > 0:
+            if share >= 1 - EARLY or over > 0:
                 each.narrow(own[each])
                 over -= more[each]
         return own[layer]
@@ -270,9 +270,9 @@ def _widest(layouts: tuple[PageLayout, ...]) -> PageLayout:
 HEAD_FLOOR = 1 / 8
 # How much more than their budget the layers' pages may take before all layers have fitted.
 SLACK = 1.02
-# With so many layers left to fit or fewer, the others' pages get the bands that would be theirs: most stay so, and little
-# is left to do after the last layer, when a prompt's first token waits for it.
-EARLY = 2
+# With at most this share of the layers left to fit, the others' pages get the bands that would be theirs: most stay so, and
+# little is left to do after the last layer, when a prompt's first token waits for it.
+EARLY = 1 / 16
 # A new segment's bases are at most this share of the coefficients of the segment before it.
 BASES_SHARE = 1 / 8
 # Of more queries a row than this, only some count in the metric of K.
@@ -493,8 +493,8 @@ class LayerCache:
         encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
         total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
         for fit in self.open_fits:
-            total += fit.k.nbytes + fit.v.nbytes
-            total += sum(x.nbytes for x in (fit.predicted, fit.by_layout) if x is not None)
+            total += fit.k.nbytes + fit.v.nbytes  # and `predicted`: part of `by_layout`, once pages were narrowed
+            total += fit.by_layout.nbytes if fit.by_layout is not None else 0
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from ._checks import FLOATS, check_in, check_tensor
 from ._launch import cos_sin_of_phase, dot_f32, dot_int8_f32, phase_of
 from .attention import _block, _fields, _first_block, _group_offset, _half, _mask, _masked, _offset, _subtiles, _weight
 from .eigen import (
+    _weighted_eigenvectors,
     eigenvectors_torch,
     factorise_f64,
     has_kernels,
@@ -43,7 +44,6 @@ from .eigen import (
     sizes_f64,
     solve_f64,
     store_floored_f64,
-    weighted_eigenvectors,
 )
 from .merge import merge_many_states
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
@@ -794,7 +794,7 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
         moment = moment.expand(torch.broadcast_shapes(moment.shape, metric.shape))
     if not has_kernels(moment, dim):
         return fit_basis_torch(moment, metric, rank=rank)
-    return weighted_eigenvectors(moment, metric, floor=METRIC_FLOOR, rank=rank, signed=True, dtype=torch.float32)
+    return _weighted_eigenvectors(moment, metric, floor=METRIC_FLOOR, rank=rank, signed=True, dtype=torch.float32)
 
 
 def fit_basis_torch(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank: int) -> torch.Tensor:
@@ -1227,7 +1227,7 @@ class Side:
     centre: bool = False
 
 
-def fit_spectra(sides: Sequence[Side], *, sample: int = 1024) -> list[Spectrum]:
+def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
     """Components of sides of the same B, G and D from their rows; their eigenproblems are solved together.
 
     Args:
@@ -1286,7 +1286,7 @@ def _quantised(
 
 
 def fit_side(
-    x: torch.Tensor, bands: Bands, metric: torch.Tensor | None = None, *, sample: int = 1024
+    x: torch.Tensor, bands: Bands, metric: torch.Tensor | None = None, *, sample: int = 2048
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Basis, scale and encoder of one side (K or V) from its rows, without a mean.
 

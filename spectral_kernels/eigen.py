@@ -434,7 +434,7 @@ def has_kernels(x: torch.Tensor, dim: int) -> bool:
     return dim <= 128 and _launch.runs_kernel(x) and _launch.has_matrix_units(x.device)
 
 
-def weighted_eigenvectors(
+def _weighted_eigenvectors(
     moment: torch.Tensor, metric: torch.Tensor | None, *, floor: float, rank: int, signed: bool, dtype: torch.dtype
 ) -> torch.Tensor:
     """By kernels: V^T L^-1, the first R rows, where V are eigenvectors of L^T G L by falling eigenvalue.
@@ -493,7 +493,7 @@ def eigenvectors(matrices: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"matrices: expected shape [..., D, D], got {list(matrices.shape)}")
     if not has_kernels(matrices, dim):
         return eigenvectors_torch(matrices)
-    return weighted_eigenvectors(matrices, None, floor=0.0, rank=dim, signed=False, dtype=torch.float64)
+    return _weighted_eigenvectors(matrices, None, floor=0.0, rank=dim, signed=False, dtype=torch.float64)
 
 
 def eigenvectors_torch(matrices: torch.Tensor) -> torch.Tensor:

@@ -404,6 +404,21 @@ def test_quantise_basis(rng):
     assert np.abs(to_numpy(codes)).max(-1).min() == 0 and (np.abs(to_numpy(codes)).max(-1) == 127).sum() == 2 * 3 * 16 - 1
 
 
+def check_fit_encoder(implementation: str, rows: F64, scale: F64, metric: F64 | None) -> F64:
+    """rows [R, D], integers within -127 .. 127; scale [R], float32. The encoder."""
+    held = None if metric is None else held_metric(metric)
+    basis = rows * scale[:, None]
+    run = operation(compress, "fit_encoder", implementation)
+    got = run(tensor(rows, torch.int8), tensor(scale), None if metric is None else tensor(metric, torch.float64))
+    assert got.dtype == torch.float32 and tuple(got.shape) == (rows.shape[1], len(rows))
+    expected = oracle.fit_encoder(basis, held)
+    # The diagonal of R x R equations has 1e-13 more of itself, and they are solved in float64.
+    condition = np.linalg.cond(rows) ** 2 * (1.0 if held is None else np.linalg.cond(held))
+    slack = (1e-13 + 4 * rows.shape[1] * 2.0**-53) * condition * np.abs(expected).max()
+    budgets.check(got, expected, budgets.rounding(expected, torch.float32) + slack, "encoder")
+    return to_numpy(got)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("dim", "rank"), [(64, 16), (64, 64), (40, 24)])
 @pytest.mark.parametrize("weighted", [False, True])
@@ -412,18 +427,11 @@ def test_fit_encoder(rng, implementation, dim, rank, weighted):
     metric = random_metric(rng, dim) if weighted else None
     held = held_metric(metric) if weighted else None
     rows, scale = oracle.quantise_basis(oracle.fit_basis(spectrum(rng, (200,), dim), held, rank)[0])
-    scale = scale.astype(np.float32)
-    basis = rows * scale[:, None].astype(np.float64)
-    run = operation(compress, "fit_encoder", implementation)
-    got = run(tensor(rows, torch.int8), tensor(scale), None if metric is None else tensor(metric, torch.float64))
-    expected = oracle.fit_encoder(basis, held)
-    condition = np.linalg.cond(basis) ** 2 * (1.0 if held is None else np.linalg.cond(held))
-    budgets.check(
-        got, expected, budgets.rounding(expected, torch.float32) + 1e-14 * condition * np.abs(expected).max(), "encoder"
-    )
-    np.testing.assert_allclose(basis @ to_numpy(got), np.eye(rank), atol=1e-4)
+    scale = np.float64(np.float32(scale))
+    got, basis = check_fit_encoder(implementation, rows, scale, metric), rows * scale[:, None]
+    np.testing.assert_allclose(basis @ got, np.eye(rank), atol=1e-4)
     if rank == dim:
-        np.testing.assert_allclose(to_numpy(got) @ basis, np.eye(dim), atol=1e-4)
+        np.testing.assert_allclose(got @ basis, np.eye(dim), atol=1e-4)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -47,6 +47,7 @@ from tests.test_attention import check_exact, check_spectral
 from tests.test_compress import (
     check_encode,
     check_error_weights,
+    check_fit_encoder,
     check_fit_quantisers,
     check_gram,
     check_query_metric,
@@ -361,6 +362,15 @@ def fuzz_eigenvectors(draw: Draw) -> None:
     check_eigenvectors(implementation, np.float64(np.float32(x.mT @ x * draw.of("size", 1e-12, 1.0, 1e12))))
 
 
+def fuzz_fit_encoder(draw: Draw) -> None:
+    implementation, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.rng()
+    dim = draw.int("dim", 1, 20 if is_slow(implementation) else 130)
+    rows = rng.integers(-127, 128, (draw.int("rank", 1, dim), dim))
+    metric = rng.standard_normal((draw.int("queries", 1, 2 * dim), dim)) * draw.of("size", 1e-6, 1.0, 1e6)
+    scale = np.exp(rng.uniform(-6, 6, len(rows)))
+    check_fit_encoder(implementation, rows, np.float64(np.float32(scale)), draw.of("metric", None, metric.T @ metric))
+
+
 # Each with its share of the cases.
 FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "rotate": (fuzz_rotate, 0.08),
@@ -368,13 +378,14 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "attend_spectral": (fuzz_attend_spectral, 0.3),
     "attend_exact": (fuzz_attend_exact, 0.2),
     "merge": (fuzz_merge, 0.06),
-    "encode": (fuzz_encode, 0.05),
+    "encode": (fuzz_encode, 0.04),
     "decode": (fuzz_decode, 0.05),
     "requantise": (fuzz_requantise, 0.02),
-    "gram": (fuzz_gram, 0.05),
+    "gram": (fuzz_gram, 0.04),
     "query_metric": (fuzz_query_metric, 0.02),
     "error_weights": (fuzz_error_weights, 0.02),
     "eigenvectors": (fuzz_eigenvectors, 0.025),
+    "fit_encoder": (fuzz_fit_encoder, 0.02),
     "fit_quantisers": (fuzz_fit_quantisers, 0.025),
 }
 
