@@ -919,7 +919,7 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
             FLOOR=METRIC_FLOOR,
             R=rank,
             D=dim,
-            **sizes_f64(dim),
+            **sizes_f64(dim, basis.device),
         )
     return out
 

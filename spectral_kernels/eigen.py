@@ -397,9 +397,12 @@ def _basis_kernel(
         tl.store(out_ptr + n * R * D + i[:, None] * D + j[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def sizes_f64(dim: int) -> dict[str, int]:
+def sizes_f64(dim: int, device: torch.device) -> dict[str, int]:
     """How a program holds D x D matrices: N rows, of which those past D are zero; its warps and stages."""
-    return {"N": max(16, _launch.next_power_of_2(dim)), "num_warps": 8 if dim > 64 else 4, "num_stages": 1}
+    warps = 8 if dim > 64 else 4
+    if dim > 32 and _launch.has_tensor_memory(device):
+        warps = 16  # Triton 3.6 would have 4 or 8 warps multiply float64 in tensor memory, and fails
+    return {"N": max(16, _launch.next_power_of_2(dim)), "num_warps": warps, "num_stages": 1}
 
 
 def _orthogonalise(rows: torch.Tensor) -> None:
@@ -445,7 +448,7 @@ def _weighted_eigenvectors(
     out = torch.empty((*moment.shape[:-2], rank, dim), dtype=dtype, device=moment.device)
     if out.numel() == 0:
         return out
-    same = sizes_f64(dim)
+    same = sizes_f64(dim, moment.device)
     first, second, lower = torch.empty((3, count, dim, dim), dtype=torch.float64, device=moment.device)
     rows = torch.empty((count, same["N"], dim), dtype=torch.float32, device=moment.device)
     order = torch.empty((count, dim), dtype=torch.int32, device=moment.device)
