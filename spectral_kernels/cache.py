@@ -6,7 +6,8 @@ A row's first compression fits its segment (the bases of K and V) on all tokens 
 When these lose more than tokens did at the fit (`Preset.max_residual`), the segment ends with its block of alignment: newer
 tokens stay exact until there are enough to fit a new one on, with the metrics of the old one.
 Layers choose their bands from the preset's together, within the bytes that all share. Until all have fitted their first
-segments, pages are in bands that are richer than the layer's share of what is known; then they are narrowed to its own.
+segments, pages are in bands that are richer than the layer's share of what is known; then, and for the most part shortly
+before, they are narrowed to its own.
 
     position     0 .. cold                     cold .. length
     cold         pages, chunk by chunk         -
@@ -493,8 +494,8 @@ class LayerCache:
         encoders = [t for held in (*self.encoders.values(), *self.fits.values()) for t in held]
         total = sum(t.nbytes for t in (*exact, *outliers, *encoders, *(self.queries or ())))
         for fit in self.open_fits:
-            total += fit.k.nbytes + fit.v.nbytes  # and `predicted`: part of `by_layout`, once pages were narrowed
-            total += fit.by_layout.nbytes if fit.by_layout is not None else 0
+            total += fit.k.nbytes + fit.v.nbytes
+            total += sum(x.nbytes for x in (fit.predicted, fit.by_layout) if x is not None)
         return total + (self.pages.nbytes if self.pages is not None else 0)
 
     # ---- append -----------------------------------------------------------------------------------------------------
@@ -1015,7 +1016,7 @@ class LayerCache:
             known = layout in self.layouts
             by = fit.by_layout[:, self.layouts.index(layout)] if known else _distortions(fit.k, fit.v, [layout])[:, 0]
             more = by / fit.predicted  # [2, m, G]
-            open_fits.append(fit._replace(predicted=by))
+            open_fits.append(fit._replace(predicted=by.clone()))  # its own memory, as `nbytes` counts it
             alike: dict[int, list[int]] = {}  # those of as many pages
             for i, segment in enumerate(fit.segments):
                 alike.setdefault(len(held.get(segment, ())), []).append(segment)

@@ -790,8 +790,9 @@ def fit_basis(moment: torch.Tensor, metric: torch.Tensor | None = None, *, rank:
     if not 1 <= rank <= dim:
         raise ValueError(f"rank: expected 1 .. {dim}, got {rank}")
     if metric is not None:
-        check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=moment.device)
-        moment = moment.expand(torch.broadcast_shapes(moment.shape, metric.shape))
+        shape = (*metric.shape[:-2], dim, dim)
+        check_tensor("metric", metric, shape=shape, dtype=(torch.float32, torch.float64), device=moment.device)
+        moment = moment.expand(*torch.broadcast_shapes(moment.shape[:-2], metric.shape[:-2]), dim, dim)
     if not has_kernels(moment, dim):
         return fit_basis_torch(moment, metric, rank=rank)
     return _weighted_eigenvectors(moment, metric, floor=METRIC_FLOOR, rank=rank, signed=True, dtype=torch.float32)
@@ -826,61 +827,61 @@ def quantise_basis(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @triton.jit
 def _encoder_kernel(
-    basis_ptr,  # int8 [R, D] a program
-    scale_ptr,  # float32 [R] a program
+    basis_ptr,  # int8 [D, D] a program
+    scale_ptr,  # float32 [D] a program
     metric_ptr,  # [D, D] a program, or None
-    metric_f64_ptr,  # float64 [D, D] a program, scratch, or None
-    rows_ptr,  # float64 [R, D] a program, scratch
-    x_ptr,  # float64 [D, R] a program, scratch
-    inner_ptr,  # float64 [R, R] a program, scratch
-    out_ptr,  # float32 [D, R] a program
+    metric_f64_ptr,  # float64 [D, D] a program, scratch, as are the next three
+    rows_ptr,
+    x_ptr,
+    inner_ptr,
+    out_ptr,  # float32 [D, D] a program
     FLOOR: tl.constexpr,
-    R: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The encoder of one basis: `fit_encoder`."""
+    """The encoder of one basis of full rank: `fit_encoder`."""
     BLOCK: tl.constexpr = min(N, 32)
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N)
-    rows_ptr += n * R * D
-    x_ptr += n * R * D
-    inner_ptr += n * R * R
+    basis_ptr += n * D * D
+    metric_f64_ptr += n * D * D
+    rows_ptr += n * D * D
+    x_ptr += n * D * D
+    inner_ptr += n * D * D
     # By way of memory: Triton 3.6 fails where it would multiply what it has just made of integers.
     for first in range(0, N, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        mask = (i < R)[:, None] & (j < D)[None, :]
-        row = tl.load(basis_ptr + n * R * D + i[:, None] * D + j[None, :], mask=mask, other=0).to(tl.float64)
+        mask = (i < D)[:, None] & (j < D)[None, :]
+        row = tl.load(basis_ptr + i[:, None] * D + j[None, :], mask=mask, other=0).to(tl.float64)
         tl.store(rows_ptr + i[:, None] * D + j[None, :], row, mask=mask)
         if metric_ptr is None:
-            tl.store(x_ptr + j[None, :] * R + i[:, None], row, mask=mask)
+            tl.store(x_ptr + j[None, :] * D + i[:, None], row, mask=mask)
     tl.debug_barrier()
     if metric_ptr is not None:
-        metric_f64_ptr += n * D * D
         store_floored_f64(metric_ptr + n * D * D, metric_f64_ptr, FLOOR, D, N)
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
-            x = product_f64(metric_f64_ptr, D, 1, rows_ptr, 1, D, first, D, D, R, N)
-            tl.store(x_ptr + i[:, None] * R + j[None, :], x, mask=(i < D)[:, None] & (j < R)[None, :])
+            x = product_f64(metric_f64_ptr, D, 1, rows_ptr, 1, D, first, D, D, D, N)
+            tl.store(x_ptr + i[:, None] * D + j[None, :], x, mask=(i < D)[:, None] & (j < D)[None, :])
         tl.debug_barrier()
     for first in range(0, N, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        inner = product_f64(rows_ptr, D, 1, x_ptr, R, 1, first, R, D, R, N)
+        inner = product_f64(rows_ptr, D, 1, x_ptr, D, 1, first, D, D, D, N)
         # Room for the rounding of rows that are nearly dependent, and any length for a row of zeros (a component of no
         # variance): it spoils no other.
         more = tl.where(inner > 0, inner * tl.full([N, BLOCK], 1 + 1e-13, dtype=tl.float64), 1.0)
         inner = tl.where(i[:, None] == j[None, :], more, inner)
-        tl.store(inner_ptr + i[:, None] * R + j[None, :], inner, mask=(i < R)[:, None] & (j < R)[None, :])
+        tl.store(inner_ptr + i[:, None] * D + j[None, :], inner, mask=(i < D)[:, None] & (j < D)[None, :])
     tl.debug_barrier()
-    factorise_f64(inner_ptr, inner_ptr, 0.0, R, N)
-    solve_f64(x_ptr, inner_ptr, D, R, N, N, True)
-    solve_f64(x_ptr, inner_ptr, D, R, N, N, False)
+    factorise_f64(inner_ptr, 0.0, D, N)
+    solve_f64(x_ptr, inner_ptr, D, D, N, True)
+    solve_f64(x_ptr, inner_ptr, D, D, N, False)
     for first in range(0, N, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        mask = (i < D)[:, None] & (j < R)[None, :]
-        x = tl.load(x_ptr + i[:, None] * R + j[None, :], mask=mask, other=0.0)
-        inverse = 1.0 / tl.load(scale_ptr + n * R + j, mask=j < R, other=1.0).to(tl.float64)
-        tl.store(out_ptr + n * D * R + i[:, None] * R + j[None, :], (x * inverse[None, :]).to(tl.float32), mask=mask)
+        mask = (i < D)[:, None] & (j < D)[None, :]
+        x = tl.load(x_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0)
+        inverse = 1.0 / tl.load(scale_ptr + n * D + j, mask=j < D, other=1.0).to(tl.float64)
+        tl.store(out_ptr + n * D * D + i[:, None] * D + j[None, :], (x * inverse[None, :]).to(tl.float32), mask=mask)
 
 
 def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
@@ -896,28 +897,28 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     """
     check_tensor("basis", basis, dtype=torch.int8)
     check_tensor("scale", scale, shape=basis.shape[:-1], dtype=torch.float32, device=basis.device)
-    if metric is not None:
-        check_tensor("metric", metric, dtype=(torch.float32, torch.float64), device=basis.device)
     rank, dim = basis.shape[-2:]
-    if not has_kernels(basis, dim) or rank > dim:
+    if metric is not None:
+        shape = (*metric.shape[:-2], dim, dim)
+        check_tensor("metric", metric, shape=shape, dtype=(torch.float32, torch.float64), device=basis.device)
+    # Not other ranks, which follow from layouts: each would be compiled when decoding first comes to it.
+    if rank != dim or not has_kernels(basis, dim):
         return fit_encoder_torch(basis, scale, metric)
-    out = torch.empty((*basis.shape[:-2], dim, rank), dtype=torch.float32, device=basis.device)
+    if metric is not None:
+        batch = torch.broadcast_shapes(basis.shape[:-2], metric.shape[:-2])
+        basis, metric = basis.expand(*batch, dim, dim), metric.expand(*batch, dim, dim).contiguous()
+    out = torch.empty(basis.shape, dtype=torch.float32, device=basis.device)
     if out.numel() == 0:
         return out
-    count = basis.shape[:-2].numel()
-    empty = partial(torch.empty, dtype=torch.float64, device=basis.device)
+    scratch = torch.empty((4, *out.shape), dtype=torch.float64, device=basis.device)
     with torch.cuda.device_of(basis):
-        _encoder_kernel[(count,)](
+        _encoder_kernel[(basis.shape[:-2].numel(),)](
             basis.contiguous(),
-            scale.contiguous(),
-            None if metric is None else metric.expand(*basis.shape[:-2], dim, dim).contiguous(),
-            None if metric is None else empty((count, dim, dim)),
-            empty((count, rank, dim)),
-            empty((count, dim, rank)),
-            empty((count, rank, rank)),
+            scale.expand(basis.shape[:-1]).contiguous(),
+            metric,
+            *scratch,
             out,
             FLOOR=METRIC_FLOOR,
-            R=rank,
             D=dim,
             **sizes_f64(dim, basis.device),
         )

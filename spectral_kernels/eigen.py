@@ -10,7 +10,7 @@ S V^T, and W = V (S^2 - e) V^T: nothing else is accumulated. A rotation makes ro
 All pairs meet once a sweep, with few rows on the move. A thread block holds the rows as two halves, row i of a against row
 i of b. b goes through all its orders i xor s, one bit of i at a time (Gray code), so that every a meets every b; then a and
 b trade halves, and the same happens within each half, and so on. The bits that turn most often are those along which a
-thread holds several rows: such a turn moves nothing. The others go by way of memory, where every warp finds its rows.
+thread holds several rows: such a turn moves nothing. Rows of other threads go by way of memory.
 
 Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and four steps in float64
 make the vectors orthonormal beyond it.
@@ -43,7 +43,7 @@ SWEEPS = 16  # at most; 8 to 10 are usual
 
 @triton.jit
 def _flipped(x, BIT: tl.constexpr):
-    """x [P, N] or [P], float32, with row i taken from row i xor 2**BIT. In registers where that bit of a row is."""
+    """x [P, N] or [P], float32, with row i taken from row i xor 2**BIT: moves nothing if a thread holds both."""
     bits = x.to(tl.int32, bitcast=True)
     P: tl.constexpr = x.shape[0]
     if len(x.shape) == 2:
@@ -72,13 +72,13 @@ def _orthogonalise_kernel(
     D: tl.constexpr,
     P: tl.constexpr,
     LOG: tl.constexpr,
-    WARP_BITS: tl.constexpr,
+    MEMORY_BITS: tl.constexpr,
     SMALL: tl.constexpr,
     SWEEPS: tl.constexpr,
 ):
     """Rotate the 2 P rows of one matrix [2 P, D], in place, until they are orthogonal; their order changes. P = 2**LOG.
 
-    WARP_BITS: the last bits of a row's number, by which rows are spread over warps.
+    MEMORY_BITS: the lowest bits of a row's number, by which rows are spread over threads.
     """
     pair = tl.arange(0, P)
     column = tl.arange(0, 2 * P)
@@ -113,7 +113,7 @@ def _orthogonalise_kernel(
                 if left == P >> i:
                     high = ((pair >> i) & 1) != 0
                     trade = tl.where(high[:, None], a, b)
-                    if i < WARP_BITS:
+                    if i < MEMORY_BITS:
                         trade = _moved(trade, pair ^ (1 << i), x_ptr, D)
                     else:
                         trade = _flipped(trade, i)
@@ -122,7 +122,7 @@ def _orthogonalise_kernel(
                     size_a = tl.sum(a * a, 1)
                     size_b = tl.sum(b * b, 1)
                 if ((left & (left - 1)) != 0) & ((step & ((2 << i) - 1)) == (1 << i)):
-                    if LOG - 1 - i < WARP_BITS:
+                    if LOG - 1 - i < MEMORY_BITS:
                         b = _moved(b, pair ^ (1 << (LOG - 1 - i)), x_ptr, D)
                         size_b = tl.sum(b * b, 1)
                     else:
@@ -182,9 +182,9 @@ def store_floored_f64(metric_ptr, out_ptr, FLOOR: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def factorise_f64(a_ptr, out_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
-    """L of L L^T = a + ridge I, float64 [D, D] in memory (may be a itself, of which the lower half is read), with zeros
-    above the diagonal. Returns whether there is one, as an integer; else what is stored is of no use.
+def factorise_f64(a_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
+    """L of L L^T = a + ridge I in place of a, float64 [D, D] in memory: the lower half is read, zeros are left above the
+    diagonal. Returns whether there is one, as an integer; else what is stored is of no use.
 
     16 columns at a time: less the part that the columns before them explain, then one by one.
     """
@@ -198,10 +198,10 @@ def factorise_f64(a_ptr, out_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
         part = tl.where(i[:, None] == j[None, :], part + ridge, part)
         for before in range(0, first, 16):
             left = tl.load(
-                out_ptr + i[:, None] * D + (before + k)[None, :], mask=(i < D)[:, None] & (k >= 0)[None, :], other=0.0
+                a_ptr + i[:, None] * D + (before + k)[None, :], mask=(i < D)[:, None] & (k >= 0)[None, :], other=0.0
             )
             right = tl.load(
-                out_ptr + j[None, :] * D + (before + k)[:, None], mask=(j < D)[None, :] & (k >= 0)[:, None], other=0.0
+                a_ptr + j[None, :] * D + (before + k)[:, None], mask=(j < D)[None, :] & (k >= 0)[:, None], other=0.0
             )
             part = tl.dot(-left, right, part, out_dtype=tl.float64)
         for c in range(0, tl.minimum(D - first, 16)):
@@ -213,17 +213,15 @@ def factorise_f64(a_ptr, out_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
             column = tl.where(i >= first + c, column * inverse, 0.0)
             row = tl.where(k > c, row * inverse, 0.0)
             part = tl.where(k[None, :] == c, column[:, None], part - column[:, None] * row[None, :])
-        tl.store(out_ptr + i[:, None] * D + j[None, :], part, mask=mask)
+        tl.store(a_ptr + i[:, None] * D + j[None, :], part, mask=mask)
         tl.debug_barrier()
     return good
 
 
 @triton.jit
-def solve_f64(
-    x_ptr, lower_ptr, M: tl.constexpr, D: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, TRANSPOSED: tl.constexpr
-):
+def solve_f64(x_ptr, lower_ptr, M: tl.constexpr, D: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """x L^-1, or x L^-T if TRANSPOSED, in place of x, float64 [M, D] in memory; L: lower triangle, float64 [D, D]."""
-    i = tl.arange(0, M_PADDED)
+    i = tl.arange(0, N)
     k = tl.arange(0, 16)
     panels: tl.constexpr = (D + 15) // 16
     for n in range(0, panels):
@@ -251,8 +249,9 @@ def solve_f64(
 
 @triton.jit
 def _places(x, N: tl.constexpr):
-    """The place [N] of each number in falling order."""
+    """The place [N] of each number in falling order; NaN last, so that places are always a permutation."""
     i = tl.arange(0, N)
+    x = tl.where(x == x, x, float("-inf"))
     first = (x[None, :] > x[:, None]) | ((x[None, :] == x[:, None]) & (i[None, :] < i[:, None]))
     return tl.sum(first.to(tl.int32), 1)
 
@@ -282,7 +281,7 @@ def _roots_kernel(
     if metric_ptr is not None:
         lower_ptr += n * D * D
         store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
-        factorise_f64(lower_ptr, lower_ptr, 0.0, D, N)
+        factorise_f64(lower_ptr, 0.0, D, N)
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
             half = product_f64(moment_ptr, D, 1, lower_ptr, D, 1, first, D, D, D, N)
@@ -314,7 +313,7 @@ def _roots_kernel(
                 w = tl.where(trace > 0, w * factor, tl.where(i[:, None] == j[None, :], 1.0, 0.0))
                 tl.store(root_ptr + i[:, None] * D + j[None, :], w, mask=mask)
             tl.debug_barrier()
-            good = factorise_f64(root_ptr, root_ptr, RIDGES[attempt], D, N)
+            good = factorise_f64(root_ptr, RIDGES[attempt], D, N)
     for first in range(0, N, BLOCK):
         j = first + tl.arange(0, BLOCK)
         mask = (i < D)[:, None] & (j < D)[None, :]
@@ -380,7 +379,7 @@ def _basis_kernel(
             tl.store(v_ptr + i[:, None] * D + j[None, :], x, mask=mask)
         tl.debug_barrier()
     if lower_ptr is not None:
-        solve_f64(v_ptr, lower_ptr + n * D * D, R, D, N, N, False)
+        solve_f64(v_ptr, lower_ptr + n * D * D, R, D, N, False)
     largest = tl.zeros([N], dtype=tl.float64)
     least = tl.zeros([N], dtype=tl.float64)
     if SIGNED:
@@ -414,13 +413,14 @@ def _orthogonalise(rows: torch.Tensor) -> None:
         # 1.3 ms and 1.4 ms, 512 take 4.9 ms and 4.5 ms).
         few = count <= _launch.multiprocessors(rows.device)
         options = {"num_warps": 8} if few else {"num_warps": 8, "maxnreg": 128}
+    spread = options["num_warps"] * 32 * 4 // rows.shape[1]  # rows that threads of four columns hold side by side
     with torch.cuda.device_of(rows):
         _orthogonalise_kernel[(count,)](
             rows,
             D=dim,
             P=pairs,
             LOG=pairs.bit_length() - 1,
-            WARP_BITS=options["num_warps"].bit_length() - 1,
+            MEMORY_BITS=min(spread.bit_length(), pairs.bit_length()) - 1,
             SMALL=SMALL,
             SWEEPS=SWEEPS,
             **options,

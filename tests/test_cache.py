@@ -1032,16 +1032,13 @@ class BudgetedLayer:
 
 
 @pytest.mark.parametrize("slope", [-3.0, 0.0, 3.0])
-def test_bands_before_all_layers_have_fitted(rng, slope):
-    """Whether layers lose ever more or ever less: never more bytes than allowed, in the end no worse than choosing at once
-    with SLACK less of them.
+def test_bands_before_all_layers_have_fitted(rng, monkeypatch, slope):
+    """Whether layers lose ever more or ever less: never more bytes than allowed, in the end what choosing at once gives, or
+    nearly; and early narrowing leaves less to do for the last layer, at next to no loss.
 
     Spectra fall, and layers differ by a factor of ten.
     """
-    layers, count = [BudgetedLayer() for _ in range(32)], 32
-    sizes = [layout.token_bytes for layout in layers[0].layouts]
-    budget = cache_module._Budget(count * 4 * 128 / 8)
-    budget.layers = layers
+    count = 32
     losses = []
     for i in range(count):
         size = np.exp(slope * i / count) * 10.0 ** rng.uniform(-0.5, 0.5)
@@ -1052,24 +1049,38 @@ def test_bands_before_all_layers_have_fitted(rng, slope):
             bits = np.array([*bands.bits[::16], *[0] * ((128 - bands.rank) // 16)])
             return (error * 4.0 ** -bits.astype(float)).sum()
 
-        losses.append([size * (lost(x.k, errors[0]) + lost(x.v, errors[1])) for x in layers[0].layouts])
-    before = 0
-    for layer, own in zip(layers, losses, strict=True):
-        before = sum(x.narrowed for x in layers)
-        layer.layout = budget.layout_of(layer, own)
-        assert sum(x.layout.token_bytes for x in layers if x.layout) <= cache_module.SLACK * budget.total
-    assert sum(x.layout.token_bytes for x in layers) <= budget.total
-    chosen = share_bytes(budget.total / cache_module.SLACK, sizes, losses)
-    at_once = sum(own[i] for own, i in zip(losses, chosen, strict=True))
-    assert sum(x.losses[x.layouts.index(x.layout)] for x in layers) <= at_once
-    assert sum(x.narrowed for x in layers) <= 2 * count
-    assert sum(x.narrowed for x in layers) - before <= count / 4  # what is left to do when the last one has fitted
-    budget.settle()
-    assert all(x.losses is None for x in layers)
+        losses.append([size * (lost(x.k, errors[0]) + lost(x.v, errors[1])) for x in BudgetedLayer.layouts])
+    total, sizes = count * 4 * 128 / 8, [layout.token_bytes for layout in BudgetedLayer.layouts]
+    at_once = sum(own[i] for own, i in zip(losses, share_bytes(total, sizes, losses), strict=True))
+
+    def chosen(early: float) -> tuple[float, int]:
+        """What all layers lose, over what they would if their bands were chosen at once; how many the last one narrows."""
+        monkeypatch.setattr(cache_module, "EARLY", early)
+        layers, before = [BudgetedLayer() for _ in range(count)], 0
+        budget = cache_module._Budget(total)
+        budget.layers = layers
+        for layer, own in zip(layers, losses, strict=True):
+            before = sum(x.narrowed for x in layers)
+            layer.layout = budget.layout_of(layer, own)
+            assert sum(x.layout.token_bytes for x in layers if x.layout) <= cache_module.SLACK * total
+        assert sum(x.layout.token_bytes for x in layers) <= total
+        assert sum(x.narrowed for x in layers) <= 2 * count
+        lost, last = sum(x.losses[x.layouts.index(x.layout)] for x in layers), sum(x.narrowed for x in layers) - before
+        budget.settle()
+        assert all(x.losses is None for x in layers)
+        return lost / at_once, last
+
+    (late_loss, late), (loss, last) = chosen(0.0), chosen(cache_module.EARLY)
+    assert last <= late / 2
+    assert loss <= 1.01 * late_loss
+    assert slope < 0 or loss <= 1.005
 
 
-def test_failure_while_layers_share_bytes(rng, monkeypatch):
-    """Each step fails once in the append that makes all layers write their pages anew: a layer has done so, or not."""
+@pytest.mark.parametrize("early", [0.0, 0.7])
+def test_failure_while_layers_share_bytes(rng, monkeypatch, early):
+    """Each step fails once in the append that makes all layers write their pages anew, or those that had not done so before
+    the last one: a layer has done so, or not."""
+    monkeypatch.setattr(cache_module, "EARLY", early)
     start, calls = shared_cache(rng)
     for i in range(2):
         start.append(i, **calls[i])
@@ -1103,7 +1114,7 @@ def test_failure_while_layers_share_bytes(rng, monkeypatch):
                     cache.append(2, **calls[2])
             assert same(visible(cache), visible(twin)), name
             at += 1
-    assert failures >= 8 and 0 < narrowed < failures
+    assert failures >= 8 and narrowed > 0 and (early > 0 or narrowed < failures)
 
 
 @pytest.mark.parametrize("start", [0, 5, 60, 100, 130, 159, 200, 255])

@@ -18,7 +18,15 @@ from tests.compile_kernels import FEW, FIRST, cases
 # Shared memory a block may use, bytes (CUDA programming guide, table of compute capabilities).
 SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 OLD_CARDS = {"_attend_operands_kernel", "_project_operand_kernel"}  # the cold path below sm_80
-NEW_CARDS = {"_encode_matrix_kernel", "_error_weights_kernel", "_orthogonalise_kernel", "_squares_kernel"}  # from sm_80
+NEW_CARDS = {  # from sm_80
+    "_basis_kernel",
+    "_encode_matrix_kernel",
+    "_encoder_kernel",
+    "_error_weights_kernel",
+    "_orthogonalise_kernel",
+    "_roots_kernel",
+    "_squares_kernel",
+}
 KERNELS = {
     "_attend_exact_kernel",
     "_attend_spectral_kernel",

@@ -55,6 +55,17 @@ def test_eigenvectors(rng, implementation, dim):
     check_eigenvectors(implementation, np.stack(list(matrices(rng, dim).values()))[None])
 
 
+def test_one_broken_matrix_among_others(rng):
+    """What is not a number stays where it is. (LAPACK, and so the twin, raises.)"""
+    good = matrices(rng, DIM)["falling spectrum"]
+    broken = good.copy()
+    broken[1, 2] = broken[2, 1] = broken[3, 3] = np.nan
+    run = operation(eigen, "eigenvectors", "triton")
+    together = to_numpy(run(torch.from_numpy(np.stack([good, broken, good])).to(DEVICE)))
+    for got in together[[0, 2]]:
+        np.testing.assert_array_equal(got, to_numpy(run(torch.from_numpy(good).to(DEVICE))))
+
+
 def test_the_slack_has_teeth(rng):
     matrix = matrices(rng, DIM)["falling spectrum"]
     values, vectors = np.linalg.eigh(matrix)
