@@ -1070,7 +1070,7 @@ def test_bands_before_all_layers_have_fitted(rng, monkeypatch, slope):
         assert all(x.losses is None for x in layers)
         return lost / at_once, last
 
-    (late_loss, late), (loss, last) = chosen(0.0), chosen(cache_module.EARLY)
+    (loss, last), (late_loss, late) = chosen(cache_module.EARLY), chosen(0.0)
     assert last <= late / 2
     assert loss <= 1.01 * late_loss
     assert slope < 0 or loss <= 1.005
