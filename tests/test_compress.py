@@ -431,7 +431,7 @@ def test_fit_encoder(rng, implementation, dim, rank, weighted):
     metric = random_metric(rng, dim) if weighted else None
     held = held_metric(metric) if weighted else None
     rows, scale = oracle.quantise_basis(oracle.fit_basis(spectrum(rng, (200,), dim), held, rank)[0])
-    scale = np.float64(np.float32(scale))
+    scale = scale.astype(np.float32).astype(np.float64)
     got, basis = check_fit_encoder(implementation, rows, scale, metric), rows * scale[:, None]
     np.testing.assert_allclose(basis @ got, np.eye(rank), atol=1e-4)
     if rank == dim:
@@ -442,7 +442,7 @@ def test_fit_encoder(rng, implementation, dim, rank, weighted):
 def test_fit_encoder_of_batches(rng, implementation):
     """Leading dimensions are independent; those of the metric, or of the basis, may be fewer."""
     rows, scale = oracle.quantise_basis(rng.standard_normal((2, 2, 16, 16)))
-    scale = np.float64(np.float32(scale))
+    scale = scale.astype(np.float32).astype(np.float64)
     metrics = np.stack([random_metric(rng, 16) for _ in range(2)])
     run = operation(compress, "fit_encoder", implementation)
     got = run(tensor(rows, torch.int8), tensor(scale), tensor(metrics, torch.float64))

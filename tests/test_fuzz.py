@@ -369,7 +369,9 @@ def fuzz_fit_encoder(draw: Draw) -> None:
     rows = rng.integers(-127, 128, (rank, dim))
     metric = rng.standard_normal((draw.int("queries", 1, 2 * dim), dim)) * draw.of("size", 1e-6, 1.0, 1e6)
     scale = np.exp(rng.uniform(-6, 6, len(rows)))
-    check_fit_encoder(implementation, rows, np.float64(np.float32(scale)), draw.of("metric", None, metric.T @ metric))
+    check_fit_encoder(
+        implementation, rows, scale.astype(np.float32).astype(np.float64), draw.of("metric", None, metric.T @ metric)
+    )
 
 
 # Each with its share of the cases.
