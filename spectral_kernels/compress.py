@@ -44,6 +44,7 @@ from .eigen import (
     sizes_f64,
     solve_f64,
     store_floored_f64,
+    store_product_f64,
 )
 from .merge import merge_many_states
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
@@ -859,14 +860,10 @@ def _encoder_kernel(
     tl.debug_barrier()
     if metric_ptr is not None:
         store_floored_f64(metric_ptr + n * D * D, metric_f64_ptr, FLOOR, D, N)
-        for first in range(0, N, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            x = product_f64(metric_f64_ptr, D, 1, rows_ptr, 1, D, first, D, D, D, N)
-            tl.store(x_ptr + i[:, None] * D + j[None, :], x, mask=(i < D)[:, None] & (j < D)[None, :])
-        tl.debug_barrier()
+        store_product_f64(x_ptr, metric_f64_ptr, D, 1, rows_ptr, 1, D, D, N)
     for first in range(0, N, BLOCK):
         j = first + tl.arange(0, BLOCK)
-        inner = product_f64(rows_ptr, D, 1, x_ptr, D, 1, first, D, D, D, N)
+        inner = product_f64(rows_ptr, D, 1, x_ptr, D, 1, first, D, N)
         # Room for the rounding of rows that are nearly dependent, and any length for a row of zeros (a component of no
         # variance): it spoils no other.
         more = tl.where(inner > 0, inner * tl.full([N, BLOCK], 1 + 1e-13, dtype=tl.float64), 1.0)

@@ -144,24 +144,34 @@ def product_f64(
     stride_bk,
     stride_bj,
     first,
-    M: tl.constexpr,
-    K: tl.constexpr,
-    L: tl.constexpr,
+    D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Columns from `first` on of the product of float64 [M, K] and [K, L] in memory: [N, min(N, 32)], zero past M and L."""
+    """Columns from `first` on of the product of two float64 D x D matrices in memory: [N, min(N, 32)], zero past D."""
     BLOCK: tl.constexpr = min(N, 32)
     i = tl.arange(0, N)
     j = first + tl.arange(0, BLOCK)
     out = tl.zeros([N, BLOCK], dtype=tl.float64)
-    for start in range(0, K, BLOCK):
+    for start in range(0, D, BLOCK):
         k = start + tl.arange(0, BLOCK)
         a_at = i[:, None] * stride_ai + k[None, :] * stride_ak
-        a = tl.load(a_ptr + a_at, mask=(i < M)[:, None] & (k < K)[None, :], other=0.0)
+        a = tl.load(a_ptr + a_at, mask=(i < D)[:, None] & (k < D)[None, :], other=0.0)
         b_at = k[:, None] * stride_bk + j[None, :] * stride_bj
-        b = tl.load(b_ptr + b_at, mask=(k < K)[:, None] & (j < L)[None, :], other=0.0)
+        b = tl.load(b_ptr + b_at, mask=(k < D)[:, None] & (j < D)[None, :], other=0.0)
         out = tl.dot(a, b, out, out_dtype=tl.float64)
     return out
+
+
+@triton.jit
+def store_product_f64(out_ptr, a_ptr, stride_ai, stride_ak, b_ptr, stride_bk, stride_bj, D: tl.constexpr, N: tl.constexpr):
+    """The product of two float64 D x D matrices in memory, to memory (not theirs)."""
+    BLOCK: tl.constexpr = min(N, 32)
+    i = tl.arange(0, N)
+    for first in range(0, N, BLOCK):
+        j = first + tl.arange(0, BLOCK)
+        x = product_f64(a_ptr, stride_ai, stride_ak, b_ptr, stride_bk, stride_bj, first, D, N)
+        tl.store(out_ptr + i[:, None] * D + j[None, :], x, mask=(i < D)[:, None] & (j < D)[None, :])
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -282,16 +292,8 @@ def _roots_kernel(
         lower_ptr += n * D * D
         store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
         factorise_f64(lower_ptr, 0.0, D, N)
-        for first in range(0, N, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            half = product_f64(moment_ptr, D, 1, lower_ptr, D, 1, first, D, D, D, N)
-            tl.store(root_ptr + i[:, None] * D + j[None, :], half, mask=(i < D)[:, None] & (j < D)[None, :])
-        tl.debug_barrier()
-        for first in range(0, N, BLOCK):
-            j = first + tl.arange(0, BLOCK)
-            w = product_f64(lower_ptr, 1, D, root_ptr, D, 1, first, D, D, D, N)
-            tl.store(w_ptr + i[:, None] * D + j[None, :], w, mask=(i < D)[:, None] & (j < D)[None, :])
-        tl.debug_barrier()
+        store_product_f64(root_ptr, moment_ptr, D, 1, lower_ptr, D, 1, D, N)
+        store_product_f64(w_ptr, lower_ptr, 1, D, root_ptr, D, 1, D, N)
     else:
         w_ptr = moment_ptr
     diagonal = tl.load(w_ptr + i * (D + 1), mask=i < D, other=0.0)
@@ -367,14 +369,14 @@ def _basis_kernel(
     for _ in range(4):
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
-            x = product_f64(v_ptr, D, 1, v_ptr, 1, D, first, D, D, D, N)
+            x = product_f64(v_ptr, D, 1, v_ptr, 1, D, first, D, N)
             x = tl.where(i[:, None] == j[None, :], (x - 1.0) * 0.5, tl.where(i[:, None] > j[None, :], x, 0.0))
             tl.store(overlap_ptr + i[:, None] * D + j[None, :], x, mask=(i < D)[:, None] & (j < D)[None, :])
         tl.debug_barrier()
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
             mask = (i < D)[:, None] & (j < D)[None, :]
-            x = product_f64(overlap_ptr, D, 1, v_ptr, D, 1, first, D, D, D, N)
+            x = product_f64(overlap_ptr, D, 1, v_ptr, D, 1, first, D, N)
             x = tl.load(v_ptr + i[:, None] * D + j[None, :], mask=mask, other=0.0) - x
             tl.debug_barrier()  # these columns have been read
             tl.store(v_ptr + i[:, None] * D + j[None, :], x, mask=mask)
