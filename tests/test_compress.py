@@ -304,7 +304,7 @@ def loss_budget(x: F64, metric: F64 | None, singular: F64, rank: int, units: flo
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("dim", "rank"), [(64, 16), (64, 64), (40, 24)])
+@pytest.mark.parametrize(("dim", "rank"), [(64, 16), (64, 48), (64, 64), (40, 24)])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fit_basis_loses_least(rng, implementation, dim, rank, weighted):
     x = spectrum(rng, (300,), dim)
@@ -451,6 +451,22 @@ def test_fit_encoder_of_batches(rng, implementation):
     got = run(tensor(rows[0, 0], torch.int8), tensor(scale[0, 0]), tensor(metrics, torch.float64))
     for g in range(2):
         check_encoder(got[g], rows[0, 0], scale[0, 0], held_metric(metrics[g]))
+    assert run(tensor(rows[:0], torch.int8), tensor(scale[:0])).shape == (0, 2, 16, 16)
+
+
+def test_the_budget_of_an_encoder_has_teeth(rng):
+    rows, scale = oracle.quantise_basis(rng.standard_normal((16, 32)))
+    held = held_metric(random_metric(rng, 32))
+    best = oracle.fit_encoder(rows * scale[:, None], held)
+    check_encoder(tensor(best), rows, scale, held)
+    for encoder in {
+        "no metric": oracle.fit_encoder(rows * scale[:, None], None),
+        "no scale": oracle.fit_encoder(rows, held),
+        "its columns swapped": best[:, ::-1],
+        "half precision": best.astype(np.float16).astype(np.float64),
+    }.values():
+        with pytest.raises(AssertionError):
+            check_encoder(tensor(encoder), rows, scale, held)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
