@@ -218,10 +218,14 @@ def check_error_weights(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("dim", "rotary_dim", "scaling", "tokens", "weighted"),
-    [(64, 64, 1.0, 150, True), (80, 40, 1.2, 97, False), (128, 128, 1.0, 70, True), (64, 64, 1.0, 1, True)],
+    ("dim", "rotary_dim", "scaling", "tokens", "weighted", "dtype"),
+    # Not every type of every shape (the interpreter takes half a minute for one of 16 bits): test_fuzz.py has the rest.
+    [(64, 64, 1.0, 150, True, dtype) for dtype in DTYPES]
+    + [(80, 40, 1.2, 97, False, dtype) for dtype in (torch.float16, torch.float32)]
+    + [(128, 128, 1.0, 70, True, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    + [(64, 64, 1.0, 1, True, torch.float32)],
+    ids=str,
 )
 def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tokens, weighted):
     q, k, v = (torch.from_numpy(rng.standard_normal((2, n, tokens, dim))).to(DEVICE, dtype) for n in (4, 2, 2))
