@@ -15,11 +15,13 @@ before the next and its K's memory is used. `.._adapter`: K is copied, and a lay
 the adapter has it. `narrow_ms`: to write the pages of a layer anew for other bands, which is done `narrowed_per_layer`
 times. `step_ratio`: median decode step of all layers' caches (append and attend, host time included, nothing else of a
 model) in which a layer compresses a chunk, over that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps,
-over their median.
+over their median. `multiprocessor_us`: what the compression of a layer takes of the whole card: each kernel's time (by the
+profiler) times the share of the multiprocessors that its programs can fill. Beside a model that fills the card, the prefill
+gets longer by about that. `launches`: of kernels and copies.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
-step_max_ratio svd_ratio lowrank_ratio gram_error (T = 131,072) torch triton.
+step_max_ratio svd_ratio lowrank_ratio gram_error (T = 131,072) multiprocessor_us launches torch triton.
 """
 
 from __future__ import annotations
@@ -28,13 +30,15 @@ import argparse
 import copy
 import gc
 import json
+import math
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -334,6 +338,68 @@ def step_times(card: Card, layers: int, tokens: int = 8192, steps: int = 384) ->
     return plain, compressing
 
 
+class Kernel(NamedTuple):
+    """A kernel's launches a layer, its time and its share of the card, in microseconds a layer."""
+
+    launches: float
+    us: float
+    multiprocessor_us: float
+
+
+def kernels_of(trace: Iterable[dict[str, Any]], multiprocessors: int, layers: int) -> dict[str, Kernel]:
+    """Of a profiler's trace (Chrome's format) of so many layers, by name; copies and fills count as one program."""
+    found: dict[str, Kernel] = {}
+    for event in trace:
+        if event.get("cat") not in ("kernel", "gpu_memcpy", "gpu_memset"):
+            continue
+        us, programs = event["dur"] / layers, math.prod(event["args"].get("grid", (1,)))
+        was = found.get(event["name"], Kernel(0, 0, 0))
+        own = Kernel(1 / layers, us, us * min(1, programs / multiprocessors))
+        found[event["name"]] = Kernel(*(a + b for a, b in zip(was, own, strict=True)))
+    return found
+
+
+def kernels_of_a_layer(tokens: int, card: Card) -> dict[str, Kernel]:
+    """What the compression of a layer launches, as the adapter has it, alone on the card; the mean of four layers of eight.
+
+    Empty where the profiler sees no kernels (CUPTI may be refused).
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    cache = new_cache(card, 8, "balanced", metrics_of(8, card))
+    k, v, q = rows_of(KV_HEADS, tokens, card), rows_of(KV_HEADS, tokens, card, decay=2.0), rows_of(HEADS, tokens, card)
+
+    def compress(layers: range) -> None:
+        for layer in layers:
+            cache.append(layer, k, v, queries=q, defer=True)
+            cache.start(layer)
+            cache.finish(layer)
+        torch.cuda.synchronize()
+
+    compress(range(2))  # compiles
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        compress(range(2, 6))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())["traceEvents"]
+    return kernels_of(trace, card.properties.multi_processor_count, 4)
+
+
+def total_of(kernels: Iterable[Kernel]) -> Kernel:
+    return Kernel(*map(sum, zip(Kernel(0, 0, 0), *kernels, strict=True)))
+
+
+def kernel_table(kernels: dict[str, Kernel], lines: int = 16) -> list[str]:
+    """Those that take most of the card, the rest together, and all."""
+    ranked = sorted(kernels.items(), key=lambda item: -item[1].multiprocessor_us)
+    rest = [own for _, own in ranked[lines:]]
+    shown = [*ranked[:lines], (f"{len(rest)} others", total_of(rest)), ("all", total_of(kernels.values()))]
+    return ["kernels of a layer: launches, us, us of the whole card"] + [
+        f"  {name[:50]:52}{own.launches:7.1f}{own.us:10.1f}{own.multiprocessor_us:10.1f}" for name, own in shown
+    ]
+
+
 def against_svd(layer: Layer) -> tuple[list[str], float, float]:
     """Lines, and how many times longer SVDs of the whitened keys take than gram and eigen part of K; with their losses."""
     rank = 64
@@ -449,6 +515,9 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         f"  {len(steps)} decode steps of {layers} layers: median {median:.3f} ms, p99 {p99:.3f}, longest {steps[-1]:.3f};",
         f"  {len(plain)} that do not compress {calm:.3f}, {len(compressing)} that do {spike:.3f} (medians)",
     )
+    kernels = kernels_of_a_layer(tokens, card)  # last: after the profiler every launch takes longer
+    every = total_of(kernels.values())
+    say(*kernel_table(kernels))
     row = {
         "T": tokens,
         "ms_per_layer": eager,
@@ -470,6 +539,8 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         "svd_ratio": svd,
         "lowrank_ratio": low,
         "gram_error": error,
+        "multiprocessor_us": every.multiprocessor_us,
+        "launches": every.launches,
     }
     return row
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -274,6 +275,34 @@ def test_a_prefill_is_timed_through_the_cache(monkeypatch):
         ratio, narrowed = compress_job.peak_ratio(640, 4, card, adapter)
         assert ratio == 0 and narrowed >= 0
         assert dense < dense + caches[-1].nbytes < 5 * dense
+
+
+def test_kernels_of_a_layer_are_counted(monkeypatch):
+    """Of four layers: the time of a kernel of few programs counts by the multiprocessors that it is on."""
+
+    def export(path: str) -> None:
+        def event(name: str, us: float, grid: list[int] | None = None, cat: str = "kernel") -> dict:
+            return {"name": name, "dur": us, "cat": cat, "args": {"grid": grid} if grid else {}}
+
+        rotations = [event("rotations", 1000.0, [16, 1, 1])] * 4
+        trace = [*rotations, *[event("gram", 30.0, [2, 16, 8])] * 8, event("copy", 4.0, cat="gpu_memcpy")]
+        Path(path).write_text(json.dumps({"traceEvents": [*trace, event("launch", 9.0, cat="cuda_runtime")]}))
+
+    class Multiprocessors(SmallCard):
+        properties = SimpleNamespace(major=8, multi_processor_count=64)
+
+    for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 64}.items():
+        monkeypatch.setattr(compress_job, name, value)
+    profiler = SimpleNamespace(export_chrome_trace=export)
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    kernels = compress_job.kernels_of_a_layer(640, Multiprocessors(CPU))
+    assert kernels == {"rotations": (1.0, 1000.0, 250.0), "gram": (2.0, 60.0, 60.0), "copy": (0.25, 1.0, 1 / 64)}
+    assert compress_job.total_of(kernels.values()) == (3.25, 1061.0, 310 + 1 / 64)
+    lines = compress_job.kernel_table(kernels, lines=1)
+    assert [line.split()[0] for line in lines[1:]] == ["rotations", "2", "all"]
+    assert lines[2].split()[2:] == ["2.2", "61.0", "60.0"]
+    assert compress_job.total_of([]) == (0, 0, 0)
 
 
 # perf.attention
