@@ -17,10 +17,12 @@ def matrices(rng: np.random.Generator, dim: int) -> dict[str, F64]:
     falling = (frame * np.exp(-12 * np.arange(dim) / dim)) @ frame.T
     few = rng.standard_normal((dim // 4, dim))
     one = rng.standard_normal((1, dim))
+    many = rng.standard_normal((64 * dim, dim))
     return {
         "falling spectrum": falling,
         "rank D/4": few.T @ few,
         "rank 1, float32": np.float32(one.T @ one).astype(np.float64),
+        "no direction": many.T @ many,
         "identity": np.eye(dim),
         "zeros": np.zeros((dim, dim)),
         "diagonal, rising": np.diag(np.arange(dim) + 1.0),
