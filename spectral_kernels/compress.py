@@ -939,6 +939,121 @@ def fit_encoder_torch(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Te
     return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
+@triton.jit(do_not_specialize=["N", "stride_x_n"])
+def _project_rows_kernel(
+    x_ptr,
+    mean_ptr,  # float32 [B, G, D], or None
+    encoder_ptr,  # float32 [B, G, D, R]
+    out_ptr,  # float32 [B, G, N, R]
+    largest_ptr,  # float32 [B, G, tiles, R], of the rows of a tile, as is the next
+    squares_ptr,
+    N,
+    G,
+    stride_x_b,
+    stride_x_g,
+    stride_x_n,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """BLOCK_N rows of one row and head times BLOCK_R columns of its encoder."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    tile = tl.program_id(0) // blocks
+    r = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    bg = tl.program_id(1).to(tl.int64)
+    x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
+    encoder_ptr += bg * D * R
+    c = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live = (n < N)[:, None] & (k < D)[None, :]
+        x = tl.load(x_ptr + n[:, None].to(tl.int64) * stride_x_n + k[None, :], mask=live, other=0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + bg * D + k, mask=k < D, other=0.0)
+            x = tl.where(live, x.to(tl.float32) - mean[None, :], 0.0).to(x.dtype)
+        e = tl.load(encoder_ptr + k[:, None] * R + r[None, :], mask=(k < D)[:, None] & (r < R)[None, :], other=0.0)
+        c += dot_f32(x.to(tl.float32), e, MATRIX)
+    tl.store(out_ptr + (bg * N + n[:, None]) * R + r[None, :], c, mask=(n < N)[:, None] & (r < R)[None, :])
+    own = (bg * tl.cdiv(N, BLOCK_N) + tile) * R + r
+    tl.store(largest_ptr + own, tl.max(tl.abs(c), 0), mask=r < R)
+    tl.store(squares_ptr + own, tl.sum(c * c, 0), mask=r < R)
+
+
+def project_rows(
+    x: torch.Tensor, encoder: torch.Tensor, mean: torch.Tensor | None = None, *, every: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Coefficients (x - mean) @ encoder of some rows: what quantiser steps are fitted on.
+
+    Args:
+        x: [B, G, T, D] fp16, bf16 or fp32, T at least 1; last dimension of stride 1.
+        encoder: float32 [B, G, D, R].
+        mean: float32 [B, G, D] to subtract before, or None. Differences are rounded to the dtype of x.
+        every: of rows 0, every, 2 every ..
+    Returns:
+        (coefficients [B, G, N, R], their largest magnitudes [B, G, R], their sums of squares [B, G, R]), float32.
+        Float32 arithmetic.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
+    batch, heads, tokens, dim = x.shape
+    check_tensor("encoder", encoder, shape=(batch, heads, dim, None), dtype=torch.float32, device=x.device)
+    if mean is not None:
+        check_tensor("mean", mean, shape=(batch, heads, dim), dtype=torch.float32, device=x.device)
+    if every < 1 or tokens == 0:
+        raise ValueError(f"every: expected at least 1, of at least one row, got {every} of {tokens}")
+    if not _launch.runs_kernel(x):
+        return project_rows_torch(x, encoder, mean, every=every)
+    _launch.check_bf16("x", x)
+    count, rank = _launch.cdiv(tokens, every), encoder.shape[-1]
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    out = empty((batch, heads, count, rank))
+    if out.numel() == 0:
+        return out, empty((batch, heads, rank)), empty((batch, heads, rank))
+    matrix = _launch.has_matrix_units(x.device)
+    # Registers hold 64 columns where operands lie in shared memory.
+    block_n, most = (64, 64 if _launch.has_large_shared_memory(x.device) else 32) if matrix else (16, 16)
+    block_r = min(most, _launch.next_power_of_2(rank))
+    tiles = _launch.cdiv(count, block_n)
+    largest, squares = empty((2, batch, heads, tiles, rank))
+    with torch.cuda.device_of(x):
+        _project_rows_kernel[(tiles * _launch.cdiv(rank, block_r), batch * heads)](
+            x,
+            None if mean is None else mean.contiguous(),
+            encoder.contiguous(),
+            out,
+            largest,
+            squares,
+            count,
+            heads,
+            x.stride(0),
+            x.stride(1),
+            every * x.stride(2),
+            D=dim,
+            R=rank,
+            BLOCK_N=block_n,
+            BLOCK_R=block_r,
+            BLOCK_K=32 if matrix else 8,
+            MATRIX=matrix,
+            num_warps=4,
+        )
+    return out, largest.amax(2), squares.sum(2)
+
+
+def project_rows_torch(
+    x: torch.Tensor, encoder: torch.Tensor, mean: torch.Tensor | None = None, *, every: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`project_rows` in plain PyTorch."""
+    rows = x[:, :, ::every]
+    out = (rows if mean is None else (rows - mean[:, :, None]).to(rows.dtype)).float() @ encoder
+    norm = torch.linalg.vector_norm
+    return out, norm(out, ord=float("inf"), dim=-2), norm(out, dim=-2).square()
+
+
 # A mean is that of so many tokens to twice as many, evenly spread.
 MEAN_TOKENS = 4096
 # Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
@@ -987,9 +1102,10 @@ def _fit_steps_kernel(
     tl.store(error_ptr + own, tl.min(error, 0), mask=used)
 
 
-def _largest(coefficients: torch.Tensor) -> torch.Tensor:
+def _largest(coefficients: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
     """Largest magnitude of each component; one without variance in the sample still gets a step that later rows can use."""
-    largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
+    if largest is None:
+        largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
     return torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -999,23 +1115,28 @@ def _tops(choices: tuple[Bands, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([[2.0**bits for bits in bands.bits] for bands in choices], device=device)
 
 
-def fit_quantisers(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_quantisers(
+    coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The quantiser step of each component with the least squared error over a sample, for each of some bands.
 
     Args:
         coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+        largest: their largest magnitudes, float32 [..., R], where these are known.
     Returns:
         (steps, sums of squared errors), float32 [P, ..., R]; steps are positive.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
     if not _launch.runs_kernel(coefficients):
-        return fit_quantisers_torch(coefficients, choices)
-    return _best_steps(coefficients, _widest_steps(coefficients, choices), choices, STEP_SHARES)
+        return fit_quantisers_torch(coefficients, choices, largest)
+    return _best_steps(coefficients, _widest_steps(coefficients, choices, largest), choices, STEP_SHARES)
 
 
-def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_quantisers_torch(
+    coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`fit_quantisers` in plain PyTorch."""
-    widest = _widest_steps(coefficients, choices)
+    widest = _widest_steps(coefficients, choices, largest)
     best, least = widest, torch.full_like(widest, float("inf"))
     for share in range(STEP_SHARES):
         step = LEAST_SHARE ** (share / (STEP_SHARES - 1)) * widest
@@ -1054,9 +1175,11 @@ def quantiser_errors_torch(coefficients: torch.Tensor, steps: torch.Tensor, choi
     return torch.stack(errors)
 
 
-def _widest_steps(coefficients: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
+def _widest_steps(
+    coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
+) -> torch.Tensor:
     """The least step of each component that clips nothing, for each of some bands, float32 [P, ..., R]."""
-    largest = _largest(coefficients)
+    largest = _largest(coefficients, largest)
     tops = _tops(tuple(choices), coefficients.device)
     return largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), tops.shape[-1])
 
@@ -1260,18 +1383,18 @@ def _quantised(
     scale: torch.Tensor,
     encoder: torch.Tensor,
     weight: torch.Tensor,
-    sample: int,
+    count: int,
 ) -> Spectrum:
-    """A side's spectrum but its mean, from components without a quantiser."""
-    rows = side.x[:, :, :: max(1, side.x.shape[2] // sample)]
-    coefficients = (rows if mean is None else (rows - mean).to(rows.dtype)).float() @ encoder
+    """A side's spectrum but its mean, from components without a quantiser; steps are fitted on about `count` rows."""
+    row = None if mean is None else mean[:, :, 0]
+    coefficients, largest, squares = project_rows(side.x, encoder, row, every=max(1, side.x.shape[2] // count))
     tokens, dim = coefficients.shape[-2:]
-    errors = {0: torch.linalg.vector_norm(coefficients, dim=-2).square() * (weight / tokens)}
+    errors = {0: squares * (weight / tokens)}
     choices = {bits: Bands(((dim, bits),)) for bits in side.precisions}
     steps = {bits: fit_steps(coefficients, bands) for bits, bands in choices.items() if bands.is_float}
     coarse = [bits for bits in sorted(choices, reverse=True) if not choices[bits].is_float]
     if coarse:
-        fitted, lost = fit_quantisers(coefficients, [choices[bits] for bits in coarse])
+        fitted, lost = fit_quantisers(coefficients, [choices[bits] for bits in coarse], largest)
         step, errors[coarse[0]] = fitted[0], lost[0] * (weight / tokens)
         steps[coarse[0]] = step
         for bits, wanted in zip(coarse[1:], fitted[1:], strict=True):

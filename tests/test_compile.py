@@ -39,6 +39,7 @@ KERNELS = {
     "_merge_many_states_kernel",
     "_merge_states_kernel",
     "_project_queries_kernel",
+    "_project_rows_kernel",
     "_query_metric_kernel",
     "_requantise_kernel",
     "_rotate_kernel",

@@ -486,6 +486,48 @@ def test_fit_encoder_with_a_component_of_zeros(rng, implementation, dim):
     assert np.isfinite(got).all()
 
 
+def check_project_rows(
+    implementation: str, x: torch.Tensor, encoder: torch.Tensor, mean: torch.Tensor | None, every: int
+) -> None:
+    """Of some rows, the products, and of each column the largest and the sum of squares."""
+
+    def rows(x: torch.Tensor) -> F64:
+        own = x[:, :, ::every]
+        return to_numpy(own if mean is None else (own - mean[:, :, None]).to(x.dtype))
+
+    run = operation(compress, "project_rows", implementation, x.dtype)
+    got, largest, squares = map(to_numpy, run(x, encoder, mean, every=every))
+    e = to_numpy(encoder)
+    exact, slack = rows(x) @ e, budgets.coefficients(rows(x), e)
+    assert got.shape == exact.shape
+    budgets.check(got, exact, slack, "coefficients")
+    np.testing.assert_array_equal(largest, np.abs(got).max(2))
+    sums = (got**2).sum(2)
+    budgets.check(squares, sums, (got.shape[2] + 4) * budgets.ACC * sums, "squares")
+    budgets.check_rejects(0 * exact, exact, slack, "zeros")
+    budgets.check_rejects(rows(x) @ np.float16(e), exact, slack, "an fp16 encoder")
+    if x.shape[2] > 1:
+        budgets.check_rejects(rows(x.roll(1, 2)) @ e, exact, slack, "other rows")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "rank", "tokens", "every", "dtype", "stride"),
+    [
+        (64, 64, 150, 2, torch.float16, "swapped"),
+        (80, 48, 70, 1, torch.bfloat16, "odd"),
+        (128, 128, 67, 3, torch.float32, "padded"),
+        (64, 16, 5, 9, torch.float16, "plain"),
+    ],
+)
+def test_project_rows(rng, implementation, centred, dim, rank, tokens, every, dtype, stride):
+    x = strided(torch.from_numpy(rng.standard_normal((2, 2, tokens, dim)) + 3 * centred).to(dtype), stride)
+    encoder = tensor(rng.standard_normal((2, 2, dim, rank)) * np.exp(rng.standard_normal(rank)))
+    mean = tensor(3 + 0.1 * rng.standard_normal((2, 2, dim))) if centred else None
+    check_project_rows(implementation, x, encoder, mean, every)
+
+
 def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
     """c [T, 16]. The least squared error of the steps that are tried, a tenth of themselves apart; on average over
     components near the least of a uniform quantiser, found here by a scan fifty times as fine.
