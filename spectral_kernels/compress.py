@@ -502,23 +502,22 @@ def _error_weights_kernel(
     BLOCK_D: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_M queries of one row and head over `each` chunks of keys: the state of attention, that of attention with
-    squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
+    """BLOCK_M of the HG * S queries of one row and KV head over `each` chunks of keys: the state of attention, that of
+    attention with squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
     rows = tl.num_programs(0) * BLOCK_M
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tiles = tl.cdiv(S, BLOCK_M)  # of a head
-    query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < HG * S
+    head = tl.where(live, row // S, 0)
+    query = row % S
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     bg = tl.program_id(2).to(tl.int64)
-    bh = bg * HG + tl.program_id(0) // tiles
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
     d = tl.arange(0, BLOCK_D)
-    live = query < S
     position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)  # below T
     newest = tl.minimum(position - window, T - 1)  # token that is not exact
-    q_row = q_ptr + (bh * S + query[:, None]) * D
-    squares_ptr += bh * T
+    q_row = q_ptr + (bg * HG * S + row[:, None]) * D
+    squares_row = squares_ptr + (bg * HG + head[:, None]) * T
     turned_row = turned_ptr + ((bg * splits + split) * rows + row[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
     v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
@@ -548,7 +547,7 @@ def _error_weights_kernel(
             mask = (t < T)[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + t[:, None].to(tl.int64) * stride_k_t + d[None, :], mask=mask, other=0.0).to(TYPE)
             v = tl.load(v_ptr + t[:, None].to(tl.int64) * stride_v_t + d[None, :], mask=mask, other=0.0).to(TYPE)
-            square = tl.load(squares_ptr + t, mask=t < T, other=0.0)
+            square = tl.load(squares_row + t[None, :], mask=(t < T)[None, :], other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             score = tl.where(t[None, :] <= position[:, None], score, float("-inf"))
             larger = tl.maximum(top, tl.max(score, 1))
@@ -559,7 +558,7 @@ def _error_weights_kernel(
             e2 = tl.where(tl.where(t >= sinks, t, T)[None, :] <= newest[:, None], e * e, 0.0)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
-            squares = squares * shrink * shrink + tl.sum(e2 * square[None, :], 1)
+            squares = squares * shrink * shrink + tl.sum(e2 * square, 1)
             values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
             values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
     # 0 of empty states, whose log-sum-exp is -inf; sums of squares too small to be divided by are such.
@@ -624,9 +623,12 @@ def error_weights(
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
     block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
-    tiles, chunks = group * _launch.cdiv(count, block), _launch.cdiv(tokens, chunk)
-    each = _launch.cdiv(chunks, max(1, programs // (batch * groups * tiles)))
-    splits, rows = _launch.cdiv(chunks, each), tiles * block
+    # 128 rows, of two heads, read K and V half as often as 64 do, and fill a multiprocessor.
+    wide_rows = large and group * count > 64
+    block_m = 2 * block if wide_rows else block
+    tiles, chunks = _launch.cdiv(group * count, block_m), _launch.cdiv(tokens, chunk)
+    each = _launch.cdiv(chunks, max(1, programs // (2 if wide_rows else 1) // (batch * groups * tiles)))
+    splits, rows = _launch.cdiv(chunks, each), tiles * block_m
     empty = partial(torch.empty, dtype=torch.float32, device=k.device)
     o, lse = empty((batch, groups, 2, rows, splits, dim)), empty((batch, groups, 2, rows, splits))
     size = empty((batch, groups, rows, splits))
@@ -674,10 +676,10 @@ def error_weights(
             CHUNK=chunk,
             HALF=dim // 2,
             PAIRS=rope.turns.shape[0],
-            BLOCK_M=block,
+            BLOCK_M=block_m,
             BLOCK_T=32,
-            # Four warps take a tile of 64 rows to the matrix units; eight would do it twice.
-            num_warps=4 if large or dim <= 64 else 8,
+            # Four warps take 64 rows to the matrix units; eight would do it twice.
+            num_warps=8 if wide_rows or (not large and dim > 64) else 4,
             num_stages=3 if large else 2,
             **same,
         )
@@ -686,7 +688,7 @@ def error_weights(
     p2 = (lse2 - 2 * lse1).exp()  # sum of squares of weights
     size = (torch.where(p2[..., None] > 0, (lse[:, :, 1] - lse2[..., None]).exp(), 0.0) * size).sum(-1)
     # [B, H, S, ..], without the rows that fill tiles.
-    o, o2, p2, size = (x.unflatten(2, (group, -1))[:, :, :, :count].flatten(1, 2) for x in (o, o2, p2, size))
+    o, o2, p2, size = (x[:, :, : group * count].unflatten(2, (group, count)).flatten(1, 2) for x in (o, o2, p2, size))
     weighted = o if v_metrics is None else o @ v_metrics
     power = (weighted * o).sum(-1)
     size = size if unit is None else size * unit[:, None]

@@ -265,7 +265,7 @@ def test_error_weights_in_splits(rng, monkeypatch, dtype, multiprocessors, split
     grids: list[tuple[int, ...]] = []
     for name in ("_squares_kernel", "_error_weights_kernel"):
         monkeypatch.setattr(compress, name, Noted(getattr(compress, name), grids))
-    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 300, 64))).to(DEVICE, dtype) for n in (2, 1, 1))
+    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 300, 64))).to(DEVICE, dtype) for n in (4, 1, 1))
     check_error_weights("triton", (q, k, v), inverse_frequencies(64), 1.0, None, queries=20, sinks=2, window=16, chunk=128)
     squares, weights = grids
     assert weights[1] == splits and (squares[0] > 1) == (splits > 1)
