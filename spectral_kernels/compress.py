@@ -362,7 +362,7 @@ def query_metric(
             # Triton 3.6 fails where it would pipeline these loops with sums in tensor memory.
             num_stages=1 if _launch.has_tensor_memory(q.device) else 3,
         )
-    return _metric_of_pairs(parts.sum(2, dtype=torch.float64), rope, chunk, tokens, heads // kv_heads)
+    return _metric_of_pairs(parts.sum(2), rope, chunk, tokens, heads // kv_heads)
 
 
 def _every(stride: int, q: torch.Tensor, rope: Rope, chunk: int) -> tuple[torch.Tensor, Rope, int]:
@@ -370,9 +370,42 @@ def _every(stride: int, q: torch.Tensor, rope: Rope, chunk: int) -> tuple[torch.
     return (q[:, :, ::stride], Rope(rope.turns * stride, rope.scaling), chunk // stride) if stride > 1 else (q, rope, chunk)
 
 
+@triton.jit(do_not_specialize=["chunks"])
+def _chunk_factors_kernel(
+    turns_ptr, out_ptr, chunks, CHUNK: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK entries of `_chunk_factors`, one chunk after another."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i, j = at // HALF, at % HALF
+    turns_i = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
+    turns_j = tl.load(turns_ptr + j, mask=j < PAIRS, other=0)
+    mask = at < HALF * HALF
+    for n in tl.static_range(2):
+        turns = turns_i - turns_j if n == 0 else turns_i + turns_j  # wraps modulo one turn
+        total_cos = tl.zeros([BLOCK], dtype=tl.float32)
+        total_sin = tl.zeros([BLOCK], dtype=tl.float32)
+        for chunk in range(0, chunks):
+            cos, sin = cos_sin_of_phase(phase_of(tl.full([BLOCK], 1, tl.int32) * (chunk * CHUNK), turns), False)
+            total_cos += cos
+            total_sin += sin
+            row = (2 * n * chunks + chunk).to(tl.int64) * HALF * HALF + at
+            tl.store(out_ptr + row, total_cos, mask=mask)
+            tl.store(out_ptr + row + chunks.to(tl.int64) * HALF * HALF, total_sin, mask=mask)
+
+
 def _chunk_factors(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tensor:
     """Sums over a chunk and all before it of exp(i n C (f - g)), then of exp(i n C (f + g)), real and imaginary parts:
     float32 [4, chunks, D/2, D/2]."""
+    out = torch.empty((4, chunks, half, half), dtype=torch.float32, device=rope.turns.device)
+    with torch.cuda.device_of(out):
+        _chunk_factors_kernel[(_launch.cdiv(half * half, 128),)](
+            rope.turns, out, chunks, CHUNK=chunk, HALF=half, PAIRS=rope.turns.shape[0], BLOCK=128, num_warps=4
+        )
+    return out
+
+
+def _chunk_factors_torch(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tensor:
+    """`_chunk_factors` in plain PyTorch."""
     theta = torch.nn.functional.pad(rope.turns, (0, half - rope.turns.shape[0]))  # wraps modulo one turn
     steps = torch.arange(0, chunks * chunk, chunk, device=theta.device)[:, None, None]
     both = torch.stack((theta[:, None] - theta[None, :], theta[:, None] + theta[None, :]))[:, None]
@@ -381,7 +414,7 @@ def _chunk_factors(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tens
 
 
 def _metric_of_pairs(sums: torch.Tensor, rope: Rope, chunk: int, tokens: int, group: int) -> torch.Tensor:
-    """The metric from sums of z_f conj(z_g) and of z_f z_g, real and imaginary parts, float64 [B, G, 4, D/2, D/2]."""
+    """The metric from sums of z_f conj(z_g) and of z_f z_g, real and imaginary parts, [B, G, 4, D/2, D/2]."""
     half, pairs = sums.shape[-1], rope.turns.shape[0]
     real, imaginary, plain_real, plain_imaginary = sums.unbind(2)
     top = torch.cat((real + plain_real, plain_imaginary - imaginary), dim=-1)
@@ -408,7 +441,7 @@ def query_metric_torch(
     q, rope, chunk = _every(stride, q, rope, chunk)
     batch, heads, tokens, dim = q.shape
     group, half, pairs, chunks = heads // kv_heads, dim // 2, rope.turns.shape[0], -(-tokens // chunk)
-    factors = _chunk_factors(rope, chunk, chunks, half)
+    factors = _chunk_factors_torch(rope, chunk, chunks, half)
     positions = torch.arange(tokens, device=q.device).expand(batch, -1)
     roots = (q.new_ones((batch, heads), dtype=torch.float32) if weights is None else weights.sqrt()).split(group, dim=1)
     sums = []

@@ -30,6 +30,7 @@ NEW_CARDS = {  # from sm_80
 KERNELS = {
     "_attend_exact_kernel",
     "_attend_spectral_kernel",
+    "_chunk_factors_kernel",
     "_decode_kernel",
     "_encode_kernel",
     "_finish_spectral_kernel",
