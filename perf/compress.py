@@ -17,7 +17,7 @@ times. `step_ratio`: median decode step of all layers' caches (append and attend
 model) in which a layer compresses a chunk, over that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps,
 over their median. `multiprocessor_us`: what the compression of a layer takes of the whole card: each kernel's time (by the
 profiler) times the share of the multiprocessors that its programs can fill. Beside a model that fills the card, the prefill
-gets longer by about that. `launches`: of kernels and copies.
+gets longer by about that. `launches`: of kernels and copies. Both null where the profiler sees no kernels.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
@@ -539,8 +539,8 @@ def measure(tokens: int, layers: int, card: Card) -> dict[str, Any]:
         "svd_ratio": svd,
         "lowrank_ratio": low,
         "gram_error": error,
-        "multiprocessor_us": every.multiprocessor_us,
-        "launches": every.launches,
+        "multiprocessor_us": every.multiprocessor_us if kernels else None,
+        "launches": every.launches if kernels else None,
     }
     return row
 

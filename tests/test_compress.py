@@ -220,11 +220,13 @@ def check_error_weights(
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     ("dim", "rotary_dim", "scaling", "tokens", "weighted", "dtype"),
-    # Not every type of every shape (the interpreter takes half a minute for one of 16 bits): test_fuzz.py has the rest.
-    [(64, 64, 1.0, 150, True, dtype) for dtype in DTYPES]
-    + [(80, 40, 1.2, 97, False, dtype) for dtype in (torch.float16, torch.float32)]
-    + [(128, 128, 1.0, 70, True, dtype) for dtype in (torch.bfloat16, torch.float32)]
-    + [(64, 64, 1.0, 1, True, torch.float32)],
+    [
+        (*shape, dtype)
+        for shape in ((64, 64, 1.0, 150, True), (80, 40, 1.2, 97, False), (128, 128, 1.0, 70, True), (64, 64, 1.0, 1, True))
+        for dtype in DTYPES
+        # The interpreter takes half a minute for a case of 16 bits.
+        if DEVICE.type == "cuda" or dtype == torch.float32 or shape[3] > 70
+    ],
     ids=str,
 )
 def test_error_weights(rng, implementation, dtype, dim, rotary_dim, scaling, tokens, weighted):
@@ -408,14 +410,19 @@ def test_quantise_basis(rng):
     assert np.abs(to_numpy(codes)).max(-1).min() == 0 and (np.abs(to_numpy(codes)).max(-1) == 127).sum() == 2 * 3 * 16 - 1
 
 
-def check_encoder(got: torch.Tensor, rows: F64, scale: F64, held: F64 | None) -> None:
-    """got [D, R] for rows [R, D], integers, and scale [R], float32, under a metric as it is held."""
+def expected_encoder(rows: F64, scale: F64, held: F64 | None) -> tuple[F64, F64]:
+    """[D, R] for rows [R, D], integers, and scale [R], float32, under a metric as it is held; and its budget."""
     expected = oracle.fit_encoder(rows * scale[:, None], held)
-    assert got.dtype == torch.float32 and got.shape == expected.shape
     # The diagonal of R x R equations has 1e-13 more of itself, and they are solved in float64.
     condition = np.linalg.cond(rows) ** 2 * (1.0 if held is None else np.linalg.cond(held))
     slack = (1e-13 + 4 * rows.shape[1] * 2.0**-53) * condition * np.abs(expected).max()
-    budgets.check(got, expected, budgets.rounding(expected, torch.float32) + slack, "encoder")
+    return expected, budgets.rounding(expected, torch.float32) + slack
+
+
+def check_encoder(got: torch.Tensor, rows: F64, scale: F64, held: F64 | None) -> None:
+    expected, budget = expected_encoder(rows, scale, held)
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    budgets.check(got, expected, budget, "encoder")
 
 
 def check_fit_encoder(implementation: str, rows: F64, scale: F64, metric: F64 | None) -> F64:
@@ -461,16 +468,14 @@ def test_fit_encoder_of_batches(rng, implementation):
 def test_the_budget_of_an_encoder_has_teeth(rng):
     rows, scale = oracle.quantise_basis(rng.standard_normal((16, 32)))
     held = held_metric(random_metric(rng, 32))
-    best = oracle.fit_encoder(rows * scale[:, None], held)
-    check_encoder(tensor(best), rows, scale, held)
-    for encoder in {
+    best, budget = expected_encoder(rows, scale, held)
+    for mistake, mutant in {
         "no metric": oracle.fit_encoder(rows * scale[:, None], None),
         "no scale": oracle.fit_encoder(rows, held),
         "its columns swapped": best[:, ::-1],
-        "half precision": best.astype(np.float16).astype(np.float64),
-    }.values():
-        with pytest.raises(AssertionError):
-            check_encoder(tensor(encoder), rows, scale, held)
+        "half precision": np.float16(best),
+    }.items():
+        budgets.check_rejects(mutant, best, budget, mistake)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
