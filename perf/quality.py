@@ -308,7 +308,7 @@ def _without_mean(sides: Sequence[compress.Side]) -> list[compress.Spectrum]:
     return found
 
 
-def _unclipped(coefficients: torch.Tensor, choices: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _unclipped(coefficients: torch.Tensor, choices: Sequence[Any], _: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     largest = coefficients.abs().amax(-2).clamp_min(torch.finfo(torch.float32).tiny)
     found = []
     for bands in choices:

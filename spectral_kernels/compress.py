@@ -362,7 +362,7 @@ def query_metric(
             # Triton 3.6 fails where it would pipeline these loops with sums in tensor memory.
             num_stages=1 if _launch.has_tensor_memory(q.device) else 3,
         )
-    return _metric_of_pairs(parts.sum(2, dtype=torch.float64), rope, chunk, tokens, heads // kv_heads)
+    return _metric_of_pairs(parts.sum(2), rope, chunk, tokens, heads // kv_heads)
 
 
 def _every(stride: int, q: torch.Tensor, rope: Rope, chunk: int) -> tuple[torch.Tensor, Rope, int]:
@@ -370,9 +370,42 @@ def _every(stride: int, q: torch.Tensor, rope: Rope, chunk: int) -> tuple[torch.
     return (q[:, :, ::stride], Rope(rope.turns * stride, rope.scaling), chunk // stride) if stride > 1 else (q, rope, chunk)
 
 
+@triton.jit(do_not_specialize=["chunks"])
+def _chunk_factors_kernel(
+    turns_ptr, out_ptr, chunks, CHUNK: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK entries of `_chunk_factors`, one chunk after another."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i, j = at // HALF, at % HALF
+    turns_i = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
+    turns_j = tl.load(turns_ptr + j, mask=j < PAIRS, other=0)
+    mask = at < HALF * HALF
+    for n in tl.static_range(2):
+        turns = turns_i - turns_j if n == 0 else turns_i + turns_j  # wraps modulo one turn
+        total_cos = tl.zeros([BLOCK], dtype=tl.float32)
+        total_sin = tl.zeros([BLOCK], dtype=tl.float32)
+        for chunk in range(0, chunks):
+            cos, sin = cos_sin_of_phase(phase_of(tl.full([BLOCK], 1, tl.int32) * (chunk * CHUNK), turns), False)
+            total_cos += cos
+            total_sin += sin
+            row = (2 * n * chunks + chunk).to(tl.int64) * HALF * HALF + at
+            tl.store(out_ptr + row, total_cos, mask=mask)
+            tl.store(out_ptr + row + chunks.to(tl.int64) * HALF * HALF, total_sin, mask=mask)
+
+
 def _chunk_factors(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tensor:
     """Sums over a chunk and all before it of exp(i n C (f - g)), then of exp(i n C (f + g)), real and imaginary parts:
     float32 [4, chunks, D/2, D/2]."""
+    out = torch.empty((4, chunks, half, half), dtype=torch.float32, device=rope.turns.device)
+    with torch.cuda.device_of(out):
+        _chunk_factors_kernel[(_launch.cdiv(half * half, 128),)](
+            rope.turns, out, chunks, CHUNK=chunk, HALF=half, PAIRS=rope.turns.shape[0], BLOCK=128, num_warps=4
+        )
+    return out
+
+
+def _chunk_factors_torch(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tensor:
+    """`_chunk_factors` in plain PyTorch."""
     theta = torch.nn.functional.pad(rope.turns, (0, half - rope.turns.shape[0]))  # wraps modulo one turn
     steps = torch.arange(0, chunks * chunk, chunk, device=theta.device)[:, None, None]
     both = torch.stack((theta[:, None] - theta[None, :], theta[:, None] + theta[None, :]))[:, None]
@@ -381,7 +414,7 @@ def _chunk_factors(rope: Rope, chunk: int, chunks: int, half: int) -> torch.Tens
 
 
 def _metric_of_pairs(sums: torch.Tensor, rope: Rope, chunk: int, tokens: int, group: int) -> torch.Tensor:
-    """The metric from sums of z_f conj(z_g) and of z_f z_g, real and imaginary parts, float64 [B, G, 4, D/2, D/2]."""
+    """The metric from sums of z_f conj(z_g) and of z_f z_g, real and imaginary parts, [B, G, 4, D/2, D/2]."""
     half, pairs = sums.shape[-1], rope.turns.shape[0]
     real, imaginary, plain_real, plain_imaginary = sums.unbind(2)
     top = torch.cat((real + plain_real, plain_imaginary - imaginary), dim=-1)
@@ -408,7 +441,7 @@ def query_metric_torch(
     q, rope, chunk = _every(stride, q, rope, chunk)
     batch, heads, tokens, dim = q.shape
     group, half, pairs, chunks = heads // kv_heads, dim // 2, rope.turns.shape[0], -(-tokens // chunk)
-    factors = _chunk_factors(rope, chunk, chunks, half)
+    factors = _chunk_factors_torch(rope, chunk, chunks, half)
     positions = torch.arange(tokens, device=q.device).expand(batch, -1)
     roots = (q.new_ones((batch, heads), dtype=torch.float32) if weights is None else weights.sqrt()).split(group, dim=1)
     sums = []
@@ -502,23 +535,22 @@ def _error_weights_kernel(
     BLOCK_D: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_M queries of one row and head over `each` chunks of keys: the state of attention, that of attention with
-    squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
+    """BLOCK_M of the HG * S queries of one row and KV head over `each` chunks of keys: the state of attention, that of
+    attention with squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
     rows = tl.num_programs(0) * BLOCK_M
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    tiles = tl.cdiv(S, BLOCK_M)  # of a head
-    query = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < HG * S
+    head = tl.where(live, row // S, 0)
+    query = row % S
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     bg = tl.program_id(2).to(tl.int64)
-    bh = bg * HG + tl.program_id(0) // tiles
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
     d = tl.arange(0, BLOCK_D)
-    live = query < S
     position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)  # below T
     newest = tl.minimum(position - window, T - 1)  # token that is not exact
-    q_row = q_ptr + (bh * S + query[:, None]) * D
-    squares_ptr += bh * T
+    q_row = q_ptr + (bg * HG * S + row[:, None]) * D
+    squares_row = squares_ptr + (bg * HG + head[:, None]) * T
     turned_row = turned_ptr + ((bg * splits + split) * rows + row[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
     v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
@@ -548,7 +580,7 @@ def _error_weights_kernel(
             mask = (t < T)[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + t[:, None].to(tl.int64) * stride_k_t + d[None, :], mask=mask, other=0.0).to(TYPE)
             v = tl.load(v_ptr + t[:, None].to(tl.int64) * stride_v_t + d[None, :], mask=mask, other=0.0).to(TYPE)
-            square = tl.load(squares_ptr + t, mask=t < T, other=0.0)
+            square = tl.load(squares_row + t[None, :], mask=(t < T)[None, :], other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             score = tl.where(t[None, :] <= position[:, None], score, float("-inf"))
             larger = tl.maximum(top, tl.max(score, 1))
@@ -559,7 +591,7 @@ def _error_weights_kernel(
             e2 = tl.where(tl.where(t >= sinks, t, T)[None, :] <= newest[:, None], e * e, 0.0)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
-            squares = squares * shrink * shrink + tl.sum(e2 * square[None, :], 1)
+            squares = squares * shrink * shrink + tl.sum(e2 * square, 1)
             values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
             values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
     # 0 of empty states, whose log-sum-exp is -inf; sums of squares too small to be divided by are such.
@@ -624,9 +656,12 @@ def error_weights(
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
     block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
-    tiles, chunks = group * _launch.cdiv(count, block), _launch.cdiv(tokens, chunk)
-    each = _launch.cdiv(chunks, max(1, programs // (batch * groups * tiles)))
-    splits, rows = _launch.cdiv(chunks, each), tiles * block
+    # 128 rows, of two heads, read K and V half as often as 64 do, and fill a multiprocessor.
+    wide_rows = large and group * count > 64
+    block_m = 2 * block if wide_rows else block
+    tiles, chunks = _launch.cdiv(group * count, block_m), _launch.cdiv(tokens, chunk)
+    each = _launch.cdiv(chunks, max(1, programs // (2 if wide_rows else 1) // (batch * groups * tiles)))
+    splits, rows = _launch.cdiv(chunks, each), tiles * block_m
     empty = partial(torch.empty, dtype=torch.float32, device=k.device)
     o, lse = empty((batch, groups, 2, rows, splits, dim)), empty((batch, groups, 2, rows, splits))
     size = empty((batch, groups, rows, splits))
@@ -674,10 +709,10 @@ def error_weights(
             CHUNK=chunk,
             HALF=dim // 2,
             PAIRS=rope.turns.shape[0],
-            BLOCK_M=block,
+            BLOCK_M=block_m,
             BLOCK_T=32,
-            # Four warps take a tile of 64 rows to the matrix units; eight would do it twice.
-            num_warps=4 if large or dim <= 64 else 8,
+            # Four warps take 64 rows to the matrix units; eight would do it twice.
+            num_warps=8 if wide_rows or (not large and dim > 64) else 4,
             num_stages=3 if large else 2,
             **same,
         )
@@ -686,7 +721,7 @@ def error_weights(
     p2 = (lse2 - 2 * lse1).exp()  # sum of squares of weights
     size = (torch.where(p2[..., None] > 0, (lse[:, :, 1] - lse2[..., None]).exp(), 0.0) * size).sum(-1)
     # [B, H, S, ..], without the rows that fill tiles.
-    o, o2, p2, size = (x.unflatten(2, (group, -1))[:, :, :, :count].flatten(1, 2) for x in (o, o2, p2, size))
+    o, o2, p2, size = (x[:, :, : group * count].unflatten(2, (group, count)).flatten(1, 2) for x in (o, o2, p2, size))
     weighted = o if v_metrics is None else o @ v_metrics
     power = (weighted * o).sum(-1)
     size = size if unit is None else size * unit[:, None]
@@ -939,6 +974,121 @@ def fit_encoder_torch(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Te
     return (solved / (127 * scale.double() * length)[..., None]).mT.float().contiguous()
 
 
+@triton.jit(do_not_specialize=["N", "stride_x_n"])
+def _project_rows_kernel(
+    x_ptr,
+    mean_ptr,  # float32 [B, G, D], or None
+    encoder_ptr,  # float32 [B, G, D, R]
+    out_ptr,  # float32 [B, G, N, R]
+    largest_ptr,  # float32 [B, G, tiles, R], of the rows of a tile, as is the next
+    squares_ptr,
+    N,
+    G,
+    stride_x_b,
+    stride_x_g,
+    stride_x_n,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """BLOCK_N rows of one row and head times BLOCK_R columns of its encoder."""
+    blocks = tl.cdiv(R, BLOCK_R)
+    tile = tl.program_id(0) // blocks
+    r = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    bg = tl.program_id(1).to(tl.int64)
+    x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
+    encoder_ptr += bg * D * R
+    c = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        live = (n < N)[:, None] & (k < D)[None, :]
+        x = tl.load(x_ptr + n[:, None].to(tl.int64) * stride_x_n + k[None, :], mask=live, other=0.0)
+        if mean_ptr is not None:
+            mean = tl.load(mean_ptr + bg * D + k, mask=k < D, other=0.0)
+            x = tl.where(live, x.to(tl.float32) - mean[None, :], 0.0).to(x.dtype)
+        e = tl.load(encoder_ptr + k[:, None] * R + r[None, :], mask=(k < D)[:, None] & (r < R)[None, :], other=0.0)
+        c += dot_f32(x.to(tl.float32), e, MATRIX)
+    tl.store(out_ptr + (bg * N + n[:, None]) * R + r[None, :], c, mask=(n < N)[:, None] & (r < R)[None, :])
+    own = (bg * tl.cdiv(N, BLOCK_N) + tile) * R + r
+    tl.store(largest_ptr + own, tl.max(tl.abs(c), 0), mask=r < R)
+    tl.store(squares_ptr + own, tl.sum(c * c, 0), mask=r < R)
+
+
+def project_rows(
+    x: torch.Tensor, encoder: torch.Tensor, mean: torch.Tensor | None = None, *, every: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Coefficients (x - mean) @ encoder of some rows: what quantiser steps are fitted on.
+
+    Args:
+        x: [B, G, T, D] fp16, bf16 or fp32, T at least 1; last dimension of stride 1.
+        encoder: float32 [B, G, D, R].
+        mean: float32 [B, G, D] to subtract before, or None. Differences are rounded to the dtype of x.
+        every: of rows 0, every, 2 every ..
+    Returns:
+        (coefficients [B, G, N, R], their largest magnitudes [B, G, R], their sums of squares [B, G, R]), float32.
+        Float32 arithmetic.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
+    batch, heads, tokens, dim = x.shape
+    check_tensor("encoder", encoder, shape=(batch, heads, dim, None), dtype=torch.float32, device=x.device)
+    if mean is not None:
+        check_tensor("mean", mean, shape=(batch, heads, dim), dtype=torch.float32, device=x.device)
+    if every < 1 or tokens == 0:
+        raise ValueError(f"every: expected at least 1, of at least one row, got {every} of {tokens}")
+    if not _launch.runs_kernel(x):
+        return project_rows_torch(x, encoder, mean, every=every)
+    _launch.check_bf16("x", x)
+    count, rank = _launch.cdiv(tokens, every), encoder.shape[-1]
+    empty = partial(torch.empty, dtype=torch.float32, device=x.device)
+    out = empty((batch, heads, count, rank))
+    if out.numel() == 0:
+        return out, empty((batch, heads, rank)), empty((batch, heads, rank))
+    matrix = _launch.has_matrix_units(x.device)
+    # Registers hold 64 columns where operands lie in shared memory.
+    block_n, most = (64, 64 if _launch.has_large_shared_memory(x.device) else 32) if matrix else (16, 16)
+    block_r = min(most, _launch.next_power_of_2(rank))
+    tiles = _launch.cdiv(count, block_n)
+    largest, squares = empty((2, batch, heads, tiles, rank))
+    with torch.cuda.device_of(x):
+        _project_rows_kernel[(tiles * _launch.cdiv(rank, block_r), batch * heads)](
+            x,
+            None if mean is None else mean.contiguous(),
+            encoder.contiguous(),
+            out,
+            largest,
+            squares,
+            count,
+            heads,
+            x.stride(0),
+            x.stride(1),
+            every * x.stride(2),
+            D=dim,
+            R=rank,
+            BLOCK_N=block_n,
+            BLOCK_R=block_r,
+            BLOCK_K=32 if matrix else 8,
+            MATRIX=matrix,
+            num_warps=4,
+        )
+    return out, largest.amax(2), squares.sum(2)
+
+
+def project_rows_torch(
+    x: torch.Tensor, encoder: torch.Tensor, mean: torch.Tensor | None = None, *, every: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`project_rows` in plain PyTorch."""
+    rows = x[:, :, ::every]
+    out = (rows if mean is None else (rows - mean[:, :, None]).to(rows.dtype)).float() @ encoder
+    norm = torch.linalg.vector_norm
+    return out, norm(out, ord=float("inf"), dim=-2), norm(out, dim=-2).square()
+
+
 # A mean is that of so many tokens to twice as many, evenly spread.
 MEAN_TOKENS = 4096
 # Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
@@ -987,9 +1137,10 @@ def _fit_steps_kernel(
     tl.store(error_ptr + own, tl.min(error, 0), mask=used)
 
 
-def _largest(coefficients: torch.Tensor) -> torch.Tensor:
+def _largest(coefficients: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
     """Largest magnitude of each component; one without variance in the sample still gets a step that later rows can use."""
-    largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
+    if largest is None:
+        largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
     return torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
 
 
@@ -999,23 +1150,28 @@ def _tops(choices: tuple[Bands, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([[2.0**bits for bits in bands.bits] for bands in choices], device=device)
 
 
-def fit_quantisers(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_quantisers(
+    coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The quantiser step of each component with the least squared error over a sample, for each of some bands.
 
     Args:
         coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+        largest: their largest magnitudes, float32 [..., R], where these are known.
     Returns:
         (steps, sums of squared errors), float32 [P, ..., R]; steps are positive.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
     if not _launch.runs_kernel(coefficients):
-        return fit_quantisers_torch(coefficients, choices)
-    return _best_steps(coefficients, _widest_steps(coefficients, choices), choices, STEP_SHARES)
+        return fit_quantisers_torch(coefficients, choices, largest)
+    return _best_steps(coefficients, _widest_steps(coefficients, choices, largest), choices, STEP_SHARES)
 
 
-def fit_quantisers_torch(coefficients: torch.Tensor, choices: Sequence[Bands]) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_quantisers_torch(
+    coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`fit_quantisers` in plain PyTorch."""
-    widest = _widest_steps(coefficients, choices)
+    widest = _widest_steps(coefficients, choices, largest)
     best, least = widest, torch.full_like(widest, float("inf"))
     for share in range(STEP_SHARES):
         step = LEAST_SHARE ** (share / (STEP_SHARES - 1)) * widest
@@ -1054,9 +1210,11 @@ def quantiser_errors_torch(coefficients: torch.Tensor, steps: torch.Tensor, choi
     return torch.stack(errors)
 
 
-def _widest_steps(coefficients: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
+def _widest_steps(
+    coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
+) -> torch.Tensor:
     """The least step of each component that clips nothing, for each of some bands, float32 [P, ..., R]."""
-    largest = _largest(coefficients)
+    largest = _largest(coefficients, largest)
     tops = _tops(tuple(choices), coefficients.device)
     return largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), tops.shape[-1])
 
@@ -1260,18 +1418,18 @@ def _quantised(
     scale: torch.Tensor,
     encoder: torch.Tensor,
     weight: torch.Tensor,
-    sample: int,
+    count: int,
 ) -> Spectrum:
-    """A side's spectrum but its mean, from components without a quantiser."""
-    rows = side.x[:, :, :: max(1, side.x.shape[2] // sample)]
-    coefficients = (rows if mean is None else (rows - mean).to(rows.dtype)).float() @ encoder
+    """A side's spectrum but its mean, from components without a quantiser; steps are fitted on about `count` rows."""
+    row = None if mean is None else mean[:, :, 0]
+    coefficients, largest, squares = project_rows(side.x, encoder, row, every=max(1, side.x.shape[2] // count))
     tokens, dim = coefficients.shape[-2:]
-    errors = {0: torch.linalg.vector_norm(coefficients, dim=-2).square() * (weight / tokens)}
+    errors = {0: squares * (weight / tokens)}
     choices = {bits: Bands(((dim, bits),)) for bits in side.precisions}
     steps = {bits: fit_steps(coefficients, bands) for bits, bands in choices.items() if bands.is_float}
     coarse = [bits for bits in sorted(choices, reverse=True) if not choices[bits].is_float]
     if coarse:
-        fitted, lost = fit_quantisers(coefficients, [choices[bits] for bits in coarse])
+        fitted, lost = fit_quantisers(coefficients, [choices[bits] for bits in coarse], largest)
         step, errors[coarse[0]] = fitted[0], lost[0] * (weight / tokens)
         steps[coarse[0]] = step
         for bits, wanted in zip(coarse[1:], fitted[1:], strict=True):

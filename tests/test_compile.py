@@ -30,6 +30,7 @@ NEW_CARDS = {  # from sm_80
 KERNELS = {
     "_attend_exact_kernel",
     "_attend_spectral_kernel",
+    "_chunk_factors_kernel",
     "_decode_kernel",
     "_encode_kernel",
     "_finish_spectral_kernel",
@@ -39,6 +40,7 @@ KERNELS = {
     "_merge_many_states_kernel",
     "_merge_states_kernel",
     "_project_queries_kernel",
+    "_project_rows_kernel",
     "_query_metric_kernel",
     "_requantise_kernel",
     "_rotate_kernel",

@@ -267,7 +267,7 @@ def test_error_weights_in_splits(rng, monkeypatch, dtype, multiprocessors, split
     grids: list[tuple[int, ...]] = []
     for name in ("_squares_kernel", "_error_weights_kernel"):
         monkeypatch.setattr(compress, name, Noted(getattr(compress, name), grids))
-    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 300, 64))).to(DEVICE, dtype) for n in (2, 1, 1))
+    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 300, 64))).to(DEVICE, dtype) for n in (4, 1, 1))
     check_error_weights("triton", (q, k, v), inverse_frequencies(64), 1.0, None, queries=20, sinks=2, window=16, chunk=128)
     squares, weights = grids
     assert weights[1] == splits and (squares[0] > 1) == (splits > 1)
@@ -489,6 +489,48 @@ def test_fit_encoder_with_a_component_of_zeros(rng, implementation, dim):
     expected = oracle.fit_encoder(rows[others] * scale[others, None], None)
     np.testing.assert_allclose(got[:, others], expected, atol=1e-4 * np.abs(expected).max())
     assert np.isfinite(got).all()
+
+
+def check_project_rows(
+    implementation: str, x: torch.Tensor, encoder: torch.Tensor, mean: torch.Tensor | None, every: int
+) -> None:
+    """Of some rows, the products, and of each column the largest and the sum of squares."""
+
+    def rows(x: torch.Tensor) -> F64:
+        own = x[:, :, ::every]
+        return to_numpy(own if mean is None else (own - mean[:, :, None]).to(x.dtype))
+
+    run = operation(compress, "project_rows", implementation, x.dtype)
+    got, largest, squares = map(to_numpy, run(x, encoder, mean, every=every))
+    e = to_numpy(encoder)
+    exact, slack = rows(x) @ e, budgets.coefficients(rows(x), e)
+    assert got.shape == exact.shape
+    budgets.check(got, exact, slack, "coefficients")
+    np.testing.assert_array_equal(largest, np.abs(got).max(2))
+    sums = (got**2).sum(2)
+    budgets.check(squares, sums, (got.shape[2] + 4) * budgets.ACC * sums, "squares")
+    budgets.check_rejects(0 * exact, exact, slack, "zeros")
+    budgets.check_rejects(rows(x) @ np.float16(e), exact, slack, "an fp16 encoder")
+    if x.shape[2] > 1:
+        budgets.check_rejects(rows(x.roll(1, 2)) @ e, exact, slack, "other rows")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(
+    ("dim", "rank", "tokens", "every", "dtype", "stride"),
+    [
+        (64, 64, 150, 2, torch.float16, "swapped"),
+        (80, 48, 70, 1, torch.bfloat16, "odd"),
+        (128, 128, 67, 3, torch.float32, "padded"),
+        (64, 16, 5, 9, torch.float16, "plain"),
+    ],
+)
+def test_project_rows(rng, implementation, centred, dim, rank, tokens, every, dtype, stride):
+    x = strided(torch.from_numpy(rng.standard_normal((2, 2, tokens, dim)) + 3 * centred).to(dtype), stride)
+    encoder = tensor(rng.standard_normal((2, 2, dim, rank)) * np.exp(rng.standard_normal(rank)))
+    mean = tensor(3 + 0.1 * rng.standard_normal((2, 2, dim))) if centred else None
+    check_project_rows(implementation, x, encoder, mean, every)
 
 
 def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:

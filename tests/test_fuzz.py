@@ -50,9 +50,11 @@ from tests.test_compress import (
     check_fit_encoder,
     check_fit_quantisers,
     check_gram,
+    check_project_rows,
     check_query_metric,
     check_requantise,
     decode_oracle,
+    tensor,
 )
 from tests.test_eigen import check_eigenvectors
 from tests.test_merge import check_many, check_two
@@ -311,6 +313,16 @@ def fuzz_fit_quantisers(draw: Draw) -> None:
     check_fit_quantisers(implementation, c, draw.of("bits", 8, 4, 2))  # and quantiser_errors
 
 
+def fuzz_project_rows(draw: Draw) -> None:
+    implementation, dtype, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.of("dtype", *DTYPES), draw.rng()
+    batch, heads, dim = draw.int("B", 1, 2), draw.int("G", 1, 2), draw.of("D", 64, 80, 128)
+    x = rng.standard_normal((batch, heads, draw.int("tokens", 1, 200), dim))
+    encoder = tensor(rng.standard_normal((batch, heads, dim, draw.of("R", 16, 48, dim))))
+    mean = tensor(rng.standard_normal((batch, heads, dim))) if draw.of("centred", False, True) else None
+    own = strided(torch.from_numpy(x).to(dtype), draw.of("strides", *STRIDES))
+    check_project_rows(implementation, own, encoder, mean, draw.int("every", 1, 9))
+
+
 def fuzz_gram(draw: Draw) -> None:
     implementation, dtype, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.of("dtype", *DTYPES), draw.rng()
     shape = (
@@ -379,7 +391,7 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "rotate": (fuzz_rotate, 0.08),
     "project_queries": (fuzz_project_queries, 0.1),
     "attend_spectral": (fuzz_attend_spectral, 0.3),
-    "attend_exact": (fuzz_attend_exact, 0.2),
+    "attend_exact": (fuzz_attend_exact, 0.18),
     "merge": (fuzz_merge, 0.06),
     "encode": (fuzz_encode, 0.04),
     "decode": (fuzz_decode, 0.05),
@@ -390,6 +402,7 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "eigenvectors": (fuzz_eigenvectors, 0.025),
     "fit_encoder": (fuzz_fit_encoder, 0.02),
     "fit_quantisers": (fuzz_fit_quantisers, 0.025),
+    "project_rows": (fuzz_project_rows, 0.02),
 }
 
 
