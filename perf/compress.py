@@ -48,7 +48,7 @@ import spectral_kernels as sk
 from perf._timing import ROOT, Call, Card, NoCard, device_times, versions
 from spectral_kernels import eigen
 from spectral_kernels.cache import LayerCache
-from spectral_kernels.compress import Side, error_weights, fit_spectra
+from spectral_kernels.compress import Side, error_weights, fit_spectra, shared_metrics
 from spectral_kernels.pages import pack_pages, unpack_pages
 
 HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 128
@@ -132,7 +132,7 @@ class Layer:
 
     def compress(self) -> None:
         """All that a layer takes once its keys are aligned and the metric of its queries is known."""
-        sides = [Side(x, metric, sorted(set(bands.bits))) for _, x, bands, metric, _ in self.sides()]
+        sides = [Side(x, metric, [bands]) for _, x, bands, metric, _ in self.sides()]
         for (side, x, bands, _, pages), spectrum in zip(self.sides(), fit_spectra(sides), strict=True):
             sk.encode(x, spectrum.side(bands)[2], bands, pages, self.ids, side=side)
 
@@ -434,10 +434,10 @@ def parts_of_a_layer(layer: Layer, rope: sk.Rope) -> list[str]:
     """Lines: what the cache does for a layer's prompt besides `encode`, each by itself, by eager calls."""
     q = torch.randn(1, HEADS, *layer.k.shape[2:], device=layer.k.device).to(layer.k.dtype)
     sides = [Side(layer.k, layer.k_metric, centre=True), Side(layer.v, layer.v_metric)]
-    by_head = layer.v_metric.repeat_interleave(HEADS // KV_HEADS, dim=0)
+    weighing = shared_metrics(layer.v_metric.repeat_interleave(HEADS // KV_HEADS, dim=0), KV_HEADS)
     calls = {
         "query_metric": lambda: sk.query_metric(q, rope, chunk=512, kv_heads=KV_HEADS),
-        "error_weights": lambda: error_weights(q, layer.k, layer.v, rope, by_head, chunk=512, sinks=4, window=16),
+        "error_weights": lambda: error_weights(q, layer.k, layer.v, rope, weighing, chunk=512, sinks=4, window=16),
         "fit_spectra": lambda: fit_spectra(sides),
     }
     return [f"  {name:34}{eager_ms(call, 5):9.3f} ms" for name, call in calls.items()]

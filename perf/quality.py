@@ -309,13 +309,16 @@ def _without_mean(sides: Sequence[compress.Side]) -> list[compress.Spectrum]:
 
 
 def _unclipped(coefficients: torch.Tensor, choices: Sequence[Any], _: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-    largest = coefficients.abs().amax(-2).clamp_min(torch.finfo(torch.float32).tiny)
     found = []
     for bands in choices:
+        own = coefficients[..., : bands.rank]
+        largest = own.abs().amax(-2).clamp_min(torch.finfo(torch.float32).tiny)
         half = torch.tensor([2.0 ** (b - 1) for b in bands.bits], device=largest.device)
-        units = coefficients * (half / largest)[..., None, :]
+        units = own * (half / largest)[..., None, :]
         off = (units.floor() + 0.5).clamp(0.5 - half, half - 0.5) - units
-        found.append((largest / half, off.square().sum(-2) * (largest / half).square()))
+        rest = (0, coefficients.shape[-1] - bands.rank)
+        lost = off.square().sum(-2) * (largest / half).square()
+        found.append((torch.nn.functional.pad(largest / half, rest, value=1.0), torch.nn.functional.pad(lost, rest)))
     steps, errors = (torch.stack(x) for x in zip(*found, strict=True))
     return steps, errors
 

@@ -36,7 +36,18 @@ import torch
 
 from ._checks import FLOATS, check_in, check_tensor
 from .attention import attend_exact, attend_spectral
-from .compress import Side, Spectrum, decode, encode, error_weights, fit_encoder, fit_spectra, query_metric, requantise
+from .compress import (
+    Side,
+    Spectrum,
+    decode,
+    encode,
+    error_weights,
+    fit_encoder,
+    fit_spectra,
+    query_metric,
+    requantise,
+    shared_metrics,
+)
 from .merge import merge_states
 from .pages import BLOCK, CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages
 from .rope import Rope, phase_align, rotate
@@ -278,6 +289,8 @@ EARLY = 1 / 16
 BASES_SHARE = 1 / 8
 # Of more queries a row than this, only some count in the metric of K.
 METRIC_QUERIES = 4096
+# So many of a new segment's newest tokens say what tokens lose in it; a multiple of the chunk lengths.
+RESIDUAL_TOKENS = 256
 
 
 def _stride(tokens: int, align: int) -> int:
@@ -433,6 +446,7 @@ class LayerCache:
         self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
         self.budget = budget
         self.dtype, self.device, self.v_metrics = dtype, device, v_metrics
+        self.shared_metrics = None if v_metrics is None else shared_metrics(v_metrics, kv_heads)
         self.pinned = [list(row) for row in pinned]
         self.pinned_slots = max(map(len, self.pinned), default=0) if self.layouts else 0
         self.lengths: list[int] = [0] * batch  # tokens a row
@@ -857,12 +871,13 @@ class LayerCache:
         if (self.preset.max_residual == math.inf and not self.preset.outliers) or not self.fits.keys() >= set(segments):
             return None
         chunk = self.preset.chunk
-        # A new segment's tokens may be many: a block of them will do, and none of the first chunk, which has the sinks.
+        # A new segment's tokens may be many: a part of them will do, and none of the first chunk, which has the sinks.
         chunks = page_ids.shape[1]
-        some = min(self.preset.align // chunk, max(1, chunks - 1)) if new and not self.preset.outliers else chunks
+        part = min(RESIDUAL_TOKENS // chunk, max(1, chunks - 1))
+        some = part if new and not self.preset.outliers else chunks
         lost = self._lost(segments, page_ids[:, chunks - some :], k[:, :, -some * chunk :], v[:, :, -some * chunk :], known)
         if new:
-            sample = lost[..., -min(self.preset.align, max(1, chunks - 1) * chunk) :].mean(-1)  # [2, m, G]
+            sample = lost[..., -part * chunk :].mean(-1)  # [2, m, G]
             for i, segment in enumerate(segments):
                 self.fits[segment] = self.fits[segment]._replace(lost=sample[:, i].clone())
         at_fit = torch.stack([self.fits[segment].lost for segment in segments], dim=1)
@@ -937,14 +952,14 @@ class LayerCache:
             q = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, dim=2)
             q = self._rows(q, members)[:, :, self.query_padding[members[0]] :]
             options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
-            weights = error_weights(q, k, v, self.rope, self.v_metrics, **options)
+            weights = error_weights(q, k, v, self.rope, self.shared_metrics, **options)
             k_shares, shares = (self._shares(w) for w in weights)
             align = self.preset.align
             stride = _stride(q.shape[2], align)
             metric = query_metric(q, self.rope, chunk=align, kv_heads=self.kv_heads, weights=k_shares, stride=stride)
-        bits = [sorted({b for x in self.layouts for b in getattr(x, side).bits}) for side in ("k", "v")]
-        k_side = Side(k, metric, bits[0], centre=not self.layouts[0].k.is_float)
-        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), bits[1])])
+        k_bands, v_bands = ([getattr(layout, side) for layout in self.layouts] for side in ("k", "v"))
+        k_side = Side(k, metric, k_bands, centre=not k_bands[0].is_float)
+        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), v_bands)])
         by_layout = losses = None
         if len(self.layouts) > 1 and (self.layout is None or self.losses is not None):  # may be narrowed
             by_layout = _distortions(k_spectrum, v_spectrum, self.layouts)

@@ -46,7 +46,6 @@ from .eigen import (
     store_floored_f64,
     store_product_f64,
 )
-from .merge import merge_many_states
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate, rotate_torch
 
@@ -465,12 +464,11 @@ def query_metric_torch(
 @triton.jit(do_not_specialize=["T", "each"])
 def _squares_kernel(
     v_ptr,
-    metric_ptr,  # float32 [H, D, D], or None
-    out_ptr,  # float32 [B, H, T]
+    metric_ptr,  # float32 [G, D, D], or None
+    out_ptr,  # float32 [B, G, T]
     T,
     each,
-    H,
-    HG,
+    G,
     stride_v_b,
     stride_v_g,
     stride_v_t,
@@ -479,14 +477,14 @@ def _squares_kernel(
     BLOCK_D: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """|v|^2 of `each` tokens of one row in the metric of one query head."""
+    """|v|^2 of `each` tokens of one row and head in the head's metric."""
     TYPE: tl.constexpr = v_ptr.dtype.element_ty if NATIVE else tl.float32
-    head = tl.program_id(1).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    v_ptr += b * stride_v_b + head // HG * stride_v_g
+    v_ptr += b * stride_v_b + g * stride_v_g
     if metric_ptr is not None:
-        at = (head * D + d[:, None]) * D + d[None, :]
+        at = (g * D + d[:, None]) * D + d[None, :]
         metric = tl.load(metric_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
     begin = tl.program_id(0) * each
     for start in range(begin, tl.minimum(begin + each, T), BLOCK_T):
@@ -496,20 +494,20 @@ def _squares_kernel(
         weighted = v.to(tl.float32)
         if metric_ptr is not None:
             weighted = tl.dot(v, metric, input_precision="tf32x3")
-        tl.store(out_ptr + (b * H + head) * T + t, tl.sum(weighted * v.to(tl.float32), 1), mask=t < T)
+        tl.store(out_ptr + (b * G + g) * T + t, tl.sum(weighted * v.to(tl.float32), 1), mask=t < T)
 
 
 @triton.jit(do_not_specialize=["T", "S", "each", "sinks", "window"])
 def _error_weights_kernel(
     q_ptr,  # [B, H, S, D], contiguous
-    at_ptr,  # int64 [S]
+    at_ptr,  # int64 [S], rising
     k_ptr,
     v_ptr,
-    squares_ptr,  # float32 [B, H, T]
+    squares_ptr,  # float32 [B, G, T]
     turns_ptr,
     turned_ptr,  # [B, G, splits, ROWS, D], of the type of k: where a program holds its turned queries
     o_ptr,  # float32 [B, G, 2, ROWS, splits, D]
-    lse_ptr,  # float32 [B, G, 2, ROWS, splits]
+    lse_ptr,  # float32 [B, G, 2, ROWS, splits], base 2
     size_ptr,  # float32 [B, G, ROWS, splits]
     T,
     S,
@@ -535,22 +533,23 @@ def _error_weights_kernel(
     BLOCK_D: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """BLOCK_M of the HG * S queries of one row and KV head over `each` chunks of keys: the state of attention, that of
-    attention with squared weights to tokens that are not exact, and the mean of |v|^2 under the latter."""
+    """BLOCK_M of the S * HG queries of one row and KV head, by position, over `each` chunks of keys: the state of
+    attention, that of attention with squared weights to tokens that are not exact, the mean of |v|^2 under the latter."""
     rows = tl.num_programs(0) * BLOCK_M
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < HG * S
-    head = tl.where(live, row // S, 0)
-    query = row % S
+    live = row < S * HG
+    query = row // HG
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     bg = tl.program_id(2).to(tl.int64)
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
     d = tl.arange(0, BLOCK_D)
-    position = tl.load(at_ptr + query, mask=live, other=0).to(tl.int32)  # below T
+    position = tl.load(at_ptr + query, mask=live, other=T - 1).to(tl.int32)  # below T
     newest = tl.minimum(position - window, T - 1)  # token that is not exact
-    q_row = q_ptr + (bg * HG * S + row[:, None]) * D
-    squares_row = squares_ptr + (bg * HG + head[:, None]) * T
+    first = tl.load(at_ptr + tl.program_id(0) * BLOCK_M // HG).to(tl.int32) - window
+    last = tl.load(at_ptr + (tl.minimum(tl.program_id(0) * BLOCK_M + BLOCK_M, S * HG) - 1) // HG).to(tl.int32)
+    q_row = q_ptr + ((bg * HG + row % HG) * S + query)[:, None] * D
+    squares_ptr += bg * T
     turned_row = turned_ptr + ((bg * splits + split) * rows + row[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
     v_ptr += (bg // G) * stride_v_b + (bg % G) * stride_v_g
@@ -560,8 +559,10 @@ def _error_weights_kernel(
     squares = tl.zeros([BLOCK_M], dtype=tl.float32)
     values1 = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     values2 = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    for chunk in range(split * each, tl.minimum((split + 1) * each, tl.cdiv(T, CHUNK))):
-        distance = tl.maximum(position - chunk * CHUNK, 0)  # of queries before the chunk nothing counts
+    for chunk in range(split * each, tl.minimum((split + 1) * each, last // CHUNK + 1)):
+        begin = chunk * CHUNK
+        end = begin + CHUNK
+        distance = tl.maximum(position - begin, 0)  # of queries before the chunk nothing counts
         # Few pairs at a time, by way of memory: registers hold the sums.
         for start in tl.static_range(0, HALF, 16):
             pair = start + tl.arange(0, 16)
@@ -575,37 +576,119 @@ def _error_weights_kernel(
         tl.debug_barrier()
         q = tl.load(turned_row + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0).to(TYPE)
         tl.debug_barrier()  # before the next chunk's are stored
-        for start in range(0, tl.minimum(CHUNK, T - chunk * CHUNK), BLOCK_T):
-            t = chunk * CHUNK + start + tl.arange(0, BLOCK_T)
+        # Most chunks are seen whole by all queries, and no token of them is exact.
+        masked = (begin < sinks) | (end > first + 1)
+        for start in range(begin, tl.minimum(end, T), BLOCK_T):
+            t = start + tl.arange(0, BLOCK_T)
             mask = (t < T)[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + t[:, None].to(tl.int64) * stride_k_t + d[None, :], mask=mask, other=0.0).to(TYPE)
             v = tl.load(v_ptr + t[:, None].to(tl.int64) * stride_v_t + d[None, :], mask=mask, other=0.0).to(TYPE)
-            square = tl.load(squares_row + t[None, :], mask=(t < T)[None, :], other=0.0)
+            square = tl.load(squares_ptr + t, mask=t < T, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-            score = tl.where(t[None, :] <= position[:, None], score, float("-inf"))
+            if masked:
+                score = tl.where(t[None, :] <= position[:, None], score, float("-inf"))
             larger = tl.maximum(top, tl.max(score, 1))
             base = tl.where(larger == float("-inf"), 0.0, larger)
             shrink = tl.exp2(top - base)
             top = larger
             e = tl.exp2(score - base[:, None])
-            e2 = tl.where(tl.where(t >= sinks, t, T)[None, :] <= newest[:, None], e * e, 0.0)
+            e2 = e * e
+            if masked:
+                e2 = tl.where(tl.where(t >= sinks, t, T)[None, :] <= newest[:, None], e2, 0.0)
             sum1 = sum1 * shrink + tl.sum(e, 1)
             sum2 = sum2 * shrink * shrink + tl.sum(e2, 1)
-            squares = squares * shrink * shrink + tl.sum(e2 * square, 1)
+            squares = squares * shrink * shrink + tl.sum(e2 * square[None, :], 1)
             values1 = tl.dot(e.to(TYPE), v, values1 * shrink[:, None], input_precision="tf32x3")
             values2 = tl.dot(e2.to(TYPE), v, values2 * (shrink * shrink)[:, None], input_precision="tf32x3")
-    # 0 of empty states, whose log-sum-exp is -inf; sums of squares too small to be divided by are such.
+    # Of empty states the log-sum-exp is -inf, and nothing else is written; sums of squares too small to divide by are such.
     some = sum2 >= 1.1754943508222875e-38
-    one = 1.0 / tl.where(sum1 > 0, sum1, 1.0)
-    two = tl.where(some, 1.0 / tl.where(some, sum2, 1.0), 0.0)
-    sum2 = tl.where(some, sum2, 0.0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    tl.store(size_ptr + (bg * rows + row) * splits + split, squares * two)
     out = (bg * 2 * rows + row) * splits + split
-    tl.store(lse_ptr + out, (top + tl.log2(sum1)) * 0.6931471805599453)
-    tl.store(lse_ptr + out + rows * splits, (2 * top + tl.log2(sum2)) * 0.6931471805599453)
-    tl.store(o_ptr + out[:, None] * D + d[None, :], values1 * one[:, None], mask=(d < D)[None, :])
-    tl.store(o_ptr + (out + rows * splits)[:, None] * D + d[None, :], values2 * two[:, None], mask=(d < D)[None, :])
+    tl.store(size_ptr + (bg * rows + row) * splits + split, squares / sum2, mask=some)
+    tl.store(lse_ptr + out, top + tl.log2(sum1))
+    tl.store(lse_ptr + out + rows * splits, 2 * top + tl.log2(tl.where(some, sum2, 0.0)))
+    own = (sum1 > 0)[:, None] & (d < D)[None, :]
+    tl.store(o_ptr + out[:, None] * D + d[None, :], values1 * (1.0 / sum1)[:, None], mask=own)
+    own = some[:, None] & (d < D)[None, :]
+    tl.store(o_ptr + (out + rows * splits)[:, None] * D + d[None, :], values2 * (1.0 / sum2)[:, None], mask=own)
+
+
+@triton.jit(do_not_specialize=["S", "splits", "rows"])
+def _join_weights_kernel(
+    o_ptr,  # as `_error_weights_kernel` writes them, as are the next two
+    lse_ptr,
+    size_ptr,
+    metric_ptr,  # float32 [G, D, D], or None
+    out_ptr,  # float32 [3, B, H, blocks]: parts of the sums of w_k, w_v and |o|^2
+    S,
+    splits,
+    rows,
+    H,
+    HG,
+    D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Join the states of BLOCK_S queries of one row and query head, and sum up what errors cost them."""
+    head = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    bg = b * (H // HG) + head // HG
+    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
+    row = s * HG + head % HG
+    live = s < S
+    d = tl.arange(0, BLOCK_D)
+    first = (bg * 2 * rows + row) * splits
+    second = first + rows * splits
+    top1 = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    top2 = tl.full([BLOCK_S], float("-inf"), dtype=tl.float32)
+    for split in range(0, splits):
+        top1 = tl.maximum(top1, tl.load(lse_ptr + first + split, mask=live, other=0.0))
+        top2 = tl.maximum(top2, tl.load(lse_ptr + second + split, mask=live, other=0.0))
+    base2 = tl.where(top2 == float("-inf"), 0.0, top2)  # where all that a query sees is exact
+    total1 = tl.zeros([BLOCK_S], dtype=tl.float32)
+    total2 = tl.zeros([BLOCK_S], dtype=tl.float32)
+    size = tl.zeros([BLOCK_S], dtype=tl.float32)
+    o1 = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    o2 = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
+    for split in range(0, splits):
+        w1 = tl.exp2(tl.load(lse_ptr + first + split, mask=live, other=0.0) - top1)
+        w2 = tl.exp2(tl.load(lse_ptr + second + split, mask=live, other=0.0) - base2)
+        total1 += w1
+        total2 += w2
+        size += w2 * tl.load(size_ptr + (bg * rows + row) * splits + split, mask=live & (w2 > 0), other=0.0)
+        mask = live[:, None] & (d < D)[None, :]
+        own = o_ptr + d[None, :]
+        o1 += w1[:, None] * tl.load(own + (first + split)[:, None] * D, mask=mask & (w1 > 0)[:, None], other=0.0)
+        o2 += w2[:, None] * tl.load(own + (second + split)[:, None] * D, mask=mask & (w2 > 0)[:, None], other=0.0)
+    o1 = o1 / total1[:, None]
+    two = 1.0 / tl.where(total2 > 0, total2, 1.0)
+    weighted = o1
+    if metric_ptr is not None:
+        at = ((head // HG) * D + d[:, None]) * D + d[None, :]
+        metric = tl.load(metric_ptr + at, mask=(d < D)[:, None] & (d < D)[None, :], other=0.0)
+        weighted = dot_f32(o1, metric, True)
+    power = tl.sum(weighted * o1, 1)
+    crossed = tl.sum(weighted * o2, 1) * two
+    # Sum of squares of weights.
+    p2 = tl.where(total2 > 0, tl.exp2(top2 - 2 * top1) * total2 / (total1 * total1), 0.0)
+    w_k = p2 * (size * two - 2 * crossed + power)
+    out_ptr += (b * H + head) * tl.num_programs(0) + tl.program_id(0)
+    step = tl.num_programs(2) * H * tl.num_programs(0)
+    tl.store(out_ptr, tl.sum(tl.where(live, w_k, 0.0), 0))
+    tl.store(out_ptr + step, tl.sum(tl.where(live, p2, 0.0), 0))
+    tl.store(out_ptr + 2 * step, tl.sum(tl.where(live, power, 0.0), 0))
+
+
+def shared_metrics(metrics: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Metrics of query heads as one metric for each KV head, times a factor for each query head that keeps its trace.
+
+    Args:
+        metrics: float32 [H, D, D], positive semi-definite.      kv_heads: G; H is a multiple of it.
+    Returns:
+        (float32 [G, D, D] of trace D, factors float32 [H]).
+    """
+    factors = metrics.diagonal(dim1=-2, dim2=-1).mean(-1)
+    even = metrics / factors.clamp_min(torch.finfo(factors.dtype).tiny)[:, None, None]
+    return even.unflatten(0, (kv_heads, -1)).mean(1), factors
 
 
 def error_weights(
@@ -613,30 +696,33 @@ def error_weights(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metrics: torch.Tensor | None = None,
+    v_metrics: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 64,
+    queries: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What errors of cold keys and values cost in each query head's outputs, relative to the mean square of all outputs.
 
     To first order and with errors that are independent from token to token, softmax weights p and scores s,
 
-        E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = x^T W_o^T W_o x
+        E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = f_h x^T M_g x
 
     averaged over `queries` queries of the second half of the tokens. Heads that look at few old tokens count, those that
-    look at many (errors cancel) or at exact ones do not.
+    look at many (errors cancel) or at exact ones do not. W_o^T W_o of a KV head's query heads differ little but in size:
+    one metric M_g for all of them costs a quarter of the work or less, and weights that differ by a fifth choose much the
+    same bases and layouts.
 
     Args:
         q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point;
             last dimensions of stride 1.
-        rope: frequencies.      v_metrics: float32 [H, D, D], W_o^T W_o of each query head, or None.
+        rope: frequencies.
+        v_metrics: (M float32 [G, D, D], f float32 [H]), see `shared_metrics`; or None: the identity, and 1.
         chunk: chunk length C.      sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
         (w_k, w_v), float32 [B, H]: the layer's relative error is the sum over h of w_k[h] times the mean squared error of
-        keys in the metric of head h's queries (`query_metric`) plus w_v[h] times that of values in `v_metrics[h]`. Of
+        keys in the metric of head h's queries (`query_metric`) plus w_v[h] times that of values in W_o^T W_o of head h. Of
         16-bit tensors, softmax weights and turned queries count to 16 bits.
     """
     batch, heads, tokens, dim = q.shape
@@ -648,41 +734,43 @@ def error_weights(
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
     group, count = heads // groups, len(at)
     own = q.index_select(2, at)
-    metric = unit = None
-    if v_metrics is not None:  # entries up to 1, as fp16 wants them
-        unit = v_metrics.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        metric = (v_metrics / unit[:, None, None]).contiguous()
-    squares = torch.empty((batch, heads, tokens), dtype=torch.float32, device=k.device)
+    metric, factors = (None, None) if v_metrics is None else v_metrics
+    squares = torch.empty((batch, groups, tokens), dtype=torch.float32, device=k.device)
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
     large = _launch.has_large_shared_memory(k.device) and k.dtype != torch.float32
     block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
-    # 128 rows, of two heads, read K and V half as often as 64 do, and fill a multiprocessor.
-    wide_rows = large and group * count > 64
-    block_m = 2 * block if wide_rows else block
-    tiles, chunks = _launch.cdiv(group * count, block_m), _launch.cdiv(tokens, chunk)
-    each = _launch.cdiv(chunks, max(1, programs // (2 if wide_rows else 1) // (batch * groups * tiles)))
-    splits, rows = _launch.cdiv(chunks, each), tiles * block_m
+    tiles = _launch.cdiv(group * count, block)
+    # Chunks that some query of a tile sees. All programs are to run at once, those of later tiles being more.
+    lasts = [min((tile + 1) * block - 1, group * count - 1) // group for tile in range(tiles)]
+    seen = [(tokens // 2 + (tokens - 1 - tokens // 2) * last // max(1, count - 1)) // chunk + 1 for last in lasts]
+    each = _launch.cdiv(sum(seen) * batch * groups, programs)
+    while batch * groups * sum(_launch.cdiv(n, each) for n in seen) > programs and each < seen[-1]:
+        each += 1
+    splits, rows = _launch.cdiv(_launch.cdiv(tokens, chunk), each), tiles * block
     empty = partial(torch.empty, dtype=torch.float32, device=k.device)
     o, lse = empty((batch, groups, 2, rows, splits, dim)), empty((batch, groups, 2, rows, splits))
     size = empty((batch, groups, rows, splits))
     turned = k.new_empty((batch, groups, splits, rows, dim))
+    sums = empty((3, batch, heads, _launch.cdiv(count, 16)))
     # Tokens of a program that works out squares.
-    share = _launch.cdiv(tokens, 2 * block * max(1, programs // (batch * heads))) * 2 * block
-    same = {"D": dim, "BLOCK_D": _launch.next_power_of_2(dim), "NATIVE": _launch.is_native(k)}
+    share = _launch.cdiv(tokens, 64 * max(1, programs // (batch * groups))) * 64
+    wide_dim = _launch.next_power_of_2(dim)
+    native = _launch.is_native(k)
     with torch.cuda.device_of(k):
-        _squares_kernel[(_launch.cdiv(tokens, share), heads, batch)](
+        _squares_kernel[(_launch.cdiv(tokens, share), groups, batch)](
             v,
             metric,
             squares,
             tokens,
             share,
-            heads,
-            group,
+            groups,
             *v.stride()[:3],
-            BLOCK_T=2 * block,
-            num_warps=8 if large or dim > 64 else 4,
+            D=dim,
+            BLOCK_T=64,
+            BLOCK_D=wide_dim,
+            NATIVE=native,
+            num_warps=8 if not large and dim > 64 else 4,
             num_stages=3 if large else 2,
-            **same,
         )
         _error_weights_kernel[(tiles, splits, batch * groups)](
             own,
@@ -707,27 +795,30 @@ def error_weights(
             *k.stride()[:3],
             *v.stride()[:3],
             CHUNK=chunk,
+            D=dim,
             HALF=dim // 2,
             PAIRS=rope.turns.shape[0],
-            BLOCK_M=block_m,
+            BLOCK_M=block,
             BLOCK_T=32,
-            # Four warps take 64 rows to the matrix units; eight would do it twice.
-            num_warps=8 if wide_rows or (not large and dim > 64) else 4,
+            BLOCK_D=wide_dim,
+            NATIVE=native,
+            # Four warps take a tile of 64 rows to the matrix units; eight would do it twice.
+            num_warps=4 if large or dim <= 64 else 8,
             num_stages=3 if large else 2,
-            **same,
         )
-    outputs, total = merge_many_states(o, lse)
-    ((o, o2), (lse1, lse2)) = (x.unbind(2) for x in (outputs, total))
-    p2 = (lse2 - 2 * lse1).exp()  # sum of squares of weights
-    size = (torch.where(p2[..., None] > 0, (lse[:, :, 1] - lse2[..., None]).exp(), 0.0) * size).sum(-1)
-    # [B, H, S, ..], without the rows that fill tiles.
-    o, o2, p2, size = (x[:, :, : group * count].unflatten(2, (group, count)).flatten(1, 2) for x in (o, o2, p2, size))
-    weighted = o if v_metrics is None else o @ v_metrics
-    power = (weighted * o).sum(-1)
-    size = size if unit is None else size * unit[:, None]
-    w_k = (p2 * (size - 2 * (weighted * o2).sum(-1) + power)).sum(-1) / dim
-    total = power.sum((-2, -1))[:, None].clamp_min(torch.finfo(torch.float32).tiny)
-    return w_k / total, p2.sum(-1) / total
+        _join_weights_kernel[(sums.shape[-1], heads, batch)](
+            o, lse, size, metric, sums, count, splits, rows, heads, group, D=dim, BLOCK_S=16, BLOCK_D=wide_dim, num_warps=8
+        )
+    return _shares_of_all(sums.sum(-1), factors, dim)
+
+
+def _shares_of_all(sums: torch.Tensor, factors: torch.Tensor | None, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`error_weights` from sums over queries of p^2 |v - o|^2, of p^2 and of |o|^2, [3, B, H], in a KV head's metric."""
+    w_k, w_v, power = sums.unbind()
+    if factors is not None:
+        w_k, power = w_k * factors, power * factors
+    total = power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return w_k / (dim * total), w_v / total
 
 
 def error_weights_torch(
@@ -735,23 +826,22 @@ def error_weights_torch(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metrics: torch.Tensor | None = None,
+    v_metrics: tuple[torch.Tensor, torch.Tensor] | None = None,
     *,
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 64,
+    queries: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`error_weights` in plain PyTorch."""
     groups = k.shape[1]
     size = q.shape[1] // groups
+    metrics, factors = (None, None) if v_metrics is None else v_metrics
     found = []
     for g, own in enumerate(q.split(size, dim=1)):  # what is held in float32 is one KV head's keys and values
-        metrics = None if v_metrics is None else v_metrics[g * size : (g + 1) * size]
-        found.append(_group_weights(own, k[:, g], v[:, g], rope, metrics, chunk, sinks, window, queries))
-    w_k, w_v, power = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
-    total = power.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return w_k / total, w_v / total
+        metric = None if metrics is None else metrics[g]
+        found.append(_group_weights(own, k[:, g], v[:, g], rope, metric, chunk, sinks, window, queries))
+    return _shares_of_all(torch.cat(found, dim=2), factors, q.shape[-1])
 
 
 def _group_weights(
@@ -759,15 +849,15 @@ def _group_weights(
     k: torch.Tensor,
     v: torch.Tensor,
     rope: Rope,
-    v_metrics: torch.Tensor | None,
+    metric: torch.Tensor | None,
     chunk: int,
     sinks: int,
     window: int,
     queries: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`error_weights` of one KV head before they are divided by all outputs' squares, and these, float32 [B, H/G].
+) -> torch.Tensor:
+    """Sums over the queries of one KV head of p^2 |v - o|^2, of p^2 and of |o|^2, float32 [3, B, H/G].
 
-    q: [B, H/G, T, D]; k, v: [B, T, D]; v_metrics: [H/G, D, D].
+    q: [B, H/G, T, D]; k, v: [B, T, D]; metric: [D, D].
     """
     batch, heads, tokens, dim = q.shape
     at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
@@ -777,24 +867,19 @@ def _group_weights(
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
     values = v.float()
-    if v_metrics is None:
-        square = values.square().sum(-1)[:, None, None]  # [B, H/G, 1, T]: of the values
-    else:
-        square = torch.stack([((values @ metric) * values).sum(-1) for metric in v_metrics], dim=1)[:, :, None]
-    w_k, w_v, total = (q.new_zeros((batch, heads), dtype=torch.float32) for _ in range(3))
+    square = ((values if metric is None else values @ metric) * values).sum(-1)[:, None, None]  # [B, 1, 1, T]
+    sums = q.new_zeros((3, batch, heads), dtype=torch.float32)
     for some, own in zip(at.split(16), turned.split(16, dim=2), strict=True):  # few at a time: scores are [.., S, T]
         age = some[:, None] - positions
         scores = (own.flatten(1, 2) @ keys.mT).unflatten(1, (heads, -1))
         p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
         o = (p.flatten(1, 2) @ values).unflatten(1, (heads, -1))
-        weighted = o if v_metrics is None else o @ v_metrics
+        weighted = o if metric is None else o @ metric
         power = (weighted * o).sum(-1, keepdim=True)
         off = square - 2 * (weighted.flatten(1, 2) @ values.mT).unflatten(1, (heads, -1)) + power
         p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
-        w_k += (p2 * off).sum((-2, -1)) / dim
-        w_v += p2.sum((-2, -1))
-        total += power.sum((-2, -1))
-    return w_k, w_v, total
+        sums += torch.stack([x.sum((-2, -1)) for x in (p2 * off, p2, power)])
+    return sums
 
 
 def _floored(metric: torch.Tensor) -> torch.Tensor:
@@ -993,8 +1078,10 @@ def _project_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):
-    """BLOCK_N rows of one row and head times BLOCK_R columns of its encoder."""
+    """BLOCK_N rows of one row and head times BLOCK_R columns of its encoder, as [BLOCK_R, BLOCK_N]: float32 is the left
+    operand of `dot_f32`."""
     blocks = tl.cdiv(R, BLOCK_R)
     tile = tl.program_id(0) // blocks
     r = (tl.program_id(0) % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -1002,20 +1089,20 @@ def _project_rows_kernel(
     bg = tl.program_id(1).to(tl.int64)
     x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
     encoder_ptr += bg * D * R
-    c = tl.zeros([BLOCK_N, BLOCK_R], dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
+    c = tl.zeros([BLOCK_R, BLOCK_N], dtype=tl.float32)
+    for start in tl.static_range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        live = (n < N)[:, None] & (k < D)[None, :]
-        x = tl.load(x_ptr + n[:, None].to(tl.int64) * stride_x_n + k[None, :], mask=live, other=0.0)
+        live = (k < D)[:, None] & (n < N)[None, :]
+        x = tl.load(x_ptr + n[None, :].to(tl.int64) * stride_x_n + k[:, None], mask=live, other=0.0)
         if mean_ptr is not None:
             mean = tl.load(mean_ptr + bg * D + k, mask=k < D, other=0.0)
-            x = tl.where(live, x.to(tl.float32) - mean[None, :], 0.0).to(x.dtype)
-        e = tl.load(encoder_ptr + k[:, None] * R + r[None, :], mask=(k < D)[:, None] & (r < R)[None, :], other=0.0)
-        c += dot_f32(x.to(tl.float32), e, MATRIX)
-    tl.store(out_ptr + (bg * N + n[:, None]) * R + r[None, :], c, mask=(n < N)[:, None] & (r < R)[None, :])
+            x = tl.where(live, x.to(tl.float32) - mean[:, None], 0.0).to(x.dtype)
+        e = tl.load(encoder_ptr + k[None, :] * R + r[:, None], mask=(r < R)[:, None] & (k < D)[None, :], other=0.0)
+        c += dot_f32(e, x, MATRIX, NATIVE)
+    tl.store(out_ptr + (bg * N + n[None, :]) * R + r[:, None], c, mask=(r < R)[:, None] & (n < N)[None, :])
     own = (bg * tl.cdiv(N, BLOCK_N) + tile) * R + r
-    tl.store(largest_ptr + own, tl.max(tl.abs(c), 0), mask=r < R)
-    tl.store(squares_ptr + own, tl.sum(c * c, 0), mask=r < R)
+    tl.store(largest_ptr + own, tl.max(tl.abs(c), 1), mask=r < R)
+    tl.store(squares_ptr + own, tl.sum(c * c, 1), mask=r < R)
 
 
 def project_rows(
@@ -1072,8 +1159,9 @@ def project_rows(
             R=rank,
             BLOCK_N=block_n,
             BLOCK_R=block_r,
-            BLOCK_K=32 if matrix else 8,
+            BLOCK_K=64 if matrix and x.dtype != torch.float32 else 32 if matrix else 8,
             MATRIX=matrix,
+            NATIVE=_launch.is_native(x),
             num_warps=4,
         )
     return out, largest.amax(2), squares.sum(2)
@@ -1096,6 +1184,16 @@ MEAN_TOKENS = 4096
 STEP_SHARES, LEAST_SHARE = 16, 0.2
 
 
+@triton.jit
+def _off_squared(c, inverse, half):
+    """The squared error of coefficients, in units of their steps."""
+    u = (
+        c * inverse - 0.5
+    )  # a code is floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate
+    off = tl.minimum(tl.maximum(u, -half), half - 1.0) + 12582912.0 - 12582912.0 - u
+    return off * off
+
+
 @triton.jit(do_not_specialize=["T"])
 def _fit_steps_kernel(
     coefficients_ptr,
@@ -1110,31 +1208,38 @@ def _fit_steps_kernel(
     BLOCK_T: tl.constexpr,
 ):
     """The steps of 16 components of one row and head in one choice: squared errors of all shares, 2**(FALL * j) of the
-    widest step, in one pass."""
+    widest step, in one pass. Of components that the choice does not have the step is 1 and the error 0."""
     r = tl.program_id(0) * 16 + tl.arange(0, 16)
     n = tl.program_id(1).to(tl.int64)
     choice = tl.program_id(2)
     used = r < R
     own = (choice * tl.num_programs(1) + n) * R + r
-    widest = tl.load(widest_ptr + own, mask=used, other=1.0)
-    half = tl.load(top_ptr + choice * R + r, mask=used, other=2.0) * 0.5
-    share = tl.exp2(tl.arange(0, SHARES).to(tl.float32) * FALL)
-    step = (share[:, None] * widest[None, :])[:, None, :]  # [SHARES, 1, 16]
-    inverse = 1.0 / step
-    half = half[None, None, :]
-    errors = tl.zeros([SHARES, BLOCK_T, 16], dtype=tl.float32)
-    for start in range(0, T, BLOCK_T):
-        t = start + tl.arange(0, BLOCK_T)
-        at = (n * T + t)[:, None] * R + r[None, :]
-        c = tl.load(coefficients_ptr + at, mask=(t < T)[:, None] & used[None, :], other=0.0)[None, :, :]
-        # floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate.
-        code = tl.minimum(tl.maximum(c * inverse - 0.5, -half), half - 1.0) + 12582912.0
-        off = tl.where((t < T)[None, :, None], (code - 12582912.0 + 0.5) * step - c, 0.0)
-        errors += off * off
-    error = tl.sum(errors, 1)
-    best = tl.argmin(error, 0, tie_break_left=True)
-    tl.store(step_ptr + own, tl.exp2(best.to(tl.float32) * FALL) * widest, mask=used)
-    tl.store(error_ptr + own, tl.min(error, 0), mask=used)
+    half = tl.load(top_ptr + choice * R + r, mask=used, other=0.0) * 0.5
+    if tl.max(half, 0) > 0.0:  # bands are of 16 components
+        widest = tl.load(widest_ptr + own, mask=used, other=1.0)
+        share = tl.exp2(tl.arange(0, SHARES).to(tl.float32) * FALL)
+        step = share[:, None] * widest[None, :]  # [SHARES, 16]
+        inverse = (1.0 / step)[:, None, :]
+        most = half[None, None, :]
+        errors = tl.zeros([SHARES, BLOCK_T, 16], dtype=tl.float32)
+        t = tl.arange(0, BLOCK_T)
+        row_ptr = coefficients_ptr + (n * T + t)[:, None] * R + r[None, :]
+        c = tl.load(row_ptr, mask=(t < T)[:, None] & used[None, :], other=0.0)
+        full = T // BLOCK_T * BLOCK_T
+        for start in range(0, full, BLOCK_T):  # the next are on their way while these are worked on
+            row_ptr += BLOCK_T * R
+            following = tl.load(row_ptr, mask=(start + BLOCK_T + t < T)[:, None] & used[None, :], other=0.0)
+            errors += _off_squared(c[None, :, :], inverse, most)
+            c = following
+        if full < T:
+            errors += tl.where((full + t < T)[None, :, None], _off_squared(c[None, :, :], inverse, most), 0.0)
+        error = tl.sum(errors, 1) * step * step
+        best = tl.argmin(error, 0, tie_break_left=True)
+        tl.store(step_ptr + own, tl.exp2(best.to(tl.float32) * FALL) * widest, mask=used)
+        tl.store(error_ptr + own, tl.min(error, 0), mask=used)
+    else:
+        tl.store(step_ptr + own, tl.full([16], 1.0, tl.float32), mask=used)
+        tl.store(error_ptr + own, tl.zeros([16], tl.float32), mask=used)
 
 
 def _largest(coefficients: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
@@ -1145,9 +1250,10 @@ def _largest(coefficients: torch.Tensor, largest: torch.Tensor | None = None) ->
 
 
 @cache
-def _tops(choices: tuple[Bands, ...], device: torch.device) -> torch.Tensor:
-    """2**bits of each component in each of some bands, float32 [P, R]."""
-    return torch.tensor([[2.0**bits for bits in bands.bits] for bands in choices], device=device)
+def _tops(choices: tuple[Bands, ...], count: int, device: torch.device) -> torch.Tensor:
+    """2**bits of each component in each of some bands, 0 beyond their rank, float32 [P, count]."""
+    rows = [[2.0**bits for bits in bands.bits] for bands in choices]
+    return torch.tensor([row + [0.0] * (count - len(row)) for row in rows], device=device)
 
 
 def fit_quantisers(
@@ -1156,10 +1262,10 @@ def fit_quantisers(
     """The quantiser step of each component with the least squared error over a sample, for each of some bands.
 
     Args:
-        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R or less, without 16-bit ones.
         largest: their largest magnitudes, float32 [..., R], where these are known.
     Returns:
-        (steps, sums of squared errors), float32 [P, ..., R]; steps are positive.
+        (steps, sums of squared errors), float32 [P, ..., R]; steps are positive. Beyond a choice's rank 1 and 0.
     """
     check_tensor("coefficients", coefficients, dtype=torch.float32)
     if not _launch.runs_kernel(coefficients):
@@ -1185,10 +1291,10 @@ def quantiser_errors(coefficients: torch.Tensor, steps: torch.Tensor, choices: S
     """The squared errors of quantisers with given steps over a sample, for each of some bands.
 
     Args:
-        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R, without 16-bit ones.
+        coefficients: float32 [..., T, R], T at least 1.      choices: P bands of rank R or less, without 16-bit ones.
         steps: float32 [P, ..., R], positive, for the components of each.
     Returns:
-        Sums of squared errors, float32 [P, ..., R].
+        Sums of squared errors, float32 [P, ..., R], 0 beyond a choice's rank.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -1203,20 +1309,24 @@ def quantiser_errors(coefficients: torch.Tensor, steps: torch.Tensor, choices: S
 def quantiser_errors_torch(coefficients: torch.Tensor, steps: torch.Tensor, choices: Sequence[Bands]) -> torch.Tensor:
     """`quantiser_errors` in plain PyTorch."""
     errors = []
-    for step, top in zip(steps[..., None, :], _tops(tuple(choices), coefficients.device), strict=True):
+    for step, bands in zip(steps[..., None, :], choices, strict=True):
+        own = coefficients[..., : bands.rank]
+        top = _tops((bands,), bands.rank, coefficients.device)[0]
         # In place: samples of all heads in float32 are most of what a fit holds besides K and V.
-        code = torch.floor(coefficients / step).add_(0.5).clamp_(0.5 - top / 2, top / 2 - 0.5)
-        errors.append(code.mul_(step).sub_(coefficients).square_().sum(-2))
+        code = torch.floor(own / step[..., : bands.rank]).add_(0.5).clamp_(0.5 - top / 2, top / 2 - 0.5)
+        lost = code.mul_(step[..., : bands.rank]).sub_(own).square_().sum(-2)
+        errors.append(torch.nn.functional.pad(lost, (0, coefficients.shape[-1] - bands.rank)))
     return torch.stack(errors)
 
 
 def _widest_steps(
     coefficients: torch.Tensor, choices: Sequence[Bands], largest: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The least step of each component that clips nothing, for each of some bands, float32 [P, ..., R]."""
+    """The least step of each component that clips nothing, for each of some bands, float32 [P, ..., R]; 1 beyond them."""
     largest = _largest(coefficients, largest)
-    tops = _tops(tuple(choices), coefficients.device)
-    return largest / (tops / 2).view(len(choices), *[1] * (largest.dim() - 1), tops.shape[-1])
+    tops = _tops(tuple(choices), largest.shape[-1], coefficients.device)
+    tops = tops.view(len(choices), *[1] * (largest.dim() - 1), tops.shape[-1])
+    return torch.where(tops > 0, largest * 2 / tops, 1.0)
 
 
 def _best_steps(
@@ -1232,15 +1342,15 @@ def _best_steps(
         _fit_steps_kernel[(_launch.cdiv(rank, 16), widest[0].numel() // rank, len(choices))](
             coefficients.contiguous(),
             widest,
-            _tops(tuple(choices), coefficients.device),
+            _tops(tuple(choices), rank, coefficients.device),
             steps,
             errors,
             tokens,
             R=rank,
             SHARES=shares,
             FALL=math.log2(LEAST_SHARE) / (STEP_SHARES - 1),
-            BLOCK_T=32 if shares > 1 else 128,
-            num_warps=8,
+            BLOCK_T=64 if shares > 1 else 128,
+            num_warps=4 if shares > 1 else 8,
         )
     return steps, errors
 
@@ -1293,10 +1403,10 @@ class Spectrum:
     Args:
         basis: int8 [B, G, N, D], scale: float32 [B, G, N]: component n is the vector scale[n] * basis[n].
         encoder: float32 [B, G, D, D]: coefficients (x - mean) @ encoder of the components but the mean.
-        steps: of the quantiser, float32 [B, G, N] for each number of bits; a multiple of that for the next higher number,
-            so that codes of fewer bits are functions of those of more.
+        steps: of the quantiser, float32 [B, G, n] for each number of bits, of the first n components, which may have as
+            many; a multiple of that for the next higher number, so that codes of fewer bits are functions of those of more.
         precisions: numbers of bits.      errors: mean squared error of a component at each precision in units of the
-            metric, float32 [precisions, B, G, N]; the first precision is 0.
+            metric, float32 [precisions, B, G, N]; the first precision is 0. Of no meaning where there are no steps.
     """
 
     basis: torch.Tensor
@@ -1342,13 +1452,22 @@ class Spectrum:
             steps={bits: step.clone() for bits, step in self.steps.items()},
         )
 
+    def _check_bands(self, bands: Bands) -> None:
+        for bits, own in _parts(bands):
+            if bits not in self.steps or own.stop > self.steps[bits].shape[-1]:
+                fitted = {bits: step.shape[-1] for bits, step in self.steps.items()}
+                raise ValueError(f"bands: expected components that steps were fitted for, {fitted} by bits, got {bands}")
+
     def distortions(self, choices: Sequence[Bands]) -> torch.Tensor:
         """Mean squared error of a row in each of some bands, in units of the metric: float32 [P, B, G]."""
+        for bands in choices:
+            self._check_bands(bands)
         held = _held(tuple(choices), self.precisions, self.errors.shape[-1], self.errors.device)
         return (self.errors * held[:, :, None, None]).sum((1, -1))
 
     def steps_of(self, bands: Bands) -> torch.Tensor:
         """Steps float32 [B, G, R] of the components in these bands."""
+        self._check_bands(bands)
         return torch.cat([self.steps[bits][..., own] for bits, own in _parts(bands)], dim=-1)
 
     def scale_of(self, bands: Bands) -> torch.Tensor:
@@ -1373,14 +1492,26 @@ class Side:
     Args:
         x: [B, G, T, D] phase-aligned keys or values, fp16, bf16 or fp32, T at least 1.
         metric: [B, G, D, D] or [G, D, D] float32, or None.
-        precisions: numbers of bits that quantiser steps are fitted for.
+        choices: bands that the components may be put in, of rank D or less: steps are fitted for what these need. None: 8,
+            4 and 2 bits for all.
         centre: subtract the mean row (as int8 holds it). Keys have one: what a bias of the key projection adds.
     """
 
     x: torch.Tensor
     metric: torch.Tensor | None = None
-    precisions: Sequence[int] = (8, 4, 2)
+    choices: Sequence[Bands] | None = None
     centre: bool = False
+
+    def by_bits(self) -> dict[int, Bands]:
+        """The components that may have so many bits, as bands of those alone; more bits first, and for no more of them."""
+        if self.choices is None:
+            return {bits: Bands(((self.x.shape[-1], bits),)) for bits in (8, 4, 2)}
+        parts = [part for bands in self.choices for part in _parts(bands)]
+        found, most = {}, 0
+        for bits in sorted({bits for bits, _ in parts}, reverse=True):
+            most = max(most, *(own.stop for b, own in parts if b == bits))
+            found[bits] = Bands(((most, bits),))
+        return found
 
 
 def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
@@ -1423,20 +1554,23 @@ def _quantised(
     """A side's spectrum but its mean, from components without a quantiser; steps are fitted on about `count` rows."""
     row = None if mean is None else mean[:, :, 0]
     coefficients, largest, squares = project_rows(side.x, encoder, row, every=max(1, side.x.shape[2] // count))
-    tokens, dim = coefficients.shape[-2:]
+    tokens = coefficients.shape[-2]
     errors = {0: squares * (weight / tokens)}
-    choices = {bits: Bands(((dim, bits),)) for bits in side.precisions}
+    choices = side.by_bits()
     steps = {bits: fit_steps(coefficients, bands) for bits, bands in choices.items() if bands.is_float}
-    coarse = [bits for bits in sorted(choices, reverse=True) if not choices[bits].is_float]
+    coarse = [bits for bits, bands in choices.items() if not bands.is_float]
     if coarse:
         fitted, lost = fit_quantisers(coefficients, [choices[bits] for bits in coarse], largest)
-        step, errors[coarse[0]] = fitted[0], lost[0] * (weight / tokens)
-        steps[coarse[0]] = step
-        for bits, wanted in zip(coarse[1:], fitted[1:], strict=True):
-            steps[bits] = step = step * (wanted / step).round().clamp_min(1)
+        errors[coarse[0]] = lost[0] * (weight / tokens)
+        finer = None
+        for bits, wanted in zip(coarse, fitted, strict=True):
+            if finer is not None:  # where components may have more bits
+                own = finer[..., : choices[bits].rank]
+                part = wanted[..., : own.shape[-1]]
+                part.copy_(own * (part / own).round().clamp_min(1))
+            steps[bits] = finer = wanted[..., : choices[bits].rank]
     if len(coarse) > 1:
-        own = torch.stack([steps[bits] for bits in coarse[1:]])
-        lost = quantiser_errors(coefficients, own, [choices[bits] for bits in coarse[1:]]) * (weight / tokens)
+        lost = quantiser_errors(coefficients, fitted[1:], [choices[bits] for bits in coarse[1:]]) * (weight / tokens)
         errors |= dict(zip(coarse[1:], lost, strict=True))
     return Spectrum(basis, scale, encoder, steps, tuple(errors), torch.stack(list(errors.values())))
 
@@ -1452,7 +1586,7 @@ def fit_side(
         (basis int8 [B, G, R, D], scale float32 [B, G, R] with the steps, encoder float32 [B, G, D, R]): x @ encoder is in
         units of steps, as `encode` wants it.
     """
-    return fit_spectra([Side(x, metric, sorted(set(bands.bits)))], sample=sample)[0].side(bands)
+    return fit_spectra([Side(x, metric, [bands])], sample=sample)[0].side(bands)
 
 
 @triton.jit

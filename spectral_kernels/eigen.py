@@ -88,30 +88,26 @@ def _orthogonalise_kernel(
     a = tl.load(x_ptr + at, mask=mask, other=0.0)
     b = tl.load(x_ptr + P * D + at, mask=mask, other=0.0)
     sweep = 0
-    more = 1
-    while (sweep < SWEEPS) & (more != 0):
-        turned = tl.zeros([P], dtype=tl.int32)  # whether a pair of rows was far from orthogonal
+    worst = 1.0
+    while (sweep < SWEEPS) & (worst > SMALL):
+        largest = tl.zeros([P], dtype=tl.float32)
         size_a = tl.sum(a * a, 1)  # kept up to date by a'.a' = a.a - t c within a sweep
         size_b = tl.sum(b * b, 1)
         for step in range(1, 2 * P):
             dot = tl.sum(a * b, 1)
-            # No product of sizes underflows: the ridge is at least 2**-40 of the trace. Rows of zeros are not turned.
-            square = dot * dot
-            product = size_a * size_b
-            turned |= (square > SMALL * SMALL * product).to(tl.int32)
-            # 1 / sqrt(d^2 + 4c^2) gives sine and cosine of the double angle: two special functions, where the formula for t
-            # takes five. (All threads of a row work out the same.)
+            # Zero for rows of zeros. No product of sizes underflows: the ridge is at least 2**-40 of the trace.
+            ratio = tl.abs(dot) * tl.rsqrt(tl.maximum(size_a * size_b, 1e-37))
+            largest = tl.maximum(largest, ratio)
             difference = size_b - size_a
-            inverse = tl.rsqrt(tl.maximum(difference * difference + 4.0 * square, 1e-37))
-            half = 0.5 + 0.5 * tl.abs(difference) * inverse  # cos^2, at least a half
-            back = tl.rsqrt(half)
-            live = square > 1e-14 * product  # what rounding leaves is not turned
-            sin = tl.where(live, tl.where(difference < 0, -dot, dot) * inverse * back, 0.0)
-            cos = tl.where(live, half * back, 1.0)
+            twice = 2.0 * dot
+            root = tl.sqrt(difference * difference + twice * twice)
+            t = tl.where(difference < 0, -twice, twice) / tl.maximum(tl.abs(difference) + root, tl.abs(twice))
+            t = tl.where(ratio > 1e-7, t, 0.0)  # what rounding leaves is not turned
+            cos = tl.rsqrt(1.0 + t * t)
+            sin = t * cos
             a, b = a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]
-            moved = sin * back * dot
-            size_a = tl.maximum(size_a - moved, 0.0)
-            size_b = tl.maximum(size_b + moved, 0.0)
+            size_a = tl.maximum(size_a - t * dot, 0.0)
+            size_b = tl.maximum(size_b + t * dot, 0.0)
             left = 2 * P - step
             for i in tl.static_range(LOG):
                 if left == P >> i:
@@ -132,7 +128,7 @@ def _orthogonalise_kernel(
                     else:
                         b = _flipped(b, LOG - 1 - i)
                         size_b = _flipped(size_b, LOG - 1 - i)
-        more = tl.max(turned, 0)
+        worst = tl.max(largest, 0)
         sweep += 1
     tl.debug_barrier()
     tl.store(x_ptr + at, a, mask=mask)

@@ -23,6 +23,7 @@ NEW_CARDS = {  # from sm_80
     "_encode_matrix_kernel",
     "_encoder_kernel",
     "_error_weights_kernel",
+    "_join_weights_kernel",
     "_orthogonalise_kernel",
     "_roots_kernel",
     "_squares_kernel",

@@ -196,12 +196,15 @@ def check_error_weights(
     q, k, v = qkv
     tokens, dim = q.shape[2:]
     at = np.linspace(tokens // 2, tokens - 1, min(queries, tokens)).astype(int)
-    arguments = (*map(to_numpy, qkv), inv_freq, scaling, metric, at)
+    held = metrics = None
+    if metric is not None:
+        shared, factors = held = compress.shared_metrics(tensor(metric), k.shape[1])
+        metrics = to_numpy(factors)[:, None, None] * to_numpy(shared).repeat(q.shape[1] // k.shape[1], axis=0)
+    arguments = (*map(to_numpy, qkv), inv_freq, scaling, metrics, at)
     expected = oracle.error_weights(*arguments, sinks=sinks, window=window)
     rope = rope_of(inv_freq, scaling)
     aligned = phase_align(k, torch.arange(tokens, device=k.device).expand(k.shape[0], -1), rope, chunk=chunk)
     call = operation(compress, "error_weights", implementation)
-    held = None if metric is None else tensor(metric)
     got = call(q, aligned, v, rope, held, chunk=chunk, sinks=sinks, window=window, queries=queries)
     size = np.prod([np.linalg.norm(to_numpy(x), axis=-1).max() for x in (q, k)]) * dim**-0.5 * scaling**2
     units = max(budgets.U[q.dtype], budgets.PRODUCT)
@@ -209,7 +212,7 @@ def check_error_weights(
     own = to_numpy(v)
     # [B, H, T, D]: a KV head's values as each of its query heads sees them.
     own = own.repeat(q.shape[1] // own.shape[1], axis=1)
-    weighted = own if metric is None else own @ metric
+    weighted = own if metrics is None else own @ metrics
     largest = (weighted * own).sum(-1).max(-1)
     allowed = slack * (expected[0] + 4 * expected[1] * largest / dim), slack * expected[1]
     for name, ours, exact, budget in zip(("w_k", "w_v"), got, expected, allowed, strict=True):
@@ -260,14 +263,15 @@ class Noted:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("multiprocessors", "splits"), [(1, 1), (64, 3)])
+@pytest.mark.parametrize(("multiprocessors", "splits"), [(1, 1), (64, 5)])
 def test_error_weights_in_splits(rng, monkeypatch, dtype, multiprocessors, splits):
-    """A program that turns its queries for one chunk after another, and one for each chunk, some of which no query sees."""
+    """A program that turns its queries for one chunk after another, and one for each chunk; some are seen by no query of a
+    tile, some by all."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: multiprocessors)
     grids: list[tuple[int, ...]] = []
     for name in ("_squares_kernel", "_error_weights_kernel"):
         monkeypatch.setattr(compress, name, Noted(getattr(compress, name), grids))
-    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 300, 64))).to(DEVICE, dtype) for n in (4, 1, 1))
+    q, k, v = (torch.from_numpy(rng.standard_normal((1, n, 600, 64))).to(DEVICE, dtype) for n in (6, 2, 2))
     check_error_weights("triton", (q, k, v), inverse_frequencies(64), 1.0, None, queries=20, sinks=2, window=16, chunk=128)
     squares, weights = grids
     assert weights[1] == splits and (squares[0] > 1) == (splits > 1)
