@@ -947,20 +947,18 @@ def quantise_basis(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @triton.jit
-def _encoder_kernel(
-    basis_ptr,  # int8 [D, D] a program
-    scale_ptr,  # float32 [D] a program
-    metric_ptr,  # [D, D] a program, or None
-    metric_f64_ptr,  # float64 [D, D] a program, scratch, as are the next three
+def _inner_kernel(
+    basis_ptr,  # B, int8 [D, D] a program
+    metric_ptr,  # M, [D, D] a program, or None
+    metric_f64_ptr,  # float64 [D, D] a program, scratch, as is the next
     rows_ptr,
-    x_ptr,
+    x_ptr,  # float64 [D, D] a program, as is the next
     inner_ptr,
-    out_ptr,  # float32 [D, D] a program
     FLOOR: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """The encoder of one basis of full rank: `fit_encoder`."""
+    """M B^T of one basis, and L L^T = B M B^T (two kernels for an encoder: see eigen.py)."""
     BLOCK: tl.constexpr = min(N, 32)
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N)
@@ -991,6 +989,23 @@ def _encoder_kernel(
         tl.store(inner_ptr + i[:, None] * D + j[None, :], inner, mask=(i < D)[:, None] & (j < D)[None, :])
     tl.debug_barrier()
     factorise_f64(inner_ptr, 0.0, D, N)
+
+
+@triton.jit
+def _encoder_kernel(
+    x_ptr,  # float64 [D, D] a program: M B^T, used up
+    inner_ptr,  # L
+    scale_ptr,  # float32 [D] a program
+    out_ptr,  # float32 [D, D] a program
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """M B^T (L L^T)^-1, over scales: the encoder of one basis of full rank."""
+    BLOCK: tl.constexpr = min(N, 32)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, N)
+    x_ptr += n * D * D
+    inner_ptr += n * D * D
     solve_f64(x_ptr, inner_ptr, D, D, N, True)
     solve_f64(x_ptr, inner_ptr, D, D, N, False)
     for first in range(0, N, BLOCK):
@@ -1027,18 +1042,12 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     out = torch.empty(basis.shape, dtype=torch.float32, device=basis.device)
     if out.numel() == 0:
         return out
-    scratch = torch.empty((4, *out.shape), dtype=torch.float64, device=basis.device)
+    metric_f64, rows, x, inner = torch.empty((4, *out.shape), dtype=torch.float64, device=basis.device)
+    grid, same = (basis.shape[:-2].numel(),), {"D": dim, **sizes_f64(dim, basis.device)}
+    scale = scale.expand(basis.shape[:-1]).contiguous()
     with torch.cuda.device_of(basis):
-        _encoder_kernel[(basis.shape[:-2].numel(),)](
-            basis.contiguous(),
-            scale.expand(basis.shape[:-1]).contiguous(),
-            metric,
-            *scratch,
-            out,
-            FLOOR=METRIC_FLOOR,
-            D=dim,
-            **sizes_f64(dim, basis.device),
-        )
+        _inner_kernel[grid](basis.contiguous(), metric, metric_f64, rows, x, inner, FLOOR=METRIC_FLOOR, **same)
+        _encoder_kernel[grid](x, inner, scale, out, **same)
     return out
 
 

@@ -19,6 +19,10 @@ What comes before and after the rotations is float64, in one program a matrix to
 of calls to batched libraries take many times the multiprocessors' time, beside a model that needs them. Matrices lie in
 memory, which the cache of a multiprocessor holds, and pass through registers 16 or 32 columns at a time.
 
+No kernel takes much longer than a sweep, 0.15 ms: a model's large kernels have one program a multiprocessor and share the
+work out beforehand, so one that starts beside a program of these ends as much later as that takes, and the few
+multiprocessors that these need are no comfort. Between two launches such a kernel gets all it waits for.
+
 Source: Hestenes (1958); Veselic and Hari, A note on a one-sided Jacobi algorithm (1989).
 Oracle: reference/eigen.py.   Test: tests/test_eigen.py.
 """
@@ -38,7 +42,7 @@ RIDGES = (2.0**-40, 2.0**-28, 2.0**-17)
 # Rows are orthogonal when no |a.p| / (|a| |p|) of a sweep was larger: convergence is quadratic, so the sweep left 1e-8.
 # (Where eigenvalues are equal, as the ridge's are, it is slower: with 2e-3 a matrix of rank 1 fails tests/test_eigen.py.)
 SMALL = 1e-4
-SWEEPS = 16  # at most; 8 to 10 are usual
+SWEEPS = 16  # at most; 8 to 10 are usual, and the launches of others find nothing to do
 
 
 @triton.jit
@@ -69,14 +73,15 @@ def _moved(x, source, memory_ptr, D: tl.constexpr):
 @triton.jit
 def _orthogonalise_kernel(
     x_ptr,
+    done_ptr,  # int32 a program, 0 at first
     D: tl.constexpr,
     P: tl.constexpr,
     LOG: tl.constexpr,
     MEMORY_BITS: tl.constexpr,
     SMALL: tl.constexpr,
-    SWEEPS: tl.constexpr,
 ):
-    """Rotate the 2 P rows of one matrix [2 P, D], in place, until they are orthogonal; their order changes. P = 2**LOG.
+    """Rotate all pairs of the 2 P rows of one matrix [2 P, D], in place, unless they are orthogonal; their order changes.
+    P = 2**LOG.
 
     MEMORY_BITS: the lowest bits of a row's number, by which rows are spread over threads.
     """
@@ -85,11 +90,10 @@ def _orthogonalise_kernel(
     x_ptr += tl.program_id(0).to(tl.int64) * (2 * P * D)
     at = pair[:, None] * D + column[None, :]
     mask = ((pair >= 0)[:, None] & (column < D)[None, :]) != 0
-    a = tl.load(x_ptr + at, mask=mask, other=0.0)
-    b = tl.load(x_ptr + P * D + at, mask=mask, other=0.0)
-    sweep = 0
-    worst = 1.0
-    while (sweep < SWEEPS) & (worst > SMALL):
+    done_ptr += tl.program_id(0)
+    if tl.load(done_ptr) == 0:
+        a = tl.load(x_ptr + at, mask=mask, other=0.0)
+        b = tl.load(x_ptr + P * D + at, mask=mask, other=0.0)
         largest = tl.zeros([P], dtype=tl.float32)
         size_a = tl.sum(a * a, 1)  # kept up to date by a'.a' = a.a - t c within a sweep
         size_b = tl.sum(b * b, 1)
@@ -128,11 +132,10 @@ def _orthogonalise_kernel(
                     else:
                         b = _flipped(b, LOG - 1 - i)
                         size_b = _flipped(size_b, LOG - 1 - i)
-        worst = tl.max(largest, 0)
-        sweep += 1
-    tl.debug_barrier()
-    tl.store(x_ptr + at, a, mask=mask)
-    tl.store(x_ptr + P * D + at, b, mask=mask)
+        tl.debug_barrier()
+        tl.store(done_ptr, (tl.max(largest, 0) <= SMALL).to(tl.int32))
+        tl.store(x_ptr + at, a, mask=mask)
+        tl.store(x_ptr + P * D + at, b, mask=mask)
 
 
 @triton.jit
@@ -267,35 +270,43 @@ def _places(x, N: tl.constexpr):
 
 
 @triton.jit
-def _roots_kernel(
+def _weigh_kernel(
     moment_ptr,  # float64 [D, D] a program
-    metric_ptr,  # [D, D] a program, or None
-    lower_ptr,  # float64 [D, D] a program: L of the metric, or None
-    w_ptr,  # float64 [D, D] a program, scratch
+    metric_ptr,  # [D, D] a program
+    lower_ptr,  # float64 [D, D] a program
+    w_ptr,  # float64 [D, D] a program
+    product_ptr,  # float64 [D, D] a program, scratch
+    FLOOR: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Of one moment G and metric L L^T: L, and L^T G L."""
+    n = tl.program_id(0).to(tl.int64)
+    lower_ptr += n * D * D
+    product_ptr += n * D * D
+    store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
+    factorise_f64(lower_ptr, 0.0, D, N)
+    store_product_f64(product_ptr, moment_ptr + n * D * D, D, 1, lower_ptr, D, 1, D, N)
+    store_product_f64(w_ptr + n * D * D, lower_ptr, 1, D, product_ptr, D, 1, D, N)
+
+
+@triton.jit
+def _roots_kernel(
+    w_ptr,  # float64 [D, D] a program
     root_ptr,  # float64 [D, D] a program, scratch
     order_ptr,  # int32 [D] a program
     rows_ptr,  # float32 [N, D] a program
-    FLOOR: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
     RIDGES: tl.constexpr,
 ):
-    """Of one moment G and metric L L^T: rows X with X^T X = L^T G L + e I, its trace 1, its rows and columns in `order`."""
+    """Of one matrix W: rows X with X^T X = W + e I, its trace 1, its rows and columns in `order`."""
     BLOCK: tl.constexpr = min(N, 32)
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N)
-    moment_ptr += n * D * D
     w_ptr += n * D * D
     root_ptr += n * D * D
     order_ptr += n * D
-    if metric_ptr is not None:
-        lower_ptr += n * D * D
-        store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
-        factorise_f64(lower_ptr, 0.0, D, N)
-        store_product_f64(root_ptr, moment_ptr, D, 1, lower_ptr, D, 1, D, N)
-        store_product_f64(w_ptr, lower_ptr, 1, D, root_ptr, D, 1, D, N)
-    else:
-        w_ptr = moment_ptr
     diagonal = tl.load(w_ptr + i * (D + 1), mask=i < D, other=0.0)
     trace = tl.sum(diagonal, 0)
     tl.store(order_ptr + _places(tl.where(i < D, diagonal, float("-inf")), N), i, mask=i < D)
@@ -329,20 +340,15 @@ def _roots_kernel(
 
 
 @triton.jit
-def _basis_kernel(
+def _orthonormal_kernel(
     rows_ptr,  # float32 [N, D] a program: what `_orthogonalise_kernel` made of `_roots_kernel`'s
     order_ptr,
-    lower_ptr,  # or None
-    v_ptr,  # float64 [D, D] a program, scratch
+    v_ptr,  # float64 [D, D] a program
     overlap_ptr,  # float64 [D, D] a program, scratch
-    out_ptr,  # [R, D] a program
-    R: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
-    SIGNED: tl.constexpr,
 ):
-    """The first R rows of V^T L^-1: eigenvectors V of L^T G L by falling eigenvalue, orthonormal. SIGNED: the entry of each
-    row that is largest is positive."""
+    """V^T: eigenvectors of W by falling eigenvalue, as rows, orthonormal."""
     BLOCK: tl.constexpr = min(N, 32)
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N)
@@ -381,6 +387,23 @@ def _basis_kernel(
             tl.debug_barrier()  # these columns have been read
             tl.store(v_ptr + i[:, None] * D + j[None, :], x, mask=mask)
         tl.debug_barrier()
+
+
+@triton.jit
+def _basis_kernel(
+    v_ptr,  # float64 [D, D] a program: V^T, used up
+    lower_ptr,  # L, float64 [D, D] a program, or None
+    out_ptr,  # [R, D] a program
+    R: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    SIGNED: tl.constexpr,
+):
+    """The first R rows of V^T L^-1. SIGNED: the entry of each row that is largest is positive."""
+    BLOCK: tl.constexpr = min(N, 32)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, N)
+    v_ptr += n * D * D
     if lower_ptr is not None:
         solve_f64(v_ptr, lower_ptr + n * D * D, R, D, N, False)
     largest = tl.zeros([N], dtype=tl.float64)
@@ -417,17 +440,19 @@ def _orthogonalise(rows: torch.Tensor) -> None:
         few = count <= _launch.multiprocessors(rows.device)
         options = {"num_warps": 8} if few else {"num_warps": 8, "maxnreg": 128}
     spread = options["num_warps"] * 32 * 4 // rows.shape[1]  # rows that threads of four columns hold side by side
+    done = torch.zeros(count, dtype=torch.int32, device=rows.device)
     with torch.cuda.device_of(rows):
-        _orthogonalise_kernel[(count,)](
-            rows,
-            D=dim,
-            P=pairs,
-            LOG=pairs.bit_length() - 1,
-            MEMORY_BITS=min(spread.bit_length(), pairs.bit_length()) - 1,
-            SMALL=SMALL,
-            SWEEPS=SWEEPS,
-            **options,
-        )
+        for _ in range(SWEEPS):
+            _orthogonalise_kernel[(count,)](
+                rows,
+                done,
+                D=dim,
+                P=pairs,
+                LOG=pairs.bit_length() - 1,
+                MEMORY_BITS=min(spread.bit_length(), pairs.bit_length()) - 1,
+                SMALL=SMALL,
+                **options,
+            )
 
 
 def has_kernels(x: torch.Tensor, dim: int) -> bool:
@@ -451,28 +476,20 @@ def _weighted_eigenvectors(
     out = torch.empty((*moment.shape[:-2], rank, dim), dtype=dtype, device=moment.device)
     if out.numel() == 0:
         return out
-    same = sizes_f64(dim, moment.device)
+    same = {"D": dim, **sizes_f64(dim, moment.device)}
+    w = moment.double().contiguous()
     first, second, lower = torch.empty((3, count, dim, dim), dtype=torch.float64, device=moment.device)
     rows = torch.empty((count, same["N"], dim), dtype=torch.float32, device=moment.device)
     order = torch.empty((count, dim), dtype=torch.int32, device=moment.device)
-    weights = None if metric is None else metric.expand(moment.shape).contiguous()
-    root = None if metric is None else lower
+    grid = (count,)
     with torch.cuda.device_of(moment):
-        _roots_kernel[(count,)](
-            moment.double().contiguous(),
-            weights,
-            root,
-            first,
-            second,
-            order,
-            rows,
-            FLOOR=floor,
-            D=dim,
-            RIDGES=RIDGES,
-            **same,
-        )
+        if metric is not None:
+            _weigh_kernel[grid](w, metric.expand(moment.shape).contiguous(), lower, first, second, FLOOR=floor, **same)
+            w = first
+        _roots_kernel[grid](w, second, order, rows, RIDGES=RIDGES, **same)
         _orthogonalise(rows)
-        _basis_kernel[(count,)](rows, order, root, first, second, out, R=rank, D=dim, SIGNED=signed, **same)
+        _orthonormal_kernel[grid](rows, order, first, second, **same)
+        _basis_kernel[grid](first, None if metric is None else lower, out, R=rank, SIGNED=signed, **same)
     return out
 
 

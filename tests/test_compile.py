@@ -23,10 +23,13 @@ NEW_CARDS = {  # from sm_80
     "_encode_matrix_kernel",
     "_encoder_kernel",
     "_error_weights_kernel",
+    "_inner_kernel",
     "_join_weights_kernel",
     "_orthogonalise_kernel",
+    "_orthonormal_kernel",
     "_roots_kernel",
     "_squares_kernel",
+    "_weigh_kernel",
 }
 KERNELS = {
     "_attend_exact_kernel",
