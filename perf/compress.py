@@ -227,9 +227,10 @@ def prefill_layer(tokens: int, card: Card) -> Callable[[Store, Callable[[], None
     return run
 
 
-def prefill_times(tokens: int, layers: int, card: Card, rounds: int = 5) -> tuple[float, float, float]:
+def prefill_times(tokens: int, layers: int, card: Card, rounds: int = 6) -> tuple[float, float, float]:
     """Milliseconds a layer of the prefill without a cache; how many times that it takes with one that defers as the adapter
-    has it, and with one that does not. Medians of rounds of the three in turn: a card slows down as it gets warm."""
+    has it, and with one that does not. Medians of rounds, each of two with and two without, in mirrored order: a card at
+    its limit of power drifts by more than a cache adds."""
     run = prefill_layer(tokens, card)
     cache = new_cache(card, layers, "balanced", metrics_of(layers, card))
 
@@ -243,12 +244,20 @@ def prefill_times(tokens: int, layers: int, card: Card, rounds: int = 5) -> tupl
             run(partial(store, layer, defer), partial(cache.start, layer) if defer else lambda: None)
         cache.finish()
 
-    modes = (None, True, False)
-    all_layers(True)  # compiles
-    times = [[once_ms(partial(all_layers, defer)) for defer in modes] for _ in range(rounds)]
-    plain = statistics.median(first for first, _, _ in times)
-    deferred, at_once = (statistics.median(each[mode] / each[0] for each in times) for mode in (1, 2))
-    return plain / layers, deferred, at_once
+    def measured(defer: bool, rounds: int) -> tuple[float, float]:
+        all_layers(defer)  # compiles, or grows the allocator's pools
+        found = []
+        for n in range(rounds):
+            order = (None, defer, defer, None) if n % 2 == 0 else (defer, None, None, defer)
+            times = [(mode, once_ms(partial(all_layers, mode))) for mode in order]
+            without, both = (sum(ms for mode, ms in times if mode is own) for own in (None, defer))
+            found.append((without / 2, both / without))
+        plain, ratio = (statistics.median(x) for x in zip(*found, strict=True))
+        return plain, ratio
+
+    all_layers(True)
+    plain, deferred = measured(True, rounds)
+    return plain / layers, deferred, measured(False, 2)[1]
 
 
 def metrics_of(layers: int, card: Card) -> list[torch.Tensor]:

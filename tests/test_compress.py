@@ -1,6 +1,7 @@
 """spectral_kernels/compress.py against reference/compress.py."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,22 @@ def test_error_weights_far_below_a_sink(rng, implementation, gap):
     k[:, :, 0, 40] = gap * np.log(2.0)
     qkv = q.to(DEVICE), k.to(DEVICE), torch.from_numpy(rng.standard_normal((1, 1, 40, 64))).to(DEVICE, torch.float32)
     check_error_weights(implementation, qkv, inverse_frequencies(32), 1.0, None, queries=20, sinks=1, window=4)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_shared_metrics(rng, group):
+    """Metrics of a KV head that differ in size alone are kept as they are; of others each keeps its trace."""
+    first, second = (random_metric(rng, 64) for _ in range(2))
+    metrics = np.concatenate([np.stack([first * size for size in range(1, group + 1)]), np.stack([second] * group)])
+    shared, factors = map(to_numpy, compress.shared_metrics(tensor(metrics), 2))
+    assert shared.shape == (2, 64, 64) and factors.shape == (2 * group,)
+    kept = factors[:, None, None] * shared.repeat(group, axis=0)
+    np.testing.assert_allclose(kept, metrics, rtol=1e-5, atol=1e-6 * np.abs(metrics).max())
+    mixed = np.stack([random_metric(rng, 64) * 10.0**size for size in range(2 * group)])
+    shared, factors = map(to_numpy, compress.shared_metrics(tensor(mixed), 2))
+    traces = np.trace(factors[:, None, None] * shared.repeat(group, axis=0), axis1=1, axis2=2)
+    np.testing.assert_allclose(traces, np.trace(mixed, axis1=1, axis2=2), rtol=1e-5)
+    assert all(np.isfinite(to_numpy(x)).all() for x in compress.shared_metrics(torch.zeros(2, 16, 16), 2))
 
 
 def test_steps_are_multiples(rng):
@@ -587,6 +604,42 @@ def test_fit_steps(rng, implementation, bits, kind):
         "outliers": lambda: rng.standard_normal((400, 16)) * np.where(rng.random((400, 16)) < 0.01, 20, 1),
     }[kind]() * np.exp(3 * rng.standard_normal(16))
     check_fit_quantisers(implementation, c, bits)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [1, 63, 130])
+def test_fit_quantisers_of_some_components(rng, implementation, tokens):
+    """Choices of lower rank get what they would get by themselves, and 1 and 0 for the rest."""
+    c = tensor(rng.standard_normal((2, 3, tokens, 48)))
+    choices = [Bands.parse(text) for text in ("16x8", "16x8+16x4", "48x2")]
+    fit = operation(compress, "fit_quantisers", implementation)
+    steps, errors = fit(c, choices)
+    again = operation(compress, "quantiser_errors", implementation)(c, steps, choices)
+    for n, bands in enumerate(choices):
+        own_steps, own_errors = fit(c[..., : bands.rank].contiguous(), [bands])
+        for got, own, rest in ((steps, own_steps, 1.0), (errors, own_errors, 0.0), (again, own_errors, 0.0)):
+            np.testing.assert_allclose(to_numpy(got[n, ..., : bands.rank]), to_numpy(own[0]), rtol=(tokens + 8) * 2.0**-24)
+            assert (got[n, ..., bands.rank :] == rest).all()
+
+
+def test_steps_of_what_layouts_need(rng):
+    """Steps are fitted for the components that some layout gives so many bits, and nothing else is answered."""
+    choices = [Bands.parse(text) for text in ("32x8", "16x4+32x2", "16x8+16x2")]
+    side = compress.Side(tensor(spectrum(rng, (1, 1, 300), 64)), choices=choices)
+    assert [str(bands) for bands in side.by_bits().values()] == ["32x8", "32x4", "48x2"]  # no fewer with fewer bits
+    [found] = compress.fit_spectra([side])
+    assert {bits: step.shape[-1] for bits, step in found.steps.items()} == {8: 32, 4: 32, 2: 48}
+    for fine, coarse in ((8, 4), (4, 2)):
+        a, b = found.steps[fine], found.steps[coarse][..., : found.steps[fine].shape[-1]]
+        assert torch.equal((b / a).round() * a, b)
+    assert found.distortions(choices).shape == (3, 1, 1)
+    every = compress.fit_spectra([replace(side, choices=None)])[0]
+    alone = Bands.parse("32x8")
+    np.testing.assert_allclose(to_numpy(found.distortions([alone])), to_numpy(every.distortions([alone])), rtol=1e-5)
+    for text in ("48x8", "48x4", "64x2", "16x16"):
+        for call in (found.steps_of, lambda bands: found.distortions([bands])):
+            with pytest.raises(ValueError, match="bands: expected components that steps were fitted for"):
+                call(Bands.parse(text))
 
 
 def test_fit_steps_of_floats_and_zeros(rng):

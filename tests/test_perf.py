@@ -250,7 +250,8 @@ def test_a_prefill_is_timed_through_the_cache(monkeypatch):
         monkeypatch.setattr(compress_job, name, value)
     caches = []
 
-    times = iter((2.0, 3.0, 4.0, 4.0, 8.0, 10.0))  # without a cache, deferred, at once; twice
+    # Without a cache, deferred, deferred, without; the other way round; at once, in two such rounds.
+    times = iter((2.0, 3.0, 4.0, 2.0, 7.0, 4.0, 4.0, 9.0, 4.0, 9.0, 9.0, 4.0, 9.0, 4.0, 4.0, 9.0))
 
     def timed(call):
         call()
@@ -264,7 +265,7 @@ def test_a_prefill_is_timed_through_the_cache(monkeypatch):
     monkeypatch.setattr(compress_job, "once_ms", timed)
     monkeypatch.setattr(compress_job, "new_cache", new_cache)
     card = CARD if DEVICE.type == "cpu" else _timing.Card(DEVICE)
-    assert compress_job.prefill_times(640, 2, card, rounds=2) == (1.5, 1.75, 2.25)
+    assert compress_job.prefill_times(640, 2, card, rounds=2) == (1.5, 1.875, 2.25)
     assert [layer.cold for layer in caches[0].layers] == [[576], [576]]
     assert all(layer.losses is None for layer in caches[0].layers)
     assert compress_job.narrow_ms(640, card) == 1.0
