@@ -48,7 +48,7 @@ import spectral_kernels as sk
 from perf._timing import ROOT, Call, Card, NoCard, device_times, versions
 from spectral_kernels import eigen
 from spectral_kernels.cache import LayerCache
-from spectral_kernels.compress import Side, error_weights, fit_spectra, shared_metrics
+from spectral_kernels.compress import Side, error_weights, fit_spectra
 from spectral_kernels.pages import pack_pages, unpack_pages
 
 HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 128
@@ -443,7 +443,7 @@ def parts_of_a_layer(layer: Layer, rope: sk.Rope) -> list[str]:
     """Lines: what the cache does for a layer's prompt besides `encode`, each by itself, by eager calls."""
     q = torch.randn(1, HEADS, *layer.k.shape[2:], device=layer.k.device).to(layer.k.dtype)
     sides = [Side(layer.k, layer.k_metric, centre=True), Side(layer.v, layer.v_metric)]
-    weighing = shared_metrics(layer.v_metric.repeat_interleave(HEADS // KV_HEADS, dim=0), KV_HEADS)
+    weighing = layer.v_metric, torch.ones(1, HEADS, device=q.device)
     calls = {
         "query_metric": lambda: sk.query_metric(q, rope, chunk=512, kv_heads=KV_HEADS),
         "error_weights": lambda: error_weights(q, layer.k, layer.v, rope, weighing, chunk=512, sinks=4, window=16),

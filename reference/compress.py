@@ -67,10 +67,10 @@ def error_weights(
 ) -> tuple[F64, F64]:
     """(w_k, w_v) [B, H]: sums over queries m in `at` of p_i^2 |v_i - o|^2 / D, and of p_i^2, over tokens i of sinks ..
     m - window, as shares of the sum of |o|^2 over the queries and all heads. q [B, H, T, D], k and v [B, G, T, D], before
-    RoPE; v_metrics [H, D, D] say what |.|^2 is."""
+    RoPE; v_metrics [H, D, D], or [B, H, D, D], say what |.|^2 is."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     (batch, heads, tokens, dim), groups = q.shape, k.shape[1]
-    metric = np.broadcast_to(np.eye(dim), (heads, dim, dim)) if v_metrics is None else np.asarray(v_metrics, np.float64)
+    metric = np.broadcast_to(np.eye(dim) if v_metrics is None else v_metrics, (batch, heads, dim, dim)).astype(np.float64)
     positions = np.arange(tokens)
     turned, keys = (rotate(x, positions, inv_freq) for x in (q, k))
     turned = scale_rotary(turned, inv_freq, scaling**2)
@@ -82,10 +82,10 @@ def error_weights(
             p = np.exp(scores - scores.max())
             p /= p.sum()
             o = p @ v[b, g, : m + 1]
-            power[b, h] += o @ metric[h] @ o
+            power[b, h] += o @ metric[b, h] @ o
             for i in range(sinks, m - window + 1):
                 off = v[b, g, i] - o
-                w_k[b, h] += p[i] ** 2 * (off @ metric[h] @ off) / dim
+                w_k[b, h] += p[i] ** 2 * (off @ metric[b, h] @ off) / dim
                 w_v[b, h] += p[i] ** 2
     total = power.sum(1, keepdims=True)
     return w_k / total, w_v / total

@@ -44,6 +44,8 @@ from .compress import (
     error_weights,
     fit_encoder,
     fit_spectra,
+    gram,
+    metric_sizes,
     query_metric,
     requantise,
     shared_metrics,
@@ -941,7 +943,7 @@ class LayerCache:
 
     def _fitting(self, members: list[int], k: torch.Tensor, v: torch.Tensor, *, choose: bool) -> _Fitting:
         """Components of K and V of these rows from all their tokens (as many in each); with losses to `choose` by."""
-        metric = weights = None
+        metric = weights = v_moment = None
         shares = torch.ones((len(members), self.query_heads), dtype=torch.float32, device=self.device)
         old = [segment for row in members if (segment := self.segment[row]) is not None]
         if old and self.fits.keys() >= set(old):
@@ -952,14 +954,17 @@ class LayerCache:
             q = self.queries[0] if len(self.queries) == 1 else torch.cat(self.queries, dim=2)
             q = self._rows(q, members)[:, :, self.query_padding[members[0]] :]
             options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
-            weights = error_weights(q, k, v, self.rope, self.shared_metrics, **options)
+            v_moment, v_metrics = gram(v), None
+            if self.v_metrics is not None and self.shared_metrics is not None:
+                v_metrics = self.shared_metrics, metric_sizes(self.v_metrics, self.shared_metrics, v_moment)
+            weights = error_weights(q, k, v, self.rope, v_metrics, **options)
             k_shares, shares = (self._shares(w) for w in weights)
             align = self.preset.align
             stride = _stride(q.shape[2], align)
             metric = query_metric(q, self.rope, chunk=align, kv_heads=self.kv_heads, weights=k_shares, stride=stride)
         k_bands, v_bands = ([getattr(layout, side) for layout in self.layouts] for side in ("k", "v"))
         k_side = Side(k, metric, k_bands, centre=not k_bands[0].is_float)
-        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), v_bands)])
+        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), v_bands, moment=v_moment)])
         by_layout = losses = None
         if len(self.layouts) > 1 and (self.layout is None or self.losses is not None):  # may be narrowed
             by_layout = _distortions(k_spectrum, v_spectrum, self.layouts)

@@ -678,17 +678,30 @@ def _join_weights_kernel(
     tl.store(out_ptr + 2 * step, tl.sum(tl.where(live, power, 0.0), 0))
 
 
-def shared_metrics(metrics: torch.Tensor, kv_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Metrics of query heads as one metric for each KV head, times a factor for each query head that keeps its trace.
+def shared_metrics(metrics: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """One metric for the query heads of each KV head: the mean of theirs, each scaled to the same trace.
 
     Args:
         metrics: float32 [H, D, D], positive semi-definite.      kv_heads: G; H is a multiple of it.
     Returns:
-        (float32 [G, D, D] of trace D, factors float32 [H]).
+        float32 [G, D, D], of trace D.
     """
-    factors = metrics.diagonal(dim1=-2, dim2=-1).mean(-1)
-    even = metrics / factors.clamp_min(torch.finfo(factors.dtype).tiny)[:, None, None]
-    return even.unflatten(0, (kv_heads, -1)).mean(1), factors
+    mean = metrics.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(metrics.dtype).tiny)
+    return (metrics / mean[:, None, None]).unflatten(0, (kv_heads, -1)).mean(1)
+
+
+def metric_sizes(metrics: torch.Tensor, shared: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """How many times longer values are, in squares, in each query head's metric than in their KV head's.
+
+    Args:
+        metrics: float32 [H, D, D].      shared: float32 [G, D, D].
+        moments: of the values (`gram`), float32 [B, G, D, D].
+    Returns:
+        float32 [B, H].
+    """
+    by_group = torch.cat((metrics.unflatten(0, (shared.shape[0], -1)), shared[:, None]), dim=1)  # [G, H/G + 1, D, D]
+    squares = torch.einsum("ghde,bgde->bgh", by_group, moments)
+    return (squares[..., :-1] / squares[..., -1:].clamp_min(torch.finfo(squares.dtype).tiny)).flatten(1)
 
 
 def error_weights(
@@ -701,7 +714,7 @@ def error_weights(
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 32,
+    queries: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What errors of cold keys and values cost in each query head's outputs, relative to the mean square of all outputs.
 
@@ -718,7 +731,8 @@ def error_weights(
         q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point;
             last dimensions of stride 1.
         rope: frequencies.
-        v_metrics: (M float32 [G, D, D], f float32 [H]), see `shared_metrics`; or None: the identity, and 1.
+        v_metrics: (M float32 [G, D, D], f float32 [B, H]), see `shared_metrics` and `metric_sizes`; or None: the
+            identity, and 1.
         chunk: chunk length C.      sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
         (w_k, w_v), float32 [B, H]: the layer's relative error is the sum over h of w_k[h] times the mean squared error of
@@ -831,7 +845,7 @@ def error_weights_torch(
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 32,
+    queries: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`error_weights` in plain PyTorch."""
     groups = k.shape[1]
@@ -1504,12 +1518,14 @@ class Side:
         choices: bands that the components may be put in, of rank D or less: steps are fitted for what these need. None: 8,
             4 and 2 bits for all.
         centre: subtract the mean row (as int8 holds it). Keys have one: what a bias of the key projection adds.
+        moment: `gram` of x, float32 [B, G, D, D], where it is known; not if centred.
     """
 
     x: torch.Tensor
     metric: torch.Tensor | None = None
     choices: Sequence[Bands] | None = None
     centre: bool = False
+    moment: torch.Tensor | None = None
 
     def by_bits(self) -> dict[int, Bands]:
         """The components that may have so many bits, as bands of those alone; more bits first, and for no more of them."""
@@ -1534,7 +1550,11 @@ def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
     some = [side.x[:, :, :: max(1, side.x.shape[2] // MEAN_TOKENS)] if side.centre else None for side in sides]
     means = [None if x is None else quantise_basis(x.mean(2, keepdim=True, dtype=torch.float32)) for x in some]
     rows = [None if mean is None else mean[0].float() * mean[1][..., None] for mean in means]
-    moment = torch.stack([gram(s.x, None if m is None else m[:, :, 0]) for s, m in zip(sides, rows, strict=True)])
+    known = [
+        gram(s.x, None if m is None else m[:, :, 0]) if s.moment is None else s.moment
+        for s, m in zip(sides, rows, strict=True)
+    ]
+    moment = torch.stack(known)
     metric = None
     if any(side.metric is not None for side in sides):
         eye = torch.eye(dim, device=moment.device)

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 import spectral_kernels as sk
 from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
-from spectral_kernels.compress import error_weights, project_rows, quantiser_errors, requantise, shared_metrics
+from spectral_kernels.compress import error_weights, project_rows, quantiser_errors, requantise
 
 TYPES = {
     torch.uint8: "*u8",
@@ -172,7 +172,7 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
     queries = x.repeat_interleave(group, dim=1)
     for weights in (None, torch.ones(batch, group * kv_heads)):
         sk.query_metric(queries, rope, chunk=layout.align, kv_heads=kv_heads, weights=weights)
-    for v_metrics in (None, shared_metrics(torch.eye(dim).expand(group * kv_heads, -1, -1), kv_heads)):
+    for v_metrics in (None, (torch.eye(dim).repeat(kv_heads, 1, 1), torch.ones(batch, group * kv_heads))):
         error_weights(queries, x, x, rope, v_metrics, chunk=layout.align, sinks=4, window=16)
     for mean in (None, torch.zeros(batch, kv_heads, dim)):
         project_rows(x, torch.zeros(batch, kv_heads, dim, dim), mean, every=2)

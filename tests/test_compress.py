@@ -199,8 +199,9 @@ def check_error_weights(
     at = np.linspace(tokens // 2, tokens - 1, min(queries, tokens)).astype(int)
     held = metrics = None
     if metric is not None:
-        shared, factors = held = compress.shared_metrics(tensor(metric), k.shape[1])
-        metrics = to_numpy(factors)[:, None, None] * to_numpy(shared).repeat(q.shape[1] // k.shape[1], axis=0)
+        shared = compress.shared_metrics(tensor(metric), k.shape[1])
+        held = shared, tensor(np.exp(np.linspace(-1, 1, q.shape[0] * q.shape[1])).reshape(q.shape[:2]))
+        metrics = to_numpy(held[1])[..., None, None] * to_numpy(shared).repeat(q.shape[1] // k.shape[1], axis=0)
     arguments = (*map(to_numpy, qkv), inv_freq, scaling, metrics, at)
     expected = oracle.error_weights(*arguments, sinks=sinks, window=window)
     rope = rope_of(inv_freq, scaling)
@@ -291,18 +292,24 @@ def test_error_weights_far_below_a_sink(rng, implementation, gap):
 
 @pytest.mark.parametrize("group", [1, 3])
 def test_shared_metrics(rng, group):
-    """Metrics of a KV head that differ in size alone are kept as they are; of others each keeps its trace."""
+    """Metrics of a KV head that differ in size alone are kept as they are; of others each keeps what values are in it."""
     first, second = (random_metric(rng, 64) for _ in range(2))
-    metrics = np.concatenate([np.stack([first * size for size in range(1, group + 1)]), np.stack([second] * group)])
-    shared, factors = map(to_numpy, compress.shared_metrics(tensor(metrics), 2))
-    assert shared.shape == (2, 64, 64) and factors.shape == (2 * group,)
-    kept = factors[:, None, None] * shared.repeat(group, axis=0)
-    np.testing.assert_allclose(kept, metrics, rtol=1e-5, atol=1e-6 * np.abs(metrics).max())
+    rows = tensor(rng.standard_normal((3, 2, 100, 64)) + 2)
+    moments = rows.mT @ rows
+    alike = np.concatenate([np.stack([first * size for size in range(1, group + 1)]), np.stack([second] * group)])
     mixed = np.stack([random_metric(rng, 64) * 10.0**size for size in range(2 * group)])
-    shared, factors = map(to_numpy, compress.shared_metrics(tensor(mixed), 2))
-    traces = np.trace(factors[:, None, None] * shared.repeat(group, axis=0), axis1=1, axis2=2)
-    np.testing.assert_allclose(traces, np.trace(mixed, axis1=1, axis2=2), rtol=1e-5)
-    assert all(np.isfinite(to_numpy(x)).all() for x in compress.shared_metrics(torch.zeros(2, 16, 16), 2))
+    for metrics in (alike, mixed):
+        shared = compress.shared_metrics(tensor(metrics), 2)
+        sizes = to_numpy(compress.metric_sizes(tensor(metrics), shared, moments))
+        assert shared.shape == (2, 64, 64) and sizes.shape == (3, 2 * group)
+        np.testing.assert_allclose(np.trace(to_numpy(shared), axis1=1, axis2=2), 64, rtol=1e-5)
+        kept = sizes[..., None, None] * to_numpy(shared).repeat(group, axis=0)
+        if metrics is alike:
+            np.testing.assert_allclose(kept, np.stack([metrics] * 3), rtol=1e-4, atol=1e-5 * np.abs(metrics).max())
+        by_head = to_numpy(moments).repeat(group, axis=1)
+        np.testing.assert_allclose((kept * by_head).sum((2, 3)), (metrics * by_head).sum((2, 3)), rtol=1e-4)
+    nothing = compress.shared_metrics(torch.zeros(2, 16, 16), 2)
+    assert (nothing == 0).all() and (compress.metric_sizes(nothing, nothing, nothing[None]) == 0).all()
 
 
 def test_steps_are_multiples(rng):
