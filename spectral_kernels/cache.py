@@ -448,7 +448,6 @@ class LayerCache:
         self.rope, self.preset, self.layouts = rope, preset, preset.layouts(head_dim)
         self.budget = budget
         self.dtype, self.device, self.v_metrics = dtype, device, v_metrics
-        self.shared_metrics = None if v_metrics is None else shared_metrics(v_metrics, kv_heads)
         self.pinned = [list(row) for row in pinned]
         self.pinned_slots = max(map(len, self.pinned), default=0) if self.layouts else 0
         self.lengths: list[int] = [0] * batch  # tokens a row
@@ -955,8 +954,9 @@ class LayerCache:
             q = self._rows(q, members)[:, :, self.query_padding[members[0]] :]
             options = {"chunk": self.preset.align, "sinks": self.preset.sinks, "window": self.preset.window}
             v_moment, v_metrics = gram(v), None
-            if self.v_metrics is not None and self.shared_metrics is not None:
-                v_metrics = self.shared_metrics, metric_sizes(self.v_metrics, self.shared_metrics, v_moment)
+            if self.v_metrics is not None:
+                shared = shared_metrics(self.v_metrics, self.kv_heads)
+                v_metrics = shared, metric_sizes(self.v_metrics, shared, v_moment)
             weights = error_weights(q, k, v, self.rope, v_metrics, **options)
             k_shares, shares = (self._shares(w) for w in weights)
             align = self.preset.align

@@ -458,9 +458,7 @@ def test_nbytes_is_the_sum_over_tensors(rng):
     trial = Trial(rng, LOSSLESS, metric=True, layers=1, v_metrics=[torch.eye(DIM, device=DEVICE).repeat(4, 1, 1)])
 
     def total() -> int:
-        kept = {
-            name: value for name, value in vars(trial.layer).items() if name not in ("rope", "v_metrics", "shared_metrics")
-        }
+        kept = {name: value for name, value in vars(trial.layer).items() if name not in ("rope", "v_metrics")}
         return sum({t.data_ptr(): t.nbytes for t in tensors_of(kept) if t.numel()}.values())
 
     for tokens in (1, 80, 10, 100, 1, 200):
@@ -978,11 +976,7 @@ def test_nbytes_while_layers_wait_for_others(rng):
         cache.append(i, **calls[i])
     for layer in cache.layers[:2]:
         assert layer.open_fits
-        kept = {
-            name: value
-            for name, value in vars(layer).items()
-            if name not in ("rope", "v_metrics", "shared_metrics", "budget")
-        }
+        kept = {name: value for name, value in vars(layer).items() if name not in ("rope", "v_metrics", "budget")}
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(kept) if t.numel()}
         assert layer.nbytes <= sum(held.values()) <= 1.01 * layer.nbytes
 
