@@ -255,7 +255,7 @@ def prefill_times(tokens: int, layers: int, card: Card, rounds: int = 6) -> tupl
         plain, ratio = (statistics.median(x) for x in zip(*found, strict=True))
         return plain, ratio
 
-    all_layers(True)
+    all_layers(True)  # once more: the first round of a process is the slowest still
     plain, deferred = measured(True, rounds)
     return plain / layers, deferred, measured(False, 2)[1]
 

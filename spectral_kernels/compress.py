@@ -1210,9 +1210,8 @@ STEP_SHARES, LEAST_SHARE = 16, 0.2
 @triton.jit
 def _off_squared(c, inverse, half):
     """The squared error of coefficients, in units of their steps."""
-    u = (
-        c * inverse - 0.5
-    )  # a code is floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate
+    # A code is floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate.
+    u = c * inverse - 0.5
     off = tl.minimum(tl.maximum(u, -half), half - 1.0) + 12582912.0 - 12582912.0 - u
     return off * off
 

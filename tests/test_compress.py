@@ -561,6 +561,21 @@ def test_project_rows(rng, implementation, centred, dim, rank, tokens, every, dt
     check_project_rows(implementation, x, encoder, mean, every)
 
 
+def test_project_rows_names_arguments():
+    x, encoder = torch.zeros(1, 2, 5, 64, device=DEVICE), torch.zeros(1, 2, 64, 16, device=DEVICE)
+    for arguments, every, message in (
+        ((x, encoder), 0, "every: expected at least 1"),
+        ((x[:, :, :0], encoder), 1, "of at least one row, got 1 of 0"),
+        ((x, encoder[:, :1]), 1, "encoder"),
+        ((x, encoder, x[:, :, 0, :8]), 1, "mean"),
+        ((x.mT, encoder), 1, "x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compress.project_rows(*arguments, every=every)
+    nothing = compress.project_rows(x, encoder[..., :0].contiguous(), every=2)
+    assert [tuple(found.shape) for found in nothing] == [(1, 2, 3, 0), (1, 2, 0), (1, 2, 0)]
+
+
 def check_fit_quantisers(implementation: str, c: F64, bits: int) -> None:
     """c [T, 16]. The least squared error of the steps that are tried, a tenth of themselves apart; on average over
     components near the least of a uniform quantiser, found here by a scan fifty times as fine.
