@@ -47,27 +47,53 @@ SWEEPS = 16  # at most; 8 to 10 are usual, and the launches of others find nothi
 
 @triton.jit
 def _flipped(x, BIT: tl.constexpr):
-    """x [P, N] or [P], float32, with row i taken from row i xor 2**BIT: moves nothing if a thread holds both."""
+    """x [M, C] or [M], float32, with row i taken from row i xor 2**BIT: moves nothing if a thread holds both."""
     bits = x.to(tl.int32, bitcast=True)
-    P: tl.constexpr = x.shape[0]
+    M: tl.constexpr = x.shape[0]
     if len(x.shape) == 2:
-        pairs = tl.reshape(bits, [P // (2 << BIT), 2, 1 << BIT, x.shape[1]])
+        pairs = tl.reshape(bits, [M // (2 << BIT), 2, 1 << BIT, x.shape[1]])
     else:
-        pairs = tl.reshape(bits, [P // (2 << BIT), 2, 1 << BIT])
+        pairs = tl.reshape(bits, [M // (2 << BIT), 2, 1 << BIT])
     # The sum of two integers less one of them is the other. (So is xor_sum, which the interpreter takes minutes for.)
     return tl.reshape(tl.sum(pairs, 1, keep_dims=True) - pairs, x.shape).to(tl.float32, bitcast=True)
 
 
+@triton.constexpr_function
+def _bit(i, log, lane_bits, warp_bits):
+    """The bit of a row's number that is the i-th by how seldom rows trade along it: of warps, then of lanes, of registers."""
+    lane_bits = min(lane_bits, log)
+    warp_bits = min(warp_bits, log - lane_bits)
+    return lane_bits + i if i < warp_bits else i - warp_bits if i < warp_bits + lane_bits else i
+
+
 @triton.jit
-def _moved(x, source, memory_ptr, D: tl.constexpr):
-    """x [P, N], zero past column D, with rows taken from rows `source` [P], by way of float32 [P, D] in memory."""
-    row = tl.arange(0, x.shape[0])
-    column = tl.arange(0, x.shape[1])
-    mask = (row >= 0)[:, None] & (column < D)[None, :]
-    tl.debug_barrier()  # what was there has been read
-    tl.store(memory_ptr + row[:, None] * D + column[None, :], x, mask=mask)
-    tl.debug_barrier()
-    return tl.load(memory_ptr + source[:, None] * D + column[None, :], mask=mask, other=0.0)
+def _traded(x, memory_ptr, BIT: tl.constexpr, MEMORY: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """x [M, C], parts of P rows, zero past column D, with row i taken from row i xor 2**BIT. MEMORY: by way of [P, D] there."""
+    if MEMORY:
+        part = tl.arange(0, x.shape[0])
+        column = (part // P)[:, None] * x.shape[1] + tl.arange(0, x.shape[1])[None, :]
+        row = part % P
+        mask = (row >= 0)[:, None] & (column < D)
+        tl.debug_barrier()  # what was there has been read
+        tl.store(memory_ptr + row[:, None] * D + column, x, mask=mask)
+        tl.debug_barrier()
+        out = tl.load(memory_ptr + (row ^ (1 << BIT))[:, None] * D + column, mask=mask, other=0.0)
+    else:
+        out = _flipped(x, BIT)
+    return out
+
+
+@triton.jit
+def _products(a, b, P: tl.constexpr):
+    """a.b of rows [P], of which a and b [M, C] hold parts."""
+    return tl.sum(tl.sum(tl.reshape(a * b, [a.shape[0] // P, P, a.shape[1]]), 0), 1)
+
+
+@triton.jit
+def _of_parts(x, M: tl.constexpr):
+    """Numbers of rows [P] as those of their parts, [M, 1]."""
+    parts: tl.constexpr = M // x.shape[0]
+    return tl.reshape(tl.broadcast_to(x[None, :], [parts, x.shape[0]]), [M])[:, None]
 
 
 @triton.jit
@@ -77,63 +103,63 @@ def _orthogonalise_kernel(
     D: tl.constexpr,
     P: tl.constexpr,
     LOG: tl.constexpr,
-    MEMORY_BITS: tl.constexpr,
+    C: tl.constexpr,
+    LANE_BITS: tl.constexpr,
+    WARP_BITS: tl.constexpr,
     SMALL: tl.constexpr,
 ):
     """Rotate all pairs of the 2 P rows of one matrix [2 P, D], in place, unless they are orthogonal; their order changes.
     P = 2**LOG.
 
-    MEMORY_BITS: the lowest bits of a row's number, by which rows are spread over threads.
+    A row lies as parts of C columns, so that few threads share it, and each works out few angles: part n of row i is row
+    n P + i of [M, C]. LANE_BITS, WARP_BITS: of i, the lowest bits and the next ones, by which rows are spread over the threads
+    of a warp and over warps.
     """
-    pair = tl.arange(0, P)
-    column = tl.arange(0, 2 * P)
+    M: tl.constexpr = 2 * P * P // C
+    part = tl.arange(0, M)
+    pair = part % P
+    column = (part // P)[:, None] * C + tl.arange(0, C)[None, :]
     x_ptr += tl.program_id(0).to(tl.int64) * (2 * P * D)
-    at = pair[:, None] * D + column[None, :]
-    mask = ((pair >= 0)[:, None] & (column < D)[None, :]) != 0
+    at = pair[:, None] * D + column
+    mask = (pair >= 0)[:, None] & (column < D)
     done_ptr += tl.program_id(0)
     if tl.load(done_ptr) == 0:
         a = tl.load(x_ptr + at, mask=mask, other=0.0)
         b = tl.load(x_ptr + P * D + at, mask=mask, other=0.0)
-        largest = tl.zeros([P], dtype=tl.float32)
-        size_a = tl.sum(a * a, 1)  # kept up to date by a'.a' = a.a - t c within a sweep
-        size_b = tl.sum(b * b, 1)
+        rest = tl.zeros([P], dtype=tl.int32)  # pairs that were not orthogonal
+        size_a = _products(a, a, P)  # kept up to date by a'.a' = a.a - t c within a sweep
+        size_b = _products(b, b, P)
         for step in range(1, 2 * P):
-            dot = tl.sum(a * b, 1)
-            # Zero for rows of zeros. No product of sizes underflows: the ridge is at least 2**-40 of the trace.
-            ratio = tl.abs(dot) * tl.rsqrt(tl.maximum(size_a * size_b, 1e-37))
-            largest = tl.maximum(largest, ratio)
+            dot = _products(a, b, P)
+            # In units that let no square underflow: the ridge is at least 2**-40 of the trace.
+            square = (dot * 1e12) * (dot * 1e12)
+            both = (size_a * 1e12) * (size_b * 1e12)
+            rest |= (square > both * (SMALL * SMALL)).to(tl.int32)
             difference = size_b - size_a
             twice = 2.0 * dot
             root = tl.sqrt(difference * difference + twice * twice)
             t = tl.where(difference < 0, -twice, twice) / tl.maximum(tl.abs(difference) + root, tl.abs(twice))
-            t = tl.where(ratio > 1e-7, t, 0.0)  # what rounding leaves is not turned
+            t = tl.where(square > both * 1e-14, t, 0.0)  # what rounding leaves is not turned
             cos = tl.rsqrt(1.0 + t * t)
             sin = t * cos
-            a, b = a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]
             size_a = tl.maximum(size_a - t * dot, 0.0)
             size_b = tl.maximum(size_b + t * dot, 0.0)
+            cos, sin = _of_parts(cos, M), _of_parts(sin, M)
+            a, b = a * cos - b * sin, b * cos + a * sin
             left = 2 * P - step
             for i in tl.static_range(LOG):
                 if left == P >> i:
-                    high = ((pair >> i) & 1) != 0
+                    high = ((pair >> _bit(i, LOG, LANE_BITS, WARP_BITS)) & 1) != 0
                     trade = tl.where(high[:, None], a, b)
-                    if i < MEMORY_BITS:
-                        trade = _moved(trade, pair ^ (1 << i), x_ptr, D)
-                    else:
-                        trade = _flipped(trade, i)
-                    a = tl.where(high[:, None], trade, a)
-                    b = tl.where(high[:, None], b, trade)
-                    size_a = tl.sum(a * a, 1)
-                    size_b = tl.sum(b * b, 1)
+                    trade = _traded(trade, x_ptr, _bit(i, LOG, LANE_BITS, WARP_BITS), i < WARP_BITS, D, P)
+                    a, b = tl.where(high[:, None], trade, a), tl.where(high[:, None], b, trade)
+                    size_a = _products(a, a, P)
+                    size_b = _products(b, b, P)
                 if ((left & (left - 1)) != 0) & ((step & ((2 << i) - 1)) == (1 << i)):
-                    if LOG - 1 - i < MEMORY_BITS:
-                        b = _moved(b, pair ^ (1 << (LOG - 1 - i)), x_ptr, D)
-                        size_b = tl.sum(b * b, 1)
-                    else:
-                        b = _flipped(b, LOG - 1 - i)
-                        size_b = _flipped(size_b, LOG - 1 - i)
+                    b = _traded(b, x_ptr, _bit(LOG - 1 - i, LOG, LANE_BITS, WARP_BITS), LOG - 1 - i < WARP_BITS, D, P)
+                    size_b = _products(b, b, P)
         tl.debug_barrier()
-        tl.store(done_ptr, (tl.max(largest, 0) <= SMALL).to(tl.int32))
+        tl.store(done_ptr, 1 - tl.max(rest, 0))
         tl.store(x_ptr + at, a, mask=mask)
         tl.store(x_ptr + P * D + at, b, mask=mask)
 
@@ -439,7 +465,7 @@ def _orthogonalise(rows: torch.Tensor) -> None:
         # 1.3 ms and 1.4 ms, 512 take 4.9 ms and 4.5 ms).
         few = count <= _launch.multiprocessors(rows.device)
         options = {"num_warps": 8} if few else {"num_warps": 8, "maxnreg": 128}
-    spread = options["num_warps"] * 32 * 4 // rows.shape[1]  # rows that threads of four columns hold side by side
+    part = min(32, rows.shape[1])  # of a row, which threads of four columns share
     done = torch.zeros(count, dtype=torch.int32, device=rows.device)
     with torch.cuda.device_of(rows):
         for _ in range(SWEEPS):
@@ -449,7 +475,9 @@ def _orthogonalise(rows: torch.Tensor) -> None:
                 D=dim,
                 P=pairs,
                 LOG=pairs.bit_length() - 1,
-                MEMORY_BITS=min(spread.bit_length(), pairs.bit_length()) - 1,
+                C=part,
+                LANE_BITS=(128 // part).bit_length() - 1,
+                WARP_BITS=options["num_warps"].bit_length() - 1,
                 SMALL=SMALL,
                 **options,
             )
