@@ -60,12 +60,12 @@ def error_weights(
     inv_freq: ArrayLike,
     scaling: float,
     v_metrics: ArrayLike | None,
-    at: Sequence[int],
+    at: Sequence[Sequence[int]],
     *,
     sinks: int,
     window: int,
 ) -> tuple[F64, F64]:
-    """(w_k, w_v) [B, H]: sums over queries m in `at` of p_i^2 |v_i - o|^2 / D, and of p_i^2, over tokens i of sinks ..
+    """(w_k, w_v) [B, H]: sums over queries m in at[h] of p_i^2 |v_i - o|^2 / D, and of p_i^2, over tokens i of sinks ..
     m - window, as shares of the sum of |o|^2 over the queries and all heads. q [B, H, T, D], k and v [B, G, T, D], before
     RoPE; v_metrics [H, D, D], or [B, H, D, D], say what |.|^2 is."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
@@ -77,7 +77,7 @@ def error_weights(
     w_k, w_v, power = (np.zeros((batch, heads)) for _ in range(3))
     for b, h in np.ndindex(batch, heads):
         g = h // (heads // groups)
-        for m in at:
+        for m in at[h]:
             scores = keys[b, g, : m + 1] @ turned[b, h, m] / np.sqrt(dim)
             p = np.exp(scores - scores.max())
             p /= p.sum()

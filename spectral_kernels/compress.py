@@ -497,10 +497,22 @@ def _squares_kernel(
         tl.store(out_ptr + (b * G + g) * T + t, tl.sum(weighted * v.to(tl.float32), 1), mask=t < T)
 
 
+def _query_positions(tokens: int, rows: int) -> list[int]:
+    """Where the queries are that `error_weights` looks at: evenly spread over the second half of the tokens."""
+    half = tokens // 2
+    return [half + (tokens - 1 - half) * row // max(1, rows - 1) for row in range(rows)]
+
+
+@triton.jit
+def _query_position(row, T, rows):
+    """`_query_positions`, one or more of them."""
+    span = (T - 1 - T // 2).to(tl.int64)
+    return T // 2 + (span * row // tl.maximum(rows - 1, 1)).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["T", "S", "each", "sinks", "window"])
 def _error_weights_kernel(
-    q_ptr,  # [B, H, S, D], contiguous
-    at_ptr,  # int64 [S], rising
+    q_ptr,
     k_ptr,
     v_ptr,
     squares_ptr,  # float32 [B, G, T]
@@ -518,6 +530,9 @@ def _error_weights_kernel(
     window,
     scale,
     scaling,
+    stride_q_b,
+    stride_q_h,
+    stride_q_t,
     stride_k_b,
     stride_k_g,
     stride_k_t,
@@ -538,17 +553,17 @@ def _error_weights_kernel(
     rows = tl.num_programs(0) * BLOCK_M
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = row < S * HG
-    query = row // HG
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     bg = tl.program_id(2).to(tl.int64)
     TYPE: tl.constexpr = k_ptr.dtype.element_ty if NATIVE else tl.float32
     d = tl.arange(0, BLOCK_D)
-    position = tl.load(at_ptr + query, mask=live, other=T - 1).to(tl.int32)  # below T
+    position = tl.where(live, _query_position(row, T, S * HG), T - 1)
     newest = tl.minimum(position - window, T - 1)  # token that is not exact
-    first = tl.load(at_ptr + tl.program_id(0) * BLOCK_M // HG).to(tl.int32) - window
-    last = tl.load(at_ptr + (tl.minimum(tl.program_id(0) * BLOCK_M + BLOCK_M, S * HG) - 1) // HG).to(tl.int32)
-    q_row = q_ptr + ((bg * HG + row % HG) * S + query)[:, None] * D
+    first = _query_position(tl.program_id(0) * BLOCK_M, T, S * HG) - window
+    last = _query_position(tl.minimum(tl.program_id(0) * BLOCK_M + BLOCK_M, S * HG) - 1, T, S * HG)
+    q_ptr += (bg // G) * stride_q_b + (bg % G) * HG * stride_q_h
+    q_row = q_ptr + (row % HG)[:, None].to(tl.int64) * stride_q_h + position[:, None].to(tl.int64) * stride_q_t
     squares_ptr += bg * T
     turned_row = turned_ptr + ((bg * splits + split) * rows + row[:, None]) * D
     k_ptr += (bg // G) * stride_k_b + (bg % G) * stride_k_g
@@ -714,7 +729,7 @@ def error_weights(
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 64,
+    queries: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What errors of cold keys and values cost in each query head's outputs, relative to the mean square of all outputs.
 
@@ -722,7 +737,8 @@ def error_weights(
 
         E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = f_h x^T M_g x
 
-    averaged over `queries` queries of the second half of the tokens. Heads that look at few old tokens count, those that
+    averaged over `queries` queries of each head, of the second half of the tokens; the heads of a KV head take turns, so that
+    few queries meet many positions. Heads that look at few old tokens count, those that
     look at many (errors cancel) or at exact ones do not. W_o^T W_o of a KV head's query heads differ little but in size:
     one metric M_g for all of them costs a quarter of the work or less, and weights that differ by a fifth choose much the
     same bases and layouts.
@@ -745,9 +761,7 @@ def error_weights(
     wide = k.dtype == torch.float32 and dim > 64 and not _launch.has_large_shared_memory(k.device)  # would not fit there
     if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2 or wide:
         return error_weights_torch(q, k, v, rope, v_metrics, chunk=chunk, sinks=sinks, window=window, queries=queries)
-    at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
-    group, count = heads // groups, len(at)
-    own = q.index_select(2, at)
+    group, count = heads // groups, min(queries, tokens)
     metric, factors = (None, None) if v_metrics is None else v_metrics
     squares = torch.empty((batch, groups, tokens), dtype=torch.float32, device=k.device)
     # Smaller tiles where a program may use less shared memory: there, registers hold operands too.
@@ -755,8 +769,8 @@ def error_weights(
     block, programs = 64 if large else 32, 2 * _launch.multiprocessors(k.device)
     tiles = _launch.cdiv(group * count, block)
     # Chunks that some query of a tile sees. All programs are to run at once, those of later tiles being more.
-    lasts = [min((tile + 1) * block - 1, group * count - 1) // group for tile in range(tiles)]
-    seen = [(tokens // 2 + (tokens - 1 - tokens // 2) * last // max(1, count - 1)) // chunk + 1 for last in lasts]
+    positions = _query_positions(tokens, group * count)
+    seen = [positions[min((tile + 1) * block, len(positions)) - 1] // chunk + 1 for tile in range(tiles)]
     each = _launch.cdiv(sum(seen) * batch * groups, programs)
     while batch * groups * sum(_launch.cdiv(n, each) for n in seen) > programs and each < seen[-1]:
         each += 1
@@ -787,8 +801,7 @@ def error_weights(
             num_stages=3 if large else 2,
         )
         _error_weights_kernel[(tiles, splits, batch * groups)](
-            own,
-            at,
+            q,
             k,
             v,
             squares,
@@ -806,6 +819,7 @@ def error_weights(
             window,
             dim**-0.5 * math.log2(math.e),
             rope.scaling**2,
+            *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
             CHUNK=chunk,
@@ -845,7 +859,7 @@ def error_weights_torch(
     chunk: int,
     sinks: int,
     window: int,
-    queries: int = 64,
+    queries: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`error_weights` in plain PyTorch."""
     groups = k.shape[1]
@@ -874,26 +888,27 @@ def _group_weights(
     q: [B, H/G, T, D]; k, v: [B, T, D]; metric: [D, D].
     """
     batch, heads, tokens, dim = q.shape
-    at = torch.linspace(tokens // 2, tokens - 1, min(queries, tokens), device=q.device).long()
+    count = min(queries, tokens)
+    at = torch.tensor(_query_positions(tokens, heads * count)).to(q.device, non_blocking=True)
+    head = torch.arange(len(at), device=q.device) % heads
     positions = torch.arange(tokens, device=q.device)
-    turned = rotate(q[:, :, at].contiguous(), at.expand(batch, -1), rope).float()
+    turned = rotate(q[:, head, at][:, None], at.expand(batch, -1), rope)[:, 0].float()  # [B, H/G * S, D]
     keys = rotate(k[:, None], (positions - positions % chunk).expand(batch, -1), rope)[:, 0].float()
     turning = rope.rotary_dim
     turned = torch.cat((turned[..., :turning] * rope.scaling**2, turned[..., turning:]), dim=-1) * dim**-0.5
     values = v.float()
-    square = ((values if metric is None else values @ metric) * values).sum(-1)[:, None, None]  # [B, 1, 1, T]
-    sums = q.new_zeros((3, batch, heads), dtype=torch.float32)
-    for some, own in zip(at.split(16), turned.split(16, dim=2), strict=True):  # few at a time: scores are [.., S, T]
+    square = ((values if metric is None else values @ metric) * values).sum(-1)[:, None]  # [B, 1, T]
+    found = []
+    for some, own in zip(at.split(64), turned.split(64, dim=1), strict=True):  # few at a time: scores are [B, 64, T]
         age = some[:, None] - positions
-        scores = (own.flatten(1, 2) @ keys.mT).unflatten(1, (heads, -1))
-        p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
-        o = (p.flatten(1, 2) @ values).unflatten(1, (heads, -1))
+        p = (own @ keys.mT).masked_fill(age < 0, float("-inf")).softmax(-1)
+        o = p @ values
         weighted = o if metric is None else o @ metric
         power = (weighted * o).sum(-1, keepdim=True)
-        off = square - 2 * (weighted.flatten(1, 2) @ values.mT).unflatten(1, (heads, -1)) + power
+        off = square - 2 * (weighted @ values.mT) + power
         p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
-        sums += torch.stack([x.sum((-2, -1)) for x in (p2 * off, p2, power)])
-    return sums
+        found.append(torch.stack([x.sum(-1) for x in (p2 * off, p2, power)]))
+    return torch.cat(found, dim=-1).unflatten(-1, (count, heads)).sum(2)
 
 
 def _floored(metric: torch.Tensor) -> torch.Tensor:

@@ -196,7 +196,10 @@ def check_error_weights(
     """
     q, k, v = qkv
     tokens, dim = q.shape[2:]
-    at = np.linspace(tokens // 2, tokens - 1, min(queries, tokens)).astype(int)
+    group = q.shape[1] // k.shape[1]
+    rows = group * min(queries, tokens)
+    spread = tokens // 2 + np.arange(rows) * (tokens - 1 - tokens // 2) // max(1, rows - 1)
+    at = [spread[h % group :: group] for h in range(q.shape[1])]
     held = metrics = None
     if metric is not None:
         shared = compress.shared_metrics(tensor(metric), k.shape[1])
