@@ -48,6 +48,7 @@ from .compress import (
     metric_sizes,
     query_metric,
     requantise,
+    squared_errors,
     shared_metrics,
 )
 from .merge import merge_states
@@ -351,12 +352,14 @@ class _Numbers:
 
 
 class _Fitting(NamedTuple):
-    """Components for a new segment of some rows, and the shares of the query heads in the metrics [m, H]; what keys and
-    values lose in each layout, float32 [2, P, m, G], if there are several; the layer's relative loss in each, if wanted."""
+    """Components for a new segment of some rows, the shares of the query heads in the metrics [m, H], and the metric of V
+    [m, G, D, D] or None for the identity; what keys and values lose in each layout, float32 [2, P, m, G], if there are
+    several; the layer's relative loss in each, if wanted."""
 
     k: Spectrum
     v: Spectrum
     shares: torch.Tensor
+    v_metric: torch.Tensor | None
     by_layout: torch.Tensor | None
     losses: _Numbers | None
 
@@ -788,7 +791,7 @@ class LayerCache:
             offset = self._mean_offset(self.pages, segments, k_encoder)
             encode(k_rows, k_encoder, self.layout.k, self.pages.k_pages, page_ids, side="k", offset=offset)
             encode(v_rows, v_encoder, self.layout.v, self.pages.v_pages, page_ids, side="v")
-            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, new=fitting is not None)
+            lost = self._note_residuals(members, page_ids, k_rows, v_rows, known, fitting)
             pins.append((members, ids, page_ids, first, k_rows, v_rows, lost))
         for members, ids, page_ids, first, k_rows, v_rows, lost in pins:
             self._pin(members, page_ids, first, k_rows, v_rows)
@@ -860,14 +863,14 @@ class LayerCache:
         k: torch.Tensor,
         v: torch.Tensor,
         known: dict[int, torch.Tensor],
-        *,
-        new: bool,
+        fitting: _Fitting | None,
     ) -> torch.Tensor | None:
-        """Compare chunks that were just encoded with their pages.
+        """Compare chunks that were just encoded with their pages; fitting: of their segments, if these are new.
 
         What the newest tokens of a new segment lost is what later ones are held against. Returns what each token lost,
         [m, G, T], if there are outliers to choose.
         """
+        new = fitting is not None
         segments = [segment for row in members if (segment := self.segment[row]) is not None]
         if (self.preset.max_residual == math.inf and not self.preset.outliers) or not self.fits.keys() >= set(segments):
             return None
@@ -876,7 +879,9 @@ class LayerCache:
         chunks = page_ids.shape[1]
         part = min(RESIDUAL_TOKENS // chunk, max(1, chunks - 1))
         some = part if new and not self.preset.outliers else chunks
-        lost = self._lost(segments, page_ids[:, chunks - some :], k[:, :, -some * chunk :], v[:, :, -some * chunk :], known)
+        v_metric = self._v_metric(segments) if fitting is None else fitting.v_metric
+        k, v = (x[:, :, -some * chunk :] for x in (k, v))
+        lost = self._lost(segments, page_ids[:, chunks - some :], k, v, known, v_metric)
         if new:
             sample = lost[..., -part * chunk :].mean(-1)  # [2, m, G]
             for i, segment in enumerate(segments):
@@ -891,16 +896,20 @@ class LayerCache:
         return lost if self.preset.outliers else None
 
     def _lost(
-        self, segments: list[int], page_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor, known: dict[int, torch.Tensor]
+        self,
+        segments: list[int],
+        page_ids: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        known: dict[int, torch.Tensor],
+        v_metric: torch.Tensor | None,
     ) -> torch.Tensor:
         """Squared errors in their metrics of the keys and of the values that pages hold, float32 [2, m, G, T]."""
         assert self.pages is not None
         pages = self._pages_alone(self.pages, segments, page_ids)
-        k_off, v_off = decode(pages, side="k") - k.float(), decode(pages, side="v") - v.float()
-        k_off = k_off @ torch.stack([self._coordinates(segment, known) for segment in segments])
-        metric = self._v_metric(segments)
-        weighted = v_off if metric is None else v_off @ metric
-        return torch.stack((k_off.square().sum(-1), (weighted * v_off).sum(-1)))
+        root = torch.stack([self._coordinates(segment, known) for segment in segments])
+        k_lost = squared_errors(decode(pages, side="k"), k, root=root)
+        return torch.stack((k_lost, squared_errors(decode(pages, side="v"), v, metric=v_metric)))
 
     def _look_at_residuals(self, before: list[int], late: int) -> None:
         """End the segments of rows that began a block of alignment and lose too much. Waits for the device.
@@ -964,12 +973,13 @@ class LayerCache:
             metric = query_metric(q, self.rope, chunk=align, kv_heads=self.kv_heads, weights=k_shares, stride=stride)
         k_bands, v_bands = ([getattr(layout, side) for layout in self.layouts] for side in ("k", "v"))
         k_side = Side(k, metric, k_bands, centre=not k_bands[0].is_float)
-        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, self._shared_v_metric(shares), v_bands, moment=v_moment)])
+        v_metric = self._shared_v_metric(shares)
+        k_spectrum, v_spectrum = fit_spectra([k_side, Side(v, v_metric, v_bands, moment=v_moment)])
         by_layout = losses = None
         if len(self.layouts) > 1 and (self.layout is None or self.losses is not None):  # may be narrowed
             by_layout = _distortions(k_spectrum, v_spectrum, self.layouts)
             losses = _Numbers(self._losses((k_spectrum, v_spectrum), by_layout, weights)) if choose else None
-        return _Fitting(k_spectrum, v_spectrum, shares, by_layout, losses)
+        return _Fitting(k_spectrum, v_spectrum, shares, v_metric, by_layout, losses)
 
     def _shares(self, weights: torch.Tensor) -> torch.Tensor:
         """How much each query head counts in its KV head's metric, [m, H], 1 on average: few queries say so, none is 0."""

@@ -43,8 +43,6 @@ from .eigen import (
     product_f64,
     sizes_f64,
     solve_f64,
-    store_floored_f64,
-    store_product_f64,
 )
 from .pages import CHUNKS, Bands, Pages, pack_pages, unpack_pages
 from .rope import Rope, rotate, rotate_torch
@@ -227,6 +225,10 @@ def _query_metric_kernel(
     mask = (i < HALF)[:, None] & (j < HALF)[None, :]
     turns_i = tl.load(turns_ptr + i, mask=i < PAIRS, other=0)
     turns_j = tl.load(turns_ptr + j, mask=j < PAIRS, other=0)
+    real1 = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    imaginary1 = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    real2 = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    imaginary2 = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
     for chunk in range(split * each, tl.minimum((split + 1) * each, chunks)):
         xx = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
         xy = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
@@ -258,20 +260,22 @@ def _query_metric_kernel(
                     yx += dot_f32(tl.trans(yi), xj, MATRIX)
                     yy += dot_f32(tl.trans(yi), yj, MATRIX)
                 row_ptr += stride_q_h
-        for n in tl.static_range(2):  # z_i conj(z_j), then z_i z_j
-            real, imaginary = (xx + yy, yx - xy) if n == 0 else (xx - yy, yx + xy)
-            at = ((2 * n * chunks + chunk) * HALF + i[:, None]).to(tl.int64) * HALF + j[None, :]
-            cos = tl.load(factors_ptr + at, mask=mask, other=0.0)
-            at = (((2 * n + 1) * chunks + chunk) * HALF + i[:, None]).to(tl.int64) * HALF + j[None, :]
-            sin = tl.load(factors_ptr + at, mask=mask, other=0.0)
-            first, second = real * cos - imaginary * sin, real * sin + imaginary * cos
-            own_ptr = out_ptr + 2 * n * HALF * HALF
-            if chunk > split * each:  # sums over chunks are added in memory: registers hold no more tiles
-                first += tl.load(own_ptr, mask=mask, other=0.0)
-                second += tl.load(own_ptr + HALF * HALF, mask=mask, other=0.0)
-            tl.store(own_ptr, first, mask=mask)
-            tl.store(own_ptr + HALF * HALF, second, mask=mask)
-        tl.debug_barrier()  # the loads may lay the tiles out over the threads in another way
+        factor_ptr = factors_ptr + (chunk * HALF + i[:, None]).to(tl.int64) * HALF + j[None, :]
+        step = chunks.to(tl.int64) * HALF * HALF
+        real, imaginary = xx + yy, yx - xy  # z_i conj(z_j)
+        cos = tl.load(factor_ptr, mask=mask, other=0.0)
+        sin = tl.load(factor_ptr + step, mask=mask, other=0.0)
+        real1 += real * cos - imaginary * sin
+        imaginary1 += real * sin + imaginary * cos
+        real, imaginary = xx - yy, yx + xy  # z_i z_j
+        cos = tl.load(factor_ptr + 2 * step, mask=mask, other=0.0)
+        sin = tl.load(factor_ptr + 3 * step, mask=mask, other=0.0)
+        real2 += real * cos - imaginary * sin
+        imaginary2 += real * sin + imaginary * cos
+    tl.store(out_ptr, real1, mask=mask)
+    tl.store(out_ptr + HALF * HALF, imaginary1, mask=mask)
+    tl.store(out_ptr + 2 * HALF * HALF, real2, mask=mask)
+    tl.store(out_ptr + 3 * HALF * HALF, imaginary2, mask=mask)
 
 
 @triton.jit
@@ -361,7 +365,70 @@ def query_metric(
             # Triton 3.6 fails where it would pipeline these loops with sums in tensor memory.
             num_stages=1 if _launch.has_tensor_memory(q.device) else 3,
         )
-    return _metric_of_pairs(parts.sum(2), rope, chunk, tokens, heads // kv_heads)
+        out = torch.empty((batch, kv_heads, dim, dim), dtype=torch.float32, device=q.device)
+        _metric_of_parts_kernel[(_launch.cdiv(half, 16) ** 2, batch * kv_heads)](
+            parts,
+            out,
+            splits,
+            1 / (2 * _seen(tokens, chunk) * (heads // kv_heads)),
+            rope.scaling**2,
+            HALF=half,
+            PAIRS=rope.turns.shape[0],
+            num_warps=4,
+        )
+    return out
+
+
+def _seen(tokens: int, chunk: int) -> int:
+    """How many pairs there are of a query and of a chunk that it sees."""
+    return sum(min(chunk, tokens - start) * (start // chunk + 1) for start in range(0, tokens, chunk))
+
+
+@triton.jit
+def _pair_sums(parts_ptr, i, j, splits, HALF: tl.constexpr):
+    """Entries i, j of the sums over all parts [splits, 4, HALF, HALF]: real and imaginary parts, twice."""
+    mask = (i < HALF) & (j < HALF)
+    at = i * HALF + j
+    a = tl.zeros(at.shape, dtype=tl.float32)
+    b = tl.zeros(at.shape, dtype=tl.float32)
+    c = tl.zeros(at.shape, dtype=tl.float32)
+    d = tl.zeros(at.shape, dtype=tl.float32)
+    for split in range(0, splits):
+        own_ptr = parts_ptr + split * (4 * HALF * HALF) + at
+        a += tl.load(own_ptr, mask=mask, other=0.0)
+        b += tl.load(own_ptr + HALF * HALF, mask=mask, other=0.0)
+        c += tl.load(own_ptr + 2 * HALF * HALF, mask=mask, other=0.0)
+        d += tl.load(own_ptr + 3 * HALF * HALF, mask=mask, other=0.0)
+    return a, b, c, d
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _metric_of_parts_kernel(
+    parts_ptr,  # float32 [B, G, splits, 4, HALF, HALF], as `_query_metric_kernel` writes them
+    out_ptr,  # float32 [B, G, 2 HALF, 2 HALF]
+    splits,
+    share,
+    scaling,
+    HALF: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """`_metric_of_pairs`: what 16 pairs have in common with 16 others, four entries each."""
+    tiles: tl.constexpr = (HALF + 15) // 16
+    bg = tl.program_id(1).to(tl.int64)
+    i = (tl.program_id(0) // tiles * 16 + tl.arange(0, 16))[:, None]
+    j = (tl.program_id(0) % tiles * 16 + tl.arange(0, 16))[None, :]
+    parts_ptr += bg * splits * 4 * HALF * HALF
+    out_ptr += bg * 4 * HALF * HALF
+    a, b, c, d = _pair_sums(parts_ptr, i, j, splits, HALF)
+    at, bt, ct, dt = _pair_sums(parts_ptr, j, i, splits, HALF)  # of the same entries with i and j exchanged
+    share *= 0.5 * tl.where(i < PAIRS, scaling, 1.0) * tl.where(j < PAIRS, scaling, 1.0)
+    first_i, second_i = tl.where(i < PAIRS, i, PAIRS + i), tl.where(i < PAIRS, PAIRS + i, HALF + i)
+    first_j, second_j = tl.where(j < PAIRS, j, PAIRS + j), tl.where(j < PAIRS, PAIRS + j, HALF + j)
+    mask = (i < HALF) & (j < HALF)
+    tl.store(out_ptr + first_i * (2 * HALF) + first_j, ((a + c) + (at + ct)) * share, mask=mask)
+    tl.store(out_ptr + second_i * (2 * HALF) + second_j, ((a - c) + (at - ct)) * share, mask=mask)
+    tl.store(out_ptr + first_i * (2 * HALF) + second_j, ((d - b) + (bt + dt)) * share, mask=mask)
+    tl.store(out_ptr + second_i * (2 * HALF) + first_j, ((b + d) + (dt - bt)) * share, mask=mask)
 
 
 def _every(stride: int, q: torch.Tensor, rope: Rope, chunk: int) -> tuple[torch.Tensor, Rope, int]:
@@ -418,9 +485,7 @@ def _metric_of_pairs(sums: torch.Tensor, rope: Rope, chunk: int, tokens: int, gr
     real, imaginary, plain_real, plain_imaginary = sums.unbind(2)
     top = torch.cat((real + plain_real, plain_imaginary - imaginary), dim=-1)
     bottom = torch.cat((imaginary + plain_imaginary, real - plain_real), dim=-1)
-    chunks = -(-tokens // chunk)
-    seen = sum(min(chunk, tokens - c * chunk) * (c + 1) for c in range(chunks)) * group
-    moment = torch.cat((top, bottom), dim=-2) / (2 * seen)
+    moment = torch.cat((top, bottom), dim=-2) / (2 * _seen(tokens, chunk) * group)
     moment = (moment + moment.mT) / 2
     if pairs < half:  # pairs in the order of dimensions
         at = torch.arange(2 * half, device=sums.device)
@@ -961,6 +1026,57 @@ def fit_basis_torch(moment: torch.Tensor, metric: torch.Tensor | None = None, *,
     return (basis * torch.where(largest < 0, -1.0, 1.0)).float().contiguous()
 
 
+@triton.jit
+def _integers(basis_ptr, at, mask, scale):
+    """Entries of basis rows over their scales, rounded to even as PyTorch does, float32."""
+    x = tl.load(basis_ptr + at, mask=mask, other=0.0)
+    return tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0 - 12582912.0
+
+
+@triton.jit(do_not_specialize=["R"])
+def _quantise_components_kernel(
+    basis_ptr,  # float32 [R, D] a matrix
+    metric_ptr,  # float32 [D, D] a matrix, or None
+    rows_ptr,  # int8 [R, D] a matrix
+    scale_ptr,  # float32 [R] a matrix, as is the next
+    weight_ptr,
+    R,
+    D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """BLOCK_R rows of one basis in int8, and the squared lengths of what these stand for."""
+    n = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    own = n * R + r
+    largest = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        x = tl.load(basis_ptr + own[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+    scale = tl.div_rn(largest, tl.full([BLOCK_R], 127.0, tl.float32))
+    scale = tl.where(scale > 0, scale, 1.0)
+    tl.store(scale_ptr + own, scale, mask=r < R)
+    weight = tl.zeros([BLOCK_R], dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        d = first + tl.arange(0, BLOCK_D)
+        at, mask = own[:, None] * D + d[None, :], (r < R)[:, None] & (d < D)[None, :]
+        row = _integers(basis_ptr, at, mask, scale)
+        tl.store(rows_ptr + at, row.to(tl.int8), mask=mask)
+        weighted = row
+        if metric_ptr is not None:
+            weighted = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
+            for start in range(0, D, BLOCK_D):
+                e = start + tl.arange(0, BLOCK_D)
+                other = _integers(basis_ptr, own[:, None] * D + e[None, :], (r < R)[:, None] & (e < D)[None, :], scale)
+                metric_at = (n * D + e[:, None]) * D + d[None, :]
+                metric = tl.load(metric_ptr + metric_at, mask=(e < D)[:, None] & (d < D)[None, :], other=0.0)
+                weighted += dot_f32(other, metric, MATRIX)
+        weight += tl.sum(weighted * row, 1)
+    tl.store(weight_ptr + own, weight * scale * scale, mask=r < R)
+
+
 def quantise_basis(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Basis rows in int8 with a scale each: basis ~ scale[..., None] * rows.
 
@@ -968,31 +1084,82 @@ def quantise_basis(basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         basis: float32 [..., R, D].
     Returns:
         (rows int8 [..., R, D] in -127 .. 127, scale float32 [..., R]: the largest magnitude of the row / 127; 1 for zeros).
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    return quantise_components(basis)[:2]
+
+
+def quantise_components(
+    basis: torch.Tensor, metric: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantise_basis`, and what a squared error of each component costs.
+
+    Args:
+        basis: float32 [..., R, D].      metric: float32 [..., D, D], of as many matrices, or None for the identity.
+    Returns:
+        (rows, scale, squared lengths float32 [..., R] in the metric of what the rows stand for). Float32 arithmetic.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     check_tensor("basis", basis, dtype=torch.float32)
+    if basis.dim() < 2:
+        raise ValueError(f"basis: expected shape [..., R, D], got {list(basis.shape)}")
+    rank, dim = basis.shape[-2:]
+    if metric is not None:
+        shape = (*basis.shape[:-2], dim, dim)
+        check_tensor("metric", metric, shape=shape, dtype=torch.float32, device=basis.device)
+    if not _launch.runs_kernel(basis):
+        return quantise_components_torch(basis, metric)
+    rows = torch.empty(basis.shape, dtype=torch.int8, device=basis.device)
+    scale, weight = torch.empty((2, *basis.shape[:-1]), dtype=torch.float32, device=basis.device)
+    if rows.numel() == 0:
+        return rows, scale, weight
+    matrix = _launch.has_matrix_units(basis.device)
+    block = 32 if matrix else 16
+    with torch.cuda.device_of(basis):
+        _quantise_components_kernel[(_launch.cdiv(rank, block), scale.numel() // rank)](
+            basis.contiguous(),
+            None if metric is None else metric.contiguous(),
+            rows,
+            scale,
+            weight,
+            rank,
+            D=dim,
+            BLOCK_R=block,
+            BLOCK_D=32 if matrix else 8,
+            MATRIX=matrix,
+            num_warps=4,
+        )
+    return rows, scale, weight
+
+
+def quantise_components_torch(
+    basis: torch.Tensor, metric: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`quantise_components` in plain PyTorch."""
     scale = basis.abs().amax(-1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
-    return (basis / scale[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+    rows = (basis / scale[..., None]).round().clamp(-127, 127)
+    vectors = rows * scale[..., None]
+    weight = ((vectors if metric is None else vectors @ metric) * vectors).sum(-1)
+    return rows.to(torch.int8), scale, weight
 
 
 @triton.jit
 def _inner_kernel(
     basis_ptr,  # B, int8 [D, D] a program
-    metric_ptr,  # M, [D, D] a program, or None
-    metric_f64_ptr,  # float64 [D, D] a program, scratch, as is the next
-    rows_ptr,
+    rows_ptr,  # float64 [D, D] a program, scratch
     x_ptr,  # float64 [D, D] a program, as is the next
     inner_ptr,
-    FLOOR: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """M B^T of one basis, and L L^T = B M B^T (two kernels for an encoder: see eigen.py)."""
+    """B^T of one basis, and L L^T = B B^T (two kernels for an encoder: see eigen.py)."""
     BLOCK: tl.constexpr = min(N, 32)
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N)
     basis_ptr += n * D * D
-    metric_f64_ptr += n * D * D
     rows_ptr += n * D * D
     x_ptr += n * D * D
     inner_ptr += n * D * D
@@ -1002,12 +1169,8 @@ def _inner_kernel(
         mask = (i < D)[:, None] & (j < D)[None, :]
         row = tl.load(basis_ptr + i[:, None] * D + j[None, :], mask=mask, other=0).to(tl.float64)
         tl.store(rows_ptr + i[:, None] * D + j[None, :], row, mask=mask)
-        if metric_ptr is None:
-            tl.store(x_ptr + j[None, :] * D + i[:, None], row, mask=mask)
+        tl.store(x_ptr + j[None, :] * D + i[:, None], row, mask=mask)
     tl.debug_barrier()
-    if metric_ptr is not None:
-        store_floored_f64(metric_ptr + n * D * D, metric_f64_ptr, FLOOR, D, N)
-        store_product_f64(x_ptr, metric_f64_ptr, D, 1, rows_ptr, 1, D, D, N)
     for first in range(0, N, BLOCK):
         j = first + tl.arange(0, BLOCK)
         inner = product_f64(rows_ptr, D, 1, x_ptr, D, 1, first, D, N)
@@ -1022,14 +1185,14 @@ def _inner_kernel(
 
 @triton.jit
 def _encoder_kernel(
-    x_ptr,  # float64 [D, D] a program: M B^T, used up
+    x_ptr,  # float64 [D, D] a program: B^T, used up
     inner_ptr,  # L
     scale_ptr,  # float32 [D] a program
     out_ptr,  # float32 [D, D] a program
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """M B^T (L L^T)^-1, over scales: the encoder of one basis of full rank."""
+    """B^T (L L^T)^-1, over scales: the inverse of one basis."""
     BLOCK: tl.constexpr = min(N, 32)
     n = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, N)
@@ -1066,16 +1229,15 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
     if rank != dim or not has_kernels(basis, dim):
         return fit_encoder_torch(basis, scale, metric)
     if metric is not None:
-        batch = torch.broadcast_shapes(basis.shape[:-2], metric.shape[:-2])
-        basis, metric = basis.expand(*batch, dim, dim), metric.expand(*batch, dim, dim).contiguous()
+        basis = basis.expand(*torch.broadcast_shapes(basis.shape[:-2], metric.shape[:-2]), dim, dim)
     out = torch.empty(basis.shape, dtype=torch.float32, device=basis.device)
     if out.numel() == 0:
         return out
-    metric_f64, rows, x, inner = torch.empty((4, *out.shape), dtype=torch.float64, device=basis.device)
+    rows, x, inner = torch.empty((3, *out.shape), dtype=torch.float64, device=basis.device)
     grid, same = (basis.shape[:-2].numel(),), {"D": dim, **sizes_f64(dim, basis.device)}
     scale = scale.expand(basis.shape[:-1]).contiguous()
     with torch.cuda.device_of(basis):
-        _inner_kernel[grid](basis.contiguous(), metric, metric_f64, rows, x, inner, FLOOR=METRIC_FLOOR, **same)
+        _inner_kernel[grid](basis.contiguous(), rows, x, inner, **same)
         _encoder_kernel[grid](x, inner, scale, out, **same)
     return out
 
@@ -1216,7 +1378,7 @@ def project_rows_torch(
 
 
 # A mean is that of so many tokens to twice as many, evenly spread.
-MEAN_TOKENS = 4096
+MEAN_TOKENS = 1024
 # Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
 # the one before.
 STEP_SHARES, LEAST_SHARE = 16, 0.2
@@ -1574,10 +1736,8 @@ def fit_spectra(sides: Sequence[Side], *, sample: int = 2048) -> list[Spectrum]:
         eye = torch.eye(dim, device=moment.device)
         metrics = [eye if side.metric is None else side.metric for side in sides]
         metric = torch.stack([x.expand(moment.shape[1:]) for x in metrics])
-    bases, scales = quantise_basis(fit_basis(moment, metric, rank=dim))
-    encoders = fit_encoder(bases, scales, metric)
-    vectors = bases.float() * scales[..., None]
-    weights = ((vectors if metric is None else vectors @ metric) * vectors).sum(-1)  # of a squared error of a component
+    bases, scales, weights = quantise_components(fit_basis(moment, metric, rank=dim), metric)
+    encoders = fit_encoder(bases, scales)
     found = []
     for i, (side, mean) in enumerate(zip(sides, means, strict=True)):
         spectrum = _quantised(side, rows[i], bases[i], scales[i], encoders[i], weights[i], sample)
@@ -2160,6 +2320,109 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     # A missing chunk reads segment 0, which may hold NaN.
     scale = (pages.k_scale if k else pages.v_scale)[segments].masked_fill(~live[:, ::chunk, None, None], 0.0)
     return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).contiguous()
+
+
+@triton.jit(do_not_specialize=["T"])
+def _squared_errors_kernel(
+    rebuilt_ptr,  # float32 [B, G, T, D]
+    x_ptr,
+    weighing_ptr,  # float32 [B, G, D, D], or None
+    out_ptr,  # float32 [B, G, T]
+    T,
+    G,
+    stride_x_b,
+    stride_x_g,
+    stride_x_t,
+    D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IS_ROOT: tl.constexpr,
+    MATRIX: tl.constexpr,
+):
+    """BLOCK_T tokens of one row and head."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    bg = tl.program_id(1).to(tl.int64)
+    x_row = x_ptr + (bg // G) * stride_x_b + (bg % G) * stride_x_g + t[:, None].to(tl.int64) * stride_x_t
+    rebuilt_row = rebuilt_ptr + (bg * T + t[:, None]) * D
+    total = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for first in range(0, D, BLOCK_D):
+        e = first + tl.arange(0, BLOCK_D)
+        mask = (t < T)[:, None] & (e < D)[None, :]
+        own = tl.load(rebuilt_row + e[None, :], mask=mask, other=0.0) - tl.load(x_row + e[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
+        weighted = own
+        if weighing_ptr is not None:
+            weighted = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+            for start in range(0, D, BLOCK_D):
+                d = start + tl.arange(0, BLOCK_D)
+                live = (t < T)[:, None] & (d < D)[None, :]
+                off = tl.load(rebuilt_row + d[None, :], mask=live, other=0.0)
+                off -= tl.load(x_row + d[None, :], mask=live, other=0.0).to(tl.float32)
+                at = (bg * D + d[:, None]) * D + e[None, :]
+                weighing = tl.load(weighing_ptr + at, mask=(d < D)[:, None] & (e < D)[None, :], other=0.0)
+                weighted += dot_f32(off, weighing, MATRIX)
+        total += tl.sum(weighted * (weighted if IS_ROOT else own), 1)
+    tl.store(out_ptr + bg * T + t, total, mask=t < T)
+
+
+def squared_errors(
+    rebuilt: torch.Tensor, x: torch.Tensor, *, metric: torch.Tensor | None = None, root: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared lengths of what rows lost, in a metric M or, if its root is given, in R R^T.
+
+    Args:
+        rebuilt: float32 [B, G, T, D] (`decode`).      x: [B, G, T, D] fp16, bf16 or fp32, last dimension of stride 1.
+        metric: float32 [B, G, D, D], or None.      root: float32 [B, G, D, D], or None. With neither: the identity.
+    Returns:
+        float32 [B, G, T]. Float32 arithmetic.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    check_tensor("rebuilt", rebuilt, shape=(None,) * 4, dtype=torch.float32)
+    check_tensor("x", x, shape=rebuilt.shape, dtype=FLOATS, device=rebuilt.device, unit_stride=True)
+    batch, heads, tokens, dim = x.shape
+    if metric is not None and root is not None:
+        raise ValueError("root: expected None where there is a metric")
+    for name, own in (("metric", metric), ("root", root)):
+        if own is not None:
+            check_tensor(name, own, shape=(batch, heads, dim, dim), dtype=torch.float32, device=x.device)
+    if not _launch.runs_kernel(x):
+        return squared_errors_torch(rebuilt, x, metric=metric, root=root)
+    _launch.check_bf16("x", x)
+    out = torch.empty((batch, heads, tokens), dtype=torch.float32, device=x.device)
+    if out.numel() == 0:
+        return out
+    weighing = metric if root is None else root
+    matrix = _launch.has_matrix_units(x.device)
+    block_t, block_d = (16, 32) if matrix else (16, 16)
+    with torch.cuda.device_of(x):
+        _squared_errors_kernel[(_launch.cdiv(tokens, block_t), batch * heads)](
+            rebuilt.contiguous(),
+            x,
+            None if weighing is None else weighing.contiguous(),
+            out,
+            tokens,
+            heads,
+            *x.stride()[:3],
+            D=dim,
+            BLOCK_T=block_t,
+            BLOCK_D=block_d,
+            IS_ROOT=root is not None,
+            MATRIX=matrix,
+            num_warps=4,
+        )
+    return out
+
+
+def squared_errors_torch(
+    rebuilt: torch.Tensor, x: torch.Tensor, *, metric: torch.Tensor | None = None, root: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`squared_errors` in plain PyTorch."""
+    off = rebuilt - x.float()
+    if root is not None:
+        return (off @ root).square().sum(-1)
+    return ((off if metric is None else off @ metric) * off).sum(-1)
 
 
 @triton.jit

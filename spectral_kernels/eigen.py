@@ -12,7 +12,7 @@ i of b. b goes through all its orders i xor s, one bit of i at a time (Gray code
 b trade halves, and the same happens within each half, and so on. The bits that turn most often are those along which a
 thread holds several rows: such a turn moves nothing. Rows of other threads go by way of memory.
 
-Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and four steps in float64
+Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and a few steps in float64
 make the vectors orthonormal beyond it.
 
 What comes before and after the rotations is float64, in one program a matrix too (`_roots_kernel`, `_basis_kernel`): dozens
@@ -176,7 +176,8 @@ def product_f64(
     D: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Columns from `first` on of the product of two float64 D x D matrices in memory: [N, min(N, 32)], zero past D."""
+    """Columns from `first` on of the product of two D x D matrices in memory, a of any type and b float64, in float64:
+    [N, min(N, 32)], zero past D."""
     BLOCK: tl.constexpr = min(N, 32)
     i = tl.arange(0, N)
     j = first + tl.arange(0, BLOCK)
@@ -184,7 +185,7 @@ def product_f64(
     for start in range(0, D, BLOCK):
         k = start + tl.arange(0, BLOCK)
         a_at = i[:, None] * stride_ai + k[None, :] * stride_ak
-        a = tl.load(a_ptr + a_at, mask=(i < D)[:, None] & (k < D)[None, :], other=0.0)
+        a = tl.load(a_ptr + a_at, mask=(i < D)[:, None] & (k < D)[None, :], other=0.0).to(tl.float64)
         b_at = k[:, None] * stride_bk + j[None, :] * stride_bj
         b = tl.load(b_ptr + b_at, mask=(k < D)[:, None] & (j < D)[None, :], other=0.0)
         out = tl.dot(a, b, out, out_dtype=tl.float64)
@@ -193,7 +194,7 @@ def product_f64(
 
 @triton.jit
 def store_product_f64(out_ptr, a_ptr, stride_ai, stride_ak, b_ptr, stride_bk, stride_bj, D: tl.constexpr, N: tl.constexpr):
-    """The product of two float64 D x D matrices in memory, to memory (not theirs)."""
+    """`product_f64` to memory (not theirs)."""
     BLOCK: tl.constexpr = min(N, 32)
     i = tl.arange(0, N)
     for first in range(0, N, BLOCK):
@@ -297,7 +298,7 @@ def _places(x, N: tl.constexpr):
 
 @triton.jit
 def _weigh_kernel(
-    moment_ptr,  # float64 [D, D] a program
+    moment_ptr,  # [D, D] a program
     metric_ptr,  # [D, D] a program
     lower_ptr,  # float64 [D, D] a program
     w_ptr,  # float64 [D, D] a program
@@ -318,7 +319,7 @@ def _weigh_kernel(
 
 @triton.jit
 def _roots_kernel(
-    w_ptr,  # float64 [D, D] a program
+    w_ptr,  # [D, D] a program
     root_ptr,  # float64 [D, D] a program, scratch
     order_ptr,  # int32 [D] a program
     rows_ptr,  # float32 [N, D] a program
@@ -333,7 +334,7 @@ def _roots_kernel(
     w_ptr += n * D * D
     root_ptr += n * D * D
     order_ptr += n * D
-    diagonal = tl.load(w_ptr + i * (D + 1), mask=i < D, other=0.0)
+    diagonal = tl.load(w_ptr + i * (D + 1), mask=i < D, other=0.0).to(tl.float64)
     trace = tl.sum(diagonal, 0)
     tl.store(order_ptr + _places(tl.where(i < D, diagonal, float("-inf")), N), i, mask=i < D)
     tl.debug_barrier()
@@ -346,8 +347,8 @@ def _roots_kernel(
                 j = first + tl.arange(0, BLOCK)
                 mask = (i < D)[:, None] & (j < D)[None, :]
                 other = tl.load(order_ptr + j, mask=j < D, other=0)
-                w = tl.load(w_ptr + order[:, None] * D + other[None, :], mask=mask, other=0.0)
-                w += tl.load(w_ptr + other[None, :] * D + order[:, None], mask=mask, other=0.0)
+                w = tl.load(w_ptr + order[:, None] * D + other[None, :], mask=mask, other=0.0).to(tl.float64)
+                w += tl.load(w_ptr + other[None, :] * D + order[:, None], mask=mask, other=0.0).to(tl.float64)
                 # The identity for a matrix of zeros.
                 w = tl.where(trace > 0, w * factor, tl.where(i[:, None] == j[None, :], 1.0, 0.0))
                 tl.store(root_ptr + i[:, None] * D + j[None, :], w, mask=mask)
@@ -373,6 +374,7 @@ def _orthonormal_kernel(
     overlap_ptr,  # float64 [D, D] a program, scratch
     D: tl.constexpr,
     N: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """V^T: eigenvectors of W by falling eigenvalue, as rows, orthonormal."""
     BLOCK: tl.constexpr = min(N, 32)
@@ -397,8 +399,8 @@ def _orthonormal_kernel(
     tl.debug_barrier()
     # To first order, as Gram and Schmidt would: from each row its parts along the larger ones. A symmetric step would turn
     # the larger row as far as the smaller one, of which a rotation of rows that differ in size knows far less.
-    # A step leaves about the squares of the overlaps: three left 1.1e-11 of a matrix of rank D/4, D = 96, on an H100.
-    for _ in range(4):
+    # A step leaves about the squares of the overlaps: of a matrix of rank D/4, D = 96, three left 1.1e-11 on an H100.
+    for _ in range(STEPS):
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
             x = product_f64(v_ptr, D, 1, v_ptr, 1, D, first, D, N)
@@ -505,7 +507,7 @@ def _weighted_eigenvectors(
     if out.numel() == 0:
         return out
     same = {"D": dim, **sizes_f64(dim, moment.device)}
-    w = moment.double().contiguous()
+    w = moment.contiguous()
     first, second, lower = torch.empty((3, count, dim, dim), dtype=torch.float64, device=moment.device)
     rows = torch.empty((count, same["N"], dim), dtype=torch.float32, device=moment.device)
     order = torch.empty((count, dim), dtype=torch.int32, device=moment.device)
@@ -516,7 +518,7 @@ def _weighted_eigenvectors(
             w = first
         _roots_kernel[grid](w, second, order, rows, RIDGES=RIDGES, **same)
         _orthogonalise(rows)
-        _orthonormal_kernel[grid](rows, order, first, second, **same)
+        _orthonormal_kernel[grid](rows, order, first, second, STEPS=4 if dtype == torch.float64 else 2, **same)
         _basis_kernel[grid](first, None if metric is None else lower, out, R=rank, SIGNED=signed, **same)
     return out
 

@@ -22,7 +22,14 @@ from triton.runtime.jit import JITFunction
 import spectral_kernels as sk
 from perf._sass import instructions, loop_spills, resources
 from spectral_kernels import _launch
-from spectral_kernels.compress import error_weights, project_rows, quantiser_errors, requantise
+from spectral_kernels.compress import (
+    error_weights,
+    project_rows,
+    quantise_components,
+    quantiser_errors,
+    requantise,
+    squared_errors,
+)
 
 TYPES = {
     torch.uint8: "*u8",
@@ -176,6 +183,11 @@ def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bo
         error_weights(queries, x, x, rope, v_metrics, chunk=layout.align, sinks=4, window=16)
     for mean in (None, torch.zeros(batch, kv_heads, dim)):
         project_rows(x, torch.zeros(batch, kv_heads, dim, dim), mean, every=2)
+    zeros = torch.zeros(batch, kv_heads, dim, dim)
+    for weighing in ({}, {"metric": zeros}, {"root": zeros}):
+        squared_errors(x.float(), x, **weighing)
+    for metric in (None, zeros):
+        quantise_components(zeros, metric)
     eye = torch.eye(dim)
     for metric in (None, eye) if dim == 64 else (eye,):
         sk.fit_basis(eye, metric, rank=dim)

@@ -427,18 +427,46 @@ def test_bases_of_a_model_are_as_good_as_float64(side, layer):
             assert lost <= 1.001 * falling[rank:].sum(), (head, rank)
 
 
-def test_quantise_basis(rng):
-    basis = (rng.standard_normal((2, 3, 16, 64)) * np.exp(rng.standard_normal((2, 3, 16, 1)) * 5)).astype(np.float32)
-    basis[0, 0, 3] = 0.0
-    codes, scale = compress.quantise_basis(tensor(basis))
+def check_quantise_components(implementation: str, basis: F64, metric: F64 | None) -> None:
+    """basis [N, R, D], metric [N, D, D], float32 numbers. The squared lengths are those of the components as they are held."""
+    run = operation(compress, "quantise_components", implementation)
+    codes, scale, weights = run(tensor(basis), None if metric is None else tensor(metric))
     expected_codes, expected_scale = oracle.quantise_basis(basis)
-    assert codes.dtype == torch.int8 and scale.dtype == torch.float32
+    assert codes.dtype == torch.int8 and scale.dtype == weights.dtype == torch.float32
     budgets.check(scale, expected_scale, 2 * budgets.ACC * expected_scale, "scale")
     # A float32 quotient may fall on the other side of a tie.
     nearest = np.abs(to_numpy(codes) - basis / expected_scale[..., None])
-    assert nearest.max() <= 0.5 + 1e-4
-    assert (to_numpy(codes) != expected_codes).mean() < 1e-3
-    assert np.abs(to_numpy(codes)).max(-1).min() == 0 and (np.abs(to_numpy(codes)).max(-1) == 127).sum() == 2 * 3 * 16 - 1
+    assert nearest.max(initial=0) <= 0.5 + 1e-4
+    assert (to_numpy(codes) != expected_codes).sum() <= 1e-3 * codes.numel()
+    vectors = to_numpy(codes) * to_numpy(scale)[..., None]
+    held = np.eye(basis.shape[-1]) if metric is None else metric
+    exact = ((vectors @ held) * vectors).sum(-1)
+    depth = budgets.PRODUCT + (2 * basis.shape[-1] + 8) * budgets.ACC
+    budget = depth * ((np.abs(vectors) @ np.abs(held)) * np.abs(vectors)).sum(-1)
+    budgets.check(weights, exact, budget, "squared lengths")
+    if basis.size:
+        budgets.check_rejects(2 * exact, exact, budget, "twice as much")
+        budgets.check_rejects(exact / to_numpy(scale), exact, budget, "scales, not their squares")
+    if basis.size and metric is not None:
+        budgets.check_rejects((vectors**2).sum(-1), exact, budget, "no metric")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("rank", "dim"), [(16, 64), (40, 40), (1, 128), (128, 128)])
+def test_quantise_components(rng, implementation, rank, dim, weighted):
+    basis = rng.standard_normal((3, rank, dim)) * np.exp(rng.standard_normal((3, rank, 1)) * 5)
+    basis[0, rank // 2] = 0.0
+    metric = np.stack([random_metric(rng, dim) for _ in range(3)]) if weighted else None
+    check_quantise_components(
+        implementation, np.float64(np.float32(basis)), None if metric is None else np.float64(np.float32(metric))
+    )
+
+
+def test_quantise_basis(rng):
+    basis = tensor(rng.standard_normal((2, 3, 16, 64)))
+    rows, scale, _ = compress.quantise_components(basis)
+    assert all(map(torch.equal, compress.quantise_basis(basis), (rows, scale)))
 
 
 def expected_encoder(rows: F64, scale: F64, held: F64 | None) -> tuple[F64, F64]:
@@ -562,6 +590,58 @@ def test_project_rows(rng, implementation, centred, dim, rank, tokens, every, dt
     encoder = tensor(rng.standard_normal((2, 2, dim, rank)) * np.exp(rng.standard_normal(rank)))
     mean = tensor(3 + 0.1 * rng.standard_normal((2, 2, dim))) if centred else None
     check_project_rows(implementation, x, encoder, mean, every)
+
+
+def check_squared_errors(implementation: str, rebuilt: torch.Tensor, x: torch.Tensor, weighing: F64 | None, name: str) -> None:
+    """weighing: [B, G, D, D], a `metric` or its `root` by name, or None."""
+    run = operation(compress, "squared_errors", implementation, x.dtype)
+    got = run(rebuilt, x, **({} if weighing is None else {name: tensor(weighing)}))
+
+    def lost(rebuilt: F64, weighing: F64 | None, name: str) -> tuple[F64, F64]:
+        off = rebuilt - to_numpy(x)
+        w = np.eye(x.shape[3]) if weighing is None else np.float64(np.float32(weighing))
+        weighted, size = off @ w, np.abs(off) @ np.abs(w)
+        own, own_size = (weighted, size) if name == "root" else (off, np.abs(off))
+        # Two factors, each a product or a difference, and their sum.
+        depth = 2 * budgets.PRODUCT + (3 * x.shape[3] + 16) * budgets.ACC
+        return (weighted * own).sum(-1), depth * (size * own_size).sum(-1)
+
+    exact, budget = lost(to_numpy(rebuilt), weighing, name)
+    budgets.check(got, exact, budget + budgets.SMALLEST[torch.float32], "squared errors")
+    budgets.check_rejects(0 * exact, exact, budget, "zeros")
+    budgets.check_rejects(lost(0 * to_numpy(rebuilt), weighing, name)[0], exact, budget, "of the rows themselves")
+    if weighing is not None:
+        budgets.check_rejects(lost(to_numpy(rebuilt), None, name)[0], exact, budget, "no metric")
+        other = "root" if name == "metric" else "metric"
+        budgets.check_rejects(lost(to_numpy(rebuilt), weighing, other)[0], exact, budget, f"a {name} taken for a {other}")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["metric", "root", "neither"])
+@pytest.mark.parametrize(
+    ("dim", "tokens", "dtype", "stride"),
+    [(64, 70, torch.float16, "swapped"), (80, 16, torch.bfloat16, "odd"), (128, 5, torch.float32, "padded")],
+)
+def test_squared_errors(rng, implementation, name, dim, tokens, dtype, stride):
+    x = strided(torch.from_numpy(rng.standard_normal((2, 2, tokens, dim))).to(dtype), stride)
+    rebuilt = x.float() + tensor(0.3 * rng.standard_normal(x.shape))
+    weighing = np.stack([random_metric(rng, dim) for _ in range(4)]).reshape(2, 2, dim, dim)
+    check_squared_errors(implementation, rebuilt, x, None if name == "neither" else weighing, name)
+
+
+def test_squared_errors_names_arguments():
+    x, rebuilt = (torch.zeros(1, 2, 8, 64, dtype=dtype, device=DEVICE) for dtype in (torch.float16, torch.float32))
+    eye = torch.eye(64, device=DEVICE).expand(1, 2, 64, 64)
+    assert (compress.squared_errors(rebuilt, x, metric=eye) == 0).all()
+    for call, error, name in [
+        (lambda: compress.squared_errors(x, x), TypeError, "rebuilt"),
+        (lambda: compress.squared_errors(rebuilt, x[..., :32]), ValueError, "x"),
+        (lambda: compress.squared_errors(rebuilt, x, metric=eye[0]), ValueError, "metric"),
+        (lambda: compress.squared_errors(rebuilt, x, root=eye.double()), TypeError, "root"),
+        (lambda: compress.squared_errors(rebuilt, x, metric=eye, root=eye), ValueError, "root"),
+    ]:
+        with pytest.raises(error, match=name):
+            call()
 
 
 def test_project_rows_names_arguments():
@@ -936,6 +1016,8 @@ def test_arguments_are_named(rng):
         (lambda: compress.fit_basis(x, x[..., :1, :1], rank=4), ValueError, "metric"),
         (lambda: compress.fit_encoder(x.to(torch.int8), x[..., 0].float(), x[..., :1, :1]), ValueError, "metric"),
         (lambda: compress.quantise_basis(x.half()), TypeError, "basis"),
+        (lambda: compress.quantise_basis(x[0, 0, 0]), ValueError, "basis"),
+        (lambda: compress.quantise_components(x, x[..., :1, :1]), ValueError, "metric"),
         (lambda: compress.encode(x, encoder[..., :8], bands, pages, ids, side="k"), ValueError, "encoder"),
         (lambda: compress.encode(x, encoder, bands, pages, ids, side="q"), ValueError, "side"),
         (lambda: compress.encode(x[:, :, :40], encoder, bands, pages, ids, side="k"), ValueError, "x"),

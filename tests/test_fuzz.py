@@ -51,8 +51,10 @@ from tests.test_compress import (
     check_fit_quantisers,
     check_gram,
     check_project_rows,
+    check_quantise_components,
     check_query_metric,
     check_requantise,
+    check_squared_errors,
     decode_oracle,
     tensor,
 )
@@ -323,6 +325,26 @@ def fuzz_project_rows(draw: Draw) -> None:
     check_project_rows(implementation, own, encoder, mean, draw.int("every", 1, 9))
 
 
+def fuzz_quantise_components(draw: Draw) -> None:
+    implementation, rng, dim = draw.of("implementation", *IMPLEMENTATIONS), draw.rng(), draw.int("D", 1, 130)
+    basis = rng.standard_normal((draw.int("bases", 0, 3), draw.int("R", 1, dim), dim))
+    basis *= np.exp(rng.uniform(-9, 9, (*basis.shape[:-1], 1)))
+    metric = rng.standard_normal((len(basis), 2 * dim, dim))
+    metric = draw.of("metric", None, np.float64(np.float32(metric.mT @ metric)))
+    check_quantise_components(implementation, np.float64(np.float32(basis)), metric)
+
+
+def fuzz_squared_errors(draw: Draw) -> None:
+    implementation, dtype, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.of("dtype", *DTYPES), draw.rng()
+    batch, heads, dim = draw.int("B", 1, 2), draw.int("G", 1, 2), draw.of("D", 16, 64, 80, 128)
+    x = torch.from_numpy(rng.standard_normal((batch, heads, draw.int("tokens", 1, 100), dim))).to(DEVICE, dtype)
+    root = rng.standard_normal((batch, heads, dim, dim))
+    name = draw.of("weighing", "metric", "root", "neither")
+    weighing = {"metric": root.mT @ root, "root": root, "neither": None}[name]
+    rebuilt = x.float() + tensor(draw.of("size", 1e-3, 1.0) * rng.standard_normal(x.shape))
+    check_squared_errors(implementation, rebuilt, strided(x, draw.of("strides", *STRIDES)), weighing, name)
+
+
 def fuzz_gram(draw: Draw) -> None:
     implementation, dtype, rng = draw.of("implementation", *IMPLEMENTATIONS), draw.of("dtype", *DTYPES), draw.rng()
     shape = (
@@ -391,7 +413,7 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "rotate": (fuzz_rotate, 0.08),
     "project_queries": (fuzz_project_queries, 0.1),
     "attend_spectral": (fuzz_attend_spectral, 0.3),
-    "attend_exact": (fuzz_attend_exact, 0.18),
+    "attend_exact": (fuzz_attend_exact, 0.16),
     "merge": (fuzz_merge, 0.06),
     "encode": (fuzz_encode, 0.04),
     "decode": (fuzz_decode, 0.05),
@@ -403,6 +425,8 @@ FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "fit_encoder": (fuzz_fit_encoder, 0.02),
     "fit_quantisers": (fuzz_fit_quantisers, 0.025),
     "project_rows": (fuzz_project_rows, 0.02),
+    "squared_errors": (fuzz_squared_errors, 0.01),
+    "quantise_components": (fuzz_quantise_components, 0.01),
 }
 
 
