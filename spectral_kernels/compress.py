@@ -387,18 +387,19 @@ def _seen(tokens: int, chunk: int) -> int:
 @triton.jit
 def _pair_sums(parts_ptr, i, j, splits, HALF: tl.constexpr):
     """Entries i, j of the sums over all parts [splits, 4, HALF, HALF]: real and imaginary parts, twice."""
-    mask = (i < HALF) & (j < HALF)
-    at = i * HALF + j
-    a = tl.zeros(at.shape, dtype=tl.float32)
-    b = tl.zeros(at.shape, dtype=tl.float32)
-    c = tl.zeros(at.shape, dtype=tl.float32)
-    d = tl.zeros(at.shape, dtype=tl.float32)
-    for split in range(0, splits):
+    at = (i * HALF + j)[None]
+    a = tl.zeros([16, 16], dtype=tl.float32)
+    b = tl.zeros([16, 16], dtype=tl.float32)
+    c = tl.zeros([16, 16], dtype=tl.float32)
+    d = tl.zeros([16, 16], dtype=tl.float32)
+    for start in range(0, splits, 4):  # several at a time: what few programs wait for is memory
+        split = start + tl.arange(0, 4)[:, None, None]
+        mask = (split < splits) & ((i < HALF) & (j < HALF))[None]
         own_ptr = parts_ptr + split * (4 * HALF * HALF) + at
-        a += tl.load(own_ptr, mask=mask, other=0.0)
-        b += tl.load(own_ptr + HALF * HALF, mask=mask, other=0.0)
-        c += tl.load(own_ptr + 2 * HALF * HALF, mask=mask, other=0.0)
-        d += tl.load(own_ptr + 3 * HALF * HALF, mask=mask, other=0.0)
+        a += tl.sum(tl.load(own_ptr, mask=mask, other=0.0), 0)
+        b += tl.sum(tl.load(own_ptr + HALF * HALF, mask=mask, other=0.0), 0)
+        c += tl.sum(tl.load(own_ptr + 2 * HALF * HALF, mask=mask, other=0.0), 0)
+        d += tl.sum(tl.load(own_ptr + 3 * HALF * HALF, mask=mask, other=0.0), 0)
     return a, b, c, d
 
 
@@ -570,9 +571,10 @@ def _query_positions(tokens: int, rows: int) -> list[int]:
 
 @triton.jit
 def _query_position(row, T, rows):
-    """`_query_positions`, one or more of them."""
-    span = (T - 1 - T // 2).to(tl.int64)
-    return T // 2 + (span * row // tl.maximum(rows - 1, 1)).to(tl.int32)
+    """`_query_positions`, one or more of them, by numbers of 32 bits."""
+    steps = tl.maximum(rows - 1, 1)
+    span = T - 1 - T // 2
+    return T // 2 + span // steps * row + span % steps * row // steps
 
 
 @triton.jit(do_not_specialize=["T", "S", "each", "sinks", "window"])
@@ -1027,9 +1029,8 @@ def fit_basis_torch(moment: torch.Tensor, metric: torch.Tensor | None = None, *,
 
 
 @triton.jit
-def _integers(basis_ptr, at, mask, scale):
-    """Entries of basis rows over their scales, rounded to even as PyTorch does, float32."""
-    x = tl.load(basis_ptr + at, mask=mask, other=0.0)
+def _integers(x, scale):
+    """Basis rows over their scales, rounded to even as PyTorch does, float32."""
     return tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0 - 12582912.0
 
 
@@ -1050,29 +1051,28 @@ def _quantise_components_kernel(
     n = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     own = n * R + r
+    basis_ptr += own[:, None] * D
     largest = tl.zeros([BLOCK_R], dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        x = tl.load(basis_ptr + own[:, None] * D + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
+        d = first + tl.arange(0, BLOCK_D)[None, :]
+        largest = tl.maximum(largest, tl.max(tl.abs(tl.load(basis_ptr + d, mask=(r < R)[:, None] & (d < D), other=0.0)), 1))
     scale = tl.div_rn(largest, tl.full([BLOCK_R], 127.0, tl.float32))
     scale = tl.where(scale > 0, scale, 1.0)
     tl.store(scale_ptr + own, scale, mask=r < R)
     weight = tl.zeros([BLOCK_R], dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
-        d = first + tl.arange(0, BLOCK_D)
-        at, mask = own[:, None] * D + d[None, :], (r < R)[:, None] & (d < D)[None, :]
-        row = _integers(basis_ptr, at, mask, scale)
-        tl.store(rows_ptr + at, row.to(tl.int8), mask=mask)
+        e = first + tl.arange(0, BLOCK_D)[None, :]
+        mask = (r < R)[:, None] & (e < D)
+        row = _integers(tl.load(basis_ptr + e, mask=mask, other=0.0), scale)
+        tl.store(rows_ptr + own[:, None] * D + e, row.to(tl.int8), mask=mask)
         weighted = row
         if metric_ptr is not None:
             weighted = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
             for start in range(0, D, BLOCK_D):
-                e = start + tl.arange(0, BLOCK_D)
-                other = _integers(basis_ptr, own[:, None] * D + e[None, :], (r < R)[:, None] & (e < D)[None, :], scale)
-                metric_at = (n * D + e[:, None]) * D + d[None, :]
-                metric = tl.load(metric_ptr + metric_at, mask=(e < D)[:, None] & (d < D)[None, :], other=0.0)
-                weighted += dot_f32(other, metric, MATRIX)
+                d = start + tl.arange(0, BLOCK_D)
+                all_of = tl.load(basis_ptr + d[None, :], mask=(r < R)[:, None] & (d < D)[None, :], other=0.0)
+                metric = tl.load(metric_ptr + (n * D + d[:, None]) * D + e, mask=(d < D)[:, None] & (e < D), other=0.0)
+                weighted += dot_f32(_integers(all_of, scale), metric, MATRIX)
         weight += tl.sum(weighted * row, 1)
     tl.store(weight_ptr + own, weight * scale * scale, mask=r < R)
 
@@ -1116,9 +1116,9 @@ def quantise_components(
     if rows.numel() == 0:
         return rows, scale, weight
     matrix = _launch.has_matrix_units(basis.device)
-    block = 32 if matrix else 16
+    block = min(64, max(16, _launch.next_power_of_2(dim))) if matrix else 16
     with torch.cuda.device_of(basis):
-        _quantise_components_kernel[(_launch.cdiv(rank, block), scale.numel() // rank)](
+        _quantise_components_kernel[(_launch.cdiv(rank, 16), scale.numel() // rank)](
             basis.contiguous(),
             None if metric is None else metric.contiguous(),
             rows,
@@ -1126,8 +1126,8 @@ def quantise_components(
             weight,
             rank,
             D=dim,
-            BLOCK_R=block,
-            BLOCK_D=32 if matrix else 8,
+            BLOCK_R=16,
+            BLOCK_D=block,
             MATRIX=matrix,
             num_warps=4,
         )
@@ -1378,19 +1378,20 @@ def project_rows_torch(
 
 
 # A mean is that of so many tokens to twice as many, evenly spread.
-MEAN_TOKENS = 1024
+MEAN_TOKENS = 512
 # Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
 # the one before.
 STEP_SHARES, LEAST_SHARE = 16, 0.2
 
 
 @triton.jit
-def _off_squared(c, inverse, half):
-    """The squared error of coefficients, in units of their steps."""
-    # A code is floor(c / step), where adding 1.5 * 2**23 rounds: `tl.floor` has an eighth of that rate.
-    u = c * inverse - 0.5
-    off = tl.minimum(tl.maximum(u, -half), half - 1.0) + 12582912.0 - 12582912.0 - u
-    return off * off
+def _off_squared(c, inverse, most):
+    """The squared error of coefficients, in units of their steps; most: the highest code."""
+    # A code is floor(c / step + (most + 1) / 2) = round(u most + d) for u within 0 .. 1, where a multiplication clamps for
+    # nothing, and adding 1.5 * 2**23 rounds: `tl.floor` and minima have a fraction of its rate.
+    place = c * inverse + 0.5 * most
+    code = tl.minimum(tl.maximum(c * (inverse / most) + 0.5, 0.0), 1.0) * most + 12582912.0 - 12582912.0
+    return (code - place) * (code - place)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -1419,7 +1420,7 @@ def _fit_steps_kernel(
         share = tl.exp2(tl.arange(0, SHARES).to(tl.float32) * FALL)
         step = share[:, None] * widest[None, :]  # [SHARES, 16]
         inverse = (1.0 / step)[:, None, :]
-        most = half[None, None, :]
+        most = 2.0 * half[None, None, :] - 1.0
         errors = tl.zeros([SHARES, BLOCK_T, 16], dtype=tl.float32)
         t = tl.arange(0, BLOCK_T)
         row_ptr = coefficients_ptr + (n * T + t)[:, None] * R + r[None, :]
@@ -2322,6 +2323,12 @@ def decode_torch(pages: Pages, *, side: str) -> torch.Tensor:
     return ((values * scale[:, :, :, None]) @ basis).transpose(1, 2).flatten(2, 3).contiguous()
 
 
+@triton.jit
+def _difference(a_ptr, b_ptr, mask):
+    """float32 less a number of any type."""
+    return tl.load(a_ptr, mask=mask, other=0.0) - tl.load(b_ptr, mask=mask, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["T"])
 def _squared_errors_kernel(
     rebuilt_ptr,  # float32 [B, G, T, D]
@@ -2346,21 +2353,17 @@ def _squared_errors_kernel(
     rebuilt_row = rebuilt_ptr + (bg * T + t[:, None]) * D
     total = tl.zeros([BLOCK_T], dtype=tl.float32)
     for first in range(0, D, BLOCK_D):
-        e = first + tl.arange(0, BLOCK_D)
-        mask = (t < T)[:, None] & (e < D)[None, :]
-        own = tl.load(rebuilt_row + e[None, :], mask=mask, other=0.0) - tl.load(x_row + e[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
+        e = first + tl.arange(0, BLOCK_D)[None, :]
+        own = _difference(rebuilt_row + e, x_row + e, (t < T)[:, None] & (e < D))
         weighted = own
         if weighing_ptr is not None:
             weighted = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
-                live = (t < T)[:, None] & (d < D)[None, :]
-                off = tl.load(rebuilt_row + d[None, :], mask=live, other=0.0)
-                off -= tl.load(x_row + d[None, :], mask=live, other=0.0).to(tl.float32)
-                at = (bg * D + d[:, None]) * D + e[None, :]
-                weighing = tl.load(weighing_ptr + at, mask=(d < D)[:, None] & (e < D)[None, :], other=0.0)
+                off = _difference(rebuilt_row + d[None, :], x_row + d[None, :], (t < T)[:, None] & (d < D)[None, :])
+                weighing = tl.load(
+                    weighing_ptr + (bg * D + d[:, None]) * D + e, mask=(d < D)[:, None] & (e < D), other=0.0
+                )
                 weighted += dot_f32(off, weighing, MATRIX)
         total += tl.sum(weighted * (weighted if IS_ROOT else own), 1)
     tl.store(out_ptr + bg * T + t, total, mask=t < T)
@@ -2395,9 +2398,9 @@ def squared_errors(
         return out
     weighing = metric if root is None else root
     matrix = _launch.has_matrix_units(x.device)
-    block_t, block_d = (16, 32) if matrix else (16, 16)
+    block = min(64, max(16, _launch.next_power_of_2(dim))) if matrix else 16
     with torch.cuda.device_of(x):
-        _squared_errors_kernel[(_launch.cdiv(tokens, block_t), batch * heads)](
+        _squared_errors_kernel[(_launch.cdiv(tokens, 16), batch * heads)](
             rebuilt.contiguous(),
             x,
             None if weighing is None else weighing.contiguous(),
@@ -2406,8 +2409,8 @@ def squared_errors(
             heads,
             *x.stride()[:3],
             D=dim,
-            BLOCK_T=block_t,
-            BLOCK_D=block_d,
+            BLOCK_T=16,
+            BLOCK_D=block,
             IS_ROOT=root is not None,
             MATRIX=matrix,
             num_warps=4,
