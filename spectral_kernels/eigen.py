@@ -223,8 +223,8 @@ def store_floored_f64(metric_ptr, out_ptr, FLOOR: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def factorise_f64(a_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
-    """L of L L^T = a + ridge I in place of a, float64 [D, D] in memory: the lower half is read, zeros are left above the
-    diagonal. Returns whether there is one, as an integer; else what is stored is of no use.
+    """L of L L^T = a + ridge I in place of a, float64 [D, D] in memory, symmetric; zeros are left above the diagonal. Returns
+    whether there is one, as an integer; else what is stored is of no use.
 
     16 columns at a time: less the part that the columns before them explain, then one by one.
     """
@@ -244,12 +244,13 @@ def factorise_f64(a_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
                 a_ptr + j[None, :] * D + (before + k)[:, None], mask=(j < D)[None, :] & (k >= 0)[:, None], other=0.0
             )
             part = tl.dot(-left, right, part, out_dtype=tl.float64)
-        for c in range(0, tl.minimum(D - first, 16)):
+        for c in tl.static_range(16):
             column = tl.sum(tl.where(k[None, :] == c, part, 0.0), 1)
-            row = tl.sum(tl.where(i[:, None] == j[None, :], column[:, None], 0.0), 0)
+            row = tl.sum(tl.where(i[:, None] == first + c, part, 0.0), 0)
             pivot = tl.sum(tl.where(k == c, row, 0.0), 0)
+            pivot = tl.where(first + c < D, pivot, 1.0)
             good &= (pivot > 0).to(tl.int32)
-            inverse = 1.0 / tl.sqrt(pivot)
+            inverse = tl.rsqrt(pivot)
             column = tl.where(i >= first + c, column * inverse, 0.0)
             row = tl.where(k > c, row * inverse, 0.0)
             part = tl.where(k[None, :] == c, column[:, None], part - column[:, None] * row[None, :])
@@ -275,7 +276,7 @@ def solve_f64(x_ptr, lower_ptr, M: tl.constexpr, D: tl.constexpr, N: tl.constexp
             at = j[None, :] * D + q[:, None] if TRANSPOSED else q[:, None] * D + j[None, :]
             right = tl.load(lower_ptr + at, mask=(j < D)[None, :] & (q < D)[:, None], other=0.0)
             part = tl.dot(-left, right, part, out_dtype=tl.float64)
-        for step in range(0, 16):
+        for step in tl.static_range(16):  # so that what the next ones load is on its way
             c = step if TRANSPOSED else 15 - step
             own = tl.minimum(first + c, D - 1)  # of columns past D, which are zero, anything
             inverse = 1.0 / tl.load(lower_ptr + own * (D + 1))
