@@ -768,8 +768,9 @@ def shared_metrics(metrics: torch.Tensor, kv_heads: int) -> torch.Tensor:
     Returns:
         float32 [G, D, D], of trace D.
     """
-    mean = metrics.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(metrics.dtype).tiny)
-    return (metrics / mean[:, None, None]).unflatten(0, (kv_heads, -1)).mean(1)
+    by_group = metrics.unflatten(0, (kv_heads, -1))
+    mean = by_group.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(metrics.dtype).tiny)
+    return torch.einsum("gh,ghde->gde", 1 / (mean * mean.shape[1]), by_group)
 
 
 def metric_sizes(metrics: torch.Tensor, shared: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
@@ -781,9 +782,9 @@ def metric_sizes(metrics: torch.Tensor, shared: torch.Tensor, moments: torch.Ten
     Returns:
         float32 [B, H].
     """
-    by_group = torch.cat((metrics.unflatten(0, (shared.shape[0], -1)), shared[:, None]), dim=1)  # [G, H/G + 1, D, D]
-    squares = torch.einsum("ghde,bgde->bgh", by_group, moments)
-    return (squares[..., :-1] / squares[..., -1:].clamp_min(torch.finfo(squares.dtype).tiny)).flatten(1)
+    squares = torch.einsum("ghde,bgde->bgh", metrics.unflatten(0, (shared.shape[0], -1)), moments)
+    own = torch.einsum("gde,bgde->bg", shared, moments).clamp_min(torch.finfo(squares.dtype).tiny)
+    return (squares / own[..., None]).flatten(1)
 
 
 def error_weights(
