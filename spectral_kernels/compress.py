@@ -2362,9 +2362,7 @@ def _squared_errors_kernel(
             for start in range(0, D, BLOCK_D):
                 d = start + tl.arange(0, BLOCK_D)
                 off = _difference(rebuilt_row + d[None, :], x_row + d[None, :], (t < T)[:, None] & (d < D)[None, :])
-                weighing = tl.load(
-                    weighing_ptr + (bg * D + d[:, None]) * D + e, mask=(d < D)[:, None] & (e < D), other=0.0
-                )
+                weighing = tl.load(weighing_ptr + (bg * D + d[:, None]) * D + e, mask=(d < D)[:, None] & (e < D), other=0.0)
                 weighted += dot_f32(off, weighing, MATRIX)
         total += tl.sum(weighted * (weighted if IS_ROOT else own), 1)
     tl.store(out_ptr + bg * T + t, total, mask=t < T)

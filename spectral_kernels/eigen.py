@@ -10,7 +10,9 @@ S V^T, and W = V (S^2 - e) V^T: nothing else is accumulated. A rotation makes ro
 All pairs meet once a sweep, with few rows on the move. A thread block holds the rows as two halves, row i of a against row
 i of b. b goes through all its orders i xor s, one bit of i at a time (Gray code), so that every a meets every b; then a and
 b trade halves, and the same happens within each half, and so on. The bits that turn most often are those along which a
-thread holds several rows: such a turn moves nothing. Rows of other threads go by way of memory.
+thread holds several rows: such a turn moves nothing. The next ones are those along which a warp does; rows of other warps
+go by way of memory. Angles are what most of a step would go to, if all threads of a warp worked out the same ones: eight
+share a row.
 
 Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and a few steps in float64
 make the vectors orthonormal beyond it.
@@ -19,7 +21,7 @@ What comes before and after the rotations is float64, in one program a matrix to
 of calls to batched libraries take many times the multiprocessors' time, beside a model that needs them. Matrices lie in
 memory, which the cache of a multiprocessor holds, and pass through registers 16 or 32 columns at a time.
 
-No kernel takes much longer than a sweep, 0.15 ms: a model's large kernels have one program a multiprocessor and share the
+No kernel takes much longer than 0.1 ms: a model's large kernels have one program a multiprocessor and share the
 work out beforehand, so one that starts beside a program of these ends as much later as that takes, and the few
 multiprocessors that these need are no comfort. Between two launches such a kernel gets all it waits for.
 
@@ -244,7 +246,7 @@ def factorise_f64(a_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
                 a_ptr + j[None, :] * D + (before + k)[:, None], mask=(j < D)[None, :] & (k >= 0)[:, None], other=0.0
             )
             part = tl.dot(-left, right, part, out_dtype=tl.float64)
-        for c in tl.static_range(16):
+        for c in range(0, 16):
             column = tl.sum(tl.where(k[None, :] == c, part, 0.0), 1)
             row = tl.sum(tl.where(i[:, None] == first + c, part, 0.0), 0)
             pivot = tl.sum(tl.where(k == c, row, 0.0), 0)

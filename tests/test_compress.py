@@ -592,7 +592,9 @@ def test_project_rows(rng, implementation, centred, dim, rank, tokens, every, dt
     check_project_rows(implementation, x, encoder, mean, every)
 
 
-def check_squared_errors(implementation: str, rebuilt: torch.Tensor, x: torch.Tensor, weighing: F64 | None, name: str) -> None:
+def check_squared_errors(
+    implementation: str, rebuilt: torch.Tensor, x: torch.Tensor, weighing: F64 | None, name: str
+) -> None:
     """weighing: [B, G, D, D], a `metric` or its `root` by name, or None."""
     run = operation(compress, "squared_errors", implementation, x.dtype)
     got = run(rebuilt, x, **({} if weighing is None else {name: tensor(weighing)}))
