@@ -48,8 +48,8 @@ from .compress import (
     metric_sizes,
     query_metric,
     requantise,
-    squared_errors,
     shared_metrics,
+    squared_errors,
 )
 from .merge import merge_states
 from .pages import BLOCK, CHUNKS, HEAD_DIMS, Bands, PageLayout, Pages, allocate_pages

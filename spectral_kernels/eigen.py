@@ -62,7 +62,7 @@ def _flipped(x, BIT: tl.constexpr):
 
 @triton.constexpr_function
 def _bit(i, log, lane_bits, warp_bits):
-    """The bit of a row's number that is the i-th by how seldom rows trade along it: of warps, then of lanes, of registers."""
+    """The bit of a row's number that is the i-th by how seldom rows trade along it: of warps, of lanes, of registers."""
     lane_bits = min(lane_bits, log)
     warp_bits = min(warp_bits, log - lane_bits)
     return lane_bits + i if i < warp_bits else i - warp_bits if i < warp_bits + lane_bits else i
@@ -70,7 +70,7 @@ def _bit(i, log, lane_bits, warp_bits):
 
 @triton.jit
 def _traded(x, memory_ptr, BIT: tl.constexpr, MEMORY: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
-    """x [M, C], parts of P rows, zero past column D, with row i taken from row i xor 2**BIT. MEMORY: by way of [P, D] there."""
+    """x [M, C], parts of P rows, zero past column D, with row i taken from row i xor 2**BIT. MEMORY: by way of [P, D]."""
     if MEMORY:
         part = tl.arange(0, x.shape[0])
         column = (part // P)[:, None] * x.shape[1] + tl.arange(0, x.shape[1])[None, :]
@@ -114,8 +114,8 @@ def _orthogonalise_kernel(
     P = 2**LOG.
 
     A row lies as parts of C columns, so that few threads share it, and each works out few angles: part n of row i is row
-    n P + i of [M, C]. LANE_BITS, WARP_BITS: of i, the lowest bits and the next ones, by which rows are spread over the threads
-    of a warp and over warps.
+    n P + i of [M, C]. LANE_BITS, WARP_BITS: of i, the lowest bits and the next ones, by which rows are spread over the
+    threads of a warp and over warps.
     """
     M: tl.constexpr = 2 * P * P // C
     part = tl.arange(0, M)
@@ -225,8 +225,8 @@ def store_floored_f64(metric_ptr, out_ptr, FLOOR: tl.constexpr, D: tl.constexpr,
 
 @triton.jit
 def factorise_f64(a_ptr, ridge, D: tl.constexpr, N: tl.constexpr):
-    """L of L L^T = a + ridge I in place of a, float64 [D, D] in memory, symmetric; zeros are left above the diagonal. Returns
-    whether there is one, as an integer; else what is stored is of no use.
+    """L of L L^T = a + ridge I in place of a, float64 [D, D] in memory, symmetric; zeros are left above the diagonal.
+    Returns whether there is one, as an integer; else what is stored is of no use.
 
     16 columns at a time: less the part that the columns before them explain, then one by one.
     """
