@@ -806,9 +806,8 @@ def error_weights(
         E |do|^2 = sum_i p_i^2 (E ds_i^2 |v_i - o|^2 + E |dv_i|^2)          |x|^2 = f_h x^T M_g x
 
     averaged over `queries` queries of each head, of the second half of the tokens; the heads of a KV head take turns, so
-    that few queries meet many positions. Heads that look at few old tokens count, those that look at many (errors cancel) or
-    at exact ones do not. W_o^T W_o of a KV head's query heads differ little but in size:
-    one metric M_g for all of them costs a quarter of the work or less, and weights that differ by a fifth choose much the
+    that few queries meet many positions. Heads that look at few old tokens count, those that look at many (errors cancel)
+    or at exact ones do not. W_o^T W_o of a KV head's query heads differ little but in size: one metric M_g for all of them costs a quarter of the work or less, and weights that differ by a fifth choose much the
     same bases and layouts.
 
     Args:

@@ -428,7 +428,7 @@ def test_bases_of_a_model_are_as_good_as_float64(side, layer):
 
 
 def check_quantise_components(implementation: str, basis: F64, metric: F64 | None) -> None:
-    """basis [N, R, D], metric [N, D, D], float32 numbers. The squared lengths are those of the components as they are held."""
+    """basis [N, R, D], metric [N, D, D], float32 numbers. Squared lengths are those of the components as they are held."""
     run = operation(compress, "quantise_components", implementation)
     codes, scale, weights = run(tensor(basis), None if metric is None else tensor(metric))
     expected_codes, expected_scale = oracle.quantise_basis(basis)
