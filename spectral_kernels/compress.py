@@ -807,8 +807,8 @@ def error_weights(
 
     averaged over `queries` queries of each head, of the second half of the tokens; the heads of a KV head take turns, so
     that few queries meet many positions. Heads that look at few old tokens count, those that look at many (errors cancel)
-    or at exact ones do not. W_o^T W_o of a KV head's query heads differ little but in size: one metric M_g for all of them costs a quarter of the work or less, and weights that differ by a fifth choose much the
-    same bases and layouts.
+    or at exact ones do not. W_o^T W_o of a KV head's query heads differ little but in size: one metric M_g for all of them
+    costs a quarter of the work or less, and weights that differ by a fifth choose much the same bases and layouts.
 
     Args:
         q: [B, H, T, D] before RoPE; k, v: [B, G, T, D] phase-aligned keys, values; of positions 0 .. T-1; floating point;
