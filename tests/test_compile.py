@@ -59,8 +59,9 @@ LOOP_SPILLS = {
         "_attend_exact_kernel": 4,  # D = 256, several queries
         # 16-bit sides, sm_90 and 120: 2; D = 256 and groups of 6 and 8 on sm_80: 11; none with integers up to D = 128
         "_attend_spectral_kernel": 11,
+        "_encoder_kernel": 2,  # D = 64, sm_86 and 89
         "_finish_spectral_kernel": 24,  # V of rank 96, D = 128: the loop over segments, most often one; sm_80: 17, 120: 24
-        "_query_metric_kernel": 17,  # D = 128, one head a group, sm_80: 5, sm_120: 17
+        "_query_metric_kernel": 18,  # D = 128, one head a group, sm_120
     },
 }
 LATEST = max(LOOP_SPILLS, key=lambda version: [int(part) for part in version.split(".")])  # what a newer one is held to
