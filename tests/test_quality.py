@@ -252,8 +252,9 @@ def tensors() -> Prefix:
     return quality.read_tensors(DATA)
 
 
-# Five percent above what was measured when these were set: a worse codec fails, rounding does not.
-@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.257, 0.164), (7, 0.355, 0.243), (10, 0.446, 0.363)])
+# Five percent above what was measured when these were set, or less: a worse codec fails, rounding does not. (Weights of few
+# queries say which layouts layers get: with 16 to 256 a head, scores of `small` below are off by 0.73 to 0.82.)
+@pytest.mark.parametrize(("ratio", "scores", "outputs"), [(5.5, 0.248, 0.173), (7, 0.328, 0.243), (10, 0.446, 0.363)])
 def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
     """D = 128. For comparison: outputs of the 3-bit yardstick at 4.0 are off by 0.139, of the 2-bit one at 5.3 by 0.336."""
     base = PRESETS["small"]
@@ -262,7 +263,7 @@ def test_errors_on_real_tensors(tensors, ratio, scores, outputs):
 
 
 @pytest.mark.parametrize(
-    ("preset", "scores", "outputs"), [("quality", 0.145, 0.149), ("balanced", 0.440, 0.259), ("small", 0.731, 0.323)]
+    ("preset", "scores", "outputs"), [("quality", 0.145, 0.147), ("balanced", 0.435, 0.224), ("small", 0.792, 0.310)]
 )
 def test_errors_on_the_embedded_model(prefix, preset, scores, outputs):
     got = mean_errors(prefix, preset)
