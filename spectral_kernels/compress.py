@@ -1377,8 +1377,8 @@ def project_rows_torch(
     return out, norm(out, ord=float("inf"), dim=-2), norm(out, dim=-2).square()
 
 
-# A mean is that of so many tokens to twice as many, evenly spread. (Of 512, scores of ../shared's keys are off by 0.3 to 1 %
-# more: a mean that is off costs the others a component.)
+# A mean is that of so many tokens to twice as many, evenly spread. (With one of 512, scores of real keys were off by 0.3 to
+# 1 % more: what it lacks takes a component.)
 MEAN_TOKENS = 4096
 # Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
 # the one before.
