@@ -3,21 +3,22 @@
     python -m perf.compress [--tokens 32768] [--layers 32] [--json]
 
 One row of G = 8 KV heads, D = 128, bf16, in chunks of 128; a falling spectrum in a random frame. Per layer: `phase_align`,
-`gram` and `encode` for K and V (device times, cold L2, see perf/_timing.py), the eigen part (`fit_basis`, `quantise_basis`,
-`fit_encoder`; for one layer, and for all layers at once), `fit_steps`; and all of it called one after another. `gram` and
-`encode` are checked against float64 before they are timed. `read_share`: bytes that gram and encode must move over their
-time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the shape of Llama-3-8B with
-random weights, as many one after another as there are layers: `prefill_share` is what the cache (preset balanced, queries
-given) adds to that, as the adapter has it: a layer is compressed beside its attention, the rest of it and the next one;
-`.._at_once`: not deferred. `peak_ratio`: what K and V of one layer after another, and `SpectralCache.append`, take at most
-of memory, over (dense K and V of one layer + the compressed cache of all), with the same preset; each layer is finished
-before the next and its K's memory is used. `.._adapter`: K is copied, and a layer finished when its numbers have come, as
-the adapter has it. `narrow_ms`: to write the pages of a layer anew for other bands, which is done `narrowed_per_layer`
-times. `step_ratio`: median decode step of all layers' caches (append and attend, host time included, nothing else of a
-model) in which a layer compresses a chunk, over that in which none does; `.._p99_ratio`, `.._max_ratio`: of all steps,
-over their median. `multiprocessor_us`: what the compression of a layer takes of the whole card: each kernel's time (by the
-profiler) times the share of the multiprocessors that its programs can fill. Beside a model that fills the card, the prefill
-gets longer by about that. `launches`: of kernels and copies. Both null where the profiler sees no kernels.
+`gram` and `encode` for K and V (device times, cold L2, see perf/_timing.py), the eigen part (`fit_basis`,
+`quantise_components`, `fit_encoder`; for one layer, and for all layers at once), `fit_steps`; and all of it called one
+after another. `gram` and `encode` are checked against float64 before they are timed. `read_share`: bytes that gram and
+encode must move over their time, as a share of the bandwidth of a read-only pass. The prefill is one decoder layer in the
+shape of Llama-3-8B with random weights, as many one after another as there are layers: `prefill_share` is what the cache
+(preset balanced, queries given) adds to that, as the adapter has it: a layer is compressed beside its attention, the rest
+of it and the next one; `.._at_once`: not deferred. `peak_ratio`: what K and V of one layer after another, and
+`SpectralCache.append`, take at most of memory, over (dense K and V of one layer + the compressed cache of all), with the
+same preset; each layer is finished before the next and its K's memory is used. `.._adapter`: K is copied, and a layer
+finished when its numbers have come, as the adapter has it. `narrow_ms`: to write the pages of a layer anew for other bands,
+which is done `narrowed_per_layer` times. `step_ratio`: median decode step of all layers' caches (append and attend, host
+time included, nothing else of a model) in which a layer compresses a chunk, over that in which none does; `.._p99_ratio`,
+`.._max_ratio`: of all steps, over their median. `multiprocessor_us`: what the compression of a layer takes of the whole
+card: each kernel's time (by the profiler) times the share of the multiprocessors that its programs can fill. Beside a model
+that fills the card, the prefill gets longer by about that. `launches`: of kernels and copies. Both null where the profiler
+sees no kernels.
 
 Row: gpu commit T ms_per_layer ms_per_1k_tokens eigen_ms_per_layer read_share prefill_ms_per_layer prefill_share
 prefill_share_at_once peak_ratio peak_ratio_adapter narrow_ms narrowed_per_layer step_ms step_ratio step_p99_ratio
@@ -48,7 +49,7 @@ import spectral_kernels as sk
 from perf._timing import ROOT, Call, Card, NoCard, device_times, versions
 from spectral_kernels import eigen
 from spectral_kernels.cache import LayerCache
-from spectral_kernels.compress import Side, error_weights, fit_spectra
+from spectral_kernels.compress import Side, error_weights, fit_spectra, quantise_components
 from spectral_kernels.pages import pack_pages, unpack_pages
 
 HEADS, KV_HEADS, DIM, CHUNK = 32, 8, 128, 128
@@ -138,7 +139,7 @@ class Layer:
 
 
 def eigen_part(moment: torch.Tensor, metric: torch.Tensor) -> None:
-    sk.fit_encoder(*sk.quantise_basis(sk.fit_basis(moment, metric, rank=DIM)), metric)
+    sk.fit_encoder(*quantise_components(sk.fit_basis(moment, metric, rank=DIM), metric)[:2])
 
 
 def weighted_moments(layer: Layer) -> torch.Tensor:

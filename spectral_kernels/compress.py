@@ -346,7 +346,7 @@ def query_metric(
             q,
             rope.turns,
             _chunk_factors(rope, chunk, chunks, half),
-            None if weights is None else weights.sqrt(),
+            None if weights is None else weights.sqrt().contiguous(),
             parts,
             tokens,
             chunks,
@@ -821,9 +821,15 @@ def error_weights(
         (w_k, w_v), float32 [B, H]: the layer's relative error is the sum over h of w_k[h] times the mean squared error of
         keys in the metric of head h's queries (`query_metric`) plus w_v[h] times that of values in W_o^T W_o of head h. Of
         16-bit tensors, softmax weights and turned queries count to 16 bits.
+    Raises:
+        TypeError, ValueError: a tensor or `queries` is not as above; nothing was launched.
     """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x, shape=(None,) * 4, dtype=FLOATS, device=q.device, unit_stride=True)
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
+    if not 1 <= queries <= 32768 // max(1, heads // groups):  # whose number is squared in 32 bits
+        raise ValueError(f"queries: expected 1 .. 32,768 of the heads of a KV head together, got {queries} of each")
     kernel = _launch.runs_kernel(k) and _launch.has_matrix_units(k.device)
     wide = k.dtype == torch.float32 and dim > 64 and not _launch.has_large_shared_memory(k.device)  # would not fit there
     if not kernel or k.dtype != v.dtype or dim > 128 or dim % 2 or wide:
@@ -1031,7 +1037,8 @@ def fit_basis_torch(moment: torch.Tensor, metric: torch.Tensor | None = None, *,
 @triton.jit
 def _integers(x, scale):
     """Basis rows over their scales, rounded to even as PyTorch does, float32."""
-    return tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0 - 12582912.0
+    x = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)) + 12582912.0 - 12582912.0
+    return tl.minimum(tl.maximum(x, -127.0), 127.0)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -1103,8 +1110,8 @@ def quantise_components(
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     check_tensor("basis", basis, dtype=torch.float32)
-    if basis.dim() < 2:
-        raise ValueError(f"basis: expected shape [..., R, D], got {list(basis.shape)}")
+    if basis.dim() < 2 or basis.shape[-1] == 0:
+        raise ValueError(f"basis: expected shape [..., R, D] with D at least 1, got {list(basis.shape)}")
     rank, dim = basis.shape[-2:]
     if metric is not None:
         shape = (*basis.shape[:-2], dim, dim)
@@ -1244,6 +1251,8 @@ def fit_encoder(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor |
 
 def fit_encoder_torch(basis: torch.Tensor, scale: torch.Tensor, metric: torch.Tensor | None = None) -> torch.Tensor:
     """`fit_encoder` in plain PyTorch."""
+    if metric is not None and basis.shape[-2] == basis.shape[-1]:
+        basis, metric = basis.expand(*torch.broadcast_shapes(basis.shape[:-2], metric.shape[:-2]), -1, -1), None
     rows = basis.double() / 127
     weighted = rows if metric is None else rows @ _floored(metric)
     inner = rows @ weighted.mT
@@ -1388,8 +1397,8 @@ STEP_SHARES, LEAST_SHARE = 16, 0.2
 @triton.jit
 def _off_squared(c, inverse, most):
     """The squared error of coefficients, in units of their steps; most: the highest code."""
-    # A code is floor(c / step + (most + 1) / 2) = round(u most + d) for u within 0 .. 1, where a multiplication clamps for
-    # nothing, and adding 1.5 * 2**23 rounds: `tl.floor` and minima have a fraction of its rate.
+    # A code is round(u most), where u = c / (step most) + 1 / 2 within 0 .. 1: there a multiplication clamps for nothing,
+    # and adding 1.5 * 2**23 rounds. `tl.floor` and minima have a fraction of its rate.
     place = c * inverse + 0.5 * most
     code = tl.minimum(tl.maximum(c * (inverse / most) + 0.5, 0.0), 1.0) * most + 12582912.0 - 12582912.0
     return (code - place) * (code - place)
@@ -1447,7 +1456,8 @@ def _largest(coefficients: torch.Tensor, largest: torch.Tensor | None = None) ->
     """Largest magnitude of each component; one without variance in the sample still gets a step that later rows can use."""
     if largest is None:
         largest = torch.linalg.vector_norm(coefficients, ord=float("inf"), dim=-2)
-    return torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    # No smaller than what leaves a fifth of the step of 8 bits, and so its inverse, a normal number.
+    return torch.maximum(largest, 1e-6 * largest.amax(-1, keepdim=True)).clamp_min(1e-35)
 
 
 @cache

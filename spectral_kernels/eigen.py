@@ -14,7 +14,7 @@ thread holds several rows: such a turn moves nothing. The next ones are those al
 go by way of memory. Angles are what most of a step would go to, if all threads of a warp worked out the same ones: eight
 share a row.
 
-Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and a few steps in float64
+Working on L^T in place of W halves the digits that a falling spectrum needs: float32 is enough, and four steps in float64
 make the vectors orthonormal beyond it.
 
 What comes before and after the rotations is float64, in one program a matrix too (`_roots_kernel`, `_basis_kernel`): dozens
@@ -49,13 +49,9 @@ SWEEPS = 16  # at most; 8 to 10 are usual, and the launches of others find nothi
 
 @triton.jit
 def _flipped(x, BIT: tl.constexpr):
-    """x [M, C] or [M], float32, with row i taken from row i xor 2**BIT: moves nothing if a thread holds both."""
+    """x [M, C], float32, with row i taken from row i xor 2**BIT: moves nothing if a thread holds both."""
     bits = x.to(tl.int32, bitcast=True)
-    M: tl.constexpr = x.shape[0]
-    if len(x.shape) == 2:
-        pairs = tl.reshape(bits, [M // (2 << BIT), 2, 1 << BIT, x.shape[1]])
-    else:
-        pairs = tl.reshape(bits, [M // (2 << BIT), 2, 1 << BIT])
+    pairs = tl.reshape(bits, [x.shape[0] // (2 << BIT), 2, 1 << BIT, x.shape[1]])
     # The sum of two integers less one of them is the other. (So is xor_sum, which the interpreter takes minutes for.)
     return tl.reshape(tl.sum(pairs, 1, keep_dims=True) - pairs, x.shape).to(tl.float32, bitcast=True)
 
@@ -377,7 +373,6 @@ def _orthonormal_kernel(
     overlap_ptr,  # float64 [D, D] a program, scratch
     D: tl.constexpr,
     N: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
     """V^T: eigenvectors of W by falling eigenvalue, as rows, orthonormal."""
     BLOCK: tl.constexpr = min(N, 32)
@@ -403,7 +398,7 @@ def _orthonormal_kernel(
     # To first order, as Gram and Schmidt would: from each row its parts along the larger ones. A symmetric step would turn
     # the larger row as far as the smaller one, of which a rotation of rows that differ in size knows far less.
     # A step leaves about the squares of the overlaps: of a matrix of rank D/4, D = 96, three left 1.1e-11 on an H100.
-    for _ in range(STEPS):
+    for _ in range(4):
         for first in range(0, N, BLOCK):
             j = first + tl.arange(0, BLOCK)
             x = product_f64(v_ptr, D, 1, v_ptr, 1, D, first, D, N)
@@ -521,7 +516,7 @@ def _weighted_eigenvectors(
             w = first
         _roots_kernel[grid](w, second, order, rows, RIDGES=RIDGES, **same)
         _orthogonalise(rows)
-        _orthonormal_kernel[grid](rows, order, first, second, STEPS=4 if dtype == torch.float64 else 2, **same)
+        _orthonormal_kernel[grid](rows, order, first, second, **same)
         _basis_kernel[grid](first, None if metric is None else lower, out, R=rank, SIGNED=signed, **same)
     return out
 

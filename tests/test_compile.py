@@ -43,11 +43,14 @@ KERNELS = {
     "_gram_sum_kernel",
     "_merge_many_states_kernel",
     "_merge_states_kernel",
+    "_metric_of_parts_kernel",
     "_project_queries_kernel",
     "_project_rows_kernel",
+    "_quantise_components_kernel",
     "_query_metric_kernel",
     "_requantise_kernel",
     "_rotate_kernel",
+    "_squared_errors_kernel",
 }
 FIRST_CARDS = {75, 86, 90}  # CI has time for more cases of these; sm_80 and 89 are as sm_86, with no less shared memory
 # Loads and stores of local memory that a kernel's innermost loops have today, at most: no other kernel may have any.

@@ -133,6 +133,14 @@ def check_query_metric(
     return expected, budget
 
 
+@pytest.mark.parametrize("programs", [3, 100])
+def test_query_metric_of_several_parts(rng, monkeypatch, programs):
+    """More chunks than one program adds up, and more parts than are added up at once."""
+    monkeypatch.setattr(compress, "GRAM_PROGRAMS", programs)
+    q = torch.from_numpy(rng.standard_normal((1, 2, 6 * 64 - 5, 64))).to(DEVICE, torch.float32)
+    check_query_metric("triton", q, inverse_frequencies(64), 1.0, chunk=64, kv_heads=1)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -208,6 +216,7 @@ def check_error_weights(
     arguments = (*map(to_numpy, qkv), inv_freq, scaling, metrics, at)
     expected = oracle.error_weights(*arguments, sinks=sinks, window=window)
     rope = rope_of(inv_freq, scaling)
+    q, v = strided(q, "padded"), strided(v, "swapped")
     aligned = phase_align(k, torch.arange(tokens, device=k.device).expand(k.shape[0], -1), rope, chunk=chunk)
     call = operation(compress, "error_weights", implementation)
     got = call(q, aligned, v, rope, held, chunk=chunk, sinks=sinks, window=window, queries=queries)
@@ -291,6 +300,21 @@ def test_error_weights_far_below_a_sink(rng, implementation, gap):
     k[:, :, 0, 40] = gap * np.log(2.0)
     qkv = q.to(DEVICE), k.to(DEVICE), torch.from_numpy(rng.standard_normal((1, 1, 40, 64))).to(DEVICE, torch.float32)
     check_error_weights(implementation, qkv, inverse_frequencies(32), 1.0, None, queries=20, sinks=1, window=4)
+
+
+def test_error_weights_names_arguments():
+    q, k = (torch.zeros(1, heads, 8, 64, device=DEVICE) for heads in (4, 2))
+    rope, options = rope_of(inverse_frequencies(64), 1.0), {"chunk": 64, "sinks": 0, "window": 1}
+    compress.error_weights(q, k, k, rope, **options)
+    for call, error, name in [
+        (lambda: compress.error_weights(q.mT, k, k, rope, **options), ValueError, "q"),
+        (lambda: compress.error_weights(q, k.double(), k, rope, **options), TypeError, "k"),
+        (lambda: compress.error_weights(q, k, k[0], rope, **options), ValueError, "v"),
+        (lambda: compress.error_weights(q, k, k, rope, queries=0, **options), ValueError, "queries"),
+        (lambda: compress.error_weights(q, k, k, rope, queries=20000, **options), ValueError, "queries"),
+    ]:
+        with pytest.raises(error, match=name):
+            call()
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -538,12 +562,14 @@ def test_the_budget_of_an_encoder_has_teeth(rng):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dim", [16, 64])
-def test_fit_encoder_with_a_component_of_zeros(rng, implementation, dim):
+@pytest.mark.parametrize(("dim", "weighted"), [(16, False), (16, True), (64, False)])
+def test_fit_encoder_with_a_component_of_zeros(rng, implementation, dim, weighted):
+    """As many components as dimensions: the metric is without effect here too."""
     rows, scale = oracle.quantise_basis(rng.standard_normal((16, dim)))
     rows[5] = 0
     run = operation(compress, "fit_encoder", implementation)
-    got = to_numpy(run(tensor(rows, torch.int8), tensor(scale)))
+    metric = tensor(random_metric(rng, dim), torch.float64) if weighted else None
+    got = to_numpy(run(tensor(rows, torch.int8), tensor(scale), metric))
     others = np.delete(np.arange(16), 5)
     expected = oracle.fit_encoder(rows[others] * scale[others, None], None)
     np.testing.assert_allclose(got[:, others], expected, atol=1e-4 * np.abs(expected).max())
@@ -614,6 +640,8 @@ def check_squared_errors(
     budgets.check_rejects(lost(0 * to_numpy(rebuilt), weighing, name)[0], exact, budget, "of the rows themselves")
     if weighing is not None:
         budgets.check_rejects(lost(to_numpy(rebuilt), None, name)[0], exact, budget, "no metric")
+        if name == "root":
+            budgets.check_rejects(lost(to_numpy(rebuilt), weighing.mT, name)[0], exact, budget, "a root transposed")
         other = "root" if name == "metric" else "metric"
         budgets.check_rejects(lost(to_numpy(rebuilt), weighing, other)[0], exact, budget, f"a {name} taken for a {other}")
 
@@ -628,6 +656,8 @@ def test_squared_errors(rng, implementation, name, dim, tokens, dtype, stride):
     x = strided(torch.from_numpy(rng.standard_normal((2, 2, tokens, dim))).to(dtype), stride)
     rebuilt = x.float() + tensor(0.3 * rng.standard_normal(x.shape))
     weighing = np.stack([random_metric(rng, dim) for _ in range(4)]).reshape(2, 2, dim, dim)
+    if name == "root":
+        weighing = np.linalg.cholesky(weighing)
     check_squared_errors(implementation, rebuilt, x, None if name == "neither" else weighing, name)
 
 
@@ -756,6 +786,13 @@ def test_fit_steps_of_floats_and_zeros(rng):
     for text in ("16x16", "16x8", "16x2"):
         zeros = to_numpy(compress.fit_steps(torch.zeros(3, 16, device=DEVICE), Bands.parse(text)))
         assert np.isfinite(zeros).all() and (zeros > 0).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_quantisers_of_zeros_lose_nothing(implementation):
+    run = operation(compress, "fit_quantisers", implementation)
+    steps, lost = map(to_numpy, run(torch.zeros(3, 16, device=DEVICE), [Bands.parse("16x8"), Bands.parse("16x2")]))
+    assert np.isfinite(steps).all() and (steps > 0).all() and (np.abs(lost) < 1e-60).all()
 
 
 # encode and decode
@@ -1019,6 +1056,7 @@ def test_arguments_are_named(rng):
         (lambda: compress.fit_encoder(x.to(torch.int8), x[..., 0].float(), x[..., :1, :1]), ValueError, "metric"),
         (lambda: compress.quantise_basis(x.half()), TypeError, "basis"),
         (lambda: compress.quantise_basis(x[0, 0, 0]), ValueError, "basis"),
+        (lambda: compress.quantise_basis(x[..., :0]), ValueError, "basis"),
         (lambda: compress.quantise_components(x, x[..., :1, :1]), ValueError, "metric"),
         (lambda: compress.encode(x, encoder[..., :8], bands, pages, ids, side="k"), ValueError, "encoder"),
         (lambda: compress.encode(x, encoder, bands, pages, ids, side="q"), ValueError, "side"),
