@@ -828,7 +828,7 @@ def error_weights(
         check_tensor(name, x, shape=(None,) * 4, dtype=FLOATS, device=q.device, unit_stride=True)
     batch, heads, tokens, dim = q.shape
     groups = k.shape[1]
-    if not 1 <= queries <= 32768 // max(1, heads // groups):  # whose number is squared in 32 bits
+    if not 1 <= queries <= 32768 // max(1, heads // groups):  # `_query_position` squares it in 32 bits
         raise ValueError(f"queries: expected 1 .. 32,768 of the heads of a KV head together, got {queries} of each")
     kernel = _launch.runs_kernel(k) and _launch.has_matrix_units(k.device)
     wide = k.dtype == torch.float32 and dim > 64 and not _launch.has_large_shared_memory(k.device)  # would not fit there
@@ -1386,8 +1386,7 @@ def project_rows_torch(
     return out, norm(out, ord=float("inf"), dim=-2), norm(out, dim=-2).square()
 
 
-# A mean is that of so many tokens to twice as many, evenly spread. (With one of 512, scores of real keys were off by 0.3 to
-# 1 % more: what it lacks takes a component.)
+# A mean is that of so many tokens to twice as many, evenly spread. (Not of far fewer: what it lacks takes a component.)
 MEAN_TOKENS = 4096
 # Steps that are tried, a power of two: from the widest, which clips nothing, to a fifth of it, each as large a share of
 # the one before.

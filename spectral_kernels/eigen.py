@@ -191,7 +191,7 @@ def product_f64(
 
 
 @triton.jit
-def store_product_f64(out_ptr, a_ptr, stride_ai, stride_ak, b_ptr, stride_bk, stride_bj, D: tl.constexpr, N: tl.constexpr):
+def _store_product_f64(out_ptr, a_ptr, stride_ai, stride_ak, b_ptr, stride_bk, stride_bj, D: tl.constexpr, N: tl.constexpr):
     """`product_f64` to memory (not theirs)."""
     BLOCK: tl.constexpr = min(N, 32)
     i = tl.arange(0, N)
@@ -203,7 +203,7 @@ def store_product_f64(out_ptr, a_ptr, stride_ai, stride_ak, b_ptr, stride_bk, st
 
 
 @triton.jit
-def store_floored_f64(metric_ptr, out_ptr, FLOOR: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
+def _store_floored_f64(metric_ptr, out_ptr, FLOOR: tl.constexpr, D: tl.constexpr, N: tl.constexpr):
     """A metric [D, D] as `compress._floored` has it, to float64 memory."""
     BLOCK: tl.constexpr = min(N, 32)
     i = tl.arange(0, N)
@@ -310,10 +310,10 @@ def _weigh_kernel(
     n = tl.program_id(0).to(tl.int64)
     lower_ptr += n * D * D
     product_ptr += n * D * D
-    store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
+    _store_floored_f64(metric_ptr + n * D * D, lower_ptr, FLOOR, D, N)
     factorise_f64(lower_ptr, 0.0, D, N)
-    store_product_f64(product_ptr, moment_ptr + n * D * D, D, 1, lower_ptr, D, 1, D, N)
-    store_product_f64(w_ptr + n * D * D, lower_ptr, 1, D, product_ptr, D, 1, D, N)
+    _store_product_f64(product_ptr, moment_ptr + n * D * D, D, 1, lower_ptr, D, 1, D, N)
+    _store_product_f64(w_ptr + n * D * D, lower_ptr, 1, D, product_ptr, D, 1, D, N)
 
 
 @triton.jit
@@ -461,8 +461,7 @@ def _orthogonalise(rows: torch.Tensor) -> None:
     count, pairs, dim = rows.shape[0], rows.shape[1] // 2, rows.shape[2]
     options = {"num_warps": 4}
     if dim > 64:
-        # Of few matrices each has a multiprocessor of its own, of many two share one (H100, D = 128: 512 matrices take
-        # 2.6 ms and 2.3 ms).
+        # Of few matrices each has a multiprocessor of its own, of many two share one.
         few = count <= _launch.multiprocessors(rows.device)
         options = {"num_warps": 8} if few else {"num_warps": 8, "maxnreg": 128}
     part = min(32, rows.shape[1])  # of a row, which threads of four columns share

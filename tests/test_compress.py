@@ -133,12 +133,15 @@ def check_query_metric(
     return expected, budget
 
 
-@pytest.mark.parametrize("programs", [3, 100])
-def test_query_metric_of_several_parts(rng, monkeypatch, programs):
-    """More chunks than one program adds up, and more parts than are added up at once."""
-    monkeypatch.setattr(compress, "GRAM_PROGRAMS", programs)
+@pytest.mark.parametrize(("programs", "splits"), [(3, 3), (100, 6)])
+def test_query_metric_of_several_parts(rng, monkeypatch, programs, splits):
+    """Programs of two chunks each, and more parts than are added up at once."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: programs)
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(compress, "_query_metric_kernel", Noted(compress._query_metric_kernel, grids))
     q = torch.from_numpy(rng.standard_normal((1, 2, 6 * 64 - 5, 64))).to(DEVICE, torch.float32)
     check_query_metric("triton", q, inverse_frequencies(64), 1.0, chunk=64, kv_heads=1)
+    assert [grid[1] for grid in grids] == [splits]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -462,6 +465,7 @@ def check_quantise_components(implementation: str, basis: F64, metric: F64 | Non
     nearest = np.abs(to_numpy(codes) - basis / expected_scale[..., None])
     assert nearest.max(initial=0) <= 0.5 + 1e-4
     assert (to_numpy(codes) != expected_codes).sum() <= 1e-3 * codes.numel()
+    np.testing.assert_array_equal(np.abs(to_numpy(codes)).max(-1), np.where(np.abs(basis).max(-1) > 0, 127, 0))
     vectors = to_numpy(codes) * to_numpy(scale)[..., None]
     held = np.eye(basis.shape[-1]) if metric is None else metric
     exact = ((vectors @ held) * vectors).sum(-1)
