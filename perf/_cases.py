@@ -1,41 +1,112 @@
-"""A decode step on random data, built on the device, and what it must give, in float64 on the device.
+"""A layer's decode step on random data, built on the device, and what it must give, in float64 on
+the device.
 
-The reference follows the definition, as reference/attention.py does (keys and values rebuilt, query and keys turned to
-their absolute positions, softmax), for one row and KV head at a time: at 128K tokens NumPy would take minutes. Its budget
-is that of tests/budgets.py, whose constants it takes. tests/test_perf.py holds both against the oracle and its budget.
+Weights of perf's models are random, and so are pages here: a calibration would mean nothing.
+`random_codec` has random orthogonal bases in the bands of a preset; codes are uniform, steps fall
+as in a spectrum.
+
+The reference follows the definition, as reference/attention.py does (keys and values rebuilt, keys
+turned forward to their frames, softmax), for one row and KV head at a time: at 128K tokens NumPy
+would take minutes. Its budget is that of tests/budgets.py, whose constants it takes.
+tests/test_perf.py holds both against the oracle and its budget.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-import spectral_kernels as sk
+from spectral_kernels import attention, compress, window
+from spectral_kernels.calibrate import PRESETS, menus, quantise_basis
+from spectral_kernels.codec import Codec, ModelCodec
+from spectral_kernels.layout import PAGE_SIZE, Bands, PageLayout, unpack_pages
+from spectral_kernels.rope import freqs_from_inv_freq
 from tests import budgets
 
-WINDOW, SINKS = 128, 4
-LAYOUTS = ("quality", "balanced", "small", "32x8")
-CHUNK, ALIGN = 128, 512  # of 32x8
-BOTH = ("exact", "cold")
+BOTH = ("exact", "pages")
 SCORE_STD = 2.0  # of real models: 1 to 3
-THETA = 1e6
+THETA = 5e5
+LOSSY = tuple(PRESETS)
 
 
-def preset_layout(name: str, dim: int) -> sk.PageLayout:
-    """The page layout of a preset at a head dimension; "32x8": 32 components of 8 bits for keys and for values."""
-    if name == "32x8":
-        return sk.PageLayout(sk.Bands.parse(name), sk.Bands.parse(name), dim, CHUNK, ALIGN)
-    layout = sk.PRESETS[name].layout(dim)
-    if layout is None:
-        raise ValueError(f"name: expected a preset with cold pages, got {name!r}")
-    return layout
+def layouts(preset: str, dim: int, count: int = 3) -> list[PageLayout]:
+    """Different layouts as a plan of the preset mixes them, none above its bytes: of pairs of bands
+    from calibrate's menus, those of the most bytes, with few bytes for keys and with many."""
+    budget = 4 * dim / PRESETS[preset].ratio
+    menu = menus(dim)
+    pairs = [(k, v) for k in menu["k"] for v in menu["v"] if k.bytes + v.bytes <= budget]
+    most = max(k.bytes + v.bytes for k, v in pairs)
+    pairs = sorted(
+        (p for p in pairs if p[0].bytes + p[1].bytes >= 0.9 * most),
+        key=lambda p: (p[0].bytes, p[1].bytes),
+    )
+    chosen = [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
+    return [PageLayout(k, v, dim) for k, v in dict.fromkeys(chosen)]
+
+
+def random_codec(
+    layout: PageLayout,
+    kv_heads: int,
+    freqs: torch.Tensor,
+    *,
+    key_std: float = SCORE_STD,
+    value_std: float = 1.0,
+) -> Codec:
+    """Random orthogonal bases. Uniform codes rebuild keys and values of these standard deviations a
+    dimension; the encoder is the bases' transpose in steps, so that what it encodes comes back as
+    far as the rank goes.
+    """
+    dim, device = layout.head_dim, freqs.device
+    sides: list[list[torch.Tensor]] = []
+    for bands, std in ((layout.k, key_std), (layout.v, value_std)):
+        frames = torch.linalg.qr(
+            torch.randn(kv_heads, dim, dim, dtype=torch.float64, device=device)
+        )[0]
+        directions = frames[:, : bands.rank].contiguous()
+        rows, lengths = quantise_basis(directions)
+        # Codes are uniform: 2**bits values a step apart.
+        spread = torch.tensor([((4.0**bits - 1) / 12) ** 0.5 for bits in bands.bits], device=device)
+        fall = torch.exp(-3 * torch.arange(bands.rank, device=device) / bands.rank)
+        step = fall * std * (dim / fall.square().sum()) ** 0.5 / spread
+        encoder = (directions.float() / step[:, None]).mT.contiguous()
+        sides.append([x[None] for x in (rows, lengths * step, encoder)])
+    mean = torch.randn(1, kv_heads, dim, device=device) * key_std / 2
+    k, v = sides
+    offset = (mean[..., None, :] @ k[2])[..., 0, :].contiguous()
+    return Codec(layout, freqs, k[0], k[1], k[2], mean, offset, v[0], v[1], v[2])
+
+
+def random_model_codec(
+    preset: str,
+    *,
+    layers: int,
+    kv_heads: int,
+    dim: int,
+    freqs: torch.Tensor,
+    value_std: float = 1.0,
+) -> ModelCodec:
+    """A codec of so many layers, of memory of their own, whose layouts take turns."""
+    known = [random_codec(x, kv_heads, freqs, value_std=value_std) for x in layouts(preset, dim)]
+
+    def copy_of(codec: Codec) -> Codec:
+        tensors = {
+            f.name: getattr(codec, f.name).clone()
+            for f in dataclasses.fields(codec)
+            if f.name != "layout"
+        }
+        return Codec(codec.layout, **tensors)
+
+    codecs = tuple(copy_of(known[i % len(known)]) for i in range(layers))
+    return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One query a row over T tokens: B rows, H query heads, G KV heads, head dimension D."""
+    """One new token a row of T: B rows, H query heads, G KV heads, head dimension D."""
 
     batch: int
     heads: int
@@ -47,123 +118,141 @@ class Shape:
         return f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
 
     @property
-    def cold(self) -> int:
-        return self.tokens - WINDOW
-
-    @property
     def dense_bytes(self) -> int:
         """Of K and V in 16 bits."""
         return 4 * self.batch * self.kv_heads * self.tokens * self.dim
 
-    def page_bytes(self, layout: sk.PageLayout) -> int:
-        """Of live coefficients, skip bits and table entries: what the cold kernel must read."""
-        chunks = -(-self.cold // layout.chunk)
-        page = self.kv_heads * (self.cold * layout.token_bytes + chunks * layout.chunk // 8)
-        return self.batch * (page + 4 * chunks + 4 * -(-self.cold // layout.align))
+    def page_bytes(self, layout: PageLayout, exact: int = 0) -> int:
+        """Of the coefficients of all but `exact` tokens, and table entries."""
+        pages = -(-self.tokens // PAGE_SIZE)
+        return self.batch * (self.kv_heads * (self.tokens - exact) * layout.token_bytes + 4 * pages)
 
-    def step_bytes(self, layout: sk.PageLayout) -> int:
-        """Of all that a decode step must read: pages, bases, exact tokens, queries."""
-        bases = self.kv_heads * (layout.k.rank + layout.v.rank) * (self.dim + 4)
-        exact = (WINDOW + SINKS) * (4 * self.kv_heads * self.dim + 4)
-        return self.page_bytes(layout) + self.batch * (bases + exact + 2 * self.heads * self.dim)
+    def step_bytes(self, layout: PageLayout, exact: int) -> int:
+        """Of all that a step must read: pages, bases and encoders once a batch, exact tokens,
+        queries."""
+        ranks = layout.k.rank + layout.v.rank
+        codec = self.kv_heads * (ranks * (5 * self.dim + 4) + 4 * self.dim + 4 * layout.k.rank)
+        small = 4 * self.kv_heads * self.dim * exact + 2 * self.dim * (
+            self.heads + 2 * self.kv_heads
+        )
+        return self.page_bytes(layout, exact) + codec + self.batch * small
 
 
 @dataclass
-class Decode:
-    """The inputs of one decode step: cold pages without the sinks, the sinks and the newest tokens exact.
+class Step:
+    """The inputs of one layer's decode step, and its state.
 
-    q [B, H, D] and positions int32 [B]; k, v [B, G, N, D] and key_positions int32 [B, N]; inv_freq float64 [D/2].
+    q [B, H, D]; k, v [B, G, 1, D] of the newest token (position seq_lens - 1); the rest as
+    attend_spectral takes it. inv_freq: float64 [pairs], what codec.freqs was made of, for the
+    reference.
     """
 
-    shape: Shape
     q: torch.Tensor
-    positions: torch.Tensor
-    pages: sk.Pages
     k: torch.Tensor
     v: torch.Tensor
-    key_positions: torch.Tensor
-    rope: sk.Rope
+    codec: Codec
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    k_exact: torch.Tensor
+    v_exact: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    sinks: int
+    window: int
     inv_freq: torch.Tensor
+    scale: float | None = None
+    matrix_units: bool | None = None
+    workspace: torch.Tensor | None = None
 
-    @property
-    def exact(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.k, self.v, self.key_positions
+    def append(self) -> None:
+        compress.append(
+            self.k, self.v, self.codec, self.k_pages, self.v_pages, self.k_exact, self.v_exact,
+            self.block_table, self.seq_lens, sinks=self.sinks,
+        )  # fmt: skip
 
-    def attend_cold(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope)
-
-    def attend_exact(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return sk.attend_exact(self.q, self.positions, *self.exact, self.rope, chunk=self.pages.layout.align)
+    def attend(
+        self, parts: Sequence[str] = BOTH, *, after_append: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(o, lse) over the pages, the exact tokens or, as a decode step has it, both."""
+        options: Any = {"sinks": self.sinks, "window": self.window, "scale": self.scale}
+        exact = self.k_exact, self.v_exact
+        if "pages" not in parts:
+            return window.attend_window(self.q, *exact, self.seq_lens, **options)
+        return attention.attend_spectral(
+            self.q, self.k_pages, self.v_pages, self.codec, self.block_table, self.seq_lens,
+            exact=exact if "exact" in parts else None, workspace=self.workspace,
+            matrix_units=self.matrix_units, after_append=after_append, **options,
+        )  # fmt: skip
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a layer runs for a new token (LayerCache.attend)."""
-        return sk.attend_spectral(self.q, self.positions, self.pages, self.rope, exact=self.exact)
+        """What a layer runs for a new token."""
+        self.append()
+        return self.attend(after_append=True)
 
 
-def make_decodes(
-    shape: Shape, layout: sk.PageLayout, *, copies: int, dtype: torch.dtype, device: torch.device
-) -> list[Decode]:
-    """Random decode steps of one shape. Scores have a spread of SCORE_STD, components fall as in a spectrum."""
-    batch, groups, dim, chunk = shape.batch, shape.kv_heads, shape.dim, layout.chunk
-    chunks = -(-shape.cold // chunk)
-    own = batch * chunks  # pages of a copy
-    pool = sk.allocate_pages(
-        layout,
-        pages=copies * own,
-        segments=batch,
-        kv_heads=groups,
-        batch=batch,
-        max_chunks=chunks,
-        device=device,
-    )
-    pool.k_pages.random_(0, 256)
-    pool.v_pages.random_(0, 256)
-    pool.lengths.fill_(shape.cold)
-    pool.segment_table.copy_(torch.arange(batch, device=device)[:, None].expand(-1, pool.max_blocks))
-    for bands, basis, scale, std in (
-        (layout.k, pool.k_basis, pool.k_scale, SCORE_STD),
-        (layout.v, pool.v_basis, pool.v_scale, 1.0),
-    ):
-        directions = torch.linalg.qr(torch.randn(groups, dim, dim, device=device))[0][:, : bands.rank].contiguous()
-        rows, lengths = sk.quantise_basis(directions)
-        # Codes are uniform: 2**bits values a step apart.
-        spread = torch.tensor([((4.0**bits - 1) / 12) ** 0.5 for bits in bands.bits], device=device)
-        fall = torch.exp(-3 * torch.arange(bands.rank, device=device) / bands.rank)
-        fall *= std * (dim / fall.square().sum()) ** 0.5  # keys and values of length std * sqrt(D)
-        basis.copy_(rows)
-        scale.copy_(lengths * fall / spread)
+def make_steps(
+    shape: Shape,
+    layout: PageLayout,
+    *,
+    preset: str,
+    copies: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    capacity: int = 0,
+    older_cards: bool = False,
+) -> list[Step]:
+    """Random steps of one shape, of no memory in common. capacity: tokens of a row in the block
+    table, at least T."""
+    batch, groups, dim = shape.batch, shape.kv_heads, shape.dim
+    sinks, recent = PRESETS[preset].sinks, PRESETS[preset].window
     inv_freq = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    rope = sk.Rope.from_inv_freq(inv_freq, device=device)
-    exact = torch.cat((torch.arange(SINKS), torch.arange(shape.cold, shape.tokens))).to(device, torch.int32)
-    decodes = []
-    for copy in range(copies):
-        part = slice(copy * own, (copy + 1) * own)
-        table = torch.randperm(own, dtype=torch.int32, device=device).view(batch, chunks)
-        skip = pool.skip[part]
-        skip[table[:, 0].long(), :, 0] = (1 << SINKS) - 1
-        pages = dataclasses.replace(
-            pool, k_pages=pool.k_pages[part], v_pages=pool.v_pages[part], skip=skip, page_table=table
-        )
-        kv_shape = (batch, groups, len(exact), dim)
-        decodes.append(
-            Decode(
-                shape,
-                torch.randn(batch, shape.heads, dim, dtype=dtype, device=device),
-                torch.full((batch,), shape.tokens - 1, dtype=torch.int32, device=device),
-                pages,
-                torch.randn(kv_shape, dtype=dtype, device=device) * SCORE_STD,
-                torch.randn(kv_shape, dtype=dtype, device=device),
-                exact.repeat(batch, 1),
-                rope,
-                inv_freq.to(device),
+    freqs = freqs_from_inv_freq(inv_freq, device=device)
+    used, entries = (-(-n // PAGE_SIZE) for n in (shape.tokens, max(capacity, shape.tokens)))
+
+    def normal(*size: int, std: float = 1.0) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device).normal_(std=std)
+
+    steps = []
+    for _ in range(copies):
+        k_pages, v_pages = (
+            torch.randint(
+                0,
+                256,
+                (batch * used, groups, PAGE_SIZE * bands.bytes),
+                dtype=torch.uint8,
+                device=device,
             )
+            for bands in (layout.k, layout.v)
         )
-    return decodes
+        table = torch.zeros(batch, entries, dtype=torch.int32, device=device)
+        table[:, :used] = torch.randperm(batch * used, dtype=torch.int32, device=device).view(
+            batch, used
+        )
+        slots = (batch, groups, sinks + recent, dim)
+        step = Step(
+            normal(batch, shape.heads, dim),
+            normal(batch, groups, 1, dim, std=SCORE_STD),
+            normal(batch, groups, 1, dim),
+            random_codec(layout, groups, freqs),
+            k_pages,
+            v_pages,
+            normal(*slots, std=SCORE_STD),
+            normal(*slots),
+            table,
+            torch.full((batch,), shape.tokens, dtype=torch.int32, device=device),
+            sinks,
+            recent,
+            inv_freq.to(device),
+            matrix_units=False if older_cards else None,
+        )
+        steps.append(step)
+    return steps
 
 
 @dataclass
 class Expected:
-    """The state of one row and the heads of one KV head, and its budget: o [H/G, D], lse [H/G], float64."""
+    """The state of one row and the heads of one KV head, and its budget: o [H/G, D], lse [H/G],
+    float64."""
 
     o: torch.Tensor
     lse: torch.Tensor
@@ -173,125 +262,181 @@ class Expected:
 
 def _turn(x: torch.Tensor, positions: torch.Tensor, inv_freq: torch.Tensor) -> torch.Tensor:
     """x [..., D] turned by positions [...], float64."""
+    pairs = len(inv_freq)
     angle = positions.double()[..., None] * inv_freq
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * angle.cos() - x2 * angle.sin(), x1 * angle.sin() + x2 * angle.cos()), dim=-1)
+    x1, x2, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    return torch.cat(
+        (x1 * angle.cos() - x2 * angle.sin(), x1 * angle.sin() + x2 * angle.cos(), rest), dim=-1
+    )
 
 
-def _pair_length(x: torch.Tensor) -> torch.Tensor:
-    """Each component's pair's length, [..., D]: what turning can make of it at most."""
-    length = torch.hypot(*x.chunk(2, dim=-1))
-    return torch.cat((length, length), dim=-1)
+def _size(x: torch.Tensor, pairs: int) -> torch.Tensor:
+    """The length of each component's pair, [..., D]: what turning can make of it at most."""
+    length = torch.hypot(x[..., :pairs], x[..., pairs : 2 * pairs])
+    return torch.cat((length, length, x[..., 2 * pairs :].abs()), dim=-1)
 
 
-def expected(decode: Decode, b: int, g: int, parts: tuple[str, ...] = BOTH) -> Expected:
-    """The state over the cold tokens, the exact ones, or both, of row b and KV head g.
+def _side(
+    step: Step, b: int, g: int, side: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of row b and KV head g: codes in units of steps [T, R], the sizes of their terms as stored
+    [T, R], vectors [R, D], and the lowest bit's weight of each field [R]; float64."""
+    bands: Bands = step.codec.layout.side(side)
+    length = int(step.seq_lens[b])
+    table = step.block_table[b, : -(-length // PAGE_SIZE)].long()
+    data = step.k_pages if side == "k" else step.v_pages
+    codes = unpack_pages(data[table, g], bands, side=side).flatten(0, 1)[:length].double()
+    fields = [
+        (2.0 ** sum(f[:i]), sum(f[: i + 1]) == 8, f[i])
+        for _, f in bands.groups
+        for i in range(len(f))
+    ]
+    low = torch.tensor(
+        [low for low, _, _ in fields for _ in range(16)], dtype=torch.float64, device=codes.device
+    )
+    zeros = [0.5 if top else 0.5 - 2.0 ** (bits - 1) for _, top, bits in fields for _ in range(16)]
+    offset = torch.tensor(zeros, dtype=torch.float64, device=codes.device)
+    scale, basis = (
+        getattr(step.codec, f"{side}_{name}")[0, g].double() for name in ("scale", "basis")
+    )
+    return codes, (codes - offset).abs() + offset.abs(), scale[:, None] * basis, low
 
-    Each key's score may be off by what tests/budgets.py allows for its kind, each kind's output likewise; a state made of
-    both is also allowed what joining two states may lose, as an error of each key's weight.
+
+def expected(step: Step, b: int, g: int, parts: Sequence[str] = BOTH) -> Expected:
+    """The state over the tokens of the pages, the exact ones, or both, of row b and KV head g.
+
+    A key's score may be off by what tests/budgets.py allows for its kind, and so may the output; a
+    state made of both is also allowed what joining two states may lose, as an error of each key's
+    weight.
     """
-    pages, shape, f64 = decode.pages, decode.shape, torch.float64
-    chunk, align = pages.layout.chunk, pages.layout.align
-    dim, group, acc = shape.dim, shape.heads // shape.kv_heads, budgets.ACC
-    q = decode.q[b, g * group : (g + 1) * group].double()
-    turned = _turn(q, decode.positions[b].expand(group), decode.inv_freq)
-    size = _pair_length(q)
-    softmax_scale = dim**-0.5
+    heads, dim = step.q.shape[1:]
+    group, acc, pairs = heads // step.codec.kv_heads, budgets.ACC, len(step.inv_freq)
+    length, ring = int(step.seq_lens[b]), step.k_exact.shape[2] - step.sinks
+    scale = dim**-0.5 if step.scale is None else step.scale
+    q = step.q[b, g * group : (g + 1) * group].double()
+    at = torch.arange(length, device=q.device)
+    is_exact = (at < step.sinks) | (at >= length - step.window)
     scores, errors, values = [], [], []
     if "exact" in parts:
-        k, at = decode.k[b, g].double(), decode.key_positions[b]
-        scores.append(softmax_scale * turned @ _turn(k, at - at % align, decode.inv_freq).T)
-        relative = 2 * budgets.ANGLE + 2 * budgets.PRODUCT + (6 + 4 + dim) * acc
-        errors.append(softmax_scale * relative * size @ _pair_length(k).T)
-        values.append(decode.v[b, g].double())
-    if "cold" in parts:
-        length = int(pages.lengths[b])
-        table = pages.page_table[b, : -(-length // chunk)].long()
-        segment = int(pages.segment_table[b, 0])  # one segment a row
+        p = at[is_exact]
+        slots = torch.where(p < step.sinks, p, step.sinks + (p - step.sinks) % ring)
+        k, v = (x[b, g, slots].double() for x in (step.k_exact, step.v_exact))
+        scores.append(scale * q @ k.T)
+        errors.append(scale * (2 * budgets.PRODUCT + (dim + 4) * acc) * q.abs() @ k.abs().T)
+        values.append(v)
+    if "pages" in parts:
+        codes, terms, vectors, low = _side(step, b, g, "k")
+        v_codes, v_terms, v_vectors, _ = _side(step, b, g, "v")
+        mean, frame, size = (
+            step.codec.k_mean[0, g].double(),
+            step.codec.layout.frame,
+            _size(q, pairs),
+        )
+        starts = at[::frame]
+        back = _turn(
+            q[:, None].expand(-1, len(starts), -1), -starts, step.inv_freq
+        )  # [H/G, frames, D]
+        u = (back @ vectors.T).abs()  # [H/G, frames, R]
 
-        def side(name: str, bands: sk.Bands, scale: torch.Tensor, basis: torch.Tensor):
-            data = pages.k_pages if name == "k" else pages.v_pages
-            codes = sk.unpack_pages(data[table, g], bands, side=name).flatten(0, 1)[:length].double()  # [T, R]
-            offset = torch.as_tensor(budgets.stored_offsets(bands.bands), dtype=f64, device=codes.device)
-            vectors = scale[segment, g].double()[:, None] * basis[segment, g].double()  # [R, D]
-            return codes, (codes - offset).abs() + offset.abs(), vectors
+        def by_token(x: torch.Tensor) -> torch.Tensor:
+            return x.repeat_interleave(frame, 1)[:, :length]
 
-        bits = torch.arange(32, device=q.device)
-        seen = (((pages.skip[table, g][..., None] >> bits) & 1) == 0).flatten()[:length]
-        k_codes, k_terms, k_vectors = side("k", pages.layout.k, pages.k_scale, pages.k_basis)
-        v_codes, v_terms, v_vectors = side("v", pages.layout.v, pages.v_scale, pages.v_basis)
-        at = torch.arange(length, device=q.device)
-        cold = softmax_scale * turned @ _turn(k_codes @ k_vectors, at - at % align, decode.inv_freq).T
-        scores.append(cold.masked_fill(~seen, float("-inf")))
-        starts = torch.arange(0, length, align, device=q.device)
-        distance = decode.positions[b] - starts  # [blocks]
-        u = (
-            _turn(q[:, None].expand(-1, len(starts), -1), distance, decode.inv_freq) @ k_vectors.T
-        ).abs()  # [H/G, blocks, R]
-        error = budgets.projection(dim, turns=2) * (size @ k_vectors.abs().T) @ k_codes.abs().T
-        error += budgets.SPLIT * size.amax(-1)[:, None] * (k_codes.abs() @ k_vectors.abs().sum(-1))
-        low = torch.as_tensor(budgets.field_weights(pages.layout.k.bands), dtype=f64, device=q.device)
-        largest = (u / low).amax(-1).repeat_interleave(align, 1)[:, :length]
-        error += budgets.SPLIT * largest * (k_codes.abs() @ low)
-        padded = torch.nn.functional.pad(k_terms, (0, 0, 0, len(starts) * align - length)).unflatten(0, (-1, align))
-        error += 8 * acc * torch.einsum("hcr,ctr->hct", u, padded).flatten(1)[:, :length]
-        errors.append(softmax_scale * error)
-        values.append((v_codes @ v_vectors).masked_fill(~seen[:, None], 0.0))
-        v_terms = v_terms.masked_fill(~seen[:, None], 0.0)
+        # Keys as the model had them: turned forward to their frames.
+        keys = _turn(codes @ vectors + mean, at - at % frame, step.inv_freq)
+        score = scale * q @ keys.T
+        relative, split = budgets.projection(dim, turns=2), budgets.SPLIT
+        error = relative * (size @ vectors.abs().T) @ codes.abs().T
+        bias = (
+            budgets.projection(dim) * (size @ mean.abs())[:, None] + 4 * acc * (back @ mean).abs()
+        )
+        error += by_token(bias) + split * size.amax(-1)[:, None] * (
+            codes.abs() @ vectors.abs().sum(-1)
+        )
+        error += split * by_token((u / low).amax(-1)) * (codes.abs() @ low)
+        padded = torch.nn.functional.pad(terms, (0, 0, 0, len(starts) * frame - length)).unflatten(
+            0, (-1, frame)
+        )
+        # A path of floats has the rounding of products and rank-long sums instead of the split.
+        floats = (
+            8 * acc
+            if step.matrix_units is not False
+            else 8 * acc + budgets.PRODUCT + codes.shape[1] * acc
+        )
+        error += floats * torch.einsum("hcr,ctr->hct", u, padded).flatten(1)[:, :length]
+        scores.append(score.masked_fill(is_exact, float("-inf")))
+        errors.append(scale * error)
+        values.append((v_codes @ v_vectors).masked_fill(is_exact[:, None], 0.0))
+        v_terms = v_terms.masked_fill(is_exact[:, None], 0.0)
     score, error, value = torch.cat(scores, 1), torch.cat(errors, 1), torch.cat(values)
     lse = torch.logsumexp(score, dim=1)  # [H/G]
     weight = (score - lse[:, None]).exp()
-    o = weight @ value
-    magnitude = weight @ value.abs()
+    o, magnitude = weight @ value, weight @ value.abs()
 
-    o_error = torch.zeros_like(o)
-    exact = decode.k.shape[2] if "exact" in parts else 0
-    if exact:
-        relative = budgets.PRODUCT + (min(exact, budgets.TILE) + exact // 32 + 8) * acc
-        o_error += relative * weight[:, :exact] @ value[:exact].abs()
-    if "cold" in parts:
-        adds = (shape.cold // min(chunk, budgets.TILE) + pages.layout.v.rank + 12) * acc + budgets.PRODUCT
+    o_error, exact = torch.zeros_like(o), 0
+    if "exact" in parts:
+        exact = int(is_exact.sum())
+        adds = (min(exact, budgets.TILE) + exact // 32 + 8) * acc
+        o_error += (budgets.PRODUCT + adds) * weight[:, :exact] @ value[:exact].abs()
+    if "pages" in parts:
+        adds = (
+            length // budgets.TILE + v_codes.shape[1] + 12 + budgets.TILE
+        ) * acc + budgets.PRODUCT
         o_error += adds * (weight[:, exact:] @ v_terms) @ v_vectors.abs()
-        tiles = -(-shape.cold // budgets.TILE)
-        pad = tiles * budgets.TILE - shape.cold
-        top = torch.nn.functional.pad(weight[:, exact:], (0, pad)).unflatten(1, (tiles, -1)).amax(-1)
-        total = torch.nn.functional.pad(value[exact:].abs(), (0, 0, 0, pad)).unflatten(0, (tiles, -1)).sum(1)
+        tiles = -(-length // budgets.TILE)
+        pad = tiles * budgets.TILE - length
+        top = (
+            torch.nn.functional.pad(weight[:, exact:], (0, pad)).unflatten(1, (tiles, -1)).amax(-1)
+        )
+        total = (
+            torch.nn.functional.pad(value[exact:].abs(), (0, 0, 0, pad))
+            .unflatten(0, (tiles, -1))
+            .sum(1)
+        )
         o_error += budgets.SPLIT * (1 + 1e-3) * top @ total
 
     adds = (min(score.shape[1], 2 * budgets.TILE) + 8) * acc
-    seen_score = torch.where(score.isfinite(), score, 0.0)
-    error = error + budgets.EXP + 4 * acc * (seen_score.abs() + lse.abs()[:, None])
-    if len(parts) == 2:  # joined: the parts' log-sum-exps are rounded, and so are its weights
+    seen = torch.where(score.isfinite(), score, 0.0)
+    error = error + budgets.EXP + 4 * acc * (seen.abs() + lse.abs()[:, None])
+    if (
+        len(parts) == 2
+    ):  # joined: the log-sum-exps of the parts are rounded, and so are their weights
         part_lse = torch.stack([torch.logsumexp(part, dim=1) for part in scores])
         gap, part_size = (part_lse - lse).abs().amax(0), part_lse.abs().amax(0)
-        joined = budgets.EXP + budgets.LOG + adds + acc * (8 + 3 * gap + 3 * part_size + 2 * lse.abs())
+        joined = (
+            budgets.EXP + budgets.LOG + adds + acc * (8 + 3 * gap + 3 * part_size + 2 * lse.abs())
+        )
         error += joined[:, None]
     grown = weight * torch.expm1(error)
     drift = torch.log1p(grown.sum(-1))
-    o_budget = torch.stack([(w[:, None] * (value - mean).abs()).sum(0) for w, mean in zip(grown, o, strict=True)])
-    o_budget = (
-        o_budget * drift.exp()[:, None] + o_error + adds * (magnitude + o.abs()) + 2 * acc * lse.abs()[:, None] * magnitude
+    spread = torch.stack(
+        [(w[:, None] * (value - x).abs()).sum(0) for w, x in zip(grown, o, strict=True)]
     )
+    o_budget = spread * drift.exp()[:, None] + o_error + adds * (magnitude + o.abs())
+    o_budget += 2 * acc * lse.abs()[:, None] * magnitude
     return Expected(o, lse, o_budget, drift + budgets.LOG + adds + 3 * acc * lse.abs())
 
 
-def check_state(decode: Decode, state: tuple[torch.Tensor, torch.Tensor], parts: tuple[str, ...] = BOTH) -> float:
-    """The largest error of a state (o [B, H, D], lse [B, H]) in units of its budget, over the heads of two rows and KV
-    heads (the first of the first row, the last of the last).
+def check_state(
+    step: Step, state: tuple[torch.Tensor, torch.Tensor | None], parts: Sequence[str] = BOTH
+) -> float:
+    """The largest error of a state (o [B, H, D], lse [B, H] or None) in units of its budget, over
+    the heads of two rows and KV heads (the first of the first row, the last of the last). A 16-bit
+    o may be rounded once.
 
     Raises:
-        AssertionError: an error is larger than its budget, or a number of the whole state is not finite.
+        AssertionError: an error is larger than its budget, or a number of the whole state is not
+        finite.
     """
     o, lse = state
-    if not (o.isfinite().all() and lse.isfinite().all()):
+    if not all(x.isfinite().all() for x in state if x is not None):
         raise AssertionError("the state holds numbers that are not finite")
-    shape, ratios = decode.shape, []
-    group = shape.heads // shape.kv_heads
-    for b, g in sorted({(0, 0), (shape.batch - 1, shape.kv_heads - 1)}):
-        want = expected(decode, b, g, parts)
-        own = slice(g * group, (g + 1) * group)
-        ratios.append(((o[b, own].double() - want.o).abs() / want.o_budget).max())
-        ratios.append(((lse[b, own].double() - want.lse).abs() / want.lse_budget).max())
+    group, ratios = step.q.shape[1] // step.codec.kv_heads, []
+    for b, g in sorted({(0, 0), (len(o) - 1, step.codec.kv_heads - 1)}):
+        want, heads = expected(step, b, g, parts), slice(g * group, (g + 1) * group)
+        allowed = want.o_budget + budgets.U[o.dtype] * want.o.abs()
+        ratios.append(((o[b, heads].double() - want.o).abs() / allowed).max())
+        if lse is not None:
+            ratios.append(((lse[b, heads].double() - want.lse).abs() / want.lse_budget).max())
     worst = float(torch.stack(ratios).max())  # NaN if one is
     if not worst <= 1:
         raise AssertionError(f"an error of {worst:.3g} times the budget")

@@ -1,15 +1,21 @@
-"""Device times of short calls with a cold L2, and the bandwidth that the card can read at: what every table shares.
+"""Device times of short calls with a cold L2, the bandwidth that the card can read at, and rows of
+results: what every table shares.
 
-A call is timed as a decode step runs it: captured in a CUDA graph, its inputs in memory and not in the L2 cache. The same
-work on several copies of the inputs, together larger than the cache, is one graph; the time of a call is the time of a
-replay over the number of copies, by events on the device. Host time is not in it.
-Test: tests/test_perf.py.
+A call is timed as a decode step runs it: captured in a CUDA graph, its inputs in memory and not in
+the L2 cache. The same work on several copies of the inputs, together larger than the cache, is one
+graph; the time of a call is the time of a replay over the number of copies, by events on the
+device. Host time is not in it.   Test: tests/test_perf.py.
 """
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import json
+import os
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +29,8 @@ import triton.language as tl
 from spectral_kernels import _launch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "perf" / "results"
+Row = dict[str, Any]
 Call = Callable[[], Any]
 
 
@@ -63,12 +71,14 @@ class Card:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def copies(self, nbytes: int) -> int:
-        """How many copies of `nbytes` of inputs keep a call's inputs out of the L2 cache until its turn comes again."""
+        """How many copies of `nbytes` of inputs keep a call's inputs out of the L2 cache until its
+        turn comes again."""
         return max(1, min(256, -(-3 * self.properties.L2_cache_size // max(nbytes, 1))))
 
     @cached_property
     def read_bandwidth(self) -> float:
-        """Bytes a second of a read-only pass over up to 4 GiB: the best median of several tile sizes."""
+        """Bytes a second of a read-only pass over up to 4 GiB: the best median of several tile
+        sizes."""
         size = min(4 << 30, self.free // 4) >> 20 << 20
         x = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device=self.device)
         best = 0.0
@@ -78,7 +88,9 @@ class Card:
         wanted = (int(x.sum(dtype=torch.int64)) + 2**31) % 2**32 - 2**31
         got = (int(read_sum(x).sum(dtype=torch.int64)) + 2**31) % 2**32 - 2**31
         if got != wanted:
-            raise AssertionError(f"the read-only pass did not read everything: sum {got}, expected {wanted}")
+            raise AssertionError(
+                f"the read-only pass did not read everything: sum {got}, expected {wanted}"
+            )
         return best
 
 
@@ -89,7 +101,8 @@ def _read_sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def read_sum(x: torch.Tensor, block: int = 4096, warps: int = 4) -> torch.Tensor:
-    """Sums of runs of `block` int32 numbers, modulo 2**32: int32 [N] -> [N / block]. N is a multiple of `block`."""
+    """Sums of runs of `block` int32 numbers, modulo 2**32: int32 [N] -> [N / block]. N is a
+    multiple of `block`."""
     out = torch.empty(x.numel() // block, dtype=torch.int32, device=x.device)
     _read_sum_kernel[(out.numel(),)](x, out, BLOCK=block, num_warps=warps)
     return out
@@ -111,7 +124,8 @@ class Times:
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """A graph of all calls in turn, each run once before (what compiles or allocates does so outside the capture)."""
+    """A graph of all calls in turn, each run once before (what compiles or allocates does so
+    outside the capture)."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -128,7 +142,8 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
     """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`).
 
-    A sample is as many replays of the graph of all calls as fill half a millisecond; 5 to 100 samples in `seconds`.
+    A sample is as many replays of the graph of all calls as fill half a millisecond; 5 to 100
+    samples in `seconds`.
     """
     graph = capture(calls)
 
@@ -149,11 +164,13 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
 
 
 def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]:
-    """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's records.
+    """Microseconds a call spends in each kernel, by the kernel's name: medians of the profiler's
+    records.
 
-    Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by one, each when the one
-    before has ended: one that starts early would count its waiting. Once the profiler has run in a process every launch
-    takes longer: what is to be timed by `device_times` comes first.
+    Empty where the profiler sees no kernels (CUPTI may be refused). The calls are launched one by
+    one, each when the one before has ended: one that starts early would count its waiting. Once the
+    profiler has run in a process every launch takes longer: what is to be timed by `device_times`
+    comes first.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -175,15 +192,31 @@ def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]
             found.setdefault(event.name, []).append(event.time_range.elapsed_us())
     runs = len(calls) * rounds
     # A kernel that a call starts n times counts n times.
-    return {name: statistics.median(times) * round(len(times) / runs) for name, times in found.items()}
+    return {
+        name: statistics.median(times) * round(len(times) / runs) for name, times in found.items()
+    }
 
 
-def versions(commit: str | None = None) -> dict[str, Any]:
-    """What ran: commit (git's, with "+" where files differ from it, unless given; without git "unknown"), torch, triton."""
+def once_ms(call: Call) -> float:
+    """Milliseconds of one eager call by device events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def versions(commit: str | None = None) -> Row:
+    """What ran: commit (git's, with "+" where files differ from it, unless given; "unknown" without
+    git), torch, triton."""
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(
+                ["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=30
+            )
         except OSError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
@@ -191,3 +224,53 @@ def versions(commit: str | None = None) -> dict[str, Any]:
     if commit is None and (commit := git("rev-parse", "--short", "HEAD")):
         commit += "+" if git("status", "--porcelain", "--untracked-files=no") else ""
     return {"commit": commit or "unknown", "torch": torch.__version__, "triton": triton.__version__}
+
+
+def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
+    """--json and --commit of a command whose rows go to perf/results."""
+    path, text = RESULTS / results, f"append rows (default file: {RESULTS / results})"
+    parser.add_argument("--json", type=Path, nargs="?", const=path, help=text)
+    parser.add_argument("--commit", help="what rows say is measured; default: git's word")
+
+
+def begin(commit: str | None = None) -> tuple[Card, Row]:
+    """The card, and what all rows of a run share; prints it. Exits with 2 without a card."""
+    try:
+        card = Card.current()
+    except NoCard as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    torch.manual_seed(0)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+    reads = round(card.read_bandwidth / 1e9)
+    same = {"gpu": card.name, **versions(commit), "date": date, "read_gbs": reads}
+    print(f"{card.name}, commit {same['commit']}, {card.dtype}, reads {reads} GB/s", flush=True)
+    return card, same
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, short enough for a row."""
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:120]
+
+
+def rounded(row: Row) -> Row:
+    """Its floats with four digits, which is what they are good for."""
+    return {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in row.items()}
+
+
+def write_row(row: Row, path: Path | None) -> None:
+    """Append a row to a file, and to rows.jsonl in the folder $OUT where that is set (a lent GPU
+    machine)."""
+    out = os.environ.get("OUT")
+    for target in filter(None, (path, Path(out) / "rows.jsonl" if out else None)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]

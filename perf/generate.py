@@ -1,11 +1,13 @@
 """Generate text through the spectral cache, alone or beside the dense model.
 
-    python -m perf.generate --compare                                  the embedded model recalls a fact from a long text
-    python -m perf.generate --model Qwen/Qwen2.5-0.5B --prompt-file notes.txt --preset quality --max-new-tokens 200
+    python -m perf.generate --compare        the embedded model recalls a fact from a long text
+    python -m perf.generate --model Qwen/Qwen2.5-0.5B --prompt-file notes.txt --preset quality
 
-Prints the text and, with --compare, the dense model's: how many tokens are the same, the bytes of both caches, prompt
-and new tokens a second. The spectral prompt time includes the compression. On a GPU each model first runs unmeasured for
-two tokens, so that no kernel is compiled or loaded on the clock.
+Prints the text and, with --compare, the dense model's: how many tokens are the same, the bytes of
+both caches, prompt and new tokens a second. The spectral prompt time includes the encoding. On a
+GPU each model first runs unmeasured for two tokens, so that no kernel is compiled and no graph
+captured on the clock. The embedded model ships its codecs; another model is calibrated once, or
+--codec names the file.
 """
 
 from __future__ import annotations
@@ -23,8 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from spectral_kernels.cache import PRESETS
-from spectral_kernels.hf import CACHE, ModelCache, enable
+from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 TINY_MODEL = Path(__file__).parent / "tiny_model"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,7 +37,7 @@ class Run:
 
     Attributes:
         tokens, text: the new tokens, and their text.
-        cache_bytes: of all keys and values (and bases) at the end.
+        cache_bytes: of all keys and values at the end; of a ModelCache all that is allocated.
         prompt_tokens, prompt_seconds: the prompt, up to the first new token.
         seconds: of the new tokens after the first.
     """
@@ -60,7 +61,8 @@ class Run:
 
 
 class _Watch(BaseStreamer):
-    """The clock of one generation of one row, and its progress bars: generate calls `put` for the prompt and each token."""
+    """The clock of one generation of one row, and its progress bars: generate calls `put` for the
+    prompt and every token."""
 
     def __init__(self, model: Any, label: str, prompt_tokens: int, max_new_tokens: int) -> None:
         self.times: list[float] = []
@@ -71,7 +73,7 @@ class _Watch(BaseStreamer):
         self.hooks = [layer.register_forward_hook(self._layer_done) for layer in layers]
 
     def _layer_done(self, *_: Any) -> None:
-        """The whole prompt goes through one layer after the other: each moves the bar by its share."""
+        """The whole prompt goes through layer after layer: each moves the bar by its share."""
         if len(self.times) == 1:
             self.layers_done += 1
             self.bar.update(self.prompt_tokens * self.layers_done // self.layers - self.bar.n)
@@ -94,7 +96,11 @@ class _Watch(BaseStreamer):
 
 
 def load(
-    model: str | None = None, *, gguf: str | None = None, device: str | None = None, dtype: str | None = None
+    model: str | None = None,
+    *,
+    gguf: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -102,7 +108,8 @@ def load(
         model: path or id; by default the embedded model, perf/tiny_model.
         gguf: path of a GGUF file instead; its weights are dequantised (needs the package gguf).
         device: by default a GPU if there is one.
-        dtype: "float32", "float16" or "bfloat16"; by default float32 on a CPU, bfloat16 on a GPU that has it, else float16.
+        dtype: "float32", "float16" or "bfloat16"; by default float32 on a CPU, bfloat16 on a GPU
+            that has it, else float16.
     Returns:
         (model in evaluation mode, tokenizer)
     Raises:
@@ -110,7 +117,11 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
-        half = "bfloat16" if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+        half = (
+            "bfloat16"
+            if device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 0)
+            else "float16"
+        )
         dtype = half if device.startswith("cuda") else "float32"
     options: dict[str, Any] = {}
     source = model or str(TINY_MODEL)
@@ -121,7 +132,9 @@ def load(
         try:
             import gguf as _  # noqa: F401
         except ImportError:
-            raise ImportError("gguf: reading GGUF files needs the package gguf: pip install gguf") from None
+            raise ImportError(
+                "gguf: reading GGUF files needs the package gguf: pip install gguf"
+            ) from None
         source, options = str(path.parent), {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     if gguf is not None:
@@ -136,7 +149,7 @@ def load(
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a ModelCache or a DynamicCache holds."""
+    """Bytes of all of a ModelCache, or of the keys and values in a DynamicCache."""
     if isinstance(cache, ModelCache):
         return cache.nbytes
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -151,6 +164,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    cache: ModelCache | None = None,
 ) -> Run:
     """Continue one prompt, watched.
 
@@ -158,6 +172,7 @@ def generate(
         input_ids: int64 [1, T], on the model's device.
         label: of the progress bars.
         temperature: 0 takes the likeliest token each time.
+        cache: an empty one to fill; default what generate makes.
     """
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -171,6 +186,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             streamer=watch,
+            **({} if cache is None else {CACHE: cache}),
             **sampling,
         )
     finally:
@@ -208,29 +224,60 @@ def report(spectral: Run, dense: Run | None, *, preset: str) -> str:
         same, places, first = agreement(dense.tokens, spectral.tokens)
         where = "no difference" if first is None else f"first difference at new token {first + 1}"
         lines.append(f"same tokens     {same} of {places} ({100 * same / places:.1f} %), {where}")
-        lines.append(f"dense cache is  {dense.cache_bytes / spectral.cache_bytes:.2f} times as large")
+        lines.append(
+            f"dense cache is  {dense.cache_bytes / spectral.cache_bytes:.2f} times as large"
+        )
     return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m perf.generate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.generate", description=__doc__.split("\n")[0]
+    )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", help="path or id of a Llama, Mistral, Qwen2 or Qwen3 (default: the embedded model)")
+    source.add_argument(
+        "--model", help="path or id of a causal language model (default: the embedded one)"
+    )
     source.add_argument("--gguf", help="GGUF file of such a model")
+    parser.add_argument(
+        "--codec",
+        type=Path,
+        help="the model's codec (default: the known one, else it is calibrated)",
+    )
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", help="default, for the embedded model: a text of 3,000 tokens and a question about it")
+    text.add_argument(
+        "--prompt",
+        help="default, for the embedded model: a text of 3,000 tokens and a question about it",
+    )
     text.add_argument("--prompt-file", type=Path, help="file with the prompt, UTF-8")
-    parser.add_argument("--prompt-tokens", type=int, help="keep only the first so many tokens of the prompt")
+    parser.add_argument(
+        "--prompt-tokens", type=int, help="keep only the first so many tokens of the prompt"
+    )
     parser.add_argument("--preset", choices=list(PRESETS), default="balanced")
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--compare", action="store_true", help="run the dense model beside it")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, bfloat16 or float16 on a GPU")
-    parser.add_argument("--temperature", type=float, default=0.0, help="sample at this temperature (default 0: greedy)")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        help="default: float32 on a CPU, bfloat16 or float16 on a GPU",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="sample at this temperature (default 0: greedy)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the default prompt and of sampling")
     args = parser.parse_args(argv)
-    if args.max_new_tokens < 1 or args.temperature < 0 or (args.prompt_tokens is not None and args.prompt_tokens < 1):
-        parser.error("--max-new-tokens and --prompt-tokens must be at least 1, --temperature at least 0")
+    if (
+        args.max_new_tokens < 1
+        or args.temperature < 0
+        or (args.prompt_tokens is not None and args.prompt_tokens < 1)
+    ):
+        parser.error(
+            "--max-new-tokens and --prompt-tokens must be at least 1, --temperature at least 0"
+        )
 
     expected = None
     if args.prompt is not None:
@@ -255,22 +302,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
     ) as error:  # what transformers raises for an unknown id or a missing package
         parser.error(str(error))
-    input_ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(model.device)
+    input_ids = (
+        tokenizer(prompt, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(model.device)
+    )
     if input_ids.shape[1] == 0:
         parser.error("the prompt is empty")
     settings: dict[str, Any] = {"temperature": args.temperature, "seed": args.seed}
+    codec = args.codec
+    if codec is None and args.model is None and args.gguf is None:
+        codec = TINY_MODEL / f"codec-{args.preset}.safetensors"
 
-    def run(label: str) -> Run:
-        if model.device.type == "cuda":
-            generate(model, tokenizer, input_ids, label=f"{label}, warm-up", max_new_tokens=2, **settings)
-        return generate(model, tokenizer, input_ids, label=label, max_new_tokens=args.max_new_tokens, **settings)
+    def run(label: str, cache: ModelCache | None = None) -> Run:
+        options = {"cache": cache, **settings}
+        if model.device.type == "cuda":  # compiles kernels, and captures the step of this cache
+            generate(
+                model, tokenizer, input_ids, label=f"{label}, warm-up", max_new_tokens=2, **options
+            )
+            if cache is not None:
+                cache.reset()
+        return generate(
+            model, tokenizer, input_ids, label=label, max_new_tokens=args.max_new_tokens, **options
+        )
 
     try:
-        handle = enable(model, args.preset)
-    except (TypeError, ValueError, NotImplementedError) as error:
+        handle = enable(model, args.preset, codec=codec, tokenizer=tokenizer)
+    except (OSError, TypeError, ValueError, NotImplementedError) as error:
         parser.error(str(error))
     with handle:
-        spectral = run(args.preset)
+        spectral = run(args.preset, handle.new_cache(1, input_ids.shape[1] + args.max_new_tokens))
     dense = run("dense") if args.compare else None
 
     print(f"\nprompt ({input_ids.shape[1]} tokens): ...{tokenizer.decode(input_ids[0, -40:])}")

@@ -1,35 +1,34 @@
-"""Every public kernel alone: inputs that fit the card, a check against the oracle, device time, bytes and bandwidth.
+"""Every public kernel alone: inputs that fit the card, a check, device time, bytes, bandwidth.
 
-    python -m perf.kernels                              a table; needs torch, triton and numpy
-    pytest perf --benchmark-only                        the same under pytest-benchmark (perf/test_benchmarks.py)
+    python -m perf.kernels [NAME ...]      a table; needs torch, triton and numpy
+    pytest perf --benchmark-only           the same with pytest-benchmark (perf/test_benchmarks.py)
 
-Inputs are larger than the L2 cache, or several copies of them are used in turn. Bytes are those that a kernel must read and
-write once. Checks: the oracle of reference/ with the budgets of tests/budgets.py, on a part of the result that NumPy can
-do; attention: perf/_cases.py.
+One builder a stem of the package gives inputs, bytes and check; perf.compress takes its builders
+from here. Inputs are larger than the L2 cache, or several copies are used in turn. Bytes are those
+that a kernel must read and write once. Checks: the twin of plain PyTorch on the same inputs (tests/
+hold twins to the oracle), attention: perf/_cases.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 
-import spectral_kernels as sk
-from perf._cases import ALIGN, LAYOUTS, Shape, check_state, make_decodes, preset_layout
-from perf._timing import Call, Card, NoCard, device_times
-from reference import compress as compress_oracle
-from reference import merge as merge_oracle
-from reference import pages as pages_oracle
-from reference import rope as rope_oracle
-from spectral_kernels.compress import LEAST_SHARE, STEP_SHARES
-from tests import budgets
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
+from perf._timing import Call, Card, Row, begin, device_times, reason
+from spectral_kernels import compress, merge, rope
+from spectral_kernels.calibrate import PRESETS
+from spectral_kernels.layout import unpack_pages
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-LAYOUT = "balanced"  # where a kernel needs bands and does not run once for each layout
+PRESET = "balanced"  # where a kernel needs bands and does not run once for each preset
+CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 
 @dataclass
@@ -50,282 +49,274 @@ class Kernel:
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
-    """Tokens (a power of two) that take 3 to 6 times the L2 cache, at least 64 MiB, at most an eighth of free memory."""
+    """Tokens (a power of two) that take 3 to 6 times the L2 cache, at least 64 MiB, at most an
+    eighth of free memory."""
     size = min(max(6 * card.properties.L2_cache_size, 128 << 20), card.free // 8)
     return 1 << (size // token_bytes).bit_length() - 1
 
 
 def context_of(card: Card) -> int:
-    """Tokens of a decode step with four rows: 32K, or as many (a power of two) as a card of less than 8 GB holds easily."""
+    """Tokens of a decode step with four rows: 32K, or as many (a power of two) as a small card
+    holds easily."""
     return 1 << min(15, (card.free // (64 * 4 * KV_HEADS * DIM)).bit_length() - 1)
 
 
-def numpy_of(x: torch.Tensor) -> np.ndarray:
-    return x.double().cpu().numpy()
+def check_close(got: torch.Tensor, want: torch.Tensor, allowed: float = CLOSE) -> None:
+    """Relative error in norm."""
+    off = float((got.double() - want.double()).norm() / want.double().norm())
+    if not off <= allowed:
+        raise AssertionError(f"a relative error of {off:.3g}, expected at most {allowed:.3g}")
 
 
-def rope_on(card: Card) -> tuple[sk.Rope, np.ndarray]:
-    inv_freq = 1e6 ** -(torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
-    return sk.Rope.from_inv_freq(inv_freq, device=card.device), inv_freq.numpy()
+def rounding(dtype: torch.dtype) -> float:
+    """Relative error in norm that one rounding to dtype explains, of both sides."""
+    return CLOSE if dtype == torch.float32 else torch.finfo(dtype).eps
 
 
-def rotate(card: Card, chunk: int | None) -> Kernel:
-    tokens = tokens_of(card, 2 * KV_HEADS * DIM)
-    x = torch.randn(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
-    out, positions = torch.empty_like(x), torch.arange(tokens, dtype=torch.int32, device=card.device)[None]
-    rope, inv_freq = rope_on(card)
+def steps_of(
+    card: Card, shape: Shape, preset: str = PRESET, copies: int | None = None
+) -> list[Step]:
+    plan = layouts(preset, shape.dim)
+    layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
+    copies = card.copies(shape.step_bytes(layout, exact)) if copies is None else copies
+    return make_steps(
+        shape, layout, preset=preset, copies=copies, dtype=card.dtype, device=card.device
+    )
+
+
+def rows_of(card: Card, tokens: int, heads: int = KV_HEADS) -> torch.Tensor:
+    """[1, heads, T, D]."""
+    return torch.empty(1, heads, tokens, DIM, dtype=card.dtype, device=card.device).normal_(
+        std=SCORE_STD
+    )
+
+
+# rope.py
+
+
+def turned(card: Card, name: str) -> Kernel:
+    x = rows_of(card, tokens_of(card, 2 * KV_HEADS * DIM))
+    out, positions = (
+        torch.empty_like(x),
+        torch.arange(x.shape[2], dtype=torch.int32, device=card.device)[None],
+    )
+    freqs = rope.freqs_from_inv_freq(
+        1e6 ** -(torch.arange(0, DIM, 2).double() / DIM), device=card.device
+    )
+    options = {"frame": 512} if name == "turn_back" else {}
 
     def call() -> torch.Tensor:
-        if chunk is None:
-            return sk.rotate(x, positions, rope, out=out)
-        return sk.phase_align(x, positions, rope, chunk=chunk, out=out)
+        return getattr(rope, name)(x, positions, freqs, out=out, **options)
 
     def check() -> None:
-        got, data = call()[0, -1, -256:], numpy_of(x[0, -1, -256:])
-        want = rope_oracle.rotate(data, np.arange(tokens - 256, tokens), inv_freq, chunk=chunk)
-        budgets.check(got, want, budgets.rotate(data, want, inv_freq, card.dtype))
+        part = slice(-256, None)
+        want = getattr(rope, f"{name}_torch")(x[:, :, part], positions[:, part], freqs, **options)
+        check_close(call()[:, :, part], want, rounding(x.dtype))
 
-    return Kernel([call], 2 * x.nbytes + positions.nbytes, check, f"G={KV_HEADS} T={tokens} D={DIM}")
+    return Kernel(
+        [call], 2 * x.nbytes + positions.nbytes, check, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
+    )
 
 
 def project_queries(card: Card) -> Kernel:
-    shape, layout = Shape(4, HEADS, KV_HEADS, DIM, context_of(card)), preset_layout(LAYOUT, DIM)
-    decode = make_decodes(shape, layout, copies=1, dtype=card.dtype, device=card.device)[0]
-    pages, rank = decode.pages, layout.k.rank
-    size = 4 * shape.batch * HEADS * pages.max_blocks * rank
-    outs = [torch.empty(shape.batch, HEADS, pages.max_blocks, rank, device=card.device) for _ in range(card.copies(size))]
-    calls = [partial(sk.project_queries, decode.q, decode.positions, pages, decode.rope, out=out) for out in outs]
-
-    def check() -> None:
-        blocks = min(2, pages.max_blocks)
-        part, start = part_of(pages, blocks)  # of row 0 and KV head 0; the query as far from them
-        group = HEADS // KV_HEADS
-        q = numpy_of(decode.q[:1, :group, None])
-        position = decode.positions[:1, None].cpu().numpy() - start
-        inv_freq = decode.inv_freq.cpu().numpy()
-        names = (part.k_basis, part.k_scale, part.segment_table, part.lengths)
-        want = rope_oracle.project_queries(q, position, *names, inv_freq, 1.0, layout.align)
-        got = calls[0]()[:1, :group, None, -blocks:]
-        budgets.check(got, want, budgets.project_queries(q, want, part, inv_freq, 1.0))
-
-    nbytes = size + decode.q.nbytes + pages.k_basis.nbytes + pages.k_scale.nbytes
-    return Kernel(calls, nbytes, check, str(shape))
-
-
-def part_of(pages: sk.Pages, blocks: int) -> tuple[pages_oracle.PageArrays, int]:
-    """The last blocks of alignment of row 0 and KV head 0, as the oracle takes them, and their first position."""
-    layout = pages.layout
-    start = (pages.max_blocks - blocks) * layout.align
-    table = pages.page_table[0, start // layout.chunk :].long()
-    data = [getattr(pages, name)[table, :1] for name in ("k_pages", "v_pages", "skip")]
-    segment = int(pages.segment_table[0, 0])
-    bases = [getattr(pages, name)[segment : segment + 1, :1] for name in ("k_basis", "k_scale", "v_basis", "v_scale")]
-    length = np.array([int(pages.lengths[0]) - start], np.int32)
-    tables = (np.arange(len(table), dtype=np.int32)[None], np.zeros((1, blocks), np.int32), length)
-    sizes = (layout.k.bands, layout.v.bands, layout.head_dim, layout.chunk, layout.align)
-    return pages_oracle.PageArrays(*sizes, *(x.cpu().numpy() for x in data + bases), *tables), start  # type: ignore[call-arg]
-
-
-def gram(card: Card) -> Kernel:
-    tokens = tokens_of(card, 2 * KV_HEADS * DIM)
-    x = torch.randn(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
-
-    def check() -> None:
-        data = numpy_of(x[:, -1:])
-        budgets.check(sk.gram(x)[:, -1:], data.mT @ data, budgets.gram(data))
-
-    return Kernel([partial(sk.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, f"G={KV_HEADS} T={tokens} D={DIM}")
-
-
-def query_metric(card: Card) -> Kernel:
-    tokens, group = tokens_of(card, 2 * HEADS * DIM), HEADS // KV_HEADS
-    q = torch.randn(1, HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
-    rope, inv_freq = rope_on(card)
-    chunk = 4 * ALIGN  # few starts for the oracle
-    call = partial(sk.query_metric, q, rope, chunk=chunk, kv_heads=KV_HEADS)
-
-    def check() -> None:
-        """The last KV head: all its queries from each chunk's start on, turned by the oracle (no scaling)."""
-        own, seen = numpy_of(q[0, -group:]), np.arange(tokens) // chunk + 1
-        want = np.zeros((DIM, DIM))
-        for start in range(0, tokens, chunk):
-            turned = rope_oracle.rotate(own[:, start:], np.arange(tokens - start), inv_freq).reshape(-1, DIM)
-            want += turned.T @ turned
-        budget = budgets.query_metric(own[None], inv_freq, 1.0, card.dtype, chunk, 1)[0, 0]
-        budgets.check(call()[0, -1], want / (seen.sum() * group), budget)
-
-    nbytes = q.nbytes + 4 * KV_HEADS * DIM**2
-    return Kernel([call], nbytes, check, f"H={HEADS} G={KV_HEADS} T={tokens} D={DIM}")
-
-
-def fit_steps(card: Card) -> Kernel:
-    tokens, bands = 2048, preset_layout(LAYOUT, DIM).k
-    nbytes = 4 * KV_HEADS * bands.rank * (tokens + 1)
-    shape = (KV_HEADS, tokens, bands.rank)
-    samples = [torch.randn(shape, device=card.device) for _ in range(card.copies(nbytes))]
-
-    def check() -> None:
-        """The step is one of those tried, and its squared error, in float64, is as good as the least of theirs."""
-        c, step = numpy_of(samples[0][-1]), numpy_of(sk.fit_steps(samples[0], bands)[-1])
-        widest = np.abs(c).max(0) * 2.0 ** (1 - np.array(bands.bits))
-        tried = np.geomspace(1, LEAST_SHARE, STEP_SHARES)[:, None] * widest  # [shares, R]
-        budgets.check(np.abs(tried / step - 1).min(0), np.zeros(bands.rank), np.full(bands.rank, 8 * budgets.ACC))
-
-        def error(step: np.ndarray) -> np.ndarray:
-            return np.square(compress_oracle.quantise(c / step, bands.bands) * step - c).sum(0)
-
-        least = np.min([error(step) for step in tried], axis=0)
-        # T squares are added; of a coefficient and its code times the step a few roundings are left in each difference.
-        slack = (tokens + 8) * budgets.ACC * least + 16 * budgets.ACC * (step * np.abs(c).sum(0))
-        budgets.check(np.maximum(error(step) - least, 0.0), np.zeros(bands.rank), slack)
-
-    calls = [partial(sk.fit_steps, sample, bands) for sample in samples]
-    return Kernel(calls, nbytes, check, f"G={KV_HEADS} T={tokens} {bands}")
-
-
-def fit_encoder(card: Card) -> Kernel:
-    """Of random rows."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(-127, 128, (2 * KV_HEADS, DIM, DIM), generator=generator, dtype=torch.int8).to(card.device)
-    scale = torch.rand((2 * KV_HEADS, DIM), generator=generator).to(card.device) + 0.5
-    call = partial(sk.fit_encoder, rows, scale)
-
-    def check() -> None:
-        """With R = D the encoder is the basis' inverse, good to the rounding of its entries."""
-        for i, got in enumerate(numpy_of(call())):
-            basis = numpy_of(rows[i]) * numpy_of(scale[i])[:, None]
-            budgets.check(got @ basis, np.eye(DIM), 4 * budgets.ACC * (np.abs(got) @ np.abs(basis)))
-
-    nbytes = rows.nbytes + scale.nbytes + call().nbytes
-    return Kernel([call], nbytes, check, f"{2 * KV_HEADS} matrices R=D={DIM}")
-
-
-def encode(card: Card, side: str) -> Kernel:
-    layout = preset_layout(LAYOUT, DIM)
-    bands, tokens = (layout.k if side == "k" else layout.v), tokens_of(card, 2 * KV_HEADS * DIM)
-    chunks = tokens // layout.chunk
-    x = torch.randn(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
-    levels = torch.tensor([2.0**bits / 4 for bits in bands.bits], device=card.device)
-    encoder = torch.randn(1, KV_HEADS, DIM, bands.rank, device=card.device) / DIM**0.5 * levels
-    pages = torch.zeros(chunks, KV_HEADS, layout.chunk * bands.bytes, dtype=torch.uint8, device=card.device)
-    ids = torch.randperm(chunks, dtype=torch.int32, device=card.device)[None]
-    call = partial(sk.encode, x, encoder, bands, pages, ids, side=side)
-
-    def check() -> None:
-        call()
-        data, page = numpy_of(x[0, -1, -layout.chunk :]), pages[int(ids[0, -1]), -1].cpu().numpy()
-        own = numpy_of(encoder[0, -1])
-        exact, slack = data @ own, budgets.coefficients(data, own, card.dtype)
-        low, high = (compress_oracle.quantise(exact + sign * slack, bands.bands) for sign in (-1, 1))
-        stored = pages_oracle.unpack_pages(page, bands.bands, side)
-        assert ((low <= stored) & (stored <= high)).all(), "a code lies outside of what float32 makes of its coefficient"
-
-    nbytes = x.nbytes + encoder.nbytes + pages.nbytes + ids.nbytes
-    return Kernel([call], nbytes, check, f"G={KV_HEADS} T={tokens} D={DIM} {bands}")
-
-
-def decode(card: Card, side: str) -> Kernel:
-    layout = preset_layout(LAYOUT, DIM)
-    bands, tokens = (layout.k if side == "k" else layout.v), tokens_of(card, 4 * KV_HEADS * DIM)
-    shape = Shape(1, HEADS, KV_HEADS, DIM, tokens)
-    pages = make_decodes(shape, layout, copies=1, dtype=card.dtype, device=card.device)[0].pages
-    call = partial(sk.decode, pages, side=side)
-
-    def check() -> None:
-        part, start = part_of(pages, min(2, pages.max_blocks))
-        keys, values, _ = pages_oracle.rebuild(part, 0)
-        codes = pages_oracle.coefficients(part, 0)[0 if side == "k" else 1][0]
-        basis, scale = (part.k_basis, part.k_scale) if side == "k" else (part.v_basis, part.v_scale)
-        want = (keys if side == "k" else values)[0]
-        got = call()[0, 0, start : start + len(want)]
-        budgets.check(got, want, budgets.decode(codes, bands.bands, basis[0, 0], scale[0, 0]))
-
-    data = pages.k_pages if side == "k" else pages.v_pages
-    out = 4 * KV_HEADS * pages.max_chunks * layout.chunk * DIM
-    return Kernel([call], data.nbytes + out, check, f"G={KV_HEADS} T={tokens} D={DIM} {bands}")
-
-
-def attend_spectral(card: Card, name: str) -> Kernel:
-    shape, layout = Shape(4, HEADS, KV_HEADS, DIM, context_of(card)), preset_layout(name, DIM)
-    copies = card.copies(shape.page_bytes(layout))
-    decodes = make_decodes(shape, layout, copies=copies, dtype=card.dtype, device=card.device)
-
-    def check() -> None:
-        check_state(decodes[0], decodes[0].attend_cold(), ("cold",))
-
-    return Kernel([d.attend_cold for d in decodes], shape.page_bytes(layout), check, f"{shape} {layout.token_bytes} bytes")
-
-
-def attend_exact(card: Card) -> Kernel:
-    shape, layout = Shape(4, HEADS, KV_HEADS, DIM, 512), preset_layout("32x8", DIM)
-    nbytes = shape.step_bytes(layout) - shape.page_bytes(layout)
-    decodes = make_decodes(shape, layout, copies=card.copies(nbytes), dtype=card.dtype, device=card.device)
-
-    def check() -> None:
-        check_state(decodes[0], decodes[0].attend_exact(), ("exact",))
-
-    exact = decodes[0]
-    nbytes = sum(x.nbytes for x in (exact.k, exact.v, exact.q, exact.key_positions)) + 4 * exact.q.numel()
-    return Kernel([d.attend_exact for d in decodes], nbytes, check, f"B=4 H=32/8 D={DIM} N={exact.k.shape[2]}")
-
-
-def merge_states(card: Card) -> Kernel:
-    rows = 64 * HEADS
-    nbytes = 3 * 4 * rows * (DIM + 1)
-
-    def state() -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(rows, DIM, device=card.device), torch.randn(rows, device=card.device)
-
-    states = [(*state(), *state()) for _ in range(card.copies(nbytes))]
-
-    def check() -> None:
-        o, lse = (np.stack([numpy_of(x[:64]) for x in states[0][i::2]], 1) for i in (0, 1))
-        check_merged(sk.merge_states(*states[0]), o, lse)
-
-    return Kernel([partial(sk.merge_states, *s) for s in states], nbytes, check, f"{rows} states of {DIM}")
-
-
-def merge_many_states(card: Card) -> Kernel:
-    rows, count = 64 * HEADS, 16
-    nbytes = 4 * rows * (count + 1) * (DIM + 1)
-    states = [
-        (torch.randn(rows, count, DIM, device=card.device), torch.randn(rows, count, device=card.device))
-        for _ in range(card.copies(nbytes))
+    shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
+    steps = steps_of(card, shape, copies=card.copies(1 << 24))
+    frames, rank = context_of(card) // 512, steps[0].codec.layout.k.rank
+    outs: list[Any] = [
+        tuple(
+            torch.empty(*shape_of, device=card.device)
+            for shape_of in ((4, HEADS, frames, rank), (4, HEADS, frames))
+        )
+        for _ in steps
+    ]
+    calls = [
+        partial(rope.project_queries, s.q, s.codec, frames, out=out)
+        for s, out in zip(steps, outs, strict=True)
     ]
 
     def check() -> None:
-        o, lse = (numpy_of(x[:64]) for x in states[0])
-        check_merged(sk.merge_many_states(*states[0]), o, lse)
+        for got, want in zip(
+            calls[0](), rope.project_queries_torch(steps[0].q, steps[0].codec, frames), strict=True
+        ):
+            check_close(got, want)
 
-    calls = [partial(sk.merge_many_states, *s) for s in states]
+    codec = steps[0].codec
+    nbytes = sum(
+        x.nbytes for x in (*outs[0], steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean)
+    )
+    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {frames} frames")
+
+
+# compress.py
+
+
+def gram(card: Card, tokens: int | None = None) -> Kernel:
+    x = rows_of(card, tokens or tokens_of(card, 2 * KV_HEADS * DIM))
+
+    def check() -> None:
+        check_close(compress.gram(x)[:, -1], x[:, -1].double().mT @ x[:, -1].double())
+
+    shape = f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
+    return Kernel([partial(compress.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, shape)
+
+
+def check_codes(got: torch.Tensor, want: torch.Tensor, step: Step, side: str) -> None:
+    """Pages hold the codes of the twin; where a coefficient lies at the boundary of two codes,
+    either (one in 1,000)."""
+    bands = step.codec.layout.side(side)
+    off = (unpack_pages(got, bands, side=side) - unpack_pages(want, bands, side=side)).abs()
+    share = float((off > 0).float().mean())
+    if float(off.max()) > 1 or share > 1e-3:
+        raise AssertionError(f"codes: {share:.2g} of them differ, by up to {float(off.max())}")
+
+
+def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
+    tokens = tokens or tokens_of(card, 2 * KV_HEADS * DIM)
+    [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
+    x, pages = rows_of(card, tokens), step.k_pages if side == "k" else step.v_pages
+    exact = step.k_exact if side == "k" else step.v_exact
+    options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
+    call = partial(
+        compress.encode, x, step.codec, pages, step.block_table, step.seq_lens, **options
+    )
+
+    def check() -> None:
+        call()
+        got, kept = pages.clone(), exact.clone()
+        pages.random_(0, 256)
+        compress.encode_torch(x, step.codec, pages, step.block_table, step.seq_lens, **options)
+        check_codes(got, pages, step, side)
+        check_close(kept, exact, 0.0)
+
+    bands = step.codec.layout.side(side)
+    return Kernel(
+        [call], x.nbytes + pages.nbytes, check, f"G={KV_HEADS} T={tokens} D={DIM} {bands}"
+    )
+
+
+def append(card: Card, batch: int = 4) -> Kernel:
+    steps = steps_of(card, Shape(batch, HEADS, KV_HEADS, DIM, 512), copies=card.copies(1 << 22))
+
+    def check() -> None:
+        step = steps[0]
+        tensors = (step.k_pages, step.v_pages, step.k_exact, step.v_exact)
+        before = [x.clone() for x in tensors]
+        step.append()
+        got = [x.clone() for x in tensors]
+        for x, old in zip(tensors, before, strict=True):
+            x.copy_(old)
+        compress.append_torch(
+            step.k, step.v, step.codec, *tensors, step.block_table, step.seq_lens, sinks=step.sinks
+        )
+        if not any((x != old).any() for x, old in zip(tensors[:2], before[:2], strict=True)):
+            raise AssertionError("nothing was stored")
+        check_codes(got[0], tensors[0], step, "k")
+        check_codes(got[1], tensors[1], step, "v")
+        for a, b in zip(got[2:], tensors[2:], strict=True):
+            check_close(a, b, 0.0)
+
+    codec = steps[0].codec
+    nbytes = 3 * steps[0].k.nbytes * 2 + codec.k_encoder.nbytes + codec.v_encoder.nbytes
+    return Kernel([step.append for step in steps], nbytes, check, f"B={batch} G={KV_HEADS} D={DIM}")
+
+
+def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
+    tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
+    [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
+    pages = step.k_pages if side == "k" else step.v_pages
+    arguments = (pages, step.codec, step.block_table, step.seq_lens)
+    call = partial(compress.decode, *arguments, side=side)
+
+    def check() -> None:
+        check_close(call()[:, :, -256:], compress.decode_torch(*arguments, side=side)[:, :, -256:])
+
+    out = 4 * KV_HEADS * tokens * DIM
+    return Kernel(
+        [call],
+        pages.nbytes + out,
+        check,
+        f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}",
+    )
+
+
+# attention.py, window.py
+
+
+def attend_spectral(card: Card, preset: str) -> Kernel:
+    shape = Shape(4, HEADS, KV_HEADS, DIM, context_of(card))
+    steps = steps_of(card, shape, preset)
+
+    def check() -> None:
+        check_state(steps[0], steps[0].attend())
+        check_state(steps[0], steps[0].attend(("pages",)), ("pages",))
+
+    layout, exact = steps[0].codec.layout, steps[0].k_exact.shape[2]
+    return Kernel(
+        [s.attend for s in steps],
+        shape.step_bytes(layout, exact),
+        check,
+        f"{shape} {layout.token_bytes} bytes",
+    )
+
+
+def attend_window(card: Card) -> Kernel:
+    steps = steps_of(card, Shape(4, HEADS, KV_HEADS, DIM, 512), copies=card.copies(1 << 20))
+
+    def check() -> None:
+        check_state(steps[0], steps[0].attend(("exact",)), ("exact",))
+
+    first = steps[0]
+    nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
+    calls = [partial(step.attend, ("exact",)) for step in steps]
+    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens")
+
+
+# merge.py
+
+
+def merge_states(card: Card, count: int) -> Kernel:
+    """count 2: `merge_states`; more: `merge_many_states`."""
+    rows, name = 64 * HEADS, "merge_states" if count == 2 else "merge_many_states"
+    nbytes = 4 * rows * (count + 1) * (DIM + 1)
+
+    def states() -> tuple[torch.Tensor, ...]:
+        o, lse = (
+            torch.randn(rows, count, DIM, device=card.device),
+            torch.randn(rows, count, device=card.device),
+        )
+        if count > 2:
+            return o, lse
+        return tuple(x[:, i].contiguous() for i in (0, 1) for x in (o, lse))
+
+    inputs = [states() for _ in range(card.copies(nbytes))]
+
+    def check() -> None:
+        o, lse = inputs[0] if count > 2 else (torch.stack(inputs[0][i::2], 1) for i in (0, 1))
+        total = torch.logsumexp(lse.double(), 1)
+        want = ((lse.double() - total[:, None]).exp()[..., None] * o.double()).sum(1), total
+        for got, wanted in zip(calls[0](), want, strict=True):
+            check_close(got, wanted)
+
+    calls = [partial(getattr(merge, name), *x) for x in inputs]
     return Kernel(calls, nbytes, check, f"{rows} x {count} states of {DIM}")
 
 
-def check_merged(got: tuple[torch.Tensor, torch.Tensor], o: np.ndarray, lse: np.ndarray) -> None:
-    """The first rows of a merged state against the oracle's: o [N, n, D], lse [N, n]."""
-    want = merge_oracle.merge(o, lse)
-    for actual, expected, budget in zip(got, want, budgets.merge(o, lse, want, torch.float32), strict=True):
-        budgets.check(actual[: len(o)], expected, budget)
-
-
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
-    "rotate": partial(rotate, chunk=None),
-    "phase_align": partial(rotate, chunk=ALIGN),
+    "rotate": partial(turned, name="rotate"),
+    "turn_back": partial(turned, name="turn_back"),
     "project_queries": project_queries,
     "gram": gram,
-    "query_metric": query_metric,
-    "fit_steps": fit_steps,
-    "fit_encoder": fit_encoder,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
+    "append": append,
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
-    **{f"attend_spectral {name}": partial(attend_spectral, name=name) for name in LAYOUTS},
-    "attend_exact": attend_exact,
-    "merge_states": merge_states,
-    "merge_many_states": merge_many_states,
+    **{f"attend_spectral {name}": partial(attend_spectral, preset=name) for name in LOSSY},
+    "attend_window": attend_window,
+    "merge_states": partial(merge_states, count=2),
+    "merge_many_states": partial(merge_states, count=16),
 }
 
 
-def measured(kernel: Kernel, card: Card) -> dict[str, float | str]:
+def measured(kernel: Kernel, card: Card) -> Row:
     """Device time, bytes and bandwidth of a kernel that has been checked."""
     times = device_times(kernel.calls)
     gbs = kernel.nbytes / 1e3 / times.p50
@@ -343,28 +334,35 @@ def measured(kernel: Kernel, card: Card) -> dict[str, float | str]:
     }
 
 
-def main() -> int:
-    try:
-        card = Card.current()
-    except NoCard as error:
-        print(f"perf.kernels: {error}", file=sys.stderr)
-        return 2
-    print(f"{card.name}, {card.dtype}, read-only pass {card.read_bandwidth / 1e9:.0f} GB/s")
-    failed = 0
-    for name, build in KERNELS.items():
+def table(builders: dict[str, Callable[[Card], Kernel]], card: Card) -> tuple[list[Row], int]:
+    """Check, time and print; the rows (with names), and how many failed."""
+    rows, failed = [], 0
+    for name, build in builders.items():
         try:
             kernel = build(card)
             kernel.check()
-            row = measured(kernel, card)
-        except Exception as error:  # one broken kernel does not hide the others; the exit code tells
-            print(f"{name:24} FAILED: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            rows.append({"kernel": name, **measured(kernel, card)})
+        except Exception as error:  # the others go on; the exit code tells
+            print(f"{name:24} FAILED: {reason(error)}", flush=True)
             failed += 1
             continue
-        print(
-            f"{name:24} {row['device_us_p50']:9.1f} us {row['gbs']:7.0f} GB/s {row['share']:5.0%}  {kernel.shape}",
-            flush=True,
-        )
-    return 1 if failed else 0
+        row = rows[-1]
+        text = f"{row['device_us_p50']:9.1f} us {row['gbs']:7.0f} GB/s {row['share']:5.0%}"
+        print(f"{name:24} {text}  {kernel.shape}", flush=True)
+    return rows, failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    known = sorted({name.split()[0] for name in KERNELS})
+    parser = argparse.ArgumentParser(prog="python -m perf.kernels", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
+    names = parser.parse_args(argv).names or known
+    if set(names) - set(known):
+        parser.error(f"NAME: expected some of {known}, got {names}")
+    card, _ = begin()
+    chosen = {name: build for name, build in KERNELS.items() if name.split()[0] in names}
+    return 1 if table(chosen, card)[1] else 0
 
 
 if __name__ == "__main__":

@@ -1,83 +1,158 @@
-"""README's tables from the rows of perf/results: `python -m perf.tables` writes them, `--plot PNG` draws a plot.
+"""Tables and plots from the rows of perf/results: `python -m perf.tables [FILE ...]` prints every
+table; `--readme` writes those that README has a place for; `--plot FOLDER` draws plots.
 
-A table stands in README between `<!-- table: NAME -->` and `<!-- end of table -->` and comes from perf/results/NAME.jsonl.
-Rows are appended by the measurements; of rows about the same thing the last one counts.   Test: tests/test_perf.py.
+A table stands in README between `<!-- table: NAME -->` and `<!-- end of table -->` and comes from
+perf/results/NAME.jsonl. Rows are appended by the measurements; of rows about the same thing the
+last one counts.   Test: tests/test_perf.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from perf._cases import LAYOUTS
-from perf._timing import ROOT
+from perf._timing import RESULTS, ROOT, Row, read_rows
 
-RESULTS = ROOT / "perf" / "results"
-Row = dict[str, Any]
-ATTENTION_KEY = ("gpu", "B", "H", "G", "D", "T", "layout")
+ATTENTION_KEY = ("gpu", "B", "H", "G", "D", "T", "path", "preset")
+END_KEY = ("gpu", "shape", "B", "T", "what", "preset")
+PRESETS = ("exact", "quality", "balanced", "small")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+NO_ROWS = "No row yet: `python -m perf.{} --json` on a CUDA card, then `perf.tables --readme`.\n"
 
 
 def latest(rows: Iterable[Row], key: Sequence[str]) -> list[Row]:
     """The last row of each key, in order of the keys."""
-    found = {tuple(row[name] for name in key): row for row in rows}
-    return [found[k] for k in sorted(found)]
+    found = {tuple(row.get(name) for name in key): row for row in rows}
+    return [found[k] for k in sorted(found, key=lambda k: [(x is not None, x) for x in k])]
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines))
+def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "".join(
+        f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines)
+    )
+
+
+def of_commits(rows: Iterable[Row]) -> str:
+    return f"\nMeasured at {', '.join(sorted({row['commit'] for row in rows}))}.\n"
 
 
 def attention_table(rows: Iterable[Row]) -> str:
-    """A line a card and shape: the best dense peer, and for each layout microseconds, speed-up and share of the bandwidth.
-
-    All shapes of 32/8 heads with D = 128; of others those of 32K tokens.
-    """
+    """A line a card, shape and path: the best dense peer; of each preset microseconds, speed-up,
+    share of the bandwidth."""
+    rows = latest(rows, ATTENTION_KEY)
+    if not rows:
+        return NO_ROWS.format("attention")
     shapes: dict[tuple, dict[str, Row]] = {}
-    for row in latest(rows, ATTENTION_KEY):
-        if (row["H"], row["G"], row["D"]) == (32, 8, 128) or row["T"] == 32768:
-            shapes.setdefault(tuple(row[name] for name in ATTENTION_KEY[:-1]), {})[row["layout"]] = row
-    if not shapes:
-        return "No row yet: `python -m perf.attention --json` on a CUDA card, then `python -m perf.tables`.\n"
-
-    def main_first(shape: tuple) -> tuple:
-        gpu, batch, heads, groups, dim, tokens = shape
-        return gpu, (heads, groups, dim) != (32, 8, 128), heads, groups, dim, batch, tokens
-
+    for row in rows:
+        shapes.setdefault(tuple(row[name] for name in ATTENTION_KEY[:-1]), {})[row["preset"]] = row
     lines = []
-    for shape in sorted(shapes, key=main_first):
-        gpu, batch, heads, groups, dim, tokens = shape
-        own = shapes[shape]
-        peer = next((row for row in own.values() if row["best_peer"] is not None), None)
-        cells = [gpu, f"{heads}/{groups}", str(dim), str(batch), f"{tokens:,}"]
+    for (gpu, batch, heads, groups, dim, tokens, path), found in shapes.items():
+        peer = next((row for row in found.values() if row["best_peer"]), None)
+        cells = [gpu, f"{heads}/{groups}", str(dim), str(batch), f"{tokens:,}", path]
         cells.append("-" if peer is None else f"{peer['best_peer_us']:.4g} {peer['best_peer']}")
-        for layout in LAYOUTS:
-            row = own.get(layout, {})
-            if not row:
+        for preset in PRESETS[1:]:
+            if preset not in found:
                 cells.append("-")
                 continue
+            row = found[preset]
             speedup = "" if row["speedup"] is None else f", **{row['speedup']:.2f}x**"
-            share = "" if row["read_share"] is None else f", {row['read_share']:.0%}"
-            cells.append(f"{row['p50_us']:.4g}{speedup}{share}")
+            cells.append(f"{row['p50_us']:.4g}{speedup}, {row['read_share']:.0%}")
         lines.append(cells)
-    commits = sorted({row["commit"] for own in shapes.values() for row in own.values()})
-    header = ["card", "H/G", "D", "B", "T", "best dense peer, us", *LAYOUTS]
-    return f"{markdown(header, lines)}\nMeasured at {', '.join(commits)}.\n"
+    header = ["card", "H/G", "D", "B", "T", "path", "best dense peer, us", *PRESETS[1:]]
+    return markdown(header, lines) + of_commits(rows)
 
 
-TABLES: dict[str, Callable[[Iterable[Row]], str]] = {"attention": attention_table}
+def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
+    """(intercept, slope) of the least squares line; None of fewer than two points."""
+    if len({x for x, _ in points}) < 2:
+        return None
+    slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
+    return intercept, slope
+
+
+def break_even(dense: tuple[float, float] | None, ours: tuple[float, float] | None) -> str:
+    """The length from which on a line lies below another, in words."""
+    if dense is None or ours is None:
+        return "-"
+    gap, gain = ours[0] - dense[0], dense[1] - ours[1]
+    if gain <= 0:
+        return "none" if gap >= 0 else "below"
+    return "any" if gap <= 0 else f"{gap / gain:,.0f}"
+
+
+def end_to_end_table(rows: Iterable[Row]) -> str:
+    """A line a batch size and measurement: ms a token at each length, intercept and slope of a line
+    through them, break-even length against the dense graph, and of the longest length the share of
+    the ceiling: bytes of weights and cache at the read bandwidth of the same run over the time."""
+    rows = latest(rows, END_KEY)
+    if not rows:
+        return NO_ROWS.format("end_to_end")
+    timed = [row for row in rows if "ms" in row]
+    lengths = sorted({row["T"] for row in timed})
+    lines = []
+    for gpu, shape, batch in dict.fromkeys((row["gpu"], row["shape"], row["B"]) for row in timed):
+        own = [row for row in timed if (row["gpu"], row["shape"], row["B"]) == (gpu, shape, batch)]
+
+        def points(what: str, preset: str | None, own: list[Row] = own) -> dict[int, Row]:
+            return {row["T"]: row for row in own if (row["what"], row["preset"]) == (what, preset)}
+
+        graph = points("graph", None)
+        dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
+        for what, preset in dict.fromkeys((row["what"], row["preset"]) for row in own):
+            found = points(what, preset)
+            name = what if preset is None else f"{what} {preset}"
+            cells = [gpu, shape, str(batch), name]
+            for length in lengths:
+                row = found.get(length)
+                if row is None:
+                    cells.append("-")
+                    continue
+                ratio = (
+                    f" ({graph[length]['ms'] / row['ms']:.2f}x)"
+                    if length in graph and what != "graph"
+                    else ""
+                )
+                cells.append(f"{row['ms']:.2f}{'*' if row.get('shared') else ''}{ratio}")
+            line = fit_line([(t, row["ms"]) for t, row in found.items()])
+            cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
+            cells.append("-" if what == "graph" else break_even(dense, line))
+            last = found[max(found)]
+            ceiling = (last["weight_bytes"] + last["cache_bytes"]) / last["read_gbs"] / 1e6
+            cells.append(f"{ceiling:.2f} ({ceiling / last['ms']:.0%})")
+            lines.append(cells)
+    text = ""
+    if lines:
+        header = ["card", "model", "B", "ms a token", *(f"{t / 1024:.4g}K" for t in lengths)]
+        text = markdown(
+            [*header, "intercept + slope", "break-even T", "ceiling of the longest"], lines
+        )
+    if any(row.get("shared") for row in timed):
+        text += "\n\\* keys and values of all layers do not fit: layers share memory.\n"
+    prompts = [row for row in rows if row.get("prefill_ratio")]
+    if prompts:
+        table = (
+            [
+                *(str(row[name]) for name in ("gpu", "B", "T")),
+                row["preset"] or "dense",
+                *(f"{row[name]:.3f}" for name in ("prefill_s", "prefill_ratio")),
+                *(f"{row[name] / 1e9:.2f}" for name in ("cache_bytes", "peak_bytes")),
+            ]
+            for row in prompts
+        )
+        text += "\n" + markdown(
+            ["card", "B", "T", "prompt", "s", "of dense", "cache GB", "peak GB"], table
+        )
+    return text + of_commits(rows)
+
+
+TABLES: dict[str, Callable[[Iterable[Row]], str]] = {
+    "attention": attention_table,
+    "end_to_end": end_to_end_table,
+}
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
@@ -96,52 +171,113 @@ def fill(text: str, results: Path = RESULTS) -> str:
     return MARKED.sub(filled, text)
 
 
-def plot_attention(rows: Iterable[Row], path: Path) -> None:
-    """Speed-up of a decode step over the best dense peer against T, a panel a batch size: 32/8 heads, D = 128."""
+def plot(
+    rows: Iterable[Row],
+    path: Path,
+    key: Sequence[str],
+    y: str,
+    label: str,
+    select: Callable[[Row], str | None],
+) -> None:
+    """y against T, a panel a batch size, a line what `select` names (None: not shown), as PNG.
+
+    Raises:
+        ValueError: no row is shown.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [
-        row
-        for row in latest(rows, ATTENTION_KEY)
-        if (row["H"], row["G"], row["D"]) == (32, 8, 128) and row["speedup"] is not None
-    ]
+    shown = [row for row in latest(rows, key) if row.get(y) is not None and select(row)]
     if not shown:
-        raise ValueError("rows: expected some of 32/8 heads and D = 128 with a speed-up, got none")
+        raise ValueError(f"rows: expected some with {y!r}, got none")
     batches = sorted({row["B"] for row in shown})
-    figure, axes = pyplot.subplots(1, len(batches), figsize=(3.2 * len(batches), 3.2), sharey=True, squeeze=False)
+    names = sorted(name for name in {select(row) for row in shown} if name)
+    figure, axes = pyplot.subplots(
+        1, len(batches), figsize=(3.2 * len(batches), 3.2), squeeze=False
+    )
     for axis, batch in zip(axes[0], batches, strict=True):
-        for style, gpu in enumerate(sorted({row["gpu"] for row in shown})):
-            for color, layout in enumerate(LAYOUTS):
-                points = [(r["T"], r["speedup"]) for r in shown if (r["gpu"], r["B"], r["layout"]) == (gpu, batch, layout)]
-                if points:
-                    look = {"color": f"C{color}", "linestyle": ("-", "--", ":", "-.")[style % 4], "marker": "o"}
-                    axis.plot(*zip(*points, strict=True), label=f"{layout}, {gpu}", **look)
-        axis.axhline(1, color="black", linewidth=0.8)
+        for color, name in enumerate(names):
+            points = sorted(
+                (row["T"], row[y]) for row in shown if row["B"] == batch and select(row) == name
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, color=f"C{color}", marker="o")
         axis.set(xscale="log", xlabel="tokens T", title=f"B = {batch}")
-        ticks = sorted({row["T"] for row in shown})
+        ticks = sorted({row["T"] for row in shown if row["B"] == batch})
         axis.set_xticks(ticks, [f"{t // 1024}K" for t in ticks], minor=False)
         axis.minorticks_off()
-    axes[0][0].set_ylabel("speed-up over the best peer")
-    # Of all panels: a card may have no row of some.
-    lines = dict(pair[::-1] for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    axes[0][0].set_ylabel(label)
+    lines = dict(
+        pair[::-1]
+        for axis in axes[0]
+        for pair in zip(*axis.get_legend_handles_labels(), strict=True)
+    )
     figure.tight_layout(rect=(0, 0.16, 1, 1))
-    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=len(LAYOUTS), fontsize="x-small")
+    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=4, fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
+def plot_all(results: Path, folder: Path) -> None:
+    """Speed-up of a layer's step, and ms a token of whole models, against T."""
+    attention, whole = (
+        read_rows(results / f"{name}.jsonl") for name in ("attention", "end_to_end")
+    )
+
+    def layer(row: Row) -> str | None:
+        return (
+            row["preset"]
+            if (row["H"], row["G"], row["D"], row["path"]) == (32, 8, 128, "matrix")
+            else None
+        )
+
+    def model(row: Row) -> str | None:
+        return (
+            " ".join(filter(None, (row["what"], row["preset"])))
+            if row["what"] in ("graph", "static", "ours")
+            else None
+        )
+
+    if attention:
+        plot(
+            attention,
+            folder / "attention.png",
+            ATTENTION_KEY,
+            "speedup",
+            "speed-up over the best dense step",
+            layer,
+        )
+    if whole:
+        plot(whole, folder / "end_to_end.png", END_KEY, "ms", "ms a token", model)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m perf.tables", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--plot", type=Path, help="also draw the speed-up of attention as PNG (needs matplotlib)")
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.tables", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument(
+        "files", type=Path, nargs="*", help="rows of end_to_end to print, instead of perf/results"
+    )
+    parser.add_argument("--readme", action="store_true", help="write README's tables")
+    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw plots (needs matplotlib)")
     args = parser.parse_args(argv)
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    if args.files:
+        print(
+            end_to_end_table(
+                [row for path in args.files for row in read_rows(path) if "what" in row]
+            )
+        )
+    elif args.readme:
+        readme.write_text(fill(readme.read_text()))
+    else:
+        for name, table in TABLES.items():
+            print(f"{name}\n\n{table(read_rows(RESULTS / f'{name}.jsonl'))}")
     if args.plot:
-        plot_attention(read_rows(RESULTS / "attention.jsonl"), args.plot)
+        plot_all(RESULTS, args.plot)
     return 0
 
 

@@ -1,7 +1,8 @@
 """Every public kernel under pytest-benchmark: `pytest perf --benchmark-only --benchmark-json=FILE`.
 
-pytest-benchmark's own times are the host's, launch and synchronisation included. `extra_info` has the device's: p20, p50
-and p80 of CUDA-graph replays with a cold L2, bytes, GB/s, and the share of the read bandwidth measured in the same session.
+pytest-benchmark's own times are the host's, launch and synchronisation included. `extra_info` has
+the device's: p20, p50 and p80 of CUDA-graph replays with a cold L2, bytes, GB/s, and the share of
+the read bandwidth measured in the same session.
 """
 
 from __future__ import annotations

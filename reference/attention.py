@@ -1,10 +1,10 @@
-"""Oracle of spectral_kernels/attention.py: every key and value rebuilt, query and key turned to their absolute
-positions.
+"""Oracle of spectral_kernels/attention.py and window.py: every key and value as the model had it, a
+softmax over them.
 
-    score_t = scale * (S R(m) q) . (S R(p_t) k_t)      w = softmax of the scores of the tokens seen      o = sum_t w_t
-    v_t
+    score_t = scale * q . k_t    w = softmax of the scores of the tokens seen    o = sum_t w_t v_t
 
-with S the attention scaling on the rotary dimensions. All in float64. A set without tokens is o = 0, lse = -inf.
+with q and k as the model rotated them: exact tokens from their slots, others rebuilt from pages at
+their absolute position. All in float64. A set without tokens is o = 0, lse = -inf.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .pages import PageArrays, rebuild
-from .rope import rotate, scale_rotary
+from .compress import PageArrays, rebuild
+from .window import exact_tokens, paged_tokens, slot_of, visible
 
 F64 = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -23,13 +23,14 @@ Mask = NDArray[np.bool_]
 class State:
     """The state, and what tolerances are derived from.
 
-    o: [B, H, Q, D].  lse: [B, H, Q], natural log.  scores: [B, H, Q, T], scaled, -inf where the token is not seen.
-    values: [B, G, T, D], zero where a row has no such token.
+    o: [B, H, Q, D].  lse: [B, H, Q], natural log.  scores: [B, H, Q, T], scaled, -inf where the
+    token is not seen. keys, values: [B, G, T, D], zero where a row has no such token.
     """
 
     o: F64
     lse: F64
     scores: F64
+    keys: F64
     values: F64
 
     @property
@@ -43,10 +44,12 @@ class State:
         """sum_t w_t |v_t|, [B, H, Q, D]."""
         weights, size = self.weights, np.abs(self.values)
         group = weights.shape[1] // size.shape[1]
-        return np.stack([weights[:, h] @ size[:, h // group] for h in range(weights.shape[1])], axis=1)
+        return np.stack(
+            [weights[:, h] @ size[:, h // group] for h in range(weights.shape[1])], axis=1
+        )
 
 
-def softmax_state(scores: F64, values: F64) -> State:
+def softmax_state(scores: F64, values: F64, keys: F64 | None = None) -> State:
     """The state of scores [B, H, Q, T] (-inf: not seen) over values [B, G, T, D]."""
     batch, heads, queries, _ = scores.shape
     group = heads // values.shape[1]
@@ -60,98 +63,73 @@ def softmax_state(scores: F64, values: F64) -> State:
         weights = np.exp(row - top)
         o[b, h, m] = weights @ values[b, h // group] / weights.sum()
         lse[b, h, m] = top + np.log(weights.sum())
-    return State(o, lse, scores, values)
+    return State(o, lse, scores, np.zeros_like(values) if keys is None else keys, values)
 
 
 def dense(
-    q: ArrayLike,
-    positions: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    key_positions: ArrayLike,
-    inv_freq: ArrayLike,
-    *,
-    scaling: float = 1.0,
-    scale: float | None = None,
-    causal: bool = True,
-    seen: Mask | None = None,
-    rotated_by: NDArray[np.int64] | None = None,
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, seen: Mask, *, scale: float | None = None
 ) -> State:
-    """Attention of q [B, H, Q, D] at positions [B, Q] over k, v [B, G, T, D] at key_positions [B, G, T].
+    """Attention of q [B, H, Q, D] over k, v [B, G, T, D], all as rotated; seen [B, Q, T] says which
+    tokens a query sees.
 
-    A token is seen iff `seen` [B, G, T] holds, 0 <= key_position and, if `causal`, key_position <= position. k is
-    before RoPE, or carries the rotations `rotated_by` [B, G, T] already (phase-aligned keys: their offset in the
-    chunk).
+    What no query sees may hold anything.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    positions, key_positions = np.asarray(positions, np.int64), np.asarray(key_positions, np.int64)
-    batch, heads, queries, dim = q.shape
-    group = heads // k.shape[1]
-    scale = dim**-0.5 if scale is None else scale
-    usable = key_positions >= 0
-    if seen is not None:
-        usable &= seen
-    k, v = (np.where(usable[..., None], x, 0.0) for x in (k, v))  # what is never seen may hold anything
-    rest = key_positions if rotated_by is None else key_positions - rotated_by
-    keys = scale_rotary(rotate(k, rest, inv_freq), inv_freq, scaling)
-    turned = scale_rotary(rotate(q, positions[:, None], inv_freq), inv_freq, scaling)
-    scores = np.full((batch, heads, queries, k.shape[2]), -np.inf)
-    for b, h in np.ndindex(batch, heads):
-        g = h // group
-        visible = np.repeat(usable[b, g][None], queries, axis=0)
-        if causal:
-            visible &= key_positions[b, g][None, :] <= positions[b][:, None]
-        scores[b, h] = np.where(visible, scale * (turned[b, h] @ keys[b, g].T), -np.inf)
-    return softmax_state(scores, v)
-
-
-def exact(
-    q: ArrayLike,
-    positions: ArrayLike,
-    k: ArrayLike,
-    v: ArrayLike,
-    key_positions: ArrayLike,
-    inv_freq: ArrayLike,
-    *,
-    chunk: int,
-    scaling: float = 1.0,
-    scale: float | None = None,
-) -> State:
-    """Over phase-aligned keys k [B, G, N, D] (turned by key_position % chunk), key_positions [B, N] or [B, G, N]."""
-    at = np.asarray(key_positions, np.int64)
-    if at.ndim == 2:
-        at = np.repeat(at[:, None], np.shape(k)[1], axis=1)
-    return dense(q, positions, k, v, at, inv_freq, scaling=scaling, scale=scale, rotated_by=at % chunk)
+    group = q.shape[1] // k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    used = np.any(seen, axis=1).reshape(len(seen), 1, k.shape[2], 1)
+    k, v = (np.where(used, x, 0.0) for x in (k, v))
+    scores = np.full((*q.shape[:3], k.shape[2]), -np.inf)
+    for b, h in np.ndindex(q.shape[0], q.shape[1]):
+        scores[b, h] = np.where(seen[b], scale * (q[b, h] @ k[b, h // group].T), -np.inf)
+    return softmax_state(scores, v, k)
 
 
 def spectral(
+    q: ArrayLike, pages: PageArrays, *, sinks: int = 0, window: int = 0, scale: float | None = None
+) -> State:
+    """Over the pages alone: tokens sinks <= p < seq_len - window, by every query."""
+    q = np.asarray(q, np.float64)
+    batch, groups = len(pages.seq_lens), pages.k_pages.shape[1]
+    tokens = max((int(n) for n in pages.seq_lens), default=0)
+    keys, values = np.zeros((2, batch, groups, tokens, pages.codec.head_dim))
+    seen = np.zeros((batch, q.shape[2], tokens), bool)
+    for b in range(batch):
+        length = int(pages.seq_lens[b])
+        keys[b, :, :length], values[b, :, :length] = (
+            rebuild(pages, b, side) for side in ("k", "v")
+        )
+        seen[b, :, paged_tokens(length, sinks, window)] = True
+    return dense(q, keys, values, seen, scale=scale)
+
+
+def windowed(
     q: ArrayLike,
-    positions: ArrayLike,
-    pages: PageArrays,
-    inv_freq: ArrayLike,
+    k_exact: ArrayLike,
+    v_exact: ArrayLike,
+    seq_lens: ArrayLike,
+    seq_ids: ArrayLike,
     *,
-    scaling: float = 1.0,
+    sinks: int,
+    window: int,
     scale: float | None = None,
 ) -> State:
-    """Over the cold pages: tokens below a row's length whose skip bit is clear, no causal mask among them."""
-    batch, groups = len(pages.lengths), pages.k_pages.shape[1]
-    tokens = max((int(n) for n in pages.lengths), default=0)
-    keys, values = (np.zeros((batch, groups, tokens, pages.head_dim)) for _ in range(2))
-    seen = np.zeros((batch, groups, tokens), bool)
+    """Over the exact tokens alone, from their slots in k_exact, v_exact [max_seqs, G, S, D]:
+    causal, query i of Q at position seq_len - Q + i."""
+    q, k_exact, v_exact = (np.asarray(x, np.float64) for x in (q, k_exact, v_exact))
+    seq_lens, seq_ids = np.asarray(seq_lens), np.asarray(seq_ids)
+    batch, ring = q.shape[0], k_exact.shape[2] - sinks
+    tokens = max((int(n) for n in seq_lens), default=0)
+    keys, values = np.zeros((2, batch, k_exact.shape[1], tokens, q.shape[-1]))
+    seen = np.zeros((batch, q.shape[2], tokens), bool)
     for b in range(batch):
-        length = int(pages.lengths[b])
-        keys[b, :, :length], values[b, :, :length], seen[b, :, :length] = rebuild(pages, b)
-    at = np.broadcast_to(np.arange(tokens), seen.shape)
-    return dense(
-        q,
-        positions,
-        keys,
-        values,
-        at,
-        inv_freq,
-        scaling=scaling,
-        scale=scale,
-        causal=False,
-        seen=seen,
-        rotated_by=at % pages.align,
-    )
+        length = int(seq_lens[b])
+        may = visible(length, q.shape[2])
+        for p in exact_tokens(length, sinks, window):
+            slot = slot_of(p, sinks, ring)
+            keys[b, :, p], values[b, :, p] = (
+                k_exact[seq_ids[b], :, slot],
+                v_exact[seq_ids[b], :, slot],
+            )
+            seen[b, :, p] = may[:, p]
+    return dense(q, keys, values, seen, scale=scale)

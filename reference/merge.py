@@ -1,7 +1,7 @@
 """Oracle of spectral_kernels/merge.py: the softmax over the union of disjoint sets of keys.
 
-A set enters as one key that has score lse and value o: that is what a state means, so merging is attending over the
-states.
+A set enters as one key that has score lse and value o: that is what a state means, so merging is
+attending over the states.
 """
 
 import math
@@ -13,7 +13,8 @@ F64 = NDArray[np.float64]
 
 
 def merge(o: ArrayLike, lse: ArrayLike) -> tuple[F64, F64]:
-    """o [..., N, D], lse [..., N] -> o [..., D], lse [...]. All sets empty: (0, -inf). N = 0 likewise."""
+    """o [..., N, D], lse [..., N] -> o [..., D], lse [...]. All sets empty: (0, -inf). N = 0
+    likewise."""
     o, lse = np.asarray(o, np.float64), np.asarray(lse, np.float64)
     out, total = np.zeros((*o.shape[:-2], o.shape[-1])), np.full(o.shape[:-2], -np.inf)
     for index in np.ndindex(*o.shape[:-2]):

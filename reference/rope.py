@@ -1,4 +1,5 @@
-"""Oracle of spectral_kernels/rope.py: one explicit 2 x 2 rotation a pair of dimensions, angles in float64.
+"""Oracle of spectral_kernels/rope.py: one explicit 2 x 2 rotation a pair of dimensions, angles in
+float64.
 
 A pair i is the dimensions (i, i + n), n = len(inv_freq); dimensions from 2n on do not turn.
 """
@@ -10,14 +11,12 @@ F64 = NDArray[np.float64]
 
 
 def rotate(
-    x: ArrayLike, positions: ArrayLike, inv_freq: ArrayLike, *, chunk: int | None = None, inverse: bool = False
+    x: ArrayLike, positions: ArrayLike, inv_freq: ArrayLike, *, inverse: bool = False
 ) -> F64:
-    """x [..., T, D] turned by positions [..., T] (which broadcast), modulo `chunk` if given, backwards if `inverse`."""
+    """x [..., T, D] turned by positions [..., T] (which broadcast), backwards if `inverse`."""
     x = np.asarray(x, np.float64)
     frequencies = np.asarray(inv_freq, np.float64)
     turn_by = np.asarray(positions).astype(np.int64)
-    if chunk is not None:
-        turn_by = turn_by % chunk
     if inverse:
         turn_by = -turn_by
     out = x.copy()
@@ -30,16 +29,22 @@ def rotate(
     return out
 
 
-def scale_rotary(x: ArrayLike, inv_freq: ArrayLike, scaling: float) -> F64:
-    """The attention scaling that cosine and sine carry: the rotary dimensions of x [..., D] times `scaling`."""
-    x = np.array(x, np.float64)
-    x[..., : 2 * len(np.asarray(inv_freq))] *= scaling
-    return x
+def frame_start(positions: ArrayLike, frame: int) -> NDArray[np.int64]:
+    """The first position of the frame that holds a position."""
+    return np.asarray(positions).astype(np.int64) // frame * frame
+
+
+def turn_back(
+    x: ArrayLike, positions: ArrayLike, inv_freq: ArrayLike, frame: int, *, inverse: bool = False
+) -> F64:
+    """x [..., T, D] turned back by the starts of the frames of positions [..., T]; forward again if
+    `inverse`."""
+    return rotate(x, frame_start(positions, frame), inv_freq, inverse=not inverse)
 
 
 def pair_magnitude(x: ArrayLike, inv_freq: ArrayLike) -> F64:
-    """|x| [..., D] with each rotary dimension replaced by the length of its pair: no rotation makes a component
-    larger."""
+    """|x| [..., D] with each dimension that turns replaced by the length of its pair: no rotation
+    makes one larger."""
     out = np.abs(np.asarray(x, np.float64))
     n = len(np.asarray(inv_freq))
     length = np.hypot(out[..., :n], out[..., n : 2 * n])
@@ -50,34 +55,36 @@ def pair_magnitude(x: ArrayLike, inv_freq: ArrayLike) -> F64:
 
 def project_queries(
     q: ArrayLike,
-    positions: ArrayLike,
     k_basis: ArrayLike,
     k_scale: ArrayLike,
-    segment_table: ArrayLike,
-    lengths: ArrayLike,
+    k_mean: ArrayLike,
+    rows: ArrayLike,
     inv_freq: ArrayLike,
-    scaling: float,
-    chunk: int,
-) -> F64:
-    """q [B, H, Q, D], positions [B, Q], k_basis [S, G, R, D], k_scale [S, G, R] -> u [B, H, Q, max_chunks, R].
+    *,
+    frame: int,
+    max_frames: int,
+) -> tuple[F64, F64]:
+    """(u [B, H, Q, max_frames, R], bias [B, H, Q, max_frames]) of q [B, H, Q, D] as the model
+    rotated it.
 
-    By definition u[.., j, r] is the RoPE product of the query at its absolute position and of the vector
-    k_scale[r] * k_basis[r], taken as a key at the absolute position j * C: both are rotated, both carry the scaling.
+    k_basis [M, G, R, D], k_scale [M, G, R], k_mean [M, G, D], rows [B] of M. By definition u[.., j,
+    r] is the product of the query and of the vector k_scale_r k_basis_r, taken as a stored key of
+    frame j: turned forward to the frame.
     """
     q = np.asarray(q, np.float64)
-    positions, segments = np.asarray(positions), np.asarray(segment_table)
     vectors = np.asarray(k_basis, np.float64) * np.asarray(k_scale, np.float64)[..., None]
+    means, rows = np.asarray(k_mean, np.float64), np.asarray(rows)
     batch, heads, queries, _ = q.shape
     groups, rank = vectors.shape[1:3]
-    u = np.zeros((batch, heads, queries, segments.shape[1], rank))
+    u = np.zeros((batch, heads, queries, max_frames, rank))
+    bias = np.zeros((batch, heads, queries, max_frames))
     for b in range(batch):
-        rotated = scale_rotary(rotate(q[b], positions[b], inv_freq), inv_freq, scaling)  # [H, Q, D]
-        for j in range(segments.shape[1]):
-            start = j * chunk
-            if start >= int(np.asarray(lengths)[b]):
-                continue
-            keys = vectors[segments[b, j]]  # [G, R, D]
-            keys = scale_rotary(rotate(keys, np.full(rank, start), inv_freq), inv_freq, scaling)
+        for j in range(max_frames):
+            start = j * frame
+            keys = rotate(vectors[rows[b]], np.full(rank, start), inv_freq)  # [G, R, D]
+            mean = rotate(means[rows[b]], np.full(groups, start), inv_freq)  # [G, D]
             for h in range(heads):
-                u[b, h, :, j] = rotated[h] @ keys[h // (heads // groups)].T
-    return u
+                g = h // (heads // groups)
+                u[b, h, :, j] = q[b, h] @ keys[g].T
+                bias[b, h, :, j] = q[b, h] @ mean[g]
+    return u, bias

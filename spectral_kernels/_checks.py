@@ -1,4 +1,5 @@
-"""Argument checks that read host metadata only (shapes, dtypes, devices), so that no launch ever waits for the device."""
+"""Argument checks that read host metadata only (shapes, dtypes, devices), so that no launch ever
+waits for the device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,23 +20,34 @@ def check_tensor(
 ) -> None:
     """Raise TypeError or ValueError naming the argument, what was expected and what came.
 
-    `shape` may hold None for any size. `unit_stride` asks for a last dimension that is contiguous in memory.
-    """
+    `shape` may hold None for any size. `unit_stride` asks for a last dimension that is contiguous
+    in memory."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if dtype is not None:
         allowed = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
         if value.dtype not in allowed:
-            raise TypeError(f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {value.dtype}")
+            raise TypeError(
+                f"{name}: expected dtype {' or '.join(map(str, allowed))}, got {value.dtype}"
+            )
     if shape is not None and (
-        value.dim() != len(shape) or any(e is not None and e != s for e, s in zip(shape, value.shape, strict=True))
+        value.dim() != len(shape)
+        or any(e is not None and e != s for e, s in zip(shape, value.shape, strict=True))
     ):
         wanted = "[" + ", ".join("any" if e is None else str(e) for e in shape) + "]"
         raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    if unit_stride and value.dim() and value.numel() and value.shape[-1] > 1 and value.stride(-1) != 1:
-        raise ValueError(f"{name}: expected a last dimension of stride 1, got strides {list(value.stride())}")
+    if (
+        unit_stride
+        and value.dim()
+        and value.numel()
+        and value.shape[-1] > 1
+        and value.stride(-1) != 1
+    ):
+        raise ValueError(
+            f"{name}: expected a last dimension of stride 1, got strides {list(value.stride())}"
+        )
 
 
 def check_output(
@@ -50,7 +62,9 @@ def check_output(
         return torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
     check_tensor(name, value, shape=shape, dtype=dtype, device=like.device)
     if not value.is_contiguous():
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(value.stride())}")
+        raise ValueError(
+            f"{name}: expected a contiguous tensor, got strides {list(value.stride())}"
+        )
     return value
 
 

@@ -1,27 +1,28 @@
-"""Attention over spectral (cold) pages and over exact phase-aligned tokens; both return the state (o, lse).
+"""Attention over spectral pages, and over a row's exact tokens beside them: a state (o, lse).
 
-Cold.   With the projected query u of each block of alignment (rope.py) and the integers x of a page (pages.py; z offsets)
+With a frame's projected query u and bias (rope.py), the integers x of a page's keys and y of its
+values (layout.py), and what they are off by, z and z',
 
-    score_t = scale * sum_r (x_tr + z_r) u_r          o = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z_r))
+    score_t = scale * (bias + sum_r (x_tr + z_r) u_r)
+    o       = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z'_r))
 
-no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums are integer dots. A
-turned query, a projected query u (once a block) and the weights (once a tile of 64 tokens) are split as
-256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate exactly in int32, where 256 hi + lo is formed.
-Errors: half a unit, 2**-16 of the largest. Fields of a byte are masked, not shifted, so a field that starts at bit b holds
-2**b times its code; u has 2**-b in it. A 16-bit side uses three-product tf32 dots instead.
+no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums
+are integer dots. A turned query, a projected query u (once a frame) and the weights (once a page)
+are split as 256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate exactly in
+int32, where 256 hi + lo is formed. Errors: half a unit, 2**-16 of the largest. Fields of a byte are
+masked, not shifted, so a field that starts at bit b holds 2**b times its code; u has 2**-b in it.
 
-Two launches: `_attend_spectral_kernel` (a split of the pages each, for whose blocks it projects the queries first; and the
-exact tokens of a decode step) and `_finish_spectral_kernel` (joins the splits and the exact tokens, and applies the V basis
-once a segment), which from sm_90 starts while the first ends. Pages hold operand fragments, so what a thread loads goes to
-the matrix units as it is. The warps of a program of the first work on a tile of tokens each (from sm_80; attention_sm75.py
-before): a block of 16 components is as high as one dot, so that they would all compute the same one.
+Two launches: `_attend_spectral_kernel` (a share of a row's pages a program, for whose frames it
+projects the queries first; and the exact tokens, window.py) and `_finish_spectral_kernel` (joins
+the splits and the exact tokens, and applies the V basis), which from sm_90 starts while the first
+ends. The rows of a program are the queries of a KV head: its query heads, and those of several
+queries a sequence. Pages hold operand fragments, so what a thread loads goes to the matrix units as
+it is. The warps of a program work on a page each (from sm_80; attention_sm75.py before): a block of
+16 components is as high as one dot, so that they would all compute the same one.
 
-Exact.  Keys are phase-aligned and unquantised, and stay so: for each block of alignment that has keys in a tile (a few)
-the queries are turned by their distance to its start, in float32. 16-bit keys and values are operands as they are: the
-other side is split in parts that are exact products with them (`_launch.dot_f32`).
-
-Keys are split over programs (grid from capacity, lengths read on the device); the splits' states are joined in a fixed
-order: the same inputs and settings give the same bits.
+The grid is fixed by capacity (max_pages); lengths are read on the device, where a row's pages are
+shared out evenly, so that a short row of a large pool costs empty programs only. Splits are joined
+in a fixed order: the same inputs and the same capacity give the same bits.
 
 Source: Dao et al., FlashAttention (2022), section 3; Flash-Decoding (split keys).
 Oracle: reference/attention.py.   Test: tests/test_attention.py.
@@ -29,124 +30,52 @@ Oracle: reference/attention.py.   Test: tests/test_attention.py.
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_in, check_output, check_tensor
-from ._launch import cos_sin_of_phase, dot_f32, dot_int8_f32
-from .merge import merge_many_states, merge_states_torch
-from .pages import HEAD_DIMS, PageLayout, Pages, unpack_pages
-from .rope import Rope, _cos_sin_torch, _turn_torch, check_queries, project_queries_torch, projected_query
+from ._bits import (
+    field_mask,
+    fields_of,
+    first_block,
+    group_offset,
+    is_half_group,
+    masked_bytes,
+    page_bytes,
+    place_of,
+    rank_of,
+    subtiles_of,
+    weights_and_zeros,
+)  # fmt: skip
+from ._checks import FLOATS, check_output, check_tensor
+from ._math import (
+    FULL,
+    LOG2_FULL,
+    ROUND_TO_LOW_BITS,
+    cos_sin_of_phase,
+    natural_lse,
+    row_share,
+)  # fmt: skip
+from .attention_sm75 import _attend_old_cards, operand_words
+from .codec import Codec
+from .compress import check_pages, check_table
+from .layout import PAGE_SIZE, PageLayout, unpack_pages
+from .merge import merge_states_torch
+from .rope import check_codec, codec_rows, project_queries_torch
+from .window import (
+    LOG2_E,
+    attend_window_torch,
+    check_queries,
+    check_window,
+    window_split,
+    window_tile,
+)  # fmt: skip
 
-LOG2_E = math.log2(math.e)
-_LOG2_FULL = tl.constexpr(math.log2(127 * 256))
-_MAGIC = tl.constexpr(12583040.0)  # 1.5 * 2**23 + 128: adding it leaves the rounded integer + 128 in a float's low bits
-_FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
-
-
-# Where block i of 16 components lies, as pages.py has it, for compile-time loops.
-
-
-@triton.constexpr_function
-def _block(groups, i):
-    """(group, field, its lowest bit, its bits, whether it is a byte's top field) of block i; None past the last one."""
-    for n in range(len(groups)):
-        fields = groups[n][1]
-        if i < len(fields):
-            low = sum(fields[:i])
-            return n, i, low, fields[i], low + fields[i] == 8
-        i -= len(fields)
-    return None
-
-
-@triton.constexpr_function
-def _power_of_2(n):
-    """Of a tile of n: at least 16, as dots want it."""
-    return max(16, triton.next_power_of_2(n))
-
-
-@triton.constexpr_function
-def _least(a, b):
-    return min(a, b)
-
-
-@triton.constexpr_function
-def _fields(groups, n):
-    """How many fields group n has."""
-    return len(groups[n][1])
-
-
-@triton.constexpr_function
-def _first_block(groups, n):
-    return groups[n][0] // 16
-
-
-@triton.constexpr_function
-def _half(groups, n):
-    """Whether group n holds two tokens a byte (pages.is_half)."""
-    return sum(groups[n][1]) <= 4
-
-
-@triton.constexpr_function
-def _subtiles(groups, n):
-    """Sub-tiles of 512 bytes in a tile of group n."""
-    return 1 if _half(groups, n) else 2
-
-
-@triton.constexpr_function
-def _group_offset(groups, n):
-    """Bytes a token of the groups before n: all are full."""
-    return 16 * n
-
-
-@triton.constexpr_function
-def _mask(groups, i):
-    """The bits of block i in a byte, four times."""
-    block = _block(groups, i)
-    return (((1 << block[3]) - 1) << block[2]) * 0x01010101
-
-
-@triton.constexpr_function
-def _weight(groups, i):
-    """What a stored integer is multiplied by to count codes: fields are masked, not shifted (0 past the last block)."""
-    block = _block(groups, i)
-    return 0.0 if block is None else 2.0 ** -block[2]
-
-
-@triton.constexpr_function
-def _offset(groups, i):
-    """What is added to the stored integer of block i, as masked, to get the coefficient over `_weight`: a byte's top field
-    is two's complement (+1/2), others are codes (-(2**bits - 1)/2)."""
-    block = _block(groups, i)
-    if block is None:
-        return 0.0
-    return (0.5 if block[4] else 0.5 - 2.0 ** (block[3] - 1)) * 2.0 ** block[2]
-
-
-@triton.jit
-def _masked(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexpr):
-    """Some bits of every byte, where they are or from SHIFT on, as int8; four bytes an instruction where inline assembly is
-    to be had."""
-    if MASK & 0xFF == 0xFF:
-        y = x.to(tl.int8, bitcast=True)
-    elif NATIVE:
-        if SHIFT == 0:
-            y = tl.inline_asm_elementwise(f"and.b32 $0, $1, {MASK};", "=r,r", [x], tl.int8, True, 4)
-        else:
-            y = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}", "=r,r", [x], tl.int8, True, 4
-            )
-    else:
-        y = ((x >> SHIFT) & (MASK & 0xFF)).to(tl.int8, bitcast=True)
-    return y
-
-
-# Pages hold operand fragments (pages.py): these views move no data between the threads of a warp. The first dimension are
-# the W tiles that the warps of a program work on, a warp each.
+# Pages hold operand fragments (layout.py): these views move no data between the threads of a warp.
+# The first dimension are the W tiles that the warps of a program work on, a warp each.
 
 
 @triton.jit
@@ -160,7 +89,8 @@ def _k_columns(ptr, SUBTILES: tl.constexpr):
 
 @triton.jit
 def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [W, 16 columns, 32 SUBTILES tokens] of tiles of a V group; the tokens in the order of `_by_eights`."""
+    """Bytes [W, 16 columns, 32 SUBTILES tokens] of tiles of a V group; the tokens in the order of
+    `_by_eights`."""
     W: tl.constexpr = ptr.shape[0]
     x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
     x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 2, 8]), [0, 4, 2, 1, 3, 5])
@@ -169,7 +99,8 @@ def _v_columns(ptr, SUBTILES: tl.constexpr):
 
 @triton.jit
 def _by_eights(w):
-    """[W, 64, H] by token in the order of V: token 8 j + g at 8 g + j. A thread's weights stay together."""
+    """[W, 64, H] by token in the order of V: token 8 j + g at 8 g + j. A thread's weights stay
+    together."""
     W: tl.constexpr = w.shape[0]
     H: tl.constexpr = w.shape[2]
     return tl.reshape(tl.permute(tl.reshape(w, [W, 8, 8, H]), [0, 2, 1, 3]), [W, 64, H])
@@ -178,9 +109,9 @@ def _by_eights(w):
 @triton.jit
 def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
     """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16]."""
-    y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
-    if _half(GROUPS, _block(GROUPS, i)[0]):
-        y = tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 3, 1, 2])
+    y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
+    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
+        y = tl.permute(tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE)), [0, 3, 1, 2])
         y = tl.reshape(y, [x.shape[0], 64, 16])
     return y
 
@@ -188,21 +119,23 @@ def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
     """Block i of 64 tokens from the bytes of its group, int8 [W, 16, 64]."""
-    y = _masked(x, _mask(GROUPS, i), 0, NATIVE)
-    if _half(GROUPS, _block(GROUPS, i)[0]):
-        y = tl.permute(tl.join(y, _masked(x, _mask(GROUPS, i), 4, NATIVE)), [0, 1, 3, 2])
+    y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
+    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
+        y = tl.permute(tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE)), [0, 1, 3, 2])
         y = tl.reshape(y, [x.shape[0], 16, 64])
     return y
 
 
-# Thread t of four holds columns 4t .. 4t + 3 of both blocks of an operand. Up to Triton 3.7 it wants them as 8 columns in a
-# row, since 3.8 as two runs of 4 that are 16 apart: the order that leaves them where they are. Products are the same.
+# Thread t of four holds columns 4t .. 4t + 3 of both blocks of an operand. Up to Triton 3.7 it
+# wants them as 8 columns in a row, since 3.8 as two runs of 4 that are 16 apart: the order that
+# leaves them where they are. Products are the same.
 _EIGHT_IN_A_ROW = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 
 
 @triton.jit
 def _side_by_side(x, y):
-    """Two blocks [W, 64, 16] as [W, 64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_blocks` stores u so."""
+    """Two blocks [W, 64, 16] as [W, 64, 32] in the order of `_EIGHT_IN_A_ROW`; `_project_frames`
+    stores u so."""
     W: tl.constexpr = x.shape[0]
     if _EIGHT_IN_A_ROW:
         both = tl.join(tl.reshape(x, [W, 64, 4, 4]), tl.reshape(y, [W, 64, 4, 4]))
@@ -214,8 +147,8 @@ def _side_by_side(x, y):
 
 @triton.jit
 def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
-    """[M, R] whose columns 8 j + 2 t + e of every 32 lie in thread t of four, and are components 16 (j div 2) + 4 t +
-    2 (j mod 2) + e, in the order of `_side_by_side`."""
+    """[M, R] whose columns 8 j + 2 t + e of every 32 lie in thread t of four, and are components 16
+    (j div 2) + 4 t + 2 (j mod 2) + e, in the order of `_side_by_side`."""
     x = tl.reshape(x, [M, R // 32, 2, 2, 4, 2])
     if _EIGHT_IN_A_ROW:
         x = tl.permute(x, [0, 1, 4, 2, 3, 5])
@@ -226,7 +159,8 @@ def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
 
 @triton.jit
 def _u_operand(ptr, N: tl.constexpr):
-    """The projected queries of two blocks, int8 [W, 32, N], in the order of `_side_by_side`, at pointers [W]."""
+    """The projected queries of two blocks, int8 [W, 32, N], in the order of `_side_by_side`, at
+    pointers [W]."""
     x = tl.reshape(tl.load(ptr[:, None] + tl.arange(0, 32 * N)[None, :]), [ptr.shape[0], N, 32])
     return tl.permute(x, [0, 2, 1])
 
@@ -245,10 +179,13 @@ def _dot_int8(a, b, MATRIX: tl.constexpr):
 
 @triton.jit
 def _split_int16(x, NATIVE: tl.constexpr):
-    """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: (hi, lo) int8 and the rounded x, float32."""
-    shifted = x + _MAGIC
-    value = shifted - _MAGIC
-    bits = shifted.to(tl.int32, bitcast=True)  # the low 16 bits are the integer + 128: hi is its high byte
+    """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: (hi, lo) int8 and the rounded x,
+    float32."""
+    shifted = x + ROUND_TO_LOW_BITS
+    value = shifted - ROUND_TO_LOW_BITS
+    bits = shifted.to(
+        tl.int32, bitcast=True
+    )  # the low 16 bits are the integer + 128: hi is its high byte
     if NATIVE:
         hi, lo = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
@@ -270,330 +207,116 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _pairs(turns_ptr, d, PAIRS: tl.constexpr):
-    """What dimensions d turn with: (the partner, the sign of its part or 0 from 2 PAIRS on, turns a position)."""
-    sign = tl.where(d < PAIRS, -1.0, tl.where(d < 2 * PAIRS, 1.0, 0.0))
+def _load_queries(
+    q_ptr,  # the sequence's and KV head's first query
+    row,  # [ROWS], query * HG + head
+    live,
+    stride_q_h,
+    stride_q_q,
+    freqs_ptr,
+    HG: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """(queries and their partners of a turn backwards [1, ROWS, BLOCK_D], in units in which a row's
+    longest pair is FULL: one unit at any angle; the longest pairs [1, ROWS]; turns a position
+    [BLOCK_D])."""
+    d = tl.arange(0, max(16, triton.next_power_of_2(D)))
+    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))
     partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
     if PAIRS % 8 == 0:
         partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
-    return partner, sign, tl.load(turns_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
+    freqs = tl.load(freqs_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
+    at = q_ptr + (row % HG).to(tl.int64) * stride_q_h + (row // HG).to(tl.int64) * stride_q_q
+    mask = live[None, :, None] & (d < D)[None, None, :]
+    q = tl.load(at[None, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(at[None, :, None] + partner[None, None, :], mask=mask, other=0.0)
+    other = other.to(tl.float32) * sign[None, None, :]
+    largest = tl.sqrt(tl.max(q * q + other * other, 2))
+    full = tl.where(largest > 0.0, FULL / largest, 0.0)[:, :, None]
+    return q * full, other * full, largest, freqs
 
 
 @triton.jit
-def _exact_split(
-    q_ptr,
-    positions_ptr,
-    k_ptr,
-    v_ptr,
-    key_positions_ptr,
-    turns_ptr,
-    o_ptr,
-    lse_ptr,
-    split,
-    each,
-    block_m,
-    g,
-    b,
-    N,
-    splits,
-    Q,
-    G,
-    softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_k_b,
-    stride_k_g,
-    stride_k_n,
-    stride_v_b,
-    stride_v_g,
-    stride_v_n,
-    stride_key_positions_b,
-    stride_key_positions_g,
-    HG: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MATRIX: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """One split of the exact keys of row b and KV head g, for BLOCK_M rows, each a query and a head of the group."""
-    BLOCK_D: tl.constexpr = _power_of_2(D)
-    NONE: tl.constexpr = 2147483647
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < Q * HG
-    query = (row // HG).to(tl.int64)
-    head = g * HG + row % HG
-    position = tl.load(positions_ptr + b * stride_positions_b + query, mask=live, other=-1).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
-    partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
-    if ONE_QUERY:  # all rows are one query's
-        phase = (tl.load(positions_ptr + b * stride_positions_b).to(tl.int64) * turns)[None, :]
-    else:
-        phase = position[:, None] * turns[None, :]
-    phase = (phase >> 32).to(tl.int32)  # exact modulo a turn at any position
-    q_row = q_ptr + b * stride_q_b + head * stride_q_h + query * stride_q_q
-    q_mask = live[:, None] & (d < D)[None, :]
-    q = tl.load(q_row[:, None] + d[None, :], mask=q_mask, other=0.0).to(tl.float32)
-    q *= (tl.where(sign == 0.0, 1.0, rotary_scale) * softmax_scale)[None, :]
-    q_partner = tl.load(q_row[:, None] + partner[None, :], mask=q_mask, other=0.0).to(tl.float32)
-    q_partner *= (sign * rotary_scale * softmax_scale)[None, :]
-
-    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    l = tl.zeros([BLOCK_M], dtype=tl.float32)
-    o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-    k_ptr += b * stride_k_b + g * stride_k_g
-    v_ptr += b * stride_v_b + g * stride_v_g
-    key_positions_ptr += b * stride_key_positions_b + g * stride_key_positions_g
-    for start in tl.range(split * each, tl.minimum(split * each + each, N), BLOCK_N, num_stages=1):
-        # All that a tile needs is asked for before any of it is used: a program has few tiles, and their time is latency.
-        n = start + tl.arange(0, BLOCK_N)
-        inside = n < N
-        key_position = tl.load(key_positions_ptr + n, mask=inside, other=-1)
-        mask = inside[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + n.to(tl.int64)[:, None] * stride_k_n + d[None, :], mask=mask, other=0.0)
-        v = tl.load(v_ptr + n.to(tl.int64)[:, None] * stride_v_n + d[None, :], mask=mask, other=0.0)
-        used = key_position >= 0
-        block = key_position // C
-        # Keys stay as they are stored: queries are turned by their distance to the start of a block, once for each block
-        # that has keys in the tile. Those are few: neighbours in a cache are neighbours in the text.
-        k = tl.trans(k)
-        s = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        left = used
-        first = tl.min(tl.where(left, block, NONE), 0)
-        while first < NONE:
-            back = ((first.to(tl.int64) * C * turns) >> 32).to(tl.int32)
-            cos, sin = cos_sin_of_phase(phase - back[None, :], NATIVE)  # [BLOCK_M or 1, BLOCK_D]
-            s = tl.where((block == first)[None, :], dot_f32(q * cos + q_partner * sin, k, MATRIX, NATIVE), s)
-            left = left & (block != first)
-            first = tl.min(tl.where(left, block, NONE), 0)
-        seen = used[None, :] & (key_position[None, :] <= position[:, None])
-        s = tl.where(seen, s, float("-inf"))  # [BLOCK_M, BLOCK_N]
-        m_new = tl.maximum(m, tl.max(s, 1))
-        top = tl.where(m_new == float("-inf"), 0.0, m_new)
-        old = tl.exp2(m - top)
-        p = tl.exp2(s - top[:, None])
-        l = l * old + tl.sum(p, 1)
-        # An unused slot may hold NaN; its score is -inf whatever its key.
-        o = o * old[:, None] + dot_f32(p, tl.where(used[:, None], v, 0.0), MATRIX, NATIVE)
-        m = m_new
-    o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
-    out = ((b * (G * HG) + head) * Q + query) * splits + split
-    tl.store(lse_ptr + out, tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf")), mask=live)
-    tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
-
-
-@triton.jit(do_not_specialize=["N", "each", "splits", "stride_key_positions_b", "stride_key_positions_g"])
-def _attend_exact_kernel(
-    q_ptr,
-    positions_ptr,
-    k_ptr,
-    v_ptr,
-    key_positions_ptr,
-    turns_ptr,
-    o_ptr,
-    lse_ptr,
-    N,
-    each,
-    splits,
-    Q,
-    G,
-    softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_k_b,
-    stride_k_g,
-    stride_k_n,
-    stride_v_b,
-    stride_v_g,
-    stride_v_n,
-    stride_key_positions_b,
-    stride_key_positions_g,
-    HG: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MATRIX: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """One split of the keys of one row and KV head, for BLOCK_M rows: `_exact_split`."""
-    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
-    _exact_split(
-        q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, o_ptr, lse_ptr,
-        tl.program_id(0), each, tl.program_id(1) % blocks_m, (tl.program_id(1) // blocks_m).to(tl.int64),
-        tl.program_id(2).to(tl.int64), N, splits, Q, G, softmax_scale, rotary_scale,
-        stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
-        stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
-        HG, ONE_QUERY, C, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
-    )  # fmt: skip
-
-
-@triton.jit
-def _load_queries(
-    q_ptr,
-    turns_ptr,
-    g,
-    rotary_scale,
-    stride_q_h,
-    HG: tl.constexpr,
-    HG_PAD: tl.constexpr,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    """(queries of a group and their partners of `_pairs` [1, HG_PAD, BLOCK_D], in units in which the longest pair is _FULL:
-    one unit at any distance; the longest pairs [1, HG_PAD]; turns a position [BLOCK_D])."""
-    d = tl.arange(0, _power_of_2(D))
-    i = tl.arange(0, HG_PAD)
-    partner, sign, turns = _pairs(turns_ptr, d, PAIRS)
-    row = q_ptr + (g * HG + i) * stride_q_h
-    mask = (i < HG)[None, :, None] & (d < D)[None, None, :]
-    q = tl.load(row[None, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
-    q *= tl.where(sign == 0.0, 1.0, rotary_scale)[None, None, :]
-    q_partner = tl.load(row[None, :, None] + partner[None, None, :], mask=mask, other=0.0).to(tl.float32)
-    q_partner *= (sign * rotary_scale)[None, None, :]
-    largest = tl.sqrt(tl.max(q * q + q_partner * q_partner, 2))
-    full = tl.where(largest > 0.0, _FULL / largest, 0.0)[:, :, None]
-    return q * full, q_partner * full, largest, turns
-
-
-@triton.jit
-def _project_blocks(
-    q_ptr,
-    queries,
-    position,
-    turns_ptr,
-    basis_ptr,
-    scale_ptr,
-    segment_table_ptr,
+def _project_frames(
+    queries,  # of _load_queries
+    live,  # [ROWS]
+    basis_ptr,  # int8 [R, D] of the codec's row and KV head
+    scale_ptr,  # float32 [R]
+    mean_ptr,  # float32 [D]
     u_ptr,
     affine_ptr,
-    segment,
+    u_row,  # u_row + frame is the frame's row of u
     first,
-    blocks,
-    u_row,
-    g,
-    G,
+    end,
     softmax_scale,
-    rotary_scale,
-    stride_q_h,
-    HG: tl.constexpr,
-    HG_PAD: tl.constexpr,
-    ALIGN: tl.constexpr,
+    FRAME: tl.constexpr,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    R: tl.constexpr,
     GROUPS: tl.constexpr,
-    IS_FLOAT: tl.constexpr,
     M: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of blocks first .. blocks - 1 and one KV head in rows u_row + block, in log2 units; `queries`
-    from `_load_queries` (a 16-bit side loads its own), `segment` of the first block:
+    """The projected queries of frames first .. end - 1, in log2 units, M rows (a frame and a query)
+    at a time:
 
-    u [rows, ceil(R/32), 2 HG_PAD, 32] int8 (head, hi or lo; 32 components in the order of `_side_by_side`, by `_weight`),
-    with affine [rows, HG_PAD, 2] float32: their unit, and the sum of u times `_offset`. A 16-bit side: u [rows, HG_PAD, R]
-    float32.
-    M rows at a time, each a block and a head of the group.
-    """
+    u [.., ceil(R/32), 2 ROWS, 32] int8 (query, hi or lo; 32 components in the order of
+    `_side_by_side`, by their weight) with affine [.., ROWS, 2] float32: their unit, and the bias:
+    the mean's score and the sum of u times zeros."""
+    R: tl.constexpr = rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
-    ROWS: tl.constexpr = M // HG_PAD  # blocks at a time
-    BLOCK_D: tl.constexpr = _power_of_2(D)
-    BLOCK_R: tl.constexpr = max(32, _power_of_2(R))
-    h = tl.arange(0, M) % HG_PAD
-    local = tl.arange(0, M) // HG_PAD
-    row_out = (u_row + local) * HG_PAD + h
-    if not IS_FLOAT:
-        q, q_partner, largest, turns = queries
-        d = tl.arange(0, BLOCK_D)
-        back = tl.arange(0, ROWS)[:, None] * ((ALIGN * turns) >> 32).to(tl.int32)[None, :]  # good to 2**-32 turns a block
-        column = tl.arange(0, BLOCK_R)
-        # The component of a product's column: see `_by_thread`.
-        r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-        weight, offset = _units(r, GROUPS, 0, R // 16)
-        offset = _by_thread(offset[None, :], 1, BLOCK_R)
-    # A segment seldom ends among these blocks: project them on the first one's basis, and those of each other on its.
-    start = first
-    while start < blocks:
-        row = (segment.to(tl.int64) * G + g) * R
-        if IS_FLOAT:
-            live = (h < HG) & (start + local < blocks)
-            live = live & (tl.load(segment_table_ptr + start + local, mask=live, other=-1) == segment)
-            out = row_out + start * HG_PAD
-            i = tl.arange(0, BLOCK_R)
-            u = projected_query(
-                q_ptr, turns_ptr, basis_ptr + row * D, position - (start + local) * ALIGN, (g * HG + h) * stride_q_h, live,
-                rotary_scale, D, PAIRS, R, BLOCK_R, 16, M, MATRIX, NATIVE,
-            )  # fmt: skip
-            u *= (tl.load(scale_ptr + row + i, mask=i < R, other=0.0) * softmax_scale)[:, None]
-            u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32))
-            tl.store(u_float_ptr + out[None, :] * R + i[:, None], u, mask=live[None, :] & (i < R)[:, None])
-            same = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
-            start += tl.min(tl.where(same, ROWS, local), 0)
-        else:
-            at = basis_ptr + row * D + r[None, :] * D + d[:, None]
-            basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)
-            scale = tl.load(scale_ptr + row + r, mask=r < R, other=0.0) * softmax_scale * weight
-            more = start < blocks
-            while more:
-                here = tl.load(segment_table_ptr + start + local, mask=start + local < blocks, other=-1) == segment
-                live = (h < HG) & here
-                phase = ((position - start.to(tl.int64) * ALIGN) * turns >> 32).to(tl.int32)  # exact modulo a turn
-                cos, sin = cos_sin_of_phase(phase[None, None, :] - back[:, None, :], NATIVE)
-                turned = q * cos + q_partner * sin  # [ROWS, HG_PAD, BLOCK_D]
-                hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
-                u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)
-                u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
-                top = tl.max(tl.abs(u), 1)
-                u = _by_thread(u * tl.where(top > 0.0, _FULL / top, 0.0)[:, None], M, BLOCK_R)
-                hi, lo, value = _split_int16(u, NATIVE)
-                unit = tl.reshape(tl.reshape(top * (1.0 / _FULL), [ROWS, HG_PAD]) * (largest * (1.0 / _FULL)), [M])
-                out = row_out + start * HG_PAD
-                affine = tl.join(unit, tl.sum(value * offset, 1) * unit)
-                tl.store(affine_ptr + out[:, None] * 2 + tl.arange(0, 2)[None, :], affine, mask=live[:, None])
-                u_at = u_ptr + (out // HG_PAD * (STEPS * HG_PAD) + out % HG_PAD)[:, None] * 64
-                u_at += (column // 32 * (64 * HG_PAD) + column % 32)[None, :]
-                stored = live[:, None] & (column < STEPS * 32)[None, :]
-                u_at = u_at[:, :, None] + (tl.arange(0, 2) * 32)[None, None, :]
-                tl.store(u_at, tl.join(hi, lo), mask=stored[:, :, None])
-                done = tl.min(tl.where(here, ROWS, local), 0)
-                start += done
-                more = (done == ROWS) & (start < blocks)
-        segment = tl.load(segment_table_ptr + start, mask=start < blocks, other=0)
-
-
-@triton.jit
-def _lse(m, l):
-    """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights, in units of 1 / _FULL."""
-    return tl.where(l > 0.0, (m - _LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
-
-
-@triton.jit
-def _join(m_all, l_all, m, l):
-    """The (largest score, sum of weights) of two sets of keys together, and the share of each in the joint output."""
-    m_new = tl.maximum(m_all, m)
-    top = tl.where(m_new == float("-inf"), 0.0, m_new)
-    old = tl.exp2(m_all - top) * l_all
-    new = tl.exp2(m - top) * l
-    l_new = old + new
-    norm = tl.where(l_new > 0.0, 1.0 / l_new, 0.0)
-    return m_new, l_new, old * norm, new * norm
+    FRAMES: tl.constexpr = M // ROWS  # at a time
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
+    BLOCK_R: tl.constexpr = max(32, triton.next_power_of_2(R))
+    q, other, largest, freqs = queries
+    local = tl.arange(0, M) // ROWS
+    out = tl.arange(0, M) % ROWS + (u_row + local) * ROWS
+    d = tl.arange(0, BLOCK_D)
+    # Good to 2**-32 turns a frame.
+    ahead = tl.arange(0, FRAMES)[:, None] * ((FRAME * freqs) >> 32).to(tl.int32)[None, :]
+    column = tl.arange(0, BLOCK_R)
+    # The component of a product's column: see `_by_thread`.
+    r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
+    weight, zero = weights_and_zeros(r, GROUPS, 0, R // 16)
+    zero = _by_thread(zero[None, :], 1, BLOCK_R)
+    at = basis_ptr + r[None, :] * D + d[:, None]
+    basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)  # [D, R]
+    scale = tl.load(scale_ptr + r, mask=r < R, other=0.0) * softmax_scale * weight
+    mean = tl.load(mean_ptr + d, mask=d < D, other=0.0) * softmax_scale
+    for start in range(first, end, FRAMES):
+        phase = ((freqs * FRAME * start) >> 32).to(tl.int32)  # exact modulo a turn
+        cos, sin = cos_sin_of_phase(phase[None, None, :] + ahead[:, None, :], NATIVE)
+        turned = q * cos + other * sin  # [FRAMES, ROWS, BLOCK_D]
+        bias = tl.sum(turned * mean[None, None, :], 2)  # [FRAMES, ROWS], in units of 1 / full
+        hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
+        u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)  # [M, R]
+        u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
+        top = tl.max(tl.abs(u), 1)
+        u = _by_thread(u * tl.where(top > 0.0, FULL / top, 0.0)[:, None], M, BLOCK_R)
+        hi, lo, value = _split_int16(u, NATIVE)
+        full = largest * (1.0 / FULL)  # [1, ROWS]
+        unit = tl.reshape(tl.reshape(top * (1.0 / FULL), [FRAMES, ROWS]) * full, [M])
+        bias = tl.reshape(bias * full, [M]) + tl.sum(value * zero, 1) * unit
+        stored = tl.reshape(tl.broadcast_to(live[None, :], [FRAMES, ROWS]), [M]) & (
+            start + local < end
+        )
+        row = out + start * ROWS
+        affine = tl.join(unit, bias)
+        tl.store(
+            affine_ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :], affine, mask=stored[:, None]
+        )
+        u_at = u_ptr + (row // ROWS * (STEPS * ROWS) + row % ROWS)[:, None] * 64
+        u_at += (column // 32 * (64 * ROWS) + column % 32)[None, :]
+        stored = stored[:, None] & (column < STEPS * 32)[None, :]
+        u_at = u_at[:, :, None] + (tl.arange(0, 2) * 32)[None, None, :]
+        tl.store(u_at, tl.join(hi, lo), mask=stored[:, :, None])
 
 
 @triton.jit
 def _sum_of_warps(parts):
-    """Sums over W of one, two or four [W, 16, N], one below the other [16, 32 or 64, N]: one pass through shared memory."""
+    """Sums over W of one, two or four [W, 16, N], one below the other [16, 32 or 64, N]: one pass
+    through shared memory."""
     N: tl.constexpr = parts[0].shape[2]
     if len(parts) == 1:
         x = tl.sum(parts[0], 0)
@@ -601,25 +324,17 @@ def _sum_of_warps(parts):
         x = tl.reshape(tl.permute(tl.sum(tl.join(parts[0], parts[1]), 0), [2, 0, 1]), [32, N])
     else:
         x = tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), 0)
-        x = tl.reshape(tl.permute(x, [3, 2, 0, 1]), [64, N])  # of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1)
+        x = tl.reshape(
+            tl.permute(x, [3, 2, 0, 1]), [64, N]
+        )  # of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1)
     return x
 
 
 @triton.jit
-def _units(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
-    """(`_weight`, `_offset`) of components r, which lie in blocks FIRST .. END - 1."""
-    weight = tl.full(r.shape, 0.0, dtype=tl.float32)
-    offset = tl.zeros(r.shape, dtype=tl.float32)
-    for n in tl.static_range(FIRST, END):
-        weight = tl.where(r // 16 == n, _weight(GROUPS, n), weight)
-        offset = tl.where(r // 16 == n, _offset(GROUPS, n), offset)
-    return weight, offset
-
-
-@triton.jit
 def _prefetch(at, size, live):
-    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an element a thread. From sm_90,
-    which wants addresses that are multiples of 16: the one before will do."""
+    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an
+    element a thread. From sm_90, which wants addresses that are multiples of 16: the one before
+    will do."""
     tl.inline_asm_elementwise(
         """{ .reg .pred p;
         setp.ne.b32 p, $3, 0;
@@ -634,466 +349,313 @@ def _prefetch(at, size, live):
 
 
 @triton.jit
-def _cold_split(
-    q_ptr,
-    positions_ptr,
-    turns_ptr,
-    k_basis_ptr,
-    k_scale_ptr,
-    k_ptr,
-    v_ptr,
-    skip_ptr,
-    u_ptr,
-    affine_ptr,
-    basis_ptr,
-    scale_ptr,
-    page_table_ptr,
-    segment_table_ptr,
-    lengths_ptr,
-    c_ptr,
-    lse_ptr,
-    segment_ptr,
-    o_ptr,
-    o_lse_ptr,
-    split,
-    g,
-    bq,
-    u_blocks,
-    splits,
-    Q,
-    G,
-    softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_pages_b,
-    stride_segments_b,
-    HG: tl.constexpr,
-    HG_PAD: tl.constexpr,
-    C: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    RK: tl.constexpr,
-    RV: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    V_BYTES: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    K_FLOAT: tl.constexpr,
-    V_FLOAT: tl.constexpr,
-    M: tl.constexpr,
-    RUN: tl.constexpr,
-    BULK: tl.constexpr,
-    W: tl.constexpr,
-    MATRIX: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """One split of the pages of one row, query and KV head: its state over all heads of the group. The queries are
-    projected for the blocks of the split first; then W warps work on a tile of 64 tokens each, and join their states once a
-    run of chunks that share a segment.
-
-    u, affine: scratch, u_blocks rows a split of its own (`_project_blocks`).
-    c [B, H, Q, splits, RV] float32: the output in coefficients of the V basis of the split's last segment, `segment`
-    [B*Q, G, splits], with lse [B, H, Q, splits]. What lies before that segment (seldom anything) goes to o [.., D], o_lse.
-    """
-    TILES: tl.constexpr = C // 64
-    PAGES: tl.constexpr = ALIGN // C
-    N: tl.constexpr = 2 * HG_PAD
-    STEPS: tl.constexpr = (RK + 31) // 32
-    b = bq // Q
-    # Nothing waits for another load that need not: queries, then tables, then the basis and the first pages.
-    length = tl.load(lengths_ptr + b)
-    position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
-    q_ptr += b * stride_q_b + (bq % Q) * stride_q_q
-    queries = ()
-    if not K_FLOAT:
-        queries = _load_queries(q_ptr, turns_ptr, g, rotary_scale, stride_q_h, HG, HG_PAD, D, PAIRS)
-    chunks = tl.cdiv(length, C)
-    TURN: tl.constexpr = max(1, W // TILES)  # chunks that the warps take at a time
-    each = tl.cdiv(tl.cdiv(chunks, TURN), splits) * TURN
-    chunk = split * each
-    end = tl.minimum(chunk + each, chunks)
-    page_table_ptr += b * stride_pages_b
-    segment_table_ptr += b * stride_segments_b
-    first = chunk // PAGES
-    u_row = ((bq * G + g) * splits + split) * u_blocks - first
-    any_chunk = chunk < end
-    segment = tl.load(segment_table_ptr + first, mask=any_chunk, other=0)
-    # A quarter of the threads each: first pages of K, of V, the K basis, V scales.
+def _prefetch_first(
+    k_ptr, v_ptr, basis_ptr, scale_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
+    D: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """Ask for the first pages of a split, the K basis and V's scales: a quarter of the threads
+    each."""
     thread = tl.arange(0, 32 * W)
     what = thread // (8 * W)
     nth = thread % (8 * W)
-    early = nth < tl.minimum(end - chunk, TURN)
-    early_page = tl.load(page_table_ptr + chunk + nth, mask=early, other=0).to(tl.int64) * G + g
-    if any_chunk:
-        if BULK:
-            bases = segment.to(tl.int64) * G + g
-            k_at, v_at = k_ptr.to(tl.int64) + early_page * (C * K_BYTES), v_ptr.to(tl.int64) + early_page * (C * V_BYTES)
-            basis_at, scale_at = k_basis_ptr.to(tl.int64) + bases * (RK * D), scale_ptr.to(tl.int64) + bases * (4 * RV)
-            at = tl.where(what == 0, k_at, tl.where(what == 1, v_at, tl.where(what == 2, basis_at, scale_at)))
-            size = tl.where(what < 2, tl.where(what == 0, C * K_BYTES, C * V_BYTES), tl.where(what == 2, RK * D, 4 * RV))
-            _prefetch(at, size, tl.where(what < 2, early, nth == 0))
-        _project_blocks(
-            q_ptr, queries, position, turns_ptr, k_basis_ptr, k_scale_ptr, segment_table_ptr, u_ptr, affine_ptr, segment,
-            first, tl.cdiv(end, PAGES), u_row, g, G, softmax_scale, rotary_scale, stride_q_h,
-            HG, HG_PAD, ALIGN, D, PAIRS, RK, K_GROUPS, K_FLOAT, M, MATRIX, NATIVE,
-        )  # fmt: skip
-        tl.debug_barrier()  # a thread reads what others wrote
-
-    t = tl.arange(0, 64)
-    h = tl.arange(0, HG_PAD)
-    i16 = tl.arange(0, 16)
-    warp = tl.arange(0, W)
-    out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [HG_PAD], row of the split's state
-    m_all = tl.full([HG_PAD], float("-inf"), dtype=tl.float32)
-    l_all = tl.zeros([HG_PAD], dtype=tl.float32)
-    if chunk >= end:
-        tl.store(lse_ptr + out, tl.full([HG_PAD], float("-inf"), dtype=tl.float32), mask=h < HG)
-    while chunk < end:
-        # A run of blocks that share a segment.
-        block = chunk // PAGES
-        segment = tl.load(segment_table_ptr + block)
-        i = tl.arange(0, RUN)
-        others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
-        stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
-        m_warp = tl.full([W, HG_PAD], float("-inf"), dtype=tl.float32)
-        l_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
-        w_warp = tl.zeros([W, HG_PAD], dtype=tl.float32)
-        acc = ()
-        for _ in tl.static_range(RV // 16):
-            acc = acc + (tl.zeros([W, 16, HG_PAD], dtype=tl.float32),)
-        for start in range(chunk * TILES, stop * TILES, W):
-            # [W]; a warp without a tile repeats the last one and sees none of its tokens.
-            tile = tl.minimum(start + warp, stop * TILES - 1)
-            j = tile // TILES
-            part = tile % TILES  # of the page
-            u_at = u_row + j // PAGES
-            page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
-            if K_FLOAT:
-                s = tl.zeros([W, 64, HG_PAD], dtype=tl.float32)
-                k_half_ptr = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.float16))
-                u_float_ptr = u_ptr.to(tl.pointer_type(tl.float32)) + u_at * (HG_PAD * RK)
-                token = (part[:, None] * 64 + t[None, :])[:, :, None]
-                for r in tl.static_range(0, RK, 16):
-                    k = tl.load(k_half_ptr[:, None, None] + token * RK + (r + i16)[None, None, :])
-                    u_rows = u_float_ptr[:, None, None] + h[None, None, :] * RK
-                    u = tl.load(u_rows + (r + i16)[None, :, None], mask=(h < HG)[None, None, :], other=0.0)
-                    s += dot_f32(k.to(tl.float32), u, MATRIX)
-            else:
-                blocks = ()
-                for n in tl.static_range(len(K_GROUPS)):
-                    k_group_ptr = k_ptr + page * (C * K_BYTES) + _group_offset(K_GROUPS, n) * C
-                    x = _k_columns(k_group_ptr + part * (512 * _subtiles(K_GROUPS, n)), _subtiles(K_GROUPS, n))
-                    for f in tl.static_range(_fields(K_GROUPS, n)):
-                        blocks = blocks + (_k_block(x, K_GROUPS, _first_block(K_GROUPS, n) + f, NATIVE),)
-                if RK % 32:
-                    blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
-                dots = tl.zeros([W, 64, N], dtype=tl.int32)
-                for step in tl.static_range(STEPS):
-                    u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)
-                    dots += _dot_int8(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), u, MATRIX)
-                hi, lo = tl.split(tl.reshape(dots, [W, 64, HG_PAD, 2]))
-                affine = tl.load(affine_ptr + u_at[:, None] * (2 * HG_PAD) + tl.arange(0, 2 * HG_PAD)[None, :])
-                unit, bias = tl.split(tl.reshape(affine, [W, HG_PAD, 2]))
-                s = (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
-            # Bit t: token t of the tile is kept exact elsewhere or lies past the row's length.
-            hidden = tl.load((skip_ptr + page * (C // 32)).to(tl.pointer_type(tl.int64)) + part)
-            left = tl.where(start + warp < stop * TILES, length - (j * C + part * 64), 0)
-            past = tl.full([W], -1, dtype=tl.int64) << tl.minimum(tl.maximum(left, 0), 63).to(tl.int64)
-            hidden |= tl.where(left < 64, past, 0)
-            i8 = tl.arange(0, 8)  # token 8 j + g: one long shift by g, then short ones
-            seen = (((hidden[:, None] >> i8[None, :])[:, None, :] >> (8 * i8)[None, :, None]) & 1) == 0
-            seen = tl.reshape(seen, [W, 64])
-            s = tl.where(seen[:, :, None], s, float("-inf"))  # [W, 64, HG_PAD]
-            m_tile = tl.max(s, 1)
-            # Weights in units of 1 / _FULL of the tile's largest. The difference first: scores may be 1e7, and the largest
-            # weight must be _FULL exactly enough to fit its int8 parts.
-            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[:, None, :]) + _LOG2_FULL)
-            m_new = tl.maximum(m_warp, m_tile)
-            top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m_warp - top)
-            new = tl.exp2(m_tile - top)
-            l_warp = l_warp * old + tl.sum(p, 1) * new
-            m_warp = m_new
-            rescaled = ()
-            if V_FLOAT:
-                v_half_ptr = (v_ptr + page * (C * V_BYTES)).to(tl.pointer_type(tl.float16))
-                token = (part[:, None] * 64 + t[None, :])[:, None, :]
-                for n in tl.static_range(RV // 16):
-                    v = tl.load(
-                        v_half_ptr[:, None, None] + (n * 16 + i16)[None, :, None] * C + token,
-                        mask=seen[:, None, :],  # weights are 0 there; what is stored may be NaN
-                        other=0.0,
-                    )
-                    part_sum = dot_f32(v.to(tl.float32), p, MATRIX) * new[:, None, :]
-                    rescaled = rescaled + (acc[n] * old[:, None, :] + part_sum,)
-            else:
-                w_hi, w_lo, w = _split_int16(p, NATIVE)
-                w_warp = w_warp * old + tl.sum(w, 1) * new
-                w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, N])
-                for n in tl.static_range(len(V_GROUPS)):
-                    v_group_ptr = v_ptr + page * (C * V_BYTES) + _group_offset(V_GROUPS, n) * C
-                    x = _v_columns(v_group_ptr + part * (512 * _subtiles(V_GROUPS, n)), _subtiles(V_GROUPS, n))
-                    for f in tl.static_range(_fields(V_GROUPS, n)):
-                        y = _v_block(x, V_GROUPS, _first_block(V_GROUPS, n) + f, NATIVE)
-                        hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [W, 16, HG_PAD, 2]))
-                        part_sum = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
-                        rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part_sum,)
-            acc = rescaled
-        # The warps' states together.
-        m = tl.max(m_warp, 0)
-        own = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
-        l, w_sum = tl.split(tl.sum(tl.join(l_warp * own, w_warp * own), 0))
-        # In V's basis; l and acc both count weights in units of 1 / _FULL. Up to 64 components at a time.
-        BLOCKS: tl.constexpr = _least(4, triton.next_power_of_2(RV // 16))
-        norm = tl.where(l > 0.0, 1.0 / l, 0.0)
-        basis_row = (segment.to(tl.int64) * G + g) * RV
-        scaled = ()
-        for n in tl.static_range(0, RV // 16, BLOCKS):
-            parts = ()
-            for f in tl.static_range(BLOCKS):
-                parts = parts + (acc[_least(n + f, RV // 16 - 1)] * own[:, None, :],)
-            coefficient = _sum_of_warps(parts)
-            r = n * 16 + tl.arange(0, 16 * BLOCKS)
-            scale = tl.load(scale_ptr + basis_row + r, mask=r < RV, other=0.0)
-            if not V_FLOAT:
-                weight, offset = _units(r, V_GROUPS, n, _least(n + BLOCKS, RV // 16))
-                coefficient += offset[:, None] * w_sum[None, :]
-                scale *= weight
-            scaled = scaled + (coefficient * scale[:, None] * norm[None, :],)
-        if stop == end:
-            tl.store(lse_ptr + out, _lse(m, l), mask=h < HG)
-            tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
-            for n in tl.static_range(len(scaled)):
-                r = n * (16 * BLOCKS) + tl.arange(0, 16 * BLOCKS)
-                tl.store(c_ptr + out[None, :] * RV + r[:, None], scaled[n], mask=(r < RV)[:, None] & (h < HG)[None, :])
-        else:
-            # Join earlier runs' in global memory, a few dimensions at a time: registers are what the loop above lives on.
-            m_all, l_all, old, new = _join(m_all, l_all, m, l)
-            for start in range(0, D, BLOCK_D):
-                d = start + tl.arange(0, BLOCK_D)
-                mask = (d < D)[:, None] & (h < HG)[None, :]
-                o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
-                o *= old[None, :]
-                for n in tl.static_range(len(scaled)):
-                    r = n * (16 * BLOCKS) + tl.arange(0, 16 * BLOCKS)
-                    rows = basis_ptr + (basis_row + r)[None, :] * D
-                    basis = tl.load(rows + d[:, None], mask=(d < D)[:, None] & (r < RV)[None, :], other=0)
-                    o += dot_int8_f32(basis, scaled[n] * new[None, :], MATRIX, NATIVE)
-                tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
-            tl.debug_barrier()  # the next run's threads read what others wrote
-        chunk = stop
-    tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
-
-
-@triton.jit(
-    do_not_specialize=[
-        "u_blocks", "splits", "N", "exact_each", "exact_splits", "stride_positions_b", "stride_pages_b",
-        "stride_segments_b", "stride_key_positions_b", "stride_key_positions_g",
-    ]
-)  # fmt: skip
-def _attend_spectral_kernel(
-    q_ptr,
-    positions_ptr,
-    turns_ptr,
-    k_basis_ptr,
-    k_scale_ptr,
-    k_pages_ptr,
-    v_pages_ptr,
-    skip_ptr,
-    u_ptr,
-    affine_ptr,
-    v_basis_ptr,
-    v_scale_ptr,
-    page_table_ptr,
-    segment_table_ptr,
-    lengths_ptr,
-    c_ptr,
-    lse_ptr,
-    segment_ptr,
-    o_ptr,
-    o_lse_ptr,
-    k_ptr,
-    v_ptr,
-    key_positions_ptr,
-    exact_ptr,
-    exact_lse_ptr,
-    u_blocks,
-    splits,
-    N,
-    exact_each,
-    exact_splits,
-    Q,
-    G,
-    softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_pages_b,
-    stride_segments_b,
-    stride_k_b,
-    stride_k_g,
-    stride_k_n,
-    stride_v_b,
-    stride_v_g,
-    stride_v_n,
-    stride_key_positions_b,
-    stride_key_positions_g,
-    HG: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
-    HG_PAD: tl.constexpr,
-    C: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    RK: tl.constexpr,
-    RV: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    V_BYTES: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    K_FLOAT: tl.constexpr,
-    V_FLOAT: tl.constexpr,
-    EXACT: tl.constexpr,
-    M: tl.constexpr,
-    RUN: tl.constexpr,
-    W: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    MATRIX: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
-    """The exact tokens (`_exact_split`; those of a row's first query are all its queries'), which start first, and the
-    splits of the pages (`_cold_split`), in one launch."""
-    if OVERLAP:  # `_finish_spectral_kernel` may start once all programs of this one have
-        tl.extra.cuda.gdc_launch_dependents()
-    g = tl.program_id(0).to(tl.int64)
-    bq = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2) - (tl.num_programs(2) - splits)
-    if split >= 0:
-        _cold_split(
-            q_ptr, positions_ptr, turns_ptr, k_basis_ptr, k_scale_ptr, k_pages_ptr, v_pages_ptr, skip_ptr,
-            u_ptr, affine_ptr, v_basis_ptr, v_scale_ptr, page_table_ptr, segment_table_ptr, lengths_ptr,
-            c_ptr, lse_ptr, segment_ptr, o_ptr, o_lse_ptr, split, g, bq, u_blocks, splits, Q, G,
-            softmax_scale, rotary_scale, stride_q_b, stride_q_h, stride_q_q, stride_positions_b,
-            stride_pages_b, stride_segments_b,
-            HG, HG_PAD, C, ALIGN, D, BLOCK_D, PAIRS, RK, RV, K_BYTES, V_BYTES, K_GROUPS, V_GROUPS, K_FLOAT, V_FLOAT,
-            M, RUN, OVERLAP, W, MATRIX, NATIVE,
-        )  # fmt: skip
-    elif EXACT:  # without exact tokens their arguments are stand-ins of other types
-        if bq % Q == 0:
-            program = tl.program_id(2)
-            _exact_split(
-                q_ptr, positions_ptr, k_ptr, v_ptr, key_positions_ptr, turns_ptr, exact_ptr, exact_lse_ptr,
-                program % exact_splits, exact_each, program // exact_splits, g, bq // Q, N, exact_splits, Q, G,
-                softmax_scale, rotary_scale,
-                stride_q_b, stride_q_h, stride_q_q, stride_positions_b, stride_k_b, stride_k_g, stride_k_n,
-                stride_v_b, stride_v_g, stride_v_n, stride_key_positions_b, stride_key_positions_g,
-                HG, ONE_QUERY, ALIGN, D, PAIRS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
-            )  # fmt: skip
+    early = nth < tl.minimum(end - page, W)
+    number = tl.load(table_ptr + page + nth, mask=early, other=0).to(tl.int64)
+    at = tl.where(what == 2, basis_ptr.to(tl.int64), scale_ptr.to(tl.int64))
+    at = tl.where(what == 1, v_ptr.to(tl.int64) + number * stride_v_page, at)
+    at = tl.where(what == 0, k_ptr.to(tl.int64) + number * stride_k_page, at)
+    size = tl.where(what == 2, rank_of(K_GROUPS) * D, 4 * rank_of(V_GROUPS))
+    size = tl.where(what == 1, page_bytes(V_GROUPS), size)
+    size = tl.where(what == 0, page_bytes(K_GROUPS), size)
+    _prefetch(at, size, tl.where(what < 2, early, nth == 0))
 
 
 @triton.jit
-def _largest_each(a, b, c, d, a_other, b_other, c_other, d_other):
-    """For `tl.reduce`: four maxima in one pass."""
-    return tl.maximum(a, a_other), tl.maximum(b, b_other), tl.maximum(c, c_other), tl.maximum(d, d_other)
+def _page_scores(
+    page_ptr, u_ptr, affine_ptr, u_at, W: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    MATRIX: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Scores of the tokens of W pages at page_ptr [W], in log2 units, float32 [W, 64, ROWS]; u_at
+    [W]: the rows of u of their frames."""
+    R: tl.constexpr = rank_of(GROUPS)
+    STEPS: tl.constexpr = (R + 31) // 32
+    N: tl.constexpr = 2 * ROWS
+    blocks = ()
+    for n in tl.static_range(len(GROUPS)):
+        x = _k_columns(page_ptr + group_offset(GROUPS, n), subtiles_of(GROUPS, n))
+        for f in tl.static_range(fields_of(GROUPS, n)):
+            blocks = blocks + (_k_block(x, GROUPS, first_block(GROUPS, n) + f, NATIVE),)
+    if R % 32:
+        blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
+    dots = tl.zeros([W, 64, N], dtype=tl.int32)
+    for step in tl.static_range(STEPS):
+        u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)  # [W, 32, N]
+        x = _side_by_side(blocks[2 * step], blocks[2 * step + 1])  # [W, 64, 32]
+        dots += _dot_int8(x, u, MATRIX)
+    hi, lo = tl.split(tl.reshape(dots, [W, 64, ROWS, 2]))
+    affine = affine_ptr + u_at[:, None] * (2 * ROWS) + tl.arange(0, 2 * ROWS)[None, :]
+    unit, bias = tl.split(tl.reshape(tl.load(affine), [W, ROWS, 2]))
+    return (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
 
 
-@triton.jit(do_not_specialize=["splits", "exact_splits", "stride_segments_b"])
-def _finish_spectral_kernel(
+@triton.jit
+def _store_split(
+    acc, m_warp, l_warp, w_warp, v_scale_ptr, c_ptr, lse_ptr, out, live, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The warps' states together: lse, and the output in coefficients of the V basis. l and acc
+    count weights in units of 1 / FULL."""
+    R: tl.constexpr = rank_of(GROUPS)
+    m = tl.max(m_warp, 0)
+    share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
+    l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
+    norm = tl.where(l > 0.0, 1.0 / l, 0.0)
+    tl.store(lse_ptr + out, natural_lse(m, l), mask=live)
+    BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
+    for n in tl.static_range(0, R // 16, BLOCKS):
+        parts = ()
+        for f in tl.static_range(BLOCKS):
+            parts = parts + (acc[min(n + f, R // 16 - 1)] * share[:, None, :],)
+        x = _sum_of_warps(parts)  # [16 BLOCKS, ROWS]
+        r = n * 16 + tl.arange(0, 16 * BLOCKS)
+        scale = tl.load(v_scale_ptr + r, mask=r < R, other=0.0)
+        weight, zero = weights_and_zeros(r, GROUPS, n, min(n + BLOCKS, R // 16))
+        x = (x + zero[:, None] * w_sum[None, :]) * ((scale * weight)[:, None] * norm[None, :])
+        mask = (r < R)[:, None] & live[None, :]
+        tl.store(c_ptr + out[None, :] * R + r[:, None], x, mask=mask)
+
+
+@triton.jit
+def _pages_split(
+    q_ptr,  # the sequence's and KV head's first query
+    freqs_ptr,
+    k_basis_ptr,  # the codec's row and KV head, likewise the next three
+    k_scale_ptr,
+    k_mean_ptr,
+    v_scale_ptr,
+    k_ptr,  # pages of the KV head
+    v_ptr,
+    table_ptr,  # the sequence's row
+    u_ptr, affine_ptr, c_ptr, lse_ptr, seq_len,
+    row,  # [ROWS], query * HG + head
+    out,  # [ROWS], rows of c and lse
+    split, splits, u_row, Q, softmax_scale, strides_q, stride_k_page, stride_v_page,
+    HG: tl.constexpr, SHAPE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    EXACT: tl.constexpr, TILE: tl.constexpr, PATH: tl.constexpr,
+):  # fmt: skip
+    """One split of the pages of one sequence and KV head: its state over ROWS queries. The queries
+    are projected for the frames of the split first; then W warps work on a page each, and join
+    their states at the end.
+
+    c [.., RV] float32: the output in coefficients of the V basis, lse [..]. u, affine: see
+    `_project_frames`. Constants: see `_attend_spectral_kernel`.
+    """
+    D: tl.constexpr = SHAPE[0]
+    PAGES: tl.constexpr = SHAPE[2] // 64  # of a frame
+    ROWS: tl.constexpr = TILE[0]
+    W: tl.constexpr = TILE[2]
+    MATRIX: tl.constexpr = PATH[2]
+    NATIVE: tl.constexpr = PATH[3]
+    live = row < Q * HG
+    # Nothing waits for another load that need not: queries, then the table, then basis and pages.
+    queries = _load_queries(
+        q_ptr, row, live, strides_q[1], strides_q[2], freqs_ptr, HG, D, SHAPE[1]
+    )
+    page, end, stop = row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
+    first = page // PAGES
+    u_row -= first
+    if page < end:
+        if PATH[0]:
+            _prefetch_first(
+                k_ptr, v_ptr, k_basis_ptr, v_scale_ptr, table_ptr, page, end, stride_k_page,
+                stride_v_page, D, K_GROUPS, V_GROUPS, W,
+            )  # fmt: skip
+        _project_frames(
+            queries, live, k_basis_ptr, k_scale_ptr, k_mean_ptr, u_ptr, affine_ptr, u_row, first,
+            tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS, D, K_GROUPS, TILE[1], MATRIX,
+            NATIVE,
+        )  # fmt: skip
+        tl.debug_barrier()  # a thread reads what others wrote
+        token = tl.arange(0, 64)
+        warp = tl.arange(0, W)
+        m_warp = tl.full([W, ROWS], float("-inf"), dtype=tl.float32)
+        l_warp = tl.zeros([W, ROWS], dtype=tl.float32)
+        w_warp = tl.zeros([W, ROWS], dtype=tl.float32)
+        acc = ()
+        for _ in tl.static_range(rank_of(V_GROUPS) // 16):
+            acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
+        for start in range(page, end, W):
+            # [W]; a warp without a page repeats the last one and sees none of its tokens.
+            j = tl.minimum(start + warp, end - 1)
+            number = tl.load(table_ptr + j).to(tl.int64)
+            s = _page_scores(
+                k_ptr + number * stride_k_page, u_ptr, affine_ptr, u_row + j // PAGES, W, ROWS,
+                K_GROUPS, MATRIX, NATIVE,
+            )  # fmt: skip
+            position = j[:, None] * 64 + token[None, :]
+            seen = (position >= EXACT[0]) & (position < stop) & (start + warp < end)[:, None]
+            s = tl.where(seen[:, :, None], s, float("-inf"))
+            m_page = tl.max(s, 1)
+            # Weights in units of 1 / FULL of the page's largest. The difference first: scores may
+            # be 1e7, and the largest weight must be FULL exactly enough to fit its int8 parts.
+            low = tl.where(m_page == float("-inf"), 0.0, m_page)
+            p = tl.exp2((s - low[:, None, :]) + LOG2_FULL)
+            m_new = tl.maximum(m_warp, m_page)
+            top = tl.where(m_new == float("-inf"), 0.0, m_new)
+            old = tl.exp2(m_warp - top)
+            new = tl.exp2(m_page - top)
+            l_warp = l_warp * old + tl.sum(p, 1) * new
+            m_warp = m_new
+            w_hi, w_lo, w = _split_int16(p, NATIVE)
+            w_warp = w_warp * old + tl.sum(w, 1) * new
+            w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, 2 * ROWS])
+            rescaled = ()
+            for n in tl.static_range(len(V_GROUPS)):
+                group_ptr = v_ptr + number * stride_v_page + group_offset(V_GROUPS, n)
+                x = _v_columns(group_ptr, subtiles_of(V_GROUPS, n))
+                for f in tl.static_range(fields_of(V_GROUPS, n)):
+                    y = _v_block(x, V_GROUPS, first_block(V_GROUPS, n) + f, NATIVE)  # [W, 16, 64]
+                    hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [W, 16, ROWS, 2]))
+                    part = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
+                    rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part,)
+            acc = rescaled
+        _store_split(acc, m_warp, l_warp, w_warp, v_scale_ptr, c_ptr, lse_ptr, out, live, V_GROUPS)
+    else:
+        tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
+
+
+@triton.jit(do_not_specialize=["u_frames", "splits"])
+def _attend_spectral_kernel(
+    q_ptr,
+    freqs_ptr,
+    k_basis_ptr,
+    k_scale_ptr,
+    k_mean_ptr,
+    v_scale_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    k_exact_ptr,
+    v_exact_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    codec_ids_ptr,
+    seq_ids_ptr,
+    u_ptr,
+    affine_ptr,
     c_ptr,
     lse_ptr,
-    segment_ptr,
-    o_ptr,
-    o_lse_ptr,
-    exact_ptr,
+    exact_o_ptr,
     exact_lse_ptr,
-    basis_ptr,
-    segment_table_ptr,
-    lengths_ptr,
-    out_ptr,
-    out_lse_ptr,
+    u_frames,
     splits,
-    exact_splits,
     Q,
     G,
-    stride_segments_b,
+    softmax_scale,
+    strides_q,  # (b, h, q)
+    strides_pages,  # (page and g of K, page and g of V, row of the block table)
+    strides_exact,  # (row, g, slot of K, row, g, slot of V)
     HG: tl.constexpr,
-    D: tl.constexpr,
-    RV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    SHAPE: tl.constexpr,  # (D, PAIRS, FRAME)
+    K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr,
+    EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N); RING 0: pages alone
+    TILE: tl.constexpr,  # (ROWS, M, W)
+    PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, MATRIX, NATIVE)
 ):
-    """Join the states of the splits (at most BLOCK_N, see `_attend_spectral_kernel`) of one row, query and head with those
-    of its exact tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once a segment."""
-    BLOCK_R: tl.constexpr = _power_of_2(RV)
-    NONE: tl.constexpr = 2147483647
+    """The exact tokens (`window_split`), which start first, and the splits of the pages
+    (`_pages_split`)."""
+    D: tl.constexpr = SHAPE[0]
+    ROWS: tl.constexpr = TILE[0]
+    if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
+        tl.extra.cuda.gdc_launch_dependents()
+    g = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(Q * HG, ROWS)
+    b = (tl.program_id(1) // blocks).to(tl.int64)
+    block = tl.program_id(1) % blocks
+    seq_len = tl.load(seq_lens_ptr + b)
+    split = tl.program_id(2) - (tl.num_programs(2) - splits)
+    if split >= 0:
+        codec_row = g
+        if codec_ids_ptr is not None:
+            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        row = block * ROWS + tl.arange(0, ROWS)
+        out = (b * (G * HG) + g * HG + row % HG) * Q + row // HG
+        u_row = ((tl.program_id(1).to(tl.int64) * G + g) * splits + split) * u_frames
+        _pages_split(
+            q_ptr + b * strides_q[0] + g * HG * strides_q[1], freqs_ptr,
+            k_basis_ptr + codec_row * (rank_of(K_GROUPS) * D),
+            k_scale_ptr + codec_row * rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
+            v_scale_ptr + codec_row * rank_of(V_GROUPS),
+            k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
+            block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
+            seq_len, row, out * splits + split, split, splits, u_row, Q, softmax_scale, strides_q,
+            strides_pages[0], strides_pages[2], HG, SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
+        )  # fmt: skip
+    elif EXACT[2] > 0:
+        if block == 0:
+            program = tl.program_id(2)
+            exact_row = b
+            if seq_ids_ptr is not None:
+                exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)
+            if PATH[1]:  # the newest tokens are written by the launch before
+                tl.extra.cuda.gdc_wait()
+            window_split(
+                q_ptr, k_exact_ptr + exact_row * strides_exact[0] + g * strides_exact[1],
+                v_exact_ptr + exact_row * strides_exact[3] + g * strides_exact[4],
+                exact_o_ptr, exact_lse_ptr, seq_len, program % EXACT[3], program // EXACT[3],
+                b, g, Q, G, softmax_scale, strides_q, strides_exact[2], strides_exact[5],
+                HG, D, EXACT[0], EXACT[1], EXACT[2], EXACT[3], EXACT[4], EXACT[5], PATH[2], PATH[3],
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _finish_spectral_kernel(
+    c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, codec_ids_ptr, out_ptr, out_lse_ptr,
+    splits, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
+    EXACT_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Join the states of the splits (at most BLOCK_N) of one query with those of its exact tokens,
+    in a fixed order, BLOCK_D dimensions a program; the V basis is applied once."""
+    BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(RV))
+    BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT_SPLITS))
     head = tl.program_id(1)
-    bq = tl.program_id(2).to(tl.int64)
-    row = (bq // Q * (G * HG) + head) * Q + bq % Q
-    g = head // HG
-    segment_ptr += (bq * G + g) * splits
+    b = (tl.program_id(2) // Q).to(tl.int64)
+    row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q
+    codec_row = (head // HG).to(tl.int64)
+    if codec_ids_ptr is not None:
+        codec_row += tl.load(codec_ids_ptr + b).to(tl.int64) * G
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
     e = tl.arange(0, BLOCK_E)
-    # Most often the first block's segment is the only one.
-    any_cold = tl.load(lengths_ptr + bq // Q) > 0
-    loaded = tl.load(segment_table_ptr + bq // Q * stride_segments_b, mask=any_cold, other=0)
-    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other threads.
-    at = (g * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
+    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other
+    # threads.
+    at = (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
     inside = (r < RV)[:, None] & (d < D)[None, :]
-    basis = tl.load(basis_ptr + loaded.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
+    basis = tl.load(basis_ptr + at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
     if OVERLAP:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
-    # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then chosen away.
+    # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
+    # chosen away.
     lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
-    segment = tl.load(segment_ptr + n, mask=n < splits, other=-1)
-    o_lse = tl.load(o_lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
-    exact_lse = tl.load(exact_lse_ptr + row * exact_splits + e, mask=e < exact_splits, other=float("-inf"))
-    exact_ptr += (row * exact_splits + e)[:, None] * D + d[None, :]
-    y = tl.load(exact_ptr, mask=(e < exact_splits)[:, None] & (d < D)[None, :], other=0.0)
-    c_ptr += (row * splits + n)[:, None] * RV + r[None, :]
-    x = tl.load(c_ptr, mask=(n < splits)[:, None] & (r < RV)[None, :], other=0.0)
-    # Of an empty split no segment was written.
-    live = lse > float("-inf")
-    low = tl.where(live, segment, NONE)
-    largest, earlier, last, own = tl.reduce((lse, o_lse, tl.where(live, segment, -1), -low), 0, _largest_each)
-    own = -own
-    top = tl.maximum(tl.maximum(largest, earlier), tl.max(exact_lse, 0))
+    at = row * EXACT_SPLITS + e
+    exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT_SPLITS, other=float("-inf"))
+    mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
+    y = tl.load(
+        exact_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0
+    )  # [BLOCK_E, BLOCK_D]
+    mask = (n < splits)[:, None] & (r < RV)[None, :]
+    x = tl.load(
+        c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0
+    )  # [N, R]
+    top = tl.maximum(tl.max(lse, 0), tl.max(exact_lse, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     w = tl.exp(exact_lse - top)
     total = tl.sum(w, 0)
     o = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
     w = tl.exp(lse - top)
     total += tl.sum(w, 0)
-    while own < NONE:
-        c = tl.sum(tl.where((live & (segment == own))[:, None], w[:, None] * x, 0.0), 0)
-        if own != loaded:
-            basis = tl.load(basis_ptr + own.to(tl.int64) * (G * RV * D) + at, mask=inside, other=0)
-        loaded = own
-        o += tl.sum(c[:, None] * basis.to(tl.float32), 0)
-        if own == last:
-            own = NONE
-        else:
-            own = tl.min(tl.where(live & (segment > own), segment, NONE), 0)
-    if earlier > float("-inf"):  # splits that a segment ended in: seldom any
-        for i in range(splits):
-            lse_i = tl.load(o_lse_ptr + row * splits + i)
-            if lse_i > float("-inf"):
-                w_i = tl.exp(lse_i - top)
-                total += w_i
-                o += w_i * tl.load(o_ptr + (row * splits + i) * D + d, mask=d < D, other=0.0)
+    c = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * x, 0.0), 0)  # [BLOCK_R]
+    o += tl.sum(c[:, None] * basis.to(tl.float32), 0)
     o = tl.where(total > 0.0, o / total, 0.0)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(0) == 0:
@@ -1102,514 +664,365 @@ def _finish_spectral_kernel(
 
 WARPS = 4  # of a program of `_attend_spectral_kernel`
 RESIDENT = 3  # such programs a multiprocessor: what its registers hold
-EXACT_RESIDENT = 4  # programs of exact tokens a multiprocessor, at most
 MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
+MAX_ROWS = 16  # queries of a KV head that a program serves
 
 
-def _launch_settings(layout: PageLayout, group: int, matrix: bool, large_shared: bool) -> dict:
-    """Tile sizes, warps, stages and registers of `_attend_spectral_kernel` by shape, path and shared memory: a pure
-    function."""
-    pad = _launch.next_power_of_2(group)
-    if not matrix:
-        return {"HG_PAD": pad, "M": pad, "BLOCK_D": 16, "W": 1, "num_warps": WARPS, "num_stages": 1}
-    pad = max(4, pad)  # hi and lo of 4 heads are the 8 columns of a dot
-    large, floats = layout.head_dim > 128, layout.k.is_float or layout.v.is_float
-    warps = 2 * WARPS if large else WARPS  # a large basis, in registers of all of them
-    # Rows of a projection: of more a large basis leaves no registers, and a short context has no more blocks a split.
-    m = max(16 if layout.k.rank > 64 or floats else 32, pad)
-    settings = {"HG_PAD": pad, "M": m, "BLOCK_D": 32, "W": warps, "num_warps": warps}
-    if floats:
-        settings["num_stages"] = 2
-    elif large:
-        settings["num_stages"] = 2 if large_shared else 1  # pages of 8 tiles of D = 256: 96 KB
-    else:
-        settings |= {"num_stages": 3, "maxnreg": 168}  # RESIDENT programs a multiprocessor
-    return settings
+@dataclass(frozen=True)
+class Plan:
+    """How a call is launched: a pure function of shapes and the card, see `plan_launch`."""
+
+    rows: int  # queries of a KV head a program serves, padded
+    blocks: int  # programs for the queries of a KV head
+    m: int  # rows of a projection at once
+    warps: int  # pages that a program works on at once
+    splits: int  # of a row's pages
+    frames: int  # that queries are projected for: of a split at most, or of a row
+    window: dict[str, int]  # window.window_tile, SPLITS 0 without exact tokens
+    matrix: bool
+    options: dict[str, int]  # num_warps, num_stages, maxnreg
+
+    def sizes(self, batch: int, kv_heads: int, group: int, queries: int, codec: Codec) -> list[int]:
+        """Bytes of the parts of a workspace: u, affine, c, lse, exact o, exact lse; multiples of
+        16."""
+        units = batch * self.blocks * kv_heads * self.frames
+        states = batch * kv_heads * group * queries
+        if self.matrix:
+            units *= self.splits * self.rows
+            projected = [units * _launch.cdiv(codec.layout.k.rank, 32) * 64, units * 8]
+        else:
+            projected = [units * 4 * operand_words(codec.layout.k.rank), 0]
+        exact = states * self.window["SPLITS"]
+        sizes = [
+            *projected,
+            states * self.splits * codec.layout.v.rank * 4,
+            states * self.splits * 4,
+            exact * codec.layout.head_dim * 4,
+            exact * 4,
+        ]
+        return [_launch.cdiv(size, 16) * 16 for size in sizes]
 
 
-def count_splits(programs: int, tiles: int, device: torch.device, each: int, less: int = 0) -> int:
-    """Splits of the keys: enough programs for about `each` a multiprocessor, less some; none with less than one tile."""
-    if device.type != "cuda":
-        return max(1, min(tiles, 2))
-    return max(1, min(tiles, (each * _launch.multiprocessors(device) - less) // max(programs, 1), MAX_SPLITS))
+def plan_launch(
+    layout: PageLayout,
+    batch: int,
+    kv_heads: int,
+    group: int,
+    queries: int,
+    max_pages: int,
+    slots: int,
+    device: torch.device,
+    num_splits: int | None = None,
+    matrix_units: bool | None = None,
+) -> Plan:
+    """The launch of `attend_spectral` for a capacity of max_pages a row: no length decides it.
 
-
-def _count_both_splits(
-    programs: int, tiles: int, exact_programs: int, exact_tiles: int, device: torch.device, warps: int
-) -> tuple[int, int]:
-    """Splits of a row's cold tokens (tiles of 64) and of its exact ones, whose programs start first: for `programs` and
-    `exact_programs` a split, of so many warps.
-
-    Of long rows as many programs as are resident, with few exact ones beside them. Where a warp would take less than six
-    tiles, a program's start and end cost as much: then two thirds. Of those that take eight tiles or more the exact tokens'
-    programs, two a row, still end first; beside shorter ones they take others' place, and go as fast as can be. More
-    programs than are resident would end last of all.
+    As many programs as are resident; where a warp of these would take less than six pages, two
+    thirds of them, as a program's start and end then cost as much as its pages.
     """
-    exact = count_splits(exact_programs, exact_tiles, device, each=EXACT_RESIDENT) if exact_tiles else 0
-    if warps == 1:  # attention_sm75.py
-        return count_splits(programs, tiles, device, each=12), exact
-    turns, each = _launch.cdiv(tiles, warps), RESIDENT * WARPS // warps
-    resident = each * _launch.multiprocessors(device)
-    most = count_splits(programs, turns, device, each=each)
-    if turns >= 6 * most:
-        most = _launch.cdiv(turns, _launch.cdiv(turns, most))  # none without a tile
-        left = (resident - most * programs) // exact_programs
-        if exact and left <= 0 and most >= 8 and each > 1:  # one of many makes room
-            most, left = most - 1, (resident - (most - 1) * programs) // exact_programs
-        return most, min(left, exact) if left > 0 else exact
-    fewer = max(1, each - 1)
-    most = count_splits(programs, turns, device, fewer)
-    longest = _launch.cdiv(turns, most)
-    if longest >= 8:
-        return _launch.cdiv(turns, longest), min(exact, 2)
-    beside = exact * exact_programs
-    if 3 * beside <= 2 * resident // each:
-        most = count_splits(programs, turns, device, fewer, less=beside)
-    elif beside + programs <= resident:
-        most = min(most, (resident - beside) // programs)
-    return most, exact
+    matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
+    rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
+    large = layout.head_dim > 128 or layout.k.rank > 128 or layout.v.rank > 128
+    if matrix:
+        rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
+        warps = 2 * WARPS if large else WARPS  # a large basis, in registers of all of them
+        # Of more rows of a projection a large basis leaves no registers.
+        m = max(16 if layout.k.rank > 64 else 32, rows)
+        if large:
+            # Two stages of pages of more than 128 components do not fit in shared memory.
+            few = max(layout.k.rank, layout.v.rank) <= 128
+            options = {"num_stages": 2 if few and _launch.has_large_shared_memory(device) else 1}
+        else:
+            options = {"num_stages": 3, "maxnreg": 168}  # RESIDENT programs a multiprocessor
+        options["num_warps"] = warps
+        resident = RESIDENT * WARPS // warps
+    else:  # attention_sm75.py: a warp and 4 queries a program
+        rows, warps, m, resident = 4, 1, 4, 12
+        options = {"num_stages": 1, "num_warps": 1}
+    blocks = _launch.cdiv(group * queries, rows)
+    programs, turns = max(1, batch * kv_heads * blocks), _launch.cdiv(max_pages, warps)
+    if device.type == "cuda":
+        cores = _launch.multiprocessors(device)
+        splits = max(1, resident * cores // programs)
+        if matrix and turns < 6 * splits:
+            splits = max(1, max(1, resident - 1) * cores // programs)
+    else:
+        cores, splits = 1, 2
+    splits = max(1, min(num_splits or splits, max(turns, 1), MAX_SPLITS))
+    share = _launch.cdiv(turns, splits) * warps
+    window = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 0}
+    if slots:
+        window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
+    if matrix:
+        frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
+    else:
+        frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
+    return Plan(rows, blocks, m, warps, splits, frames, window, matrix, options)
 
 
-def _check_attention(q, positions, kv_heads, head_dim, batch, rope, scale):
-    check_queries(q, positions, kv_heads, head_dim, batch, rope)
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return head_dim**-0.5 if scale is None else float(scale)
+def attend_workspace(
+    codec: Codec,
+    *,
+    batch: int,
+    query_heads: int,
+    queries: int,
+    max_pages: int,
+    slots: int = 0,
+    device: torch.device | None = None,
+    num_splits: int | None = None,
+    matrix_units: bool | None = None,
+) -> int:
+    """Bytes of the workspace of `attend_spectral` for these shapes.
+
+    Args:
+        batch, query_heads, queries: B, H, Q.      max_pages: columns of the block table.
+        slots: of k_exact (sinks + ring), 0 for pages alone.      device: default the codec's.
+        num_splits, matrix_units: as for the call.
+    """
+    device, group = device or codec.freqs.device, query_heads // codec.kv_heads
+    plan = plan_launch(
+        codec.layout, batch, codec.kv_heads, group, queries, max_pages, slots, device,
+        num_splits, matrix_units,
+    )  # fmt: skip
+    return sum(plan.sizes(batch, codec.kv_heads, group, queries, codec))
+
+
+def _check_attend(
+    q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids, codec_ids,
+    scale,
+) -> tuple[float, int]:  # fmt: skip
+    """(softmax scale, slots of the exact tokens)."""
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
+    scale = check_queries(q, codec.kv_heads, codec.layout.head_dim, scale)
+    check_codec(codec, codec_ids, q, None)
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        check_pages(name, pages, codec, name[0])
+        check_tensor(name, pages, device=q.device)
+    check_tensor("v_pages", v_pages, shape=(k_pages.shape[0], None, None))
+    check_table(block_table, seq_lens, q.shape[0], q.device)
+    if sinks < 0 or window < 0:
+        raise ValueError(f"sinks, window: expected at least 0, got {sinks}, {window}")
+    if exact is None:
+        return scale, 0
+    if len(exact) != 2:
+        raise ValueError(f"exact: expected (k_exact, v_exact), got {len(exact)} things")
+    check_tensor("k_exact", exact[0], shape=(None, codec.kv_heads, None, codec.layout.head_dim))
+    return scale, sinks + check_window(q, exact[0], exact[1], seq_lens, sinks, window, seq_ids)
 
 
 def attend_spectral(
     q: torch.Tensor,
-    positions: torch.Tensor,
-    pages: Pages,
-    rope: Rope,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    codec: Codec,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
     *,
+    sinks: int = 0,
+    window: int = 0,
+    exact: tuple[torch.Tensor, torch.Tensor] | None = None,
+    seq_ids: torch.Tensor | None = None,
+    codec_ids: torch.Tensor | None = None,
     scale: float | None = None,
-    exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
-    splits: int | None = None,
+    workspace: torch.Tensor | None = None,
+    num_splits: int | None = None,
     matrix_units: bool | None = None,
+    after_append: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of queries over cold pages: every token below a row's length whose skip bit is clear; with `exact`, over
-    exact tokens too: a whole decode step.
+    """Attention of the newest queries over the pages of positions sinks <= p < seq_len - window
+    and, with `exact`, over the exact tokens beside them: a whole decode step.
 
     Args:
-        q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1; H a multiple of G.
-        positions: int32 or int64 [B] or [B, Q], positions of the queries. No causal mask over cold tokens: each must lie at
-            or before every query, as in a cache whose newest tokens are hot.
-        pages: cold pages, tables and lengths (read on the device: lengths may change between replays of a CUDA graph).
-        rope: frequencies and attention scaling.
+        q: [B, H, D] or [B, H, Q, D] as the model rotated them, fp16, bf16 or fp32; last dimension
+            of stride 1; H a multiple of G. Positions in pages are before every query: with exact
+            tokens Q is at most window.
+        k_pages, v_pages: uint8 [num_pages, G, 64 * bytes]; strides of pages and heads any multiples
+            of 16.
+        codec: of the layer.
+        block_table: int32 [B, max_pages], page of positions 64 j .. 64 j + 63; entries past a row's
+            length are not read.
+        seq_lens: int32 [B], tokens of a row with those of the queries; read on the device: lengths
+            may change between replays of a CUDA graph.
+        sinks, window: first and newest tokens that are not attended in pages.
+        exact: (k_exact, v_exact) as `attend_window` takes them.
+        seq_ids, codec_ids: int32 [B], row of `exact` and of the codec of a sequence; None: its
+            index, and 0.
         scale: factor of the scores, default D**-0.5.
-        exact: (k, v, key_positions) as `attend_exact` takes them, keys aligned in the pages' blocks (`layout.align`).
-        out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in place.
-        splits: into how many runs of chunks a row is cut, at most MAX_SPLITS; default by the number of programs and the
-            device.
-        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards (int8 sides:
-            attention_sm75.py, others: multiply and sum) and runs on any card from sm_75 on.
+        out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in
+            place.
+        workspace: uint8 [n], n at least `attend_workspace`, contiguous; None: allocated. Nothing is
+            kept in it.
+        num_splits: programs that share a row's pages, at most MAX_SPLITS; default by capacity and
+            card.
+        matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards
+            (attention_sm75.py) and runs on any card from sm_75 on.
+        after_append: the launch before this one, on this stream, is `append` of these tokens:
+            overlap with it.
     Returns:
-        (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp of the scaled scores,
-        over the cold and exact tokens; (0, -inf) without keys. Arithmetic: see the module. Deterministic for given
-        inputs and settings.
+        (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp
+        of the scaled scores; (0, -inf) without keys. Arithmetic: see the module. The same bits for
+        the same inputs and capacity.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    if not isinstance(pages, Pages):
-        raise TypeError(f"pages: expected Pages, got {type(pages).__name__}")
-    layout = pages.layout
-    batch = pages.page_table.shape[0]
-    scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
-    check_tensor("pages.k_pages", pages.k_pages, device=q.device)
-    if exact is not None:
-        if len(exact) != 3:
-            raise ValueError(f"exact: expected (k, v, key_positions), got {len(exact)} things")
-        _check_exact(q, positions, *exact, rope, layout.align, scale)
-        check_tensor("exact: k", exact[0], shape=(batch, pages.kv_heads, None, layout.head_dim))
+    scale, slots = _check_attend(
+        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids,
+        codec_ids, scale,
+    )  # fmt: skip
     out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
-    if splits is not None and not 1 <= splits <= MAX_SPLITS:
-        raise ValueError(f"splits: expected 1 .. {MAX_SPLITS}, got {splits}")
+    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits: expected 1 .. {MAX_SPLITS}, got {num_splits}")
     if not _launch.runs_kernel(q):
-        o, total = attend_spectral_torch(q, positions, pages, rope, scale=scale, exact=exact)
-        return out.copy_(o), lse.copy_(total)
+        found = attend_spectral_torch(
+            q, k_pages, v_pages, codec, block_table, seq_lens, sinks=sinks, window=window,
+            exact=exact, seq_ids=seq_ids, codec_ids=codec_ids, scale=scale,
+        )  # fmt: skip
+        return out.copy_(found[0]), lse.copy_(found[1])
     if q.numel() == 0:
         return out, lse
-    if pages.max_chunks == 0:
-        if exact is None:
-            return out.zero_(), lse.fill_(float("-inf"))
-        chunk = layout.align
-        o, _ = attend_exact(q, positions, *exact, rope, chunk=chunk, scale=scale, lse=lse, matrix_units=matrix_units)
-        return out.copy_(o), lse
-    q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
-    positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-    _, heads, queries, dim = q4.shape
-    kv_heads, group, rows, chunks = pages.kv_heads, heads // pages.kv_heads, batch * queries, pages.max_chunks
-    matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    native = _launch.is_native(q)
-    settings = _launch_settings(layout, group, matrix, _launch.has_large_shared_memory(q.device))
-    old = not (matrix or layout.k.is_float or layout.v.is_float)
-    overlap = not old and _launch.overlaps_launches(q.device)
-    tile, exact_rows, exact_tiles = _exact_grid(group, queries, exact[0].shape[2] if exact else 0, matrix)
-    cold_splits, exact_splits = _count_both_splits(
-        rows * kv_heads,
-        chunks * layout.chunk // 64,
-        exact_rows * kv_heads * batch,
-        exact_tiles,
-        q.device,
-        1 if old else settings["num_warps"],
-    )
-    splits = min(splits or cold_splits, chunks)
-    exact_each, exact_o, exact_lse = _exact_states(q4, exact_splits, exact_tiles, tile)
-    pad, k_rank = settings["HG_PAD"], layout.k.rank
-    c = torch.empty((*q.shape[:-1], splits, layout.v.rank), dtype=torch.float32, device=q.device)
-    o = torch.empty((*q.shape[:-1], splits, dim), dtype=torch.float32, device=q.device)  # seldom written or read
-    split_lse, o_lse = torch.empty((2, *q.shape[:-1], splits), dtype=torch.float32, device=q.device)
-    segments = torch.empty((rows, kv_heads, splits), dtype=torch.int32, device=q.device)
-    factors = scale * LOG2_E, rope.scaling**2
+    q4 = q if q.dim() == 4 else q[:, :, None]
+    batch, heads, queries, _ = q4.shape
+    group = heads // codec.kv_heads
+    plan = plan_launch(
+        codec.layout, batch, codec.kv_heads, group, queries, block_table.shape[1], slots, q.device,
+        num_splits, matrix_units,
+    )  # fmt: skip
+    states = _parts(workspace, plan.sizes(batch, codec.kv_heads, group, queries, codec), q.device)
+    tables = (block_table, seq_lens, codec_ids, seq_ids)
     with torch.cuda.device_of(q):
-        if old:
-            from . import attention_sm75  # it takes helpers from here
-
-            if exact is not None and exact_splits:
-                _launch_exact(q4, positions, exact, rope, layout.align, factors, exact_o, exact_lse, exact_each, matrix)
-            states = c, split_lse, segments, o, o_lse
-            attention_sm75._attend_old_cards(q4, positions, pages, rope, *factors, states)
+        if plan.matrix:
+            exact_slots = (sinks, window, max(slots - sinks, 0))
+            _launch_pages(
+                q4, k_pages, v_pages, codec, exact or (q4, q4), tables, states, exact_slots,
+                scale * LOG2_E, plan, after_append,
+            )  # fmt: skip
         else:
-            turn = max(1, settings["W"] * 64 // layout.chunk)  # chunks that the warps take at a time
-            each = _launch.cdiv(_launch.cdiv(chunks, turn), splits) * turn
-            u_blocks = _launch.cdiv(each * layout.chunk, layout.align) + 1
-            shape = (rows, kv_heads, splits, u_blocks)
-            u_shape = (pad, 4 * k_rank) if layout.k.is_float else (_launch.cdiv(k_rank, 32), 2 * pad, 32)
-            u = torch.empty((*shape, *u_shape), dtype=torch.int8, device=q.device)
-            affine = torch.empty((*shape, pad, 2), dtype=torch.float32, device=q.device)
-            k, v, key_positions = exact or (u, u, u)
-            _attend_spectral_kernel[(kv_heads, rows, exact_rows * exact_splits + splits)](
-                q4,
-                positions,
-                rope.turns,
-                pages.k_basis,
-                pages.k_scale,
-                pages.k_pages,
-                pages.v_pages,
-                pages.skip,
-                u,
-                affine,
-                pages.v_basis,
-                pages.v_scale,
-                pages.page_table,
-                pages.segment_table,
-                pages.lengths,
-                c,
-                split_lse,
-                segments,
-                o,
-                o_lse,
-                k,
-                v,
-                key_positions,
-                exact_o,
-                exact_lse,
-                u_blocks,
-                splits,
-                key_positions.shape[-1],
-                exact_each,
-                exact_splits,
-                queries,
-                kv_heads,
-                *factors,
-                *q4.stride()[:3],
-                positions.stride(0),
-                pages.page_table.stride(0),
-                pages.segment_table.stride(0),
-                *k.stride()[:3],
-                *v.stride()[:3],
-                *_key_strides(key_positions),
-                HG=group,
-                ONE_QUERY=queries == 1,
-                C=layout.chunk,
-                ALIGN=layout.align,
-                D=dim,
-                PAIRS=rope.turns.shape[0],
-                RK=k_rank,
-                RV=layout.v.rank,
-                K_BYTES=layout.k.bytes,
-                V_BYTES=layout.v.bytes,
-                K_GROUPS=layout.k.groups,
-                V_GROUPS=layout.v.groups,
-                K_FLOAT=layout.k.is_float,
-                V_FLOAT=layout.v.is_float,
-                EXACT=exact_splits > 0,
-                RUN=64,
-                OVERLAP=overlap,
-                MATRIX=matrix,
-                NATIVE=native,
-                **tile,
-                **settings,
-            )
-        block_n = max(16, _launch.next_power_of_2(splits))
-        # All dimensions at once, or as many programs as keep the card busy.
-        block_d = 32
-        if rows * heads >= _launch.multiprocessors(q.device):
-            block_d = min(_launch.next_power_of_2(dim), 128 if layout.v.rank <= 128 else 64)
-        held = (block_n + block_d) * layout.v.rank  # numbers in registers
-        _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, rows)](
-            c,
-            split_lse,
-            segments,
-            o,
-            o_lse,
-            exact_o,
-            exact_lse,
-            pages.v_basis,
-            pages.segment_table,
-            pages.lengths,
-            out,
-            lse,
-            splits,
-            exact_splits,
-            queries,
-            kv_heads,
-            pages.segment_table.stride(0),
-            HG=group,
-            D=dim,
-            RV=layout.v.rank,
-            BLOCK_N=block_n,
-            BLOCK_E=_launch.next_power_of_2(exact_splits),
-            BLOCK_D=block_d,
-            OVERLAP=overlap,
-            launch_pdl=overlap and _launch.OVERLAP,
-            num_warps=min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120)))),
-        )
+            _attend_old_cards(
+                q4, k_pages, v_pages, codec, block_table, seq_lens, exact,
+                (states[0].view(torch.int32), *states[2:]), sinks=sinks, window=window,
+                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, splits=plan.splits,
+                frames=plan.frames, tile=plan.window,
+            )  # fmt: skip
+        _launch_finish(states[2:], codec, codec_ids, out, lse, q4.shape, plan)
     return out, lse
 
 
-def attend_spectral_torch(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    pages: Pages,
-    rope: Rope,
-    *,
-    scale: float | None = None,
-    exact: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without int8 splitting."""
-    if exact is not None:
-        cold = attend_spectral_torch(q, positions, pages, rope, scale=scale)
-        return merge_states_torch(
-            *attend_exact_torch(q, positions, *exact, rope, chunk=pages.layout.align, scale=scale), *cold
-        )
-    layout, batch = pages.layout, pages.page_table.shape[0]
-    scale = _check_attention(q, positions, pages.kv_heads, layout.head_dim, batch, rope, scale)
-    q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
-    chunks = min(pages.max_chunks, -(-int(pages.lengths.max()) // layout.chunk)) if batch else 0
-    if chunks == 0 or q.numel() == 0:
-        return q.new_zeros(q.shape, dtype=torch.float32), q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
-    index = torch.arange(chunks * layout.chunk, device=q.device)
-    live = index < pages.lengths[:, None]  # [B, T]
-    table = torch.where(live[:, :: layout.chunk], pages.page_table[:, :chunks], 0).long()
-    segments = torch.where(live[:, :: layout.chunk], pages.segment_table_by_chunk()[:, :chunks], 0).long()
-    bits = torch.arange(32, device=q.device)
-    skipped = ((pages.skip[table][..., None] >> bits) & 1).flatten(3).bool()  # [B, chunks, G, C]
-    seen = live.unflatten(1, (chunks, -1))[:, :, None] & ~skipped
-
-    # A 16-bit page may hold NaN where nothing was written or is seen.
-    k = unpack_pages(pages.k_pages[table], layout.k, side="k").masked_fill(~seen[..., None], 0.0)  # [B, chunks, G, C, R]
-    v = unpack_pages(pages.v_pages[table], layout.v, side="v").masked_fill(~seen[..., None], 0.0)
-    u = project_queries_torch(q4, pos, pages, rope).repeat_interleave(layout.align // layout.chunk, -2)
-    u = u[..., :chunks, :].unflatten(1, (pages.kv_heads, -1))
-    scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) * scale
-    scores = scores.masked_fill(~seen.transpose(1, 2)[:, :, None, None], float("-inf")).flatten(-2)
-    lse = torch.logsumexp(scores, dim=-1)  # [B, G, H/G, Q]
-    weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp().unflatten(-1, (chunks, -1))
-    # A row shorter than the longest reads segment 0 for its missing chunks, which may hold NaN.
-    v_scale = pages.v_scale[segments].masked_fill(~live[:, :: layout.chunk, None, None], 0.0)
-    coefficients = torch.einsum("bghqct,bcgtr->bcghqr", weights, v) * v_scale[:, :, :, None, None]
-    o = torch.einsum("bcghqr,bcgrd->bghqd", coefficients, pages.v_basis[segments].float())
-    return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])
-
-
-def _check_exact(q, positions, k, v, key_positions, rope, chunk, scale):
-    check_tensor("k", k, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    batch, kv_heads, tokens, dim = k.shape
-    check_in("k: head dimension", dim, HEAD_DIMS)
-    if chunk < 1:
-        raise ValueError(f"chunk: expected at least 1, got {chunk}")
-    scale = _check_attention(q, positions, kv_heads, dim, batch, rope, scale)
-    check_tensor("k", k, device=q.device)
-    _launch.check_bf16("k", k)
-    check_tensor("v", v, shape=k.shape, dtype=FLOATS, device=q.device, unit_stride=True)
-    check_tensor("key_positions", key_positions, dtype=torch.int32, device=q.device, unit_stride=True)
-    if tuple(key_positions.shape) not in ((batch, tokens), (batch, kv_heads, tokens)):
+def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.device) -> tuple:
+    """u uint8, and float32: affine, c, lse, exact o, exact lse, in the workspace or new memory."""
+    if workspace is None:
+        workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+    u8 = torch.uint8
+    check_tensor("workspace", workspace, shape=(None,), dtype=u8, device=device, unit_stride=True)
+    if workspace.shape[0] < sum(sizes):
         raise ValueError(
-            f"key_positions: expected shape [{batch}, {tokens}] or [{batch}, {kv_heads}, {tokens}], "
-            f"got {list(key_positions.shape)}"
+            f"workspace: expected at least {sum(sizes)} bytes, got {workspace.shape[0]}"
         )
-    return scale
+    u, *others = workspace[: sum(sizes)].split(sizes)
+    return u, *(x.view(torch.float32) for x in others)
 
 
-def attend_exact(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_positions: torch.Tensor,
-    rope: Rope,
-    *,
-    chunk: int,
-    scale: float | None = None,
-    out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
-    splits: int | None = None,
-    matrix_units: bool | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of queries over exact tokens: hot window, sinks and landmarks, in any order.
-
-    A query at position m sees the keys at positions 0 .. m. Fastest when slots that are neighbours lie in few blocks of
-    alignment: queries are turned once for each block that a tile of 32 slots (16 on cards before sm_80) has keys of.
-
-    Args:
-        q: [B, H, D] or [B, H, Q, D] before RoPE, fp16, bf16 or fp32; last dimension of stride 1; H a multiple of G.
-        positions: int32 or int64 [B] or [B, Q], positions of the queries.
-        k: [B, G, N, D] phase-aligned keys (`phase_align` with this chunk); last dimension of stride 1, others any.
-        v: [B, G, N, D] values, likewise.
-        key_positions: int32 [B, N] or [B, G, N], position of each slot; negative: an unused slot (it may hold NaN).
-        rope, scale, out, lse, splits, matrix_units: as in `attend_spectral`.
-        chunk: positions of a block of phase alignment.
-    Returns:
-        (o, lse), float32, as `attend_spectral`. Float32 arithmetic (products of two or three 16-bit or tf32 parts).
-    Raises:
-        TypeError, ValueError: an argument is not as above; nothing was launched.
-    """
-    scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
-    out = check_output("out", out, q, q.shape)
-    lse = check_output("lse", lse, q, q.shape[:-1])
-    if splits is not None and splits < 1:
-        raise ValueError(f"splits: expected at least 1, got {splits}")
-    if not _launch.runs_kernel(q):
-        o, total = attend_exact_torch(q, positions, k, v, key_positions, rope, chunk=chunk, scale=scale)
-        return out.copy_(o), lse.copy_(total)
-    if q.numel() == 0 or k.shape[2] == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
-    q4, positions = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
-    positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-    matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
-    exact, factors = (k, v, key_positions), (scale * LOG2_E, rope.scaling**2)
-    with torch.cuda.device_of(q):
-        tile, programs, tiles = _exact_grid(q4.shape[1] // k.shape[1], q4.shape[2], k.shape[2], matrix)
-        programs *= k.shape[1] * k.shape[0]
-        splits = min(splits or count_splits(programs, tiles, q.device, each=EXACT_RESIDENT), tiles)
-        each, o_splits, lse_splits = _exact_states(q4, splits, tiles, tile)
-        if splits == 1:
-            o_splits, lse_splits = out, lse
-        _launch_exact(q4, positions, exact, rope, chunk, factors, o_splits, lse_splits, each, matrix)
-    if splits == 1:
-        return out, lse
-    return merge_many_states(
-        o_splits.view(*lse.shape, splits, -1), lse_splits.view(*lse.shape, splits), out=out, out_lse=lse
-    )
-
-
-def _exact_grid(group: int, queries: int, tokens: int, matrix: bool) -> tuple[dict[str, int], int, int]:
-    """(rows and keys of a tile, programs a row, KV head and split, tiles of the keys) of exact attention."""
-    tile = {"BLOCK_M": 16, "BLOCK_N": 32}
-    if not matrix:
-        tile = {"BLOCK_M": min(4, _launch.next_power_of_2(group * queries)), "BLOCK_N": 16}
-    return tile, _launch.cdiv(group * queries, tile["BLOCK_M"]), _launch.cdiv(tokens, tile["BLOCK_N"])
-
-
-def _exact_states(q: torch.Tensor, splits: int, tiles: int, tile: dict[str, int]) -> tuple[int, torch.Tensor, torch.Tensor]:
-    """(tokens of a split of the exact tokens, room for the splits' states: o [B, H, Q, splits, D], lse)."""
-    batch, heads, queries, dim = q.shape
-    o = torch.empty((batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device)
-    lse = torch.empty((batch, heads, queries, splits), dtype=torch.float32, device=q.device)
-    return _launch.cdiv(tiles, max(splits, 1)) * tile["BLOCK_N"], o, lse
-
-
-def _key_strides(key_positions: torch.Tensor) -> tuple[int, int]:
-    """Strides of rows and KV heads; positions [B, N] are all heads'."""
-    return key_positions.stride(0), key_positions.stride(1) if key_positions.dim() == 3 else 0
-
-
-def _launch_exact(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    exact: tuple[torch.Tensor, ...],
-    rope: Rope,
-    chunk: int,
-    factors: tuple[float, float],
-    o: torch.Tensor,
-    lse: torch.Tensor,
-    each: int,
-    matrix: bool,
-) -> None:
-    """`_attend_exact_kernel` by itself: q [B, H, Q, D], positions [B, Q] of last stride 1; states as `_exact_states`."""
-    k, v, key_positions = exact
-    batch, kv_heads, tokens, dim = k.shape
-    _, heads, queries, _ = q.shape
-    group = heads // kv_heads
-    tile, programs, _ = _exact_grid(group, queries, tokens, matrix)
-    splits = lse.numel() // (batch * heads * queries)
-    _attend_exact_kernel[(splits, kv_heads * programs, batch)](
-        q,
-        positions,
-        k,
-        v,
-        key_positions,
-        rope.turns,
-        o,
-        lse,
-        tokens,
-        each,
-        splits,
-        queries,
-        kv_heads,
-        *factors,
-        *q.stride()[:3],
-        positions.stride(0),
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *_key_strides(key_positions),
+def _launch_pages(
+    q, k_pages, v_pages, codec, exact, tables, states, exact_slots, scale, plan, after_append
+) -> None:  # fmt: skip
+    """`_attend_spectral_kernel`; exact: (k_exact, v_exact), or stand-ins that are not read."""
+    (batch, heads, queries, dim), layout, tile = q.shape, codec.layout, plan.window
+    u, affine, c, split_lse, exact_o, exact_lse = states
+    group = heads // codec.kv_heads
+    blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
+    overlap = _launch.overlaps_launches(q.device)
+    grid = (codec.kv_heads, batch * plan.blocks, blocks_m * tile["SPLITS"] + plan.splits)
+    _attend_spectral_kernel[grid](
+        q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale,
+        k_pages, v_pages, *exact, *tables, u.view(torch.int8), affine, c, split_lse,
+        exact_o, exact_lse, plan.frames, plan.splits, queries, codec.kv_heads, scale,
+        q.stride()[:3],
+        (*k_pages.stride()[:2], *v_pages.stride()[:2], tables[0].stride(0)),
+        (*exact[0].stride()[:3], *exact[1].stride()[:3]),
         HG=group,
-        ONE_QUERY=queries == 1,
-        C=chunk,
+        SHAPE=(dim, codec.freqs.shape[0], layout.frame),
+        K_GROUPS=layout.k.groups,
+        V_GROUPS=layout.v.groups,
+        EXACT=(*exact_slots, tile["SPLITS"], tile["BLOCK_M"], tile["BLOCK_N"]),
+        TILE=(plan.rows, plan.m, plan.warps),
+        PATH=(overlap, overlap and after_append, True, _launch.is_native(q)),
+        launch_pdl=overlap and after_append,
+        **plan.options,
+    )  # fmt: skip
+
+
+def _launch_finish(states, codec, codec_ids, out, lse, shape, plan) -> None:
+    """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
+    (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
+    block_n = max(16, _launch.next_power_of_2(plan.splits))
+    # All dimensions at once, or as many programs as keep the card busy.
+    block_d = 32
+    if batch * queries * heads >= _launch.multiprocessors(out.device):
+        block_d = min(_launch.next_power_of_2(dim), 128 if rank <= 128 else 64)
+    held = (block_n + block_d) * rank  # numbers in registers
+    overlap = plan.matrix and _launch.overlaps_launches(out.device)
+    _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
+        *states, codec.v_basis, codec_ids, out, lse, plan.splits, queries, codec.kv_heads,
+        HG=heads // codec.kv_heads,
         D=dim,
-        PAIRS=rope.turns.shape[0],
-        MATRIX=matrix,
-        NATIVE=_launch.is_native(q),
-        num_warps=4,
-        num_stages=1,
-        **tile,
-    )
+        RV=rank,
+        EXACT_SPLITS=plan.window["SPLITS"],
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        OVERLAP=overlap,
+        launch_pdl=overlap,
+        num_warps=min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120)))),
+    )  # fmt: skip
 
 
-def attend_exact_torch(
-    q: torch.Tensor,
-    positions: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    key_positions: torch.Tensor,
-    rope: Rope,
-    *,
-    chunk: int,
-    scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_exact` in plain PyTorch, float32."""
-    scale = _check_exact(q, positions, k, v, key_positions, rope, chunk, scale)
-    q4, pos = (q, positions) if q.dim() == 4 else (q[:, :, None], positions[:, None])
-    kv_heads = k.shape[1]
-    if key_positions.dim() == 2:
-        key_positions = key_positions[:, None].expand(-1, kv_heads, -1)
-    used = key_positions >= 0
-    starts = torch.where(used, key_positions - key_positions % chunk, 0).long()
-    keys = _turn_torch(k.float().masked_fill(~used[..., None], 0.0), *_cos_sin_torch(starts, rope))
-    values = v.float().masked_fill(~used[..., None], 0.0)
-    scaled = q4.float()
-    scaled = torch.cat((scaled[..., : rope.rotary_dim] * rope.scaling**2, scaled[..., rope.rotary_dim :]), dim=-1)
-    cos, sin = _cos_sin_torch(pos.long(), rope)  # [B, Q, pairs]
-    turned = _turn_torch(scaled, cos[:, None], sin[:, None]).unflatten(1, (kv_heads, -1))
-    scores = torch.einsum("bghqd,bgnd->bghqn", turned, keys) * scale
-    seen = used[:, :, None] & (key_positions[:, :, None] <= pos[:, None, :, None])  # [B, G, Q, N]
-    scores = scores.masked_fill(~seen[:, :, None], float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1) if k.shape[2] else scores.new_full(scores.shape[:-1], float("-inf"))
+def attend_spectral_torch(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
+    block_table: torch.Tensor, seq_lens: torch.Tensor, *, sinks: int = 0, window: int = 0,
+    exact: tuple[torch.Tensor, torch.Tensor] | None = None, seq_ids: torch.Tensor | None = None,
+    codec_ids: torch.Tensor | None = None, scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without
+    int8 splitting."""
+    scale, _ = _check_attend(
+        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids,
+        codec_ids, scale,
+    )  # fmt: skip
+    if exact is not None:
+        cold = attend_spectral_torch(
+            q, k_pages, v_pages, codec, block_table, seq_lens, sinks=sinks, window=window,
+            codec_ids=codec_ids, scale=scale,
+        )  # fmt: skip
+        hot = attend_window_torch(
+            q, *exact, seq_lens, sinks=sinks, window=window, seq_ids=seq_ids, scale=scale
+        )
+        return merge_states_torch(*hot, *cold)
+    layout, batch = codec.layout, q.shape[0]
+    stop = (seq_lens - window).clamp_min(0)
+    pages = min(block_table.shape[1], -(-int(stop.max()) // PAGE_SIZE)) if batch else 0
+    if pages == 0 or q.numel() == 0:
+        empty = q.new_full(q.shape[:-1], float("-inf"), dtype=torch.float32)
+        return q.new_zeros(q.shape, dtype=torch.float32), empty
+    position = torch.arange(pages * PAGE_SIZE, device=q.device)
+    seen = (position >= sinks) & (position < stop[:, None])  # [B, T]
+    live = position[::PAGE_SIZE] < stop[:, None]
+    table = torch.where(live, block_table[:, :pages], 0).long()
+    k = unpack_pages(k_pages[table], layout.k, side="k")  # [B, pages, G, 64, R_K]
+    v = unpack_pages(v_pages[table], layout.v, side="v")
+    q4 = q if q.dim() == 4 else q[:, :, None]
+    frames = -(-pages * PAGE_SIZE // layout.frame)
+    frame = torch.arange(pages, device=q.device) * PAGE_SIZE // layout.frame
+    u, bias = project_queries_torch(q4, codec, frames, codec_ids=codec_ids)
+    u = u[..., frame, :].unflatten(1, (codec.kv_heads, -1))  # [B, G, H/G, Q, pages, R_K]
+    bias = bias[..., frame].unflatten(1, (codec.kv_heads, -1))
+    scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) + bias[..., None]
+    scores = (scores * scale).flatten(-2).masked_fill(~seen[:, None, None, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)  # [B, G, H/G, Q]
     weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
-    o = torch.einsum("bghqn,bgnd->bghqd", weights, values)
+    coefficients = torch.einsum("bghqct,bcgtr->bghqr", weights.unflatten(-1, (pages, -1)), v)
+    rows = codec_rows(codec, codec_ids, batch)
+    basis = codec.v_basis[rows].float() * codec.v_scale[rows][..., None]  # [B, G, R_V, D]
+    o = torch.einsum("bghqr,bgrd->bghqd", coefficients, basis)
     return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])

@@ -1,16 +1,20 @@
-"""The cold path of cards before sm_80 (T4): `attend_spectral` of attention.py on int8 pages, without `tl.dot`.
+"""Attention over pages on cards before sm_80 (T4): what attention.py does, without `tl.dot`.
 
-Triton has no matrix units on sm_75, but the card has them: mma.sync.m8n8k16 on int8, which `_mma` writes as inline
-assembly. A page holds its operands as they are (pages.py): with lane = 4 g + t of a warp
+Triton has no matrix units on sm_75, but the card has them: mma.sync.m8n8k16 on int8, which `_mma`
+writes as inline assembly. A page holds its operands as they are (layout.py): with lane = 4 g + t of
+a warp
 
-    A  [8, 16]: a lane holds row g, columns 4t .. 4t+3, an int32 word      tokens x components (K), components x tokens (V)
-    B  [16, 8]: a lane holds column g, rows 4t .. 4t+3                     columns (head, hi or lo) of 4 query heads
-    C  [8, 8]:  a lane holds row g, columns 2t and 2t+1                    so hi and lo of head t in one lane
+    A  [8, 16]: a lane holds row g, columns 4t .. 4t+3, an int32 word
+                of tokens x components (K), components x tokens (V)
+    B  [16, 8]: a lane holds column g (hi or lo of one of 4 queries), rows 4t .. 4t+3
+    C  [8, 8]:  a lane holds row g, columns 2t and 2t+1: so hi and lo of query t in one lane
 
-Formulas, splits into hi and lo and error bounds are those of attention.py. A program is one warp and one block of 4 query
-heads of a group. Tensors of operands are [..., 32], their last index the lane: indices are computed by shifts and masks,
-in which Triton sees no contiguous run of lanes that it would load by one thread (tests/test_compile.py looks at the
-layouts it chose).
+Formulas, splits into hi and lo and error bounds are those of attention.py. Queries are projected
+for every frame of a row, once for all splits (`_project_operand_kernel`); then pages are attended
+(`_attend_operands_kernel`: a split, a warp and 4 queries of a KV head a program), and the exact
+tokens (window.py). Tensors of operands are [..., 32], their last index the lane: indices are
+computed by shifts and masks, in which Triton sees no contiguous run of lanes that it would load by
+one thread (tests/test_compile.py looks at the layouts it chose).
 
 Source: PTX ISA, matrix fragments for mma.m8n8k16.
 Oracle: reference/attention.py.   Test: tests/test_attention.py ("scalar").
@@ -18,33 +22,34 @@ Oracle: reference/attention.py.   Test: tests/test_attention.py ("scalar").
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from . import _launch
-from ._launch import cos_sin
-from .attention import (
-    _FULL,
-    _LOG2_FULL,
-    _MAGIC,
-    _block,
-    _fields,
-    _first_block,
-    _group_offset,
-    _half,
-    _join,
-    _lse,
-    _offset,
-    _weight,
+from ._bits import (
+    field_mask,
+    field_weight,
+    field_zero,
+    fields_of,
+    first_block,
+    group_offset,
+    is_half_group,
+    place_of,
+    rank_of,
+    subtiles_of,
 )
-from .pages import Pages
-from .rope import Rope
+from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, cos_sin, natural_lse, row_share
+from .codec import Codec
+from .window import LOG2_E, _launch_window
 
 
 @triton.jit
 def _mma(a, b, c0, c1, NATIVE: tl.constexpr):
-    """C + A B for operands [..., 32] of int32 words (see the module): the two columns of C that a lane holds, int32."""
+    """C + A B for operands [..., 32] of int32 words (see the module): the two columns of C that a
+    lane holds, int32."""
     if NATIVE:
         a, b = tl.broadcast(a, b)
         c0, c1 = tl.inline_asm_elementwise(
@@ -89,41 +94,43 @@ def _to_lanes(x, ROWS: tl.constexpr):
 @triton.constexpr_function
 def _word_mask(groups, i):
     """The bits of block i in a byte, in each byte of an int32."""
-    _, _, low, bits, top = _block(groups, i)
-    mask = (((1 << bits) - 1) << low) * 0x01010101
-    return mask - 2**32 if top else mask
+    mask = field_mask(groups, i)
+    return mask - 2**32 if mask >= 2**31 else mask
 
 
 @triton.jit
 def _split(x):
-    """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: low bytes of (hi, lo), int32, and the rounded x."""
-    shifted = x + _MAGIC
-    bits = shifted.to(tl.int32, bitcast=True)  # the low 16 bits are the integer + 128: hi is its high byte
-    return (bits >> 8) & 255, (bits & 255) ^ 128, shifted - _MAGIC
+    """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: low bytes of (hi, lo), int32, and
+    the rounded x."""
+    shifted = x + ROUND_TO_LOW_BITS
+    bits = shifted.to(tl.int32, bitcast=True)  # low 16 bits: the integer + 128; hi: their high byte
+    return (bits >> 8) & 255, (bits & 255) ^ 128, shifted - ROUND_TO_LOW_BITS
 
 
 @triton.jit
-def _load_words(ptr, part, HALF: tl.constexpr):
-    """Tile `part` (64 tokens) of a group of a page, as words [sub-tiles, 4, 32]: word i of each lane's 16 bytes."""
-    SUBTILES: tl.constexpr = 1 if HALF else 2
-    x = tl.load(ptr + part * (128 * SUBTILES) + tl.arange(0, 128 * SUBTILES))  # four words a thread
+def _load_words(ptr, GROUPS: tl.constexpr, n: tl.constexpr):
+    """Group n of a page, as words [sub-tiles, 4, 32]: word i of each lane's 16 bytes."""
+    SUBTILES: tl.constexpr = subtiles_of(GROUPS, n)
+    words = (ptr + group_offset(GROUPS, n)).to(tl.pointer_type(tl.int32))
+    x = tl.load(words + tl.arange(0, 128 * SUBTILES))  # four words a thread
     return tl.permute(tl.reshape(x, [SUBTILES, 32, 4]), [0, 2, 1])
 
 
 @triton.jit
 def _block_words(x, GROUPS: tl.constexpr, i: tl.constexpr):
-    """Block i of 64 tokens from the words of its group, [2, 4, 32]; its bits where they lie in a byte."""
+    """Block i of 64 tokens from the words of its group, [2, 4, 32]; its bits where they lie."""
     MASK: tl.constexpr = _word_mask(GROUPS, i)
     y = x & MASK
-    if _half(GROUPS, _block(GROUPS, i)[0]):
+    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
         y = tl.reshape(tl.permute(tl.join(y, (x >> 4) & MASK), [0, 3, 1, 2]), [2, 4, 32])
     return y
 
 
 @triton.constexpr_function
 def _columns(D, step):
-    """The dimensions of step `step` of 16: (first, distance of those of two t). Four steps share 64 dimensions, of which t
-    has 16 in a row, so that a thread loads the words of four steps at once; what is left of D goes by 16."""
+    """The dimensions of step `step` of 16: (first, distance of those of two t). Four steps share 64
+    dimensions, of which t has 16 in a row, so that a thread loads the words of four steps at once;
+    what is left of D goes by 16."""
     return (step // 4 * 64 + step % 4 * 4, 16) if step < D // 64 * 4 else (step * 16, 4)
 
 
@@ -137,90 +144,113 @@ def _four_words(ptr):
     return first, second, third, fourth
 
 
-@triton.jit(do_not_specialize=["max_blocks", "Q", "stride_positions_b", "stride_segments_b"])
+@triton.jit
+def _load_columns(
+    q_ptr,  # the sequence's and KV head's first query
+    row,  # [32], query * HG + head of the column of B that a lane holds
+    live,
+    stride_q_h,
+    stride_q_q,
+    freqs_ptr,
+    mean_ptr,  # float32 [D]
+    start,  # of the frame
+    HG: tl.constexpr,
+    D: tl.constexpr,
+    PAIRS: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """4 queries turned back by `start`: (words of B [32] of each step of 16 dimensions, in units in
+    which a query's longest pair is FULL: one unit at any angle; the longest pairs [4]; the mean's
+    scores [4])."""
+    lane = tl.arange(0, 32)
+    t = (lane & 3)[None, :]
+    byte = tl.arange(0, 4)[:, None]
+    live = live[None, :]
+    q_row = q_ptr + (row % HG).to(tl.int64) * stride_q_h + (row // HG).to(tl.int64) * stride_q_q
+    largest = tl.zeros([32], dtype=tl.float32)
+    for first in range(0, D, 16):
+        d = first + t * 4 + byte  # [4, 32]
+        x = tl.load(q_row[None, :] + d, mask=live, other=0.0).to(tl.float32)
+        other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
+        y = tl.load(q_row[None, :] + other, mask=live & (d < 2 * PAIRS), other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.sqrt(x * x + y * y), 0))
+    largest = tl.max(tl.max(tl.reshape(largest, [4, 2, 4]), 2), 1)  # [4] by query
+    full = tl.where(largest > 0.0, FULL / largest, 0.0)
+    full = tl.reshape(tl.broadcast_to(full[:, None], [4, 8]), [32])
+    words = ()
+    score = tl.zeros([32], dtype=tl.float32)
+    for step in tl.static_range(D // 16):
+        d = _columns(D, step)[0] + t * _columns(D, step)[1] + byte
+        x = tl.load(q_row[None, :] + d, mask=live, other=0.0).to(tl.float32)
+        if _columns(D, step)[0] < 2 * PAIRS:
+            paired = d < 2 * PAIRS
+            other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
+            y = tl.load(q_row[None, :] + other, mask=live & paired, other=0.0).to(tl.float32)
+            # No turn: cosine 1, sine 0.
+            freqs = tl.load(freqs_ptr + tl.where(d < PAIRS, d, d - PAIRS), mask=paired, other=0)
+            cos, sin = cos_sin(start, freqs, NATIVE)
+            x = x * cos + tl.where(d < PAIRS, y, -y) * sin
+        score += tl.sum(x * tl.load(mean_ptr + d), 0)
+        hi, lo, _ = _split(x * full[None, :])
+        word = tl.where((lane & 4 != 0)[None, :], lo, hi) << (byte * 8)
+        words = words + (tl.sum(word, 0),)
+    # Both columns of a query hold its score.
+    score = tl.max(tl.sum(tl.reshape(score, [4, 2, 4]), 2), 1)
+    return words, largest, score
+
+
+@triton.jit(do_not_specialize=["max_frames", "Q"])
 def _project_operand_kernel(
     q_ptr,
-    positions_ptr,
-    turns_ptr,
+    freqs_ptr,
     basis_ptr,
     scale_ptr,
-    segment_table_ptr,
-    lengths_ptr,
+    mean_ptr,
+    seq_lens_ptr,
+    codec_ids_ptr,
     u_ptr,
-    max_blocks,
+    max_frames,
     Q,
     G,
     softmax_scale,
-    rotary_scale,
-    stride_q_b,
-    stride_q_h,
-    stride_q_q,
-    stride_positions_b,
-    stride_segments_b,
+    strides_q,  # (b, h, q)
     HG: tl.constexpr,
-    ALIGN: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
-    R: tl.constexpr,
+    FRAME: tl.constexpr,
     GROUPS: tl.constexpr,
+    WINDOW: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """The projected queries of one block of positions and 4 heads, in log2 units, as operands B of the attention kernel.
+    """The projected queries of one frame and block of 4 queries, in log2 units, as operands B.
 
-    u int32 [B*Q, G, max_blocks, ceil(HG/4), 32, R/16 + 2]: for each lane its word of each block of 16 components (by
-    `_weight`), then the unit and the bias (sum of u times `_offset`) of head t as float32.
+    u int32 [B, G, max_frames, blocks, 32, R/16 + 2]: for each lane its word of each block of 16
+    components (by `field_weight`), then as float32 the unit and the bias of query t: the mean's
+    score and the sum of u times `field_zero`.
     """
-    HEAD_BLOCKS: tl.constexpr = (HG + 3) // 4
+    R: tl.constexpr = rank_of(GROUPS)
     WORDS: tl.constexpr = R // 16 + 2
-    block = tl.program_id(0) // HEAD_BLOCKS
-    heads = tl.program_id(0) % HEAD_BLOCKS
+    blocks = tl.cdiv(Q * HG, 4)
+    frame = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    bq = tl.program_id(2).to(tl.int64)
-    b = bq // Q
-    if block * ALIGN < tl.load(lengths_ptr + b):
+    b = tl.program_id(2).to(tl.int64)
+    if frame * FRAME < tl.load(seq_lens_ptr + b) - WINDOW:
+        codec_row = g
+        if codec_ids_ptr is not None:
+            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
         lane = tl.arange(0, 32)
-        row = lane >> 2
-        t = lane & 3
-        h = heads * 4 + (row >> 1)  # of the column that a lane holds of B
-        live = (h < HG)[None, :]
-        byte = tl.arange(0, 4)[:, None]
-        q_row = q_ptr + b * stride_q_b + (bq % Q) * stride_q_q + (g * HG + h) * stride_q_h
-        position = tl.load(positions_ptr + b * stride_positions_b + bq % Q).to(tl.int64)
-        distance = position - block.to(tl.int64) * ALIGN
-        segment = tl.load(segment_table_ptr + b * stride_segments_b + block).to(tl.int64)
-
-        # In units in which the longest pair is _FULL: one unit at any distance.
-        largest = tl.zeros([32], dtype=tl.float32)
-        for start in range(0, D, 16):
-            d = start + t[None, :] * 4 + byte  # [4, 32]
-            x = tl.load(q_row[None, :] + d, mask=live, other=0.0).to(tl.float32)
-            other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
-            y = tl.load(q_row[None, :] + other, mask=live & (d < 2 * PAIRS), other=0.0).to(tl.float32)
-            size = tl.sqrt(x * x + y * y) * tl.where(d < 2 * PAIRS, rotary_scale, 1.0)
-            largest = tl.maximum(largest, tl.max(size, 0))
-        largest = tl.max(tl.max(tl.reshape(largest, [4, 2, 4]), 2), 1)  # [4] by head
-        full = tl.where(largest > 0.0, _FULL / largest, 0.0)
-        full = tl.reshape(tl.broadcast_to(full[:, None], [4, 8]), [32])
-        turned = ()
-        for step in tl.static_range(D // 16):
-            d = _columns(D, step)[0] + t[None, :] * _columns(D, step)[1] + byte
-            x = tl.load(q_row[None, :] + d, mask=live, other=0.0).to(tl.float32)
-            if _columns(D, step)[0] < 2 * PAIRS:
-                turns_at = tl.where(d < PAIRS, d, d - PAIRS)
-                other = tl.where(d < PAIRS, d + PAIRS, d - PAIRS)
-                y = tl.load(q_row[None, :] + other, mask=live & (d < 2 * PAIRS), other=0.0).to(tl.float32)
-                turns = tl.load(turns_ptr + turns_at, mask=d < 2 * PAIRS, other=0)  # no turn: cosine 1, sine 0
-                cos, sin = cos_sin(distance, turns, NATIVE)
-                x = x * cos + tl.where(d < PAIRS, -y, y) * sin
-                x *= tl.where(d < 2 * PAIRS, rotary_scale, 1.0)
-            hi, lo, _ = _split(x * full[None, :])
-            turned = turned + (tl.sum(tl.where((row & 1 == 1)[None, :], lo, hi) << (byte * 8), 0),)
-
-        # The 16 rows of a block are two operands A: 64 words in one dimension, which leave no choice of lanes.
+        row = block * 4 + (lane >> 3)
+        turned, largest, score = _load_columns(
+            q_ptr + b * strides_q[0] + g * HG * strides_q[1], row, row < Q * HG, strides_q[1],
+            strides_q[2], freqs_ptr, mean_ptr + codec_row * D, frame.to(tl.int64) * FRAME,
+            HG, D, PAIRS, NATIVE,
+        )  # fmt: skip
+        # The 16 rows of a block are two operands A: 64 words in one dimension, which leave no
+        # choice of lanes.
         component = tl.arange(0, 64) >> 2
         t = tl.arange(0, 64) & 3
-        basis_words = (basis_ptr + (segment * G + g) * (R * D)).to(tl.pointer_type(tl.int32))
-        scale_row = scale_ptr + (segment * G + g) * R
+        basis_words = (basis_ptr + codec_row * (R * D)).to(tl.pointer_type(tl.int32))
         u = ()
         most = tl.zeros([64], dtype=tl.float32)
         for n in tl.static_range(R // 16):
@@ -235,271 +265,243 @@ def _project_operand_kernel(
             for step in tl.static_range(D // 16):
                 columns = tl.reshape(tl.broadcast_to(turned[step][None, :], [2, 32]), [64])
                 hi, lo = _mma(rows[step], columns, hi, lo, NATIVE)
-            one = (hi * 256 + lo).to(tl.float32) * (tl.load(scale_row + r) * (softmax_scale * _weight(GROUPS, n)))
+            scale = tl.load(scale_ptr + codec_row * R + r) * softmax_scale
+            one = (hi * 256 + lo).to(tl.float32) * (scale * field_weight(GROUPS, n))
             most = tl.maximum(most, tl.abs(one))
             u = u + (one,)
         top = tl.max(tl.reshape(most, [16, 4]), 0)  # [4], in units of 1 / full
-        full = _to_lanes(tl.where(top > 0.0, _FULL / top, 0.0), 16)
-        unit = top * (1.0 / _FULL) * (largest * (1.0 / _FULL))
+        full = _to_lanes(tl.where(top > 0.0, FULL / top, 0.0), 16)
+        unit = top * (1.0 / FULL) * (largest * (1.0 / FULL))
         bias = tl.zeros([64], dtype=tl.float32)
-        record = u_ptr + (((bq * G + g) * max_blocks + block) * HEAD_BLOCKS + heads) * (32 * WORDS)
-        at = record.to(tl.pointer_type(tl.int8)) + (8 * t + component // 4) * (4 * WORDS) + component % 4
+        record = ((b * G + g) * max_frames + frame) * blocks + block
+        record_ptr = u_ptr + record * (32 * WORDS)
+        at = record_ptr.to(tl.pointer_type(tl.int8))
+        at += (8 * t + component // 4) * (4 * WORDS) + component % 4
         for n in tl.static_range(R // 16):
             hi, lo, value = _split(u[n] * full)
-            bias += value * _offset(GROUPS, n)
+            bias += value * field_zero(GROUPS, n)
             tl.store(at + n * 4, hi.to(tl.int8))
             tl.store(at + n * 4 + 16 * WORDS, lo.to(tl.int8))
-        bias = tl.sum(tl.reshape(bias, [16, 4]), 0) * unit
-        tail = record.to(tl.pointer_type(tl.float32)) + lane * WORDS + R // 16
+        bias = tl.sum(tl.reshape(bias, [16, 4]), 0) * unit + score * softmax_scale
+        tail = record_ptr.to(tl.pointer_type(tl.float32)) + lane * WORDS + R // 16
         tl.store(tail, _to_lanes(unit, 8))
         tl.store(tail + 1, _to_lanes(bias, 8))
 
 
-@triton.jit(do_not_specialize=["max_blocks", "Q", "splits", "stride_pages_b", "stride_segments_b"])
+@triton.jit
+def _page_scores(k_ptr, record_ptr, GROUPS: tl.constexpr, NATIVE: tl.constexpr):
+    """Scores [2, 4, 32] of a page's tokens 32 i + 8 j + g at (i, j, lane) with query t;
+    record_ptr [32]: each lane's words of u."""
+    R: tl.constexpr = rank_of(GROUPS)
+    hi = tl.zeros([2, 4, 32], dtype=tl.int32)
+    lo = tl.zeros([2, 4, 32], dtype=tl.int32)
+    for n in tl.static_range(len(GROUPS)):
+        x = _load_words(k_ptr, GROUPS, n)
+        for f in tl.static_range(fields_of(GROUPS, n)):
+            u = tl.load(record_ptr + (first_block(GROUPS, n) + f))
+            y = _block_words(x, GROUPS, first_block(GROUPS, n) + f)
+            hi, lo = _mma(y, u[None, None, :], hi, lo, NATIVE)
+    unit = tl.load((record_ptr + R // 16).to(tl.pointer_type(tl.float32)))
+    bias = tl.load((record_ptr + R // 16 + 1).to(tl.pointer_type(tl.float32)))
+    return (hi * 256 + lo).to(tl.float32) * unit[None, None, :] + bias[None, None, :]
+
+
+@triton.jit
+def _weight_operand(w_hi, w_lo):
+    """B of weights [2, 4, 32] as `_page_scores` lays them out: [2, 1, 2, 32] by sub-tile and q.
+
+    Token 32 q + 8 b + 4 i + t is byte b of word q of sub-tile i: a thread has a word's four bytes.
+    """
+    byte = (8 * tl.arange(0, 4))[None, :, None]
+    w_hi = tl.reshape(tl.sum(w_hi << byte, 1), [2, 2, 4, 4])  # [q, i, t, query]
+    w_lo = tl.reshape(tl.sum(w_lo << byte, 1), [2, 2, 4, 4])
+    return tl.reshape(tl.permute(tl.join(w_hi, w_lo), [1, 0, 3, 4, 2]), [2, 1, 2, 32])
+
+
+@triton.jit(do_not_specialize=["max_frames", "splits", "Q"])
 def _attend_operands_kernel(
     k_ptr,
     v_ptr,
-    skip_ptr,
     u_ptr,
-    basis_ptr,
-    scale_ptr,
-    page_table_ptr,
-    segment_table_ptr,
-    lengths_ptr,
+    v_scale_ptr,
+    block_table_ptr,
+    seq_lens_ptr,
+    codec_ids_ptr,
     c_ptr,
     lse_ptr,
-    segment_ptr,
-    o_ptr,
-    o_lse_ptr,
-    max_blocks,
+    max_frames,
     splits,
     Q,
     G,
-    stride_pages_b,
-    stride_segments_b,
+    strides_pages,  # (page and g of K, page and g of V, row of the block table)
     HG: tl.constexpr,
-    C: tl.constexpr,
-    ALIGN: tl.constexpr,
-    D: tl.constexpr,
-    RK: tl.constexpr,
-    RV: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    V_BYTES: tl.constexpr,
+    FRAME: tl.constexpr,
     K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr,
-    RUN: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    """One split of the pages of one row, query and KV head, for 4 heads: the states of `_attend_spectral_kernel`."""
-    HEAD_BLOCKS: tl.constexpr = (HG + 3) // 4
-    WORDS: tl.constexpr = RK // 16 + 2
-    TILES: tl.constexpr = C // 64
-    PAGES: tl.constexpr = ALIGN // C
-    split = tl.program_id(0) // HEAD_BLOCKS
-    heads = tl.program_id(0) % HEAD_BLOCKS
+    """One split of the pages of one sequence and KV head, for 4 queries: the states of
+    `_attend_spectral_kernel`."""
+    WORDS: tl.constexpr = rank_of(K_GROUPS) // 16 + 2
+    RV: tl.constexpr = rank_of(V_GROUPS)
+    blocks = tl.cdiv(Q * HG, 4)
+    split = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    bq = tl.program_id(2).to(tl.int64)
-    b = bq // Q
-    length = tl.load(lengths_ptr + b)
-    chunks = tl.cdiv(length, C)
-    each = tl.cdiv(chunks, splits)
-    chunk = split * each
-    end = tl.minimum(chunk + each, chunks)
-    page_table_ptr += b * stride_pages_b
-    segment_table_ptr += b * stride_segments_b
-
+    b = tl.program_id(2).to(tl.int64)
+    page, end, stop = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
     lane = tl.arange(0, 32)
-    row = lane >> 2
-    sub = tl.arange(0, 2)
-    token = 8 * tl.arange(0, 4)[:, None] + row[None, :]  # [4, 32], of a sub-tile
-    h = heads * 4 + tl.arange(0, 4)
-    out = (((b * G + g) * HG + h) * Q + bq % Q) * splits + split  # [4], row of the split's state
-    m_all = tl.full([4], float("-inf"), dtype=tl.float32)
-    l_all = tl.zeros([4], dtype=tl.float32)
-    c_row = _to_lanes(out, 8) * RV + row  # component g of head t
-    live = heads * 4 + (lane & 3) < HG
-    if chunk >= end:
-        tl.store(lse_ptr + out, tl.full([4], float("-inf"), dtype=tl.float32), mask=h < HG)
-    while chunk < end:
-        # A run of blocks that share a segment.
-        block = chunk // PAGES
-        segment = tl.load(segment_table_ptr + block)
-        i = tl.arange(0, RUN)
-        others = tl.load(segment_table_ptr + block + i, mask=(block + i) * PAGES < end, other=-1) != segment
-        stop = tl.minimum((block + tl.min(tl.where(others, i, RUN), 0)) * PAGES, end)
-        m = tl.full([32], float("-inf"), dtype=tl.float32)  # of head t
-        l = tl.zeros([32], dtype=tl.float32)  # of head t and the tokens of row g
+    query = block * 4 + tl.arange(0, 4)
+    live = query < Q * HG
+    # [4], rows of the split's states
+    out = (((b * G + g) * HG + query % HG) * Q + query // HG) * splits + split
+    if page < end:
+        k_ptr += g * strides_pages[1]
+        v_ptr += g * strides_pages[3]
+        block_table_ptr += b * strides_pages[4]
+        token = 32 * tl.arange(0, 2)[:, None, None] + 8 * tl.arange(0, 4)[None, :, None]
+        token += (lane >> 2)[None, None, :]  # [2, 4, 32]
+        m = tl.full([32], float("-inf"), dtype=tl.float32)  # of query t
+        l = tl.zeros([32], dtype=tl.float32)  # of query t and the tokens of row g
         w_sum = tl.zeros([32], dtype=tl.float32)
-        acc = ()
+        acc = ()  # components g and 8 + g of a block, query t
         for _ in tl.static_range(RV // 16):
-            acc = acc + (tl.zeros([2, 32], dtype=tl.float32),)  # components g and 8 + g of a block, head t
-        for tile in range(chunk * TILES, stop * TILES):
-            j = tile // TILES
-            part = tile % TILES  # of the page
-            page = tl.load(page_table_ptr + j).to(tl.int64) * G + g
-            k_words = (k_ptr + page * (C * K_BYTES)).to(tl.pointer_type(tl.int32))
-            v_words = (v_ptr + page * (C * V_BYTES)).to(tl.pointer_type(tl.int32))
-            record = u_ptr + (((bq * G + g) * max_blocks + j // PAGES) * HEAD_BLOCKS + heads) * (32 * WORDS) + lane * WORDS
-            hi = tl.zeros([2, 4, 32], dtype=tl.int32)
-            lo = tl.zeros([2, 4, 32], dtype=tl.int32)
-            for n in tl.static_range(len(K_GROUPS)):
-                x = _load_words(k_words + _group_offset(K_GROUPS, n) * (C // 4), part, _half(K_GROUPS, n))
-                for f in tl.static_range(_fields(K_GROUPS, n)):
-                    u = tl.load(record + (_first_block(K_GROUPS, n) + f))
-                    y = _block_words(x, K_GROUPS, _first_block(K_GROUPS, n) + f)
-                    hi, lo = _mma(y, u[None, None, :], hi, lo, NATIVE)
-            unit = tl.load((record + RK // 16).to(tl.pointer_type(tl.float32)))
-            bias = tl.load((record + RK // 16 + 1).to(tl.pointer_type(tl.float32)))
-            s = (hi * 256 + lo).to(tl.float32) * unit[None, None, :] + bias[None, None, :]
-            # Tokens kept exact elsewhere, and those past the row's length.
-            skipped = tl.load(skip_ptr + page * (C // 32) + part * 2 + sub)
-            left = length - (j * C + part * 64) - 32 * sub
-            hidden = ((skipped[:, None, None] >> token[None, :, :]) & 1) != 0
-            hidden |= token[None, :, :] >= left[:, None, None]
-            s = tl.where(hidden, float("-inf"), s)  # [2, 4, 32]
-            m_tile = _to_lanes(_max_over_rows(tl.max(tl.max(s, 0), 0)), 8)
-            # Weights in units of 1 / _FULL of the tile's largest.
-            p = tl.exp2((s - tl.where(m_tile == float("-inf"), 0.0, m_tile)[None, None, :]) + _LOG2_FULL)
-            m_new = tl.maximum(m, m_tile)
+            acc = acc + (tl.zeros([2, 32], dtype=tl.float32),)
+        for j in range(page, end):
+            number = tl.load(block_table_ptr + j).to(tl.int64)
+            record = ((b * G + g) * max_frames + j // (FRAME // 64)) * blocks + block
+            record_ptr = u_ptr + record * (32 * WORDS) + lane * WORDS
+            s = _page_scores(k_ptr + number * strides_pages[0], record_ptr, K_GROUPS, NATIVE)
+            position = j * 64 + token
+            s = tl.where((position >= SINKS) & (position < stop), s, float("-inf"))
+            m_page = _to_lanes(_max_over_rows(tl.max(tl.max(s, 0), 0)), 8)
+            # Weights in units of 1 / FULL of the page's largest.
+            base = tl.where(m_page == float("-inf"), 0.0, m_page)
+            p = tl.exp2((s - base[None, None, :]) + LOG2_FULL)
+            m_new = tl.maximum(m, m_page)
             top = tl.where(m_new == float("-inf"), 0.0, m_new)
             old = tl.exp2(m - top)
-            new = tl.exp2(m_tile - top)
+            new = tl.exp2(m_page - top)
             m = m_new
             l = l * old + tl.sum(tl.sum(p, 0), 0) * new
             w_hi, w_lo, w = _split(p)
             w_sum = w_sum * old + tl.sum(tl.sum(w, 0), 0) * new
-            # Token 32 q + 8 b + 4 i + t is byte b of word q of sub-tile i: a thread has the four bytes of a word.
-            byte = (8 * tl.arange(0, 4))[None, :, None]
-            w_hi = tl.reshape(tl.sum(w_hi << byte, 1), [2, 2, 4, 4])  # [q, i, t, head]
-            w_lo = tl.reshape(tl.sum(w_lo << byte, 1), [2, 2, 4, 4])
-            w_both = tl.permute(tl.join(w_hi, w_lo), [1, 0, 3, 4, 2])
-            w_both = tl.reshape(w_both, [2, 1, 2, 32])
+            w_both = _weight_operand(w_hi, w_lo)
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
-                x = _load_words(v_words + _group_offset(V_GROUPS, n) * (C // 4), part, _half(V_GROUPS, n))
-                for f in tl.static_range(_fields(V_GROUPS, n)):
-                    y = _block_words(x, V_GROUPS, _first_block(V_GROUPS, n) + f)
+                x = _load_words(v_ptr + number * strides_pages[2], V_GROUPS, n)
+                for f in tl.static_range(fields_of(V_GROUPS, n)):
+                    y = _block_words(x, V_GROUPS, first_block(V_GROUPS, n) + f)
                     y = tl.reshape(y, [2, 2, 2, 32])  # (sub-tile, half of the block, q, lane)
                     zero = tl.zeros([2, 2, 2, 32], dtype=tl.int32)
                     hi, lo = _mma(y, w_both, zero, zero, NATIVE)
-                    dots = tl.sum(tl.sum(hi * 256 + lo, 2), 0)  # [2, 32]
-                    rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + dots.to(tl.float32) * new[None, :],)
+                    dots = tl.sum(tl.sum(hi * 256 + lo, 2), 0).to(tl.float32)  # [2, 32]
+                    dots = acc[len(rescaled)] * old[None, :] + dots * new[None, :]
+                    rescaled = rescaled + (dots,)
             acc = rescaled
-        # In V's basis; l and acc both count weights in units of 1 / _FULL.
-        l_run = _sum_over_rows(l)
-        norm = _to_lanes(tl.where(l_run > 0.0, 1.0 / l_run, 0.0), 8)
-        w_run = _to_lanes(_sum_over_rows(w_sum), 8)
-        m_run = _max_over_rows(m)
-        basis_row = (segment.to(tl.int64) * G + g) * RV
+        # In V's basis; l and acc both count weights in units of 1 / FULL.
+        l_all = _sum_over_rows(l)
+        tl.store(lse_ptr + out, natural_lse(_max_over_rows(m), l_all), mask=live)
+        norm = _to_lanes(tl.where(l_all > 0.0, 1.0 / l_all, 0.0), 8)
+        w_all = _to_lanes(_sum_over_rows(w_sum), 8)
+        codec_row = g
+        if codec_ids_ptr is not None:
+            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        stored = (block * 4 + (lane & 3) < Q * HG)[None, :]
+        r = tl.arange(0, 2)[:, None] * 8 + (lane >> 2)[None, :]
+        c_at = c_ptr + _to_lanes(out, 8)[None, :] * RV + r
         for n in tl.static_range(RV // 16):
-            r = n * 16 + tl.arange(0, 2)[:, None] * 8
-            scale = tl.load(scale_ptr + basis_row + (r + row[None, :])) * (norm * _weight(V_GROUPS, n))[None, :]
-            coefficient = (acc[n] + _offset(V_GROUPS, n) * w_run[None, :]) * scale
-            tl.store(c_ptr + (c_row[None, :] + r), coefficient, mask=live[None, :])
-        if stop == end:
-            tl.store(lse_ptr + out, _lse(m_run, l_run), mask=h < HG)
-            tl.store(segment_ptr + (bq * G + g) * splits + split, segment)
-        else:
-            # The run's output, coefficients times the V basis, joins that of earlier runs in global memory.
-            m_all, l_all, old, new = _join(m_all, l_all, m_run, l_run)
-            i8 = tl.arange(0, 8)
-            tl.debug_barrier()  # each thread reads coefficients that others wrote
-            for start in range(0, D, 32):
-                d = start + (lane & 31)  # a dimension a lane: sums over components stay in a thread
-                mask = (d < D)[:, None] & (h < HG)[None, :]
-                products = tl.zeros([8, 32, 4], dtype=tl.float32)
-                for first in range(0, RV, 8):
-                    at = c_ptr + out[None, :] * RV + (first + i8)[:, None]
-                    factor = tl.load(at, mask=(h < HG)[None, :], other=0.0)
-                    rows = basis_ptr + (basis_row + first + i8)[:, None] * D
-                    basis = tl.load(rows + d[None, :], mask=(d < D)[None, :], other=0).to(tl.float32)
-                    basis, factor = tl.broadcast(basis[:, :, None], factor[:, None, :])
-                    products = tl.fma(basis, factor, products)
-                o = tl.load(o_ptr + out[None, :] * D + d[:, None], mask=mask & (old > 0.0)[None, :], other=0.0)
-                o = o * old[None, :] + tl.sum(products, 0) * new[None, :]
-                tl.store(o_ptr + out[None, :] * D + d[:, None], o, mask=mask)
-            tl.debug_barrier()  # the next run's threads read what others wrote
-        chunk = stop
-    tl.store(o_lse_ptr + out, _lse(m_all, l_all), mask=h < HG)
+            scale = tl.load(v_scale_ptr + codec_row * RV + (n * 16 + r)) * norm[None, :]
+            c = (acc[n] + field_zero(V_GROUPS, n) * w_all[None, :]) * field_weight(V_GROUPS, n)
+            tl.store(c_at + n * 16, c * scale, mask=stored)
+    else:
+        tl.store(lse_ptr + out, tl.full([4], float("-inf"), dtype=tl.float32), mask=live)
+
+
+def operand_words(rank: int) -> int:
+    """Words of `_project_operand_kernel`'s u for a frame and 4 queries; rank: R_K."""
+    return 32 * (rank // 16 + 2)
 
 
 def _attend_old_cards(
     q: torch.Tensor,
-    positions: torch.Tensor,
-    pages: Pages,
-    rope: Rope,
-    softmax_scale: float,
-    rotary_scale: float,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    codec: Codec,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    exact: tuple[torch.Tensor, torch.Tensor] | None,
     states: tuple[torch.Tensor, ...],
+    *,
+    sinks: int,
+    window: int,
+    seq_ids: torch.Tensor | None,
+    codec_ids: torch.Tensor | None,
+    scale: float,
+    splits: int,
+    frames: int,
+    tile: dict[str, int],
 ) -> None:
-    """What `_project_kernel` and `_attend_spectral_kernel` do in `attend_spectral`, for int8 sides.
+    """What `_attend_spectral_kernel` does in `attend_spectral`, whose arguments these are.
 
-    q [B, H, Q, D]; positions [B, Q], last stride 1; softmax_scale: of the scores in log2 units; states: c, its lse,
-    segments, o and o_lse of the splits, which are written.
+    q [B, H, Q, D]; states, which are written: u int32 of `frames` frames a row, c and lse of the
+    splits, o and lse of the exact tokens (tile: their `window_tile`).
     """
-    layout, (batch, heads, queries, dim) = pages.layout, q.shape
-    kv_heads, blocks, rows = pages.kv_heads, pages.max_blocks, batch * queries
-    group, splits = heads // kv_heads, states[0].shape[-2]
-    head_blocks = _launch.cdiv(group, 4)
-    words = layout.k.rank // 16 + 2
-    u = torch.empty((rows, kv_heads, blocks, head_blocks, 32, words), dtype=torch.int32, device=q.device)
-    native = _launch.is_native(q)
-    _project_operand_kernel[(blocks * head_blocks, kv_heads, rows)](
+    (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
+    u, c, lse, exact_o, exact_lse = states
+    group = heads // kv_heads
+    blocks = _launch.cdiv(group * queries, 4)
+    shared: dict[str, Any] = {
+        "HG": group,
+        "FRAME": layout.frame,
+        "WINDOW": window,
+        "NATIVE": _launch.is_native(q),
+        "num_warps": 1,
+        "num_stages": 1,
+    }
+    _project_operand_kernel[(frames * blocks, kv_heads, batch)](
         q,
-        positions,
-        rope.turns,
-        pages.k_basis,
-        pages.k_scale,
-        pages.segment_table,
-        pages.lengths,
+        codec.freqs,
+        codec.k_basis,
+        codec.k_scale,
+        codec.k_mean,
+        seq_lens,
+        codec_ids,
         u,
-        blocks,
+        frames,
         queries,
         kv_heads,
-        softmax_scale,
-        rotary_scale,
-        *q.stride()[:3],
-        positions.stride(0),
-        pages.segment_table.stride(0),
-        HG=group,
-        ALIGN=layout.align,
+        scale * LOG2_E,
+        q.stride()[:3],
         D=dim,
-        PAIRS=rope.turns.shape[0],
-        R=layout.k.rank,
+        PAIRS=codec.freqs.shape[0],
         GROUPS=layout.k.groups,
-        NATIVE=native,
-        num_warps=1,
-        num_stages=1,
+        **shared,
     )
-    _attend_operands_kernel[(splits * head_blocks, kv_heads, rows)](
-        pages.k_pages,
-        pages.v_pages,
-        pages.skip,
+    _attend_operands_kernel[(splits * blocks, kv_heads, batch)](
+        k_pages,
+        v_pages,
         u,
-        pages.v_basis,
-        pages.v_scale,
-        pages.page_table,
-        pages.segment_table,
-        pages.lengths,
-        *states,
-        blocks,
+        codec.v_scale,
+        block_table,
+        seq_lens,
+        codec_ids,
+        c,
+        lse,
+        frames,
         splits,
         queries,
         kv_heads,
-        pages.page_table.stride(0),
-        pages.segment_table.stride(0),
-        HG=group,
-        C=layout.chunk,
-        ALIGN=layout.align,
-        D=dim,
-        RK=layout.k.rank,
-        RV=layout.v.rank,
-        K_BYTES=layout.k.bytes,
-        V_BYTES=layout.v.bytes,
+        (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
-        RUN=64,
-        NATIVE=native,
-        num_warps=1,
-        num_stages=1,
+        SINKS=sinks,
+        **shared,
     )
+    if exact is not None:
+        _launch_window(
+            q, *exact, seq_lens, seq_ids, exact_o, exact_lse,
+            scale=scale, sinks=sinks, window=window, matrix=False, tile=tile,
+        )  # fmt: skip

@@ -1,537 +1,881 @@
 """One line gives a Hugging Face causal language model the spectral cache, and undoes it.
 
-    with enable(model, preset="quality"):
+    with enable(model, preset="balanced"):
         model.generate(**inputs, max_new_tokens=100)
 
-What happens to one model, and to no other:
-- its configuration names the attention function "spectral", registered here beside transformers' own;
-- a hook on its rotary embedding hands the layers cosine 1 and sine 0, so that queries and keys arrive before RoPE
-  (and after the norms of Qwen3), whatever release of transformers wrote the layer;
-- a hook before its decoder reads left padding and positions, puts a `ModelCache` in place of a new, empty cache, and
-  sends both to the attention function as one more keyword.
-The first forward of a sequence is exact: dense causal attention by PyTorch's SDPA over rotated queries and keys, while the
-cache compresses K and V. Later forwards append to the cache and attend to it, one token or several.
-Positions are token indices after left padding: RoPE depends on differences only.
+What happens to one model, and to no other, until `disable()`:
+- its configuration names an attention function of this module, registered beside transformers' own;
+- `generate` fills a `ModelCache`: transformers' `Cache`, whose layers keep their tokens in one
+  `SpectralCache`;
+- a forward of its decoder is checked, and its host work done, before anything is changed;
+- on CUDA its one-token forward is captured once a cache as a CUDA graph and then replayed.
 
-Works with transformers 4.57 to 5.24. This is the only module that imports it.   Test: tests/test_hf.py.
+A forward on an empty cache, or of more new tokens than `ModelCache.limit`, is a *prompt*: the
+model's attention runs as before (on a filled cache over keys and values rebuilt from it), and the
+tokens are stored. Any other forward on a filled cache is a *step*: a layer appends its tokens and
+attends to the cache by one registered operator. Queries and keys come as the model rotated them:
+nothing here depends on its kind of RoPE.
+Works with transformers 4.57 to 5.24; no other module imports it.
+Test: tests/test_hf.py.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import os
+import sys
+import threading
+import warnings
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import _launch
 from ._checks import FLOATS
-from .cache import PRESETS, Preset, SpectralCache
-from .rope import Rope, rotate, rotate_torch
+from .attention import attend_spectral
+from .cache import SpectralCache
+from .codec import Codec, ModelCodec
+from .compress import append
+from .layout import HEAD_DIMS, PAGE_SIZE, Bands, PageLayout
 
 NAME = "spectral"
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-# Frequencies that do not depend on the length: dynamic and longrope leave old keys turned by old frequencies.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-# What forwards call the cache. Since 5.24 they rename the old keyword themselves, but only after hooks have run.
+# What forwards call the cache. Since 5.24 they rename the old keyword themselves, but only inside.
 _OLD_CACHE = "past_key_values"
 CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
 # The positional parameters of every decoder's forward, in all supported releases.
 _POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds")
+# What a forward may be given and still be replayed.
+_PLAIN = (*_POSITIONAL, _OLD_CACHE, "logits_to_keep", "cache_position")
 # Cache.crop(0) empties the cache before this release and removes no token since.
 _CROP_COUNTS = _RELEASE >= (5, 17)
+MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
+DRAFTS = 16  # tokens that can be cropped without a loss in the window
+ROUND = 512  # room is a multiple of this, so that calls of like lengths share a cache
+POOLED = 2  # idle caches, of different numbers of rows, that generate() keeps for its next calls
+
+# ---- one layer's step, as an operator that torch.compile and opcheck understand ------------------
+
+_CODECS: weakref.WeakValueDictionary[int, Codec] = weakref.WeakValueDictionary()
+_LIBRARY = torch.library.Library("spectral_kernels", "FRAGMENT")
+_LIBRARY.define(
+    "step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, "
+    "Tensor(c!) k_exact, Tensor(d!) v_exact, Tensor block_table, Tensor seq_lens, int codec, "
+    "int sinks, int window, float? scale, Tensor(e!)? workspace) -> Tensor"
+)
+
+
+def _step(
+    q, k, v, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens,
+    codec, sinks, window, scale, workspace,
+):  # fmt: skip
+    """Store k, v [B, G, Q, D] as the newest Q of seq_lens tokens; attend to all: as q [B, H, Q, D].
+
+    codec: the `id` of the layer's Codec, whose tensors are constants.
+    """
+    out, layer = torch.empty(q.shape, dtype=q.dtype, device=q.device), _CODECS[codec]
+    with torch.autocast(q.device.type, enabled=False):
+        append(k, v, layer, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks=sinks)
+        attend_spectral(
+            q, k_pages, v_pages, layer, block_table, seq_lens, sinks=sinks, window=window,
+            exact=(k_exact, v_exact), scale=scale, out=out, workspace=workspace, after_append=True,
+        )  # fmt: skip
+    return out
+
+
+_LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("spectral_kernels::step", lib=_LIBRARY)
+def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+class _Link:
+    """Ties a layer's `update` to the attention call that must follow it; the module has it."""
+
+    def __init__(self, layer: int, dense: Callable[..., Any]) -> None:
+        self.layer, self.dense = layer, dense
+        self.pending: SpectralLayer | None = None  # updated, and its attention has not run yet
+        self.updated = False  # in this forward
+
+    def missed(self) -> RuntimeError:
+        took = "tokens" if self.updated else "no tokens"
+        return RuntimeError(
+            f"layer {self.layer}: its cache took {took} and the attention function {NAME!r} did "
+            "not follow in this forward; something replaces this model's attention"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
+        return self
+
+
+class SpectralLayer(CacheLayerMixin):
+    """One layer of a `ModelCache`, which keeps the tokens."""
+
+    is_compileable = False  # the cache answers; transformers 4 refuses drafts where a layer says so
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: ModelCache, index: int, link: _Link) -> None:
+        super().__init__()
+        self.cache, self.index, self.link = cache, index, link
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: Any = None) -> None:
+        """Nothing: the prompt allocates for all layers at once."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the new tokens' keys and values [B, G, Q, D].
+
+        Returns:
+            Those that the attention call is to see: all columns' for a prompt, the new for a step.
+        Raises:
+            RuntimeError: no forward of the enabled model is under way, or the attention call after
+                the last update never came.
+        """
+        cache, link, new = self.cache, self.link, key_states.shape[2]
+        if link.pending is not None:
+            raise link.missed()
+        if torch.compiler.is_compiling():
+            cache.stale = True
+        elif not cache.busy:
+            raise RuntimeError(f"{CACHE}: works only in the model it was made for, while enabled")
+        if not cache.is_step(new):
+            key_states, value_states = cache.store(self.index, key_states, value_states)
+        elif self.index == 0:
+            cache.spectral.advance(new)
+        link.pending, link.updated = self, True
+        return key_states, value_states
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any) -> torch.Tensor:
+        """A step: q [B, H, Q, D], k and v of the new tokens [B, G, Q, D]; returns [B, H, Q, D]."""
+        x, i, codec = self.cache.spectral, self.index, self.cache.codecs[self.index]
+        workspace = x._workspace if q.shape[2] == 1 else None
+        return torch.ops.spectral_kernels.step(
+            q, k, v, x.k_pages[i], x.v_pages[i], x.k_exact[i], x.v_exact[i], x.block_table,
+            x.seq_lens, codec, x.codec.sinks, x.codec.window, scale, workspace,
+        )  # fmt: skip
+
+    def get_seq_length(self) -> Any:
+        """Columns: a number; a tensor while compiling, so that no step compiles anew."""
+        cache = self.cache
+        if torch.compiler.is_compiling() and cache.filled:
+            lengths = cache.spectral.seq_lens
+            return (lengths if cache.first is None else lengths + cache.first)[0].long()
+        return cache.sync()
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        # Before transformers 5.4 a tensor of positions comes in. A step has no mask, so no keys.
+        tensor = isinstance(query_length, torch.Tensor)
+        new = query_length.shape[0] if tensor else query_length
+        return (0 if self.cache.is_step(new) else self.cache.columns + new), 0
+
+    def get_max_length(self) -> int:
+        return -1  # it grows
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
 
 class ModelCache(Cache):
-    """The cache of an enabled model (`cache=`; before transformers 5.24 `past_key_values=`): a `SpectralCache` and what
-    generate asks of a cache.
+    """The cache of an enabled model (`cache=`; before transformers 5.24 `past_key_values=`).
 
     Attributes:
-        spectral: the SpectralCache, None while empty.
-        padding: left padding of each row, in tokens.
-        columns: tokens seen, padding included (what transformers calls the sequence length).
-    Only forwards of the model it was made for fill it; a new one comes from `Handle.new_cache()` or from the model.
+        spectral: the SpectralCache, None until the first prompt.      batch: rows, once known.
+        capacity: tokens a row that it has room for. More make it grow: a copy, and a new capture.
+        columns: tokens seen, padding included (transformers' sequence length).
+        padding: left padding of each row.      limit: most new tokens of a step.
+    Only forwards of its model fill it; a new one comes from `Handle.new_cache()` or from the model.
+    A copy.deepcopy goes on by itself: one prompt, many continuations.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        super().__init__(layers=[])
-        # Weak, so that copy.deepcopy of a cache (to reuse a prompt) does not copy the model.
-        self._owner = weakref.ref(handle)
-        self.reset()
+    def __init__(self, handle: Handle, batch: int | None, capacity: int | None) -> None:
+        super().__init__(layers=[SpectralLayer(self, i, x) for i, x in enumerate(handle.links)])
+        self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
+        self.batch: Any = batch
+        self.capacity: Any = capacity
+        self.limit, self.compileable = handle.limit, not handle.graph
+        self.spectral: Any = None
+        self.codecs: list[int] = []  # ids of the layers' codecs
+        self.graph: Any = None  # a _StepGraph
+        self.weights = 0  # stands for the addresses at which the graph reads the model
+        self._forget()
+
+    def _forget(self) -> None:
+        self.columns, self.filled = 0, False
+        self.padding: list[int] = []
+        self.first: torch.Tensor | None = None  # padding as int32 [B] on the device; None: none
+        self.busy = False  # a forward is under way
+        self.failed = False  # one ended half-way
+        self.stale = False  # compiled steps have moved seq_lens and not the host's numbers
 
     def reset(self) -> None:
-        """Forget everything; the next forward starts a new sequence, of any batch size."""
-        self.spectral: SpectralCache | None = None
-        self.padding: list[int] = []
-        self.columns = 0
-        self._offsets: list[int] | None = None  # position id minus column of each row, once positions have been given
-        self._busy = False  # a forward is under way, or failed half-way
+        """Forget everything; memory and graph stay for the next sequences of as many rows."""
+        self._forget()
+        if self.spectral is not None:
+            self.spectral.reset()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache."""
         return 0 if self.spectral is None else self.spectral.nbytes
 
-    def __len__(self) -> int:
-        handle = self._owner()
-        return 0 if handle is None else handle.layers
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Hand the new keys and values on as they are: the attention function stores them, with the queries.
-
-        Raises:
-            RuntimeError: the caller is not an enabled model, which would take the new tokens for all tokens.
-        """
-        handle = self._owner()
-        if not self._busy or handle is None or not handle.enabled:
-            raise RuntimeError(f"{CACHE}: a spectral cache works only in the model that it was made for, while enabled")
-        return key_states, value_states
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        # What update returns: the new tokens alone. (Before transformers 5.4 a tensor of their positions came in.)
-        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
-        return new, self.columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1  # no maximum
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.14
-
     @property
     def is_compileable(self) -> bool:
-        return False
+        return self.compileable
 
-    @property
-    def is_linear(self) -> list[bool]:
-        return [False] * len(self)  # generate (since 5.24) takes "all layers" of none for a cache that counts no tokens
+    def is_step(self, new: int) -> bool:
+        """Whether a forward of so many new tokens is a step, not a prompt."""
+        return self.filled and new <= self.limit
 
-    @property
-    def is_initialized(self) -> bool:
-        return self.spectral is not None
+    def sync(self) -> int:
+        """The columns; read from the device, with the lengths, after compiled steps."""
+        if self.stale:
+            self.spectral.read_lengths()
+            self.columns, self.stale = self.spectral.lengths[0] + self.padding[0], False
+        return self.columns
+
+    def room(self, new: int) -> None:
+        """Make room for so many more columns."""
+        wanted = self.columns + new
+        if self.capacity is not None and wanted <= self.capacity:
+            return
+        wanted = max(wanted, 2 * self.capacity if self.capacity else wanted + max(512, wanted // 2))
+        self.capacity, self.graph = -(-wanted // ROUND) * ROUND, None
+        if self.filled:
+            with torch.no_grad(), torch.inference_mode(False):
+                self.spectral = _copied(self.spectral, self.owner().allocate(self))
+            self.mark()
+        else:
+            self.spectral = None
+
+    def start(self, padding: list[int], device: torch.device) -> None:
+        """Before the first prompt of a sequence."""
+        if self.batch != len(padding):
+            self.spectral = self.graph = None
+        self.batch, self.padding = len(padding), padding
+        if any(padding):
+            self.first = torch.tensor(padding, dtype=torch.int32, device=device)
+
+    def store(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's part of a prompt, k and v [B, G, Q, D]; returns those of all columns."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{CACHE}: prompts run outside torch.compile, as in generate()")
+        autocast, new = torch.autocast(k.device.type, enabled=False), k.shape[2]
+        with torch.no_grad(), torch.inference_mode(False), autocast:
+            if self.spectral is None:
+                self.dtype, self.device, self.shape = k.dtype, k.device, (k.shape[1], k.shape[3])
+                self.spectral = self.owner().allocate(self)
+                self.mark()
+            first = None if self.filled else self.first
+            if layer == 0:
+                self.spectral.reserve(new if first is None else [new - n for n in self.padding])
+                self.spectral.advance(new if first is None else new - first)
+            past = self.spectral.past(layer, new, self.columns) if self.filled else None
+            self.spectral.prefill(layer, k.detach(), v.detach(), first=first)
+        if past is None:
+            return k, v
+        return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+
+    def mark(self) -> None:
+        """New tensors: known to the operator and to torch.compile."""
+        x = self.spectral
+        self.codecs = [id(codec) for codec in x.codec.layers]
+        _CODECS.update(zip(self.codecs, x.codec.layers, strict=True))
+        for tensor in (*x.k_pages, *x.v_pages, *x.k_exact, *x.v_exact, x.block_table, x.seq_lens):
+            torch._dynamo.mark_static_address(tensor)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
 
         Args:
-            tokens_to_remove: a negative number -n removes n tokens, a positive one is the length to keep (padding
-                included), as it was before transformers 5.17. Zero removes nothing since 5.17 and everything before.
+            tokens_to_remove: -n removes n tokens, a positive number is the length to keep (padding
+                included), as before transformers 5.17; 0 removes nothing since, everything before.
         Raises:
             ValueError: a row would end inside its left padding.
         """
-        count = tokens_to_remove
-        keep = self.columns + count if count < 0 or (count == 0 and _CROP_COUNTS) else min(count, self.columns)
+        columns, n = self.sync(), int(tokens_to_remove)  # before 5.24 a tensor
+        keep = columns + n if n < 0 or (n == 0 and _CROP_COUNTS) else min(n, columns)
         if keep <= 0:
             self.reset()
-        elif keep < self.columns:
-            if keep < max(self.padding):
-                raise ValueError(f"tokens_to_remove: expected {max(self.padding)} tokens or more to stay, got {keep}")
-            assert self.spectral is not None
-            self.spectral.crop([keep - padding for padding in self.padding])
+        elif keep < columns:
+            if keep <= max(self.padding):
+                raise ValueError(f"tokens_to_remove: expected to keep {max(self.padding) + 1}")
+            self.spectral.rollback(columns - keep)
             self.columns = keep
-
-    def _select(self, index: torch.Tensor) -> None:
-        if self.spectral is None:
-            return
-        self.spectral.reorder(index)
-        rows = index.tolist()
-        self.padding = [self.padding[row] for row in rows]
-        self._offsets = [self._offsets[row] for row in rows] if self._offsets is not None else None
+            self.spectral.hold(self.capacity)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes the old row beam_idx[i] (int64 [B])."""
-        self._select(beam_idx)
+        if not self.filled:
+            return
+        if beam_idx.shape != (self.batch,):
+            raise NotImplementedError(f"{CACHE}: expected {self.batch} rows, got {len(beam_idx)}")
+        self.sync()
+        rows = beam_idx.tolist()
+        self.spectral.rollback(0)  # frees what was reserved ahead
+        self.spectral.reorder(rows)
+        self.spectral.hold(self.capacity)
+        if self.first is not None:
+            self.padding = [self.padding[row] for row in rows]
+            self.first.copy_(self.first[beam_idx.to(self.first.device)])
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._select(torch.arange(len(self.padding)).repeat_interleave(repeats))
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
+        if self.spectral is not None:
+            memo[id(self.spectral.codec)] = self.spectral.codec  # constants
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return new
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._select(torch.arange(len(self.padding))[indices.cpu()])
+
+class _StepGraph:
+    """The one-token forward of a model on one cache as a CUDA graph with static inputs.
+
+    Capturing runs `forward(ids, positions)` twice first, each time from the same seq_lens: the runs
+    write where the replay that follows writes.
+    """
+
+    def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
+        seq_lens = cache.spectral.seq_lens
+        self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
+        self.positions = seq_lens[:, None].long()
+        self.graph, before, device = torch.cuda.CUDAGraph(), seq_lens.clone(), seq_lens.device
+        stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(main)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    forward(self.ids, self.positions)
+                    seq_lens.copy_(before)
+            settings = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(self.graph, **settings):
+                self.output = forward(self.ids, self.positions)
+        finally:
+            main.wait_stream(stream)
+            seq_lens.copy_(before)
+
+    def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+        self.ids.copy_(ids, non_blocking=True)
+        self.positions.copy_(positions, non_blocking=True)
+        self.graph.replay()
+        return type(self.output)(logits=self.output.logits.clone(), **{CACHE: cache})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied cache has other addresses: it captures anew."""
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One forward pass: what its attention calls need to know."""
-
-    handle: Handle
-    cache: ModelCache | None
-    past: int  # columns before this forward; 0 = the first forward of a sequence, which is dense
-    queries: int
-    padding: list[int]
-    offsets: list[int] | None
-    positions: torch.Tensor | None  # int64 [B, Q] of a dense forward; 0 in the padding
+# ---- the model -----------------------------------------------------------------------------------
 
 
 class Handle:
-    """What `enable` returns: `disable()` it, or leave its `with` block. Not made by hand."""
+    """What `enable` returns: `disable()` it, or leave its `with` block. Not made by hand.
 
-    def __init__(self, model: PreTrainedModel, preset: str | Preset, landmarks: Sequence[Any]) -> None:
+    Attributes: model, preset, codec (None: exact), graph (whether steps are replayed), max_tokens.
+    """
+
+    def __init__(
+        self, model: Any, preset: str, codec: ModelCodec | None, graph: bool, max_tokens: int | None
+    ) -> None:
+        self.model, self.preset, self.max_tokens = model, preset, max_tokens
+        self.codec = None if codec is None else codec.to(model.device)
+        self.graph = graph and model.device.type == "cuda"
+        self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
         decoder = model.get_decoder()
-        self.model = model
-        self.preset = preset
-        self.landmarks = landmarks
-        self.layers: int = len(decoder.layers)
-        self.rope = Rope.from_inv_freq(decoder.rotary_emb.inv_freq.float(), float(decoder.rotary_emb.attention_scaling))
-        self._v_metrics: list[torch.Tensor | None] | None = None
-        # Refuses a preset, landmarks, head dimension or dtype that no cache can have, before anything is changed.
-        per_row = len(landmarks) > 0 and not isinstance(landmarks[0], int)
-        self._spectral_cache(len(landmarks) if per_row else 1, model.dtype, model.device, None)
+        self._config = decoder.config
+        self._implementation: str = self._config._attn_implementation
+        self._modules = [layer.self_attn for layer in decoder.layers]
+        self.links = [_Link(m.layer_idx, _dense(self._implementation, m)) for m in self._modules]
+        self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
+        self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
+        self._capturing = False
+        self._lock, self._local = threading.RLock(), threading.local()
+        self._patches: list[tuple[nn.Module, str, Any]] = []
+        for link, module in zip(self.links, self._modules, strict=True):
+            module._spectral = link
+        self._patch(decoder, "forward", self._decoder_forward)
+        self._patch(model, "forward", self._model_forward)
+        self._patch(model, "generate", self._generate)
+        self._patch(model, "prepare_inputs_for_generation", self._prepare_inputs)
+        self._patch(model, "_prepare_cache_for_generation", self._prepare_cache)
+        self._config._attn_implementation = _register(self._implementation)
 
-        self._implementation = model.config._attn_implementation
-        model.config._attn_implementation = NAME
-        self._hooks = [
-            decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            decoder.register_forward_hook(self._after_forward, with_kwargs=True),
-            decoder.rotary_emb.register_forward_hook(_no_rotation),
-        ]
+    def _patch(self, owner: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        self._patches.append((owner, name, vars(owner).get(name)))
+
+        @functools.wraps(original)
+        def patched(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        setattr(owner, name, patched)
 
     @property
     def enabled(self) -> bool:
-        return bool(self._hooks)
+        return bool(self._patches)
 
     def disable(self) -> None:
-        """Give the model its own attention back and remove the hooks. A second call does nothing."""
-        if self._hooks:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
-            self.model.config._attn_implementation = self._implementation
+        """Give the model its attention back and free idle caches. A second call does nothing."""
+        if not self._patches:
+            return
+        for owner, name, before in reversed(self._patches):
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+        for module in self._modules:
+            del module._spectral
+        self._config._attn_implementation = self._implementation
+        self._patches, self._pool = [], {}
 
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.disable()
 
-    def new_cache(self) -> ModelCache:
-        """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep between calls (chat).
-        Without one each call has its own."""
-        return ModelCache(self)
+    def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
+        """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep
+        between calls (chat).
 
-    def _spectral_cache(
-        self, batch: int, dtype: torch.dtype, device: torch.device, metrics: list[torch.Tensor | None] | None
-    ) -> SpectralCache:
+        Args:
+            batch: rows; default those of the first prompt.
+            max_tokens: tokens a row to have room for; default the handle's, else by the prompt.
+        """
+        return ModelCache(self, batch, max_tokens or self.max_tokens)
+
+    def allocate(self, cache: ModelCache) -> SpectralCache:
+        """The memory of a cache that knows its rows, room, dtype, device and shape of keys."""
+        codec, drafts = self.codec, DRAFTS
+        if codec is None:
+            codec, drafts = _exact_codec(len(self.links), *cache.shape, cache.capacity), 0
         return SpectralCache(
-            layers=self.layers,
-            batch=batch,
-            query_heads=self.model.config.num_attention_heads,
-            kv_heads=self.model.config.num_key_value_heads,
-            head_dim=self.model.get_decoder().layers[0].self_attn.head_dim,
-            rope=self.rope.to(device),
-            preset=self.preset,
-            dtype=dtype,
-            device=device,
-            landmarks=self.landmarks,
-            v_metrics=metrics,
-        )
+            codec.to(cache.device), max_seqs=cache.batch, max_tokens=cache.capacity, drafts=drafts,
+            query_heads=self._config.num_attention_heads, dtype=cache.dtype, device=cache.device,
+        )  # fmt: skip
 
-    def _start(self, key: torch.Tensor) -> SpectralCache:
-        """An empty cache for a sequence whose first keys are `key` [B, G, T, D]."""
-        if self._v_metrics is None:
-            self._v_metrics = v_metrics(self.model)
-        metrics = [metric if metric is None else metric.to(key.device) for metric in self._v_metrics]
-        return self._spectral_cache(key.shape[0], key.dtype, key.device, metrics)
-
-    def _before_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Check a forward of the decoder, choose its cache and describe it; nothing is changed before all checks."""
+    def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
+        if torch.compiler.is_compiling() or self._capturing:
+            return original(*args, **kwargs)
         if len(args) > len(_POSITIONAL):
-            raise TypeError(f"forward: expected at most {len(_POSITIONAL)} positional arguments, got {len(args)}")
+            raise TypeError(f"forward: expected at most {len(_POSITIONAL)} positional arguments")
         kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        with self._lock:
+            cache = self._cache_of(kwargs)
+            if cache is None:
+                return original(**kwargs)
+            new = self._begin(cache, kwargs)
+            if cache.is_step(new):
+                cache.spectral.reserve(new)
+            with self._running(cache):
+                out = original(**kwargs)
+            if not cache.is_step(new):
+                cache.spectral.hold(cache.capacity)  # no later step asks for a page
+            cache.columns, cache.filled = cache.columns + new, True
+            return out
+
+    @contextmanager
+    def _running(self, cache: ModelCache) -> Iterator[None]:
+        """Around a forward: every layer must have taken its tokens and have attended."""
+        for link in self.links:
+            link.pending, link.updated = None, False
+        cache.busy = cache.failed = True
+        try:
+            yield
+            for link in self.links:
+                if link.pending is not None or not link.updated:
+                    raise link.missed()
+            cache.failed = False
+        finally:
+            cache.busy = False
+            for link in self.links:
+                link.pending = None
+
+    def _cache_of(self, kwargs: dict[str, Any]) -> ModelCache | None:
+        """The cache of a forward, put into kwargs, or None. Checked; nothing is changed."""
         if _OLD_CACHE in kwargs:  # the new keyword wins, as in transformers
             kwargs.setdefault(CACHE, kwargs.pop(_OLD_CACHE))
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-        if inputs is None:
-            return (), kwargs  # transformers' own error follows
-        implementation = self.model.config._attn_implementation
-        if implementation != NAME:  # another function would take unrotated queries and keys for rotated ones
+        cache, use = kwargs.get(CACHE), kwargs.get("use_cache")
+        if cache is None and not (self._config.use_cache if use is None else use):
+            return None
+        if cache is not None and not isinstance(cache, ModelCache):
+            kind = type(cache).__name__
+            raise TypeError(f"{CACHE}: expected None or one of Handle.new_cache(), got {kind}")
+        if self.model.training:
             raise ValueError(
-                f"model: expected attn_implementation {NAME!r} while enabled, got {implementation!r}; disable() first"
+                "model: expected evaluation mode or use_cache=False, got training mode"
             )
-        if decoder.training:
-            raise ValueError("model: expected evaluation mode, got training mode; call model.eval()")
         outputs = kwargs.get("output_attentions")
-        if outputs if outputs is not None else self.model.config.output_attentions:
-            raise ValueError("output_attentions: expected False, got True; the attention weights are never formed")
+        if self._config.output_attentions if outputs is None else outputs:
+            raise ValueError("output_attentions: expected False, got True; no weights are formed")
+        cache = kwargs[CACHE] = self.new_cache() if cache is None else cache
+        if cache.owner() is not self:
+            raise ValueError(f"{CACHE}: expected one of this model and this enable(), got another")
+        if cache.failed:
+            raise ValueError(f"{CACHE}: an earlier forward through it failed half-way; reset() it")
+        if cache.filled and torch.is_grad_enabled():
+            if any(parameter.requires_grad for parameter in self.model.parameters()):
+                raise ValueError(f"{CACHE}: a filled one has no gradient; use torch.no_grad()")
+        return cache
 
-        batch, queries = inputs.shape[:2]
-        cache = self._choose_cache(kwargs)
-        past = 0 if cache is None else cache.columns
-        if cache is not None and past:
-            if batch != len(cache.padding):
-                raise ValueError(f"{CACHE}: expected a cache of {batch} rows, got {len(cache.padding)}")
-            if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in decoder.parameters()):
-                raise ValueError(f"{CACHE}: attention to a spectral cache has no gradient; use torch.no_grad()")
-        padding = _left_padding(kwargs.get("attention_mask"), batch, past + queries)
-        if padding is None:
-            padding = cache.padding if cache is not None and past else [0] * batch
-        elif cache is not None and past and padding != cache.padding:
-            raise ValueError(f"attention_mask: expected left padding {cache.padding} as before, got {padding}")
-        if not past and max(padding) >= queries:
-            raise ValueError(f"attention_mask: expected a token in every row, got left padding {padding} of {queries}")
-        offsets = _position_offsets(kwargs.get("position_ids"), padding, past, queries)
-        if cache is not None and past and cache._offsets is not None:
-            if offsets is not None and offsets != cache._offsets:
-                raise ValueError(
-                    f"position_ids: expected positions that go on from the cached tokens' (column plus {cache._offsets}), "
-                    f"got column plus {offsets}"
-                )
-            offsets = cache._offsets
+    def _begin(self, cache: ModelCache, kwargs: dict[str, Any]) -> int:
+        """Rows, padding, positions and room of a forward; returns its new tokens a row."""
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        ids, embeds, mask = (kwargs.get(name) for name in names)
+        inputs = embeds if ids is None else ids
+        if inputs is None:
+            raise ValueError("forward: expected input_ids or inputs_embeds, got neither")
+        batch, new = inputs.shape[:2]
+        past, filled = cache.sync(), cache.filled
+        if filled and batch != cache.batch:
+            raise ValueError(f"{CACHE}: expected {cache.batch} rows, as it holds, got {batch}")
+        # A step of one token reads nothing from the device: its mask can only have grown.
+        padding = _left_padding(mask, (batch, past + new), read=not filled or new > 1)
+        if filled and padding is not None and padding != cache.padding:
+            raise ValueError(f"attention_mask: expected padding {cache.padding}, got {padding}")
+        if not filled:
+            cache.start(padding or [0] * batch, inputs.device)
+        cache.room(new)
+        if cache.first is not None and kwargs.get("position_ids") is None:
+            at = torch.arange(past, past + new, device=inputs.device)
+            kwargs["position_ids"] = (at - cache.first[:, None]).clamp(min=0).long()
+        if cache.first is not None and mask is None and not cache.is_step(new):
+            column = torch.arange(past + new, device=inputs.device)
+            kwargs["attention_mask"] = (column >= cache.first[:, None]).long()
+        if self.graph and not cache.is_step(new):
+            weights = hash(tuple(parameter.data_ptr() for parameter in self.model.parameters()))
+            cache.graph = cache.graph if cache.weights == weights else None
+            cache.weights = weights
+        return new
 
-        positions = None
-        if not past:
-            start = torch.tensor(padding, device=inputs.device)[:, None]
-            positions = (torch.arange(queries, device=inputs.device) - start).clamp(min=0)
-        if cache is not None:
-            cache._busy = True
-        # Padding and positions travel in the step: masks of [T, T] and transformers' search for packed rows are not needed.
-        kwargs.update(attention_mask=None, position_ids=None)
-        kwargs[CACHE] = cache
-        kwargs[NAME] = _Step(self, cache, past, queries, padding, offsets, positions)
-        return (), kwargs
+    def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of the model: a step of one token that asks for logits alone is replayed."""
+        if torch.compiler.is_compiling() or not self.graph or self._capturing:
+            return original(*args, **kwargs)
+        given = {**dict(zip(_POSITIONAL[:1], args, strict=False)), **kwargs}
+        ids: Any = given.get("input_ids")
+        cache = given.get(CACHE, given.get(_OLD_CACHE))
+        asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
+        more = len(args) > 1 or ids is None or given.get("inputs_embeds") is not None
+        more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
+        more |= any(x is not False for x in asked.values())
+        if more or not isinstance(cache, ModelCache) or not cache.filled or ids.shape[1] != 1:
+            return original(*args, **kwargs)
+        with self._lock:
+            self._cache_of(given)
+            self._begin(cache, given)
+            lengths = cache.spectral.lengths
+            positions: Any = given.get("position_ids")
+            positions = cache.spectral.seq_lens[:, None] if positions is None else positions
+            cache.spectral.reserve(1)
+            if cache.graph is None and not self._capture(original, cache):
+                cache.spectral.lengths = lengths
+                return original(*args, **kwargs)
+            cache.columns += 1
+            return cache.graph.replay(cache, ids, positions)
 
-    def _choose_cache(self, kwargs: dict[str, Any]) -> ModelCache | None:
-        given = kwargs.get(CACHE)
-        if given is None:
-            use_cache = kwargs.get("use_cache")
-            use_cache = self.model.config.use_cache if use_cache is None else use_cache
-            return ModelCache(self) if use_cache else None
-        if isinstance(given, ModelCache):
-            if given._owner() is not self:
-                raise ValueError(f"{CACHE}: expected a cache of this model and this enable(), got another's")
-            if given._busy:
-                raise ValueError(f"{CACHE}: an earlier forward through this cache failed half-way; reset() it")
-            return given
-        if type(given) is not DynamicCache or getattr(given, "offloading", False):
-            raise TypeError(
-                f"{CACHE}: expected None, a new DynamicCache (cache_implementation None or 'dynamic') or a cache of "
-                f"this handle, got {type(given).__name__}{' with offloading' if type(given) is DynamicCache else ''}"
-            )
-        if given.get_seq_length() > 0:
-            raise ValueError(
-                f"{CACHE}: expected an empty cache, got a DynamicCache of {given.get_seq_length()} tokens: keys "
-                "that the model stored before enable() are already rotated; pass the whole prompt again"
-            )
-        return ModelCache(self)
+    def _capture(self, original: Callable[..., Any], cache: ModelCache) -> bool:
+        """Capture the step that is about to run; what cannot be captured is said once."""
 
-    def _after_forward(self, decoder: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        step: _Step | None = kwargs.get(NAME)
-        if step is not None and step.cache is not None:
-            if step.cache.spectral is not None:
-                with torch.no_grad():
-                    step.cache.spectral.finish()
-            step.cache.padding, step.cache._offsets = step.padding, step.offsets
-            step.cache.columns = step.past + step.queries
-            step.cache._busy = False
+        def forward(ids: torch.Tensor, positions: torch.Tensor) -> Any:
+            options = {"use_cache": True, "return_dict": True, CACHE: cache}
+            with self._running(cache):
+                return original(input_ids=ids, position_ids=positions, **options)
+
+        self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
+        try:
+            with device, torch.inference_mode(False), torch.no_grad():
+                cache.graph = _StepGraph(forward, cache, self._graph_pool)
+        except RuntimeError as error:
+            self.graph = cache.failed = False
+            what = "this model's step cannot be captured as a CUDA graph, and runs without, slower"
+            warnings.warn(f"spectral_kernels: {what}: {str(error).splitlines()[0]}", stacklevel=2)
+        finally:
+            self._capturing = False
+        return cache.graph is not None
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """generate(): the cache that it took from the pool goes back, unless it is returned."""
+        outer, self._local.taken = getattr(self._local, "taken", None), None
+        out = None
+        try:
+            out = original(*args, **kwargs)
+            return out
+        finally:
+            cache, self._local.taken = self._local.taken, outer
+            if cache is not None and not (isinstance(out, dict) and out.get(CACHE) is cache):
+                with self._lock:
+                    self._pool[cache.batch] = cache
+                    while len(self._pool) > POOLED:
+                        del self._pool[next(iter(self._pool))]
+
+    def _prepare_cache(
+        self, original: Callable[..., Any], generation_config: Any, model_kwargs: dict[str, Any],
+        generation_mode: Any, batch_size: int, max_cache_length: int,
+    ) -> Any:  # fmt: skip
+        """Where generate() makes its cache: it takes one with the rows and the room."""
+        config, tokens = generation_config, max(max_cache_length + 1, self.max_tokens or 0)
+        if self.graph or config.prefill_chunk_size is not None:  # chunks are prompts
+            config.disable_compile = True
+        given = model_kwargs.get(CACHE)
+        if given is not None or config.use_cache is False:
+            if isinstance(given, ModelCache) and given.owner() is self:
+                given.room(max(0, tokens - given.sync()))
+            return original(config, model_kwargs, generation_mode, batch_size, max_cache_length)
+        if (config.num_beams or 1) > 1:
+            tokens += PAGE_SIZE  # beams that part copy a page
+        kind = config.cache_implementation
+        if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
+            raise ValueError(f"cache_implementation: expected None while enabled, got {kind!r}")
+        rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
+        with self._lock:
+            cache = self._pool.pop(rows, None)
+        if cache is None or cache.capacity < tokens:
+            cache = None  # freed before its successor is allocated
+            cache = ModelCache(self, rows, -(-tokens // ROUND) * ROUND)
+        cache.reset()
+        self._local.taken = model_kwargs[CACHE] = cache
+        return None
+
+    def _prepare_inputs(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What generate() gives a forward: a 2-D mask, and none in a step of one token."""
+        cache = kwargs.get(CACHE)
+        if not isinstance(cache, ModelCache):
+            return original(*args, **kwargs)
+        compileable, cache.compileable = cache.compileable, False  # else a mask of 4 would be made
+        try:
+            inputs = original(*args, **kwargs)
+        finally:
+            cache.compileable = compileable
+        ids = inputs.get("input_ids")
+        if cache.filled and ids is not None and ids.shape[1] == 1:
+            inputs.pop("attention_mask", None)
+        return inputs
 
 
-def enable(model: PreTrainedModel, preset: str | Preset = "balanced", *, landmarks: Sequence[Any] = ()) -> Handle:
-    """Let a model's `generate` and forwards with a cache store and attend to a spectral cache, until `disable()`.
+def enable(
+    model: PreTrainedModel,
+    preset: str = "balanced",
+    *,
+    codec: str | os.PathLike[str] | ModelCodec | None = None,
+    tokenizer: Any = None,
+    graph: bool = True,
+    max_tokens: int | None = None,
+) -> Handle:
+    """Let `generate` and forwards with a cache use a spectral one, until `disable()`.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of transformers 4.57 to 5.24 on one device, fp16, bf16 or fp32
-            (no bf16 on cards before sm_80, which cannot compute with it: `model.to(torch.float16)` first), attention
-            implementation "sdpa" or "eager", RoPE of type default, linear, llama3 or yarn, no active sliding window, head
-            dimension 64, 80, 96, 128 or 256.
-        preset: "exact", "quality", "balanced", "small", or a Preset.
-        landmarks: token positions (left padding not counted) that stay exact: the same for all rows, or a sequence a row.
+        model: a decoder-only ForCausalLM of transformers 4.57 to 5.24 on one device, fp16, bf16 or
+            fp32 (no bf16 on cards before sm_80: `model.to(torch.float16)` first), whose layers
+            attend fully, by transformers' interface, with head dimension 64, 80, 96, 128 or 256.
+        preset: "exact" (every token stays as it is), "quality", "balanced" or "small".
+        codec: file or ModelCodec of this model; its preset counts then. Without one: the file in
+            the user's cache folder, or one made here (calibrate.py; minutes on a CPU) and kept.
+        tokenizer: to calibrate with; default by the model's name.
+        graph: on CUDA, capture the one-token forward once a cache as a CUDA graph and replay it; no
+            Python runs in it, and hooks on its layers are silent. False: steps run eagerly, or
+            compiled: by generate() on CUDA, by torch.compile(fullgraph=True) anywhere.
+        max_tokens: the least room of a cache, tokens a row. generate() takes what its call needs,
+            other forwards half as much again as the prompt, at least 512 more. A full cache is
+            doubled; compiled steps cannot grow theirs.
     Returns:
         A Handle: a context manager with `disable()` and `new_cache()`.
-        The model's cache is a `ModelCache`; every generate() without one starts a new one. The first forward
-        of a sequence attends densely by SDPA, with the left padding of a 2-D attention mask; so does one without a cache.
     Raises:
-        TypeError, ValueError, NotImplementedError: the model or an argument is not as above; nothing was changed.
-        ValueError and TypeError also come from forwards, before they change anything: training mode, output_attentions,
-        static, quantised, offloaded or filled foreign caches, masks that are not 2-D left padding, positions that do
-        not count up by one, gradients through a filled cache.
+        TypeError, ValueError, NotImplementedError: the model or an argument is not as above, and
+            nothing was changed. They also come from forwards with a cache, before these change
+            anything: training mode, output_attentions, foreign caches, masks that are not 2-D left
+            padding, gradients through a filled cache.
     """
     _check_model(model)
-    if not isinstance(preset, Preset) and preset not in PRESETS:
-        raise ValueError(f"preset: expected one of {list(PRESETS)} or a Preset, got {preset!r}")
-    return Handle(model, preset, landmarks)
+    if preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    found = None if preset == "exact" else _codec(model, preset, codec, tokenizer)
+    return Handle(model, preset if found is None else found.preset, found, graph, max_tokens)
 
 
-def v_metrics(model: PreTrainedModel) -> list[torch.Tensor | None]:
-    """What errors of V cost after the output projection: for each layer W_o^T W_o of each query head.
+def _codec(model: PreTrainedModel, preset: str, codec: Any, tokenizer: Any) -> ModelCodec:
+    """The codec given, or known, or calibrated now; checked against the model."""
+    from . import calibrate  # not needed where a model runs exactly
 
-    Returns:
-        One float32 [H, D, D] a layer, on its weight's device; None where the weight is not a plain floating-point matrix.
-    """
-    metrics: list[torch.Tensor | None] = []
-    for layer in model.get_decoder().layers:
-        dim = layer.self_attn.head_dim
-        weight = getattr(layer.self_attn.o_proj, "weight", None)
-        width = model.config.num_attention_heads * dim
-        if weight is None or weight.dtype not in FLOATS or weight.shape[1:] != (width,):
-            metrics.append(None)  # quantised: the metric is an aid, not worth unpacking weights for
-            continue
-        by_head = weight.detach().float().view(weight.shape[0], -1, dim)  # [hidden, H, D]
-        metrics.append(torch.einsum("ohd,ohe->hde", by_head, by_head))
-    return metrics
+    name = calibrate.fingerprint(model)
+    if codec is None:
+        codec = calibrate.cache_path(name, preset)
+        if not codec.is_file():
+            print(f"spectral_kernels: calibrating {preset!r} for this model, once", file=sys.stderr)
+            path, codec = codec, calibrate.calibrate(model, tokenizer, preset)
+            try:  # whole or not at all
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f"{path.name}.{os.getpid()}")
+                codec.save(part)
+                part.replace(path)
+            except OSError as error:
+                warnings.warn(f"spectral_kernels: the codec was not kept: {error}", stacklevel=3)
+    if not isinstance(codec, ModelCodec):
+        codec = ModelCodec.load(codec)
+    if codec.fingerprint not in ("", name):
+        raise ValueError(f"codec: expected this model's ({name}), got {codec.fingerprint}")
+    decoder, got = model.get_decoder(), [(x.kv_heads, x.layout.head_dim) for x in codec.layers]
+    dims = [layer.self_attn.head_dim for layer in decoder.layers]
+    if len(dims) != len(got):
+        raise ValueError(f"codec: expected {len(dims)} layers, got {len(got)}")
+    wanted = [(decoder.config.num_key_value_heads, dim) for dim in dims]
+    if wanted != got:
+        raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
+    return codec
+
+
+def _exact_codec(layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
+    """A codec that nothing is read from: all of so many tokens are in the window."""
+    bands, zeros = Bands.parse("16x2"), torch.zeros
+    tensors = {"freqs": zeros(dim // 2, dtype=torch.int64)}
+    for side in ("k", "v"):
+        tensors[f"{side}_basis"] = zeros(1, heads, 16, dim, dtype=torch.int8)
+        tensors[f"{side}_scale"] = zeros(1, heads, 16)
+        tensors[f"{side}_encoder"] = zeros(1, heads, dim, 16)
+    tensors |= {"k_mean": zeros(1, heads, dim), "k_offset": zeros(1, heads, 16)}
+    codec = Codec(PageLayout(bands, bands, dim), **tensors)
+    return ModelCodec((codec,) * layers, sinks=0, window=tokens, preset="exact")
+
+
+def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:
+    """The tokens of one cache in another, empty, with more room."""
+    new.reserve(old.lengths)
+    new.advance(old.seq_lens)
+    new.codec_ids.copy_(old.codec_ids)
+    new._oldest = list(old._oldest)
+    pools = [(*x.k_pages, *x.v_pages) for x in (old, new)]
+    for row, length in enumerate(old.lengths):
+        pages = slice(-(-length // PAGE_SIZE))
+        at, to = old.block_table[row, pages].long(), new.block_table[row, pages].long()
+        for source, target in zip(*pools, strict=True):
+            target[to] = source[at]
+    slots = [(*x.k_exact, *x.v_exact) for x in (old, new)]
+    for source, target in zip(*slots, strict=True):  # as many, or a ring that has not turned
+        target[:, :, : source.shape[2]] = source
+    return new
 
 
 def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-    config = model.config
-    if config.model_type not in MODEL_TYPES or "ForCausalLM" not in type(model).__name__:
-        raise NotImplementedError(
-            f"model: expected a ForCausalLM of type {', '.join(MODEL_TYPES)}, "
-            f"got {type(model).__name__} ({config.model_type})"
+        raise TypeError(
+            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
         )
-    if config._attn_implementation == NAME:
-        raise ValueError("model: already enabled (or it shares its config with an enabled model); disable() that first")
-    if config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {config._attn_implementation!r}")
+    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
+    if decoder in (None, model) or not model.can_generate() or not hasattr(decoder, "layers"):
+        name = type(model).__name__
+        raise NotImplementedError(f"model: expected a decoder-only ForCausalLM, got {name}")
+    config, name = decoder.config, decoder.config._attn_implementation
+    if name.startswith(NAME):
+        raise ValueError("model: already enabled, or shares the config of an enabled model")
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS or name == "flex_attention":
+        raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {name!r}")
     if config.output_attentions:
         raise ValueError("model.config.output_attentions: expected False, got True")
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if any(kind != "full_attention" for kind in layer_types) if layer_types else window is not None:
-        raise NotImplementedError(f"model: expected full attention in every layer, got a sliding window of {window} tokens")
-    decoder = model.get_decoder()
-    if decoder.rotary_emb.rope_type not in ROPE_TYPES:
-        raise NotImplementedError(
-            f"model: expected RoPE of type {', '.join(ROPE_TYPES)} (constant frequencies), "
-            f"got {decoder.rotary_emb.rope_type}"
-        )
-    dim = decoder.layers[0].self_attn.head_dim
-    if 2 * decoder.rotary_emb.inv_freq.shape[0] != dim:
-        raise NotImplementedError(f"model: expected RoPE on all {dim} dimensions of a head, got a partial one")
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if any(kind != "full_attention" for kind in kinds) if kinds else window is not None:
+        raise NotImplementedError(f"model: expected full attention in all layers, got {kinds}")
+    for layer in decoder.layers:
+        module: Any = getattr(layer, "self_attn", None)
+        plain = all(hasattr(module, name) for name in ("layer_idx", "head_dim"))
+        odd = [getattr(module, name, None) for name in ("kv_lora_rank", "sinks")]
+        odd.append(getattr(config, "attn_logit_softcapping", None))
+        if not plain or any(x is not None for x in odd):
+            kind = type(module).__name__
+            raise NotImplementedError(f"model: expected plain softmax attention, got {kind}")
+        if module.head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {module.head_dim}")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or torch.device("meta") in devices:
-        raise NotImplementedError(f"model: expected all weights on one device, got {sorted(map(str, devices))}")
+        names = sorted(map(str, devices))
+        raise NotImplementedError(f"model: expected all weights on one device, got {names}")
+    if model.dtype not in FLOATS:
+        raise ValueError(f"model: expected dtype {', '.join(map(str, FLOATS))}, got {model.dtype}")
     for parameter in model.parameters():
         _launch.check_bf16("model", parameter)
 
 
-def _left_padding(attention_mask: Any, batch: int, columns: int) -> list[int] | None:
-    """Left padding of each row of a 2-D mask (1 = a token), None without a mask."""
-    if attention_mask is None:
+def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int] | None:
+    """Left padding of each row of a 2-D mask (1 = a token): one read of the device, or none."""
+    if mask is None:
         return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        shape = list(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
-        raise ValueError(f"attention_mask: expected a 2-D tensor [batch, tokens] or None, got {shape}")
-    if attention_mask.shape != (batch, columns):
-        raise ValueError(
-            f"attention_mask: expected shape [{batch}, {columns}] (cached and new tokens), got {list(attention_mask.shape)}"
-        )
-    seen = attention_mask.bool()
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: expected a 2-D tensor [batch, tokens], got {got}")
+    if mask.shape != shape:
+        wanted, got = f"{list(shape)} (cached and new tokens)", list(mask.shape)
+        raise ValueError(f"attention_mask: expected shape {wanted}, got {got}")
+    if not read:
+        return None
+    columns, seen = shape[1], mask.bool()
     padding = columns - seen.sum(dim=1)
     holes = (seen != (torch.arange(columns, device=seen.device) >= padding[:, None])).any()
-    *counts, has_holes = torch.cat((padding, holes[None])).tolist()  # one read of the device a forward
+    *counts, has_holes = torch.cat((padding, holes[None])).tolist()
     if has_holes:
-        raise ValueError(
-            "attention_mask: expected left padding only (zeros, then ones, in each row), got holes or right padding"
-        )
+        raise ValueError("attention_mask: expected left padding, got holes or right padding")
+    if max(counts) >= columns:
+        raise ValueError(f"attention_mask: expected a token in every row, got padding {counts}")
     return counts
 
 
-def _position_offsets(position_ids: Any, padding: Sequence[int], past: int, queries: int) -> list[int] | None:
-    """Position id minus column of each row's new tokens; None without positions: they go on by one, as the cache counts."""
-    if position_ids is None:
-        return None
-    batch = len(padding)
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != queries:
-        raise ValueError(f"position_ids: expected shape [{batch}, {queries}], got {list(position_ids.shape)}")
-    column = torch.arange(past, past + queries, device=position_ids.device)
-    offset = (position_ids - column).expand(batch, -1)
-    # Padding counts as the row's last token, so that it decides nothing.
-    offset = torch.where(column >= torch.tensor(padding, device=column.device)[:, None], offset, offset[:, -1:])
-    low, high = torch.stack((offset.amin(dim=1), offset.amax(dim=1))).tolist()
-    if low != high:
-        raise ValueError("position_ids: expected positions that count up by one in each row (no packed sequences)")
-    return low
+# ---- the attention function and its mask ---------------------------------------------------------
 
 
-def _no_rotation(
-    module: nn.Module, args: tuple, output: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones_like(output[0]), torch.zeros_like(output[1])
+def _dense(implementation: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of this name, as the module would call it."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function "spectral": q [B, H, Q, D], k and v of the new tokens [B, G, Q, D], before RoPE.
+@functools.cache
+def _register(implementation: str) -> str:
+    """Register our attention function over one of transformers'; returns its name."""
 
-    Returns [B, Q, H, D] in the dtype of q, and no attention weights.
-    """
-    step: _Step | None = kwargs.pop(NAME, None)
-    if step is None:  # a model that shares its config object with an enabled one: plain SDPA
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    layer: Any = module.layer_idx
-    if step.past:
-        out = _cached_attention(step, layer, query, key, value, scaling)
-    else:
-        if step.cache is not None:
-            with torch.no_grad():
-                if step.cache.spectral is None:
-                    step.cache.spectral = step.handle._start(key)
-                step.cache.spectral.append(layer, key, value, queries=query, padding=step.padding, defer=True)
-        out = _dense_attention(step, query, key, value, scaling)
-        # Compressed beside this attention, the rest of the layer and the next one, which have the device busy meanwhile.
-        if step.cache is not None and step.cache.spectral is not None:
-            with torch.no_grad():
-                step.cache.spectral.start(layer)
-    return out.transpose(1, 2), None
+    def attention(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: torch.Tensor | None, scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        """q [B, H, Q, D], k and v as `SpectralLayer.update` returned them; returns [B, Q, H, D]."""
+        link: Any = getattr(module, "_spectral", None)
+        layer = None
+        if link is not None:
+            layer, link.pending = link.pending, None
+        if layer is not None and layer.cache.is_step(query.shape[2]):
+            for name in ("softcap", "s_aux", "sliding_window"):
+                if kwargs.get(name) is not None:
+                    raise NotImplementedError(f"layer {link.layer}: expected no {name}, got one")
+            return layer.attend(query, key, value, scaling).transpose(1, 2), None
+        # A prompt, no cache, or a model that shares its config object with an enabled one.
+        dense = _dense(implementation, module) if link is None else link.dense
+        return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
+    def mask(*args: Any, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
+        """transformers' mask for a prompt, none for a step (`SpectralLayer.get_mask_sizes`)."""
+        if kv_length == 0:
+            return None
+        make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        return make(*args, kv_length=kv_length, **kwargs)
 
-def _cached_attention(
-    step: _Step, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Append the new tokens and attend to the cache, causally; in pieces whose tokens are all exact when they attend."""
-    assert step.cache is not None and step.cache.spectral is not None
-    cache = step.cache.spectral
-    outs: list[torch.Tensor] = []
-    start = 0
-    while start < step.queries:
-        end = step.queries if cache.preset.k is None else start + cache.layers[layer].most_queries()
-        tokens = slice(start, end)
-        cache.append(layer, key[:, :, tokens], value[:, :, tokens], queries=query[:, :, tokens])
-        outs.append(cache.attend(layer, query[:, :, tokens], scale=scaling))
-        start = end
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
-
-
-def _dense_attention(
-    step: _Step, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Causal attention among the tokens of one forward, exact up to rounding; zeros in the padding."""
-    rope = step.handle.rope.to(query.device)
-    assert step.positions is not None
-    turn = rotate_torch if query.requires_grad else rotate  # the kernel has no backward
-    query, key = turn(query, step.positions, rope), turn(key, step.positions, rope)
-    # cos and sin of both sides carry the attention scaling, and every dimension turns.
-    scale = (query.shape[-1] ** -0.5 if scaling is None else scaling) * rope.scaling**2
-    # Repeated, as SDPA's enable_gqa falls back to materialised scores wherever flash attention is missing.
-    group = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    attend = nn.functional.scaled_dot_product_attention
-    if not any(step.padding):
-        return attend(query, key, value, is_causal=True, scale=scale)
-    # Row by row needs no [T, T] mask, and no query is without a key.
-    rows = [
-        attend(query[b : b + 1, :, p:], key[b : b + 1, :, p:], value[b : b + 1, :, p:], is_causal=True, scale=scale)
-        for b, p in enumerate(step.padding)
-    ]
-    return torch.cat([nn.functional.pad(row, (0, 0, p, 0)) for row, p in zip(rows, step.padding, strict=True)])
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionInterface.register(f"{NAME}_{implementation}", attention)
+    AttentionMaskInterface.register(f"{NAME}_{implementation}", mask)
+    return f"{NAME}_{implementation}"

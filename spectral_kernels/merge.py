@@ -1,13 +1,14 @@
 """Merge attention states computed over disjoint sets of keys.
 
-A state is (o, lse): the normalised output of attention over a set of keys and the natural-log log-sum-exp of its scaled
-scores; the empty set is (0, -inf). For sets i with states (o_i, lse_i)
+A state is (o, lse): the normalised output of attention over a set of keys and the natural-log
+log-sum-exp of its scaled scores; the empty set is (0, -inf). For sets i with states (o_i, lse_i)
 
     lse = log sum_i exp(lse_i)          o = sum_i exp(lse_i - lse) o_i
 
 which is associative and commutative up to rounding, with the empty state as its neutral element.
 
-Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); FlashInfer's attention states.
+Source: Milakov and Gimelshein, Online normalizer calculation for softmax (2018); FlashInfer's
+attention states.
 Oracle: reference/merge.py.   Test: tests/test_merge.py.
 """
 
@@ -23,21 +24,17 @@ from ._checks import FLOATS, check_tensor
 
 @triton.jit
 def _merge_states_kernel(
-    o_a_ptr,
-    lse_a_ptr,
-    o_b_ptr,
-    lse_b_ptr,
-    o_ptr,
-    lse_ptr,
-    D: tl.constexpr,
+    o_a_ptr, lse_a_ptr, o_b_ptr, lse_b_ptr, o_ptr, lse_ptr, D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     lse_a = tl.load(lse_a_ptr + row)
     lse_b = tl.load(lse_b_ptr + row)
     top = tl.maximum(lse_a, lse_b)
-    top = tl.where(top == float("-inf"), 0.0, top)  # both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    top = tl.where(
+        top == float("-inf"), 0.0, top
+    )  # both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
     w_a = tl.exp(lse_a - top)
     w_b = tl.exp(lse_b - top)
     total = w_a + w_b
@@ -48,14 +45,18 @@ def _merge_states_kernel(
     tl.store(lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
-def _check_state(name: str, o: torch.Tensor, lse: torch.Tensor, shape: torch.Size | None = None) -> None:
+def _check_state(
+    name: str, o: torch.Tensor, lse: torch.Tensor, shape: torch.Size | None = None
+) -> None:
     check_tensor(f"o{name}", o, shape=shape, dtype=FLOATS)
     check_tensor(f"lse{name}", lse, shape=o.shape[:-1], dtype=torch.float32, device=o.device)
     if o.dim() < 2:
         raise ValueError(f"o{name}: expected shape [..., D], got {list(o.shape)}")
     for label, value in ((f"o{name}", o), (f"lse{name}", lse)):
         if not value.is_contiguous():
-            raise ValueError(f"{label}: expected a contiguous tensor, got strides {list(value.stride())}")
+            raise ValueError(
+                f"{label}: expected a contiguous tensor, got strides {list(value.stride())}"
+            )
 
 
 def _outputs(like, shape, out, lse):
@@ -80,11 +81,15 @@ def merge_states(
     """Join two states over disjoint sets of keys.
 
     Args:
-        o_a, o_b: [..., D] normalised outputs, fp16, bf16 or fp32, contiguous, of one shape (dtypes may differ).
-        lse_a, lse_b: float32 [...], natural log, contiguous; -inf marks an empty set (its o must be finite, such as 0).
-        out, lse: where to write, contiguous; `out` of any float dtype. May be the inputs themselves.
+        o_a, o_b: [..., D] normalised outputs, fp16, bf16 or fp32, contiguous, of one shape (dtypes
+            may differ).
+        lse_a, lse_b: float32 [...], natural log, contiguous; -inf marks an empty set (its o must be
+            finite, such as 0).
+        out, lse: where to write, contiguous; `out` of any float dtype. May be the inputs
+            themselves.
     Returns:
-        (out [..., D], in the dtype of o_a unless `out` is given, lse float32 [...]). Float32 arithmetic.
+        (out [..., D], in the dtype of o_a unless `out` is given, lse float32 [...]). Float32
+        arithmetic.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -99,8 +104,9 @@ def merge_states(
         dim = o_a.shape[-1]
         with torch.cuda.device_of(o_a):
             _merge_states_kernel[(lse.numel(),)](
-                o_a, lse_a, o_b, lse_b, out, lse, D=dim, BLOCK_D=_launch.next_power_of_2(dim), num_warps=1
-            )
+                o_a, lse_a, o_b, lse_b, out, lse, D=dim, BLOCK_D=_launch.next_power_of_2(dim),
+                num_warps=1,
+            )  # fmt: skip
     return out, lse
 
 
@@ -115,31 +121,31 @@ def merge_states_torch(
 
 @triton.jit(do_not_specialize=["N"])
 def _merge_many_states_kernel(
-    o_ptr,
-    lse_in_ptr,
-    out_ptr,
-    lse_ptr,
-    N,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    o_ptr, lse_in_ptr, out_ptr, lse_ptr, N, D: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     top = tl.full([], float("-inf"), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        top = tl.maximum(top, tl.max(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")), 0))
+        top = tl.maximum(
+            top, tl.max(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")), 0)
+        )
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.full([], 0.0, dtype=tl.float32)
     o = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        w = tl.exp(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")) - top)  # [BLOCK_N]
+        w = tl.exp(
+            tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")) - top
+        )  # [BLOCK_N]
         total += tl.sum(w, 0)
         # A weight of zero must not multiply what an empty split never wrote.
         mask = (w > 0.0)[:, None] & (d < D)[None, :]
-        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(
+            tl.float32
+        )
         o += tl.sum(w[:, None] * x, 0)
     o = tl.where(total > 0.0, o / total, 0.0)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
@@ -148,17 +154,22 @@ def _merge_many_states_kernel(
 
 
 def merge_many_states(
-    o: torch.Tensor, lse: torch.Tensor, *, out: torch.Tensor | None = None, out_lse: torch.Tensor | None = None
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Join N states over disjoint sets of keys.
 
     Args:
-        o: [..., N, D] normalised outputs, fp16, bf16 or fp32, contiguous; rows whose lse is -inf are not read.
+        o: [..., N, D] normalised outputs, fp16, bf16 or fp32, contiguous; rows whose lse is -inf
+            are not read.
         lse: float32 [..., N], natural log, contiguous.
         out, out_lse: where to write ([..., D] of any float dtype; float32 [...]), contiguous.
     Returns:
-        (out [..., D] in the dtype of o unless `out` is given, out_lse float32 [...]); N = 0 gives the empty state.
-        Float32 arithmetic, in the order of N: the same bits for the same inputs.
+        (out [..., D] in the dtype of o unless `out` is given, out_lse float32 [...]); N = 0 gives
+        the empty state. Float32 arithmetic, in the order of N: the same bits for the same inputs.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -179,7 +190,9 @@ def merge_many_states(
     return out, out_lse
 
 
-def merge_many_states_torch(o: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_many_states_torch(
+    o: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`merge_many_states` in plain PyTorch (without `out` and `out_lse`)."""
     if lse.shape[-1] == 0:
         return o.new_zeros(*o.shape[:-2], o.shape[-1]), lse.new_full(lse.shape[:-1], float("-inf"))

@@ -1,2 +1,2 @@
-"""Tests of spectral_kernels. Each operation is compared with its float64 oracle (reference/) within a derived
-budget."""
+"""Tests of spectral_kernels. Each operation is compared with its float64 oracle (reference/) within
+a derived budget."""

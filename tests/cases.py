@@ -1,12 +1,15 @@
-"""Random inputs for the operations, and poison for everything an operation must not read or must overwrite.
+"""Cases for tests: random inputs, the same as the oracle wants them, and poison in everything an
+operation must not read or must overwrite.
 
-A case holds its inputs twice: as the tensors an operation gets and as the float64 (or byte) arrays of the oracle,
-rounded alike. What no operation may use is filled with NaN, or with bytes that read as NaN in fp16: unused pages and
-segments, the tail of a row's last page, table entries past a row's length, gaps between the rows of strided tensors,
-fresh outputs.
+A case holds its inputs twice: as the tensors an operation gets and as the float64 (or byte) arrays
+of the oracle, rounded alike. What no operation may use is filled with NaN, or with bytes of ones:
+unused pages and rows of the codec, the tail of a row's last page, slots that hold no token, table
+entries past a row's length, gaps between the rows of strided tensors, fresh outputs.
 """
 
 import contextlib
+import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,19 +19,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from reference import pages as pages_oracle
-from reference.pages import PageArrays
+from reference import layout as layout_oracle
+from reference import window as window_oracle
+from reference.compress import CodecArrays, PageArrays
 from spectral_kernels import _launch
-from spectral_kernels.pages import Bands, PageLayout, Pages
-from spectral_kernels.rope import Rope
+from spectral_kernels.codec import Codec
+from spectral_kernels.layout import Bands, PageLayout
+from spectral_kernels.rope import freqs_from_inv_freq
 
 F64 = NDArray[np.float64]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PAGE = 64
 GARBAGE_INDEX = 2**31 - 1
 GARBAGE_BYTE = 0xFF
 
-# "triton" runs the kernel (in Triton's interpreter where there is no GPU), "scalar" the kernel without matrix units.
+# "triton" runs the kernel (in Triton's interpreter where there is no GPU), "scalar" the kernel
+# without matrix units.
 IMPLEMENTATIONS = ("torch", "triton")
 ATTENTION_IMPLEMENTATIONS = ("torch", "triton", "scalar")
 
@@ -44,10 +51,13 @@ def kernels() -> Iterator[None]:
         _launch.KERNELS_ON_CPU = before
 
 
-def operation(module: ModuleType, name: str, implementation: str, *dtypes: torch.dtype) -> Callable[..., Any]:
-    """The named launcher or its twin. bf16 arithmetic is wrong in Triton's interpreter: there it means the twin."""
+def operation(
+    module: ModuleType, name: str, implementation: str, *dtypes: torch.dtype
+) -> Callable[..., Any]:
+    """The named launcher or its twin. bf16 arithmetic is wrong in Triton's interpreter: there it
+    means the twin."""
     if implementation == "torch" or (DEVICE.type == "cpu" and torch.bfloat16 in dtypes):
-        return without_outputs(getattr(module, f"{name}_torch"))
+        return without_launch_settings(getattr(module, f"{name}_torch"))
     launcher = getattr(module, name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -59,15 +69,20 @@ def operation(module: ModuleType, name: str, implementation: str, *dtypes: torch
     return run
 
 
-def without_outputs(twin: Callable[..., Any]) -> Callable[..., Any]:
-    """Twins return new tensors: what a test passes for a launcher to write to or to be set by is dropped."""
+def without_launch_settings(twin: Callable[..., Any]) -> Callable[..., Any]:
+    """A twin need not take what a launcher writes to or is set by: drop what it does not know."""
+    known = inspect.signature(twin).parameters
+    optional = {"out", "lse", "out_lse", "num_splits", "matrix_units", "workspace"}
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        for name in ("out", "lse", "out_lse", "splits", "matrix_units"):
-            kwargs.pop(name, None)
-        return twin(*args, **kwargs)
+        return twin(*args, **{k: v for k, v in kwargs.items() if k in known or k not in optional})
 
     return run
+
+
+def is_slow(implementation: str) -> bool:
+    """Whether a program costs a millisecond, not a microsecond: a kernel in the interpreter."""
+    return implementation != "torch" and DEVICE.type == "cpu"
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -79,21 +94,33 @@ def to_numpy(x: torch.Tensor) -> F64:
     return x.detach().double().cpu().numpy()
 
 
+def rounded(x: NDArray, dtype: torch.dtype) -> torch.Tensor:
+    """On the host, in `dtype`."""
+    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+
+
+def int32(x: NDArray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(DEVICE)
+
+
 def strided(x: torch.Tensor, pattern: str) -> torch.Tensor:
     """x on the device with its values and shape, but laid out by `pattern`; the gaps hold NaN.
 
-    plain: contiguous. swapped: dimensions 1 and 2 exchanged in memory (as after q.view(B, T, H, D).transpose(1, 2)).
-    padded: rows 16 elements apart from each other, and odd: rows one element apart (no alignment).
+    plain: contiguous. swapped: dimensions 1 and 2 exchanged in memory (as after q.view(B, T, H,
+    D).transpose(1, 2)). padded: rows 16 elements apart from each other, and odd: rows one element
+    apart (no alignment).
     """
     x = x.to(DEVICE)
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype, device=DEVICE)  # what NumPy gives for empty arrays has strides of 0
+        return torch.empty(x.shape, dtype=x.dtype, device=DEVICE)
     if pattern == "plain":
         return x.contiguous()
     if pattern == "swapped":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     gap = 16 if pattern == "padded" else 1
-    wide = torch.full((*x.shape[:-1], x.shape[-1] + gap), float("nan"), dtype=x.dtype, device=DEVICE)
+    wide = torch.full(
+        (*x.shape[:-1], x.shape[-1] + gap), float("nan"), dtype=x.dtype, device=DEVICE
+    )
     wide[..., : x.shape[-1]] = x
     return wide[..., : x.shape[-1]]
 
@@ -102,21 +129,20 @@ STRIDES = ("plain", "swapped", "padded", "odd")
 
 
 def inverse_frequencies(rotary_dim: int, theta: float = 1e4) -> NDArray[np.float32]:
+    """float32 [rotary_dim / 2], as models have them."""
     return (theta ** -(np.arange(0, rotary_dim, 2) / max(rotary_dim, 1))).astype(np.float32)
 
 
-def rope_of(inv_freq: NDArray[np.float32], scaling: float = 1.0) -> Rope:
-    return Rope.from_inv_freq(torch.from_numpy(inv_freq), scaling, device=DEVICE)
+def freqs_of(inv_freq: NDArray) -> torch.Tensor:
+    return freqs_from_inv_freq(torch.from_numpy(np.asarray(inv_freq)), device=DEVICE)
 
 
 @dataclass
 class Queries:
-    """q [B, H, Q, D] (float64, rounded to dtype), positions [B, Q], and the tensors of the same."""
+    """q [B, H, Q, D] (float64, rounded to dtype), and the tensor of the same."""
 
     q: F64
-    at: NDArray[np.int64]
     tensor: torch.Tensor
-    positions: torch.Tensor
 
     @property
     def outputs(self) -> dict[str, torch.Tensor]:
@@ -128,22 +154,15 @@ def make_queries(
     rng: np.random.Generator,
     *,
     shape: tuple[int, int, int, int],
-    at: NDArray[np.int64],
     dtype: torch.dtype = torch.float32,
     size: float = 1.0,
     stride: str = "plain",
     flat: bool = False,
-    position_dtype: torch.dtype = torch.int64,
 ) -> Queries:
-    """Random queries of [B, H, Q, D] at positions `at` [B, Q]; `flat` gives [B, H, D] tensors (Q must be 1)."""
-    q = torch.from_numpy(rng.standard_normal(shape) * size).to(dtype)
+    """Random queries of [B, H, Q, D]; `flat` gives [B, H, D] tensors (Q must be 1)."""
+    q = rounded(rng.standard_normal(shape) * size, dtype)
     tensor = strided(q, stride)
-    tensor = tensor[:, :, 0] if flat else tensor
-    # A slice of a wider table: positions need not be contiguous.
-    wide = torch.full((*at.shape, 2), -1, dtype=position_dtype, device=DEVICE)
-    wide[..., 0] = torch.from_numpy(at).to(DEVICE, position_dtype)
-    positions = wide[..., 0]
-    return Queries(to_numpy(q), at, tensor, positions[:, 0] if flat else positions)
+    return Queries(to_numpy(q), tensor[:, :, 0] if flat else tensor)
 
 
 def in_shape_of(oracle: F64, queries: Queries) -> F64:
@@ -153,179 +172,243 @@ def in_shape_of(oracle: F64, queries: Queries) -> F64:
 
 @dataclass(frozen=True)
 class PageSpec:
-    """What decides the shape of random pages; lengths are the cold tokens of each row."""
+    """What decides the shape of random pages; lengths are the tokens of each row."""
 
     k_bands: str
     v_bands: str
     head_dim: int
-    chunk: int
     kv_heads: int
     lengths: Sequence[int]
-    segments: int = 1
-    skip: float = 0.0
-    """Share of tokens whose skip bit is set."""
-    spare_chunks: int = 1
-    """Chunks of the tables past the longest row."""
-    mixed: bool = False
-    """Segments in random order instead of runs."""
-    align: int = 0
-    """Positions of a block of phase alignment; 0: a chunk."""
+    frame: int = 512
+    rotary_dim: int = -1
+    """-1: head_dim."""
+    theta: float = 1e4
+    codecs: int = 0
+    """Rows of the codec in use beside an unused one, named by codec_ids; 0: one row, without
+    codec_ids."""
+    spare_pages: int = 1
+    """Entries of the table past the longest row."""
 
     @property
     def layout(self) -> PageLayout:
-        return PageLayout(Bands.parse(self.k_bands), Bands.parse(self.v_bands), self.head_dim, self.chunk, self.align)
+        bands = Bands.parse(self.k_bands), Bands.parse(self.v_bands)
+        return PageLayout(*bands, self.head_dim, self.frame)
 
 
-def make_pages(rng: np.random.Generator, spec: PageSpec, size: float = 1.0) -> PageArrays:
-    """Random codes and bases in the byte layout, pages in random order, poison elsewhere."""
-    layout, groups, chunk = spec.layout, spec.kv_heads, spec.chunk
-    batch = len(spec.lengths)
-    chunks = [-(-length // chunk) for length in spec.lengths]
-    max_chunks = max(chunks, default=0) + spec.spare_chunks
-    pages, segments = sum(chunks) + 2, spec.segments + 1
-    order = rng.permutation(pages)
-    page_table = np.full((batch, max_chunks), GARBAGE_INDEX, np.int32)
-    segment_table = np.full((batch, -(-max_chunks * chunk // layout.align)), GARBAGE_INDEX, np.int32)
-    used_segments = rng.permutation(segments)[: spec.segments]
-    k_pages = np.full((pages, groups, chunk * layout.k.bytes), GARBAGE_BYTE, np.uint8)
-    v_pages = np.full((pages, groups, chunk * layout.v.bytes), GARBAGE_BYTE, np.uint8)
-    skip = rng.integers(-(2**31), 2**31, (pages, groups, chunk // 32)).astype(np.int32)
-    taken = 0
-    for b, length in enumerate(spec.lengths):
-        own = rng.integers(0, spec.segments, -(-length // layout.align))
-        own = used_segments[own if spec.mixed else np.sort(own)]
-        segment_table[b, : len(own)] = own
-        for j in range(chunks[b]):
-            page = order[taken]
-            taken += 1
-            live = min(chunk, length - j * chunk)
-            page_table[b, j] = page
-            for side, bands, target in (("k", layout.k.bands, k_pages), ("v", layout.v.bands, v_pages)):
-                codes = np.stack([np.full((groups, chunk), garbage_code(bits)) for r, bits in bands for _ in range(r)], -1)
-                codes[:, :live] = random_codes(rng, (groups, live), bands)
-                target[page] = pages_oracle.pack_codes(codes, bands, side)
-            bits = rng.random((groups, chunk)) < spec.skip
-            bits[:, live:] = rng.random((groups, chunk - live)) < 0.5  # past the length a bit says nothing
-            words = (bits.reshape(groups, -1, 32) * 2 ** np.arange(32, dtype=np.int64)).sum(-1)
-            skip[page] = words.astype(np.uint32).view(np.int32)
-    basis, scale = {}, {}
-    for side, bands in (("k", layout.k.bands), ("v", layout.v.bands)):
-        rank = sum(r for r, _ in bands)
-        basis[side] = np.full((segments, groups, rank, spec.head_dim), -128, np.int8)
-        scale[side] = np.full((segments, groups, rank), np.nan, np.float32)
-        basis[side][used_segments] = rng.integers(-127, 128, (spec.segments, groups, rank, spec.head_dim))
-        # Steps fall as in a spectrum. The components add up to about `size` a dimension, whatever the bits.
-        largest = np.concatenate([np.full(r, 1.0 if bits == 16 else 2.0 ** (bits - 1)) for r, bits in bands])
-        fall = np.exp(-2 * np.arange(rank) / rank) * rng.uniform(0.5, 1.5, (spec.segments, groups, rank))
-        scale[side][used_segments] = size * 2 * fall / (127 * largest * np.sqrt(rank))
-    return PageArrays(
+def make_codec(
+    rng: np.random.Generator, spec: PageSpec, size: float = 1.0
+) -> tuple[CodecArrays, NDArray[np.int32]]:
+    """Random bases, steps, means and encoders, and the rows in use; others hold NaN.
+
+    Steps fall as in a spectrum; components add up to about `size` a dimension, whatever the bits.
+    Encoders have nothing to do with bases here: tests of attention do not read them, tests of codes
+    want codes over the whole range.
+    """
+    layout, groups, dim = spec.layout, spec.kv_heads, spec.head_dim
+    total = spec.codecs + 1
+    used = rng.permutation(total)[: max(1, spec.codecs)] if spec.codecs else np.array([0])
+    tensors: dict[str, NDArray] = {}
+    for side, bands in (("k", layout.k), ("v", layout.v)):
+        rank = bands.rank
+        bits = np.array(bands.bits)
+        basis = np.full((total, groups, rank, dim), -128, np.int8)
+        scale = np.full((total, groups, rank), np.nan, np.float32)
+        encoder = np.full((total, groups, dim, rank), np.nan, np.float32)
+        basis[used] = rng.integers(-127, 128, (len(used), groups, rank, dim))
+        fall = np.exp(-2 * np.arange(rank) / rank) * rng.uniform(
+            0.5, 1.5, (len(used), groups, rank)
+        )
+        scale[used] = size * 2 * fall / (127 * 2.0 ** (bits - 1) * np.sqrt(rank))
+        # Coefficients of unit tokens reach a standard deviation of a quarter of their range.
+        columns = rng.standard_normal((len(used), groups, dim, rank)) / np.sqrt(dim)
+        encoder[used] = columns * 2.0**bits / 4
+        tensors |= {f"{side}_basis": basis, f"{side}_scale": scale, f"{side}_encoder": encoder}
+    mean = np.full((total, groups, dim), np.nan, np.float32)
+    mean[used] = 0.5 * size * rng.standard_normal((len(used), groups, dim))
+    offset = np.einsum("mgd,mgdr->mgr", mean.astype(np.float64), tensors["k_encoder"])
+    inv_freq = inverse_frequencies(dim if spec.rotary_dim < 0 else spec.rotary_dim, spec.theta)
+    codec = CodecArrays(
         layout.k.bands,
         layout.v.bands,
-        spec.head_dim,
-        chunk,
-        layout.align,
-        k_pages,
-        v_pages,
-        skip,
-        basis["k"],
-        scale["k"],
-        basis["v"],
-        scale["v"],
-        page_table,
-        segment_table,
-        np.array(spec.lengths, np.int32),
-    )
-
-
-def garbage_code(bits: int) -> int:
-    """A code whose bits are all set: NaN for 16 bits."""
-    return 2**bits - 1
-
-
-def random_codes(rng: np.random.Generator, shape: tuple[int, ...], bands: pages_oracle.Bands) -> NDArray[np.int64]:
-    """Codes n [..., R] as `pages_oracle.pack_codes` takes them; a tenth of them at an end of the range."""
-    parts = []
-    for rank, bits in bands:
-        if bits == 16:
-            parts.append(rng.standard_normal((*shape, rank)).astype(np.float16).view(np.uint16).astype(np.int64))
-            continue
-        codes = rng.integers(0, 2**bits, (*shape, rank))
-        ends = rng.integers(0, 2, codes.shape) * (2**bits - 1)
-        parts.append(np.where(rng.random(codes.shape) < 0.1, ends, codes))
-    return np.concatenate(parts, axis=-1)
-
-
-def pages_of(arrays: PageArrays) -> Pages:
-    """The tensors of the same pages; the tables are slices of wider ones."""
-
-    def table(x: NDArray[np.int32]) -> torch.Tensor:
-        wide = torch.full((x.shape[0], x.shape[1] + 3), GARBAGE_INDEX, dtype=torch.int32, device=DEVICE)
-        wide[:, : x.shape[1]] = torch.from_numpy(x).to(DEVICE)
-        return wide[:, : x.shape[1]]
-
-    layout = PageLayout(
-        Bands(tuple(arrays.k_bands)), Bands(tuple(arrays.v_bands)), arrays.head_dim, arrays.chunk, arrays.align
-    )
-    names = ("k_pages", "v_pages", "skip", "k_basis", "k_scale", "v_basis", "v_scale")
-    tensors = {name: torch.from_numpy(getattr(arrays, name)).to(DEVICE) for name in names}
-    return Pages(
-        layout,
+        dim,
+        spec.frame,
+        inv_freq,
+        k_mean=mean,
+        k_offset=offset.astype(np.float32),
         **tensors,
-        page_table=table(arrays.page_table),
-        segment_table=table(arrays.segment_table),
-        lengths=torch.from_numpy(arrays.lengths).to(DEVICE),
+    )
+    return codec, used.astype(np.int32)
+
+
+def random_codes(
+    rng: np.random.Generator, shape: tuple[int, ...], bands: layout_oracle.Bands
+) -> NDArray[np.int64]:
+    """Codes n [*shape, R]; a tenth of them at an end of the range."""
+    top = 2 ** np.array(layout_oracle.bits_of(bands), np.int64)
+    codes = rng.integers(0, top, (*shape, len(top)))
+    ends = rng.integers(0, 2, codes.shape) * (top - 1)
+    return np.where(rng.random(codes.shape) < 0.1, ends, codes)
+
+
+def make_pages(
+    rng: np.random.Generator, spec: PageSpec, size: float = 1.0, *, blank: bool = False
+) -> PageArrays:
+    """Random codes in the byte layout, pages in random order, poison elsewhere. blank: no row's
+    codes are stored yet."""
+    codec, used = make_codec(rng, spec, size)
+    layout, groups, batch = spec.layout, spec.kv_heads, len(spec.lengths)
+    counts = [-(-length // PAGE) for length in spec.lengths]
+    max_pages = max(counts, default=0) + spec.spare_pages
+    order = rng.permutation(sum(counts) + 2)
+    table = np.full((batch, max_pages), GARBAGE_INDEX, np.int32)
+    pages = {}
+    for side in ("k", "v"):
+        bands = layout.side(side)
+        pages[side] = np.full((len(order), groups, PAGE * bands.bytes), GARBAGE_BYTE, np.uint8)
+    taken = 0
+    for b, length in enumerate(spec.lengths):
+        for j in range(counts[b]):
+            table[b, j] = order[taken]
+            live = 0 if blank else min(PAGE, length - j * PAGE)
+            for side in ("k", "v"):
+                bands = layout.side(side)
+                codes = np.broadcast_to(
+                    2 ** np.array(bands.bits) - 1, (groups, PAGE, bands.rank)
+                ).copy()
+                codes[:, :live] = random_codes(rng, (groups, live), bands.bands)
+                pages[side][order[taken]] = layout_oracle.pack_codes(codes, bands.bands, side)
+            taken += 1
+    rows = used[rng.integers(0, len(used), batch)].astype(np.int32)
+    lengths = np.array(spec.lengths, np.int32)
+    return PageArrays(codec, pages["k"], pages["v"], table, lengths, rows)
+
+
+def codec_of(arrays: CodecArrays) -> Codec:
+    """The tensors of the same codec."""
+    bands = Bands(tuple(arrays.k_bands)), Bands(tuple(arrays.v_bands))
+    layout = PageLayout(*bands, arrays.head_dim, arrays.frame)
+    names = ("basis", "scale", "encoder")
+    fields = [f"{side}_{name}" for side in ("k", "v") for name in names] + ["k_mean", "k_offset"]
+    tensors = {name: torch.from_numpy(getattr(arrays, name)).to(DEVICE) for name in fields}
+    return Codec(layout, freqs=freqs_of(arrays.inv_freq), **tensors)
+
+
+def codec_ids_of(arrays: PageArrays) -> torch.Tensor | None:
+    """None where the codec has one row."""
+    return None if arrays.codec.k_basis.shape[0] == 1 else int32(arrays.rows)
+
+
+@dataclass
+class PageTensors:
+    """The tensors of PageArrays: K and V pages are views of one pool, as an engine holds them;
+    tables are slices."""
+
+    pool: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    codec: Codec
+    codec_ids: torch.Tensor | None
+
+    def pages(self, side: str) -> torch.Tensor:
+        return self.k_pages if side == "k" else self.v_pages
+
+
+def pages_of(arrays: PageArrays, *, shared: bool = True) -> PageTensors:
+    """shared: pages lie in a pool [P, G, K bytes + V bytes] with gaps of poison; else K and V
+    apart, contiguous."""
+    sides = [torch.from_numpy(x) for x in (arrays.k_pages, arrays.v_pages)]
+    (count, groups, k_bytes), v_bytes = sides[0].shape, sides[1].shape[-1]
+    gap = 16 if shared else 0
+    start = k_bytes + gap
+    shape = (count, groups, start + v_bytes + 2 * gap)
+    pool = torch.full(shape, GARBAGE_BYTE, dtype=torch.uint8, device=DEVICE)
+    views = [pool[..., :k_bytes], pool[..., start : start + v_bytes]]
+    if not shared:
+        views = [torch.empty_like(x, device=DEVICE) for x in sides]
+    for view, x in zip(views, sides, strict=True):
+        view.copy_(x)
+    batch, width = arrays.block_table.shape
+    table = torch.full((batch, width + 3), GARBAGE_INDEX, dtype=torch.int32, device=DEVICE)
+    table[:, :width] = int32(arrays.block_table)
+    return PageTensors(
+        pool,
+        *views,
+        table[:, :width],
+        int32(arrays.seq_lens),
+        codec_of(arrays.codec),
+        codec_ids_of(arrays),
     )
 
 
-def swap_nibbles(pages: NDArray[np.uint8], byte: int, chunk: int) -> None:
-    """Exchange the nibbles of the group of byte columns that starts at a byte of a token, in place."""
-    group = pages[..., byte * chunk : (byte + 16) * chunk]
+def swap_nibbles(pages: NDArray[np.uint8], byte: int) -> None:
+    """Exchange the nibbles of the group of byte columns that starts at a byte of a token, in
+    place."""
+    group = pages[..., byte * PAGE : (byte + 16) * PAGE]
     group[:] = group % 16 * 16 + group // 16
-
-
-def query_positions(rng: np.random.Generator, lengths: Sequence[int], queries: int, far: int = 100) -> NDArray[np.int64]:
-    """[B, Q] consecutive positions, the first of a row at or after all its cold tokens, up to `far` later."""
-    first = np.array([length + rng.integers(0, far + 1) for length in lengths], np.int64)
-    return first[:, None] + np.arange(queries)
 
 
 @dataclass
 class ExactTokens:
-    """Phase-aligned keys and values [B, G, N, D] with positions [B, G, N], as the oracle and the operation get them."""
+    """Exact slots [max_seqs, G, S, D] of the rows of a batch, as the oracle and the operation get
+    them."""
 
     k: F64
     v: F64
-    at: NDArray[np.int64]
-    k_tensor: torch.Tensor
-    v_tensor: torch.Tensor
-    positions: torch.Tensor
+    seq_ids: NDArray[np.int64]
+    sinks: int
+    window: int
+    tensors: tuple[torch.Tensor, torch.Tensor]
+    ids: torch.Tensor | None
 
     @property
-    def usable(self) -> NDArray[np.bool_]:
-        return self.at >= 0
+    def ring(self) -> int:
+        return self.k.shape[2] - self.sinks
 
 
 def make_exact_tokens(
     rng: np.random.Generator,
     *,
-    shape: tuple[int, int, int, int],
-    far: int,
+    lengths: Sequence[int],
+    kv_heads: int,
+    head_dim: int,
+    sinks: int,
+    window: int,
+    drafts: int = 0,
     dtype: torch.dtype = torch.float32,
     stride: str = "plain",
-    per_head: bool = True,
-    unused: float = 0.2,
+    permuted: bool = True,
     size: float = 1.0,
 ) -> ExactTokens:
-    """Random tokens at random different positions below `far`, in any order; a share of the slots is unused and NaN."""
-    batch, groups, slots, _ = shape
-    at = np.stack([[rng.permutation(max(far, slots))[:slots] for _ in range(groups)] for _ in range(batch)]).reshape(
-        batch, groups, slots
-    )
-    at = np.where(rng.random(at.shape) < unused, -1 - at % 7, at).astype(np.int64)
-    if not per_head:
-        at = np.repeat(at[:, :1], groups, axis=1)
-    k, v = (torch.from_numpy(rng.standard_normal(shape) * s).to(dtype) for s in (size, 1.0))
-    for x in (k, v):
-        x[torch.from_numpy(at < 0)] = float("nan")
-    positions = torch.from_numpy(at if per_head else at[:, 0]).to(DEVICE, torch.int32)
-    return ExactTokens(to_numpy(k), to_numpy(v), at, strided(k, stride), strided(v, stride), positions)
+    """Random tokens in the slots that hold one, NaN in others and in rows of no sequence; the ring
+    has window + drafts slots. permuted: rows in another order than sequences, named by seq_ids."""
+    batch, slots = len(lengths), sinks + window + drafts
+    rows = batch + 1 if permuted else batch
+    ids = rng.permutation(rows)[:batch] if permuted else np.arange(batch)
+    k, v = np.full((2, rows, kv_heads, slots, head_dim), np.nan)
+    for b, length in enumerate(lengths):
+        for slot, holder in enumerate(window_oracle.holders(length, sinks, window + drafts)):
+            if holder >= 0:
+                k[ids[b], :, slot] = size * rng.standard_normal((kv_heads, head_dim))
+                v[ids[b], :, slot] = rng.standard_normal((kv_heads, head_dim))
+    k16, v16 = rounded(k, dtype), rounded(v, dtype)
+    tensors = strided(k16, stride), strided(v16, stride)
+    names = int32(ids) if permuted else None
+    return ExactTokens(to_numpy(k16), to_numpy(v16), ids, sinks, window, tensors, names)
+
+
+def check_errors(calls: Sequence[tuple[Callable[[], Any], type[Exception], str]]) -> None:
+    """Every call raises its error, which names the argument (a pattern), what was expected and what
+    came."""
+    missed = []
+    for i, (call, error, name) in enumerate(calls):
+        try:
+            call()
+            missed.append(f"call {i}: {name} is accepted")
+        except error as found:
+            if not re.match(rf"({name})\b.*expected .*got ", str(found)):
+                missed.append(f"call {i}: {name} is not what is named: {found}")
+        except Exception as found:
+            missed.append(f"call {i}: {name}: expected {error.__name__}, got {found!r}")
+    assert not missed, "\n".join(missed)

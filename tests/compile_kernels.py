@@ -1,56 +1,129 @@
-"""Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY ... [--first N]` (75 80 86
-89 90 100 120; the cases in the order of `cases`). `python -m perf.resources` keeps the rows.
+"""Compile every kernel for cards that are not there: `python -m tests.compile_kernels CAPABILITY
+... [--cases N] [--all]` (75 80 86 89 90 100 120; N cases of CI, or with --all every head dimension,
+preset and group size).
 
-Launchers run on CPU tensors with `JITFunction.run` replaced: what they would launch is compiled for the capability instead,
-and one JSON line a kernel and case says what it needs. Runs in a process of its own, without TRITON_INTERPRET.
+Launchers run on CPU tensors with `JITFunction.run` replaced: what they would launch is specialised
+as a launch specialises it and compiled for the capability instead, and one JSON line a kernel and
+case says what it needs. Runs in a process of its own, without TRITON_INTERPRET.
 """
 
+from __future__ import annotations
+
 import argparse
+import importlib
 import itertools
 import json
-import math
+import pkgutil
 import re
-from collections.abc import Callable, Collection, Iterable
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import spectral_kernels as sk
-from perf._sass import instructions, loop_spills, resources
+from perf._cases import layouts, random_codec
 from spectral_kernels import _launch
-from spectral_kernels.compress import (
-    error_weights,
-    project_rows,
-    quantise_components,
-    quantiser_errors,
-    requantise,
-    squared_errors,
-)
 
-TYPES = {
-    torch.uint8: "*u8",
-    torch.int8: "*i8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-DIMS = (64, 128, 256)
-FIRST, FEW = 4, 2  # cases that CI compiles for a card
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
+Row = dict[str, Any]
+
+
+def all_kernels() -> set[str]:
+    """Names of the kernels of the package: jit functions called *_kernel."""
+    found = set()
+    for info in pkgutil.iter_modules(sk.__path__):
+        if info.name != "hf":  # needs transformers, has no kernel
+            module = importlib.import_module(f"spectral_kernels.{info.name}")
+            found |= {
+                n
+                for n, x in vars(module).items()
+                if isinstance(x, JITFunction) and n.endswith("_kernel")
+            }
+    return found
+
+
+# Machine code
+
+
+class Instruction(NamedTuple):
+    at: int
+    name: str  # with modifiers, as LDG.E.128
+    operands: str
+    predicated: bool
+
+    @property
+    def operation(self) -> str:
+        """The name without modifiers."""
+        return self.name.split(".")[0]
+
+    @property
+    def target(self) -> int | None:
+        """The address that a branch goes to. A predicated call is a jump out of a loop; from others
+        one comes back."""
+        jumps = self.operation == "BRA" or (self.operation == "CALL" and self.predicated)
+        match = re.search(r"0x([0-9a-f]+)", self.operands) if jumps else None
+        return int(match[1], 16) if match else None
+
+
+def dump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of local memory a thread (spills)."""
+    text = dump(cubin, "-res-usage")
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert match is not None, text
+    return int(match[1]), int(match[2])
+
+
+def parse(sass: str) -> list[Instruction]:
+    """The instructions of `cuobjdump -sass`, in order."""
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);"
+    return [
+        Instruction(int(at, 16), name, rest.strip(), bool(p))
+        for at, p, name, rest in re.findall(pattern, sass)
+    ]
+
+
+def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops: what lies between a branch and an earlier address it goes to, with no
+    other loop inside.
+
+    A branch over the kernel's end is none: it comes back from code that was put there.
+    """
+    ends = [i.at for i in code if i.operation == "EXIT" and not i.predicated]
+    spans = [(i.target, i.at) for i in code if i.target is not None and i.target < i.at]
+    spans = [(first, last) for first, last in spans if not any(first < end < last for end in ends)]
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[i for i in code if first <= i.at <= last] for first, last in inner]
+
+
+def loop_spills(code: Sequence[Instruction]) -> int:
+    """Loads and stores of local memory in innermost loops."""
+    return sum(i.operation in ("LDL", "STL") for loop in loops(code) for i in loop)
 
 
 def check_operand_lanes(ttgir: str) -> None:
-    """The operands of inline mma.sync must lie where attention_sm75.py says: the last index of a tensor is the lane."""
-    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
-    for shape, name in re.findall(r'elementwise_inline_asm "mma\.sync.*?-> tensor<(\w+), (#\w+)>', ttgir):
-        rank, layout = shape.count("x"), layouts[name]
+    """The operands of inline mma.sync must lie where attention_sm75.py says: the last index of a
+    tensor is the lane."""
+    known = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.M))
+    for shape, name in re.findall(
+        r'elementwise_inline_asm "mma\.sync.*?-> tensor<(\w+), (#\w+)>', ttgir
+    ):
+        rank, layout = shape.count("x"), known[name]
         if "blocked" in layout:
             spread, each = (
                 list(map(int, re.search(rf"{key} = \[([\d, ]+)\]", layout)[1].split(",")))  # type: ignore[index]
@@ -59,189 +132,169 @@ def check_operand_lanes(ttgir: str) -> None:
             good = spread == [1] * (rank - 1) + [32] and each[-1] == 1
         else:
             lanes = re.search(r"lane = (\[\[.*?\]\])", layout)
-            good = lanes is not None and json.loads(lanes[1]) == [[0] * (rank - 1) + [2**bit] for bit in range(5)]
+            good = lanes is not None and json.loads(lanes[1]) == [
+                [0] * (rank - 1) + [2**bit] for bit in range(5)
+            ]
         assert good, f"operands of mma.sync, {shape}: lanes lie otherwise in {layout}"
 
 
+# Launches
+
+
 class Case(NamedTuple):
-    name: str  # preset and bands
+    preset: str
     layout: sk.PageLayout
     group: int  # query heads a KV head
 
 
-class Launched(NamedTuple):
-    """A launch that was compiled and not run: programs, the values of its parameters by name, its row, the kernel."""
-
-    programs: int
-    values: dict[str, Any]
-    row: dict[str, Any]
-    kernel: Any
-
-
 class Recorder:
-    """Stands in for JITFunction.run: compiles for the target, launches nothing."""
+    """Stands in for JITFunction.run: compiles for the target, launches nothing, reports a new
+    kernel's row."""
 
-    def __init__(self, capability: int, report: Callable[[Launched, bool], None], kernels: Collection[str] = ()) -> None:
-        """report: called with each launch and whether its kernel is a new one. kernels: names of those to compile, all if
-        there are none."""
-        self.capability = capability
+    def __init__(self, capability: int, report: Callable[[Row], None]) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.backend = make_backend(self.target)
         self.report = report
-        self.kernels = kernels
-        self.case: dict[str, Any] = {}
-        self.compiled: dict[str, tuple[dict[str, Any], Any]] = {}
+        self.case: Row = {}
+        self.seen: set[str] = set()
         # A plain function, so that it binds to the kernel when it stands in for the method.
         self.run_of = lambda function, *args, **kwargs: self.run(function, *args, **kwargs)
 
-    def run(self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        if self.kernels and function.__name__ not in self.kernels:
+    def run(
+        self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
+    ) -> None:
+        kwargs.setdefault("debug", False)
+        binder = create_function_from_signature(function.signature, function.params, self.backend)
+        bound, specialization, options = binder(*args, **kwargs)
+        key = repr((function.__name__, specialization, options))
+        if key in self.seen:
             return
-        options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        bound = dict(zip(function.arg_names, args, strict=False), **kwargs)
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(function.params):
-            value = bound[parameter.name]
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = TYPES[value.dtype]
-                attributes[(index,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
-                signature[parameter.name], constants[parameter.name] = "constexpr", 1
-            else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-                if isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
-                    attributes[(index,)] = [["tt.divisibility", 16]]  # as a launch specialises it
-        key = repr((function.__name__, sorted(signature.items()), sorted(constants.items()), options))
-        if new := key not in self.compiled:
-            self.compiled[key] = self.compile(function, ASTSource(function, signature, constants, attributes), options)
-        programs = math.prod(grid(bound) if callable(grid) else grid)
-        self.report(Launched(programs, bound, *self.compiled[key]), new)
-
-    def compile(self, function: JITFunction, source: ASTSource, options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """The row and the compiled kernel."""
-        kernel = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        self.seen.add(key)
+        packed = function._pack_args(self.backend, kwargs, bound, specialization, options)
+        options, signature, constants, attributes = packed
+        source = ASTSource(function, signature, constants, attributes)
+        kernel = triton.compile(source, target=self.target, options=options.__dict__)
         check_operand_lanes(kernel.asm["ttgir"])
-        registers, local = resources(kernel.asm["cubin"])
+        cubin = kernel.asm["cubin"]
+        registers, local = resources(cubin)
         row = {
             "kernel": function.__name__,
-            "capability": self.capability,
-            "triton": triton.__version__,
+            "capability": self.target.arch,
             **self.case,
             "warps": kernel.metadata.num_warps,
             "registers": registers,
             "spills": local,
-            "loop_spills": loop_spills(instructions(kernel.asm["cubin"])) if local else 0,
+            "loop_spills": loop_spills(parse(dump(cubin, "-sass"))) if local else 0,
             "shared_bytes": kernel.metadata.shared,
-            "code_bytes": len(kernel.asm["cubin"]),
         }
-        return row, kernel
+        self.report(row)
 
 
-def cases() -> list[Case]:
-    """All presets, head dimensions and groups. Those of CI come first (FIRST of them, or FEW): a kernel that is the same in
-    several cases has the row of the first, whichever are compiled."""
-    bands = sk.Bands.parse("64x16")
-    lossless = sk.PageLayout(bands, bands, 64, 64)
-    first = [("balanced", 128, 4), ("quality", 256, 1), ("small", 64, 6)]
-    every = itertools.product(("quality", "balanced", "small"), DIMS, (1, 4, 6, 8))
-    found = []
-    for preset, dim, group in [*first, *(case for case in every if case not in first)]:
-        layout = sk.PRESETS[preset].layout(dim)
-        assert layout is not None
-        found.append(Case(f"{preset} {layout.k} {layout.v}", layout, group))
-    found.insert(1, Case(f"lossless {lossless.k} {lossless.v}", lossless, 1))
-    return found
+def cases(everything: bool = False) -> list[Case]:
+    """Those of CI come first: the usual one, an odd group, the largest head dimension."""
+    ci = (("balanced", 128, 4), ("small", 64, 6), ("quality", 256, 1))
+    if not everything:
+        return [Case(preset, layouts(preset, dim)[0], group) for preset, dim, group in ci]
+    rest = itertools.product(("quality", "balanced", "small"), (64, 80, 96, 128, 256), (1, 4, 6, 8))
+    chosen = [*ci, *(case for case in rest if case not in ci)]
+    return [
+        Case(preset, layout, group)
+        for preset, dim, group in chosen
+        for layout in layouts(preset, dim)
+    ]
 
 
-def launch_all(layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bool) -> None:
-    """Call every launcher once on small CPU tensors."""
-    batch, kv_heads, dim, chunk = 2, 2, layout.head_dim, layout.chunk
-    pages = sk.allocate_pages(
-        layout, pages=4, segments=2, kv_heads=kv_heads, batch=batch, max_chunks=33, device=torch.device("cpu")
-    )
-    rope = sk.Rope.from_inv_freq(torch.full((dim // 2,), 0.5))
-    q = torch.zeros(batch, group * kv_heads, 1, dim, dtype=dtype)
-    positions = torch.full((batch, 1), 2 * chunk, dtype=torch.int32)
-    x = torch.zeros(batch, kv_heads, 2 * chunk, dim, dtype=dtype)
-    key_positions = torch.arange(2 * chunk, dtype=torch.int32).repeat(batch, 1)
-    exact = (x, x, key_positions)
-    for splits in (2, 33):  # few and many are joined by other kernels
-        sk.attend_spectral(q, positions, pages, rope, exact=exact, splits=splits, matrix_units=matrix)
-    sk.attend_exact(q, positions, *exact, rope, chunk=chunk, matrix_units=matrix)
-    # Numbers of queries that are specialised in other ways than one is.
-    two = q.expand(-1, -1, 2, -1).contiguous(), positions.repeat(1, 2)
-    sk.attend_spectral(*two, pages, rope, exact=exact, matrix_units=matrix)
-    sk.attend_exact(*two, *exact, rope, chunk=chunk, matrix_units=matrix)
-    sk.project_queries(q, positions, pages, rope)
-    sk.rotate(x, key_positions, rope)
-    sk.phase_align(x, key_positions, rope, chunk=chunk)
+def launch_all(
+    layout: sk.PageLayout, group: int, dtype: torch.dtype, matrix: bool, thorough: bool
+) -> None:
+    """Call every launcher on small CPU tensors. thorough: with several queries, and pages alone,
+    too."""
+    batch, heads, dim, max_pages, sinks, window = 2, 2, layout.head_dim, 33, 4, 16
+    codec = random_codec(layout, heads, torch.arange(dim // 2))
+    table = torch.zeros(batch, max_pages, dtype=torch.int32)
+    seq_lens = torch.full((batch,), 700, dtype=torch.int32)
+    pages = [
+        torch.zeros(4, heads, sk.PAGE_SIZE * x.bytes, dtype=torch.uint8)
+        for x in (layout.k, layout.v)
+    ]
+    k_exact, v_exact = (torch.zeros(batch, heads, sinks + window, dim, dtype=dtype) for _ in "kv")
+    x = torch.zeros(batch, heads, 128, dim, dtype=dtype)
+    positions = torch.zeros(batch, 128, dtype=torch.int32)
+    kept = {"sinks": sinks, "window": window}
+    for queries in (1, 4) if thorough else (1,):  # a decode step, drafts
+        new = x[:, :, :queries]
+        q = torch.zeros(batch, group * heads, queries, dim, dtype=dtype)
+        sk.append(new, new, codec, *pages, k_exact, v_exact, table, seq_lens, sinks=sinks)
+        exact = {"exact": (k_exact, v_exact), "after_append": True}
+        for num_splits in (2, 33):  # few and many are joined by other kernels
+            for more in (exact, {}) if thorough else (exact,):
+                sk.attend_spectral(
+                    q, *pages, codec, table, seq_lens, num_splits=num_splits, matrix_units=matrix,
+                    **kept, **more,
+                )  # fmt: skip
+        sk.attend_window(q, k_exact, v_exact, seq_lens, **kept)
+    sk.project_queries(q, codec, 3)
+    sk.rotate(x, positions, codec.freqs)
+    sk.turn_back(x, positions, codec.freqs, frame=512)
     sk.gram(x)
-    queries = x.repeat_interleave(group, dim=1)
-    for weights in (None, torch.ones(batch, group * kv_heads)):
-        sk.query_metric(queries, rope, chunk=layout.align, kv_heads=kv_heads, weights=weights)
-    for v_metrics in (None, (torch.eye(dim).repeat(kv_heads, 1, 1), torch.ones(batch, group * kv_heads))):
-        error_weights(queries, x, x, rope, v_metrics, chunk=layout.align, sinks=4, window=16)
-    for mean in (None, torch.zeros(batch, kv_heads, dim)):
-        project_rows(x, torch.zeros(batch, kv_heads, dim, dim), mean, every=2)
-    zeros = torch.zeros(batch, kv_heads, dim, dim)
-    for weighing in ({}, {"metric": zeros}, {"root": zeros}):
-        squared_errors(x.float(), x, **weighing)
-    for metric in (None, zeros):
-        quantise_components(zeros, metric)
-    eye = torch.eye(dim)
-    for metric in (None, eye) if dim == 64 else (eye,):
-        sk.fit_basis(eye, metric, rank=dim)
-        sk.fit_encoder(eye.to(torch.int8), torch.ones(dim), metric)
-    for side, bands, data in (("k", layout.k, pages.k_pages), ("v", layout.v, pages.v_pages)):
-        encoder = torch.zeros(batch, kv_heads, dim, bands.rank)
-        sk.fit_steps(torch.zeros(kv_heads, 64, bands.rank), bands)
-        if not bands.is_float:
-            quantiser_errors(torch.zeros(kv_heads, 64, bands.rank), torch.ones(1, kv_heads, bands.rank), [bands])
-        sk.encode(x, encoder, bands, data, pages.page_table[:, :2].contiguous(), side=side)
-        sk.decode(pages, side=side)
-        if not bands.is_float:
-            coarse = sk.Bands(((bands.rank, 2),))
-            written = torch.zeros(4, kv_heads, chunk * coarse.bytes, dtype=torch.uint8)
-            ratio, ids = torch.ones(batch, kv_heads, bands.rank), pages.page_table[:, :2].contiguous()
-            requantise(data, bands, written, coarse, ratio, ids, side=side)
+    for side, data, exact in zip("kv", pages, (k_exact, v_exact), strict=True):
+        sk.encode(x, codec, data, table, seq_lens, side=side, exact=exact, sinks=sinks)
+        sk.decode(data, codec, table, seq_lens, side=side)
     o, lse = torch.zeros(2, 3, dim), torch.zeros(2, 3)
     sk.merge_states(o, lse, o, lse)
     sk.merge_many_states(o, lse)
 
 
-def stand_in(capability: int, recorder: Recorder, old: bool = False) -> bool:
-    """Make launchers compile, by the recorder, what they would launch on a card of this capability (`old`: by the path of
-    cards before sm_80), for the rest of the process. Whether that path has matrix units."""
-    matrix = capability >= 80 and not old
+def compile_all(capability: int, chosen: Sequence[Case], report: Callable[[Row], None]) -> None:
+    """Compile what the launchers would launch on a card of this capability in these cases, and
+    report every kernel's row once. Launchers launch nothing afterwards."""
+    recorder, matrix = Recorder(capability, report), capability >= 80
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
     _launch.has_large_shared_memory = lambda device: capability in (90, 100)
     _launch.overlaps_launches = lambda device: capability >= 90
-    _launch.has_tensor_memory = lambda device: capability == 100
+    if hasattr(_launch, "has_tensor_memory"):
+        _launch.has_tensor_memory = lambda device: capability == 100
     JITFunction.run = recorder.run_of
-    return matrix
-
-
-def compile_all(
-    capability: int, chosen: Iterable[Case], report: Callable[[dict[str, Any]], None], kernels: Collection[str] = ()
-) -> None:
-    """Compile what the launchers would launch on a card of this capability in these cases, `report` each kernel's row once.
-    `kernels`: only those of these names, all if there are none."""
-    recorder = Recorder(capability, lambda launched, new: report(launched.row) if new else None, kernels)
-    matrix = stand_in(capability, recorder)
-    for name, layout, group in chosen:
-        recorder.case = {"layout": name, "D": layout.head_dim, "group": group}
-        launch_all(layout, group, torch.bfloat16 if matrix else torch.float16, matrix)
+    for index, (preset, layout, group) in enumerate(chosen):
+        recorder.case = {
+            "preset": preset,
+            "k": str(layout.k),
+            "v": str(layout.v),
+            "D": layout.head_dim,
+            "group": group,
+        }
+        launch_all(
+            layout,
+            group,
+            torch.bfloat16 if matrix else torch.float16,
+            matrix,
+            capability == 90 and index == 0,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capability", nargs="+", type=int)
-    parser.add_argument("--first", type=int, metavar="N", help="only the first N cases")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("capability", nargs="*", type=int, default=CAPABILITIES)
+    parser.add_argument(
+        "--all", action="store_true", help="every head dimension, preset and group size"
+    )
+    parser.add_argument("--cases", type=int, metavar="N", help="only the first N")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of all kernels as the first line"
+    )
     arguments = parser.parse_args()
+    if arguments.list:
+        print(json.dumps(sorted(all_kernels())))
     for capability in arguments.capability:
-        compile_all(capability, cases()[: arguments.first], lambda row: print(json.dumps(row), flush=True))
+        compile_all(
+            capability,
+            cases(arguments.all)[: arguments.cases],
+            lambda row: print(json.dumps(row), flush=True),
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The defects of the predecessor (a Python prototype), each by name, those that concern operations.
+"""The defects of the predecessor (a Python prototype), each by name: those that concern operations.
 
-Every test runs the operation against the oracle and then puts the defect back as a mutant, which the same budget must
-turn down. The defects of its cache object (a generation that saw the one before) are tests of the cache.
+Every test runs the operation against the oracle and then puts the defect back as a mutant, which
+the same budget must turn down. Its defects of whole generations (a cache that lived on across
+generate() calls, a dense path of its own for short prompts, needles lost once a block was
+compressed) are tests of the cache: see the end of this file.
 """
 
 import math
@@ -11,57 +13,36 @@ import pytest
 import torch
 
 from reference import attention as oracle
-from reference import compress as compress_oracle
 from reference import rope as rope_oracle
-from spectral_kernels import attention, compress, rope
-from spectral_kernels.pages import Bands, PageLayout, Pages, allocate_pages
+from reference.compress import PageArrays
+from spectral_kernels import attention, compress, rope, window
 from tests import budgets
 from tests.cases import (
     ATTENTION_IMPLEMENTATIONS,
     DEVICE,
     F64,
     IMPLEMENTATIONS,
+    ExactTokens,
     PageSpec,
+    codec_of,
+    freqs_of,
+    int32,
     inverse_frequencies,
+    is_slow,
+    make_codec,
     make_exact_tokens,
     make_pages,
     make_queries,
     operation,
     pages_of,
-    rope_of,
+    rounded,
     to_numpy,
 )
-from tests.test_attention import check_exact
+from tests.test_attention import check_spectral, spectral_oracle
 from tests.test_rope import project_oracle
+from tests.test_window import check_window, window_oracle_state
 
 DISTANCES = 8192
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_negative_distance_reads_the_tables_end(rng, implementation):
-    """Defect 2: cosine and sine were looked up at key - query; cos[-1200] is silently cos[len - 1200].
-
-    A query 1,200 tokens after a chunk, projected on its basis: the mutant looks the distance up as the prototype did.
-    """
-    inv_freq, chunk = inverse_frequencies(64), 64
-    arrays = make_pages(rng, PageSpec("16x8+16x4", "16x8", 64, chunk, 1, (1,)))
-    queries = make_queries(rng, shape=(1, 2, 1, 64), at=np.array([[1200]]))
-    expected = project_oracle(queries.q, queries.at, arrays, inv_freq)
-    budget = budgets.project_queries(queries.q, expected, arrays, inv_freq, 1.0)
-    run = operation(rope, "project_queries", implementation)
-    got = run(queries.tensor, queries.positions, pages_of(arrays), rope_of(inv_freq))
-    budgets.check(got, expected, budget)
-    for table_length in (2048, 4096):
-        lookup = np.arange(table_length)[0 - 1200]  # Python's negative index
-        mutant = project_oracle(queries.q, np.array([[lookup]]), arrays, inv_freq)
-        budgets.check_rejects(mutant, expected, budget, f"the end of a table of {table_length}")
-    minus = project_oracle(queries.q, -queries.at, arrays, inv_freq)
-    budgets.check_rejects(minus, expected, budget, "key - query")
-
-
-def is_interpreted(implementation: str) -> bool:
-    """There a program takes milliseconds: tests step over distances by a prime, so all offsets in a chunk occur."""
-    return implementation != "torch" and DEVICE.type == "cpu"
 
 
 def scores_at_every_distance(q: F64, k: F64, inv_freq: np.ndarray) -> F64:
@@ -70,105 +51,165 @@ def scores_at_every_distance(q: F64, k: F64, inv_freq: np.ndarray) -> F64:
     return rope_oracle.rotate(every, np.arange(DISTANCES), inv_freq) @ k
 
 
+def wrong_at(mutant: F64, expected: F64, budget: F64) -> float:
+    """Share of the distances but 0 at which a mistake is outside its budget."""
+    return float((np.abs(mutant - expected) > budget)[1:].mean())
+
+
+def test_negative_distance_reads_the_tables_end(rng):
+    """Defect 2: cosine and sine were looked up at key - query; cos[-1200] is silently cos[len -
+    1200].
+
+    No distance occurs here: a query is turned back by starts of frames, which are counted, not
+    looked up. Frame 2 of 512 by the definition, and what the table's end would give.
+    """
+    codec, used = make_codec(rng, PageSpec("16x8+16x4", "16x8", 64, 1, (0,)))
+    q = make_queries(rng, shape=(1, 2, 1, 64))
+    expected = project_oracle(q.q, codec, used, 3)[0][:, :, :, 2]
+    budget = budgets.project_queries(q.q, codec, used)[0][:, :, :, 0]
+    for implementation in IMPLEMENTATIONS:
+        run = operation(rope, "project_queries", implementation)
+        got = run(q.tensor, codec_of(codec), 3)[0][:, :, :, 2]
+        budgets.check(got, expected, budget)
+    vectors = codec.vectors("k")[0]
+    for length in (2048, 4096):
+        lookup = np.arange(length)[-1024]  # Python's negative index, of R(-2 * 512) q
+        turned = rope_oracle.rotate(q.q, np.array([lookup]), codec.inv_freq)
+        mutant = np.einsum("bhqd,grd->bhqr", turned, vectors)
+        budgets.check_rejects(mutant, expected, budget, f"the end of a table of {length}")
+    forward = rope_oracle.rotate(q.q, np.array([1024]), codec.inv_freq)
+    mutant = np.einsum("bhqd,grd->bhqr", forward, vectors)
+    budgets.check_rejects(mutant, expected, budget, "the other sign")
+
+
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_query_rotated_twice(rng, implementation, theta):
-    """Defect 4: an already rotated query was turned by minus the distance, which is right only where n = m / 2.
+    """Defect 4: an already rotated query was turned by minus the distance, which is right only
+    where n = m / 2.
 
-    The exact score of one key before RoPE, at every distance 0 .. 8191: the lse over a single token is its score.
+    The exact score of one key, at every distance 0 .. 8191, through `attend_window` as the model
+    hands q and k over: the lse over a single token is its score. (In the interpreter at every 61st
+    distance.)
     """
-    dim, chunk, inv_freq = 64, 64, inverse_frequencies(64, theta)
+    dim, inv_freq = 64, inverse_frequencies(64, theta)
     q, k = rng.standard_normal((2, dim)).astype(np.float32).astype(np.float64) * 2
     expected = scores_at_every_distance(q, k, inv_freq)
-    size = float(rope_oracle.pair_magnitude(q, inv_freq) @ rope_oracle.pair_magnitude(k, inv_freq))
-    budget = (2 * budgets.ANGLE + 2 * budgets.PRODUCT + (14 + dim) * budgets.ACC) * size
-    budget = np.full(DISTANCES, budget) + budgets.EXP + budgets.LOG + 4 * budgets.ACC * np.abs(expected)
-    step = 61 if is_interpreted(implementation) else 1
-    distances = np.arange(0, DISTANCES, step)
-    queries = torch.from_numpy(np.tile(np.float32(q), (1, 1, len(distances), 1))).to(DEVICE)
-    key = torch.from_numpy(k[None, None, None].astype(np.float32)).to(DEVICE)
-    slots = torch.zeros(1, 1, dtype=torch.int32, device=DEVICE)
-    positions = torch.from_numpy(distances[None]).to(DEVICE)
-    run = operation(attention, "attend_exact", implementation)
-    _, lse = run(queries, positions, key, key, slots, rope_of(inv_freq), chunk=chunk, scale=1.0)
-    budgets.check(to_numpy(lse).reshape(-1), expected[::step], budget[::step], "scores")
-
     rotated = rope_oracle.rotate(np.repeat(q[None], DISTANCES, 0), np.arange(DISTANCES), inv_freq)
-    twice_back = rope_oracle.rotate(rotated, -np.arange(DISTANCES), inv_freq) @ k  # theirs: key position - query position
+    size = np.abs(rotated) @ np.abs(k)
+    # The query's rounding to float32, then the product.
+    budget = (2 * budgets.ACC + 2 * budgets.PRODUCT + (4 + dim) * budgets.ACC) * size
+    budget = budget + budgets.EXP + budgets.LOG + 4 * budgets.ACC * np.abs(expected)
+    step = 61 if is_slow(implementation) else 1
+    batch = len(expected[::step])
+    queries = torch.from_numpy(np.float32(rotated[::step])[:, None]).to(DEVICE)  # [B, 1, D]
+    key = torch.from_numpy(np.float32(k)[None, None, None]).to(DEVICE)
+    lens = torch.ones(batch, dtype=torch.int32, device=DEVICE)
+    run = operation(window, "attend_window", implementation)
+    ids = torch.zeros(batch, dtype=torch.int32, device=DEVICE)
+    _, lse = run(queries, key, key, lens, sinks=0, window=1, seq_ids=ids, scale=1.0)
+    budgets.check(to_numpy(lse).reshape(-1), expected[::step], budget[::step], "scores")
+    back = rope_oracle.rotate(rotated, -np.arange(DISTANCES), inv_freq) @ k  # theirs: key - query
     twice = rope_oracle.rotate(rotated, np.arange(DISTANCES), inv_freq) @ k
     for mistake, mutant in {
-        "turned back": twice_back,
+        "turned back": back,
         "turned twice": twice,
         "never turned": np.full(DISTANCES, q @ k),
     }.items():
-        outside = np.abs(mutant - expected) > budget
-        assert outside[1:].mean() > 0.99, f"'{mistake}' passes at {1 - outside[1:].mean():.1%} of the distances"
+        assert wrong_at(mutant, expected, budget) > 0.99, f"'{mistake}' passes"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_rotation_at_every_distance(rng, implementation):
-    """The same score from the rotation alone (in the interpreter at every seventh distance)."""
+    """The same score from `rotate` alone (in the interpreter at every seventh distance)."""
     dim, inv_freq = 64, inverse_frequencies(64)
     q, k = rng.standard_normal((2, dim)).astype(np.float32).astype(np.float64)
-    step = 7 if is_interpreted(implementation) else 1
+    step = 7 if is_slow(implementation) else 1
     expected = scores_at_every_distance(q, k, inv_freq)[::step]
     size = float(rope_oracle.pair_magnitude(q, inv_freq) @ np.abs(k))
     at = torch.arange(0, DISTANCES, step, device=DEVICE)[None]
     every = torch.from_numpy(np.tile(np.float32(q), (1, 1, at.shape[1], 1))).to(DEVICE)
-    turned = operation(rope, "rotate", implementation)(every, at, rope_of(inv_freq))
+    turned = operation(rope, "rotate", implementation)(every, at, freqs_of(inv_freq))
     budget = np.full(at.shape[1], (budgets.ANGLE + 4 * budgets.ACC) * size)
     budgets.check(to_numpy(turned)[0, 0] @ k, expected, budget)
     twice = rope_oracle.rotate(to_numpy(turned), at.cpu().numpy(), inv_freq)[0, 0] @ k
-    assert (np.abs(twice - expected) > budget)[1:].mean() > 0.99
+    assert wrong_at(twice, expected, budget) > 0.99
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_projected_score_at_every_distance(rng, implementation):
-    """The same for cold keys: the projection on the chunk that holds the key, at every distance 0 .. 8191."""
-    dim, inv_freq = 64, inverse_frequencies(64)
-    arrays = make_pages(rng, PageSpec("16x8", "16x8", dim, 64, 1, (1,), spare_chunks=0))
-    step = 61 if is_interpreted(implementation) else 1
-    at = np.arange(0, DISTANCES, step)[None]
-    q = np.broadcast_to(rng.standard_normal(dim).astype(np.float32), (1, 1, at.shape[1], dim))
-    run = operation(rope, "project_queries", implementation)
-    u = run(torch.from_numpy(q.copy()).to(DEVICE), torch.from_numpy(at).to(DEVICE), pages_of(arrays), rope_of(inv_freq))
-    expected = project_oracle(q, at, arrays, inv_freq)
-    budget = budgets.project_queries(q, expected, arrays, inv_freq, 1.0)
-    budgets.check(u, expected, budget)
-    turned = rope_oracle.rotate(q, at, inv_freq)
-    twice_back = project_oracle(turned, -at, arrays, inv_freq)
-    assert (np.abs(twice_back - expected) > budget)[:, :, 1:].mean() > 0.99
+def test_stored_score_at_every_distance(rng, implementation):
+    """The same for stored keys: a query at m and a key at p, each turned back by the start of the
+    key's frame, have the score of their distance m - p; a query turned back twice has not."""
+    dim, inv_freq, frame = 64, inverse_frequencies(64), 512
+    q, k = rng.standard_normal((2, dim)).astype(np.float32).astype(np.float64)
+    step = 61 if is_slow(implementation) else 1
+    m = np.arange(0, DISTANCES, step)
+    p = rng.integers(0, m + 1)
+    rotated_q = np.float32(rope_oracle.rotate(np.repeat(q[None], len(m), 0), m, inv_freq))
+    rotated_k = np.float32(rope_oracle.rotate(np.repeat(k[None], len(m), 0), p, inv_freq))
+    expected = scores_at_every_distance(q, k, inv_freq)[m - p]
+    run = operation(rope, "turn_back", implementation)
+    at = torch.from_numpy(p).to(DEVICE)[None]
+    turned = [
+        to_numpy(
+            run(torch.from_numpy(x[None, None]).to(DEVICE), at, freqs_of(inv_freq), frame=frame)
+        )
+        for x in (rotated_q, rotated_k)
+    ]
+    size = np.hypot(rotated_q[:, :32], rotated_q[:, 32:]) * np.hypot(
+        rotated_k[:, :32], rotated_k[:, 32:]
+    )
+    # Both rounded to float32 as the model had them and turned once; sums and pairs (a factor of 2)
+    # on top.
+    budget = 2 * size.astype(np.float64).sum(-1) * (2 * budgets.ANGLE + 10 * budgets.ACC)
+    budgets.check((turned[0] * turned[1]).sum(-1)[0, 0], expected, budget)
+    again = rope_oracle.turn_back(turned[0], p, inv_freq, frame)
+    later = p >= frame
+    wrong = np.abs((again * turned[1]).sum(-1)[0, 0] - expected) > budget
+    assert wrong[later].mean() > 0.99
+    behind = rope_oracle.turn_back(turned[0], p + frame, inv_freq, frame, inverse=True)
+    assert (np.abs((behind * turned[1]).sum(-1)[0, 0] - expected) > budget).mean() > 0.99
+
+
+def make_short_prompt(rng, tokens: int, groups: int, **options) -> tuple[ExactTokens, tuple[int]]:
+    """A row that lies in the window whole."""
+    exact = make_exact_tokens(
+        rng, lengths=(tokens,), kv_heads=groups, head_dim=64, sinks=4, window=32, **options
+    )
+    return exact, (tokens,)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 def test_short_prompt_multiplies_rotated_query_with_unrotated_keys(rng, implementation):
-    """Defect 3: prompts shorter than a block took a path that rotated the query and not the keys."""
-    tokens_count, inv_freq = 20, inverse_frequencies(64)
-    tokens = make_exact_tokens(rng, shape=(1, 2, tokens_count, 64), far=tokens_count, unused=0.0)
-    queries = make_queries(rng, shape=(1, 4, 1, 64), at=np.array([[tokens_count]]), size=2.0)
-    check_exact(implementation, tokens, queries, inv_freq, chunk=64)
-    before_rope = rope_oracle.rotate(tokens.k, tokens.at, inv_freq, inverse=True)
-    expected = oracle.dense(queries.q, queries.at, before_rope, tokens.v, tokens.at, inv_freq)
-    o_budget, lse_budget = budgets.attend_exact(queries.q, expected, tokens.k, tokens.usable, inv_freq)
-    turned = rope_oracle.rotate(queries.q, queries.at[:, None], inv_freq)
-    mutant = oracle.dense(turned, queries.at, before_rope, tokens.v, tokens.at, inv_freq * 0)
+    """Defect 3: prompts shorter than a block took a path that rotated the query and not the
+    keys."""
+    tokens, lengths = make_short_prompt(rng, 20, 2)
+    queries = make_queries(rng, shape=(1, 4, 1, 64), size=2.0)
+    check_window(implementation, queries, tokens, lengths)
+    expected = window_oracle_state(queries, tokens, lengths)
+    o_budget, lse_budget = budgets.attend_window(queries.q, expected)
+    inv_freq = inverse_frequencies(64)
+    before_rope = rope_oracle.rotate(expected.keys, np.arange(20), inv_freq, inverse=True)
+    seen = np.ones((1, 1, 20), bool)
+    mutant = oracle.dense(queries.q, before_rope, expected.values, seen)
     budgets.check_rejects(mutant.o, expected.o, o_budget, "keys not rotated, o")
     budgets.check_rejects(mutant.lse, expected.lse, lse_budget, "keys not rotated, lse")
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-def test_cosine_only_rope_on_hot_keys(rng, implementation):
-    """Defect 5: hot keys were multiplied by the cosine and the sine half was left out."""
-    inv_freq = inverse_frequencies(64)
-    tokens = make_exact_tokens(rng, shape=(1, 1, 30, 64), far=500, unused=0.0)
-    queries = make_queries(rng, shape=(1, 2, 1, 64), at=np.array([[499]]), size=2.0)
-    check_exact(implementation, tokens, queries, inv_freq, chunk=64)
-    expected = oracle.exact(queries.q, queries.at, tokens.k, tokens.v, tokens.at, inv_freq, chunk=64)
-    o_budget, lse_budget = budgets.attend_exact(queries.q, expected, tokens.k, tokens.usable, inv_freq)
-    before_rope = rope_oracle.rotate(tokens.k, tokens.at, inv_freq, inverse=True)
-    forwards, backwards = (rope_oracle.rotate(before_rope, sign * tokens.at, inv_freq) for sign in (1, -1))
-    cosine = (forwards + backwards) / 2
-    mutant = oracle.dense(queries.q, queries.at, cosine, tokens.v, tokens.at, inv_freq, rotated_by=tokens.at)
+def test_cosine_only_rope(rng, implementation):
+    """Defect 5: keys were multiplied by the cosine and the sine half was left out. Here: of pages,
+    by frames."""
+    arrays = make_pages(rng, PageSpec("16x8", "32x4", 64, 1, (190,), 64))
+    queries = make_queries(rng, shape=(1, 2, 1, 64), size=2.0)
+    check_spectral(implementation, arrays, queries)
+    expected, (o_budget, lse_budget) = spectral_oracle(queries, arrays, implementation)
+    backward = PageArrays(**vars(arrays))
+    backward.codec = type(arrays.codec)(
+        **{**vars(arrays.codec), "inv_freq": -arrays.codec.inv_freq}
+    )
+    back = oracle.spectral(queries.q, backward)
+    mutant = oracle.softmax_state((expected.scores + back.scores) / 2, expected.values)
     budgets.check_rejects(mutant.o, expected.o, o_budget, "cosine only, o")
     budgets.check_rejects(mutant.lse, expected.lse, lse_budget, "cosine only, lse")
 
@@ -176,19 +217,18 @@ def test_cosine_only_rope_on_hot_keys(rng, implementation):
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_half_precision_softmax_overflows(rng, implementation, dtype):
-    """Defect 5: exp and scores in fp16 overflow; scores here go to a hundred thousand, past fp16's largest number."""
-    inv_freq = inverse_frequencies(64)
-    tokens = make_exact_tokens(rng, shape=(1, 1, 40, 64), far=100, dtype=dtype, size=100.0)
-    queries = make_queries(rng, shape=(1, 2, 1, 64), at=np.array([[99]]), dtype=dtype, size=600.0)
-    expected = oracle.exact(queries.q, queries.at, tokens.k, tokens.v, tokens.at, inv_freq, chunk=64)
-    seen = np.isfinite(expected.scores)
-    assert np.abs(expected.scores[seen]).max() > np.finfo(np.float16).max
-    check_exact(implementation, tokens, queries, inv_freq, chunk=64)
+    """Defect 5: exp and scores in fp16 overflow; scores here go to a hundred thousand, past fp16's
+    largest number."""
+    tokens, lengths = make_short_prompt(rng, 30, 1, dtype=dtype, size=100.0)
+    queries = make_queries(rng, shape=(1, 2, 1, 64), dtype=dtype, size=600.0)
+    expected = window_oracle_state(queries, tokens, lengths)
+    assert np.abs(expected.scores).max() > np.finfo(np.float16).max
+    check_window(implementation, queries, tokens, lengths)
     with np.errstate(over="ignore", invalid="ignore"):
-        weights = np.exp(np.float16(np.where(seen, expected.scores, -np.inf)))
+        weights = np.exp(np.float16(expected.scores))
         mutant = (weights @ np.float16(expected.values)) / weights.sum(-1, keepdims=True)
     assert not np.isfinite(mutant).all()
-    o_budget, _ = budgets.attend_exact(queries.q, expected, tokens.k, tokens.usable, inv_freq)
+    o_budget, _ = budgets.attend_window(queries.q, expected)
     budgets.check_rejects(mutant, expected.o, o_budget, "softmax in fp16")
 
 
@@ -196,146 +236,130 @@ def test_half_precision_softmax_overflows(rng, implementation, dtype):
 def test_gqa_heads_are_not_repeated(rng, implementation):
     """Defect 5: keys and values were repeated for the query heads before storing.
 
-    Storage has G heads and query head h reads head h // (H / G): every head holds another value, which its queries
-    return.
+    Storage has G heads and query head h reads head h // (H / G): every head holds another value,
+    which its queries return.
     """
-    groups, group, inv_freq = 3, 4, inverse_frequencies(64)
-    tokens = make_exact_tokens(rng, shape=(1, groups, 5, 64), far=9, unused=0.0)
-    tokens.v_tensor[:] = torch.arange(groups, device=DEVICE, dtype=torch.float32)[None, :, None, None]
-    queries = make_queries(rng, shape=(1, groups * group, 1, 64), at=np.array([[9]]))
-    rotary = rope_of(inv_freq)
-    o, _ = operation(attention, "attend_exact", implementation)(
-        queries.tensor, queries.positions, tokens.k_tensor, tokens.v_tensor, tokens.positions, rotary, chunk=64
-    )
+    groups, group = 3, 4
+    tokens, lengths = make_short_prompt(rng, 9, groups, permuted=False)
+    tokens.tensors[1][:] = torch.arange(groups, device=DEVICE, dtype=torch.float32)[
+        None, :, None, None
+    ]
+    q = make_queries(rng, shape=(1, groups * group, 1, 64)).tensor
+    lens, options = int32(np.array(lengths)), {"sinks": 4, "window": 32}
     wanted = np.repeat(np.arange(groups), group)  # torch.repeat would give 0, 1, 2, 0, 1, 2, ..
+    o, _ = operation(window, "attend_window", implementation)(q, *tokens.tensors, lens, **options)
     np.testing.assert_allclose(to_numpy(o)[0, :, 0].min(-1), wanted, rtol=1e-6)
     np.testing.assert_allclose(to_numpy(o)[0, :, 0].max(-1), wanted, rtol=1e-6)
-    repeated = tokens.k_tensor.repeat_interleave(group, 1)[:, :5]
+    repeated = tokens.tensors[0].repeat(1, 2, 1, 1)[:, :5]
     with pytest.raises(ValueError, match="heads"):  # 12 query heads over 5 stored ones
-        attention.attend_exact(
-            queries.tensor,
-            queries.positions,
-            repeated,
-            repeated,
-            tokens.positions[:, :1].expand(-1, 5, -1),
-            rotary,
-            chunk=64,
+        window.attend_window(q, repeated, repeated, lens, **options)
+    tensors = pages_of(make_pages(rng, PageSpec("16x8", "16x8", 64, groups, (70,))))
+    x = torch.zeros(1, groups * group, 3, 64, device=DEVICE)
+    with pytest.raises(ValueError, match="heads"):  # keys of the query heads in pages of G heads
+        compress.encode(
+            x, tensors.codec, tensors.k_pages, tensors.block_table, tensors.seq_lens, side="k"
         )
-    layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), 64, 64)
-    sizes = [
-        allocate_pages(layout, pages=4, segments=1, kv_heads=heads, batch=1, max_chunks=4, device=DEVICE).nbytes
-        for heads in (groups, groups * group)
-    ]
-    assert sizes[0] < 1.05 * sizes[1] / group
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-def test_one_position_a_row_is_accepted(rng, implementation):
-    """Defect 5: 1-D position ids crashed. [B] goes with [B, H, D], and gives what [B, 1] gives with [B, H, 1, D]."""
-    arrays = make_pages(rng, PageSpec("16x8", "32x4", 64, 64, 1, (70, 3)))
-    tokens = make_exact_tokens(rng, shape=(2, 1, 5, 64), far=50)
-    rotary = rope_of(inverse_frequencies(64))
-    for name, args, kwargs in (
-        ("attend_spectral", (pages_of(arrays), rotary), {}),
-        ("attend_exact", (tokens.k_tensor, tokens.v_tensor, tokens.positions, rotary), {"chunk": 64}),
+def test_one_query_a_row_is_accepted(rng, implementation):
+    """Defect 5: 1-D position ids crashed. [B, H, D] gives what [B, H, 1, D] gives."""
+    lengths = (70, 3)
+    tensors = pages_of(make_pages(rng, PageSpec("16x8", "32x4", 64, 1, lengths)))
+    tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=1, head_dim=64, sinks=2, window=8)
+    q = make_queries(rng, shape=(2, 2, 1, 64)).tensor
+    pages = (
+        tensors.k_pages, tensors.v_pages, tensors.codec, tensors.block_table, tensors.seq_lens,
+    )  # fmt: skip
+    for module, name, args, options in (
+        (attention, "attend_spectral", pages, {"exact": tokens.tensors}),
+        (window, "attend_window", (*tokens.tensors, tensors.seq_lens), {}),
     ):
-        run = operation(attention, name, implementation)
-        q, at = (
-            torch.randn(2, 2, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE),
-            torch.tensor([80, 40], device=DEVICE),
-        )
-        for positions in (at, at.int()):
-            flat, row = run(q, positions, *args, **kwargs), run(q[:, :, None], positions[:, None], *args, **kwargs)
-            for x, y in zip(flat, row, strict=True):
-                torch.testing.assert_close(x, y[:, :, 0], rtol=0, atol=0)
-        with pytest.raises(ValueError, match="positions"):
-            run(q[:, :, None], at, *args, **kwargs)
-
-
-def test_decomposition_in_half_precision(rng):
-    """Defect 5: the SVD ran in half precision. A basis of moments rounded to fp16 loses what the budget does not
-    allow."""
-    dim, rank = 64, 48
-    frame = np.linalg.qr(rng.standard_normal((dim, dim)))[0]
-    x = rng.standard_normal((500, dim)) * np.exp(-8 * np.arange(dim) / dim) @ frame
-    _, singular = compress_oracle.fit_basis(x, None, rank)
-    least = float(np.sum(singular[rank:] ** 2))
-    # gram() adds in float32: its error leaks at most that share, relative to all that there is, into the lost part.
-    moment = compress.gram(torch.from_numpy(x[None, None]).to(DEVICE, torch.float32))
-    basis = to_numpy(compress.fit_basis(moment, rank=rank))[0, 0]
-    budget = least * 1e-2 + budgets.PRODUCT * float(np.sum(singular**2)) * 1e-3
-    assert compress_oracle.loss(x, basis, None) <= least + budget
-    half = np.float16(x.T @ x).astype(np.float64)
-    mutant = np.linalg.eigh(half)[1].T[::-1][:rank]
-    assert compress_oracle.loss(x, mutant, None) > least + 2 * budget
-
-
-def compress_tokens(
-    implementation: str, k: torch.Tensor, v: torch.Tensor, k_bands: str, v_bands: str, rotary: rope.Rope
-) -> Pages:
-    """Pages of all of k (before RoPE), v [1, 1, T, D]: the whole path from keys to bytes."""
-    tokens, dim, chunk = k.shape[2], k.shape[3], 64
-    layout = PageLayout(Bands.parse(k_bands), Bands.parse(v_bands), dim, chunk)
-    chunks = tokens // chunk
-    pages = allocate_pages(layout, pages=chunks, segments=1, kv_heads=1, batch=1, max_chunks=chunks, device=DEVICE)
-    pages.page_table[:] = torch.arange(chunks, dtype=torch.int32, device=DEVICE)
-    pages.lengths[:] = tokens
-    at = torch.arange(tokens, device=DEVICE)[None]
-    aligned = operation(rope, "phase_align", implementation)(k, at, rotary, chunk=chunk)
-    for x, bands, side in ((aligned, layout.k, "k"), (v, layout.v, "v")):
-        basis, scale, encoder = compress.fit_side(x, bands)
-        (pages.k_basis if side == "k" else pages.v_basis)[:] = basis
-        (pages.k_scale if side == "k" else pages.v_scale)[:] = scale
-        target = pages.k_pages if side == "k" else pages.v_pages
-        operation(compress, "encode", implementation)(x, encoder, bands, target, pages.page_table, side=side)
-    return pages
+        options |= {"sinks": 2, "window": 8, "seq_ids": tokens.ids}
+        run = operation(module, name, implementation)
+        flat, row = run(q[:, :, 0], *args, **options), run(q, *args, **options)
+        for x, y in zip(flat, row, strict=True):
+            torch.testing.assert_close(x, y[:, :, 0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_needle_is_lost(implementation):
     """Defect 5: every needle was lost once one block had been compressed.
 
-    Exactly one planted key answers each query: the query asks for what that key holds in the weak three quarters of the
-    spectrum. Through compressed pages it must be found wherever it lies. Put back: the prototype's basis of rank 16,
-    in 8 bits, which holds the strong quarter alone.
+    Exactly one planted key answers each query: the query asks for what that key holds in the weak
+    three quarters of the spectrum. Through pages it must be found wherever it lies. Put back: the
+    prototype's basis of rank 16, in 8 bits, which holds the strong quarter alone.
     """
     rng = np.random.default_rng(7)
-    dim, tokens, inv_freq = 64, 256, inverse_frequencies(64, 1e6)
-    rotary = rope_of(inv_freq)
-    spread = np.tile(np.exp(-2.5 * np.arange(dim // 2) / (dim // 2)), 2)  # by pairs: rotations keep this spectrum
+    slow = is_slow(implementation)
+    dim, tokens, frame, inv_freq = 64, 130 if slow else 256, 64, inverse_frequencies(64, 1e6)
+    spread = np.tile(np.exp(-2.5 * np.arange(32) / 32), 2)  # by pairs: rotations keep this spectrum
     contents = rng.standard_normal((tokens, dim))
     k, v = contents * spread, rng.standard_normal((tokens, dim))
-    needles = [63, 100] if is_interpreted(implementation) else [0, 63, 64, 100, 191, 255]
-    weak = np.tile(np.arange(dim // 2) >= dim // 8, 2)
-    wanted = np.where(weak, contents[needles] / spread, 0.0)  # wanted . k = sum of squares for the needle alone
+    needles = [63, 100] if slow else [0, 63, 64, 100, 191, 255]
+    weak = np.tile(np.arange(32) >= 8, 2)
+    wanted = np.where(
+        weak, contents[needles] / spread, 0.0
+    )  # wanted . k = sum of squares for the needle alone
     wanted *= 20 * dim**0.5 / np.sum(wanted * k[needles], axis=-1, keepdims=True)  # a score of 20
-    at = np.full(len(needles), tokens + 5)
-    q = rope_oracle.rotate(wanted, np.array(needles) - at, inv_freq)[None, None]  # seen from `at`, as if it stood there
-    every = np.arange(tokens)[None, None]
-    exact = oracle.dense(q, at[None], k[None, None], v[None, None], every, inv_freq)
+    at = np.arange(tokens)
+    k_rot = rope_oracle.rotate(k, at, inv_freq)
+    q_rot = rope_oracle.rotate(wanted, np.array(needles), inv_freq)[
+        None, None
+    ]  # as if it stood there
+    exact = oracle.dense(
+        q_rot, k_rot[None, None], v[None, None], np.ones((1, len(needles), tokens), bool)
+    )
     assert (exact.weights.argmax(-1)[0, 0] == needles).all() and (exact.weights.max(-1) > 0.9).all()
-    tensors = [torch.from_numpy(x[None, None].astype(np.float32)).to(DEVICE) for x in (k, v)]
 
     def found(k_bands: str) -> list[bool]:
-        pages = compress_tokens(implementation, *tensors, k_bands, "64x4", rotary)
-        o, _ = operation(attention, "attend_spectral", implementation)(
-            torch.from_numpy(q.astype(np.float32)).to(DEVICE), torch.from_numpy(at[None]).to(DEVICE), pages, rotary
+        """Codes of full range for the components by their spread, best pairs first."""
+        arrays = make_pages(
+            rng, PageSpec(k_bands, "64x4", dim, 1, (tokens,), frame, theta=1e6), blank=True
         )
+        codec = arrays.codec
+        order = np.argsort(-spread, kind="stable")
+        for side, sizes, columns in (("k", spread, order), ("v", np.ones(dim), np.arange(dim))):
+            bands = codec.bands(side)
+            bits = np.array([b for rank, b in bands for _ in range(rank)])
+            chosen = columns[: len(bits)]
+            step = 6 * sizes[chosen] / 2.0**bits
+            pick = np.eye(dim)[chosen]
+            getattr(codec, f"{side}_basis")[0, 0] = 100 * pick
+            getattr(codec, f"{side}_scale")[0, 0] = step / 100
+            getattr(codec, f"{side}_encoder")[0, 0] = pick.T / step
+        codec.k_mean[:], codec.k_offset[:] = 0, 0
+        tensors = pages_of(arrays)
+        for x, side in ((k_rot, "k"), (v, "v")):
+            operation(compress, "encode", implementation)(
+                rounded(x[None, None], torch.float32).to(DEVICE), tensors.codec,
+                tensors.pages(side), tensors.block_table, tensors.seq_lens, side=side,
+            )  # fmt: skip
+        o, _ = operation(attention, "attend_spectral", implementation)(
+            rounded(q_rot, torch.float32).to(DEVICE), tensors.k_pages, tensors.v_pages,
+            tensors.codec, tensors.block_table, tensors.seq_lens,
+        )  # fmt: skip
         distance = np.linalg.norm(to_numpy(o)[0, 0][:, None] - v[None], axis=-1)  # [Q, T]
-        return [bool(row.argmin() == needle) for row, needle in zip(distance, needles, strict=True)]
+        return [bool(row.argmin() == n) for row, n in zip(distance, needles, strict=True)]
 
     assert all(found("16x8+48x4"))
     assert not any(found("16x8"))
 
 
 def test_natural_logarithm_is_what_lse_means(rng):
-    """Not a defect of the prototype but of many kernels: one key of score s has lse s, not s * log2(e)."""
-    tokens = make_exact_tokens(rng, shape=(1, 1, 1, 64), far=1, unused=0.0)
-    queries = make_queries(rng, shape=(1, 1, 1, 64), at=np.array([[0]]), size=3.0)
+    """Not a defect of the prototype but of many kernels: one key of score s has lse s, not s *
+    log2(e)."""
+    tokens, lengths = make_short_prompt(rng, 1, 1, permuted=False)
+    queries = make_queries(rng, shape=(1, 1, 1, 64), size=3.0)
     score = float(queries.q[0, 0, 0] @ tokens.k[0, 0, 0]) / 8
     for implementation in ATTENTION_IMPLEMENTATIONS:
-        _, lse = operation(attention, "attend_exact", implementation)(
-            queries.tensor, queries.positions, tokens.k_tensor, tokens.v_tensor, tokens.positions,
-            rope_of(inverse_frequencies(64)), chunk=64,
-        )  # fmt: skip
+        run = operation(window, "attend_window", implementation)
+        _, lse = run(queries.tensor, *tokens.tensors, int32(np.array(lengths)), sinks=4, window=32)
         assert math.isclose(float(lse), score, rel_tol=1e-4, abs_tol=1e-5)
+
+
+# FOR LATER, with cache.py and hf.py (tests/test_cache.py, test_generate.py, test_hf.py):
+#   Defect 1, stale cache: a second generate() with the same cache object, or the same model, gives
+#     the tokens of the first; after reset() no length, page or slot of the sequence before is left.
+#   Defect 3, fallback path: prompts of 1 .. sinks + window + 1 tokens take the path of long ones,
+#     and the tokens of a generation do not change where a row leaves the window.

@@ -1,15 +1,17 @@
-"""The Hugging Face adapter against the dense model: same tokens, same logits, nothing left behind.
+"""The Hugging Face adapter against the dense model: same tokens and logits, nothing left behind.
 
-Logits are compared with a float64 copy of the dense model whose RoPE angles are float64 too (transformers multiplies
-float32 positions and frequencies). The budget is twice the largest error that the dense model makes there in its own dtype:
-both sum the same terms, in another order. `test_budget_rejects` shows what it does not let through.
+Logits are compared with a float64 copy of the dense model whose RoPE angles are float64 too
+(transformers multiplies float32 positions and frequencies). The budget is twice the largest error
+that the dense model makes there in its dtype: both sum the same terms, in another order.
+`test_budget_rejects` shows what it does not let through. What a lossy preset loses is no matter of
+this module; relations are: a row of a padded batch is the row alone, a second call is the first.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import copy
-import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,35 +23,33 @@ from tests import cases
 
 transformers = pytest.importorskip("transformers")
 
+import torch._dynamo.testing  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
-from spectral_kernels import _launch, hf  # noqa: E402
-from spectral_kernels.cache import Preset  # noqa: E402
-from spectral_kernels.hf import ModelCache, enable, v_metrics  # noqa: E402
+from spectral_kernels import _launch, calibrate, hf  # noqa: E402
+from spectral_kernels.codec import Codec, ModelCodec  # noqa: E402
+from spectral_kernels.hf import CACHE, MAX_STEP, ModelCache, enable  # noqa: E402
+from spectral_kernels.layout import Bands, PageLayout  # noqa: E402
+from spectral_kernels.rope import freqs_from_inv_freq  # noqa: E402
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": 4.0},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    },
-    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "llama3": {**ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "yarn": ORIGINAL,
+    "dynamic": {"factor": 4.0},
+    "longrope": {**ORIGINAL, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32},
 }
-# Every component in fp16, and chunks compressed as soon as 128 tokens have left the window: the cold path, nearly lossless.
-LOSSLESS = Preset(k={64: "64x16"}, v={64: "64x16"}, chunk=64, window=32, min_fit=128)
-# Few bytes, early: that tests reach pages with prompts of a few hundred tokens.
-LOSSY = Preset(k={64: "16x8+16x4+32x2"}, v={64: "16x4+48x2"}, chunk=64, window=32, min_fit=128)
 VOCAB = 512
+on_cuda = pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def single_thread() -> Iterator[None]:
-    """Models this small only wait for their threads: on two busy cores the module takes 30 s with one, 200 s with two."""
+    """Models this small only wait for their threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def single_thread() -> Iterator[None]:
 
 
 def tiny(architecture: str = "llama", rope: str = "default", **changes: Any) -> Any:
-    """A random model of two layers, four query and two KV heads of 64 dimensions, always the same."""
+    """A random model of two layers, four query and two KV heads of 64, always the same."""
     settings: dict[str, Any] = {
         "vocab_size": VOCAB,
         "hidden_size": 256,
@@ -87,7 +87,9 @@ def tiny(architecture: str = "llama", rope: str = "default", **changes: Any) -> 
     return model.eval().to(cases.DEVICE)
 
 
-def prompt(tokens: int, *, rows: int = 1, padding: tuple[int, ...] = (), seed: int = 0) -> dict[str, torch.Tensor]:
+def prompt(
+    tokens: int, *, rows: int = 1, padding: tuple[int, ...] = (), seed: int = 0
+) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask [rows, tokens]; `padding` is the left padding of the rows."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
@@ -99,7 +101,15 @@ def prompt(tokens: int, *, rows: int = 1, padding: tuple[int, ...] = (), seed: i
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
     torch.manual_seed(1)
-    return model.generate(**inputs, **{"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False, **options})
+    defaults = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    return model.generate(**inputs, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def codec() -> ModelCodec:
+    """A codec of `tiny()`, balanced: 64 bytes of 512 a token and head, window of 16, 4 sinks."""
+    ids = prompt(600)["input_ids"]
+    return calibrate.calibrate(tiny(), ids, "balanced", progress=False)
 
 
 def float64_twin(model: Any) -> Any:
@@ -107,7 +117,7 @@ def float64_twin(model: Any) -> Any:
     twin = copy.deepcopy(model).double()
     inv_freq = model.model.rotary_emb.inv_freq.double()
 
-    def exact(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def exact(module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
         angle = positions[..., None].double() * torch.cat((inv_freq, inv_freq))
         return angle.cos() * module.attention_scaling, angle.sin() * module.attention_scaling
@@ -117,15 +127,18 @@ def float64_twin(model: Any) -> Any:
 
 
 class Oracle:
-    """Logits of a token sequence by the float64 dense model, and the budget: twice the float32 dense model's error."""
+    """Logits of a token sequence by the float64 dense model, and the budget: twice the error of the
+    dense model in `dtype`."""
 
-    def __init__(self, model: Any, inputs: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> None:
         mask = inputs["attention_mask"]
         self.valid = mask.bool()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        options = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "use_cache": False, **inputs}
         with torch.no_grad():
-            self.logits = float64_twin(model)(**inputs, position_ids=positions, use_cache=False).logits
-            dense = copy.deepcopy(model).to(dtype)(**inputs, position_ids=positions, use_cache=False).logits
+            self.logits = float64_twin(model)(**options).logits
+            dense = copy.deepcopy(model).to(dtype)(**options).logits
         self.budget = 2 * self.error(dense)
 
     def error(self, logits: torch.Tensor, columns: slice = slice(None)) -> float:
@@ -135,52 +148,58 @@ class Oracle:
 
 
 @torch.no_grad()
-def feed(model: Any, inputs: dict[str, torch.Tensor], lengths: list[int], past: Any = None) -> tuple[torch.Tensor, Any]:
+def feed(
+    model: Any, inputs: dict[str, torch.Tensor], lengths: list[int], cache: Any = None
+) -> tuple[torch.Tensor, Any]:
     """Logits of a token sequence given in pieces of these lengths, through one cache."""
     out, start = [], 0
     for length in lengths:
-        end = start + length
-        mask = inputs["attention_mask"][:, :end]
-        result = model(inputs["input_ids"][:, start:end], attention_mask=mask, past_key_values=past, use_cache=True)
+        mask = inputs["attention_mask"][:, : start + length]
+        options = {CACHE: cache, "attention_mask": mask, "use_cache": True}
+        result = model(inputs["input_ids"][:, start : start + length], **options)
         out.append(result.logits)
-        past, start = result.past_key_values, end
-    return torch.cat(out, dim=1), past
+        cache, start = result[CACHE], start + length
+    return torch.cat(out, dim=1), cache
 
 
-# ---- the same tokens -------------------------------------------------------------------------------------------------
+# ---- the same tokens -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("padding", [(), (9, 0, 3)], ids=["no_padding", "left_padding"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_exact_preset_generates_the_dense_tokens(architecture: str, padding: tuple[int, ...]) -> None:
-    model, inputs = tiny(architecture), prompt(20, rows=3, padding=padding)
-    dense = generate(model, inputs)
-    with enable(model, "exact"):
-        assert torch.equal(generate(model, inputs), dense)
+def test_exact_preset_generates_the_dense_tokens(architecture: str, attention: str) -> None:
+    model = tiny(architecture, attn_implementation=attention)
+    for inputs in (prompt(40), prompt(20, rows=3, padding=(9, 0, 3))):
+        dense = generate(model, inputs)
+        with enable(model, "exact"):
+            assert torch.equal(generate(model, inputs), dense)
 
 
 @pytest.mark.parametrize("rope", list(ROPES))
 def test_every_rope_type_generates_the_dense_tokens(rope: str) -> None:
-    model, inputs = tiny("llama", rope), prompt(150, rows=2, padding=(30, 0))
+    """Also those whose frequencies change with the length: keys stay as they came."""
+    model, inputs = tiny("llama", rope), prompt(100, rows=2, padding=(30, 0))
     dense = generate(model, inputs)
     with enable(model, "exact"):
         assert torch.equal(generate(model, inputs), dense)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3])
-def test_short_prompts_do_not_mix_rotated_with_unrotated_keys(tokens: int) -> None:
-    """The predecessor's fallback did: gibberish for every short prompt."""
+def test_short_prompts_do_not_mix_rotated_with_unrotated_keys(
+    tokens: int, codec: ModelCodec
+) -> None:
+    """The predecessor's fallback did: gibberish for every short prompt. Nothing is lossy yet."""
     model, inputs = tiny(), prompt(tokens)
     dense = generate(model, inputs)
-    for preset in ("exact", "small"):  # nothing is compressed yet
-        with enable(model, preset):
+    for preset in ("exact", "balanced"):
+        with enable(model, preset, codec=codec):
             assert torch.equal(generate(model, inputs), dense)
 
 
 def test_prompts_given_as_embeddings() -> None:
     model, inputs = tiny(), prompt(20, rows=2, padding=(6, 0))
-    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(), **inputs}
-    del embedded["input_ids"]
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    embedded = {"inputs_embeds": embeddings, "attention_mask": inputs["attention_mask"]}
     dense = generate(model, embedded)
     with enable(model, "exact"):
         assert torch.equal(generate(model, embedded), dense)
@@ -200,39 +219,37 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("way", list(WAYS))
 def test_every_way_to_generate_gives_the_dense_tokens(way: str) -> None:
     model = tiny()
-    # One row where several are not supported; transformers 4 miscounts positions of padded rows prefilled in chunks.
+    # One row where several are not supported; transformers 4 miscounts padded rows in chunks.
     single = way in ("prompt_lookup", "prefill_in_chunks")
     inputs = prompt(40) if single else prompt(40, rows=2, padding=(11, 0))
     dense = generate(model, inputs, **WAYS[way])
     with enable(model, "exact"):
         ours = generate(model, inputs, **WAYS[way])
     if way == "dict_output":
-        assert isinstance(ours.past_key_values, ModelCache)
+        assert isinstance(ours[CACHE], ModelCache)
         dense, ours = dense.sequences, ours.sequences
     assert torch.equal(ours, dense)
 
 
 def test_assisted_generation_gives_the_dense_tokens() -> None:
-    model, assistant, inputs = tiny(), tiny("llama", num_hidden_layers=1), prompt(40)
-    options = {
-        "assistant_model": assistant,
-        "min_new_tokens": None,
-    }  # transformers 4 refuses a minimum beside an assistant
+    model, assistant, inputs = tiny(), tiny(num_hidden_layers=1), prompt(40)
+    # transformers 4 refuses a minimum beside an assistant
+    options = {"assistant_model": assistant, "min_new_tokens": None}
     dense = generate(model, inputs, **options)
     with enable(model, "exact"), enable(assistant, "exact"):
         assert torch.equal(generate(model, inputs, **options), dense)
 
 
-# ---- the same logits -------------------------------------------------------------------------------------------------
+# ---- the same logits -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rope", list(ROPES))
+@pytest.mark.parametrize("rope", ["default", "llama3", "yarn"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_prefill_and_decode_logits_equal_the_dense_model(architecture: str, rope: str) -> None:
     model, inputs = tiny(architecture, rope), prompt(120, rows=3, padding=(40, 0, 7))
     oracle = Oracle(model, inputs)
     with enable(model, "exact"):
-        logits, cache = feed(model, inputs, [100] + [1] * 20)
+        logits, cache = feed(model, inputs, [110] + [1] * 10)
     assert cache.spectral.lengths == [80, 120, 113]
     assert oracle.error(logits) <= oracle.budget
 
@@ -245,42 +262,39 @@ def test_half_precision_logits_equal_the_dense_model(dtype: torch.dtype) -> None
     with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
         oracle = Oracle(model, inputs, dtype=dtype)
         with enable(model, "exact"):
-            logits, cache = feed(model, inputs, [100] + [1] * 20)
+            logits, cache = feed(model, inputs, [110] + [1] * 10)
     assert cache.spectral.dtype == logits.dtype == dtype
     assert oracle.error(logits) <= oracle.budget
 
 
-def test_bf16_is_refused_on_old_cards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is changed: the same model runs on, and as fp16 it is taken."""
-    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: False)
-    model = tiny().to(torch.bfloat16)
-    attention, forwards = model.config._attn_implementation, [dict(m._forward_pre_hooks) for m in model.modules()]
-    with pytest.raises(TypeError, match=r"model: expected fp16 or fp32 on a card before sm_80, got torch\.bfloat16"):
-        enable(model)
-    assert model.config._attn_implementation == attention
-    assert [dict(m._forward_pre_hooks) for m in model.modules()] == forwards
-    enable(model.to(torch.float16)).disable()
+PIECES = [[30, 50, 1, 39], [1, 119], [60, 60], [2, 2, 116], [100, MAX_STEP - 12]]
 
 
-@pytest.mark.parametrize("lengths", [[30, 50, 1, 39], [1, 119], [60, 60], [2, 2, 116]], ids=str)
+@pytest.mark.parametrize("lengths", PIECES, ids=str)
 def test_several_tokens_on_a_filled_cache(lengths: list[int]) -> None:
-    """Chat continuation and chunked prefill: causal among the new tokens, over all old ones."""
-    model, inputs = tiny(), prompt(120, rows=2, padding=(0, 1 if min(lengths) == 2 else 0))
+    """Chat and chunked prefill: causal among the new tokens, over all old ones, whether they are a
+    step or a prompt."""
+    model = tiny()
+    inputs = prompt(sum(lengths), rows=2, padding=(0, 1 if min(lengths) == 2 else 0))
     oracle = Oracle(model, inputs)
     with enable(model, "exact"):
         logits, _ = feed(model, inputs, lengths)
     assert oracle.error(logits) <= oracle.budget
 
 
-@pytest.mark.parametrize("lengths", [[280] + [1] * 20, [100, 150, 50], [64, 1, 235]], ids=["decode", "pieces", "early"])
-def test_cold_tokens_in_fp16_cost_less_than_an_fp16_model(lengths: list[int]) -> None:
-    """The lossless limit through the model: R = D, 16-bit bands. An fp16 model rounds these tensors and all others."""
-    model, inputs = tiny(), prompt(300, rows=2, padding=(20, 0))
-    oracle = Oracle(model, inputs, dtype=torch.float16)
-    with enable(model, LOSSLESS):
-        logits, cache = feed(model, inputs, lengths)
-    assert cache.spectral.layers[0].chunks == [3, 4]  # (280 - 32) // 64 and (300 - 32) // 64: the cold path ran
-    assert oracle.error(logits) <= oracle.budget / 2
+def test_a_cache_grows_and_keeps_its_tokens(codec: ModelCodec) -> None:
+    """Forwards without generate() do not say how far they will go."""
+    model, inputs = tiny(), prompt(600, rows=2, padding=(20, 0))
+    oracle = Oracle(model, inputs)
+    with enable(model, "exact") as handle:
+        logits, cache = feed(model, inputs, [500, 90, 10], handle.new_cache(max_tokens=510))
+        assert cache.capacity == 1024
+        assert oracle.error(logits) <= oracle.budget
+    with enable(model, codec=codec) as handle:
+        small, large = (handle.new_cache(max_tokens=n) for n in (505, 1024))
+        a, _ = feed(model, inputs, [500, 9, 1, 1], small)
+        b, _ = feed(model, inputs, [500, 9, 1, 1], large)
+    assert torch.equal(a, b) and small.capacity > 505
 
 
 def test_first_forward_has_the_dense_gradients() -> None:
@@ -293,80 +307,80 @@ def test_first_forward_has_the_dense_gradients() -> None:
 
     dense = gradient()
     with enable(model, "exact"):
-        ours = gradient()
-    # 12 tokens through 2 layers: rounding of a few hundred float32 operations in a row, relative to the largest entry.
-    assert dense.abs().max() > 0
-    assert (ours - dense).abs().max() <= 500 * torch.finfo(torch.float32).eps * dense.abs().max()
+        assert torch.equal(gradient(), dense)
 
 
-def _minus_positions(q: torch.Tensor, positions: torch.Tensor, rope: Any, **options: Any) -> torch.Tensor:
-    return (
-        rotate_true(q, positions, rope, **{**options, "inverse": True})
-        if q.shape[1] == 4
-        else rotate_true(q, positions, rope, **options)
-    )
+Mistake = Callable[[torch.Tensor], torch.Tensor]
+MISTAKES: dict[str, Mistake] = {
+    "zeros": torch.zeros_like,
+    "heads in another order": lambda x: x.flip(1),
+    "rotated twice": lambda x: torch.cat((-x[..., 32:], x[..., :32]), dim=-1),
+    "one token older": lambda x: x.roll(1, dims=2),
+}
 
 
-def _unrotated_keys(x: torch.Tensor, positions: torch.Tensor, rope: Any, **options: Any) -> torch.Tensor:
-    return rotate_true(x, positions, rope, **options) if x.shape[1] == 4 else x
-
-
-def _columns_for_positions_of_queries(x: torch.Tensor, positions: torch.Tensor, rope: Any, **options: Any) -> torch.Tensor:
-    return rotate_true(x, positions + 1 if x.shape[1] == 4 else positions, rope, **options)
-
-
-rotate_true = hf.rotate
-MISTAKES: list[Callable[..., torch.Tensor]] = [_minus_positions, _unrotated_keys, _columns_for_positions_of_queries]
-
-
-@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda f: f.__name__)
-def test_budget_rejects(mistake: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_budget_rejects(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that a step stores wrongly."""
     model, inputs = tiny(), prompt(100)
-    oracle = Oracle(model, inputs)
-    monkeypatch.setattr(hf, "rotate", mistake)
+    oracle, append = Oracle(model, inputs), hf.append
+    wrong = MISTAKES[mistake]
+    monkeypatch.setattr(hf, "append", lambda k, *args, **kw: append(wrong(k), *args, **kw))
     with enable(model, "exact"):
-        logits, _ = feed(model, inputs, [100])
+        logits, _ = feed(model, inputs, [80, 10, 10])
     assert oracle.error(logits) > 100 * oracle.budget
 
 
-def test_budget_rejects_a_second_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "_no_rotation", lambda module, args, output: None)  # None: the hook changes nothing
-    model, inputs = tiny(), prompt(100)
-    oracle = Oracle(model, inputs)
-    with enable(model, "exact"):
-        logits, _ = feed(model, inputs, [100])
-    assert oracle.error(logits) > 100 * oracle.budget
+# ---- one generation, one cache -------------------------------------------------------------------
 
 
-# ---- one generation, one cache ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("preset", ["exact", LOSSY], ids=["exact", "lossy"])
-def test_a_generation_does_not_leak_into_the_next(preset: Any) -> None:
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_a_generation_does_not_leak_into_the_next(preset: str, codec: ModelCodec) -> None:
     """The predecessor's cache lived across generate() calls and its positions went on counting."""
-    model, inputs, other = tiny(), prompt(150, rows=2, padding=(20, 0)), prompt(200, rows=3, seed=5)
-    with enable(model, preset) as handle:
+    model, inputs, other = (
+        tiny(),
+        prompt(150, rows=2, padding=(20, 0)),
+        prompt(90, rows=2, seed=5),
+    )
+    with enable(model, preset, codec=codec) as handle:
         first = generate(model, inputs, return_dict_in_generate=True)
         generate(model, other)
-        second = generate(model, inputs, return_dict_in_generate=True)
-        fresh = generate(model, inputs, past_key_values=handle.new_cache())
-    assert torch.equal(first.sequences, second.sequences)
-    assert torch.equal(first.sequences, fresh)
-    assert first.past_key_values is not second.past_key_values
-    assert first.past_key_values.spectral.lengths == second.past_key_values.spectral.lengths == [153, 173]
+        pooled = list(handle._pool.values())
+        second = generate(model, inputs)
+        generate(model, prompt(30, rows=3))
+        third = generate(model, inputs, return_dict_in_generate=True)
+        fresh = generate(model, inputs, **{CACHE: handle.new_cache()})
+    assert len(pooled) == 1 and third[CACHE] is pooled[0]  # the memory is used again
+    for tokens in (second, third.sequences, fresh):
+        assert torch.equal(tokens, first.sequences)
+    assert first[CACHE] is not third[CACHE]  # which the caller has
+    assert first[CACHE].spectral.lengths == third[CACHE].spectral.lengths == [141, 161]
 
 
-def test_a_lossy_cache_is_smaller_and_finite() -> None:
-    model, inputs = tiny(), prompt(600, rows=2, padding=(100, 0))
+def test_a_row_of_a_padded_batch_is_the_row_alone(codec: ModelCodec) -> None:
+    """Pages depend on tokens and their positions in the row alone."""
+    model, inputs = tiny(), prompt(600, rows=2, padding=(77, 0))
+    alone = {name: x[:1, 77:] for name, x in inputs.items()}
+    with enable(model, codec=codec):
+        batch = generate(model, inputs, return_dict_in_generate=True, output_logits=True)
+        row = generate(model, alone, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(batch.sequences[:1, 600:], row.sequences[:, 523:])
+    for a, b in zip(batch.logits, row.logits, strict=True):
+        torch.testing.assert_close(a[:1], b, rtol=0, atol=2e-3 * float(b.abs().max()))
+
+
+def test_a_lossy_cache_is_smaller_and_finite(codec: ModelCodec) -> None:
+    model, inputs = tiny(), prompt(1000, rows=2, padding=(100, 0))
     dense = generate(model, inputs, return_dict_in_generate=True)
-    with enable(model, LOSSY):
+    with enable(model, codec=codec):
         ours = generate(model, inputs, return_dict_in_generate=True, output_logits=True)
-    cache = ours.past_key_values
-    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in dense.past_key_values.layers)
+    cache = ours[CACHE]
+    layers = dense[CACHE].layers
+    dense_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     assert all(torch.isfinite(step).all() for step in ours.logits)
-    assert cache.columns == cache.get_seq_length() == 623  # the last token is not fed back
-    assert cache.spectral.lengths == [523, 623]
-    assert 0 < cache.nbytes < dense_bytes / 2  # float32, of which a token and head take 32 + 24 bytes for 512
+    assert cache.columns == cache.get_seq_length() == 1011  # the last token is not fed back
+    assert cache.spectral.lengths == cache.spectral.seq_lens.tolist() == [911, 1011]
+    assert 0 < cache.nbytes < dense_bytes / 4  # float32; the codec and exact tokens count
 
 
 def test_padding_rows_are_finite_and_change_nothing() -> None:
@@ -380,100 +394,338 @@ def test_padding_rows_are_finite_and_change_nothing() -> None:
     assert error <= Oracle(model, inputs).budget
 
 
-def test_a_chat_goes_on_in_one_cache() -> None:
+@pytest.mark.parametrize("turn", [5, 90], ids=["step", "prompt"])
+def test_a_chat_goes_on_in_one_cache(turn: int) -> None:
     model, first = tiny(), prompt(40)
     with enable(model, "exact") as handle:
         cache = handle.new_cache()
-        said = generate(model, first, past_key_values=cache)
-        turn = torch.cat((said, prompt(90, seed=3)["input_ids"]), dim=1)
-        inputs = {"input_ids": turn, "attention_mask": torch.ones_like(turn)}
-        ours = generate(model, inputs, past_key_values=cache)
+        said = generate(model, first, **{CACHE: cache})
+        ids = torch.cat((said, prompt(turn, seed=3)["input_ids"]), dim=1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ours = generate(model, inputs, **{CACHE: cache})
+        assert cache.columns == ours.shape[1] - 1
     assert torch.equal(ours, generate(model, inputs))
-    assert cache.columns == ours.shape[1] - 1
 
 
-def test_a_copied_cache_shares_its_prompt_and_nothing_else() -> None:
+def eight_bits() -> ModelCodec:
+    """Every dimension of K and V of `tiny()` in 255 steps from -8 to 8: 1 % of the keys' spread."""
+    bands, step = Bands.parse("64x8"), 8 / 127
+    eye = torch.eye(64).expand(1, 2, -1, -1)
+    tensors = {"k_mean": torch.zeros(1, 2, 64), "k_offset": torch.zeros(1, 2, 64)}
+    for side in ("k", "v"):
+        tensors[f"{side}_basis"] = (127 * eye).to(torch.int8).contiguous()
+        tensors[f"{side}_scale"] = torch.full((1, 2, 64), step / 127)
+        tensors[f"{side}_encoder"] = (eye / step).contiguous()
+    freqs = freqs_from_inv_freq(10000.0 ** (-torch.arange(0, 64, 2).double() / 64))
+    codec = Codec(PageLayout(bands, bands, 64), freqs=freqs, **tensors)
+    return ModelCodec((codec, codec), sinks=4, window=16)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[520, 10, 1], [440, 90, 1], [16, 514, 1], [529, 1, 1]], ids=str
+)
+def test_old_tokens_come_from_pages_in_steps_and_prompts(lengths: list[int]) -> None:
+    """A codec that is nearly lossless: rows that cross a frame, of different padding."""
+    model, inputs = tiny(), prompt(531, rows=2, padding=(7, 0))
+    oracle = Oracle(model, inputs)
+    with enable(model, codec=eight_bits()):
+        logits, cache = feed(model, inputs, lengths)
+    late = slice(lengths[0], None)
+    assert oracle.error(logits[:, : lengths[0]], slice(lengths[0])) <= oracle.budget
+    error = (logits - oracle.logits)[:, late].square().mean().sqrt() / oracle.logits.std()
+    assert 1e-4 < error < 0.1  # of logits that have nothing to do with these: 1.4
+    assert cache.spectral.lengths == [524, 531]
+
+
+def test_a_copied_cache_shares_its_prompt_and_nothing_else(codec: ModelCodec) -> None:
     model, inputs = tiny(), prompt(120)
-    with enable(model, LOSSY) as handle, torch.no_grad():
-        _, cache = feed(model, inputs, [100], past=handle.new_cache())
+    with enable(model, codec=codec) as handle, torch.no_grad():
+        _, cache = feed(model, inputs, [100], handle.new_cache())
         twin = copy.deepcopy(cache)
-        tail = inputs["input_ids"][:, 100:]
-        a, b = model(tail, past_key_values=cache).logits, model(tail, past_key_values=twin).logits
-    assert torch.equal(a, b)
-    assert twin.spectral is not cache.spectral
+        assert twin.spectral.codec is cache.spectral.codec and twin.owner() is handle
+        options = [{CACHE: x} for x in (cache, twin)]
+        a, b = (model(inputs["input_ids"][:, 100:110], **x).logits for x in options)
+        cache.crop(-100)
+        c = model(inputs["input_ids"][:, 110:], **options[1]).logits
+    assert torch.equal(a, b) and torch.isfinite(c).all()
+    assert (twin.columns, twin.spectral.lengths) == (120, [120])
 
 
-# ---- what generate asks of a cache -----------------------------------------------------------------------------------
+# ---- what generate asks of a cache ---------------------------------------------------------------
 
 
 def test_crop_by_count_and_by_length() -> None:
     model, inputs = tiny(), prompt(60, rows=2, padding=(5, 0))
     oracle = Oracle(model, inputs)
     with enable(model, "exact") as handle, torch.no_grad():
-        _, cache = feed(model, inputs, [60], past=handle.new_cache())
+        _, cache = feed(model, inputs, [60], handle.new_cache())
         cache.crop(-10)
         assert (cache.columns, cache.spectral.lengths) == (50, [45, 50])
         cache.crop(40)
         assert (cache.columns, cache.spectral.lengths) == (40, [35, 40])
         cache.crop(80)
         assert cache.columns == 40
-        mask = inputs["attention_mask"]
-        logits = model(inputs["input_ids"][:, 40:], attention_mask=mask, past_key_values=cache).logits
+        options = {"attention_mask": inputs["attention_mask"], CACHE: cache}
+        logits = model(inputs["input_ids"][:, 40:], **options).logits
         assert oracle.error(logits, slice(40, None)) <= oracle.budget
         with pytest.raises(ValueError, match="tokens_to_remove"):
             cache.crop(3)
         cache.crop(0)
         assert cache.columns == (60 if VERSION >= (5, 17) else 0)
         cache.crop(-60)
-        assert cache.columns == cache.nbytes == 0
+        assert cache.columns == cache.get_seq_length() == 0
 
 
-def test_reorder_repeat_and_select_rows() -> None:
-    model, inputs = tiny(), prompt(50, rows=3, padding=(9, 0, 4))
+@pytest.mark.parametrize("tokens", [40, 64])
+def test_reordered_rows_go_on_as_themselves(tokens: int) -> None:
+    model, inputs = tiny(), prompt(tokens + 10, rows=3, padding=(9, 0, 4))
     oracle = Oracle(model, inputs)
-    rows = torch.tensor([2, 0, 2, 1], device=cases.DEVICE)
-    with enable(model, LOSSLESS) as handle, torch.no_grad():
-        _, cache = feed(model, inputs, [40], past=handle.new_cache())
+    rows = torch.tensor([2, 0, 2], device=cases.DEVICE)
+    with enable(model, "exact") as handle, torch.no_grad():
+        _, cache = feed(model, inputs, [tokens], handle.new_cache(max_tokens=1024))
         cache.reorder_cache(rows)
-        assert (cache.padding, cache.spectral.lengths) == ([4, 9, 4, 0], [36, 31, 36, 40])
-        ids, mask = inputs["input_ids"][rows, 40:], inputs["attention_mask"][rows]
-        logits = model(ids, attention_mask=mask, past_key_values=cache).logits
-        assert (logits - oracle.logits[rows, 40:]).abs().max() <= oracle.budget
-        cache.batch_select_indices(torch.tensor([1, 3]))
-        assert cache.padding == [9, 0]
-        cache.batch_repeat_interleave(2)
-        assert cache.padding == [9, 9, 0, 0]
+        assert cache.padding == [4, 9, 4] == cache.first.tolist()
+        assert cache.spectral.lengths == [tokens - 4, tokens - 9, tokens - 4]
+        options = {"attention_mask": inputs["attention_mask"][rows], CACHE: cache}
+        logits = model(inputs["input_ids"][rows, tokens:], **options).logits
+        assert (logits - oracle.logits[rows, tokens:]).abs().max() <= oracle.budget
+        with pytest.raises(NotImplementedError, match="3 rows"):
+            cache.reorder_cache(rows[:2])
 
 
-def test_sizes_that_transformers_asks_for() -> None:
-    model, inputs = tiny(), prompt(10)
-    with enable(model, "exact") as handle:
+def test_sizes_that_transformers_asks_for(codec: ModelCodec) -> None:
+    model, inputs = tiny(), prompt(40)
+    with enable(model, codec=codec) as handle:
         cache = handle.new_cache()
-        assert (cache.get_seq_length(), cache.nbytes, cache.is_initialized) == (0, 0, False)
-        feed(model, inputs, [10], past=cache)
-        assert (cache.get_seq_length(), cache.is_initialized, cache.is_compileable, len(cache)) == (10, True, False, 2)
-        assert cache.get_mask_sizes(3, 0) == cache.get_mask_sizes(torch.arange(10, 13), 0) == (3, 10)
-        assert cache.get_max_length() == cache.get_max_cache_shape() == -1
+        assert (cache.get_seq_length(), cache.nbytes, len(cache)) == (0, 0, 2)
+        feed(model, inputs, [40], cache)
+        assert (cache.get_seq_length(), cache.is_compileable) == (40, not handle.graph)
+        assert cache.get_mask_sizes(codec.window, 0) == (0, 0)  # a step
+        new = codec.window + 1  # a prompt
+        for asked in (new, torch.arange(new)):
+            assert cache.get_mask_sizes(asked, 0) == (40 + new, 0)
+        assert cache.layers[0].get_max_length() == cache.layers[0].get_max_cache_shape() == -1
         cache.reset()
-        assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+        assert cache.get_seq_length() == 0 and cache.nbytes > 0
 
 
-# ---- on and off ------------------------------------------------------------------------------------------------------
+# ---- operators, compilation, graphs --------------------------------------------------------------
+
+
+def test_the_step_is_an_operator_that_opcheck_accepts(codec: ModelCodec) -> None:
+    model, inputs = tiny(), prompt(80, rows=2, padding=(11, 0))
+    with enable(model, codec=codec) as handle:
+        _, cache = feed(model, inputs, [80], handle.new_cache())
+        x = cache.spectral
+        q, k, v = (torch.randn(2, heads, 1, 64, device=cases.DEVICE) for heads in (4, 2, 2))
+        arguments = (
+            q, k, v, x.k_pages[0], x.v_pages[0], x.k_exact[0], x.v_exact[0], x.block_table,
+            x.seq_lens, cache.codecs[0], x.codec.sinks, x.codec.window, 0.125, None,
+        )  # fmt: skip
+        torch.library.opcheck(torch.ops.spectral_kernels.step.default, arguments)
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_steps_compile_as_one_graph_once(preset: str, codec: ModelCodec) -> None:
+    model, inputs = tiny(), prompt(70, rows=2, padding=(11, 0))
+    with enable(model, preset, codec=codec, graph=False) as handle, torch.no_grad():
+        expected = generate(model, inputs)[:, 70:]
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        step = torch.compile(model, fullgraph=True, backend=counter)
+        cache = handle.new_cache(max_tokens=512)
+        for _ in range(2):  # the same cache, reset
+            cache.reset()
+            logits = model(**inputs, **{CACHE: cache}).logits
+            positions = inputs["attention_mask"].sum(-1, keepdim=True)
+            tokens = [logits[:, -1:].argmax(-1)]
+            for i in range(11):
+                options = {"position_ids": positions + i, CACHE: cache}
+                if VERSION < (5, 0):
+                    options["cache_position"] = torch.tensor([70 + i], device=cases.DEVICE)
+                tokens.append(step(input_ids=tokens[-1], **options).logits[:, -1:].argmax(-1))
+            assert torch.equal(torch.cat(tokens, 1), expected)
+            assert (counter.frame_count, cache.get_seq_length()) == (1, 81)
+        cache.crop(-11)  # by lengths that compiled steps moved
+        assert cache.spectral.lengths == [59, 70]
+
+
+def test_generate_compiles_its_steps_where_it_does(codec: ModelCodec) -> None:
+    """As on CUDA with graph=False."""
+    model, inputs = tiny(), prompt(70, rows=2, padding=(11, 0))
+    config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    with enable(model, codec=codec, graph=False):
+        expected = generate(model, inputs, disable_compile=True)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs, compile_config=config), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_prompt_is_not_compiled() -> None:
+    model, inputs = tiny(), prompt(20)
+    with enable(model, "exact", graph=False) as handle, torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with pytest.raises(Exception, match=r"outside torch\.compile"):
+            compiled(**inputs, **{CACHE: handle.new_cache()})
+
+
+class FakeGraph(hf._StepGraph):
+    """Stands in for a captured graph where there is no GPU: the forward as it was captured."""
+
+    def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
+        before = cache.spectral.seq_lens.clone()
+        self.forward, self.handle = forward, cache.owner()
+        for _ in range(3):
+            self.output = forward(torch.zeros(cache.batch, 1).long(), before[:, None].long())
+            cache.spectral.seq_lens.copy_(before)
+
+    def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+        self.handle._capturing = True
+        try:
+            self.output = self.forward(ids.clone(), positions.long().expand(len(ids), 1))
+        finally:
+            self.handle._capturing = False
+        return type(self.output)(logits=self.output.logits.clone(), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_what_surrounds_a_replay(
+    preset: str, codec: ModelCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lengths, positions, crops, growth and refusals, with a graph that is none."""
+    model, inputs = tiny(), prompt(520, rows=2, padding=(11, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    with enable(model, preset, codec=codec, graph=False) as handle:
+        expected = generate(model, inputs)
+        pieces = [500, *[1] * 20]
+        eager, _ = feed(model, inputs, pieces, handle.new_cache(2, 510))
+    monkeypatch.setattr(hf, "_StepGraph", FakeGraph)
+    with enable(model, preset, codec=codec, graph=False) as handle, torch.no_grad():
+        handle.graph = True
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs), expected)
+        assert isinstance(handle._pool[2].graph, FakeGraph)
+        logits, cache = feed(model, inputs, pieces, handle.new_cache(2, 510))
+        torch.testing.assert_close(logits, eager)
+        assert cache.spectral.lengths == cache.spectral.seq_lens.tolist() == [509, 520]
+        assert cache.capacity == 1024  # it grew between replays
+        graph = cache.graph
+        cache.crop(-hf.DRAFTS)  # leaves the window as it was
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        for i in range(520 - hf.DRAFTS, 520):
+            options = {"attention_mask": mask[:, : i + 1], "logits_to_keep": 1, CACHE: cache}
+            again = model(ids[:, i : i + 1], **options).logits
+            assert cache.columns == i + 1
+        torch.testing.assert_close(again[:, 0], eager[:, -1])
+        assert cache.graph is graph and copy.deepcopy(cache).graph is None
+        hidden = model(ids[:, :1], **{CACHE: cache}, output_hidden_states=True).hidden_states
+        assert len(hidden) == 3  # asks for more than a replay gives
+
+        def fails(*args: Any) -> None:
+            raise RuntimeError("not while capturing")
+
+        monkeypatch.setattr(FakeGraph, "__init__", fails)
+        cache.graph = None
+        with pytest.warns(UserWarning, match="cannot be captured .* not while capturing"):
+            model(ids[:, :1], **{CACHE: cache})
+        assert not handle.graph and cache.spectral.lengths == [511, 522]
+
+
+def half(codec: ModelCodec) -> tuple[Any, ModelCodec]:
+    """The model in fp16, which rounds its weights, and so its fingerprint."""
+    anonymous = ModelCodec(codec.layers, codec.sinks, codec.window)
+    return tiny().half(), anonymous.to(cases.DEVICE)
+
+
+@on_cuda
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_replayed_steps_are_eager_steps_to_the_bit(preset: str, codec: ModelCodec) -> None:
+    (model, codec), inputs = half(codec), prompt(200, rows=2, padding=(11, 0))
+    pieces = [120] + [1] * 80
+    with enable(model, preset, codec=codec, graph=False) as handle:
+        eager, _ = feed(model, inputs, pieces, handle.new_cache(2, 1024))
+    with enable(model, preset, codec=codec) as handle:
+        cache = handle.new_cache(2, 1024)
+        replayed, _ = feed(model, inputs, pieces, cache)
+        graph = cache.graph
+        assert graph is not None
+        assert torch.equal(replayed, eager)
+        cache.reset()
+        again, _ = feed(model, inputs, pieces, cache)
+        assert cache.graph is graph  # captured once a cache
+        assert torch.equal(again, eager)
+
+
+@on_cuda
+def test_a_replayed_step_neither_waits_nor_allocates(codec: ModelCodec) -> None:
+    (model, codec), inputs = half(codec), prompt(200)
+    with enable(model, codec=codec) as handle, torch.no_grad():
+        _, cache = feed(model, inputs, [100, 1, 1], handle.new_cache(1, 1024))
+        ids = inputs["input_ids"][:, :1]
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(100):  # over a page's border
+                logits = model(ids, **{CACHE: cache}).logits
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        after = torch.cuda.memory_stats()
+    assert torch.isfinite(logits).all()
+    for name in ("num_device_alloc", "num_alloc_retries", "reserved_bytes.all.current"):
+        assert after.get(name, 0) == before.get(name, 0), name
+
+
+@on_cuda
+def test_generate_reuses_the_graph_of_its_pooled_cache(codec: ModelCodec) -> None:
+    model, codec = half(codec)
+    with enable(model, codec=codec) as handle:
+        first = generate(model, prompt(200))
+        graph = handle._pool[1].graph
+        assert graph is not None
+        generate(model, prompt(90, seed=3))
+        assert torch.equal(generate(model, prompt(200)), first)
+        assert handle._pool[1].graph is graph
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0))
+        flipped = generate(model, prompt(200))
+        assert handle._pool[1].graph is not graph  # it would read the old weights
+    assert not torch.equal(flipped, first)
+
+
+@on_cuda
+def test_a_model_that_cannot_be_captured_runs_without(codec: ModelCodec) -> None:
+    (model, codec), inputs = half(codec), prompt(100)
+    with enable(model, codec=codec, graph=False):
+        expected = generate(model, inputs)
+
+    def waits(module: Any, args: Any, output: torch.Tensor) -> None:
+        float(output.sum())
+
+    with model.model.norm.register_forward_hook(waits), enable(model, codec=codec) as handle:
+        with pytest.warns(UserWarning, match="cannot be captured"):
+            assert torch.equal(generate(model, inputs), expected)
+        assert not handle.graph
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(generate(model, inputs), expected)
+
+
+# ---- on and off ----------------------------------------------------------------------------------
 
 
 def state(model: Any) -> tuple[Any, ...]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     hooks = [
-        (name, *(len(getattr(module, kind)) for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")))
+        (name, *(len(getattr(module, kind)) for kind in kinds))
         for name, module in model.named_modules()
     ]
-    forwards = [(name, "forward" in vars(module), sorted(vars(module))) for name, module in model.named_modules()]
-    return (
-        hooks,
-        forwards,
-        model.config._attn_implementation,
-        model.config.to_dict(),
-        copy.deepcopy(getattr(model, "generation_config", None)),
-    )
+    attributes = [(name, sorted(vars(module))) for name, module in model.named_modules()]
+    config = (model.config._attn_implementation, model.config.to_dict())
+    generation = copy.deepcopy(getattr(model, "generation_config", None))
+    return hooks, attributes, config, generation
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -492,72 +744,138 @@ def test_disable_restores_the_model(implementation: str) -> None:
     with pytest.raises(KeyError), enable(model, "exact"):
         raise KeyError
     assert state(model) == before
-    with enable(model, "small"), enable(tiny(), "exact"):  # one model may be enabled again, and two at a time
+    with enable(model, "exact"), enable(tiny(), "exact"):  # again, and two models at a time
         generate(model, inputs)
     assert state(model) == before
+
+
+def test_a_forward_that_somebody_patched_comes_back() -> None:
+    """accelerate's hooks, for one."""
+    model, calls = tiny(), []
+    original = model.model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.model.forward = counted
+    with enable(model, "exact"):
+        generate(model, prompt(5), max_new_tokens=2, min_new_tokens=2)
+    assert model.model.forward is counted and len(calls) == 2
 
 
 def test_a_model_that_shares_the_config_object_stays_dense() -> None:
     model, inputs = tiny(), prompt(20, rows=2, padding=(5, 0))
     other = type(model)(model.config).eval().to(cases.DEVICE)
     dense = generate(other, inputs)
-    with enable(model, "small"):
+    with enable(model, "exact"):
         out = generate(other, inputs, return_dict_in_generate=True)
     assert torch.equal(out.sequences, dense)
-    assert type(out.past_key_values) is DynamicCache
+    assert type(out[CACHE]) is DynamicCache
 
 
-@pytest.mark.parametrize("name", sorted({"past_key_values", hf.CACHE}))
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
 def test_the_decoder_takes_a_cache_by_every_name_and_by_place(name: str) -> None:
-    """Since transformers 5.24 its name is `cache`; the old keyword is renamed only after hooks have seen it."""
+    """Since transformers 5.24 its name is `cache`; it renames the old keyword itself, but later."""
     model, ids = tiny(), prompt(6)["input_ids"]
     with enable(model, "exact") as handle, torch.no_grad():
         cache = handle.new_cache()
-        assert model.model(ids[:, :2], **{name: cache})[hf.CACHE] is cache
-        assert model.model(ids[:, 2:4], None, None, cache)[hf.CACHE] is cache
+        assert model.model(ids[:, :2], **{name: cache})[CACHE] is cache
+        assert model.model(ids[:, 2:4], None, None, cache)[CACHE] is cache
         # The new name wins, as it does in transformers.
-        assert model.model(ids[:, 4:], **{"past_key_values": None, hf.CACHE: cache})[hf.CACHE] is cache
+        assert model.model(ids[:, 4:], **{"past_key_values": None, CACHE: cache})[CACHE] is cache
     assert cache.columns == 6
 
 
-# ---- refused before anything changes ---------------------------------------------------------------------------------
+# ---- the codec -----------------------------------------------------------------------------------
+
+
+def test_a_codec_is_found_or_made_once_and_kept(
+    codec: ModelCodec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, made = tiny(), []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def calibrated(model: Any, tokenizer: Any, preset: str) -> ModelCodec:
+        made.append((tokenizer, preset))
+        return codec
+
+    monkeypatch.setattr(calibrate, "calibrate", calibrated)
+    for _ in range(2):
+        with enable(model, tokenizer="words") as handle:
+            assert handle.preset == handle.codec.preset == "balanced"
+    assert made == [("words", "balanced")]
+    assert "calibrating" in capsys.readouterr().err
+    (path,) = tmp_path.rglob("*.safetensors")
+    assert path == calibrate.cache_path(calibrate.fingerprint(model), "balanced")
+    with enable(model, "small", codec=path) as handle:
+        assert handle.preset == "balanced"  # the codec's
+    monkeypatch.setattr(ModelCodec, "save", lambda *args: (_ for _ in ()).throw(OSError("full")))
+    path.unlink()
+    with pytest.warns(UserWarning, match="not kept: full"), enable(model):
+        pass
+
+
+def test_a_codec_of_another_model_is_refused(codec: ModelCodec, tmp_path: Path) -> None:
+    others = {
+        "this model's": tiny(vocab_size=VOCAB - 2),
+        "expected 1 layers, got 2": tiny(num_hidden_layers=1),
+        r"expected \(KV heads, head dimension\) \(4, 64\), got \(2, 64\)": tiny(
+            num_key_value_heads=4
+        ),
+        r"\(2, 128\), got \(2, 64\)": tiny(head_dim=128),
+    }
+    anonymous = ModelCodec(codec.layers, codec.sinks, codec.window)
+    for message, model in others.items():
+        before = state(model)
+        with pytest.raises(ValueError, match=message):
+            enable(model, codec=codec if message == "this model's" else anonymous)
+        assert state(model) == before
+    with pytest.raises(OSError):
+        enable(tiny(), codec=tmp_path / "nowhere.safetensors")
+    enable(tiny(), codec=anonymous).disable()
+
+
+# ---- refused before anything changes -------------------------------------------------------------
+
+
+def test_bf16_is_refused_on_old_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is changed; as fp16 the model is taken."""
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: False)
+    model = tiny().to(torch.bfloat16)
+    before = state(model)
+    with pytest.raises(TypeError, match=r"model: expected fp16 or fp32 on a card before sm_80"):
+        enable(model, "exact")
+    assert state(model) == before
+    enable(model.to(torch.float16), "exact").disable()
 
 
 REFUSED_MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "not_a_model": (lambda: torch.nn.Linear(2, 2), TypeError, "model: expected a transformers"),
-    "other_type": (lambda: tiny("phi3", partial_rotary_factor=1.0, sliding_window=None), NotImplementedError, "phi3"),
     "no_head": (lambda: tiny().model, NotImplementedError, "ForCausalLM"),
-    "dynamic_rope": (lambda: tiny("llama", "dynamic"), NotImplementedError, "dynamic"),
-    "longrope": (
-        lambda: tiny(
-            "llama",
-            "longrope",
-            **{
-                "rope_parameters" if VERSION >= (5, 0) else "rope_scaling": {
-                    "rope_type": "longrope",
-                    "rope_theta": 10000.0,
-                    "factor": 4.0,
-                    "short_factor": [1.0] * 32,
-                    "long_factor": [4.0] * 32,
-                    "original_max_position_embeddings": 256,
-                }
-            },
-        ),
-        NotImplementedError,
-        "longrope",
+    "sliding": (
+        lambda: tiny("mistral", sliding_window=64), NotImplementedError, "full attention in all"
     ),
-    "sliding_mistral": (lambda: tiny("mistral", sliding_window=64), NotImplementedError, "sliding window of 64"),
-    "sliding_qwen": (
+    "mixed": (
         lambda: tiny("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
-        NotImplementedError,
-        "sliding window of 64",
+        NotImplementedError, "full attention in all",
+    ),
+    "capped_scores": (
+        lambda: tiny("gemma2", layer_types=["full_attention"] * 2, attn_implementation="eager"),
+        NotImplementedError, "softmax",
     ),
     "float64": (lambda: tiny().double(), ValueError, "dtype"),
     "head_dim": (lambda: tiny(head_dim=32), ValueError, "head_dim"),
     "flex": (lambda: tiny(attn_implementation="flex_attention"), ValueError, "flex_attention"),
-    "attentions": (lambda: tiny(attn_implementation="eager", output_attentions=True), ValueError, "output_attentions"),
+    "attentions": (
+        lambda: tiny(attn_implementation="eager", output_attentions=True), ValueError,
+        "output_attentions",
+    ),
     "meta": (lambda: tiny().to("meta"), NotImplementedError, "one device"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(REFUSED_MODELS))
@@ -574,12 +892,13 @@ def test_enable_refuses_a_model(case: str) -> None:
     ("arguments", "error", "message"),
     [
         ({"preset": "fast"}, ValueError, "preset"),
-        ({"preset": Preset(k={128: "128x4"}, v={128: "128x4"})}, ValueError, "head_dim 64"),
-        ({"landmarks": [-1]}, ValueError, "landmarks"),
+        ({"preset": "exact", "max_tokens": 0}, ValueError, "max_tokens"),
         ({"sinks": 4}, TypeError, "sinks"),
     ],
 )
-def test_enable_refuses_an_argument(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_enable_refuses_an_argument(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     model = tiny()
     before = state(model)
     with pytest.raises(error, match=message):
@@ -596,40 +915,41 @@ def test_enable_twice_is_refused() -> None:
         assert state(model) == before
 
 
-def _filled(model: Any) -> DynamicCache:
-    cache = DynamicCache()
-    for layer in range(2):
-        cache.update(torch.zeros(1, 2, 5, 64), torch.zeros(1, 2, 5, 64), layer)
-    return cache
+def _static(model: Any) -> dict[str, Any]:
+    return {CACHE: StaticCache(config=model.config, max_cache_len=32)}
 
 
 REFUSED_CALLS: dict[str, tuple[Callable[[Any], dict[str, Any]], type[Exception], str]] = {
-    "output_attentions": (lambda model: {"output_attentions": True}, ValueError, "output_attentions"),
-    "filled_cache": (lambda model: {"past_key_values": _filled(model)}, ValueError, "already rotated"),
-    "static_cache": (
-        lambda model: {"past_key_values": StaticCache(config=model.config, max_cache_len=32)},
-        TypeError,
-        "StaticCache",
-    ),
+    "output_attentions": (lambda model: {"output_attentions": True}, ValueError, "no weights"),
+    "dynamic_cache": (lambda model: {CACHE: DynamicCache()}, TypeError, "DynamicCache"),
+    "static_cache": (_static, TypeError, "StaticCache"),
     "right_padding": (
-        lambda model: {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])},
-        ValueError,
+        lambda model: {"attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}, ValueError,
         "right padding",
     ),
-    "holes": (lambda model: {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, ValueError, "holes"),
-    "only_padding": (lambda model: {"attention_mask": torch.zeros(1, 6)}, ValueError, "a token in every row"),
-    "short_mask": (lambda model: {"attention_mask": torch.ones(1, 5)}, ValueError, r"shape \[1, 6\]"),
-    "4d_mask": (lambda model: {"attention_mask": torch.ones(1, 1, 6, 6).bool()}, ValueError, "2-D"),
-    "packed": (lambda model: {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, ValueError, "count up by one"),
-    "1d_positions": (lambda model: {"position_ids": torch.arange(6)}, ValueError, r"position_ids: expected shape"),
-}
+    "holes": (
+        lambda model: {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, ValueError, "holes"
+    ),
+    "only_padding": (
+        lambda model: {"attention_mask": torch.zeros(1, 6)}, ValueError, "a token in every row"
+    ),
+    "short_mask": (
+        lambda model: {"attention_mask": torch.ones(1, 5)}, ValueError, r"shape \[1, 6\]"
+    ),
+    "4d_mask": (
+        lambda model: {"attention_mask": torch.ones(1, 1, 6, 6).bool()}, ValueError, "2-D"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", list(REFUSED_CALLS))
 def test_forward_refuses(case: str) -> None:
     make, error, message = REFUSED_CALLS[case]
     model, inputs = tiny(), prompt(6)
-    arguments = {key: x.to(cases.DEVICE) if isinstance(x, torch.Tensor) else x for key, x in make(model).items()}
+    arguments = {
+        name: x.to(cases.DEVICE) if isinstance(x, torch.Tensor) else x
+        for name, x in make(model).items()
+    }
     with enable(model, "exact"), torch.no_grad():
         expected = model(inputs["input_ids"]).logits
         with pytest.raises(error, match=message):
@@ -640,55 +960,77 @@ def test_forward_refuses(case: str) -> None:
 def test_forward_refuses_on_a_filled_cache_and_leaves_it() -> None:
     model, inputs = tiny(), prompt(20, rows=2, padding=(3, 0))
     ids, mask = inputs["input_ids"][:, 15:], inputs["attention_mask"]
-    with enable(model, LOSSLESS) as handle, torch.no_grad():
-        head = {name: x[:, :15] for name, x in inputs.items()}
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = model(**head, position_ids=positions[:, :15], past_key_values=handle.new_cache()).past_key_values
+    with enable(model, "exact") as handle, torch.no_grad():
+        _, cache = feed(model, inputs, [15], handle.new_cache())
         for arguments, message in (
-            ({"attention_mask": torch.ones_like(mask)}, "left padding"),
+            ({"attention_mask": torch.ones_like(mask)}, "padding"),
             ({"attention_mask": mask[:, 15:]}, "shape"),
-            ({"position_ids": positions[:, 15:] + 1}, "go on from"),
-            ({"input_ids": ids[:1]}, "2 rows|1 rows"),
+            ({"input_ids": ids[:1]}, "2 rows"),
         ):
             with pytest.raises(ValueError, match=message):
-                model(**{"input_ids": ids, "past_key_values": cache, **arguments})
+                model(**{"input_ids": ids, CACHE: cache, **arguments})
         with torch.enable_grad(), pytest.raises(ValueError, match="no gradient"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         assert (cache.columns, cache.spectral.lengths, cache.padding) == (15, [12, 15], [3, 0])
-        model(ids, attention_mask=mask, position_ids=positions[:, 15:], past_key_values=cache)
-        assert cache.spectral.lengths == [17, 20]
+        assert cache.spectral.seq_lens.tolist() == [12, 15]
+        model(ids, attention_mask=mask, **{CACHE: cache})
+        assert cache.spectral.lengths == cache.spectral.seq_lens.tolist() == [17, 20]
 
 
-def test_training_mode_is_refused() -> None:
+def test_training_uses_no_cache() -> None:
     model, inputs = tiny(), prompt(6)
     with enable(model, "exact"):
         model.train()
-        with pytest.raises(ValueError, match=r"model\.eval"):
+        with pytest.raises(ValueError, match="evaluation mode or use_cache=False"):
             model(**inputs)
+        model(**inputs, use_cache=False).logits.sum().backward()
         model.eval()
         model(**inputs)
 
 
-def test_another_attention_while_enabled_is_refused() -> None:
-    """SDPA would take the unrotated queries and keys for rotated ones."""
+def test_another_kind_of_cache_is_refused_by_generate() -> None:
     model, inputs = tiny(), prompt(6)
-    with enable(model, "exact"):
+    with enable(model, "exact"), pytest.raises(ValueError, match="cache_implementation"):
+        generate(model, inputs, cache_implementation="static")
+
+
+def test_an_attention_that_did_not_run_is_an_error() -> None:
+    """Every silent failure of such adapters: something else attends, over too few tokens."""
+    model, inputs = tiny(), prompt(6)
+    with enable(model, "exact") as handle, torch.no_grad():
+        name = model.config._attn_implementation
         model.config._attn_implementation = "sdpa"
-        with pytest.raises(ValueError, match="attn_implementation 'spectral'"):
+        with pytest.raises(RuntimeError, match=r"layer 0: its cache took tokens"):
             model(**inputs)
+        model.config._attn_implementation = name
+        attention = model.model.layers[1].self_attn
+        forward = attention.forward
+
+        def uncached(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **{**kwargs, CACHE: None})
+
+        attention.forward = uncached
+        with pytest.raises(RuntimeError, match=r"layer 1: its cache took no tokens"):
+            model(**inputs)
+        del attention.forward
+        assert torch.isfinite(model(**inputs).logits).all()
+        with pytest.raises(RuntimeError, match="while enabled"):
+            handle.new_cache().update(torch.zeros(1, 2, 1, 64), torch.zeros(1, 2, 1, 64), 0)
 
 
-def test_a_cache_works_in_its_own_enabled_model_only() -> None:
+def test_a_cache_works_in_its_enabled_model_only() -> None:
     model, other, inputs = tiny(), tiny(), prompt(6)
     handle = enable(model, "exact")
-    cache = feed(model, inputs, [6], past=handle.new_cache())[1]
-    with enable(other, "exact"), pytest.raises(ValueError, match="of this model"), torch.no_grad():
-        other(inputs["input_ids"], past_key_values=cache)
-    handle.disable()
-    with pytest.raises(RuntimeError, match="while enabled"), torch.no_grad():
-        model(inputs["input_ids"], past_key_values=cache)
-    with enable(model, "exact"), pytest.raises(ValueError, match="this enable"), torch.no_grad():
-        model(inputs["input_ids"], past_key_values=cache)
+    cache = feed(model, inputs, [6], handle.new_cache())[1]
+    options = {CACHE: cache}
+    with torch.no_grad():
+        with enable(other, "exact"), pytest.raises(ValueError, match="of this model"):
+            other(inputs["input_ids"], **options)
+        handle.disable()
+        with pytest.raises(RuntimeError, match="while enabled"):
+            model(inputs["input_ids"], **options)
+        with enable(model, "exact"), pytest.raises(ValueError, match="this enable"):
+            model(inputs["input_ids"], **options)
 
 
 def test_a_forward_that_fails_half_way_is_not_built_upon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -698,63 +1040,11 @@ def test_a_forward_that_fails_half_way_is_not_built_upon(monkeypatch: pytest.Mon
         with monkeypatch.context() as patch:
             patch.setattr(model.model.layers[1], "forward", lambda *args, **kwargs: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                model(**inputs, past_key_values=cache)
+                model(**inputs, **{CACHE: cache})
+            with pytest.raises(ZeroDivisionError):
+                generate(model, inputs)
         with pytest.raises(ValueError, match="half-way"):
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
         cache.reset()
-        assert torch.equal(model(**inputs, past_key_values=cache).logits, model(**inputs).logits)
-
-
-# ---- the metric of V -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-def test_v_metric_is_the_output_projection_of_a_head(architecture: str) -> None:
-    model = tiny(architecture)
-    metrics = v_metrics(model)
-    assert len(metrics) == 2
-    for layer, metric in zip(model.model.layers, metrics, strict=True):
-        assert metric is not None
-        assert (metric.dtype, metric.shape) == (torch.float32, (4, 64, 64))
-        weight = layer.self_attn.o_proj.weight.detach().double()
-        for head in range(4):
-            own = weight[:, 64 * head : 64 * head + 64]
-            # A float32 sum of 256 products, in any order.
-            assert ((metric[head].double() - own.T @ own).abs() <= 257 * 2**-24 * (own.abs().T @ own.abs())).all()
-
-
-def test_v_metric_skips_weights_that_are_not_plain_matrices() -> None:
-    model = tiny()
-    model.model.layers[1].self_attn.o_proj.weight = torch.nn.Parameter(
-        torch.zeros(32768, 1, dtype=torch.uint8), requires_grad=False
-    )
-    first, second = v_metrics(model)
-    assert first is not None
-    assert second is None
-
-
-# ---- a real model, where one has been fetched ------------------------------------------------------------------------
-
-GGUF = Path(os.environ.get("SPECTRAL_TEST_GGUF", "~/.cache/spectral-test-model/qwen2.5-coder-0.5b.gguf")).expanduser()
-
-
-@pytest.fixture(scope="module")
-def coder() -> tuple[Any, torch.Tensor]:
-    """Qwen2.5-Coder-0.5B and 2,000 tokens of Python source."""
-    pytest.importorskip("gguf")
-    pytest.importorskip("accelerate")  # transformers 5 asks for it to read GGUF files
-    if not GGUF.exists():
-        pytest.skip(f"{GGUF} is absent")
-    from perf.generate import load
-
-    model, tokenizer = load(gguf=str(GGUF), device=str(cases.DEVICE), dtype="float32")
-    text = Path(argparse.__file__).read_text()
-    return model, tokenizer(text, return_tensors="pt").input_ids[:, :2000].to(cases.DEVICE)
-
-
-def test_coder_generates_the_dense_tokens(coder: tuple[Any, torch.Tensor]) -> None:
-    model, ids = coder
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    dense = generate(model, inputs, max_new_tokens=64, min_new_tokens=64)
-    with enable(model, "exact"):
-        assert torch.equal(generate(model, inputs, max_new_tokens=64, min_new_tokens=64), dense)
+        assert torch.equal(model(**inputs, **{CACHE: cache}).logits, model(**inputs).logits)
+        generate(model, inputs)  # through the pooled cache that had failed

@@ -20,7 +20,9 @@ def random_states(rng, shape, dim, empty=0.2, spread=5.0):
     """o [*shape, D], lse [*shape]; a share of the sets is empty, with o = 0."""
     lse = (rng.standard_normal(shape) * spread).astype(np.float32)
     lse = np.where(rng.random(shape) < empty, -np.inf, lse).astype(np.float32)
-    o = np.where(np.isfinite(lse)[..., None], rng.standard_normal((*shape, dim)), 0.0).astype(np.float32)
+    o = np.where(np.isfinite(lse)[..., None], rng.standard_normal((*shape, dim)), 0.0).astype(
+        np.float32
+    )
     return torch.from_numpy(o), torch.from_numpy(lse)
 
 
@@ -43,9 +45,14 @@ def check_many(rng, implementation, shape, dim, n, dtype, *, empty=0.2, spread=5
 def check_two(rng, implementation, shape, dim, dtype, *, empty=0.2, spread=5.0):
     o, lse = random_states(rng, (*shape, 2), dim, empty, spread)
     o = o.to(dtype)
-    parts = [(o[..., i, :].contiguous().to(DEVICE), lse[..., i].contiguous().to(DEVICE)) for i in range(2)]
+    parts = [
+        (o[..., i, :].contiguous().to(DEVICE), lse[..., i].contiguous().to(DEVICE))
+        for i in range(2)
+    ]
     run = operation(merge, "merge_states", implementation, dtype)
-    got_o, got_lse = run(*parts[0], *parts[1], out=poisoned(*shape, dim, dtype=dtype), lse=poisoned(*shape))
+    got_o, got_lse = run(
+        *parts[0], *parts[1], out=poisoned(*shape, dim, dtype=dtype), lse=poisoned(*shape)
+    )
     expected = oracle.merge(to_numpy(o), to_numpy(lse))
     o_budget, lse_budget = budgets.merge(to_numpy(o), to_numpy(lse), expected, dtype)
     budgets.check(got_o, expected[0], o_budget, "o")
@@ -56,7 +63,10 @@ def test_oracle_is_the_softmax_over_the_union(rng):
     scores, values = rng.standard_normal((1, 2, 1, 90)) * 3, rng.standard_normal((1, 1, 90, 16))
     whole = attention_oracle.softmax_state(scores, values)
     cuts = [0, 1, 40, 40, 90]  # one of the sets is empty
-    parts = [attention_oracle.softmax_state(scores[..., a:b], values[:, :, a:b]) for a, b in itertools.pairwise(cuts)]
+    parts = [
+        attention_oracle.softmax_state(scores[..., a:b], values[:, :, a:b])
+        for a, b in itertools.pairwise(cuts)
+    ]
     o, lse = oracle.merge(np.stack([p.o for p in parts], -2), np.stack([p.lse for p in parts], -1))
     np.testing.assert_allclose(o, whole.o, rtol=1e-12)
     np.testing.assert_allclose(lse, whole.lse, rtol=1e-12)
@@ -64,7 +74,9 @@ def test_oracle_is_the_softmax_over_the_union(rng):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "dim"), [((2, 3), 64), ((1, 5, 2), 80), ((3,), 256), ((0, 4), 64), ((2, 2), 1)])
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 3), 64), ((1, 5, 2), 80), ((3,), 256), ((0, 4), 64), ((2, 2), 1)]
+)
 def test_merge_states(rng, implementation, dtype, shape, dim):
     check_two(rng, implementation, shape, dim, dtype)
 
@@ -72,7 +84,8 @@ def test_merge_states(rng, implementation, dtype, shape, dim):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "dim", "n"), [((2, 3), 64, 5), ((1, 2, 2), 96, 1), ((3,), 256, 33), ((2, 2), 80, 70), ((2,), 64, 0)]
+    ("shape", "dim", "n"),
+    [((2, 3), 64, 5), ((1, 2, 2), 96, 1), ((3,), 256, 33), ((2, 2), 80, 70), ((2,), 64, 0)],
 )
 def test_merge_many_states(rng, implementation, dtype, shape, dim, n):
     check_many(rng, implementation, shape, dim, n, dtype)
@@ -102,7 +115,11 @@ def test_empty_states(implementation):
     run = operation(merge, "merge_states", implementation)
     empty = torch.zeros(1, 64, device=DEVICE), torch.full((1,), -INF, device=DEVICE)
     state = torch.linspace(-3, 3, 64, device=DEVICE)[None], torch.full((1,), 1.5, device=DEVICE)
-    for first, second, wanted in ((empty, empty, empty), (empty, state, state), (state, empty, state)):
+    for first, second, wanted in (
+        (empty, empty, empty),
+        (empty, state, state),
+        (state, empty, state),
+    ):
         o, lse = run(*first, *second, out=poisoned(1, 64), lse=poisoned(1))
         torch.testing.assert_close(o, wanted[0], rtol=0, atol=0)
         torch.testing.assert_close(lse, wanted[1], rtol=0, atol=0)
@@ -111,7 +128,10 @@ def test_empty_states(implementation):
 def test_outputs_may_be_the_inputs(rng):
     o, lse = random_states(rng, (2, 3, 2), 64)
     for implementation in IMPLEMENTATIONS:
-        a, b = ((o[..., i, :].contiguous().to(DEVICE), lse[..., i].contiguous().to(DEVICE)) for i in range(2))
+        a, b = (
+            (o[..., i, :].contiguous().to(DEVICE), lse[..., i].contiguous().to(DEVICE))
+            for i in range(2)
+        )
         run = operation(merge, "merge_states", implementation)
         wanted = run(*a, *b)
         launcher = merge.merge_states if implementation == "torch" else run
@@ -154,11 +174,19 @@ def test_log2_conversion(rng):
     lse = torch.from_numpy((rng.standard_normal(100) * 20).astype(np.float32))
     lse[3] = -INF
     expected = oracle.to_log2(to_numpy(lse))
-    budget = 3 * budgets.ACC * np.where(np.isfinite(expected), np.abs(expected), 0.0)  # the factor and the product
+    budget = (
+        3 * budgets.ACC * np.where(np.isfinite(expected), np.abs(expected), 0.0)
+    )  # the factor and the product
     budgets.check(merge.lse_to_log2(lse), expected, budget)
     back = merge.lse_from_log2(merge.lse_to_log2(lse))
-    budgets.check(back, to_numpy(lse), 6 * budgets.ACC * np.where(np.isfinite(expected), np.abs(to_numpy(lse)), 0.0))
-    budgets.check_rejects(to_numpy(merge.lse_from_log2(lse))[:3], expected[:3], budget[:3], "the inverse")
+    budgets.check(
+        back,
+        to_numpy(lse),
+        6 * budgets.ACC * np.where(np.isfinite(expected), np.abs(to_numpy(lse)), 0.0),
+    )
+    budgets.check_rejects(
+        to_numpy(merge.lse_from_log2(lse))[:3], expected[:3], budget[:3], "the inverse"
+    )
 
 
 def test_arguments_are_named():

@@ -1,12 +1,11 @@
-"""What of the measurements can be tested without a card: inputs, references, budgets, percentiles, tables, refusals."""
+"""What of the measurements can be tested without a card: inputs, references, budgets, percentiles,
+tables, refusals."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import json
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,127 +13,176 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from perf import _cases, _timing, old_cards, predict, tables
+from perf import _cases, _timing, tables
 from perf import attention as job
 from perf import compress as compress_job
 from perf import kernels as kernel_bench
-from perf._cases import Shape, check_state, expected, make_decodes
+from perf._cases import Shape, check_state, expected, make_steps
 from reference import attention as attention_oracle
 from reference import rope as rope_oracle
-from reference.pages import PageArrays
-from spectral_kernels import attention, attention_sm75
+from reference.compress import CodecArrays, PageArrays
+from spectral_kernels.calibrate import PRESETS
+from spectral_kernels.layout import PAGE_SIZE
 from tests import budgets
 from tests.cases import DEVICE, kernels, to_numpy
-from tests.test_structure import operations
 
 CPU = torch.device("cpu")
+on_cpu = pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="with twins on the CPU; perf itself runs on the card"
+)
 
 
-def small_decode(layout: str, dim: int = 64, batch: int = 2) -> _cases.Decode:
+def small_step(preset: str, dim: int = 64, batch: int = 2, tokens: int = 580) -> _cases.Step:
     torch.manual_seed(3)
-    shape = Shape(batch, 4, 2, dim, 128 + 5 * 64)
-    return make_decodes(shape, _cases.preset_layout(layout, dim), copies=2, dtype=torch.float32, device=CPU)[1]
+    shape, layout = Shape(batch, 4, 2, dim, tokens), _cases.layouts(preset, dim)[0]
+    return make_steps(shape, layout, preset=preset, copies=2, dtype=torch.float32, device=CPU)[1]
 
 
-def arrays_of(decode: _cases.Decode) -> PageArrays:
-    pages = decode.pages
-    names = "k_pages v_pages skip k_basis k_scale v_basis v_scale page_table segment_table lengths".split()
-    bands = (pages.layout.k.bands, pages.layout.v.bands)
-    sizes = (pages.layout.head_dim, pages.layout.chunk, pages.layout.align)
-    return PageArrays(*bands, *sizes, *(getattr(pages, n).numpy() for n in names))
-
-
-@pytest.mark.parametrize("layout", _cases.LAYOUTS)
-def test_reference_and_budget_are_those_of_the_oracle(layout):
-    """The float64 reference on the device equals the oracle; its budget is the oracle's."""
-    decode = small_decode(layout)
-    arrays, inv_freq = arrays_of(decode), decode.inv_freq.numpy()
-    q, positions = to_numpy(decode.q)[:, :, None], decode.positions.numpy()[:, None]
-    oracle = attention_oracle.spectral(q, positions, arrays, inv_freq)
-    names = (arrays.k_basis, arrays.k_scale, arrays.segment_table, arrays.lengths)
-    u = rope_oracle.project_queries(q, positions, *names, inv_freq, 1.0, arrays.align)
-    o_budget, lse_budget = budgets.attend_spectral(q, oracle, arrays, u, inv_freq)
-    exact = attention_oracle.exact(
-        q, positions, to_numpy(decode.k), to_numpy(decode.v), decode.key_positions.numpy(), inv_freq, chunk=arrays.align
+def arrays_of(step: _cases.Step) -> PageArrays:
+    layout = step.codec.layout
+    names = "k_basis k_scale k_encoder k_mean v_basis v_scale v_encoder k_offset".split()
+    tensors = {name: getattr(step.codec, name).numpy() for name in names}
+    inv_freq = step.inv_freq.numpy()
+    codec = CodecArrays(
+        layout.k.bands, layout.v.bands, layout.head_dim, layout.frame, inv_freq, **tensors
     )
-    for b, g in ((0, 0), (1, 1)):
-        own = slice(2 * g, 2 * g + 2)
-        got = expected(decode, b, g, ("cold",))
-        np.testing.assert_allclose(got.o.numpy(), oracle.o[b, own, 0], rtol=0, atol=1e-11)
-        np.testing.assert_allclose(got.lse.numpy(), oracle.lse[b, own, 0], rtol=1e-12)
-        np.testing.assert_allclose(got.o_budget.numpy(), o_budget[b, own, 0], rtol=1e-6)
-        np.testing.assert_allclose(got.lse_budget.numpy(), lse_budget[b, own, 0], rtol=1e-6)
-        both = expected(decode, b, g)
-        lse = np.logaddexp(oracle.lse, exact.lse)
-        share = np.exp(oracle.lse - lse)[..., None]
-        o = share * oracle.o + (1 - share) * exact.o
-        np.testing.assert_allclose(both.lse.numpy(), lse[b, own, 0], rtol=1e-12)
-        np.testing.assert_allclose(both.o.numpy(), o[b, own, 0], rtol=0, atol=1e-11)
+    rows = np.zeros(len(step.q), np.int32)
+    pages = (
+        step.k_pages.numpy(),
+        step.v_pages.numpy(),
+        step.block_table.numpy(),
+        step.seq_lens.numpy(),
+    )
+    return PageArrays(codec, *pages, rows)
 
 
-def test_exact_reference_and_budget_are_those_of_the_oracle():
-    decode = small_decode("32x8")
-    inv_freq, align = decode.inv_freq.numpy(), decode.pages.layout.align
-    q, k, at = to_numpy(decode.q)[:, :, None], to_numpy(decode.k), decode.key_positions.numpy()
-    oracle = attention_oracle.exact(q, decode.positions.numpy()[:, None], k, to_numpy(decode.v), at, inv_freq, chunk=align)
-    o_budget, lse_budget = budgets.attend_exact(q, oracle, k, np.ones(k.shape[:3], bool), inv_freq)
-    got = expected(decode, 1, 0, ("exact",))
-    np.testing.assert_allclose(got.o.numpy(), oracle.o[1, :2, 0], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(got.o_budget.numpy(), o_budget[1, :2, 0], rtol=1e-6)
-    np.testing.assert_allclose(got.lse_budget.numpy(), lse_budget[1, :2, 0], rtol=1e-6)
+@pytest.mark.parametrize("preset", _cases.LOSSY)
+def test_reference_and_budget_are_those_of_the_oracle(preset):
+    """The float64 reference on the device equals the oracle over pages, over exact tokens and over
+    both; its budget of the former two is the oracle's, up to the sums that it counts: of floats
+    too, and of exact tokens these alone."""
+    step = small_step(preset)
+    arrays, q = arrays_of(step), to_numpy(step.q)[:, :, None]
+    kept = {"sinks": step.sinks, "window": step.window}
+    pages = attention_oracle.spectral(q, arrays, **kept)
+    slots = (to_numpy(step.k_exact), to_numpy(step.v_exact), step.seq_lens.numpy())
+    exact = attention_oracle.windowed(q, *slots, np.arange(2), **kept)
+    codec = arrays.codec
+    tensors = (codec.k_basis, codec.k_scale, codec.k_mean, arrays.rows, codec.inv_freq)
+    frames = -(-int(step.seq_lens.max()) // codec.frame)
+    u = rope_oracle.project_queries(q, *tensors, frame=codec.frame, max_frames=frames)
+    for parts, oracle, allowed in (
+        (("pages",), pages, budgets.attend_spectral(q, pages, arrays, u)),
+        (("exact",), exact, budgets.attend_window(q, exact)),
+    ):
+        for b, g in ((0, 0), (1, 1)):
+            heads = slice(2 * g, 2 * g + 2)
+            got = expected(step, b, g, parts)
+            np.testing.assert_allclose(got.o.numpy(), oracle.o[b, heads, 0], rtol=0, atol=1e-10)
+            np.testing.assert_allclose(got.lse.numpy(), oracle.lse[b, heads, 0], rtol=1e-11)
+            for mine, theirs in zip((got.o_budget, got.lse_budget), allowed, strict=True):
+                ratio = mine.numpy() / theirs[b, heads, 0]
+                assert (0.4 if parts == ("exact",) else 0.9) < ratio.min() and ratio.max() < 1.3
+    both = expected(step, 1, 0)
+    lse = np.logaddexp(pages.lse, exact.lse)[1, :2, 0]
+    share = np.exp(pages.lse[1, :2, 0] - lse)[:, None]
+    o = share * pages.o[1, :2, 0] + (1 - share) * exact.o[1, :2, 0]
+    np.testing.assert_allclose(both.lse.numpy(), lse, rtol=1e-11)
+    np.testing.assert_allclose(both.o.numpy(), o, rtol=0, atol=1e-10)
 
 
 def test_a_step_passes_and_wrong_ones_do_not():
-    """The twins' step lies within the budget; a step without the sinks' skip bits, without the exact tokens, or with the
-    wrong base of logarithms does not."""
-    decode = small_decode("balanced", dim=128)
-    assert 0 < check_state(decode, decode.step()) <= 1
-    assert 0 < check_state(decode, decode.attend_cold(), ("cold",)) <= 1
-    o, lse = decode.step()
-    with pytest.raises(AssertionError, match="times the budget"):
-        check_state(decode, decode.attend_cold())
-    with pytest.raises(AssertionError, match="times the budget"):
-        check_state(decode, (o, lse * 1.4427))
+    """The twins' step lies within the budget; a step without the exact tokens, with the wrong base
+    of logarithms, with sinks counted twice or keys of another frame does not."""
+    step = small_step("balanced", dim=128)
+    state = step.step()
+    assert 0 < check_state(step, state) <= 1
+    assert 0 < check_state(step, step.attend(("pages",)), ("pages",)) <= 1
+    o, lse = state
+    assert 0 < check_state(step, (o.half(), None)) <= 1
+    wrong = [step.attend(("pages",)), (o, lse * 1.4427), (o.roll(1, 1), lse)]
+    step.sinks = 0
+    wrong.append(step.attend(("pages",)))
+    step.sinks, step.seq_lens[1] = 4, 512
+    wrong.append(step.attend())
+    step.seq_lens[1] = 580
+    for other in wrong:
+        with pytest.raises(AssertionError, match="times the budget"):
+            check_state(step, other)
     with pytest.raises(AssertionError, match="not finite"):
-        check_state(decode, (o, lse * torch.inf))
-    decode = small_decode("32x8", dim=128)  # fields of 2 bits have wider budgets
-    decode.pages.skip.zero_()
-    sinks_twice = decode.step()
-    decode.pages.skip[decode.pages.page_table[:, 0].long(), :, 0] = 15
-    with pytest.raises(AssertionError, match="times the budget"):
-        check_state(decode, sinks_twice)
+        check_state(step, (o, lse * torch.inf))
 
 
 def test_scores_have_the_stated_spread():
-    decode = small_decode("quality", dim=128)
-    reference = attention_oracle.spectral(
-        to_numpy(decode.q)[:, :, None], decode.positions.numpy()[:, None], arrays_of(decode), decode.inv_freq.numpy()
-    )
-    scores = reference.scores[np.isfinite(reference.scores)]
-    assert 0.7 * _cases.SCORE_STD < scores.std() < 1.4 * _cases.SCORE_STD
-    assert np.isfinite(reference.scores[:, :, :, :4]).sum() == 0  # the sinks are exact, not cold
+    step = small_step("quality", dim=128)
+    scores = attention_oracle.spectral(to_numpy(step.q)[:, :, None], arrays_of(step)).scores
+    # The mean key of half their spread is alike for all tokens of a frame.
+    spread = np.sqrt((scores - scores[..., :512].mean(-1, keepdims=True))[..., :512].var())
+    assert 0.7 * _cases.SCORE_STD < spread < 1.4 * _cases.SCORE_STD
+
+
+@pytest.mark.parametrize("preset", _cases.LOSSY)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_layouts_are_of_the_preset(preset, dim):
+    """A plan's mix: several kernels, all within the preset's bytes and near them."""
+    chosen = _cases.layouts(preset, dim)
+    assert len({str(x) for x in chosen}) == len(chosen) and (dim == 64 or len(chosen) == 3)
+    for layout in chosen:
+        assert 0.75 < layout.token_bytes * PRESETS[preset].ratio / (4 * dim) <= 1
+    freqs = torch.arange(dim // 2)
+    codec = _cases.random_model_codec(preset, layers=5, kv_heads=2, dim=dim, freqs=freqs)
+    assert [layer.layout for layer in codec.layers] == [chosen[i % len(chosen)] for i in range(5)]
+    assert len({layer.k_basis.data_ptr() for layer in codec.layers}) == 5
+
+
+def test_what_is_encoded_comes_back():
+    """The random codec is one: values within the spread of its bases come back as far as the steps
+    go."""
+    from spectral_kernels import compress
+
+    torch.manual_seed(0)
+    step = small_step("quality", dim=128, batch=1)
+    x = compress.decode_torch(step.v_pages, step.codec, step.block_table, step.seq_lens, side="v")[
+        :, :, :580
+    ]
+    again = torch.zeros_like(step.v_pages)
+    arguments = (step.codec, again, step.block_table, step.seq_lens)
+    compress.encode_torch(x, *arguments, side="v")
+    back = compress.decode_torch(again, step.codec, step.block_table, step.seq_lens, side="v")[
+        :, :, :580
+    ]
+    assert (back - x).norm() < 0.1 * x.norm()
 
 
 def test_bytes_are_those_of_the_tensors():
-    """What a step must read, against the tensors that hold it (the page pool has a page for every chunk, no more)."""
-    shape, layout = Shape(3, 4, 2, 64, 128 + 3 * 128), _cases.preset_layout("balanced", 64)
-    decode = make_decodes(shape, layout, copies=1, dtype=torch.float16, device=CPU)[0]
-    pages = decode.pages
-    read = (pages.k_pages, pages.v_pages, pages.skip, pages.page_table, pages.segment_table)
-    assert shape.page_bytes(layout) == sum(x.nbytes for x in read)
-    bases = (pages.k_basis, pages.k_scale, pages.v_basis, pages.v_scale)
-    exact = (decode.k, decode.v, decode.key_positions, decode.q)
-    assert shape.step_bytes(layout) == sum(x.nbytes for x in read + bases + exact)
+    """What a step must read, against the tensors that hold it."""
+    shape, layout = Shape(3, 4, 2, 64, 640), _cases.layouts("balanced", 64)[0]
+    step = make_steps(shape, layout, preset="balanced", copies=1, dtype=torch.float16, device=CPU)[
+        0
+    ]
+    assert shape.page_bytes(layout) == sum(
+        x.nbytes for x in (step.k_pages, step.v_pages, step.block_table)
+    )
+    slots = step.k_exact.shape[2]
+    codec = step.codec.nbytes - step.codec.freqs.nbytes
+    exact = sum(x.nbytes for x in (step.k_exact, step.v_exact, step.q, step.k, step.v))
+    skipped = 3 * 2 * slots * layout.token_bytes
+    assert shape.step_bytes(layout, slots) == shape.page_bytes(layout) - skipped + codec + exact
 
 
 def test_copies_of_a_case_share_nothing_that_is_read():
-    shape = Shape(1, 2, 1, 64, 128 + 64)
-    first, second = make_decodes(shape, _cases.preset_layout("small", 64), copies=2, dtype=torch.float16, device=CPU)
-    for name in ("k_pages", "v_pages", "skip"):
-        a, b = getattr(first.pages, name), getattr(second.pages, name)
-        assert a.shape == b.shape and a.data_ptr() + a.nbytes <= b.data_ptr()
-    assert not torch.equal(first.pages.k_pages, second.pages.k_pages)
-    assert check_state(second, second.step()) <= 1
+    options = {"preset": "small", "dtype": torch.float16, "device": CPU}
+    case = Shape(1, 2, 1, 64, 192), _cases.layouts("small", 64)[0]
+    steps = make_steps(*case, copies=2, **options)
+    for name in ("k_pages", "v_pages", "k_exact", "block_table"):
+        a, b = (getattr(step, name) for step in steps)
+        assert a.shape == b.shape and a.data_ptr() != b.data_ptr()
+    assert not torch.equal(steps[0].k_pages, steps[1].k_pages)
+    [wide] = make_steps(*case, copies=1, capacity=6400, **options)
+    assert wide.block_table.shape == (1, 6400 // PAGE_SIZE)
+
+
+# perf._timing
 
 
 def test_percentiles():
@@ -142,7 +190,8 @@ def test_percentiles():
 
 
 class FakeDevice:
-    """A clock that only replays move, by 120 microseconds each, and the events and graphs that go with it."""
+    """A clock that only replays move, by 120 microseconds each, and the events and graphs that go
+    with it."""
 
     def __init__(self) -> None:
         self.now, self.replays = 0.0, 0
@@ -164,150 +213,134 @@ def test_a_call_takes_its_share_of_a_replay(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", device.event)
     times = _timing.device_times([lambda: None] * 3, seconds=0.01)
     assert (times.p20, times.p50, times.p80) == pytest.approx((40.0, 40.0, 40.0))
-    assert device.replays == 3 + 167 + 4 * 21  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
+    assert (
+        device.replays == 3 + 167 + 4 * 21
+    )  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
 
 
 def test_kernel_times_are_of_one_call(monkeypatch):
-    """Two calls, five rounds; one kernel runs twice a call, and the host's records are not counted."""
+    """Two calls, five rounds; one kernel runs twice a call, and the host's records are not
+    counted."""
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
 
     def event(name: str, us: float, device=cuda) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us))
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us)
+        )
 
-    events = [event("attend", 7.0)] * 9 + [event("attend", 90.0)] + [event("merge", 2.0)] * 20 + [event("launch", 5.0, cpu)]
+    events = [event("attend", 7.0)] * 9 + [event("attend", 90.0)] + [event("merge", 2.0)] * 20
+    events.append(event("launch", 5.0, cpu))
     profiler = SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
+    monkeypatch.setattr(
+        torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler)
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert _timing.kernel_times([lambda: None] * 2, rounds=5) == {"attend": 7.0, "merge": 4.0}
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="the kernel itself, in the interpreter")
+def test_rows_go_to_their_file_and_to_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    _timing.write_row(_timing.rounded({"ms": 1.234567, "B": 123456}), tmp_path / "a.jsonl")
+    _timing.write_row({"ms": 2}, None)
+    assert _timing.read_rows(tmp_path / "a.jsonl") == [{"ms": 1.235, "B": 123456}]
+    assert _timing.read_rows(tmp_path / "out" / "rows.jsonl") == [
+        {"ms": 1.235, "B": 123456},
+        {"ms": 2},
+    ]
+
+
+@on_cpu
 def test_the_read_only_pass_reads_everything():
-    x = torch.randint(-(2**20), 2**20, (4096,), dtype=torch.int32)  # NumPy does not wrap its sums, a card does
+    x = torch.randint(
+        -(2**20), 2**20, (4096,), dtype=torch.int32
+    )  # NumPy does not wrap its sums, a card does
     with kernels():
         assert torch.equal(_timing.read_sum(x, 1024), x.view(4, -1).sum(1, dtype=torch.int32))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
-def test_without_a_card_nothing_is_measured():
+def test_jobs_without_a_card_say_so(capsys):
     with pytest.raises(_timing.NoCard, match="nothing was measured"):
         _timing.Card.current()
+    for module in (job, kernel_bench, compress_job):
+        with pytest.raises(SystemExit, match="2"):
+            module.main([])
+        shown = capsys.readouterr()
+        assert "nothing was measured" in shown.err and shown.out == ""
 
 
-# The bodies of the benchmarks, on the CPU: a stand-in for a card with little memory, and twins instead of kernels.
+# The bodies of the benchmarks, on the CPU: a stand-in for a card with little memory, and twins
+# instead of kernels.
 
 
 class SmallCard(_timing.Card):
     properties = SimpleNamespace(name="none", major=8, L2_cache_size=1 << 16)
-    free = 128 << 20
+    free = 64 << 20
     read_bandwidth = 1e9
+    dtype = torch.float16
 
 
 CARD = SmallCard(CPU)
 
 
 def damaged(operation):
-    """The operation with a result that is 2 % too large, or pages with a bit of each byte turned over."""
+    """The operation with a result that is 2 % too large, or pages with a bit of some bytes turned
+    over."""
 
     def run(*args, **kwargs):
         got = operation(*args, **kwargs)
         if got is None:
-            args[3].bitwise_xor_(4)
+            for x in args:
+                if isinstance(x, torch.Tensor) and x.dtype == torch.uint8:
+                    x.bitwise_xor_(6)
             return None
         if kwargs.get("out") is not None:
-            kwargs["out"].mul_(1.02)
+            for x in kwargs["out"] if isinstance(kwargs["out"], tuple) else (kwargs["out"],):
+                x.mul_(1.02)
+            return kwargs["out"]
         return tuple(x * 1.02 for x in got) if isinstance(got, tuple) else got * 1.02
 
     return run
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="perf.kernels itself runs there")
+@on_cpu
 @pytest.mark.parametrize("name", kernel_bench.KERNELS)
 def test_benchmarks_check_what_they_time(name, monkeypatch):
-    """Each body's check passes on the right result and fails on a slightly wrong one."""
+    """The check of every body passes on the right result and fails on a slightly wrong one."""
+    from spectral_kernels import attention, compress, merge, rope, window
+
     torch.manual_seed(0)
+    monkeypatch.setattr(kernel_bench, "tokens_of", lambda *args: 2048)
+    monkeypatch.setattr(kernel_bench, "context_of", lambda *args: 1024)
     kernel = kernel_bench.KERNELS[name](CARD)
     kernel.check()
     assert kernel.nbytes > 0 and kernel.calls
     operation = name.split()[0]
-    monkeypatch.setattr(kernel_bench.sk, operation, damaged(getattr(kernel_bench.sk, operation)))
+    modules = (rope, compress, attention, window, merge)
+    [module] = [
+        m for m in modules if getattr(vars(m).get(operation), "__module__", None) == m.__name__
+    ]
+    monkeypatch.setattr(module, operation, damaged(getattr(module, operation)))
     with pytest.raises(AssertionError):
         kernel_bench.KERNELS[name](CARD).check()
 
 
 def test_benchmarks_run_every_public_kernel():
-    """Of the package; perf.compress times those inside it (eigenvectors)."""
-    public = {name for _, name in operations()} & set(kernel_bench.sk.__all__)
-    assert len(public) >= 10 and public <= {name.split()[0] for name in kernel_bench.KERNELS}
+    import spectral_kernels as sk
 
-
-# perf.compress
-
-
-def test_a_prefill_is_timed_through_the_cache(monkeypatch):
-    """With the model's shapes scaled down: the cache takes what it is handed, deferred or not, and compresses it."""
-    for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 64, "HIDDEN": 256, "FFN": 64}.items():
-        monkeypatch.setattr(compress_job, name, value)
-    caches = []
-
-    # Without a cache, deferred, deferred, without; the other way round; at once, in two such rounds.
-    times = iter((2.0, 3.0, 4.0, 2.0, 7.0, 4.0, 4.0, 9.0, 4.0, 9.0, 9.0, 4.0, 9.0, 4.0, 4.0, 9.0))
-
-    def timed(call):
-        call()
-        return next(times, 1.0)
-
-    def new_cache(*args):
-        caches.append(real(*args))
-        return caches[-1]
-
-    real = compress_job.new_cache
-    monkeypatch.setattr(compress_job, "once_ms", timed)
-    monkeypatch.setattr(compress_job, "new_cache", new_cache)
-    card = CARD if DEVICE.type == "cpu" else _timing.Card(DEVICE)
-    assert compress_job.prefill_times(640, 2, card, rounds=2) == (1.5, 1.875, 2.25)
-    assert [layer.cold for layer in caches[0].layers] == [[576], [576]]
-    assert all(layer.losses is None for layer in caches[0].layers)
-    assert compress_job.narrow_ms(640, card) == 1.0
-    for name in ("synchronize", "memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 1 << 20)
-    dense = 2 * 2 * 640 * 64 * 2
-    for adapter in (False, True):
-        ratio, narrowed = compress_job.peak_ratio(640, 4, card, adapter)
-        assert ratio == 0 and narrowed >= 0
-        assert dense < dense + caches[-1].nbytes < 5 * dense
-
-
-def test_kernels_of_a_layer_are_counted(monkeypatch):
-    """Of four layers: the time of a kernel of few programs counts by the multiprocessors that it is on."""
-
-    def export(path: str) -> None:
-        def event(name: str, us: float, grid: list[int] | None = None, cat: str = "kernel") -> dict:
-            return {"name": name, "dur": us, "cat": cat, "args": {"grid": grid} if grid else {}}
-
-        rotations = [event("rotations", 1000.0, [16, 1, 1])] * 4
-        trace = [*rotations, *[event("gram", 30.0, [2, 16, 8])] * 8, event("copy", 4.0, cat="gpu_memcpy")]
-        Path(path).write_text(json.dumps({"traceEvents": [*trace, event("launch", 9.0, cat="cuda_runtime")]}))
-
-    class Multiprocessors(SmallCard):
-        properties = SimpleNamespace(major=8, multi_processor_count=64)
-
-    for name, value in {"HEADS": 4, "KV_HEADS": 2, "DIM": 64}.items():
-        monkeypatch.setattr(compress_job, name, value)
-    profiler = SimpleNamespace(export_chrome_trace=export)
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    kernels = compress_job.kernels_of_a_layer(640, Multiprocessors(CPU))
-    assert kernels == {"rotations": (1.0, 1000.0, 250.0), "gram": (2.0, 60.0, 60.0), "copy": (0.25, 1.0, 1 / 64)}
-    assert compress_job.total_of(kernels.values()) == (3.25, 1061.0, 310 + 1 / 64)
-    lines = compress_job.kernel_table(kernels, lines=1)
-    assert [line.split()[0] for line in lines[1:]] == ["rotations", "2", "all"]
-    assert lines[2].split()[2:] == ["2.2", "61.0", "60.0"]
-    assert compress_job.total_of([]) == (0, 0, 0)
+    launchers = {name for name in sk.__all__ if name.islower()}
+    no_kernel = {
+        "attend_workspace",
+        "freqs_from_inv_freq",
+        "lse_from_log2",
+        "lse_to_log2",
+        "pack_pages",
+        "unpack_pages",
+    }
+    assert launchers - no_kernel == {name.split()[0] for name in kernel_bench.KERNELS}
 
 
 # perf.attention
-
 
 SHAPE = Shape(2, 4, 2, 64, 512)
 
@@ -316,32 +349,33 @@ SHAPE = Shape(2, 4, 2, 64, 512)
 def test_peers_are_checked(folded):
     torch.manual_seed(1)
     dense = job.Dense.random(SHAPE, copies=2, dtype=torch.bfloat16, device=CPU)
-    peer = job.Peer("math", partial(job.sdpa, SDPBackend.MATH, folded))
+    peer = job.sdpa_peer("math", SDPBackend.MATH, folded)
     calls = peer.calls(dense)
     assert len(calls) == 2
-    peer.check(dense, calls[0]())
-    with pytest.raises(AssertionError, match="wrong result"):
-        peer.check(dense, calls[1]())  # other inputs
-    with pytest.raises(AssertionError, match="wrong result"):
-        peer.check(dense, calls[0]() * 1.05)
+    right = calls[0]()
+    peer.check(dense, right)
+    assert torch.equal(dense.kv[0][:, :, :, -1], dense.new[0])  # the newest token was written
+    for wrong in (calls[1](), right * 1.05):  # other inputs
+        with pytest.raises(AssertionError, match="wrong result"):
+            peer.check(dense, wrong)
 
 
 def test_peers_that_read_pages_or_fp8_are_checked():
     """The same memory read as pages: attention over each row's pages in order."""
     torch.manual_seed(1)
     dense = job.Dense.random(SHAPE, copies=1, dtype=torch.bfloat16, device=CPU)
-    pages = [x.view(2, -1, 2, job.PAGE, 64).transpose(1, 2).flatten(2, 3) for x in (dense.k[0], dense.v[0])]
-    assert torch.equal(pages[0][1, 0, job.PAGE], dense.k[0].view(-1, 2, job.PAGE, 64)[512 // job.PAGE + 1, 0, 0])
+    pages = [x.view(2, -1, 2, job.PAGE, 64).transpose(1, 2).flatten(2, 3) for x in dense.kv[0]]
     eight = [x.to(torch.float8_e4m3fn).bfloat16() for x in pages]
     for (k, v), fp8 in ((pages, False), (eight, True)):
-        out = job.sdpa(SDPBackend.MATH, False, job.Dense(SHAPE, dense.q, [k], [v]))[0]()
+        out = job.sdpa(SDPBackend.MATH, False, dense.q[0], k, v)
         job.Peer("x", lambda _: [], paged=True, fp8=fp8).check(dense, out)
         with pytest.raises(AssertionError, match="wrong result"):
             job.Peer("x", lambda _: [], paged=True, fp8=not fp8).check(dense, out)
 
 
 def test_a_peer_that_fails_is_reported(monkeypatch):
-    monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and _timing.Times(1.0, 2.0, 3.0))
+    made_up = _timing.Times(1.0, 2.0, 3.0)
+    monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
 
     def broken(dense):
         raise RuntimeError("no such kernel\nmore")
@@ -352,94 +386,91 @@ def test_a_peer_that_fails_is_reported(monkeypatch):
     peers = [
         job.Peer("broken", broken),
         job.Peer("wrong", wrong),
-        job.Peer("math", partial(job.sdpa, SDPBackend.MATH, True)),
+        job.sdpa_peer("math", SDPBackend.MATH, True),
     ]
     found = job.time_peers(SHAPE, peers, CARD)
-    assert found["broken"] == "RuntimeError: no such kernel" and "wrong result" in found["wrong"] and found["math"] == 2.0
+    assert (
+        found["broken"] == "RuntimeError: no such kernel"
+        and "wrong result" in found["wrong"]
+        and found["math"] == 2.0
+    )
 
 
 def test_best_peers():
-    peers = {"cudnn": 5.0, "flash": 4.0, "flashinfer fp8": 3.0, "flex": "ImportError: no"}
-    assert job.best(peers, False) == ("flash", 4.0) and job.best(peers, True) == ("flashinfer fp8", 3.0)
-    assert job.best({"flex": "ImportError: no"}, False) == (None, None)
+    peers = {
+        "cudnn": 5.0,
+        "flash": 4.0,
+        "flashinfer fp8": 3.0,
+        "flashinfer paged": "ImportError: no",
+    }
+    assert job.best(peers, False) == ("flash", 4.0) and job.best(peers, True) == (
+        "flashinfer fp8",
+        3.0,
+    )
+    assert job.best({"flash": "ImportError: no"}, False) == (None, None)
+
+
+SMALL = (
+    "--batch",
+    "1",
+    "4",
+    "--tokens",
+    "512",
+    "--heads",
+    "4/2",
+    "--dims",
+    "64",
+    "--presets",
+    "balanced",
+    "small",
+)
 
 
 def run_job(monkeypatch, *arguments: str) -> int:
-    """perf.attention with a stand-in for the card; "device times" are made up, everything else runs."""
-    monkeypatch.setattr(job.Card, "current", classmethod(lambda cls: CARD))
-    monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and _timing.Times(10.0, 20.0, 30.0))
-    kernels = {"_attend_spectral_kernel": 16.0, "_finish_spectral_kernel": 3.0}
-    monkeypatch.setattr(job, "kernel_times", lambda calls: kernels)
-    monkeypatch.setattr(job, "compile_in_parallel", lambda variants: None)
-    monkeypatch.setattr(job, "SMALL_SHAPES", ((2, 512),))
-    monkeypatch.setattr(job, "PEERS", (job.Peer("math", partial(job.sdpa, SDPBackend.MATH, True)),))
-    monkeypatch.setattr(job, "needed_bytes", lambda shape, layouts, card: shape.batch << 27)
-    return job.main(arguments)
+    """perf.attention with a stand-in for the card; "device times" are made up, everything else
+    runs."""
+    monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
+    made_up = _timing.Times(10.0, 20.0, 30.0)
+    monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
+    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0})
+    monkeypatch.setattr(job, "PEERS", (job.sdpa_peer("math", SDPBackend.MATH, True),))
+    monkeypatch.setattr(job, "needed_bytes", lambda shape, card: shape.batch << 26)
+    return job.main([*SMALL, "--peers", "math", *arguments])
 
 
-SMALL = ("--batch", "1", "4", "--tokens", "512", "--heads", "4/2", "--dims", "64", "--layouts", "balanced", "32x8")
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
+@on_cpu
 def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
     rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, *SMALL, "--json", str(rows_file)) == 0
+    assert run_job(monkeypatch, "--json", str(rows_file), "--older-cards", "--profile") == 0
     shown = capsys.readouterr()
     assert "B=4 H=4/2 D=64 T=512: skipped" in shown.err  # does not fit
     rows = tables.read_rows(rows_file)
-    assert [(r["B"], r["H"], r["G"], r["D"], r["T"], r["layout"]) for r in rows] == [
-        (1, 4, 2, 64, 512, "balanced"),
-        (1, 4, 2, 64, 512, "32x8"),
-    ]
-    wanted = "gpu commit B H G D T layout p50_us best_peer best_peer_us speedup read_share".split()
+    wanted = list(itertools.product(["balanced", "small"], ["matrix", "scalar"]))
+    assert [(r["preset"], r["path"]) for r in rows] == wanted
     for row in rows:
-        assert set(wanted) <= set(row)
-        assert row["p20_us"] == 10 and row["p50_us"] == 20 and row["p80_us"] == 30
+        assert [row[x] for x in "BHGDT"] == [1, 4, 2, 64, 512] and set(row) <= set(
+            job.__doc__.split()
+        ) | {"layout"}
+        assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (10, 20, 30)
         assert row["best_peer"] == "math" and row["speedup"] == 1 and row["best_fp8"] is None
-        assert 0 < row["budget_share"] <= 1
-        assert (row["kernel_us"], row["project_us"], row["exact_us"], row["merge_us"]) == (16, None, None, 3)  # seen or not
-    # 384 cold tokens of 2 KV heads at 64 bytes, 16 bytes of skip bits a chunk and head, 4 of tables a chunk and a block.
-    read = 2 * (384 * 64 + 3 * 16) + 4 * 3 + 4 * 2
-    assert rows[1]["kernel_gbs"] == pytest.approx(read / 16e3, rel=1e-3)
-    assert rows[1]["read_share"] == pytest.approx(read / 16e3, rel=1e-3)  # of 1 GB/s
-    assert "2 of 2 variants right" in shown.out.splitlines()[1] and shown.out.count("\n") == 5
+        assert 0 < row["budget_share"] <= 1 and row["kernels"] == {"_attend_spectral_kernel": 16.0}
+        layout = _cases.layouts(row["preset"], 64)
+        nbytes = Shape(1, 4, 2, 64, 512).step_bytes(layout[len(layout) // 2], 20)
+        assert row["read_share"] == pytest.approx(nbytes / 20e3, rel=1e-3)  # of 1 GB/s
+    assert "1.00x of 20 math" in shown.out
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
-def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys):
-    step = _cases.Decode.step
-    monkeypatch.setattr(_cases.Decode, "step", lambda self: tuple(x * 1.01 for x in step(self)))
+@on_cpu
+@pytest.mark.parametrize("wrong", ["a result that is off", "a budget that accepts all"])
+def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
+    if wrong == "a result that is off":
+        step = _cases.Step.step
+        monkeypatch.setattr(_cases.Step, "step", lambda self: tuple(x * 1.01 for x in step(self)))
+    else:
+        monkeypatch.setattr(job, "check_state", lambda *args: 0.5)
     rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, *SMALL, "--json", str(rows_file)) == 1
-    shown = capsys.readouterr()
-    assert "0 of 2 variants right" in shown.out and "times the budget" in shown.err and tables.read_rows(rows_file) == []
-
-
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
-def test_no_shape_begins_that_may_end_too_late(monkeypatch, tmp_path, capsys):
-    """A shape is made to take 40 s: of two, one fits in 60 s."""
-    now = [0.0]
-    monkeypatch.setattr(job.time, "monotonic", lambda: now[0])
-    time_peers = job.time_peers
-    monkeypatch.setattr(job, "time_peers", lambda *args: now.__setitem__(0, now[0] + 40.0) or time_peers(*args))
-    asked = ("--batch", "1", "--tokens", "512", "1024", "--heads", "4/2", "--dims", "64", "--layouts", "32x8")
-    rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, *asked, "--seconds", "60", "--json", str(rows_file)) == 0
-    assert "--seconds: 1 shapes not measured, from B=1 H=4/2 D=64 T=1024 on" in capsys.readouterr().err
-    assert [row["T"] for row in tables.read_rows(rows_file)] == [512]
-
-
-def test_the_kernels_of_a_step_are_the_library_s():
-    for name in itertools.chain(*job.STEP_KERNELS.values()):
-        assert hasattr(attention, name) or hasattr(attention_sm75, name), name
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
-@pytest.mark.parametrize("module", [job, kernel_bench, old_cards])
-def test_jobs_without_a_card_say_so(module, capsys):
-    assert (module.main() if module is kernel_bench else module.main([])) == 2
-    shown = capsys.readouterr()
-    assert "nothing was measured" in shown.err and shown.out == ""
+    assert run_job(monkeypatch, "--json", str(rows_file)) == 1
+    assert "budget" in capsys.readouterr().err and tables.read_rows(rows_file) == []
 
 
 def test_shapes():
@@ -447,144 +478,248 @@ def test_shapes():
     assert quick == list(job.TARGETS)
     everything = list(job.shapes_of(job.parse([])))
     assert everything[:4] == quick and len(set(everything)) == len(everything) == 4 * 4 * 4 * 2 + 1
-    shown = [(s.heads, s.kv_heads, s.dim) == (32, 8, 128) or s.tokens == 32768 for s in everything]
-    assert all(shown[: sum(shown)])  # what README's table shows comes before the others
     asked = list(job.shapes_of(job.parse(["--batch", "1", "--heads", "32/8", "--dims", "128"])))
     assert {(s.batch, s.heads, s.kv_heads, s.dim) for s in asked} == {(1, 32, 8, 128)}
 
 
-@pytest.mark.parametrize("wrong", [["--heads", "6/4"], ["--tokens", "100"], ["--plot", "x.png"], ["--layouts", "exact"]])
+@pytest.mark.parametrize("wrong", [["--heads", "6/4"], ["--tokens", "100"], ["--presets", "exact"]])
 def test_arguments_are_refused(wrong, capsys):
     with pytest.raises(SystemExit) as error:
         job.parse(wrong)
-    assert error.value.code == 2 and wrong[0].split("/")[0] in capsys.readouterr().err
+    assert error.value.code == 2 and wrong[0] in capsys.readouterr().err
 
 
-# perf.old_cards and perf.predict
+# perf.end_to_end
 
 
-def run_old_cards(monkeypatch, *arguments: str) -> int:
-    """perf.old_cards with a stand-in for the card, as `run_job`."""
-    monkeypatch.setattr(old_cards.Card, "current", classmethod(lambda cls: CARD))
-    times = iter([_timing.Times(10.0, 20.0, 30.0), _timing.Times(9.0, 16.0, 20.0)] * 2)
-    monkeypatch.setattr(old_cards, "device_times", lambda calls: [call() for call in calls] and next(times))
-    monkeypatch.setattr(old_cards, "kernel_times", lambda calls: {"_attend_operands_kernel": 12.5})
-    monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and _timing.Times(30.0, 40.0, 50.0))
-    monkeypatch.setattr(old_cards, "PEERS", (job.Peer("math", partial(job.sdpa, SDPBackend.MATH, True)),))
-    monkeypatch.setattr(old_cards, "SHAPES", ((1, 512), (2, 512)))
-    return old_cards.main(["--heads", "4/2", "--dim", "64", *arguments])
+class Replays:
+    """Stands in for a CUDA graph."""
+
+    def __init__(self, calls) -> None:
+        self.calls = calls
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
-def test_rows_of_both_paths(monkeypatch, tmp_path, capsys):
-    rows_file = tmp_path / "rows.jsonl"
-    assert run_old_cards(monkeypatch, "--json", str(rows_file)) == 0
-    rows = tables.read_rows(rows_file)
-    assert [(row["B"], row["path"], row["p50_us"]) for row in rows] == [
-        (1, "sm_75", 20),
-        (1, "tl.dot", 16),
-        (2, "sm_75", 20),
-        (2, "tl.dot", 16),
+@pytest.fixture
+def whole(monkeypatch):
+    """perf.end_to_end with a stand-in for the card; times are the CPU's, everything else runs."""
+    pytest.importorskip("transformers")
+    from perf import end_to_end
+
+    monkeypatch.setattr(SmallCard, "dtype", torch.float32)
+    monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
+    monkeypatch.setattr(end_to_end, "SDPA", {"math": (SDPBackend.MATH, True)})
+    monkeypatch.setattr(end_to_end, "time_peers", lambda *args: {"math": 1.0})
+    monkeypatch.setattr(end_to_end, "capture", Replays)
+    monkeypatch.setattr(
+        end_to_end, "replayed", lambda graph, steps: [graph.replay() or 1.0 for _ in range(steps)]
+    )
+    for name in ("reset_peak_memory_stats", "max_memory_allocated", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 1 << 20)
+    return end_to_end
+
+
+TINY = ("--shape", "tiny", "--tokens", "256", "--batch", "2", "--steps", "8")
+
+
+@on_cpu
+def test_whole_models_are_timed(whole, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    what = ("--what", "eager", "graph", "ours", "prefill", "--presets", "exact", "balanced")
+    assert whole.main([*TINY, *what, "--json", str(path)]) == 0
+    rows = tables.read_rows(path)
+    asked = [("eager", None), ("graph", None), ("ours", "exact"), ("ours", "balanced")]
+    assert [(r["what"], r["preset"]) for r in rows[:4]] == asked
+    assert [(r["what"], r["preset"]) for r in rows[4:]] == [
+        ("prefill", p) for p in (None, "exact", "balanced")
     ]
-    names = "gpu commit torch triton date B H G D T layout chunk align path p20_us p50_us p80_us kernels best_peer"
-    names += " best_peer_us speedup read_share read_gbs budget_share peers"
-    assert set(rows[0]) == set(names.split()) and all(name in old_cards.__doc__ for name in names.split())
-    assert rows[0]["T"] == 512 and rows[0]["speedup"] == 2 and 0 < rows[0]["budget_share"] <= 1
-    assert "2.00x of 40.0 math" in capsys.readouterr().out
+    dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
+    assert (
+        rows[0]["cache_bytes"] == rows[1]["cache_bytes"] == dense and rows[1]["backend"] == "math"
+    )
+    for row in rows:
+        assert set(row) <= set(whole.__doc__.replace(",", "").split()) and (row["B"], row["T"]) == (
+            2,
+            256,
+        )
+        assert (
+            row["ms"] > 0 and row["steps"] == 8
+            if row["what"] != "prefill"
+            else row["prefill_s"] > 0
+        )
+    assert rows[3]["tokens_per_s"] == pytest.approx(2e3 / rows[3]["ms"], rel=1e-3)
+    assert "| ours balanced |" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(DEVICE.type == "cuda", reason="with twins on the CPU")
-@pytest.mark.parametrize("wrong", ["a result that is off", "a budget that accepts all"])
-def test_old_cards_checks_first(monkeypatch, wrong):
-    if wrong == "a result that is off":
-        attend = old_cards.attend
-        monkeypatch.setattr(old_cards, "attend", lambda *args: tuple(x * 1.02 for x in attend(*args)))
-    else:
-        monkeypatch.setattr(old_cards, "check_state", lambda *args: 0.5)
-    with pytest.raises(AssertionError, match="budget"):
-        run_old_cards(monkeypatch)
+@on_cpu
+def test_a_wrong_model_is_no_row(whole, monkeypatch, tmp_path, capsys):
+    """Attention that is off, in ours and in the dense graph."""
+    from spectral_kernels.cache import SpectralCache
+
+    attend, sdpa = SpectralCache.attend, whole.sdpa
+    # In place, as the layer writes to `out`.
+    monkeypatch.setattr(
+        SpectralCache, "attend", lambda *args, **kwargs: attend(*args, **kwargs).mul_(1.02)
+    )
+    monkeypatch.setattr(whole, "sdpa", lambda *args: sdpa(*args).roll(1, 1))
+    path = tmp_path / "rows.jsonl"
+    assert whole.main([*TINY, "--what", "graph", "ours", "--json", str(path)]) == 1
+    shown = capsys.readouterr()
+    assert (
+        "times the budget" in shown.err
+        and "logits: a relative error" in shown.err
+        and tables.read_rows(path) == []
+    )
 
 
-def predicted(monkeypatch, factor: float) -> list[predict.Comparison]:
-    """Comparisons of made-up rows of both commands, all predicted to take `factor` times 20 us."""
-    forced = {"gpu": "NVIDIA H200", "B": 4, "H": 32, "G": 8, "D": 128, "T": 32768, "layout": "balanced", "chunk": 64}
-    forced |= {"align": 512, "path": "sm_75", "p50_us": 20.0, "kernels": {"_attend_operands_kernel": 20.0}}
-    others = [forced | {"path": "tl.dot"}, forced | {"gpu": "a card"}, forced | {"chunk": 128}]
-    step = {name: x for name, x in made_up_row(gpu="Tesla T4", kernel_us=20.0).items() if name != "path"}
+def test_end_to_end_refuses(capsys):
+    pytest.importorskip("transformers")
+    from perf import end_to_end
 
-    def stand_in(card, cases, old):
-        return [predict.Prediction({"_attend_operands_kernel": 20 * factor}, 0.5, 20 * factor, 1.0) for _ in cases]
-
-    monkeypatch.setattr(predict, "predict", stand_in)
-    return predict.comparisons([forced, *others, step])
+    for wrong in (["--tokens", "100"], ["--steps", "2"], ["--what", "vllm"]):
+        with pytest.raises(SystemExit):
+            end_to_end.parse(wrong)
+        assert wrong[0] in capsys.readouterr().err
+    assert end_to_end.parse(["--long"]).tokens == [8192]
 
 
-def test_predictions_are_set_beside_rows(monkeypatch):
-    """Of known cards and the layout's own pages; a row of perf.attention has kernels alone."""
-    compared = predicted(monkeypatch, 1.2)
-    assert [(c.row["gpu"], c.row.get("path"), c.what) for c in compared] == [
-        ("NVIDIA H200", "sm_75", "all"),
-        ("NVIDIA H200", "sm_75", "_attend_operands_kernel"),
-        ("NVIDIA H200", "tl.dot", "all"),
-        ("NVIDIA H200", "tl.dot", "_attend_operands_kernel"),
-        ("Tesla T4", None, "_attend_operands_kernel"),
-    ]
-    assert all(c.ratio == pytest.approx(1.2) for c in compared)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
+def test_end_to_end_without_a_card_says_so(capsys):
+    pytest.importorskip("transformers")
+    from perf import end_to_end
 
-
-@pytest.mark.parametrize(("factor", "trusted"), [(0.69, False), (0.71, True), (1.29, True), (1.31, False)])
-def test_issue_5_s_limit(monkeypatch, factor, trusted):
-    [one] = predict.issue_5(predicted(monkeypatch, factor))
-    assert one.row["path"] == "sm_75" and one.what == "all" and one.trusted == trusted
-
-
-def test_predicted_kernels_are_the_library_s():
-    assert set(predict.COLUMNS) >= set(predict.TRIPS) | set(predict.LINES)
-    for name, column in predict.COLUMNS.items():
-        assert name in job.STEP_KERNELS[column]
-    assert predict.card_of("NVIDIA A100-SXM4-80GB") == "A100" and predict.card_of("NVIDIA L40S") is None
+    with pytest.raises(SystemExit, match="2"):
+        end_to_end.main([])
+    assert "nothing was measured" in capsys.readouterr().err
 
 
 # perf.tables
 
 
-def made_up_row(**changes) -> dict:
-    times = _timing.Times(9.0, 10.0, 11.0)
-    shape = Shape(16, 32, 8, 128, 65536)
-    row = job.row_of(
-        shape, "balanced", times, {"_attend_spectral_kernel": 8.0}, 0.5, {"cudnn": 42.0, "flex": "ImportError"}, 4.5e12
-    )
-    return {"gpu": "a card", "commit": "abc1234", **row, **changes}
+def attention_row(**changes) -> dict:
+    row = {
+        "gpu": "a card",
+        "commit": "abc1234",
+        "B": 16,
+        "H": 32,
+        "G": 8,
+        "D": 128,
+        "T": 65536,
+        "path": "matrix",
+    }
+    row |= {
+        "preset": "balanced",
+        "p50_us": 10.0,
+        "best_peer": "cudnn",
+        "best_peer_us": 42.0,
+        "speedup": 4.2,
+    }
+    return {**row, "read_share": 0.8, **changes}
+
+
+def end_row(tokens: int, what: str, ms: float, preset: str | None = None, **changes) -> dict:
+    row = {
+        "gpu": "a card",
+        "commit": "abc1234",
+        "shape": "8b",
+        "B": 1,
+        "T": tokens,
+        "what": what,
+        "preset": preset,
+    }
+    return {**row, "ms": ms, "weight_bytes": 15e9, "cache_bytes": 1e9, "read_gbs": 4000, **changes}
 
 
 def test_the_attention_table():
-    rows = [made_up_row(p50_us=77.0), made_up_row(), made_up_row(layout="small", read_share=None, speedup=3.5)]
+    rows = [attention_row(p50_us=77.0), attention_row(), attention_row(preset="small", speedup=3.5)]
     text = tables.attention_table(rows)
     line = next(line for line in text.splitlines() if line.startswith("| a card"))
-    assert [cell.strip() for cell in line.split("|")[1:-1]][:6] == ["a card", "32/8", "128", "16", "65,536", "42 cudnn"]
-    assert "10, **4.20x**" in line and "10, **3.50x** |" in line and "77" not in text and "abc1234" in text
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[:7] == ["a card", "32/8", "128", "16", "65,536", "matrix", "42 cudnn"]
+    assert (
+        cells[7:] == ["-", "10, **4.20x**, 80%", "10, **3.50x**, 80%"]
+        and "77" not in text
+        and "abc1234" in text
+    )
 
 
-def test_readme_is_what_the_command_writes():
-    readme = (tables.ROOT / "README.md").read_text()
-    assert len(tables.MARKED.findall(readme)) == readme.count("<!-- table:") >= 1
-    assert tables.fill(readme) == readme, "run python -m perf.tables"
+def test_the_end_to_end_table():
+    """4 + 0.5 a 1K against 5 + 0.25 a 1K: even at 4K."""
+    rows = [end_row(1024 * n, "graph", 4 + 0.5 * n) for n in (8, 32)]
+    rows += [end_row(1024 * n, "bare", 5 + 0.25 * n, "balanced") for n in (8, 32)]
+    rows.append(
+        {
+            **end_row(8192, "prefill", 0, "balanced"),
+            "prefill_s": 0.5,
+            "prefill_ratio": 1.004,
+            "peak_bytes": 2e9,
+        }
+    )
+    del rows[-1]["ms"]
+    text = tables.end_to_end_table([*rows, end_row(8192, "ours", 9.0, "small", shared="two")])
+    lines = {
+        line.split("|")[4].strip(): [x.strip() for x in line.split("|")[5:-1]]
+        for line in text.splitlines()[2:5]
+    }
+    assert lines["graph"] == ["8.00", "20.00", "4.00 + 0.5000 a 1K", "-", "4.00 (20%)"]
+    assert lines["bare balanced"] == [
+        "7.00 (1.14x)",
+        "13.00 (1.54x)",
+        "5.00 + 0.2500 a 1K",
+        "4,096",
+        "4.00 (31%)",
+    ]
+    assert lines["ours small"] == ["9.00* (0.89x)", "-", "-", "-", "4.00 (44%)"]
+    assert "| balanced | 0.500 | 1.004 | 1.00 | 2.00 |" in text and "layers share memory" in text
+
+
+@pytest.mark.parametrize(
+    ("dense", "ours", "words"),
+    [
+        ((4, 1), (5, 2), "none"),
+        ((4, 1), (3, 0.5), "any"),
+        ((4, 1), (5, 0.5), "2"),
+        (None, (1, 1), "-"),
+    ],
+)
+def test_break_even(dense, ours, words):
+    assert tables.break_even(dense, ours) == words
 
 
 def test_tables_are_filled(tmp_path):
     text = "a\n<!-- table: attention -->\nold\n<!-- end of table -->\nb\n"
     assert "No row yet" in tables.fill(text, tmp_path) and "old" not in tables.fill(text, tmp_path)
-    (tmp_path / "attention.jsonl").write_text(json.dumps(made_up_row()) + "\n")
+    (tmp_path / "attention.jsonl").write_text(json.dumps(attention_row()) + "\n")
     filled = tables.fill(text, tmp_path)
     assert "**4.20x**" in filled and tables.fill(filled, tmp_path) == filled
     with pytest.raises(ValueError, match="table: expected"):
         tables.fill(text.replace("attention", "nobody"), tmp_path)
 
 
-def test_the_plot(tmp_path):
+def test_readme_is_what_the_command_writes():
+    readme = (tables.ROOT / "README.md").read_text()
+    assert len(tables.MARKED.findall(readme)) == readme.count("<!-- table:")
+    assert tables.fill(readme) == readme, "run python -m perf.tables --readme"
+
+
+def test_the_plots(tmp_path):
     pytest.importorskip("matplotlib")
-    rows = [made_up_row(T=t, B=b, speedup=s) for t, b, s in ((8192, 1, 1.2), (32768, 1, 2.0), (8192, 16, 3.0))]
-    tables.plot_attention(rows, tmp_path / "plots" / "speed.png")
-    assert (tmp_path / "plots" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    rows = [
+        attention_row(T=t, B=b, speedup=s)
+        for t, b, s in ((8192, 1, 1.2), (32768, 1, 2.0), (8192, 16, 3.0))
+    ]
+    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ends = [
+        end_row(8192, "graph", 5.0),
+        end_row(8192, "ours", 5.0, "small"),
+        end_row(8192, "bare", 4.0, "small"),
+    ]
+    (tmp_path / "end_to_end.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends))
+    tables.plot_all(tmp_path, tmp_path / "plots")
+    for name in ("attention", "end_to_end"):
+        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="rows"):
-        tables.plot_attention([], tmp_path / "none.png")
+        tables.plot([], tmp_path / "none.png", tables.END_KEY, "ms", "", lambda row: "x")

@@ -8,23 +8,27 @@ import pytest
 import torch
 
 from reference import rope as oracle
+from reference.compress import CodecArrays
 from spectral_kernels import rope
 from tests import budgets
 from tests.cases import (
     DEVICE,
     DTYPES,
+    F64,
     IMPLEMENTATIONS,
     STRIDES,
     PageSpec,
+    check_errors,
+    codec_of,
+    freqs_of,
     in_shape_of,
+    int32,
     inverse_frequencies,
-    make_pages,
+    make_codec,
     make_queries,
     operation,
-    pages_of,
     poisoned,
-    query_positions,
-    rope_of,
+    rounded,
     strided,
     to_numpy,
 )
@@ -42,53 +46,94 @@ def test_oracle_rotations_compose(rng):
     np.testing.assert_allclose(np.linalg.norm(both, axis=-1), np.linalg.norm(x, axis=-1))
 
 
-def test_oracle_phase_alignment_keeps_scores(rng):
-    """(R(m) q) . (R(p) k) = (R(m - t0) q) . (R(p - t0) k) for every chunk length."""
-    q, k, inv_freq = rng.standard_normal((1, 1, 80)), rng.standard_normal((1, 300, 80)), inverse_frequencies(64)
-    p, m = np.arange(300)[None], np.array([[777]])
-    dense = oracle.rotate(q, m, inv_freq) @ oracle.rotate(k, p, inv_freq).mT
-    for chunk in (32, 64, 128, 256):
-        aligned = oracle.rotate(k, p, inv_freq, chunk=chunk)
-        start = p - p % chunk
-        shifted = np.stack([oracle.rotate(q[0], m[0] - s, inv_freq)[0] for s in start[0]])
-        np.testing.assert_allclose((shifted * aligned[0]).sum(-1), dense[0, 0], atol=1e-10)
+@pytest.mark.parametrize("frame", [64, 128, 512])
+def test_oracle_turning_back_keeps_scores(rng, frame):
+    """q_rot . k_rot = (R(-t0) q_rot) . kappa, whatever turned q and k before: the model's
+    frequencies or others."""
+    q, k, inv_freq = (
+        rng.standard_normal((300, 80)),
+        rng.standard_normal((300, 80)),
+        inverse_frequencies(64),
+    )
+    p = rng.integers(0, 3000, 300)
+    kappa = oracle.turn_back(k, p, inv_freq, frame)
+    turned = oracle.rotate(q, p - p % frame, inv_freq, inverse=True)
+    np.testing.assert_allclose((turned * kappa).sum(-1), (q * k).sum(-1), atol=1e-11)
+    np.testing.assert_allclose(
+        oracle.turn_back(kappa, p, inv_freq, frame, inverse=True), k, atol=1e-11
+    )
+    rotated = oracle.rotate(
+        k, p, inv_freq
+    )  # with the model's own frequencies kappa turns by the offset
+    aligned = oracle.turn_back(rotated, p, inv_freq, frame)
+    np.testing.assert_allclose(aligned, oracle.rotate(k, p % frame, inv_freq), atol=1e-11)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("dim", "rotary_dim", "chunk", "inverse"),
-    [(64, 64, None, False), (80, 80, 64, False), (96, 48, 128, True), (128, 128, None, True), (256, 64, 32, False)],
+    ("dim", "rotary_dim", "frame", "inverse"),
+    [
+        (64, 64, None, False),
+        (80, 80, 64, False),
+        (96, 48, 128, True),
+        (128, 128, None, True),
+        (256, 64, 512, False),
+        (64, 0, 64, False),
+    ],
 )
-def test_rotate(rng, implementation, dtype, dim, rotary_dim, chunk, inverse):
+def test_rotate_and_turn_back(rng, implementation, dtype, dim, rotary_dim, frame, inverse):
+    """frame None: rotate."""
     inv_freq = inverse_frequencies(rotary_dim)
-    x = torch.from_numpy(rng.standard_normal((2, 3, 37, dim))).to(dtype)
+    x = rounded(rng.standard_normal((2, 3, 37, dim)), dtype)
     at = rng.integers(0, 1_000_000, (2, 37))
-    run = operation(rope, "rotate", implementation, dtype)
     for stride in STRIDES:
-        out = poisoned(*x.shape, dtype=dtype)
-        positions = torch.from_numpy(at).to(DEVICE, torch.int32 if stride == "odd" else torch.int64)
-        got = run(strided(x, stride), positions, rope_of(inv_freq), chunk=chunk, inverse=inverse, out=out)
-        expected = oracle.rotate(to_numpy(x), at[:, None], inv_freq, chunk=chunk, inverse=inverse)
-        budgets.check(got, expected, budgets.rotate(to_numpy(x), expected, inv_freq, dtype), stride)
-        assert got.dtype == dtype
+        int_dtype = torch.int32 if stride == "odd" else torch.int64
+        wide = torch.full((2, 37, 2), -1, dtype=int_dtype, device=DEVICE)  # positions of any stride
+        wide[..., 0] = torch.from_numpy(at).to(DEVICE, int_dtype)
+        check_turn(implementation, strided(x, stride), at, wide[..., 0], inv_freq, frame, inverse)
+
+
+def check_turn(
+    implementation: str,
+    x: torch.Tensor,
+    at: np.ndarray,
+    positions: torch.Tensor,
+    inv_freq: np.ndarray,
+    frame: int | None,
+    inverse: bool,
+    stride: str = "plain",
+) -> None:
+    """rotate (frame None) or turn_back of x [B, N, T, D] at positions [B, T]."""
+    options = {} if frame is None else {"frame": frame}
+    run = operation(rope, "rotate" if frame is None else "turn_back", implementation, x.dtype)
+    out = strided(poisoned(*x.shape, dtype=x.dtype), stride)
+    got = run(x, positions, freqs_of(inv_freq), inverse=inverse, out=out, **options)
+    own = to_numpy(x)
+    if frame is None:
+        expected = oracle.rotate(own, at[:, None], inv_freq, inverse=inverse)
+    else:
+        expected = oracle.turn_back(own, at[:, None], inv_freq, frame, inverse=inverse)
+    budgets.check(got, expected, budgets.rotate(own, expected, inv_freq, x.dtype))
+    assert got.dtype == x.dtype and got is out
 
 
 def test_rotate_budget_has_teeth(rng):
     inv_freq, dtype = inverse_frequencies(64), torch.float16
-    x, at = to_numpy(torch.from_numpy(rng.standard_normal((1, 1, 40, 80))).to(dtype)), np.arange(40)[None] + 3
+    x, at = to_numpy(rounded(rng.standard_normal((1, 1, 40, 80)), dtype)), np.arange(40)[None] + 3
     expected = oracle.rotate(x, at, inv_freq)
     budget = budgets.rotate(x, expected, inv_freq, dtype)
     swapped = np.concatenate((x[..., 32:64], x[..., :32], x[..., 64:]), -1)
+    neighbours = x.reshape(1, 1, 40, 40, 2).swapaxes(-1, -2).reshape(x.shape)
     mutants = {
         "zeros": np.zeros_like(x),
         "not rotated": x,
         "minus the position": oracle.rotate(x, at, inv_freq, inverse=True),
         "the next position": oracle.rotate(x, at + 1, inv_freq),
-        "position modulo 32": oracle.rotate(x, at, inv_freq, chunk=32),
+        "position modulo 32": oracle.rotate(x, at % 32, inv_freq),
         "cosine only": (expected + oracle.rotate(x, at, inv_freq, inverse=True)) / 2,
         "halves swapped": oracle.rotate(swapped, at, inv_freq),
-        "neighbouring pairs": oracle.rotate(x.reshape(1, 1, 40, 40, 2).swapaxes(-1, -2).reshape(x.shape), at, inv_freq),
+        "neighbouring pairs": oracle.rotate(neighbours, at, inv_freq),
         "dimensions past rotary_dim turned": oracle.rotate(x, at, inverse_frequencies(80)),
         "frequencies one part in a thousand off": oracle.rotate(x, at, inv_freq * 1.001),
     }
@@ -96,175 +141,238 @@ def test_rotate_budget_has_teeth(rng):
         budgets.check_rejects(mutant, expected, budget, mistake)
 
 
+def test_turn_back_budget_has_teeth(rng):
+    inv_freq, dtype, frame = inverse_frequencies(64), torch.float16, 64
+    x = to_numpy(rounded(rng.standard_normal((1, 1, 40, 80)), dtype))
+    at = 64 * rng.integers(1, 50, (1, 40)) + rng.integers(0, 64, (1, 40))
+    expected = oracle.turn_back(x, at, inv_freq, frame)
+    budget = budgets.rotate(x, expected, inv_freq, dtype)
+    forward = oracle.turn_back(x, at, inv_freq, frame, inverse=True)
+    mutants = {
+        "not turned": x,
+        "turned forward": forward,
+        "turned twice": oracle.turn_back(expected, at, inv_freq, frame),
+        "cosine only": (expected + forward) / 2,
+        "turned back by the position": oracle.rotate(x, at, inv_freq, inverse=True),
+        "turned back by the offset": oracle.rotate(x, at % frame, inv_freq, inverse=True),
+        "the frame before": oracle.turn_back(x, at - frame, inv_freq, frame),
+        "the next frame": oracle.turn_back(x, at + frame, inv_freq, frame),
+        "frames twice as long": oracle.turn_back(x, at // 128 * 128 + 64, inv_freq, 128),
+        "one position early at a frame's border": oracle.rotate(
+            x, at // 64 * 64 - 1, inv_freq, inverse=True
+        ),
+    }
+    for mistake, mutant in mutants.items():
+        budgets.check_rejects(mutant, expected, budget, mistake)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_frame_borders(rng, implementation):
+    """The last token of a frame and the first of the next one, to the token."""
+    inv_freq, at = inverse_frequencies(64), np.array([[0, 1, 511, 512, 513, 1023, 1024, 1025]])
+    x = rounded(rng.standard_normal((1, 1, 8, 64)), torch.float32).to(DEVICE)
+    check_turn(implementation, x, at, torch.from_numpy(at).to(DEVICE), inv_freq, 512, False)
+    run = operation(rope, "turn_back", implementation)
+    got = run(x, torch.from_numpy(at).to(DEVICE), freqs_of(inv_freq), frame=512)
+    assert torch.equal(got[:, :, :3], x[:, :, :3])  # nothing turns in the first frame
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_angles_at_large_positions(implementation):
-    """Good to 1e-6 rad at position 1,000,000 and far past it, for fast and slow and awkward frequencies."""
+    """Good to 1e-6 rad at position 1,000,000 and far past it, for fast and slow and awkward
+    frequencies."""
     inv_freq = np.array([1.0, 0.86596432, 0.1, 1.0 / 3, 1e-3, 1e-6, 5.0, 0.0], np.float32)
     at = np.array([[0, 1, 2**20 - 1, 999_999, 1_000_000, 2**31 - 1, 2**31, 10**12]])
     x = torch.zeros(1, 1, at.shape[1], 64)
     x[..., :8] = 1.0  # turned by an angle a: (cos a, sin a)
     wide = np.concatenate((inv_freq, np.zeros(24, np.float32)))
     run = operation(rope, "rotate", implementation, torch.float32)
-    got = to_numpy(run(x.to(DEVICE), torch.from_numpy(at).to(DEVICE), rope_of(wide)))[0, 0]
+    got = to_numpy(run(x.to(DEVICE), torch.from_numpy(at).to(DEVICE), freqs_of(wide)))[0, 0]
     for t, position in enumerate(at[0]):
         for i, frequency in enumerate(inv_freq):
             turns = int(position) * Fraction(float(frequency)) / TWO_PI
             angle = float((turns - math.floor(turns)) * TWO_PI)
-            error = abs(complex(got[t, i], got[t, i + 32]) - complex(math.cos(angle), math.sin(angle)))
-            assert error < budgets.ANGLE, f"position {position}, frequency {frequency}: {error:.2g} rad"
+            error = abs(
+                complex(got[t, i], got[t, i + 32]) - complex(math.cos(angle), math.sin(angle))
+            )
+            assert error < budgets.ANGLE, (
+                f"position {position}, frequency {frequency}: {error:.2g} rad"
+            )
 
 
 def test_float32_angles_would_fail():
-    """What the test above is about: position * frequency in float32 is wrong by more than its bound."""
+    """What the test above is about: position * frequency in float32 is wrong by more than its
+    bound."""
     position, frequency = np.float32(999_999), np.float32(0.86596432)
     exact = int(position) * Fraction(float(frequency))
     assert abs(float(Fraction(float(position * frequency)) - exact)) > 100 * budgets.ANGLE
 
 
-def test_rope_from_inv_freq_is_exact():
-    """turns = round(inv_freq / (2 pi) * 2**64) modulo 2**64, as a signed number."""
-    values = [1.0, 0.5, 3.0, 6.5, 1e-4, 0.0, float(np.float32(0.1))]
-    turns = rope.Rope.from_inv_freq(torch.tensor(values, dtype=torch.float64)).turns
-    for value, got in zip(values, turns.tolist(), strict=True):
+def test_freqs_are_exact():
+    """freqs = round(inv_freq / (2 pi) * 2**64) modulo 2**64, as a signed number; rounded once."""
+    values = [1.0, 0.5, 3.0, 6.5, 1e-4, 0.0, float(np.float32(0.1)), 1e9, 5e-324]
+    freqs = rope.freqs_from_inv_freq(torch.tensor(values, dtype=torch.float64))
+    assert freqs.dtype == torch.int64
+    for value, got in zip(values, freqs.tolist(), strict=True):
         exact = Fraction(value) / TWO_PI * 2**64
         wanted = math.floor(exact + Fraction(1, 2)) % 2**64
         assert got % 2**64 == wanted and -(2**63) <= got < 2**63
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_phase_align_is_rotation_by_the_offset(rng, implementation):
-    inv_freq, dtype = inverse_frequencies(64, 1e6), torch.float16
-    k = torch.from_numpy(rng.standard_normal((2, 2, 70, 64))).to(dtype)
-    at = rng.integers(0, 10_000, (2, 70))
-    run = operation(rope, "phase_align", implementation, dtype)
-    out = poisoned(*k.shape, dtype=dtype)
-    got = run(k.to(DEVICE), torch.from_numpy(at).to(DEVICE), rope_of(inv_freq), chunk=64, out=out)
-    expected = oracle.rotate(to_numpy(k), (at % 64)[:, None], inv_freq)
-    budgets.check(got, expected, budgets.rotate(to_numpy(k), expected, inv_freq, dtype))
-
-
-def test_rotate_in_place_and_empty(rng):
-    rotary = rope_of(inverse_frequencies(64))
-    x = torch.from_numpy(rng.standard_normal((1, 2, 5, 64))).to(DEVICE, torch.float32)
-    at = torch.arange(5, device=DEVICE)[None]
-    for implementation in IMPLEMENTATIONS:
-        run = operation(rope, "rotate", implementation)
-        separate = run(x, at, rotary)
+def test_in_place_and_empty(rng, implementation):
+    freqs = freqs_of(inverse_frequencies(64))
+    x = rounded(rng.standard_normal((1, 2, 5, 64)), torch.float32).to(DEVICE)
+    at = torch.arange(5, device=DEVICE)[None] + 62
+    for name, options in (("rotate", {}), ("turn_back", {"frame": 64})):
+        run = operation(rope, name, implementation)
+        separate = run(x, at, freqs, **options)
         same = x.clone()
-        in_place = rope.rotate_torch if implementation == "torch" else run
-        written = in_place(same, at, rotary, out=same)
-        assert written is same
-        torch.testing.assert_close(same, separate, rtol=0, atol=0)
-        assert run(x[:, :, :0], at[:, :0], rotary).shape == (1, 2, 0, 64)
+        assert run(same, at, freqs, out=same, **options) is same
+        assert torch.equal(same, separate)
+        assert run(x[:, :, :0], at[:, :0], freqs, **options).shape == (1, 2, 0, 64)
 
 
 PROJECT_CASES = [
-    # k_bands, D, rotary_dim, C, G, heads a group, lengths, segments, Q, scaling
-    ("16x8+16x4+32x2", 64, 64, 64, 2, 2, (0, 1, 130), 3, 1, 1.0),
-    ("32x8", 80, 40, 64, 1, 3, (140,), 2, 2, 1.3),
-    ("48x4", 96, 96, 128, 2, 1, (129, 256), 1, 1, 1.0),
-    ("128x16", 128, 128, 64, 1, 6, (65,), 1, 1, 0.8),
-    ("16x8+240x2", 256, 64, 64, 1, 2, (64,), 1, 3, 1.0),
+    # k_bands, D, rotary_dim, frame, G, heads a group, B, max_frames, Q, rows of the codec
+    ("16x8+16x4+32x2", 64, 64, 512, 2, 4, 3, 3, 1, 0),
+    ("32x8", 80, 40, 64, 1, 6, 1, 5, 2, 2),
+    ("48x4", 96, 96, 128, 2, 1, 2, 2, 4, 2),
+    ("16x8+16x4+96x2", 128, 128, 512, 1, 8, 1, 2, 1, 1),
+    ("16x8+240x2", 256, 64, 512, 1, 2, 1, 1, 3, 0),
+    ("128x8", 64, 64, 64, 1, 2, 1, 2, 1, 0),
 ]
+
+
+def project_oracle(
+    q: F64, codec: CodecArrays, rows: np.ndarray, max_frames: int
+) -> tuple[F64, F64]:
+    return oracle.project_queries(
+        q,
+        codec.k_basis,
+        codec.k_scale,
+        codec.k_mean,
+        rows,
+        codec.inv_freq,
+        frame=codec.frame,
+        max_frames=max_frames,
+    )
+
+
+def check_project(
+    implementation, queries, codec: CodecArrays, rows: np.ndarray, max_frames: int
+) -> None:
+    expected = project_oracle(queries.q, codec, rows, max_frames)
+    run = operation(rope, "project_queries", implementation, queries.tensor.dtype)
+    out = tuple(poisoned(*in_shape_of(x, queries).shape) for x in expected)
+    ids = None if len(codec.k_basis) == 1 else int32(rows)
+    got = run(queries.tensor, codec_of(codec), max_frames, codec_ids=ids, out=out)
+    allowed = budgets.project_queries(queries.q, codec, rows)
+    for name, value, wanted, budget in zip(("u", "bias"), got, expected, allowed, strict=True):
+        assert value.dtype == torch.float32
+        budget = np.broadcast_to(budget, wanted.shape)
+        budgets.check(value, in_shape_of(wanted, queries), in_shape_of(budget, queries), name)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", PROJECT_CASES, ids=lambda c: f"{c[0]}-D{c[1]}")
+@pytest.mark.parametrize("case", PROJECT_CASES, ids=lambda c: f"{c[0]}-D{c[1]}-Q{c[8]}")
 def test_project_queries(rng, implementation, dtype, case):
-    bands, dim, rotary_dim, chunk, groups, group, lengths, segments, queries, scaling = case
-    inv_freq = inverse_frequencies(rotary_dim)
-    spec = PageSpec(bands, "16x8", dim, chunk, groups, lengths, segments=segments, mixed=True)
-    arrays = make_pages(rng, spec)
-    at = query_positions(rng, lengths, queries, far=5000)
+    bands, dim, rotary_dim, frame, groups, group, batch, max_frames, queries, codecs = case
+    spec = PageSpec(bands, "16x8", dim, groups, (0,) * batch, frame, rotary_dim, codecs=codecs)
+    codec, used = make_codec(rng, spec)
     q = make_queries(
         rng,
-        shape=(len(lengths), groups * group, queries, dim),
-        at=at,
+        shape=(batch, groups * group, queries, dim),
         dtype=dtype,
         stride="odd" if queries > 1 else "swapped",
         flat=queries == 1,
     )
-    expected = project_oracle(q.q, at, arrays, inv_freq, scaling)
-    run = operation(rope, "project_queries", implementation, dtype)
-    out = poisoned(*in_shape_of(expected, q).shape)
-    got = run(q.tensor, q.positions, pages_of(arrays), rope_of(inv_freq, scaling), out=out)
-    budget = budgets.project_queries(q.q, expected, arrays, inv_freq, scaling)
-    budgets.check(got, in_shape_of(expected, q), in_shape_of(budget, q))
-    assert got.dtype == torch.float32
+    check_project(implementation, q, codec, used[rng.integers(0, len(used), batch)], max_frames)
 
 
-def project_oracle(q, at, arrays, inv_freq, scaling=1.0):
-    return oracle.project_queries(
-        q, at, arrays.k_basis, arrays.k_scale, arrays.segment_table, arrays.lengths, inv_freq, scaling, arrays.align
-    )
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_project_no_frames_or_queries(rng, implementation):
+    codec = codec_of(make_codec(rng, PageSpec("16x8", "16x8", 64, 1, (0,)))[0])
+    run = operation(rope, "project_queries", implementation)
+    for shape, frames in (((1, 2, 64), 0), ((1, 2, 0, 64), 3), ((0, 2, 64), 2)):
+        u, bias = run(torch.zeros(shape, device=DEVICE), codec, frames)
+        assert tuple(u.shape) == (*shape[:-1], frames, 16) and tuple(bias.shape) == (
+            *shape[:-1],
+            frames,
+        )
 
 
 def test_project_budget_has_teeth(rng):
-    inv_freq, chunk, lengths, scaling = inverse_frequencies(64), 64, (200,), 1.2
-    arrays = make_pages(rng, PageSpec("16x8+16x4", "16x8", 80, chunk, 2, lengths, segments=4, spare_chunks=0))
-    arrays.segment_table[0] = rng.permutation(np.flatnonzero(np.isfinite(arrays.k_scale[:, 0, 0])))
-    at = np.array([[417]])
-    q = rng.standard_normal((1, 4, 1, 80))
-    expected = project_oracle(q, at, arrays, inv_freq, scaling)
-    budget = budgets.project_queries(q, expected, arrays, inv_freq, scaling)
-
-    def with_positions(positions):
-        return project_oracle(q, positions, arrays, inv_freq, scaling)
-
-    turned_back = np.stack([expected[:, :, :, j] for j in (1, 2, 3, 0)], axis=3)
-    other_segments = arrays.segment_table[:, ::-1]
+    spec = PageSpec("16x8+16x4", "16x8", 80, 2, (0,), 64, 64, codecs=2)
+    codec, used = make_codec(rng, spec)
+    rows, frames = used[:1], 4
+    q = rng.standard_normal((1, 4, 1, 80)) * 2
+    expected = project_oracle(q, codec, rows, frames)
+    allowed = budgets.project_queries(q, codec, rows)
+    shifted, unscaled = (
+        project_oracle(q, CodecArrays(**{**vars(codec), "k_scale": scale}), rows, frames)
+        for scale in (np.roll(codec.k_scale, 1, -1), np.full_like(codec.k_scale, 1 / 127))
+    )
+    backward = CodecArrays(**{**vars(codec), "inv_freq": -codec.inv_freq})
+    forwards, backwards = expected, project_oracle(q, backward, rows, frames)
     mutants = {
-        "zeros": np.zeros_like(expected),
-        "the next position": with_positions(at + 1),
-        "a chunk off": with_positions(at + chunk),
-        "the chunks' order": turned_back,
-        "scaling once": project_oracle(q, at, arrays, inv_freq, scaling**0.5),
-        "no scaling": project_oracle(q, at, arrays, inv_freq, 1.0),
-        "key minus query": oracle.project_queries(
-            q,
-            2 * chunk * np.array([[3]]) - at,
-            arrays.k_basis,
-            arrays.k_scale,
-            arrays.segment_table,
-            arrays.lengths,
-            inv_freq,
-            scaling,
-            chunk,
+        "zeros": tuple(np.zeros_like(x) for x in expected),
+        "turned forward": backwards,
+        "cosine only": tuple((a + b) / 2 for a, b in zip(forwards, backwards, strict=True)),
+        "turned twice": tuple(x[:, :, :, [0, 2, 3, 1]] for x in expected),
+        "the neighbouring frame": tuple(np.roll(x, 1, 3) for x in expected),
+        "frames of another length": project_oracle(
+            q, CodecArrays(**{**vars(codec), "frame": 128}), rows, frames
         ),
-        "swapped segments": oracle.project_queries(
-            q, at, arrays.k_basis, arrays.k_scale, other_segments, arrays.lengths, inv_freq, scaling, chunk
+        "a position off": project_oracle(
+            oracle.rotate(q, np.array([1]), codec.inv_freq), codec, rows, frames
         ),
-        "no scale of the basis": oracle.project_queries(
-            q,
-            at,
-            arrays.k_basis,
-            np.full_like(arrays.k_scale, 1 / 127),
-            arrays.segment_table,
-            arrays.lengths,
-            inv_freq,
-            scaling,
-            chunk,
-        ),
-        "heads of the other group": expected[:, ::-1],
-        "fp16 operands": project_oracle(q.astype(np.float16), at, arrays, inv_freq, scaling),
+        "the neighbouring row of the codec": project_oracle(q, codec, used[1:2], frames),
+        "heads of the other group": tuple(x[:, ::-1] for x in expected),
+        "heads dealt out in turn": project_oracle(q[:, [0, 2, 1, 3]], codec, rows, frames),
+        "fp16 queries": project_oracle(q.astype(np.float16), codec, rows, frames),
     }
     for mistake, mutant in mutants.items():
-        budgets.check_rejects(mutant, expected, budget, mistake)
+        for name, wrong, wanted, budget in zip(
+            ("u", "bias"), mutant, expected, allowed, strict=True
+        ):
+            budgets.check_rejects(wrong, wanted, budget, f"{mistake}, {name}")
+    for mistake, mutant in {"shifted scales": shifted, "no scales": unscaled}.items():
+        budgets.check_rejects(mutant[0], expected[0], allowed[0], mistake)
 
 
-def test_arguments_are_named():
-    rotary = rope_of(inverse_frequencies(64))
-    x, at = torch.zeros(1, 1, 3, 64, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="positions"):
-        rope.rotate(x, at[:, :2], rotary)
-    with pytest.raises(TypeError, match="x"):
-        rope.rotate(x.double(), at, rotary)
-    with pytest.raises(ValueError, match="chunk"):
-        rope.rotate(x, at, rotary, chunk=0)
-    with pytest.raises(ValueError, match="rope"):
-        rope.rotate(torch.zeros(1, 1, 3, 32, device=DEVICE), at, rotary)
-    with pytest.raises(ValueError, match="inv_freq"):
-        rope.Rope.from_inv_freq(torch.tensor([-1.0]))
-    with pytest.raises(ValueError, match="scaling"):
-        rope.Rope(rotary.turns, 0.0)
+def test_arguments_are_named(rng):
+    freqs = freqs_of(inverse_frequencies(64))
+    x, at = (
+        torch.zeros(1, 1, 3, 64, device=DEVICE),
+        torch.zeros(1, 3, dtype=torch.int64, device=DEVICE),
+    )
+    codec = codec_of(make_codec(rng, PageSpec("16x8", "16x8", 64, 2, (0,), codecs=1))[0])
+    q, ids = torch.zeros(1, 4, 64, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    spare = torch.zeros(1, 1, 3, 64, device=DEVICE)
+    check_errors([
+        (lambda: rope.rotate(x, at[:, :2], freqs), ValueError, "positions"),
+        (lambda: rope.rotate(x, at.float(), freqs), TypeError, "positions"),
+        (lambda: rope.rotate(x.double(), at, freqs), TypeError, "x"),
+        (lambda: rope.rotate(x[0], at, freqs), ValueError, "x"),
+        (lambda: rope.rotate(x.mT, at[:, :1].expand(1, 64), freqs), ValueError, "x"),
+        (lambda: rope.rotate(x[..., :32], at, freqs), ValueError, "freqs"),
+        (lambda: rope.rotate(x, at, freqs.float()), TypeError, "freqs"),
+        (lambda: rope.rotate(x, at, freqs, out=spare.half()), TypeError, "out"),
+        (lambda: rope.rotate(x, at, freqs, out=spare[:, :, :2]), ValueError, "out"),
+        (lambda: rope.turn_back(x, at, freqs, frame=0), ValueError, "frame"),
+        (lambda: rope.freqs_from_inv_freq(torch.tensor([-1.0])), ValueError, "inv_freq"),
+        (lambda: rope.freqs_from_inv_freq(torch.tensor([math.inf])), ValueError, "inv_freq"),
+        (lambda: rope.freqs_from_inv_freq(torch.tensor([1])), TypeError, "inv_freq"),
+        (lambda: rope.project_queries(q[:, :3], codec, 1), ValueError, "q"),
+        (lambda: rope.project_queries(q[0], codec, 1), ValueError, "q"),
+        (lambda: rope.project_queries(q.double(), codec, 1), TypeError, "q"),
+        (lambda: rope.project_queries(q[..., :32], codec, 1), ValueError, "codec|q"),
+        (lambda: rope.project_queries(q, codec.layout, 1), TypeError, "codec"),
+        (lambda: rope.project_queries(q, codec, -1), ValueError, "max_frames"),
+        (lambda: rope.project_queries(q, codec, 1, codec_ids=ids.long()), TypeError, "codec_ids"),
+        (lambda: rope.project_queries(q, codec, 1, codec_ids=ids[:0]), ValueError, "codec_ids"),
+        (lambda: rope.project_queries(q, codec, 1, out=(q, q)), ValueError, "out"),
+    ])  # fmt: skip
+    assert not spare.any()

@@ -1,9 +1,11 @@
-"""Documents that hide facts in filler text and ask for them later: what the tiny model learns and is tested on.
+"""Documents that hide facts in filler text and ask for them later: what the tiny model learns and
+is tested on.
 
-A document is a run of sentences of a small grammar. Most are filler ("the patient librarian copied the maps ."), some
-state a fact ("note : belen 217 .") and some ask for one stated earlier ("recall : belen 217 .").
-Which name gets which value is drawn anew for each document, so only the document itself can answer a question.
-Every word is one token; the id of a word is its index in `VOCABULARY`.
+A document is a run of sentences of a small grammar. Most are filler ("the patient librarian copied
+the maps ."), some state a fact ("note : belen 217 .") and some ask for one stated earlier ("recall
+: belen 217 ."). Which name gets which value is drawn anew for each document, so only the document
+itself can answer a question. Every word is one token; the id of a word is its index in
+`VOCABULARY`.
 
 Training:  perf/tiny_model/train.py  (`sample_documents`, on the GPU)
 Tests:     `make_recall_contexts`, `make_recall_prompts`  (text; the same for the same seed)
@@ -104,15 +106,22 @@ _LONGEST = max(map(len, _TEMPLATES))
 
 
 def _vocabulary() -> tuple[str, ...]:
-    literals = [w for template in _TEMPLATES for w in template if w not in (*_CLASSES, "NAME", "VALUE")]
+    literals = [
+        w for template in _TEMPLATES for w in template if w not in (*_CLASSES, "NAME", "VALUE")
+    ]
     classes = [word for topic in _TOPICS for words in topic for word in words.split()]
-    return tuple(dict.fromkeys((*SPECIAL, *NAMES, *VALUES, *literals, *_DAYS.split(), *_HOURS.split(), *classes)))
+    return tuple(
+        dict.fromkeys(
+            (*SPECIAL, *NAMES, *VALUES, *literals, *_DAYS.split(), *_HOURS.split(), *classes)
+        )
+    )
 
 
 VOCABULARY = _vocabulary()
 _ID = {word: index for index, word in enumerate(VOCABULARY)}
 
-# What a token is to the trainer: it follows the grammar, nothing foretells it, the document tells it, it is padding.
+# What a token is to the trainer: it follows the grammar, nothing foretells it, the document tells
+# it, it is padding.
 FILLER, RANDOM, ANSWER, PADDING = range(4)
 
 
@@ -134,10 +143,21 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
     A slot is a class (the topic and chance choose among its words), NAME, VALUE or a literal word.
     """
-    slots = ["", *_CLASSES, "NAME", "VALUE", *dict.fromkeys(w for t in _TEMPLATES for w in t if w in _ID)]
-    columns = {name: [(*topic, _DAYS, _HOURS)[i].split() for topic in _TOPICS] for i, name in enumerate(_CLASSES)}
+    slots = [
+        "",
+        *_CLASSES,
+        "NAME",
+        "VALUE",
+        *dict.fromkeys(w for t in _TEMPLATES for w in t if w in _ID),
+    ]
+    columns = {
+        name: [(*topic, _DAYS, _HOURS)[i].split() for topic in _TOPICS]
+        for i, name in enumerate(_CLASSES)
+    }
     words = [
-        [[_ID[w] for w in topic] for topic in columns[slot]] if slot in columns else [[_ID.get(slot, PAD)] * 6] * 8
+        [[_ID[w] for w in topic] for topic in columns[slot]]
+        if slot in columns
+        else [[_ID.get(slot, PAD)] * 6] * 8
         for slot in slots
     ]
     places, kinds = [], []
@@ -145,7 +165,10 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         fill = _LONGEST - len(template)
         value = ANSWER if number == _QUESTION_ID else RANDOM
         places.append([slots.index(word) for word in template] + [0] * fill)
-        kinds.append([{"NAME": RANDOM, "VALUE": value}.get(word, FILLER) for word in template] + [PADDING] * fill)
+        kinds.append(
+            [{"NAME": RANDOM, "VALUE": value}.get(word, FILLER) for word in template]
+            + [PADDING] * fill
+        )
     return tuple(torch.tensor(table, device=device) for table in (words, places, kinds))  # type: ignore[return-value]
 
 
@@ -155,17 +178,20 @@ def sample_documents(
     """Draw documents of `length` tokens on the generator's device.
 
     Args:
-        facts: the least and the most facts a document may state, the most being at most 256 and length / 20.
-            A few late ones may fall off the end.
-        ask: follow each fact by one question about it. In half of the documents it comes anywhere later, in the other
-            half all facts come first and the questions after them, in another order.
+        facts: the least and the most facts a document may state, the most being at most 256 and
+            length / 20. A few late ones may fall off the end.
+        ask: follow each fact by one question about it. In half of the documents it comes anywhere
+            later, in the other half all facts come first and the questions after them, in another
+            order.
     """
     device = generator.device
     words, places, template_kinds = _tables(device)
     lengths = torch.tensor([len(template) for template in _TEMPLATES], device=device)
     sentences, most = length // 8 + 1, facts[1]
     if not 0 < facts[0] <= most <= min(len(NAMES), sentences // 2):
-        raise ValueError(f"facts: expected 0 < least <= most <= {min(len(NAMES), sentences // 2)}, got {facts}")
+        raise ValueError(
+            f"facts: expected 0 < least <= most <= {min(len(NAMES), sentences // 2)}, got {facts}"
+        )
 
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator, device=device)
@@ -173,7 +199,8 @@ def sample_documents(
     def permutations(n: int) -> Tensor:
         return torch.rand(rows, n, generator=generator, device=device).argsort(1)
 
-    # Sentences: filler everywhere, a topic that lasts a while, then facts and questions over some of them.
+    # Sentences: filler everywhere, a topic that lasts a while, then facts and questions over some
+    # of them.
     places_in_text = torch.arange(sentences, device=device).expand(rows, -1)
     last_change = torch.where(integers(4, rows, sentences) == 0, places_in_text, 0).cummax(1).values
     topic = integers(len(_TOPICS), rows, sentences).gather(1, last_change)  # [rows, sentences]
@@ -190,7 +217,10 @@ def sample_documents(
         )
     count = facts[0] + integers(facts[1] - facts[0] + 1, rows, 1)
     dropped = torch.arange(most, device=device) >= count  # [rows, most]
-    early, late = early.masked_fill(dropped, sentences), late.masked_fill(dropped | (not ask), sentences)
+    early, late = (
+        early.masked_fill(dropped, sentences),
+        late.masked_fill(dropped | (not ask), sentences),
+    )
     template = integers(len(_FILLER), rows, sentences + 1)  # the last column takes what is dropped
     template.scatter_(1, early, _FACT_ID).scatter_(1, late, _QUESTION_ID)
     name = torch.zeros_like(template)
@@ -210,10 +240,14 @@ def sample_documents(
     start = 1 + lengths[template].cumsum(1) - lengths[template]  # [rows, sentences]
     place = torch.arange(_LONGEST, device=device)
     target = start[..., None] + place
-    target = torch.where((place < lengths[template][..., None]) & (target < length), target, length).flatten(1)
+    target = torch.where(
+        (place < lengths[template][..., None]) & (target < length), target, length
+    ).flatten(1)
 
     def lay_out(source: Tensor, fill: int) -> Tensor:
-        text = torch.full((rows, length + 1), fill, device=device).scatter_(1, target, source.flatten(1))
+        text = torch.full((rows, length + 1), fill, device=device).scatter_(
+            1, target, source.flatten(1)
+        )
         return text[:, :length]
 
     tokens, kinds = lay_out(word, PAD), lay_out(template_kinds[template], PADDING)
@@ -239,21 +273,29 @@ class RecallQuestion:
 
 @dataclass(frozen=True)
 class RecallContext:
-    """A text that states facts, and questions that each continue it on their own: prefill once, ask many."""
+    """A text that states facts, and questions that each continue it on their own: prefill once, ask
+    many."""
 
     text: str
     questions: tuple[RecallQuestion, ...]
 
 
 def make_recall_contexts(
-    n: int, questions: int, *, distance: tuple[int, int] = (2000, 4000), facts: int | None = None, seed: int = 0
+    n: int,
+    questions: int,
+    *,
+    distance: tuple[int, int] = (2000, 4000),
+    facts: int | None = None,
+    seed: int = 0,
 ) -> list[RecallContext]:
-    """Make n contexts, each with `questions` different questions whose answers lie within `distance` tokens.
+    """Make n contexts, each with `questions` different questions whose answers lie within
+    `distance` tokens.
 
     Args:
-        distance: least and most tokens between the statement of a fact and the answer. A context is a little longer
-            than the most.
-        facts: how many a context states; by default about one in 40 tokens, and at least enough for the questions.
+        distance: least and most tokens between the statement of a fact and the answer. A context is
+            a little longer than the most.
+        facts: how many a context states; by default about one in 40 tokens, and at least enough for
+            the questions.
 
     Raises:
         ValueError: so many questions do not fit into that range of distances.
@@ -272,9 +314,15 @@ def make_recall_contexts(
         end = max(place for place, word in enumerate(words) if word == ".") + 1
         # The answer of a question is the token at end + len(asking).
         stated = (documents.kinds[row] == RANDOM).nonzero().flatten().tolist()
-        values = [i for i in stated if words[i] in VALUES and near <= end + len(asking) - i <= far and i + 1 < end]
+        values = [
+            i
+            for i in stated
+            if words[i] in VALUES and near <= end + len(asking) - i <= far and i + 1 < end
+        ]
         if len(values) < questions:
-            raise ValueError(f"questions: expected at most {len(values)} for distance {distance}, got {questions}")
+            raise ValueError(
+                f"questions: expected at most {len(values)} for {distance}, got {questions}"
+            )
         values.sort(key=pick[row].tolist().__getitem__)
         asked = tuple(
             RecallQuestion(_QUESTION.replace("NAME", words[i - 1]), words[i], end + len(asking) - i)
@@ -284,7 +332,13 @@ def make_recall_contexts(
     return contexts
 
 
-def make_recall_prompts(n: int, *, distance: tuple[int, int] = (2000, 4000), seed: int = 0) -> list[tuple[str, str]]:
-    """Make n prompts, each a context of its own that ends in a question, with the word that answers it."""
+def make_recall_prompts(
+    n: int, *, distance: tuple[int, int] = (2000, 4000), seed: int = 0
+) -> list[tuple[str, str]]:
+    """Make n prompts, each a context of its own that ends in a question, with the word that answers
+    it."""
     contexts = make_recall_contexts(n, 1, distance=distance, seed=seed)
-    return [(f"{context.text} {context.questions[0].text}", context.questions[0].answer) for context in contexts]
+    return [
+        (f"{context.text} {context.questions[0].text}", context.questions[0].answer)
+        for context in contexts
+    ]

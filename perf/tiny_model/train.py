@@ -2,10 +2,11 @@
 
     python -m perf.tiny_model.train --out DIR [--seconds 110] [--resume last.pt]
 
-Writes DIR/model: weights in bfloat16 (7 MB), configuration and tokenizer, to be copied beside this file; and DIR/last.pt.
-The model here: 4,690 steps in 110 s on one H200 (torch 2.11, transformers 5.17). Questions answered right by the exported
-model in float32, of 192 each: 100 % where the fact lies 500 to 3,000 tokens back, 99.5 % at 3,000 to 4,000 and 100 % at
-4,000 to 4,800.
+Writes DIR/model: weights in bfloat16 (7 MB), configuration and tokenizer, to be copied beside this
+file; and DIR/last.pt.
+The model here: 4,690 steps in 110 s on one H200 (torch 2.11, transformers 5.17). Questions answered
+right by the exported model in float32, of 192 each: 100 % where the fact lies 500 to 3,000 tokens
+back, 99.5 % at 3,000 to 4,000 and 100 % at 4,000 to 4,800.
 """
 
 import argparse
@@ -22,7 +23,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from spectral_kernels.hf import CACHE
 
@@ -41,7 +48,8 @@ from .recall import (
     sample_documents,
 )
 
-# Written as it is into config.json; transformers 4 reads rope_theta, transformers 5 rope_parameters.
+# Written as it is into config.json; transformers 4 reads rope_theta, transformers 5
+# rope_parameters.
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -84,10 +92,11 @@ BUCKETS = (0, 500, 1000, 2000, 3000, 4000, 5120)
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train. A stage lasts until `promote` of the answers of its last `window` steps are right."""
+    """How to train. A stage lasts until `promote` of the answers of its last `window` steps are
+    right."""
 
-    # Short documents first: with two or three facts among 64 tokens, looking a name up is learned in under 1,000 steps;
-    # it did not come within 170 s of training that began with 256 tokens.
+    # Short documents first: with two or three facts among 64 tokens, looking a name up is learned
+    # in under 1,000 steps; it did not come within 170 s of training that began with 256 tokens.
     stages: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096, 5120)
     tokens_per_step: int = 32768
     seconds: float = 110.0
@@ -105,22 +114,31 @@ def _facts(length: int) -> tuple[int, int]:
     return (2, max(2, length // 20)) if length < 512 else (length // 100, min(length // 20, 200))
 
 
-def _loss(model: PreTrainedModel, rows: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The loss on fresh documents, and [answers right, answers, filler loss] without a synchronisation."""
+def _loss(
+    model: PreTrainedModel, rows: int, length: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The loss on fresh documents, and [answers right, answers, filler loss] without a
+    synchronisation."""
     documents = sample_documents(rows, length, generator, facts=_facts(length))
     logits = model(input_ids=documents.tokens, use_cache=False).logits[:, :-1].float()
     target, kinds = documents.tokens[:, 1:], documents.kinds[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(
+        target
+    )
     answer, filler, chance = (kinds == kind for kind in (ANSWER, FILLER, RANDOM))
     weight = filler + 0.05 * chance
     rest = 0.5 * (losses * weight).sum() / weight.sum().clamp(min=1)
     right = ((logits.argmax(2) == target) & answer).sum()
     loss = (losses * answer).sum() / answer.sum().clamp(min=1) + rest
-    return loss, torch.stack((right.float(), answer.sum().float(), (losses.detach() * filler).sum() / filler.sum()))
+    return loss, torch.stack(
+        (right.float(), answer.sum().float(), (losses.detach() * filler).sum() / filler.sum())
+    )
 
 
 @torch.no_grad()
-def recall_by_distance(model: PreTrainedModel, generator: torch.Generator, *, length: int, rows: int) -> list[float]:
+def recall_by_distance(
+    model: PreTrainedModel, generator: torch.Generator, *, length: int, rows: int
+) -> list[float]:
     """Share of right answers for each of `BUCKETS`, next-token prediction in fresh documents."""
     documents = sample_documents(rows, length, generator, facts=_facts(length))
     logits = model(input_ids=documents.tokens, use_cache=False).logits[:, :-1]
@@ -137,10 +155,14 @@ def recall_by_asking(model: PreTrainedModel, contexts: list[RecallContext]) -> f
     right = asked = 0
     for context in contexts:
         cache = DynamicCache()
-        prefix = torch.tensor([[BOS, *(ids[word] for word in context.text.split())]], device=model.device)
+        prefix = torch.tensor(
+            [[BOS, *(ids[word] for word in context.text.split())]], device=model.device
+        )
         model(input_ids=prefix, logits_to_keep=1, **{CACHE: cache})
         for question in context.questions:
-            tokens = torch.tensor([[ids[word] for word in question.text.split()]], device=model.device)
+            tokens = torch.tensor(
+                [[ids[word] for word in question.text.split()]], device=model.device
+            )
             logits = model(input_ids=tokens, logits_to_keep=1, **{CACHE: cache}).logits
             right += int(logits[0, -1].argmax()) == ids[question.answer]
             asked += 1
@@ -158,7 +180,9 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=SPECIAL[UNK]))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token=SPECIAL[UNK])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{SPECIAL[BOS]} $A",
@@ -168,19 +192,27 @@ def export(model: PreTrainedModel, folder: Path) -> None:
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "do_sample": False}
-    texts = {"config": CONFIG, "tokenizer_config": TOKENIZER_CONFIG, "generation_config": generation}
+    texts = {
+        "config": CONFIG,
+        "tokenizer_config": TOKENIZER_CONFIG,
+        "generation_config": generation,
+    }
     for name, content in texts.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def train(model: PreTrainedModel, plan: Plan, out: Path) -> None:
-    """Train in place; export the best model so far to out/model, and weights to go on from to out/last.pt."""
+    """Train in place; export the best model so far to out/model, and weights to go on from to
+    out/last.pt."""
     device = model.device
     generator = torch.Generator(device).manual_seed(1)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": matrices, "weight_decay": plan.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
         lr=plan.learning_rate,
         betas=(0.9, 0.95),
         fused=device.type == "cuda",
@@ -212,7 +244,8 @@ def train(model: PreTrainedModel, plan: Plan, out: Path) -> None:
             last_print = now
             rate = optimiser.param_groups[0]["lr"]
             print(
-                f"{now - begin:6.1f} s  step {step:5d}  length {length:4d}  recall {right / asked:.4f}"
+                f"{now - begin:6.1f} s  step {step:5d}  length {length:4d}"
+                f"  recall {right / asked:.4f}"
                 f"  filler loss {filler / plan.window:.3f}  rate {rate:.1e}",
                 flush=True,
             )
@@ -227,7 +260,8 @@ def train(model: PreTrainedModel, plan: Plan, out: Path) -> None:
 
 
 def _evaluate_and_save(model: PreTrainedModel, plan: Plan, out: Path, best: float) -> float:
-    """Print the recall on fixed documents of the last stage's length, export on improvement, return the best mean."""
+    """Print the recall on fixed documents of the last stage's length, export on improvement, return
+    the best mean."""
     generator = torch.Generator(model.device).manual_seed(2)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
         shares = recall_by_distance(model, generator, length=plan.stages[-1], rows=32)
@@ -243,25 +277,40 @@ def _evaluate_and_save(model: PreTrainedModel, plan: Plan, out: Path, best: floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=Plan.seconds, help="training time")
-    parser.add_argument("--resume", type=Path, help="start from these weights (last.pt of an earlier run)")
+    parser.add_argument(
+        "--resume", type=Path, help="start from these weights (last.pt of an earlier run)"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, "dtype": "float32"})).to(device, torch.float32)
+    model = LlamaForCausalLM(LlamaConfig(**{**CONFIG, "dtype": "float32"})).to(
+        device, torch.float32
+    )
     if arguments.resume:
         model.load_state_dict(torch.load(arguments.resume, map_location=device))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU (far too slow to learn anything)"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else "the CPU (far too slow to learn anything)"
+    )
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {name}", flush=True)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
         train(model, Plan(seconds=arguments.seconds), arguments.out)
-    exported = AutoModelForCausalLM.from_pretrained(arguments.out / "model", dtype=torch.float32).to(device)
+    exported = AutoModelForCausalLM.from_pretrained(
+        arguments.out / "model", dtype=torch.float32
+    ).to(device)
     for distance in ((500, 2000), (2000, 3000), (3000, 4000), (4000, 4800)):
         contexts = make_recall_contexts(16, 12, distance=distance, seed=3)
-        print(f"exported model in float32, {distance}: {recall_by_asking(exported, contexts):.4f} of 192", flush=True)
+        print(
+            f"exported in float32, {distance}: {recall_by_asking(exported, contexts):.4f} of 192",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

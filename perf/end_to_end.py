@@ -1,0 +1,671 @@
+"""Time whole models, a token at a time: transformers as users run it, dense attention at its best,
+and the spectral cache.
+
+    python -m perf.end_to_end --shape 8b --batch 1 --tokens 8192 32768 131072
+    python -m perf.end_to_end --batch 8 --tokens 32768 --what graph ours bare --presets balanced
+    python -m perf.end_to_end --long --batch 1 8      2,000 tokens from a prompt of 8K
+
+Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
+bases). Caches are filled with random pages, keys and values of T tokens ("filled": "random"). What
+is measured (--what):
+
+    eager     `model.generate`, DynamicCache
+    static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
+    graph     the one-token forward as one CUDA graph over static keys and values, attention by the
+              fastest backend of PyTorch's at this shape ("backend"); where the memory of all layers
+              does not fit, layers share it ("shared")
+    ours      `model.generate` after `enable(model, preset)`, a row a preset
+    bare      the graph of the same step, replayed: without the host work of generate
+    prefill   seconds up to the first new token of a real prompt of T tokens, with DynamicCache and
+              with each preset in turns (up to --prefill-limit tokens, all rows together)
+
+ms, p99_ms: of steps; those of generate as the streamer sees them, of graphs by events. Rows are
+checked first: a graph against transformers' own attention over the same cache; ours: a layer
+against float64 within a derived budget, preset "exact" against the dense greedy tokens; every step
+must run. fp8 has no row: no peer that runs here as a whole step has it. (vLLM's, FA3, takes 0.87 to
+1.0 of the time of its bf16 on an H200.)
+
+Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
+cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
+(and of --long: p999_ms max_ms compiled allocations).
+Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+import transformers
+import triton
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    StaticCache,
+)
+from transformers.cache_utils import CacheLayerMixin
+
+from perf._cases import LOSSY, THETA, Shape, Step, check_state, random_model_codec
+from perf._timing import (
+    Card,
+    Row,
+    begin,
+    capture,
+    common_arguments,
+    reason,
+    rounded,
+    write_row,
+)
+from perf.attention import SDPA, best, sdpa, sdpa_peer, time_peers
+from perf.tables import end_to_end_table
+from spectral_kernels.hf import CACHE, enable
+from spectral_kernels.rope import freqs_from_inv_freq
+
+# hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
+SHAPES = {
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),
+    "1b": (2048, 8192, 16, 32, 8, 64, 128256),
+    "tiny": (128, 256, 2, 4, 2, 64, 512),
+}
+WHAT = ("eager", "static", "graph", "ours", "bare", "prefill")
+PRESETS = ("exact", *LOSSY)
+WARM = 8  # steps of a generate that are not counted
+LONG_PROMPT, LONG_STEPS = 8192, 2000
+
+
+def make_model(
+    shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None
+) -> Any:
+    """A Llama with random weights, made on the device without the usual initialisation."""
+    hidden, inner, depth, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+    config = transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers or depth,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        vocab_size=vocabulary, max_position_embeddings=1 << 20, rope_theta=THETA,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model = model.to_empty(device=device).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+    rotary = model.model.rotary_emb  # to_empty left its frequencies empty
+    model.model.rotary_emb = type(rotary)(config).to(device)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@dataclass
+class Cell:
+    """A model at one batch size and length, and what all its rows share."""
+
+    model: Any
+    batch: int
+    tokens: int
+    steps: int
+    card: Card
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def layer(self) -> Shape:
+        config = self.model.config
+        return Shape(
+            self.batch,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.tokens,
+        )
+
+    def random_kv(self, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """k, v [B, G, T, D] of a layer, with the spread that the model's own have."""
+        shape = self.layer
+        size = (self.batch, shape.kv_heads, tokens or self.tokens, shape.dim)
+        return tuple(
+            torch.empty(size, dtype=self.model.dtype, device=self.device).normal_() for _ in "kv"
+        )  # type: ignore[return-value]
+
+    def ids(self, tokens: int) -> torch.Tensor:
+        return torch.randint(self.model.config.vocab_size, (self.batch, tokens), device=self.device)
+
+    def codec(self, preset: str) -> Any:
+        """None for "exact"."""
+        shape = self.layer
+        if preset == "exact":
+            return None
+        inv_freq = self.model.model.rotary_emb.inv_freq
+        freqs = freqs_from_inv_freq(inv_freq.float().cpu(), device=self.device)
+        layers = self.model.config.num_hidden_layers
+        return random_model_codec(
+            preset, layers=layers, kv_heads=shape.kv_heads, dim=shape.dim, freqs=freqs
+        )
+
+    def enabled(self, preset: str, **options: Any) -> Any:
+        return enable(self.model, preset, codec=self.codec(preset), **options)
+
+
+# ---- generate ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A streamer that notes when tokens come; `put` is called for the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.tokens: list[torch.Tensor] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
+        self.tokens.append(value)
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def prefill_s(self) -> float:
+        return self.times[1] - self.times[0]
+
+    @property
+    def steps_ms(self) -> list[float]:
+        return [(b - a) * 1e3 for a, b in pairwise(self.times[1:])]
+
+
+def generate(
+    cell: Cell, ids: torch.Tensor, new: int, cache: Any = None, clock: Clock | None = None
+) -> Clock:
+    """Greedy decoding of so many new tokens."""
+    clock = Clock() if clock is None else clock
+    given = {} if cache is None else {CACHE: cache}
+    cell.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+        do_sample=False, pad_token_id=0, streamer=clock, **given,
+    )  # fmt: skip
+    if len(clock.times) != new + 1:
+        raise AssertionError(f"generate: {len(clock.times) - 1} of {new} tokens came")
+    return clock
+
+
+def percentiles(steps: Sequence[float]) -> Row:
+    """Median and 99th percentile."""
+    ordered = sorted(steps)
+    return {
+        "ms": statistics.median(ordered),
+        "p99_ms": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
+    }
+
+
+def timed_generate(cell: Cell, cache: Any) -> Row:
+    """Decode steps over a cache that holds T tokens."""
+    clock = generate(cell, cell.ids(cell.tokens + 1), WARM + cell.steps + 1, cache)
+    return percentiles(clock.steps_ms[WARM:])
+
+
+def fill(cell: Cell, cache: Any) -> Any:
+    """A cache of transformers' with T random tokens in all layers."""
+    for layer in range(cell.model.config.num_hidden_layers):
+        cache.update(*cell.random_kv(), layer)
+    return cache
+
+
+def eager(cell: Cell) -> Row:
+    cache = fill(cell, DynamicCache(config=cell.model.config))
+    size = cell.model.config.num_hidden_layers * cell.layer.dense_bytes
+    return {"cache_bytes": size, **timed_generate(cell, cache)}
+
+
+def static(cell: Cell) -> Row:
+    room = cell.tokens + WARM + cell.steps + 2
+    cache = fill(cell, StaticCache(config=cell.model.config, max_cache_len=room))
+    size = cell.model.config.num_hidden_layers * cell.layer.dense_bytes * room // cell.tokens
+    return {"cache_bytes": size, **timed_generate(cell, cache)}
+
+
+# ---- dense attention as one graph ----------------------------------------------------------------
+
+
+class FixedLayer(CacheLayerMixin):
+    """T tokens of which a step writes the last one and sees all."""
+
+    is_compileable = True
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = k, v, True
+
+    def lazy_initialization(self, *args: Any) -> None:
+        pass
+
+    def update(
+        self, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.keys[:, :, -1:].copy_(k)
+        self.values[:, :, -1:].copy_(v)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - 1
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    get_max_cache_shape = get_max_length
+
+
+@contextlib.contextmanager
+def attention_of(model: Any, backend: str) -> Iterator[None]:
+    """The model's attention by one backend of perf.attention's, without a mask."""
+    options = SDPA[backend]
+
+    def attention(
+        module: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        return sdpa(*options, q[:, :, 0], k, v, scaling)[:, None], None
+
+    AttentionInterface.register("perf_dense", attention)
+    AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
+    before = model.config._attn_implementation
+    model.config._attn_implementation = "perf_dense"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+
+
+def replayed(graph: Any, steps: int) -> list[float]:
+    """Milliseconds of each replay, by events on the device."""
+    for _ in range(WARM):
+        graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+
+
+def dense_graph(cell: Cell) -> Row:
+    model, layers = cell.model, cell.model.config.num_hidden_layers
+    peers = time_peers(
+        cell.layer, [sdpa_peer(name, *options) for name, options in SDPA.items()], cell.card
+    )
+    backend, _ = best(peers, False)
+    if backend is None:
+        raise RuntimeError(f"no backend ran: {peers}")
+    room = int(0.85 * cell.card.free) // cell.layer.dense_bytes
+    held = min(layers, room)
+    if held < 1:
+        raise MemoryError("not even one layer's keys and values fit")
+    kv = [cell.random_kv() for _ in range(held)]
+    cache = Cache(layers=[FixedLayer(*kv[i % held]) for i in range(layers)])
+    ids = cell.ids(1)
+    positions = torch.full_like(ids, cell.tokens - 1)
+
+    def step() -> torch.Tensor:
+        return model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache}).logits
+
+    with attention_of(model, backend):
+        logits = step()
+        graph = capture([step])
+    # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
+    check_logits(logits, step(), 0.1)
+    row = percentiles(replayed(graph, cell.steps))
+    shared = f"{layers} layers share the memory of {held}" if held < layers else None
+    return {
+        "cache_bytes": layers * cell.layer.dense_bytes,
+        "backend": backend,
+        "shared": shared,
+        **row,
+    }
+
+
+def check_logits(got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
+    got, want = got.double(), want.double()
+    off = float((got - want).norm() / want.norm())
+    if not off <= allowed:
+        raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
+
+
+# ---- the spectral cache --------------------------------------------------------------------------
+
+
+def filled_cache(cell: Cell, handle: Any, room: int) -> Any:
+    """A ModelCache of T random tokens, with memory for `room`: a prompt of a few, then lengths and
+    bytes."""
+    cache = handle.new_cache(cell.batch, room)
+    start = min(8, cell.tokens - 1)
+    cell.model(input_ids=cell.ids(start), use_cache=True, logits_to_keep=1, **{CACHE: cache})
+    spectral = cache.spectral
+    spectral.reserve(cell.tokens - start)
+    spectral.advance(cell.tokens - start)
+    cache.columns = cell.tokens
+    for layer in range(cell.model.config.num_hidden_layers):
+        for x in (spectral.k_exact[layer], spectral.v_exact[layer]):
+            x.normal_()
+        for x in (spectral.k_pages[layer], spectral.v_pages[layer]):
+            if x is not None and x.numel():  # "exact" has no pages
+                x.random_(0, 256)
+    return cache
+
+
+def check_layers(cell: Cell, cache: Any, codec: Any) -> float:
+    """Attention of the first and the last layer to the cache as it is, in units of its budget."""
+    spectral, worst = cache.spectral, 0.0
+    if codec is None:
+        return worst
+    inv_freq = cell.model.model.rotary_emb.inv_freq.double()
+    shape = cell.batch, cell.layer.heads, 1, cell.layer.dim
+    for layer in (0, len(codec.layers) - 1):
+        q = torch.randn(shape, device=cell.device).to(cell.model.dtype)
+        out = torch.empty_like(q)
+        spectral.attend(layer, q, out=out)
+        step = Step(
+            q[:, :, 0], q, q, spectral.codec.layers[layer], spectral.k_pages[layer],
+            spectral.v_pages[layer], spectral.k_exact[layer], spectral.v_exact[layer],
+            spectral.block_table, spectral.seq_lens, codec.sinks, codec.window, inv_freq,
+        )  # fmt: skip
+        worst = max(worst, check_state(step, (out[:, :, 0], None)))
+    return worst
+
+
+def check_exact(cell: Cell, prompt: int = 256, new: int = 16) -> None:
+    """Preset "exact" gives the dense greedy tokens; where they part, the two best logits were as
+    near as rounding."""
+    ids = cell.ids(prompt)
+    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    dense = cell.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    with cell.enabled("exact"):
+        ours = cell.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    for row in range(cell.batch):
+        for i, (a, b) in enumerate(zip(dense.logits, ours.logits, strict=True)):
+            token, other = (int(x.sequences[row, prompt + i]) for x in (dense, ours))
+            if token != other:
+                gap = float((a[row, token] - a[row, other]).float() / a[row].float().std())
+                if gap > 0.1:
+                    raise AssertionError(f"exact: token {i} of row {row} is off by {gap:.2g} std")
+                break  # after a near tie the texts differ
+            check_logits(b[row], a[row], 0.1)
+
+
+def ours(cell: Cell, preset: str, bare: bool) -> Row:
+    codec = cell.codec(preset)
+    new = 2 * (WARM + cell.steps) + 4
+    with enable(cell.model, preset, codec=codec) as handle:
+        cache = filled_cache(cell, handle, cell.tokens + new)
+        check_layers(cell, cache, codec)
+        if bare:
+            # The step that the model's forward captured, and its replays: pages for them are there,
+            # lengths go on.
+            logits = cell.model(input_ids=cell.ids(1), **{CACHE: cache}).logits
+            if cache.graph is None or not logits.isfinite().all():
+                raise AssertionError("the step was not captured, or its logits are not finite")
+            cache.spectral.reserve(WARM + cell.steps)
+            row = percentiles(replayed(cache.graph.graph, cell.steps))
+            cache.columns += WARM + cell.steps
+            lengths = cache.spectral.seq_lens.tolist()
+            if lengths != cache.spectral.lengths or lengths[0] != cache.columns:
+                raise AssertionError(
+                    f"steps: the device counts {lengths}, the host {cache.spectral.lengths}"
+                )
+        else:
+            row = timed_generate(cell, cache)
+        check_layers(cell, cache, codec)
+        return {"cache_bytes": cache.nbytes, **row}
+
+
+# ---- prompts and long generations ----------------------------------------------------------------
+
+
+def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
+    """Seconds of a real prompt, dense and with each preset: medians of rounds in turns, each the
+    second prompt of two (the first allocates, and in the first round compiles); a card at its limit
+    of power drifts by more than a cache adds.
+    """
+    ids = cell.ids(cell.tokens)
+    found: dict[str | None, list[Row]] = {name: [] for name in (None, *presets)}
+    for turn in range(rounds):
+        for name in found if turn % 2 else reversed(found):
+            free_memory()
+            torch.cuda.reset_peak_memory_stats()
+            size = cell.model.config.num_hidden_layers * cell.layer.dense_bytes
+            with contextlib.nullcontext() if name is None else cell.enabled(name) as handle:
+                cache = None if handle is None else handle.new_cache(cell.batch, cell.tokens + 64)
+                for _ in range(2):
+                    if cache is not None:
+                        cache.reset()
+                    clock = generate(cell, ids, 2, cache)
+                if cache is not None:
+                    size = cache.nbytes
+            peak = torch.cuda.max_memory_allocated()
+            found[name].append(
+                {"prefill_s": clock.prefill_s, "peak_bytes": peak, "cache_bytes": size}
+            )
+    rows = []
+    for name, runs in found.items():
+        seconds = statistics.median(run["prefill_s"] for run in runs)
+        ratio = statistics.median(
+            run["prefill_s"] / dense["prefill_s"]
+            for run, dense in zip(runs, found[None], strict=True)
+        )
+        rows.append({**runs[-1], "preset": name, "prefill_s": seconds, "prefill_ratio": ratio})
+    return rows
+
+
+@contextlib.contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of kernels that Triton compiles or loads meanwhile."""
+    seen: list[str] = []
+    knobs = triton.knobs.runtime
+    before = knobs.jit_post_compile_hook
+
+    def hook(*args: Any, fn: Any = None, **kwargs: Any) -> None:
+        seen.append(getattr(fn, "name", str(fn)))
+
+    knobs.jit_post_compile_hook = hook
+    try:
+        yield seen
+    finally:
+        knobs.jit_post_compile_hook = before
+
+
+def long_generation(cell: Cell, preset: str) -> Row:
+    """LONG_STEPS tokens from a real prompt of LONG_PROMPT: how even steps are, what is compiled or
+    allocated in them."""
+    codec = cell.codec(preset)
+    with enable(cell.model, preset, codec=codec) as handle:
+        generate(cell, cell.ids(cell.tokens), 4)  # the first prompt of a process compiles
+        after: list[int] = []
+
+        class FirstToken(Clock):
+            def put(self, value: torch.Tensor) -> None:
+                super().put(value)
+                if len(self.times) == 2:
+                    after.append(len(compiled))
+
+        with compilations() as compiled:
+            clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, clock=FirstToken())
+            late = compiled[after[0] :]
+        steps = sorted(clock.steps_ms[2:])  # the first ones capture the graph
+        row = {
+            **percentiles(steps),
+            "p999_ms": steps[len(steps) * 999 // 1000],
+            "max_ms": steps[-1],
+        }
+        row |= {"steps": len(steps), "compiled": len(late), "prefill_s": clock.prefill_s}
+        cache = filled_cache(cell, handle, cell.tokens + 4 * WARM)
+        token = cell.ids(1)
+        for _ in range(3):
+            cell.model(input_ids=token, **{CACHE: cache})
+        if cache.graph is None:
+            raise AssertionError("the step was not captured")
+        cache.spectral.reserve(WARM)
+        torch.cuda.synchronize()
+        count = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")  # a step that waits for the device raises
+        try:
+            for _ in range(WARM):
+                cache.graph.graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        row["allocations"] = torch.cuda.memory_stats()["allocation.all.allocated"] - count
+        return {"cache_bytes": cache.nbytes, **row}
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def jobs_of(
+    args: argparse.Namespace, cell: Cell
+) -> Iterator[tuple[str, str | None, Callable[[], Row | list[Row]]]]:
+    """(what, preset, measurement) of a cell."""
+    if args.long:
+        for preset in args.presets:
+            yield "long", preset, lambda preset=preset: long_generation(cell, preset)  # type: ignore[misc]
+        return
+    dense: dict[str, Callable[[Cell], Row]] = {
+        "eager": eager,
+        "static": static,
+        "graph": dense_graph,
+    }
+    for what in args.what:
+        if what in dense:
+            yield what, None, lambda what=what: dense[what](cell)  # type: ignore[misc]
+        elif what == "prefill":
+            if cell.batch * cell.tokens <= args.prefill_limit:
+                yield what, None, lambda: prefill(cell, args.presets)
+        else:
+            for preset in args.presets:
+                yield what, preset, lambda p=preset, w=what: ours(cell, p, w == "bare")  # type: ignore[misc]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.end_to_end", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape's")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["balanced"])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
+    parser.add_argument(
+        "--steps", type=int, default=64, help="decode steps that are counted (default 64)"
+    )
+    parser.add_argument(
+        "--long",
+        action="store_true",
+        help=f"{LONG_STEPS:,} tokens from a prompt of {LONG_PROMPT:,}",
+    )
+    parser.add_argument(
+        "--prefill-limit",
+        type=int,
+        default=1 << 17,
+        help="most tokens of real prompts, all rows together",
+    )
+    parser.add_argument(
+        "--skip-check", action="store_true", help="of preset exact against dense greedy tokens"
+    )
+    common_arguments(parser, "end_to_end.jsonl")
+    args = parser.parse_args(argv)
+    if args.long:
+        args.tokens = [LONG_PROMPT]
+    for tokens in args.tokens:
+        if tokens < 128 or tokens % 64:
+            parser.error(f"--tokens: expected multiples of 64 from 128 on, got {tokens}")
+    if args.steps < 8:
+        parser.error(f"--steps: expected at least 8, got {args.steps}")
+    return args
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    card, same = begin(args.commit)
+    warnings.filterwarnings("ignore", module="transformers")
+    model = make_model(args.shape, card.device, card.dtype, args.layers)
+    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    name = args.shape if args.layers is None else f"{args.shape}-{args.layers}"
+    same |= {"transformers": transformers.__version__, "shape": name, "weight_bytes": weights}
+    rows: list[Row] = []
+    failed = 0
+    if "exact" in args.presets and not args.skip_check:
+        check_exact(Cell(model, min(args.batch), 256, args.steps, card))
+    for batch, tokens in product(args.batch, args.tokens):
+        cell = Cell(model, batch, tokens, args.steps, card)
+        for what, preset, measure in jobs_of(args, cell):
+            free_memory()
+            torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            try:
+                found = measure()
+            except Exception as error:  # the other rows go on; the exit code tells
+                text = f"{batch}x{tokens} {what} {preset or ''}: FAILED, {reason(error)}"
+                print(text, file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            head = {**same, "B": batch, "T": tokens, "what": what, "preset": preset}
+            head["peak_bytes"] = torch.cuda.max_memory_allocated()
+            for row in found if isinstance(found, list) else [found]:
+                if "ms" in row:
+                    row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
+                    row["filled"] = "prompt" if what == "long" else "random"
+                rows.append(rounded({**head, **row}))
+                write_row(rows[-1], args.json)
+                print(line(rows[-1]), f"  [{time.perf_counter() - start:.0f} s]", flush=True)
+    print(end_to_end_table(rows))
+    return 1 if failed else 0
+
+
+def line(row: Row) -> str:
+    """A row as text."""
+    text = f"{row['B']}x{row['T']} {row['what']} "
+    text += f"{row.get('preset') or row.get('backend') or 'dense'}: "
+    if "ms" in row:
+        text += f"{row['ms']:.2f} ms, p99 {row['p99_ms']:.2f}, "
+        extra = [name for name in ("p999_ms", "max_ms", "compiled", "allocations") if name in row]
+        text += "".join(f"{name} {row[name]}, " for name in extra)
+        text += f"{row['tokens_per_s']:.0f} tokens/s, "
+    else:
+        text += f"{row['prefill_s']:.3f} s, {row['prefill_ratio']:.3f} of dense, "
+    text += f"cache {row['cache_bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / 1e9:.2f} GB"
+    return text + (f", {row['shared']}" if row.get("shared") else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

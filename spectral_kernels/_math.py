@@ -1,0 +1,129 @@
+"""Arithmetic that kernels share: float32 products on matrix units, sines of exact phases, a split's
+share of a row, its log-sum-exp."""
+
+import math
+
+import triton
+import triton.language as tl
+
+FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
+LOG2_FULL = tl.constexpr(math.log2(127 * 256))
+# 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
+# float's low bits.
+ROUND_TO_LOW_BITS = tl.constexpr(12583040.0)
+
+
+@triton.jit
+def _bf16_parts(x):
+    """Three bf16 numbers whose sum is float32 x, largest first."""
+    first = x.to(tl.bfloat16)
+    rest = x - first.to(tl.float32)
+    second = rest.to(tl.bfloat16)
+    return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
+    """float32 a [.., M, K] @ b [.., K, N] in float32 accuracy, or multiply and sum.
+
+    b float32: three tf32 products (a + a_lo)(b + b_lo). 16-bit floats are exact in tf32: two
+    products; bf16 where it has arithmetic (NATIVE): a is the sum of three bf16 parts.
+    """
+    if MATRIX and NATIVE and b.dtype == tl.bfloat16:
+        a1, a2, a3 = _bf16_parts(a)
+        out = tl.dot(a3, b)
+        out = tl.dot(a2, b, out)
+        out = tl.dot(a1, b, out)
+    elif MATRIX and b.dtype != tl.float32:
+        top = (a.to(tl.int32, bitcast=True) & -8192).to(
+            tl.float32, bitcast=True
+        )  # what tf32 keeps of a
+        b = b.to(tl.float32)
+        out = tl.dot(a - top, b, input_precision="tf32")
+        out = tl.dot(top, b, out, input_precision="tf32")
+    elif MATRIX:
+        out = tl.dot(a, b, input_precision="tf32x3")
+    else:
+        b = b.to(tl.float32)
+        # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
+        if len(a.shape) == 3:
+            a3, b3 = tl.broadcast(a[:, :, :, None], b[:, None, :, :])
+        else:
+            a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
+        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), len(a.shape) - 1)
+    return out
+
+
+@triton.jit
+def dot_int8_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr):
+    """int8 a [M, K] @ float32 b [K, N] in float32 accuracy: int8 is exact in bf16, b the sum of
+    three bf16 parts. Half the registers of `dot_f32`. Not NATIVE: the interpreter's bf16 arithmetic
+    is wrong."""
+    if MATRIX and NATIVE:
+        a16 = a.to(tl.bfloat16)
+        b1, b2, b3 = _bf16_parts(b)
+        out = tl.dot(a16, b3)
+        out = tl.dot(a16, b2, out)
+        out = tl.dot(a16, b1, out)
+    else:
+        out = dot_f32(a.to(tl.float32), b, MATRIX)
+    return out
+
+
+@triton.jit
+def cos_sin(distance, freqs, FAST: tl.constexpr = False):
+    """Cosine and sine of distance * freqs * 2**-64 turns, float32; distance and freqs broadcast,
+    int64.
+
+    The product wraps modulo one turn exactly. Its top two bits, rounded, are quarter turns; the
+    rest is an angle of at most pi/4, where Taylor's polynomials are good to 3e-8. (libdevice's sine
+    has a slow path for large angles, in local memory.) FAST: the special-function unit, good to
+    2**-20; not in the interpreter."""
+    return cos_sin_of_phase(((distance * freqs) >> 32).to(tl.int32), FAST)
+
+
+@triton.jit
+def cos_sin_of_phase(phase, FAST: tl.constexpr):
+    """`cos_sin` of int32 counts of 2**-32 turns."""
+    if FAST:
+        angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
+        c = tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1
+        )
+        s = tl.inline_asm_elementwise(
+            "sin.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1
+        )
+    else:
+        quarter = ((phase >> 29) + 1) >> 1  # -2 .. 2
+        x = (phase - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09
+        y = x * x
+        sin = x + x * y * (
+            -1.6666667e-1 + y * (8.3333333e-3 + y * (-1.9841270e-4 + y * 2.7557319e-6))
+        )
+        cos = 1.0 + y * (-0.5 + y * (4.1666667e-2 + y * (-1.3888889e-3 + y * 2.4801587e-5)))
+        odd = (quarter & 1) != 0
+        half = (quarter & 2) != 0
+        c = tl.where(odd, -sin, cos)
+        s = tl.where(odd, cos, sin)
+        c = tl.where(half, -c, c)
+        s = tl.where(half, -s, s)
+    return c, s
+
+
+@triton.jit
+def row_share(
+    seq_len, split, splits, SINKS: tl.constexpr, WINDOW: tl.constexpr, TURN: tl.constexpr
+):
+    """(first page of a split, its end, the end of the positions that pages are attended for): whole
+    turns of TURN pages, shared out evenly."""
+    stop = tl.maximum(seq_len - WINDOW, 0)
+    pages = tl.where(stop > SINKS, tl.cdiv(stop, 64), 0)
+    share = tl.cdiv(tl.cdiv(pages, TURN), splits) * TURN
+    return split * share, tl.minimum(split * share + share, pages), stop
+
+
+@triton.jit
+def natural_lse(m, l):
+    """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights in
+    units of 1 / FULL."""
+    return tl.where(l > 0.0, (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))

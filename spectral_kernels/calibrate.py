@@ -1,0 +1,928 @@
+"""Calibration, once a model: what its keys, values and queries are like, and the codec for them.
+
+With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV head at a time:
+
+    metric    M = mean of w_h y y^T over the KV head's query heads h, y = R(-t0) q, over all queries
+              q and the frames t0 at or before them: an error dk costs ds^2 = scale^2 dk M dk^T
+    weights   E |do|^2 = sum_i p_i^2 (scale^2 E ds_i^2 |v_i - o|^2 + E |dv_i|^2) to first order,
+              p the softmax weights: w_h, and how layers compare
+    basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
+              B = V_R^T L^(-1); int8 rows
+    encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
+    steps     of least squared error on sampled rows
+    plan      bands of every layer: least sum of relative output errors under one byte budget
+
+    stats = collect(model, token_sequences(tokenizer, 65536))
+    codec = fit_codec(stats, plan(stats, "balanced"), "balanced")
+
+or calibrate(model, tokenizer, "balanced"). V has the identity for a metric (that of the output
+projection buys nothing) and no mean. Nothing here runs while a model generates.
+
+Oracle: reference/calibrate.py.   Test: tests/test_calibrate.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import check_in, check_tensor
+from .codec import Codec, ModelCodec
+from .layout import HEAD_DIMS, Bands, PageLayout
+from .rope import freqs_from_inv_freq
+
+FRAME = 512  # positions of a frame
+SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
+QUERIES = 32  # queries a head and sequence that the weights of heads are estimated from
+LENGTH = 4096  # tokens of a sequence
+GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
+METRIC_FLOOR = 1e-3  # of the mean eigenvalue, added to a metric: no direction is free
+HEAD_FLOOR = 1 / 8  # of the mean weight, added to a query head's: few queries told it
+STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
+HEADROOM = 1.25  # of 8-bit components over the sample's range: clipping one loses a token's key
+NAME = "spectral_calibration"  # of the attention function, while a model is read
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How small a cache is.
+
+    Args:
+        ratio: how many times smaller than 16-bit keys and values a token's pages are at least, all
+            layers together.
+        window: newest tokens that are exact, at least 1.      sinks: first tokens that are exact.
+    """
+
+    ratio: float
+    window: int
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if not self.ratio > 0:
+            raise ValueError(f"ratio: expected a positive number, got {self.ratio}")
+        for name, least in (("window", 1), ("sinks", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+
+PRESETS = {"quality": Preset(5.28, 32), "balanced": Preset(8.0, 16), "small": Preset(12.1, 16)}
+
+
+def preset_of(preset: str | Preset) -> tuple[str, Preset]:
+    """Its name and itself ("custom" for one without a name).
+
+    Raises:
+        ValueError, TypeError: no such preset.
+    """
+    if isinstance(preset, str):
+        check_in("preset", preset, tuple(PRESETS))
+        return preset, PRESETS[preset]
+    if not isinstance(preset, Preset):
+        raise TypeError(
+            f"preset: expected a Preset or one of {list(PRESETS)}, got {type(preset).__name__}"
+        )
+    return next((name for name, known in PRESETS.items() if known == preset), "custom"), preset
+
+
+def menus(head_dim: int) -> dict[str, tuple[Bands, ...]]:
+    """Bands of "k" and of "v" to choose from: few, as each pair that occurs is a kernel of its own.
+
+    Components after the best ones get 2 bits or none: K without its mean has few that matter, V
+    more. Some layers' keys need 8 bits for the best ones. Bands to which others give every
+    component as many bits for as few bytes are left out.
+    """
+    check_in("head_dim", head_dim, HEAD_DIMS)
+    d, q = head_dim, max(16, head_dim // 64 * 16)  # q: about a quarter of the components
+    r = d - 2 * q
+    half, most = f"{2 * q}x4+{r}x2", f"16x8+{2 * q - 16}x4+{r}x2"
+    texts = {
+        "k": f"{q}x4 {q}x4+{q}x2 {q}x4+{2 * q}x2 16x8+16x4+{q}x2 {half} {most}",
+        "v": f"{q}x2 {2 * q}x2 {3 * q}x2 {d}x2 {q}x4+{2 * q}x2 {q}x4+{d - q}x2 {half} {d}x4",
+    }
+
+    def covers(a: Bands, b: Bands) -> bool:
+        return a.rank >= b.rank and all(x >= y for x, y in zip(a.bits, b.bits, strict=False))
+
+    found = {}
+    for side, text in texts.items():
+        bands = [Bands.parse(part) for part in text.split()]
+        pairs = [(a, b) for a in bands for b in bands if a is not b and covers(a, b)]
+        worse = [b for a, b in pairs if a.bytes <= b.bytes]
+        found[side] = tuple(b for b in bands if b not in worse)
+    return found
+
+
+# What a layer's tokens are like.
+
+
+@dataclass(frozen=True)
+class Side:
+    """What is known of one side (K or V) of a layer. Float64 on the CPU unless said otherwise.
+
+    Args:
+        moment: [G, D, D], mean of (x - mean)^T (x - mean) over tokens x [D].
+        metric: [G, D, D], what a squared error costs, or None: the identity.
+        mean: [G, D] (zeros: not centred).
+        rows: float32 [G, N, D] on the CPU: a sample of tokens x.
+        cost: [G], what a mean squared error in the metric adds to the layer's relative output
+            error.
+        device: where much is computed.
+    """
+
+    moment: Tensor
+    metric: Tensor | None
+    mean: Tensor
+    rows: Tensor
+    cost: Tensor
+    device: torch.device
+
+    @cached_property
+    def basis(self) -> tuple[Tensor, Tensor]:
+        """All D components, best first: int8 rows [G, D, D], scales float32 [G, D]."""
+        return quantise_basis(fit_basis(self.moment, self.metric))
+
+    def coefficients(self, encoder: Tensor) -> Tensor:
+        """Of the sampled rows, float32 [G, N, R] on `device`; encoder [G, D, R]."""
+        rows = self.rows.to(self.device) - self.mean.float().to(self.device)[:, None]
+        return rows @ encoder.float().to(self.device)
+
+    @cached_property
+    def errors(self) -> dict[int, Tensor]:
+        """Mean squared errors of components in the metric, [G, D], by bits (0: not stored)."""
+        rows, scale = self.basis
+        vectors = rows.double() * scale.double()[..., None]
+        weighted = vectors if self.metric is None else vectors @ self.metric
+        weight = (weighted * vectors).sum(-1)
+        c = self.coefficients(fit_encoder(rows, scale))
+        lost = {bits: fit_steps(c, [bits] * c.shape[-1])[1] for bits in (8, 4, 2)}
+        lost[0] = c.square().mean(-2)
+        return {bits: x.double().cpu() * weight for bits, x in lost.items()}
+
+    def loss(self, bands: Bands) -> float:
+        """What storing this side in these bands adds to the layer's relative output error."""
+        bits = (*bands.bits, *[0] * (self.moment.shape[-1] - bands.rank))
+        lost = torch.stack([self.errors[b][:, r] for r, b in enumerate(bits)]).sum(0)  # [G]
+        return float((self.cost * lost).sum())
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What is known of a layer.
+
+    Args:
+        k: of kappa, the keys turned back by their frame's start, without sinks.      v: of the
+            values.
+        freqs: int64 [pairs], of the model's rotation (CPU).
+    """
+
+    k: Side
+    v: Side
+    freqs: Tensor
+
+
+@dataclass(frozen=True)
+class ModelStats:
+    """What `collect` found: of every full-attention layer; on how much text; of which model."""
+
+    layers: tuple[LayerStats, ...]
+    tokens: int
+    sequences: int
+    fingerprint: str
+
+
+def turned(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
+    """R(positions) x in float64: x [..., T, D], positions int64 [T], freqs int64 [pairs]."""
+    pairs = freqs.shape[0]
+    # The product of integers wraps at full turns.
+    angle = (positions[:, None] * freqs).double() * (2 * math.pi / 2**64)  # [T, pairs]
+    cos, sin = angle.cos(), angle.sin()
+    a, b, rest = x.double().split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+
+
+def query_metric(q: Tensor, freqs: Tensor, frame: int = FRAME) -> Tensor:
+    """Sum of y y^T over y = R(-t0) q_m, all frame starts t0 at or before position m, all m.
+
+    Args:
+        q: [H, T, D] as the model rotated them, floating point, of positions 0 .. T-1.      freqs:
+            int64 [pairs].
+    Returns:
+        float64 [H, D, D]: the Gram of each frame's queries, cumulated from the last frame on,
+        turned back on both sides.
+    """
+    padded = torch.nn.functional.pad(q.double(), (0, 0, 0, -q.shape[1] % frame))
+    x = padded.unflatten(1, (-1, frame))
+    seen = (x.mT @ x).flip(1).cumsum(1).flip(1)  # [H, frames, D, D]: of this frame and later ones
+    starts = -frame * torch.arange(seen.shape[1], device=q.device)
+    half = turned(seen.movedim(1, 2), starts, freqs)  # [H, D, frames, D]: S R^T
+    return turned(half.movedim(1, 3).movedim(2, 1), starts, freqs).sum(2)
+
+
+def error_weights(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    sinks: int,
+    window: int,
+    queries: int = QUERIES,
+) -> Tensor:
+    """What errors of older keys and values cost in each query head's outputs.
+
+    The heads of a KV head take turns with queries of the second half, so that few meet many
+    positions. Heads that look at few old tokens count, those that look at many (errors cancel) or
+    at exact ones do not.
+
+    Args:
+        q: [H, T, D]; k, v: [G, T, D], q and k as the model rotated them; floating point.
+        scale: of scores.      sinks, window: first tokens and newest ones that are exact, and have
+            no errors.
+    Returns:
+        float64 [3, H]: sums over queries of scale^2 sum_i p_i^2 |v_i - o|^2, of sum_i p_i^2, and of
+        |o|^2.
+    """
+    heads, tokens, _ = q.shape
+    group, count = heads // k.shape[0], min(queries, tokens)
+    rows = group * count
+    first, row = tokens // 2, torch.arange(rows, device=q.device)
+    at = first + row * (tokens - 1 - first) // max(1, rows - 1)
+    head = row % group
+    positions = torch.arange(tokens, device=q.device)
+    found = []
+    for own, keys, values in zip(q.split(group), k.float(), v.float(), strict=True):
+        square = values.square().sum(-1)
+        parts = []
+        for some, asked in zip(at.split(64), own[head, at].float().split(64), strict=True):
+            age = some[:, None] - positions
+            scores = scale * (asked @ keys.mT)  # [64, T]
+            p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
+            o = p @ values
+            power = o.square().sum(-1, keepdim=True)
+            off = (square - 2 * (o @ values.mT) + power).clamp_min(0)  # |v_i - o|^2
+            p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
+            sums = (scale**2 * (p2 * off).sum(-1), p2.sum(-1), power[:, 0])
+            parts.append(torch.stack(sums).double())
+        found.append(torch.cat(parts, dim=-1).unflatten(-1, (count, group)).sum(1))
+    return torch.cat(found, dim=-1)
+
+
+class _Layer:
+    """Sums over the tokens of a layer that have been read; on its device."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, freqs: Tensor, every: int) -> None:
+        heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[-1]
+        if k.shape[-1] != dim or v.shape[-1] != dim or dim not in HEAD_DIMS:
+            raise ValueError(
+                f"model: expected keys and values of one head dimension of {HEAD_DIMS}, "
+                f"got {k.shape[-1]} and {v.shape[-1]}"
+            )
+        if v.shape[1] != kv_heads or heads % kv_heads:
+            raise ValueError(f"model: expected a multiple of {kv_heads} query heads, got {heads}")
+        zeros = partial(torch.zeros, dtype=torch.float64, device=q.device)
+        self.freqs, self.every = freqs.to(q.device), every
+        self.count = self.pairs = 0
+        self.k_sum, self.moments = zeros(kv_heads, dim), zeros(2, kv_heads, dim, dim)
+        self.metric, self.weights = zeros(heads, dim, dim), zeros(3, heads)
+        self.rows: list[Tensor] = []
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
+        """One sequence's tokens, arguments as of `error_weights`."""
+        tokens, sinks = k.shape[1], options["sinks"]
+        positions = torch.arange(tokens, device=k.device)
+        kappa = turned(k, positions % FRAME - positions, self.freqs)[:, sinks:]
+        values = v[:, sinks:].double()
+        self.count += kappa.shape[1]
+        self.k_sum += kappa.sum(1)
+        self.moments += torch.stack((kappa.mT @ kappa, values.mT @ values))
+        self.rows.append(torch.stack((kappa, values))[:, :, :: self.every].float().cpu())
+        self.metric += query_metric(q, self.freqs)
+        self.pairs += sum(tokens - start for start in range(0, tokens, FRAME))
+        self.weights += error_weights(q, k, v, **options)
+
+    def stats(self) -> LayerStats:
+        kv_heads = len(self.k_sum)
+        mean, device = (self.k_sum / self.count).cpu(), self.k_sum.device
+        k_moment, v_moment = (self.moments / self.count).cpu().unbind()
+        w_k, w_v, power = self.weights.cpu().unbind()
+        total = power.sum().clamp_min(1e-300)
+        by_group = w_k.unflatten(0, (kv_heads, -1))  # [G, H/G]
+        shares = by_group + HEAD_FLOOR * by_group.mean(-1, keepdim=True) + 1e-300
+        shares = shares / shares.sum(-1, keepdim=True)
+        metric = self.metric.cpu().unflatten(0, (kv_heads, -1)) / self.pairs
+        metric = torch.einsum("gh,ghde->gde", shares, metric)
+        k_rows, v_rows = torch.cat(self.rows, dim=2).unbind()
+        k_moment = k_moment - mean[:, :, None] * mean[:, None]
+        k = Side(k_moment, metric, mean, k_rows, by_group.sum(-1) / total, device)
+        v_cost = w_v.unflatten(0, (kv_heads, -1)).sum(-1) / total
+        v = Side(v_moment, None, torch.zeros_like(mean), v_rows, v_cost, device)
+        return LayerStats(k, v, self.freqs.cpu())
+
+
+# Reading a model.
+
+
+_TAPS: dict[int, Callable[..., None]] = {}  # by id of a module of a model that is being read
+
+
+def _attention(module: Any, q: Any, k: Any, v: Any, *args: Any, original: str, **kwargs: Any):
+    """transformers' attention function while a model is read: hands q, k, v over, and attends."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    take = _TAPS.get(id(module))  # None: another model, of the same config object
+    if take is not None and kwargs.get("sliding_window") is None:
+        take(module, q, k, v, kwargs.get("scaling"))
+    attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if original != "eager" or attend is None:
+        attend = ALL_ATTENTION_FUNCTIONS["sdpa" if original == "eager" else original]
+    return attend(module, q, k, v, *args, **kwargs)
+
+
+def _configs(model: Any) -> list[Any]:
+    """All config objects of a model's modules and in these, outer ones first."""
+    found: dict[int, Any] = {}
+
+    def visit(config: Any) -> None:
+        if config is None or id(config) in found or not hasattr(config, "_attn_implementation"):
+            return
+        found[id(config)] = config
+        for key in getattr(config, "sub_configs", None) or ():
+            visit(getattr(config, key, None))
+
+    for module in model.modules():
+        visit(getattr(module, "config", None))
+    return list(found.values())
+
+
+@contextmanager
+def _tapped(model: Any, take: Callable[..., None]) -> Iterator[None]:
+    """Inside, attention layers hand q, k, v over to `take`. Afterwards the model is as it was."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    training = [module for module in model.modules() if module.training]
+    modules = [id(module) for module in model.modules()]
+    try:
+        _TAPS.update(dict.fromkeys(modules, take))
+        model.eval()
+        for config, original in before:
+            original = original or "eager"
+            name = f"{NAME}_{original}"
+            AttentionInterface.register(name, partial(_attention, original=original))
+            if original in ALL_MASK_ATTENTION_FUNCTIONS:
+                AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[original])
+            config._attn_implementation = name  # of configs inside too, whose turn comes later
+        yield
+    finally:
+        for config, original in before:
+            config._attn_implementation = original
+        for module in training:
+            module.training = True
+        for module in modules:
+            _TAPS.pop(module, None)
+
+
+def layer_freqs(model: Any, module: Any, head_dim: int) -> Tensor:
+    """The frequencies that a layer's q and k were turned with, int64 [pairs], on the CPU.
+
+    Looked for in buffers named *inv_freq: of the attention module, of the layer's type, of the
+    decoder. Where there are none, those of RoPE with a base of 10,000: any are exact, the model's
+    own make keys compressible.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    owners = [owner for owner in (module, decoder, model) if owner is not None]
+    kinds = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    kind = kinds[index] if kinds and index is not None else "full_attention"
+    for owner in owners:
+        buffers = [(name.split(".")[-1], x) for name, x in owner.named_buffers()]
+        named = [x for name, x in buffers if name == f"{kind}_inv_freq"]
+        plain = [x for name, x in buffers if name == "inv_freq"]
+        for x in named + plain:
+            if x.dim() == 1 and 2 * x.shape[0] <= head_dim and not x.is_meta:
+                return freqs_from_inv_freq(x.detach().float(), device="cpu")
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    return freqs_from_inv_freq(1e4**-exponent)
+
+
+@torch.no_grad()
+def collect(
+    model: Any,
+    sequences: Iterable[Tensor],
+    *,
+    sinks: int = 4,
+    window: int = 16,
+    progress: bool = False,
+) -> ModelStats:
+    """Read sequences of tokens; note what full-attention layers' keys, values, queries are like.
+
+    Args:
+        model: a transformers model that calls the attention interface (`AttentionInterface`);
+            layers may be on several devices. Its attention function, mode and configuration are as
+            before afterwards, also after an exception.
+        sequences: integer [T] or [B, T], token ids without padding, of more than sinks + window
+            tokens.
+        sinks, window: first and newest tokens that a cache keeps exact; presets differ little here.
+        progress: a bar.
+    Raises:
+        TypeError, ValueError: sequences are not as above; no layer with full attention was met;
+            head dimensions that no page layout holds.
+    Memory: D x D sums in float64 a query head on each layer's device, 2,048 rows a KV head on the
+    CPU, and one sequence's q, k, v of one layer in float64.
+    """
+    from tqdm.auto import tqdm
+
+    sequences = [x[None] if isinstance(x, Tensor) and x.dim() == 1 else x for x in sequences]
+    if not sequences:
+        raise ValueError("sequences: expected at least one, got none")
+    for x in sequences:
+        check_tensor("sequences", x, shape=(None, None), dtype=(torch.int32, torch.int64))
+        if x.shape[1] <= sinks + window:
+            raise ValueError(
+                f"sequences: expected more than {sinks + window} tokens, got {x.shape[1]}"
+            )
+    total = sum(x.numel() for x in sequences)
+    layers: dict[int, _Layer] = {}  # by id of the attention module
+
+    def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        if q.shape[2] != k.shape[2]:
+            raise ValueError(f"model: expected {q.shape[2]} keys, got {k.shape[2]}")
+        if id(module) not in layers:
+            freqs = layer_freqs(model, module, q.shape[-1])
+            layers[id(module)] = _Layer(q, k, v, freqs, max(1, total // SAMPLE) | 1)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        for row in zip(q, k, v, strict=True):
+            layers[id(module)].add(*row, scale=scale, sinks=sinks, window=window)
+
+    reader = getattr(model, "base_model", model)  # without the output layer
+    bar = tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
+    with _tapped(model, take), bar:
+        for x in sequences:
+            reader(input_ids=x.to(model.device), use_cache=False)
+            bar.update(x.numel())
+    if not layers:
+        raise ValueError("model: expected full attention through AttentionInterface, got none")
+    found = tuple(layer.stats() for layer in layers.values())
+    return ModelStats(found, total, sum(len(x) for x in sequences), fingerprint(model))
+
+
+# Fitting a codec.
+
+
+def _floored(metric: Tensor) -> Tensor:
+    """A metric [..., D, D] of mean eigenvalue 1, plus METRIC_FLOOR; the identity for zeros."""
+    metric = (metric + metric.mT) / 2
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    eye = torch.eye(metric.shape[-1], dtype=metric.dtype)
+    return torch.where(mean > 0, metric / mean.clamp_min(1e-300), 1.0 * eye) + METRIC_FLOOR * eye
+
+
+def fit_basis(moment: Tensor, metric: Tensor | None = None) -> Tensor:
+    """The basis whose first R rows have the least M-weighted error of all of rank R, for every R.
+
+    Args:
+        moment: float64 [..., D, D], second moment of rows x.      metric: likewise, or None for the
+            identity.
+    Returns:
+        float64 [..., D, D], best component first: V^T L^(-1), orthonormal in the metric
+        (`_floored`); the largest entry of each row is positive.
+    """
+    if metric is None:
+        basis = torch.linalg.eigh(moment).eigenvectors.mT.flip(-2)
+    else:
+        root = torch.linalg.cholesky(_floored(metric))
+        vectors = torch.linalg.eigh(root.mT @ moment @ root).eigenvectors.mT.flip(-2)
+        basis = torch.linalg.solve_triangular(root, vectors, upper=False, left=False)
+    largest = basis.gather(-1, basis.abs().argmax(-1, keepdim=True))
+    return basis * largest.sign()
+
+
+def quantise_basis(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., R, D] as int8, -127 .. 127, and scales float32 [..., R]: basis ~ scale * rows."""
+    scale = (basis.abs().amax(-1) / 127).float()
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (basis / scale.double()[..., None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def fit_encoder(rows: Tensor, scale: Tensor, metric: Tensor | None = None) -> Tensor:
+    """The encoder of a basis as int8 holds it: coefficients x @ encoder of least M-weighted error.
+
+    Args:
+        rows: int8 [..., R, D], R at most D.      scale: float32 [..., R].
+        metric: float64 [..., D, D], or None for plain least squares. Of no effect when R = D.
+    Returns:
+        float64 [..., D, R].
+    """
+    basis = rows.double()
+    weighted = basis
+    if metric is not None and rows.shape[-2] < rows.shape[-1]:
+        weighted = basis @ _floored(metric)
+    inner = basis @ weighted.mT
+    length = inner.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+    inner = inner / (length[..., :, None] * length[..., None, :])
+    solved = torch.linalg.solve(inner, weighted / length[..., None])
+    return (solved / (length * scale.double())[..., None]).mT
+
+
+def fit_steps(coefficients: Tensor, bits: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The quantiser step of each component with the least squared error over a sample.
+
+    8-bit components, which hold most of a key's length, are not clipped: their steps leave HEADROOM
+    for what the sample does not have.
+
+    Args:
+        coefficients: float32 [..., N, R].      bits: of each component.
+    Returns:
+        (steps, mean squared errors), float32 [..., R]; steps are positive.
+    """
+    top = torch.tensor([2.0**b for b in bits], device=coefficients.device)
+    largest = coefficients.abs().amax(-2)
+    # A component without variance in the sample gets a step that later rows can use.
+    least = (1e-6 * largest.amax(-1, keepdim=True)).clamp_min(1e-30)
+    widest = torch.maximum(largest, least) * 2 / top
+    best, least = widest, torch.full_like(widest, float("inf"))
+    for share in range(STEP_SHARES):
+        factor = LEAST_SHARE ** (share / (STEP_SHARES - 1))
+        step = torch.where(top < 256, factor, HEADROOM) * widest
+        code = coefficients / step[..., None, :]
+        code = torch.minimum(torch.maximum(code.floor_().add_(0.5), 0.5 - top / 2), top / 2 - 0.5)
+        error = code.mul_(step[..., None, :]).sub_(coefficients).square_().mean(-2)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best, least
+
+
+def fit_side(side: Side, bands: Bands) -> tuple[Tensor, Tensor, Tensor]:
+    """Basis int8 [G, R, D], scale [G, R] and encoder [G, D, R] (float32, with steps) in bands."""
+    if bands.rank > side.moment.shape[-1]:
+        raise ValueError(
+            f"bands: expected a rank of at most D = {side.moment.shape[-1]}, got {bands}"
+        )
+    rows, scale = (x[:, : bands.rank].contiguous() for x in side.basis)
+    encoder = fit_encoder(rows, scale, side.metric)
+    steps = fit_steps(side.coefficients(encoder), bands.bits)[0].cpu()
+    return rows, scale * steps, (encoder / steps.double()[:, None]).float().contiguous()
+
+
+def fit_codec(
+    stats: ModelStats, layouts: Sequence[PageLayout], preset: str | Preset = "balanced"
+) -> ModelCodec:
+    """The codec of a model in given layouts, on the CPU, of one row (M = 1).
+
+    Args:
+        stats: of `collect`.      layouts: of each of its layers (`plan`), of rank D or less.
+        preset: what says the window and the sinks.
+    Raises:
+        ValueError, TypeError: not as above.
+    """
+    name, preset = preset_of(preset)
+    if len(layouts) != len(stats.layers):
+        raise ValueError(f"layouts: expected {len(stats.layers)}, one a layer, got {len(layouts)}")
+    codecs = []
+    for layer, layout in zip(stats.layers, layouts, strict=True):
+        if layout.head_dim != layer.k.moment.shape[-1] or layout.frame != FRAME:
+            raise ValueError(
+                f"layouts: expected head_dim {layer.k.moment.shape[-1]} and frame {FRAME}, "
+                f"got {layout.head_dim} and {layout.frame}"
+            )
+        k, v = fit_side(layer.k, layout.k), fit_side(layer.v, layout.v)
+        mean = layer.k.mean.float()
+        offset = (mean[:, None] @ k[2])[:, 0]
+        codecs.append(Codec(layout, layer.freqs, *(x[None] for x in (*k, mean, offset, *v))))
+    notes = f"calibrated on {stats.tokens} tokens of {stats.sequences} sequences"
+    return ModelCodec(tuple(codecs), preset.sinks, preset.window, name, stats.fingerprint, notes)
+
+
+def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayout]:
+    """The layout of each layer: least sum of output errors within the bytes the ratio leaves all.
+
+    Raises:
+        ValueError, TypeError: no such preset, or a ratio that the smallest bands do not reach.
+    """
+    _, preset = preset_of(preset)
+    items, sizes, losses = [], [], []
+    for layer in stats.layers:
+        heads, dim = layer.k.moment.shape[:2]
+        for name, side in (("k", layer.k), ("v", layer.v)):
+            items.append(menus(dim)[name])
+            sizes.append([heads * bands.bytes for bands in items[-1]])
+            losses.append([side.loss(bands) for bands in items[-1]])
+    full = sum(4 * layer.k.mean.numel() for layer in stats.layers)
+    least = sum(map(min, sizes))
+    if least * preset.ratio > full:
+        raise ValueError(
+            f"ratio: expected at most {full / least:.2f} with these bands, got {preset.ratio}"
+        )
+    chosen = [
+        item[i]
+        for item, i in zip(items, share_bytes(full / preset.ratio, sizes, losses), strict=True)
+    ]
+    return [
+        PageLayout(k, v, layer.k.moment.shape[-1], FRAME)
+        for layer, k, v in zip(stats.layers, chosen[::2], chosen[1::2], strict=True)
+    ]
+
+
+def share_bytes(
+    total: float, sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
+) -> list[int]:
+    """The choice of each item for which the sum of losses is least, as far as these are whole.
+
+    Args:
+        total: bytes of all; at least those of the smallest choices.
+        sizes, losses: of each item, of each of its choices.
+    Returns:
+        For each item the index of its choice, on the lower convex hull of its losses over bytes:
+        the steps on these that save most a byte are taken, as long as they fit.
+    """
+    hulls = [_hull(size, loss) for size, loss in zip(sizes, losses, strict=True)]
+    steps = [
+        (_saved(a, b, sizes[n], losses[n]), n, a, b)
+        for n, hull in enumerate(hulls)
+        for a, b in pairwise(hull)
+    ]
+    chosen = [hull[0] for hull in hulls]
+    left = total - sum(size[i] for size, i in zip(sizes, chosen, strict=True))
+    for _, n, a, b in sorted(steps, key=lambda step: -step[0]):
+        more = sizes[n][b] - sizes[n][a]
+        if chosen[n] == a and more <= left:  # else an earlier step of this item did not fit
+            chosen[n], left = b, left - more
+    return chosen
+
+
+def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Choices on the lower convex hull of loss over bytes, smallest first."""
+    hull: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
+        if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
+            continue
+        while len(hull) > 1:
+            before, after = ((hull[-2], hull[-1]), (hull[-1], i))
+            if _saved(*before, sizes, losses) > _saved(*after, sizes, losses):
+                break
+            hull.pop()
+        hull.append(i)
+    return hull
+
+
+def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
+    """What a byte saves between two choices, a the smaller."""
+    return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
+
+
+# Which model, and which text.
+
+
+def fingerprint(model: Any) -> str:
+    """32 hexadecimal digits that say which model it is: its shape, its rotation, and 16 weights of
+    every matrix.
+
+    Weights count as bfloat16 holds them: the same for a model loaded in float32 or bfloat16, and in
+    float16 unless that rounded its weights. Cheap: it reads a few kilobytes from each device.
+    """
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
+    shape = {name: getattr(config, name, None) for name in (*names.split(), "vocab_size")}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= getattr(config, name, None) or {}
+    shape["rope"] = {name: rope[name] for name in ("rope_type", "factor") if name in rope}
+    shape["theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    samples: dict[torch.device, list[Tensor]] = {}
+    for _, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if weight.dim() < 2 or weight.is_meta:
+            continue
+        at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
+        index = torch.unravel_index(at, weight.shape)
+        some = weight.detach()[index]
+        if some.is_floating_point():
+            some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
+        samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))
+    for parts in samples.values():
+        digest.update(torch.cat(parts).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def cache_path(fingerprint: str, preset: str) -> Path:
+    """Where a model's codec is kept: in XDG_CACHE_HOME, or ~/.cache, under spectral_kernels/."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "spectral_kernels" / f"{fingerprint}-{preset}.safetensors"
+
+
+def _text_files() -> list[list[Path]]:
+    """Files by kind, as far as this machine has them; their order depends on paths alone."""
+    import sysconfig
+
+    library, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    share = Path("/usr/share")
+    places: list[tuple[Sequence[Path], tuple[str, ...]]] = [
+        ([library], (".py",)),
+        ([packages], ("METADATA", "README.md", "README.rst", "README")),
+        ([share / "perl", share / "perl5", share / "doc"], (".pod", ".md", ".txt")),
+        ([packages], ("LICENSE", "LICENSE.txt", "LICENSE.md", "COPYING", "NOTICE")),
+        ([Path("/usr/include"), Path(sysconfig.get_path("include"))], (".h",)),
+        ([packages], (".js", ".html", ".css", ".ts")),
+        ([library / "test" / "cjkencodings"], ("-utf8.txt", "utf_8.txt", "utf8.txt")),
+        ([share / "locale", share / "vim", packages], (".mo", ".po")),
+        ([packages], (".pyx", ".cpp", ".cu", ".cc", ".hpp")),
+    ]
+    kinds = []
+    for roots, ends in places:
+        found = (
+            Path(folder) / name
+            for root in roots
+            for folder, folders, names in os.walk(root)
+            if folders.sort() is None  # walk them in order
+            for name in sorted(names)
+            if name.endswith(ends)
+        )
+        files = [path for path in islice(found, 2000) if path.stat().st_size > 500]
+        random.Random(0).shuffle(files)
+        kinds.append(files)
+    return kinds
+
+
+def _piece(path: Path, characters: int) -> str:
+    """A piece of a file, from a third of it on; of a catalogue, the translations (second half)."""
+    data = path.read_bytes()[: 1 << 20]
+    if path.suffix == ".mo":
+        data = data[len(data) // 2 :].replace(b"\0", b"\n")
+    text = data.decode("utf-8", "ignore")
+    start = max(0, len(text) - characters) // 3
+    start = text.find("\n", start) + 1 if start else 0
+    return text[start : start + characters]
+
+
+def default_texts(characters: int = 2000, *, exclude: Sequence[str] = ()) -> Iterator[str]:
+    """Pieces of text that lie about on this machine, one of each kind in turns; the same each time.
+
+    Python's library and manual, notes and licences of packages, documentation, C headers, web
+    pages, translations into other languages, C++. Nothing is downloaded.
+
+    Args:
+        characters: of a piece, at most.      exclude: parts of paths that are not to be read.
+    """
+    import pydoc_data.topics
+
+    def pieces(files: Sequence[Path]) -> Iterator[str]:
+        for path in files:
+            if not any(part in str(path) for part in exclude):
+                try:
+                    yield _piece(path, characters)
+                except OSError:
+                    continue
+
+    manual = "\n\n".join(pydoc_data.topics.topics.values())
+    kinds = [pieces(files) for files in _text_files()]
+    kinds.insert(1, (manual[i : i + characters] for i in range(0, len(manual), 7 * characters)))
+    while kinds:
+        going = []
+        for kind in kinds:
+            piece = next(kind, None)
+            if piece is not None:
+                going.append(kind)
+                if len(piece) > characters // 4:
+                    yield piece
+        kinds = going
+
+
+def token_sequences(
+    tokenizer: Any, tokens: int, *, length: int = LENGTH, texts: Iterable[str] | None = None
+) -> list[Tensor]:
+    """Sequences of tokens to calibrate on, int64 [T] on the CPU, joined from pieces of text.
+
+    Args:
+        tokenizer: of transformers, called with a text.
+        tokens: of all sequences together; fewer if the texts end.      length: of a sequence, at
+            most.
+        texts: default `default_texts()`.
+    Raises:
+        ValueError: the texts have fewer than 512 tokens.
+    """
+    bos = getattr(tokenizer, "bos_token_id", None)
+    first = [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+    count = max(1, round(tokens / length))
+    length = min(length, max(1, tokens // count))
+    ids: list[int] = []
+    for text in default_texts() if texts is None else texts:
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= count * length:
+            break
+    if len(ids) < min(512, tokens):
+        raise ValueError(f"texts: expected at least {min(512, tokens)} tokens, got {len(ids)}")
+    own = length - len(first)
+    parts = [ids[i : i + own] for i in range(0, min(len(ids), count * own), own)]
+    return [torch.tensor(first + part) for part in parts if len(part) >= min(own, 256)]
+
+
+def calibrate(
+    model: Any, source: Any = None, preset: str | Preset = "balanced", **options: Any
+) -> ModelCodec:
+    """The codec of a model: `collect`, `plan`, `fit_codec`.
+
+    Args:
+        model: see `collect`.
+        source: its tokenizer, or sequences of token ids; None: that of model.name_or_path.
+        preset: a name of PRESETS, or a Preset.
+        texts: to calibrate on; default `default_texts()`.
+        tokens: to read; default 65,536 on a GPU, 8,192 on a CPU. Breadth matters more than length.
+        progress: a bar, and words on the time it took, on stderr; default True.
+    """
+    _, preset = preset_of(preset)
+    stats = read(model, source, **options)
+    return fit_codec(stats, plan(stats, preset), preset)
+
+
+def read(
+    model: Any,
+    source: Any = None,
+    *,
+    texts: Iterable[str] | None = None,
+    tokens: int | None = None,
+    progress: bool = True,
+) -> ModelStats:
+    """`collect` over texts, for any presets; arguments and defaults as of `calibrate`."""
+    on_cpu = torch.device(model.device).type == "cpu"
+    tokens = (CPU_TOKENS if on_cpu else GPU_TOKENS) if tokens is None else tokens
+    if tokens < 512:
+        raise ValueError(f"tokens: expected at least 512, got {tokens}")
+    if source is None:
+        from transformers import AutoTokenizer
+
+        source = AutoTokenizer.from_pretrained(model.name_or_path)
+    if callable(source):
+        longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
+        source = token_sequences(source, tokens, length=min(LENGTH, longest), texts=texts)
+    start = time.monotonic()
+    stats = collect(model, source, progress=progress)
+    if progress and on_cpu and stats.tokens < GPU_TOKENS:
+        took = time.monotonic() - start
+        print(
+            f"calibrated on {stats.tokens} tokens in {took:.0f} s; {GPU_TOKENS} would take about "
+            f"{took / 60 * GPU_TOKENS / stats.tokens:.0f} min and serve more kinds of text",
+            file=sys.stderr,
+        )
+    return stats
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: writes a codec file for each preset."""
+    parser = argparse.ArgumentParser(prog="python -m spectral_kernels.calibrate")
+    add = parser.add_argument
+    add("--model", required=True, help="path or id of a model")
+    add("--gguf", help="GGUF file in --model")
+    add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 (default: what lies about)")
+    add("--tokens", type=int, help=f"default {GPU_TOKENS}, on a CPU {CPU_TOKENS}")
+    add("--preset", nargs="+", choices=list(PRESETS), default=["balanced"])
+    add("--out", type=Path, help="file; folder if several presets (default: the user's cache)")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    args = parser.parse_args(argv)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"dtype": torch.float32 if device == "cpu" else "auto"}
+    gguf = {"gguf_file": args.gguf} if args.gguf else {}
+    if gguf:
+        from transformers.utils import quantization_config
+
+        if hasattr(quantization_config, "GgufConfig"):  # else weights are dequantised anyhow
+            options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in args.text] if args.text else None
+        tokenizer = AutoTokenizer.from_pretrained(args.model, **gguf)
+        model = AutoModelForCausalLM.from_pretrained(args.model, **gguf, **options).to(device)
+        stats = read(model, tokenizer, texts=texts, tokens=args.tokens)
+        for preset in args.preset:
+            codec = fit_codec(stats, plan(stats, preset), preset)
+            path = args.out or cache_path(stats.fingerprint, preset)
+            if args.out and len(args.preset) > 1:
+                path = args.out / f"codec-{preset}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            codec.save(path)
+            print(f"{path}: {path.stat().st_size:,} bytes, {codec.token_bytes} bytes a token")
+    except (OSError, ImportError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

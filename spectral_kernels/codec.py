@@ -1,0 +1,196 @@
+"""The codec: what a stored token means. Calibrated once a model, the same for every sequence.
+
+With kappa = R(-t0) k the key as the model rotated it, turned back by the start t0 of its frame (of
+F positions), and v as it is:
+
+    c = kappa @ k_encoder - k_offset    kappa ~ k_mean + sum_r (n_r + z_r) k_scale_r k_basis_r
+    e = v @ v_encoder                   v     ~          sum_r (n_r + z_r) v_scale_r v_basis_r
+
+with n_r the stored code of component r and z_r = -(2**bits - 1)/2 (layout.py). Encoders give
+coefficients in units of the quantiser's steps, which the scales hold; k_offset = k_mean @
+k_encoder.
+
+Every tensor has a leading row dimension M: the codecs a sequence may name (`codec_ids`); row 0 is
+the model's. Oracle: reference/calibrate.py.   Test: tests/test_codec.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from ._checks import check_tensor
+from .layout import Bands, PageLayout
+
+FORMAT = "spectral-codec-1"
+_SIDES = (
+    "k_basis", "k_scale", "k_encoder", "k_mean", "k_offset", "v_basis", "v_scale", "v_encoder",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Codec:
+    """The codec of one layer: contiguous tensors on one device.
+
+    Args:
+        layout: bands of both sides, head dimension, frame.
+        freqs: int64 [pairs], what a position turns each pair of dimensions (i, i + pairs) by, in
+            2**-64 turns (`rope.freqs_from_inv_freq`). Any values are exact; the model's own make
+            keys compressible.
+        k_basis: int8 [M, G, R_K, D].      k_scale: float32 [M, G, R_K].      k_encoder: float32 [M,
+            G, D, R_K].
+        k_mean: float32 [M, G, D].      k_offset: float32 [M, G, R_K].
+        v_basis, v_scale, v_encoder: likewise.
+    Raises:
+        TypeError, ValueError: a tensor's dtype, shape, device or strides are not as above.
+    """
+
+    layout: PageLayout
+    freqs: torch.Tensor
+    k_basis: torch.Tensor
+    k_scale: torch.Tensor
+    k_encoder: torch.Tensor
+    k_mean: torch.Tensor
+    k_offset: torch.Tensor
+    v_basis: torch.Tensor
+    v_scale: torch.Tensor
+    v_encoder: torch.Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("freqs", self.freqs, shape=(None,), dtype=torch.int64)
+        dim, device = self.layout.head_dim, self.freqs.device
+        if 2 * self.freqs.shape[0] > dim:
+            raise ValueError(
+                f"freqs: expected at most D / 2 = {dim // 2} pairs, got {self.freqs.shape[0]}"
+            )
+        check_tensor("k_basis", self.k_basis, shape=(None, None, self.layout.k.rank, dim))
+        rows, heads = self.k_basis.shape[:2]
+        for side in ("k", "v"):
+            rank = self.layout.side(side).rank
+            shapes = {"basis": (rank, dim), "scale": (rank,), "encoder": (dim, rank)}
+            if side == "k":
+                shapes |= {"mean": (dim,), "offset": (rank,)}
+            for name, shape in shapes.items():
+                x = getattr(self, f"{side}_{name}")
+                dtype = torch.int8 if name == "basis" else torch.float32
+                check_tensor(
+                    f"{side}_{name}", x, shape=(rows, heads, *shape), dtype=dtype, device=device
+                )
+        for name in ("freqs", *_SIDES):
+            if not getattr(self, name).is_contiguous():
+                raise ValueError(
+                    f"{name}: expected a contiguous tensor, "
+                    f"got strides {getattr(self, name).stride()}"
+                )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.k_basis.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(getattr(self, name).nbytes for name in ("freqs", *_SIDES))
+
+    def to(self, device: torch.device | str) -> Codec:
+        """The same on another device."""
+        tensors = {
+            f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"
+        }
+        return Codec(self.layout, **tensors)
+
+
+@dataclass(frozen=True)
+class ModelCodec:
+    """The codecs of a model's layers, and what stays exact.
+
+    Args:
+        layers: one Codec a layer that a spectral cache serves, in order.
+        sinks: first tokens of a sequence that stay exact.      window: newest tokens that are
+            exact, at least 1.
+        preset: its name.
+        fingerprint: of the model it was calibrated on (`hf.fingerprint`); "" if of no particular
+            one.
+        notes: what it was calibrated on, in words and numbers; printed, not read by programs.
+    """
+
+    layers: tuple[Codec, ...]
+    sinks: int
+    window: int
+    preset: str = "custom"
+    fingerprint: str = ""
+    notes: str = ""
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
+        if self.window < 1:
+            raise ValueError(f"window: expected at least 1, got {self.window}")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers' codecs."""
+        return sum(codec.nbytes for codec in self.layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of coefficients a token, all layers and KV heads together."""
+        return sum(codec.kv_heads * codec.layout.token_bytes for codec in self.layers)
+
+    def to(self, device: torch.device | str) -> ModelCodec:
+        """The same on another device."""
+        layers = tuple(codec.to(device) for codec in self.layers)
+        return ModelCodec(
+            layers, self.sinks, self.window, self.preset, self.fingerprint, self.notes
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file: tensors by layer, the rest in its metadata."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, torch.Tensor] = {}
+        for i, codec in enumerate(self.layers):
+            tensors |= {f"{i}.{name}": getattr(codec, name).cpu() for name in ("freqs", *_SIDES)}
+        layouts = [
+            (str(c.layout.k), str(c.layout.v), c.layout.head_dim, c.layout.frame)
+            for c in self.layers
+        ]
+        head = {
+            name: getattr(self, name)
+            for name in ("sinks", "window", "preset", "fingerprint", "notes")
+        }
+        metadata = {"format": FORMAT, "codec": json.dumps({**head, "layouts": layouts})}
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ModelCodec:
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: the file is not such a file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            opened = safe_open(str(path), framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"codec: expected a safetensors file, got {path}: {error}") from error
+        with opened as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                got = metadata.get("format")
+                raise ValueError(f"codec: expected a file of format {FORMAT}, got {got}: {path}")
+            head = json.loads(metadata["codec"])
+            layers = []
+            for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
+                layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
+                layers.append(
+                    Codec(
+                        layout,
+                        **{name: file.get_tensor(f"{i}.{name}") for name in ("freqs", *_SIDES)},
+                    )
+                )
+        return cls(tuple(layers), **head)

@@ -1,0 +1,358 @@
+"""The exact tokens of a row, in fixed slots: its first ones (sinks) and its newest ones (window).
+
+    k_exact, v_exact [max_seqs, G, sinks + ring, D]
+    slot(p) = p  if p < sinks  else  sinks + (p - sinks) % ring
+
+A slot's position follows from the row's length alone: the newest position that has the slot. A key
+at p is attended exactly if p < sinks or p >= seq_len - window (window <= ring); keys and queries
+are as the model rotated them, so that a score is a plain dot product. Query i of Q is at position
+seq_len - Q + i and sees the keys at or before it.
+
+Source: Xiao et al., Efficient streaming language models with attention sinks (2023).
+Oracle: reference/window.py.   Test: tests/test_window.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _launch
+from ._checks import FLOATS, check_output, check_tensor
+from ._math import dot_f32
+from .merge import merge_many_states
+
+LOG2_E = math.log2(math.e)
+MAX_SPLITS = 128  # programs that share the slots of a row
+
+
+@triton.jit
+def slot_of(position, SINKS: tl.constexpr, RING: tl.constexpr):
+    """The slot of a position that is not negative."""
+    return tl.where(position < SINKS, position, SINKS + (position - SINKS) % tl.maximum(RING, 1))
+
+
+def slots_torch(positions: torch.Tensor, sinks: int, ring: int) -> torch.Tensor:
+    """The slots of positions, int64."""
+    return torch.where(
+        positions < sinks, positions, sinks + (positions - sinks) % max(ring, 1)
+    ).long()
+
+
+def positions_torch(seq_lens: torch.Tensor, slots: int, sinks: int) -> torch.Tensor:
+    """The newest position that has each slot, int64 [B, slots]; negative: none has."""
+    ring, slot = slots - sinks, torch.arange(slots, device=seq_lens.device)
+    seq_lens = seq_lens.long()[:, None]
+    last = seq_lens - sinks - 1  # counted from the first token of the ring
+    newest = sinks + last - (last - (slot - sinks)) % max(ring, 1)
+    newest = torch.where(newest >= sinks, newest, -1)
+    return torch.where(slot < sinks, torch.where(slot < seq_lens, slot, -1), newest)
+
+
+def check_exact(
+    name: str, exact: torch.Tensor | None, x: torch.Tensor, sinks: int,
+    seq_ids: torch.Tensor | None, *, stored: bool = False,
+) -> int:  # fmt: skip
+    """The ring's slots of k_exact or v_exact for queries x [B, .., D], or for tokens x [B, G, T, D]
+    to be stored there; 0 for None."""
+    if sinks < 0:
+        raise ValueError(f"sinks: expected at least 0, got {sinks}")
+    if seq_ids is not None:
+        i32 = torch.int32
+        check_tensor(
+            "seq_ids", seq_ids, shape=x.shape[:1], dtype=i32, device=x.device, unit_stride=True
+        )
+    if exact is None:
+        return 0
+    shape = (None, x.shape[1] if stored else None, None, x.shape[-1])
+    dtype = x.dtype if stored else FLOATS
+    check_tensor(name, exact, shape=shape, dtype=dtype, device=x.device, unit_stride=True)
+    _launch.check_bf16(name, exact)
+    if seq_ids is None and exact.shape[0] < x.shape[0]:
+        raise ValueError(f"{name}: expected at least {x.shape[0]} rows, got {exact.shape[0]}")
+    if exact.shape[2] <= sinks:
+        raise ValueError(f"{name}: expected more than {sinks} slots, got {exact.shape[2]}")
+    return exact.shape[2] - sinks
+
+
+@triton.jit
+def window_split(
+    q_ptr,
+    k_ptr,  # the row's and head's slots
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    seq_len,
+    split,
+    block_m,
+    b,
+    g,
+    Q,
+    G,
+    softmax_scale,
+    strides_q,  # (b, h, q)
+    stride_k_s,
+    stride_v_s,
+    HG: tl.constexpr,
+    D: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RING: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One split of the slots of row b and KV head g, for BLOCK_M rows, each a query and a head of
+    the group.
+
+    o [B, H, Q, SPLITS, D], lse [B, H, Q, SPLITS]."""
+    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
+    SLOTS: tl.constexpr = SINKS + RING
+    SHARE: tl.constexpr = (SLOTS + SPLITS * BLOCK_N - 1) // (SPLITS * BLOCK_N) * BLOCK_N
+    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < Q * HG
+    query = row // HG
+    head = g * HG + row % HG
+    at = seq_len - Q + query  # [BLOCK_M] positions of the queries
+    d = tl.arange(0, BLOCK_D)
+    q_row = q_ptr + b * strides_q[0] + head * strides_q[1] + query.to(tl.int64) * strides_q[2]
+    q = tl.load(q_row[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+    q = q.to(tl.float32) * softmax_scale  # [BLOCK_M, BLOCK_D], in log2 units
+
+    m = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    l = tl.zeros([BLOCK_M], dtype=tl.float32)
+    o = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    for start in tl.range(
+        split * SHARE, tl.minimum(split * SHARE + SHARE, SLOTS), BLOCK_N, num_stages=1
+    ):
+        slot = start + tl.arange(0, BLOCK_N)
+        last = seq_len - SINKS - 1  # counted from the first token of the ring
+        newest = SINKS + last - (last - (slot - SINKS) + RING) % RING
+        used = (slot < SLOTS) & (newest >= SINKS) & (newest >= seq_len - WINDOW)
+        used = tl.where(slot < SINKS, slot < seq_len, used)
+        position = tl.where(slot < SINKS, slot, newest)  # [BLOCK_N]
+        mask = used[:, None] & (d < D)[None, :]
+        k = tl.load(
+            k_ptr + slot.to(tl.int64)[:, None] * stride_k_s + d[None, :], mask=mask, other=0.0
+        )
+        v = tl.load(
+            v_ptr + slot.to(tl.int64)[:, None] * stride_v_s + d[None, :], mask=mask, other=0.0
+        )
+        s = dot_f32(q, tl.trans(k), MATRIX, NATIVE)  # [BLOCK_M, BLOCK_N]
+        s = tl.where(used[None, :] & (position[None, :] <= at[:, None]), s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        top = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old = tl.exp2(m - top)
+        p = tl.exp2(s - top[:, None])
+        l = l * old + tl.sum(p, 1)
+        o = o * old[:, None] + dot_f32(p, v, MATRIX, NATIVE)  # [BLOCK_M, BLOCK_D]
+        m = m_new
+    o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
+    out = ((b * (G * HG) + head) * Q + query) * SPLITS + split
+    lse = tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf"))
+    tl.store(lse_ptr + out, lse, mask=live)
+    tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def _attend_window_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    seq_lens_ptr,
+    seq_ids_ptr,
+    o_ptr,
+    lse_ptr,
+    Q,
+    G,
+    softmax_scale,
+    strides_q,  # (b, h, q)
+    strides_exact,  # (row, g, slot of K, row, g, slot of V)
+    HG: tl.constexpr,
+    D: tl.constexpr,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    RING: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MATRIX: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    """One split of the slots of one row and KV head: `window_split`."""
+    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
+    g = (tl.program_id(1) // blocks_m).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+    row = b
+    if seq_ids_ptr is not None:
+        row = tl.load(seq_ids_ptr + b).to(tl.int64)
+    window_split(
+        q_ptr, k_ptr + row * strides_exact[0] + g * strides_exact[1],
+        v_ptr + row * strides_exact[3] + g * strides_exact[4], o_ptr, lse_ptr,
+        tl.load(seq_lens_ptr + b), tl.program_id(0), tl.program_id(1) % blocks_m, b, g, Q, G,
+        softmax_scale, strides_q, strides_exact[2], strides_exact[5],
+        HG, D, SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+    )  # fmt: skip
+
+
+def window_tile(group: int, queries: int, slots: int, matrix: bool, room: int) -> dict[str, int]:
+    """BLOCK_M rows (a query and a head) and BLOCK_N slots of a tile, and SPLITS of the slots: at
+    most as many as there is room for programs beside one another, none without a tile."""
+    block_m, block_n = (
+        (16, 32) if matrix else (min(4, _launch.next_power_of_2(group * queries)), 16)
+    )
+    tiles = _launch.cdiv(slots, block_n)
+    # The kernel's share of a split is a whole number of tiles: no split lies past the slots.
+    share = _launch.cdiv(tiles, max(1, min(tiles, room, MAX_SPLITS)))
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": _launch.cdiv(tiles, share)}
+
+
+def check_queries(q: torch.Tensor, heads: int, head_dim: int, scale: float | None) -> float:
+    """q [B, H, (Q,) D] for G = heads; the softmax scale."""
+    check_tensor("q", q, dtype=FLOATS, unit_stride=True)
+    if q.dim() not in (3, 4) or q.shape[-1] != head_dim:
+        raise ValueError(
+            f"q: expected shape [B, H, {head_dim}] or [B, H, Q, {head_dim}], got {list(q.shape)}"
+        )
+    if q.shape[1] % heads:
+        raise ValueError(f"q: expected a multiple of G = {heads} heads, got {q.shape[1]}")
+    _launch.check_bf16("q", q)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    return head_dim**-0.5 if scale is None else float(scale)
+
+
+def check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids) -> int:
+    """The ring's slots; queries and slots fit each other."""
+    ring = check_exact("k_exact", k_exact, q, sinks, seq_ids)
+    check_tensor("v_exact", v_exact, shape=k_exact.shape, dtype=k_exact.dtype, device=q.device)
+    check_exact("v_exact", v_exact, q, sinks, seq_ids)
+    check_tensor(
+        "seq_lens", seq_lens, shape=q.shape[:1], dtype=torch.int32, device=q.device,
+        unit_stride=True,
+    )  # fmt: skip
+    queries = q.shape[2] if q.dim() == 4 else 1
+    if not 1 <= window <= ring:
+        raise ValueError(f"window: expected 1 .. {ring}, the ring's slots, got {window}")
+    if queries > window:
+        raise ValueError(f"q: expected at most window = {window} queries a row, got {queries}")
+    return ring
+
+
+def _launch_window(
+    q: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, seq_lens: torch.Tensor,
+    seq_ids: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, *, scale: float,
+    sinks: int, window: int, matrix: bool, tile: dict[str, int],
+) -> None:  # fmt: skip
+    """The states of the splits of `tile` (`window_tile`): o float32 [B, H, Q, SPLITS, D] and lse
+    [B, H, Q, SPLITS] are written. q [B, H, Q, D]; scale: of natural scores."""
+    (batch, heads, queries, dim), kv_heads = q.shape, k_exact.shape[1]
+    group = heads // kv_heads
+    blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
+    with torch.cuda.device_of(q):
+        _attend_window_kernel[(tile["SPLITS"], kv_heads * blocks_m, batch)](
+            q, k_exact, v_exact, seq_lens, seq_ids, o, lse, queries, kv_heads, scale * LOG2_E,
+            q.stride()[:3], (*k_exact.stride()[:3], *v_exact.stride()[:3]), HG=group, D=dim,
+            SINKS=sinks, WINDOW=window, RING=k_exact.shape[2] - sinks, MATRIX=matrix,
+            NATIVE=_launch.is_native(q), num_warps=4, num_stages=1, **tile,
+        )  # fmt: skip
+
+
+def attend_window(
+    q: torch.Tensor,
+    k_exact: torch.Tensor,
+    v_exact: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    sinks: int,
+    window: int,
+    seq_ids: torch.Tensor | None = None,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    matrix_units: bool | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of the newest queries over the exact tokens: sinks and window.
+
+    Args:
+        q: [B, H, D] or [B, H, Q, D] as the model rotated them, fp16, bf16 or fp32; Q at most
+            window; last dimension of stride 1; H a multiple of G.
+        k_exact, v_exact: [max_seqs, G, sinks + ring, D] of one float dtype and shape; last
+            dimension of stride 1. Slots without a token may hold NaN.
+        seq_lens: int32 [B], tokens of a row with those of the queries.
+        sinks, window: first and newest tokens that are exact; window at most ring.
+        seq_ids: int32 [B], row of k_exact of a sequence, or None: its index.
+        scale: factor of the scores, default D**-0.5.
+        out, lse: float32 [B, H, (Q,) D] and [B, H, (Q,)], contiguous, written in place.
+        matrix_units: use `tl.dot`; default: from capability 8.0.
+    Returns:
+        (o, lse), float32: normalised output and natural-log log-sum-exp; (0, -inf) without keys.
+        Float32 arithmetic.
+    Raises:
+        TypeError, ValueError: an argument is not as above; nothing was launched.
+    """
+    check_tensor("k_exact", k_exact, shape=(None,) * 4)
+    scale = check_queries(q, k_exact.shape[1], k_exact.shape[3], scale)
+    ring = check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids)
+    out = check_output("out", out, q, q.shape)
+    lse = check_output("lse", lse, q, q.shape[:-1])
+    if not _launch.runs_kernel(q):
+        found = attend_window_torch(
+            q, k_exact, v_exact, seq_lens, sinks=sinks, window=window, seq_ids=seq_ids, scale=scale
+        )
+        return out.copy_(found[0]), lse.copy_(found[1])
+    if q.numel() == 0:
+        return out, lse
+    q4 = q if q.dim() == 4 else q[:, :, None]
+    batch, heads, queries, dim = q4.shape
+    kv_heads, group = k_exact.shape[1], heads // k_exact.shape[1]
+    matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
+    room = 4 * _launch.multiprocessors(q.device) // (batch * kv_heads)
+    tile = window_tile(group, queries, sinks + ring, matrix, max(room, 1))
+    splits = tile["SPLITS"]
+    o_split, lse_split = out, lse
+    if splits > 1:
+        o_split = torch.empty(
+            (batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device
+        )
+        lse_split = torch.empty(
+            (batch, heads, queries, splits), dtype=torch.float32, device=q.device
+        )
+    _launch_window(
+        q4, k_exact, v_exact, seq_lens, seq_ids, o_split, lse_split,
+        scale=scale, sinks=sinks, window=window, matrix=matrix, tile=tile,
+    )  # fmt: skip
+    if splits == 1:
+        return out, lse
+    shape = (*lse.shape, splits)
+    return merge_many_states(o_split.view(*shape, dim), lse_split.view(shape), out=out, out_lse=lse)
+
+
+def attend_window_torch(
+    q: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, seq_lens: torch.Tensor, *,
+    sinks: int, window: int, seq_ids: torch.Tensor | None = None, scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`attend_window` in plain PyTorch, float32."""
+    scale = check_queries(q, k_exact.shape[1], k_exact.shape[3], scale)
+    check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids)
+    q4 = q if q.dim() == 4 else q[:, :, None]
+    batch, _, queries, _ = q4.shape
+    rows = slice(batch) if seq_ids is None else seq_ids.long()
+    position = positions_torch(seq_lens, k_exact.shape[2], sinks)  # [B, S]
+    slot = torch.arange(k_exact.shape[2], device=q.device)
+    used = (position >= 0) & ((slot < sinks) | (position >= seq_lens[:, None] - window))
+    k, v = (x[rows].float().masked_fill(~used[:, None, :, None], 0.0) for x in (k_exact, v_exact))
+    at = seq_lens[:, None] - queries + torch.arange(queries, device=q.device)  # [B, Q]
+    seen = used[:, None] & (position[:, None] <= at[..., None])  # [B, Q, S]
+    grouped = q4.float().unflatten(1, (k.shape[1], -1))  # [B, G, H/G, Q, D]
+    scores = torch.einsum("bghqd,bgnd->bghqn", grouped, k) * scale
+    scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = (scores - torch.where(lse == float("-inf"), 0.0, lse)[..., None]).exp()
+    o = torch.einsum("bghqn,bgnd->bghqd", weights, v)
+    return o.flatten(1, 2).reshape(q.shape), lse.flatten(1, 2).reshape(q.shape[:-1])

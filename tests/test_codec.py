@@ -1,0 +1,146 @@
+"""spectral_kernels/codec.py: what a codec refuses, and its file."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from spectral_kernels.codec import Codec, ModelCodec
+from spectral_kernels.layout import Bands, PageLayout
+
+NAMES = (
+    "freqs",
+    "k_basis",
+    "k_scale",
+    "k_encoder",
+    "k_mean",
+    "k_offset",
+    "v_basis",
+    "v_scale",
+    "v_encoder",
+)
+
+
+def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2"):
+    rng = np.random.default_rng(seed)
+    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim)
+
+    def floats(*shape):
+        return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+
+    def side(bands):
+        basis = torch.from_numpy(
+            rng.integers(-127, 128, (rows, heads, bands.rank, dim)).astype(np.int8)
+        )
+        return basis, floats(rows, heads, bands.rank).abs(), floats(rows, heads, dim, bands.rank)
+
+    freqs = torch.from_numpy(rng.integers(0, 2**60, dim // 2))
+    mean, offset = floats(rows, heads, dim), floats(rows, heads, layout.k.rank)
+    return Codec(layout, freqs, *side(layout.k), mean, offset, *side(layout.v))
+
+
+def random_model(**options):
+    codecs = (
+        random_codec(1),
+        random_codec(2, heads=4, dim=128, k="32x4+64x2", v="128x4"),
+        random_codec(3),
+    )
+    settings = {
+        "sinks": 4,
+        "window": 16,
+        "preset": "balanced",
+        "fingerprint": "0123",
+        "notes": "a note: é",
+    }
+    return ModelCodec(codecs, **(settings | options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_tensor_of_another_dtype_shape_or_stride_is_refused(name):
+    codec = random_codec()
+    x = getattr(codec, name)
+    wrong = torch.float64 if x.is_floating_point() else torch.int32
+    with pytest.raises(TypeError, match=f"{name}: expected dtype"):
+        dataclasses.replace(codec, **{name: x.to(wrong)})
+    with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor"):
+        dataclasses.replace(codec, **{name: x.tolist()})
+    with pytest.raises(ValueError, match=f"{name}: expected"):
+        dataclasses.replace(codec, **{name: torch.cat((x, x), dim=-1)})
+    with pytest.raises(ValueError, match=f"{name}: expected a contiguous tensor"):
+        dataclasses.replace(codec, **{name: torch.stack((x, x), dim=-1)[..., 0]})
+    with pytest.raises(ValueError, match="expected"):
+        dataclasses.replace(codec, **{name: x.to("meta")})
+    if name != "freqs":
+        with pytest.raises(ValueError, match="expected"):
+            dataclasses.replace(codec, **{name: torch.cat((x, x))})
+
+
+def test_sizes_and_devices():
+    codec = random_codec()
+    assert codec.kv_heads == 2
+    assert codec.nbytes == sum(getattr(codec, name).nbytes for name in NAMES)
+    model = random_model()
+    assert model.nbytes == sum(layer.nbytes for layer in model.layers)
+    assert model.token_bytes == sum(
+        layer.kv_heads * layer.layout.token_bytes for layer in model.layers
+    )
+    moved = model.to("meta")
+    assert all(getattr(layer, name).is_meta for layer in moved.layers for name in NAMES)
+    assert (moved.sinks, moved.window, moved.preset, moved.notes) == (
+        4,
+        16,
+        "balanced",
+        "a note: é",
+    )
+
+
+@pytest.mark.parametrize("options, name", [({"sinks": -1}, "sinks"), ({"window": 0}, "window")])
+def test_a_model_codec_needs_a_window(options, name):
+    with pytest.raises(ValueError, match=f"{name}: expected at least"):
+        random_model(**options)
+
+
+def test_a_file_gives_back_every_bit(tmp_path):
+    model = random_model()
+    model.save(tmp_path / "codec.safetensors")
+    again = ModelCodec.load(tmp_path / "codec.safetensors")
+    assert len(again.layers) == 3
+    for a, b in zip(model.layers, again.layers, strict=True):
+        assert a.layout == b.layout
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in NAMES)
+    for field in dataclasses.fields(ModelCodec)[1:]:
+        assert getattr(again, field.name) == getattr(model, field.name)
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({"weight": torch.zeros(2)}, str(path))
+    with pytest.raises(
+        ValueError, match="codec: expected a file of format spectral-codec-1, got None"
+    ):
+        ModelCodec.load(path)
+    save_file(
+        {"weight": torch.zeros(2)},
+        str(path),
+        metadata={"format": "spectral-codec-9", "codec": "{}"},
+    )
+    with pytest.raises(ValueError, match="got spectral-codec-9"):
+        ModelCodec.load(path)
+    with pytest.raises(FileNotFoundError):
+        ModelCodec.load(tmp_path / "missing.safetensors")
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    from safetensors import safe_open
+
+    path = tmp_path / "codec.safetensors"
+    random_model().save(path)
+    tensors = load_file(path)
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    tensors["1.k_scale"] = tensors["1.k_scale"][..., :-16].contiguous()
+    save_file(tensors, str(path), metadata=metadata)
+    with pytest.raises(ValueError, match="k_scale: expected shape"):
+        ModelCodec.load(path)
