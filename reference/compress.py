@@ -87,14 +87,14 @@ def stored(pages: PageArrays, b: int, side: str) -> F64:
 
 
 def rebuild(pages: PageArrays, b: int, side: str) -> F64:
-    """Of row b: keys as the model rotated them, or values, [G, T, D], one token after another."""
-    values = stored(pages, b, side)
-    vectors = pages.codec.vectors(side)[pages.rows[b]]
-    out = np.zeros((*values.shape[:2], pages.codec.head_dim))
+    """Of row b: keys as the model rotated them, or values, [G, T, D]."""
+    codec, row = pages.codec, pages.rows[b]
+    values, vectors = stored(pages, b, side), pages.codec.vectors(side)[pages.rows[b]]
+    out = np.zeros((*values.shape[:2], codec.head_dim))
     for g, p in np.ndindex(*values.shape[:2]):
         out[g, p] = values[g, p] @ vectors[g]
-        if side == "k":
-            aligned = out[g, p] + np.asarray(pages.codec.k_mean[pages.rows[b], g], np.float64)
-            start = p // pages.codec.frame * pages.codec.frame
-            out[g, p] = rotate(aligned[None], np.array([start]), pages.codec.inv_freq)[0]
+    if side == "k":
+        out += np.asarray(codec.k_mean[row], np.float64)[:, None]
+        starts = np.array([p // codec.frame * codec.frame for p in range(out.shape[1])], np.int64)
+        out = rotate(out, starts, codec.inv_freq)
     return out

@@ -168,8 +168,7 @@ class SpectralCache:
                     f"query_heads: expected a multiple of {layer.kv_heads}, got {query_heads}"
                 )
         self.codec, self.max_tokens, self.dtype = codec, max_tokens, dtype
-        self.device = torch.empty(0, device=device).device  # "cuda" is one of several
-        self.query_heads = query_heads
+        self.query_heads, self.device = query_heads, torch.empty(0, device=device).device
         max_pages = -(-max_tokens // PAGE_SIZE)
         slots = codec.sinks + codec.window + drafts
         self.drafts, self.pages = drafts, PageTable(max_seqs, max_pages)
@@ -192,15 +191,14 @@ class SpectralCache:
         self.lengths = [0] * max_seqs
         self._oldest = [0] * max_seqs  # position from which on a row's ring holds all its tokens
         self._many_codecs = any(layer.k_basis.shape[0] > 1 for layer in codec.layers)
-        size = max(self._workspace_bytes(layer, 1) for layer in range(len(codec.layers)))
+        size = 0
+        for layer in codec.layers:
+            needed = attend_workspace(
+                layer, batch=max_seqs, query_heads=query_heads, queries=1, max_pages=max_pages,
+                slots=slots, device=self.device,
+            )  # fmt: skip
+            size = max(size, needed)
         self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-
-    def _workspace_bytes(self, layer: int, queries: int) -> int:
-        return attend_workspace(
-            self.codec.layers[layer], batch=self.max_seqs, query_heads=self.query_heads,
-            queries=queries, max_pages=self.block_table.shape[1],
-            slots=self.k_exact[layer].shape[2], device=self.device,
-        )  # fmt: skip
 
     @property
     def max_seqs(self) -> int:

@@ -300,19 +300,7 @@ def _encode_kernel(
             group_ptr = pages_ptr + group_offset(GROUPS, n)
             at = byte_in_page(token[None, :], column[:, None], IS_K)
             if is_half_group(GROUPS, n):
-                # Two tokens a byte: the low bits hold the first sub-tile's, the high bits the
-                # second's.
-                byte_low, byte_high = _by_subtile(byte, IS_K)  # [16, 32]
-                new_low, new_high = _by_subtile(
-                    tl.broadcast_to(new[None, :], [16, 64]).to(tl.int32), IS_K
-                )
-                at_low, _ = _by_subtile(at, IS_K)
-                old = tl.load(group_ptr + at_low, mask=(new_low & new_high) == 0, other=0).to(
-                    tl.int32
-                )
-                both = tl.where(new_low != 0, byte_low, old & 15)
-                both |= tl.where(new_high != 0, byte_high, old >> 4) << 4
-                tl.store(group_ptr + at_low, both.to(tl.uint8), mask=(new_low | new_high) != 0)
+                _store_two_a_byte(group_ptr, at, byte, new, IS_K)
             else:
                 tl.store(group_ptr + at, byte.to(tl.uint8), mask=new[None, :])
 
@@ -326,6 +314,20 @@ def _by_subtile(x, IS_K: tl.constexpr):
     else:
         x = tl.permute(tl.reshape(x, [16, 8, 2, 4]), [0, 1, 3, 2])
     return tl.split(tl.reshape(x, [16, 32, 2]))
+
+
+@triton.jit
+def _store_two_a_byte(group_ptr, at, byte, new, IS_K: tl.constexpr):
+    """The bytes [16, 64] of a half group: sub-tile 0 in the low bits, 1 in the high ones. Tokens
+    that are not new keep theirs."""
+    byte_low, byte_high = _by_subtile(byte, IS_K)  # [16, 32]
+    new = tl.broadcast_to(new[None, :], [16, 64]).to(tl.int32)
+    new_low, new_high = _by_subtile(new, IS_K)
+    at_low, _ = _by_subtile(at, IS_K)
+    old = tl.load(group_ptr + at_low, mask=(new_low & new_high) == 0, other=0).to(tl.int32)
+    both = tl.where(new_low != 0, byte_low, old & 15)
+    both |= tl.where(new_high != 0, byte_high, old >> 4) << 4
+    tl.store(group_ptr + at_low, both.to(tl.uint8), mask=(new_low | new_high) != 0)
 
 
 def _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids, name="x"):
@@ -487,31 +489,31 @@ def _append_side(
 ):
     """One token of one side: copy it to its slot, project, quantise and pack it into its page."""
     R: tl.constexpr = rank_of(GROUPS)
-    BLOCK_D: tl.constexpr = triton.next_power_of_2(D)
-    BLOCKS: tl.constexpr = triton.next_power_of_2(R // 16)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, triton.next_power_of_2(D))
     live = d < D
-    r = tl.arange(0, BLOCKS * 16)
-    mask = live[:, None] & (r < R)[None, :]
-    encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)  # [D, R]
     tl.store(exact_ptr + d, tl.load(x_ptr + d, mask=live, other=0.0), mask=live)
     if IS_K:
         start = (position // FRAME * FRAME).to(tl.int64)
         x = _turned_back(x_ptr, d, start, freqs_ptr, live, PAIRS, D).to(tl.float32)
     else:
         x = tl.load(x_ptr + d, mask=live, other=0.0).to(tl.float32)
-    c = tl.sum(x[:, None] * encoder, 0)  # [R]
-    if offset_ptr is not None:
-        c -= tl.load(offset_ptr + r, mask=r < R, other=0.0)
-    c = tl.reshape(c, [BLOCKS, 16])
-    block = tl.arange(0, BLOCKS)
     column = tl.arange(0, 16)
     at = byte_in_page(position % 64, column, IS_K)
     for n in tl.static_range(len(GROUPS)):
+        # A group at a time: the encoder of a large rank would not fit in registers.
+        block = tl.arange(0, triton.next_power_of_2(fields_of(GROUPS, n)))
+        local = tl.arange(0, 16 * triton.next_power_of_2(fields_of(GROUPS, n)))
+        r = first_block(GROUPS, n) * 16 + local
+        mask = live[:, None] & (local < 16 * fields_of(GROUPS, n))[None, :]
+        encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)
+        c = tl.sum(x[:, None] * encoder, 0)  # of [D, 16 fields]
+        if offset_ptr is not None:
+            c -= tl.load(offset_ptr + r, mask=local < 16 * fields_of(GROUPS, n), other=0.0)
+        c = tl.reshape(c, [triton.next_power_of_2(fields_of(GROUPS, n)), 16])
         byte = tl.zeros([16], dtype=tl.int32)
         for f in tl.static_range(fields_of(GROUPS, n)):
-            x = tl.sum(tl.where((block == first_block(GROUPS, n) + f)[:, None], c, 0.0), 0)  # [16]
-            byte |= _field(x, GROUPS, first_block(GROUPS, n) + f)
+            part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]
+            byte |= _field(part, GROUPS, first_block(GROUPS, n) + f)
         if bits_of(GROUPS, n) == 8:
             byte ^= 128
         group_ptr = page_ptr + group_offset(GROUPS, n)

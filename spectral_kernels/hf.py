@@ -578,7 +578,10 @@ class Handle:
         more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
         more |= any(x is not False for x in asked.values())
         if more or not isinstance(cache, ModelCache) or not cache.filled or ids.shape[1] != 1:
-            return original(*args, **kwargs)
+            out = original(*args, **kwargs)
+            if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):
+                self._capture_ahead(original, cache)
+            return out
         with self._lock:
             self._cache_of(given)
             self._begin(cache, given)
@@ -591,6 +594,15 @@ class Handle:
                 return original(*args, **kwargs)
             cache.columns += 1
             return cache.graph.replay(cache, ids, positions)
+
+    def _capture_ahead(self, original: Callable[..., Any], cache: ModelCache) -> None:
+        """After a prompt of generate(): compile and capture now, so that no step has to."""
+        with self._lock:
+            if cache.graph is None and cache.filled and cache.columns < (cache.capacity or 0):
+                lengths = cache.spectral.lengths
+                cache.spectral.reserve(1)
+                self._capture(original, cache)
+                cache.spectral.lengths = lengths
 
     def _capture(self, original: Callable[..., Any], cache: ModelCache) -> bool:
         """Capture the step that is about to run; what cannot be captured is said once."""
@@ -615,12 +627,14 @@ class Handle:
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate(): the cache that it took from the pool goes back, unless it is returned."""
         outer, self._local.taken = getattr(self._local, "taken", None), None
+        nested, self._local.generating = getattr(self._local, "generating", False), True
         out = None
         try:
             out = original(*args, **kwargs)
             return out
         finally:
             cache, self._local.taken = self._local.taken, outer
+            self._local.generating = nested
             if cache is not None and not (isinstance(out, dict) and out.get(CACHE) is cache):
                 with self._lock:
                     self._pool[cache.batch] = cache

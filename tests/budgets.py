@@ -344,11 +344,16 @@ def joined(
     finite = np.where(np.isfinite(total), total, 0.0)
     weight = np.where(np.isfinite(lse), np.exp(lse - finite[..., None]), 0.0)
     joint = (weight[..., None] * o).sum(-2)
-    moved = weight * np.expm1(lse_off + lse_off.max(-1, keepdims=True))
+    # Scores of 1e7 may be off by more than exp can hold: whatever the weights, the joint output lies
+    # among the states' outputs, and the joint lse is off by no more than the worst of them.
+    moved = weight * np.expm1(np.minimum(lse_off + lse_off.max(-1, keepdims=True), 300.0))
     merged = merge(o, lse, (joint, total), torch.float32)
-    spread = np.abs(o - joint[..., None, :])
-    o_budget = merged[0] + (weight[..., None] * o_off + moved[..., None] * (spread + o_off)).sum(-2)
-    lse_budget = merged[1] + (weight * np.expm1(lse_off)).sum(-1)
+    live = np.isfinite(lse)[..., None]
+    spread = np.where(live, np.abs(o - joint[..., None, :]) + o_off, 0.0)
+    o_budget = (weight[..., None] * o_off + moved[..., None] * spread).sum(-2)
+    o_budget = merged[0] + np.minimum(o_budget, spread.max(-2))
+    lse_budget = (weight * np.expm1(np.minimum(lse_off, 300.0))).sum(-1)
+    lse_budget = merged[1] + np.minimum(lse_budget, lse_off.max(-1))
     return (joint, total), (o_budget, lse_budget)
 
 

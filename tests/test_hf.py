@@ -591,6 +591,9 @@ class FakeGraph(hf._StepGraph):
         return type(self.output)(logits=self.output.logits.clone(), **{CACHE: cache})
 
 
+@pytest.mark.skipif(
+    cases.DEVICE.type == "cuda", reason="its graph is none; others replay real ones"
+)
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
 def test_what_surrounds_a_replay(
     preset: str, codec: ModelCodec, monkeypatch: pytest.MonkeyPatch
@@ -759,7 +762,7 @@ def test_a_forward_that_somebody_patched_comes_back() -> None:
         return original(*args, **kwargs)
 
     model.model.forward = counted
-    with enable(model, "exact"):
+    with enable(model, "exact", graph=False):
         generate(model, prompt(5), max_new_tokens=2, min_new_tokens=2)
     assert model.model.forward is counted and len(calls) == 2
 
