@@ -344,8 +344,8 @@ def joined(
     finite = np.where(np.isfinite(total), total, 0.0)
     weight = np.where(np.isfinite(lse), np.exp(lse - finite[..., None]), 0.0)
     joint = (weight[..., None] * o).sum(-2)
-    # Scores of 1e7 may be off by more than exp can hold: whatever the weights, the joint output lies
-    # among the states' outputs, and the joint lse is off by no more than the worst of them.
+    # Scores of 1e7 may be off by more than exp can hold: whatever the weights, the joint output
+    # lies among the states' outputs, and the joint lse is off by no more than the worst of them.
     moved = weight * np.expm1(np.minimum(lse_off + lse_off.max(-1, keepdims=True), 300.0))
     merged = merge(o, lse, (joint, total), torch.float32)
     live = np.isfinite(lse)[..., None]
