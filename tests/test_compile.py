@@ -18,8 +18,12 @@ OLD_CARDS = {
     "_project_operand_kernel",
 }  # instead of the first of NEW_CARDS
 NEW_CARDS = {"_attend_spectral_kernel"}
-# Triton 3.6 spills where 3.9 does not: V of 128 components within 168 registers.
-SPILLS_OF_3_6 = {("_attend_spectral_kernel", 90): 90}
+# Known loads and stores of spills in loops by Triton, kernel and capability; none may be added.
+# 3.6: V of 128 components within 168 registers. 3.9: the loop over new tokens, one in a step.
+KNOWN_SPILLS = {
+    ("3.6", "_attend_spectral_kernel", 90): 90,
+    ("3.9", "_append_kernel", 100): 3,
+}
 THOROUGH = {75, 90}  # CI has time for more cases of these; the others differ little from them
 
 
@@ -35,7 +39,8 @@ def compiled(*arguments: str) -> tuple[set[str], list[dict]]:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernels_compile(capability: int) -> None:
-    """All of them, within the card's registers and shared memory, and without spills in loops."""
+    """All of them, within the card's registers and shared memory, and without spills in loops
+    but the known ones."""
     names, rows = compiled(str(capability), "--cases", "3" if capability in THOROUGH else "1")
     wanted = names - (NEW_CARDS if capability < 80 else OLD_CARDS)
     assert wanted == {row["kernel"] for row in rows}
@@ -44,9 +49,9 @@ def test_kernels_compile(capability: int) -> None:
         assert row["capability"] == capability
         assert 0 < row["registers"] <= 255, row
         assert row["shared_bytes"] <= SHARED_LIMIT[capability] * 1024, row
-        old = triton.__version__.startswith("3.6")
-        allowed = SPILLS_OF_3_6.get((row["kernel"], capability), 0) if old else 0
-        assert row["loop_spills"] <= allowed, row
+        release = ".".join(triton.__version__.split(".")[:2])
+        known = KNOWN_SPILLS.get((release, row["kernel"], capability), 0)
+        assert row["loop_spills"] <= known, row
 
 
 LOOP = """
