@@ -49,12 +49,9 @@ OVERLAP = True
 def overlaps_launches(device: torch.device) -> bool:
     """Whether a kernel may start before the one ahead of it has ended (programmatic dependent
     launch): from sm_90."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def has_tensor_memory(device: torch.device) -> bool:
-    """Whether matrix units keep their sums in a memory of their own (sm_100)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
+    if not OVERLAP or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def check_bf16(name: str, x: torch.Tensor) -> None:

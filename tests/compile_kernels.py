@@ -254,8 +254,6 @@ def compile_all(capability: int, chosen: Sequence[Case], report: Callable[[Row],
     _launch.has_matrix_units = lambda device: matrix
     _launch.has_large_shared_memory = lambda device: capability in (90, 100)
     _launch.overlaps_launches = lambda device: capability >= 90
-    if hasattr(_launch, "has_tensor_memory"):
-        _launch.has_tensor_memory = lambda device: capability == 100
     JITFunction.run = recorder.run_of
     for index, (preset, layout, group) in enumerate(chosen):
         recorder.case = {
