@@ -197,17 +197,6 @@ def kernel_times(calls: Sequence[Call], *, rounds: int = 10) -> dict[str, float]
     }
 
 
-def once_ms(call: Call) -> float:
-    """Milliseconds of one eager call by device events."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
 def versions(commit: str | None = None) -> Row:
     """What ran: commit (git's, with "+" where files differ from it, unless given; "unknown" without
     git), torch, triton."""

@@ -334,22 +334,18 @@ class SpectralCache:
         """
         codec, seq_lens = self.codec.layers[layer], self.seq_lens - new
         table = self.block_table[:, : -(-tokens // PAGE_SIZE)]
-        exact_at = positions_torch(
-            seq_lens, self.k_exact[layer].shape[2], self.codec.sinks
-        )  # [B, S]
+        slots = self.k_exact[layer].shape[2]
+        exact_at = positions_torch(seq_lens, slots, self.codec.sinks)  # [B, S]
         exact_at = torch.where(self._is_exact(exact_at, seq_lens), exact_at, tokens)
-        column = torch.arange(tokens, device=self.device) - (
-            tokens - seq_lens[:, None]
-        )  # [B, tokens]
+        column = torch.arange(-tokens, 0, device=self.device) + seq_lens[:, None]  # [B, tokens]
         found = []
         for side, pages, exact in (
             ("k", self.k_pages[layer], self.k_exact[layer]),
             ("v", self.v_pages[layer], self.v_exact[layer]),
-        ):  # fmt: skip
+        ):
             x = decode(pages, codec, table, seq_lens, side=side, codec_ids=self._ids())
-            x = torch.nn.functional.pad(
-                x[:, :, :tokens].to(self.dtype), (0, 0, 0, 1)
-            )  # one row for nobody
+            # One token more, where slots that are not attended go.
+            x = torch.nn.functional.pad(x[:, :, :tokens].to(self.dtype), (0, 0, 0, 1))
             index = exact_at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
             x.scatter_(2, index, exact)
             index = column.clamp_min(0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
