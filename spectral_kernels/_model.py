@@ -1,0 +1,180 @@
+"""What the adapter reads of a transformers model: which layers attend fully, and with what shapes.
+
+No list of model names decides. transformers' own `DynamicCache` says which layers keep all keys and
+values; these are ours, all others (sliding windows, convolutions, linear attention) keep the layers
+that it made for them. What metadata cannot say, `enable`'s self-check of a few tokens finds out.
+Test: tests/test_hf.py, tests/test_families.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import _launch
+from ._checks import FLOATS
+from .layout import HEAD_DIMS
+
+NAME = "spectral"  # our attention functions' names begin with it
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that attends fully.
+
+    Args:
+        index: in the model's cache.      modules: that have it as their `layer_idx`.
+        kv_heads, group, head_dim: KV heads, query heads a KV head, D.
+        device: where it computes.
+    """
+
+    index: int
+    modules: tuple[nn.Module, ...]
+    kv_heads: int
+    group: int
+    head_dim: int
+    device: torch.device
+
+
+def own_layers(config: Any) -> list[Any]:
+    """The empty layers of transformers' cache for a model of this text config."""
+    try:
+        return DynamicCache(config=config).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise NotImplementedError(
+            f"model: transformers has no DynamicCache for its layers ({error}); it stays dense"
+        ) from error
+
+
+def full_layers(config: Any) -> list[int]:
+    """Indices of the layers that keep all their keys and values, by the config alone.
+
+    Raises:
+        NotImplementedError: there are none, or they are of a kind that no page holds.
+    """
+    kinds, layers = getattr(config, "layer_types", None), own_layers(config)
+    shared = getattr(config, "kv_sharing_modes", None) or ()
+    if getattr(config, "num_kv_shared_layers", 0) or "reuse" in shared:
+        raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
+    if getattr(config, "kv_lora_rank", None):
+        raise NotImplementedError(
+            "model: expected keys and values a head, got latent ones (MLA), which are small as "
+            "they are; it stays dense"
+        )
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    odd = {kinds[i] for i in full if kinds} - {"full_attention"}
+    if odd:
+        raise NotImplementedError(
+            f"model: this release of transformers keeps the state of {sorted(odd)} layers outside "
+            "its Cache; a newer one (5.17 or later) may do"
+        )
+    if not full:
+        found = sorted({type(layer).__name__ for layer in layers})
+        raise NotImplementedError(
+            f"model: expected layers with full attention, got {found} alone; their memory does "
+            "not grow with the context: it stays dense"
+        )
+    return full
+
+
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """(KV heads, query heads a KV head, head dimension) of a text config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return (
+        kv_heads,
+        heads // kv_heads,
+        getattr(config, "head_dim", 0) or config.hidden_size // heads,
+    )
+
+
+def layers_of(model: PreTrainedModel) -> list[Layer]:
+    """The layers that attend fully, after checks of the whole model.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: it cannot be enabled; what to do.
+    """
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        hint = "; pass its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
+    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
+    if decoder in (None, model) or not model.can_generate():
+        kind = type(model).__name__
+        raise NotImplementedError(f"model: expected a decoder-only ForCausalLM, got {kind}")
+    config, name = decoder.config, decoder.config._attn_implementation
+    if name.startswith(NAME):
+        raise ValueError("model: already enabled, or shares the config of an enabled model")
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS or name == "flex_attention":
+        raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {name!r}")
+    if config.output_attentions:
+        raise ValueError("model.config.output_attentions: expected False, got True")
+    for cap in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if getattr(config, cap, None):
+            raise NotImplementedError(
+                f"model: expected plain softmax attention, got config.{cap}; it stays dense "
+                "(None there changes what the model computes)"
+            )
+    if not model._supports_default_dynamic_cache():
+        kind = type(model).__name__
+        raise NotImplementedError(
+            f"model: this release of transformers gives {kind} a cache of its own kind; a newer "
+            "one (5.17 or later) may do"
+        )
+    if model.dtype not in FLOATS:
+        raise ValueError(f"model: expected dtype {', '.join(map(str, FLOATS))}, got {model.dtype}")
+    for parameter in model.parameters():
+        _launch.check_bf16("model", parameter)
+    return [_layer(decoder, index, name) for index in full_layers(config)]
+
+
+def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
+    named = [m for m in decoder.modules() if getattr(m, "layer_idx", None) == index]
+    modules: list[Any] = [m for m in named if hasattr(m, "head_dim") or hasattr(m, "head_size")]
+    if not modules:
+        raise NotImplementedError(f"model: layer {index} has no attention module; it stays dense")
+    kv_heads, group, dim = kv_shape(decoder.config)
+    for module in modules:
+        if getattr(module, "is_causal", True) is False:
+            raise NotImplementedError(f"model: layer {index} is not causal; it stays dense")
+        dim = getattr(module, "head_dim", None) or module.head_size
+        if dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {dim}")
+        dense_attention(implementation, module)
+    return Layer(index, tuple(named), kv_heads, group, dim, _device_of(modules[0]))
+
+
+def _device_of(module: Any) -> torch.device:
+    """Where a module computes: what accelerate's hook says, or where its weights are."""
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    device = next(module.parameters()).device if hooked is None else hooked
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "meta":
+        raise NotImplementedError("model: expected weights on a device, got device meta")
+    return device
+
+
+def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of this name, as the module would call it."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    found = eager_attention(module)
+    if found is None:
+        raise NotImplementedError(
+            f"model: {type(module).__name__} does not call transformers' attention interface; it "
+            "stays dense"
+        )
+    return found
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
