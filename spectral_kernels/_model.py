@@ -24,6 +24,7 @@ from . import _launch
 from ._checks import FLOATS
 from .layout import HEAD_DIMS
 
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")  # what modules call them
 NAME = "spectral"  # our attention functions' names begin with it
 
 
@@ -67,8 +68,8 @@ def full_layers(config: Any) -> list[int]:
         raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
     if getattr(config, "kv_lora_rank", None):
         raise NotImplementedError(
-            "model: expected keys and values a head, got latent ones (MLA), which are small as "
-            "they are; it stays dense"
+            "model: expected keys and values of one head dimension, got MLA's (config.kv_lora_rank);"
+            " it stays dense"
         )
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     odd = {kinds[i] for i in full if kinds} - {"full_attention"}
@@ -86,15 +87,17 @@ def full_layers(config: Any) -> list[int]:
     return full
 
 
-def kv_shape(config: Any) -> tuple[int, int, int]:
-    """(KV heads, query heads a KV head, head dimension) of a text config."""
+def kv_shape(config: Any) -> tuple[int, int]:
+    """(KV heads, head dimension) of a text config."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return (
-        kv_heads,
-        heads // kv_heads,
-        getattr(config, "head_dim", 0) or config.hidden_size // heads,
-    )
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def decoder_of(model: Any) -> Any:
+    """What holds its layers; the model itself if nothing does."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", model) if decoder is model else decoder
 
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
@@ -107,7 +110,7 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         kind = type(model).__name__
         hint = "; pass its get_base_model()" if hasattr(model, "get_base_model") else ""
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
-    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
+    decoder = None if model.config.is_encoder_decoder else decoder_of(model)
     if decoder in (None, model) or not model.can_generate():
         kind = type(model).__name__
         raise NotImplementedError(f"model: expected a decoder-only ForCausalLM, got {kind}")
@@ -142,7 +145,7 @@ def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
     modules: list[Any] = [m for m in named if hasattr(m, "head_dim") or hasattr(m, "head_size")]
     if not modules:
         raise NotImplementedError(f"model: layer {index} has no attention module; it stays dense")
-    kv_heads, group, dim = kv_shape(decoder.config)
+    heads: int = decoder.config.num_attention_heads
     for module in modules:
         if getattr(module, "is_causal", True) is False:
             raise NotImplementedError(f"model: layer {index} is not causal; it stays dense")
@@ -150,7 +153,10 @@ def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
         if dim not in HEAD_DIMS:
             raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {dim}")
         dense_attention(implementation, module)
-    return Layer(index, tuple(named), kv_heads, group, dim, _device_of(modules[0]))
+    told: Any = (getattr(modules[0], name, None) for name in KV_HEADS)
+    kv_heads = next(filter(None, told), kv_shape(decoder.config)[0])
+    device = _device_of(modules[0])
+    return Layer(index, tuple(named), kv_heads, heads // kv_heads, dim, device)
 
 
 def _device_of(module: Any) -> torch.device:

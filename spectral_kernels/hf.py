@@ -41,7 +41,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ._model import NAME, Layer, dense_attention, eager_attention, layers_of, own_layers
+from ._model import NAME, Layer, decoder_of, dense_attention, eager_attention, layers_of, own_layers
 from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
@@ -515,7 +515,7 @@ class Handle:
         self.model, self.preset, self.max_tokens = model, preset, max_tokens
         self.codec = codec
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         self.config = decoder.config
         self._implementation: str = self.config._attn_implementation
         self.links = [_Link(layer, self._implementation) for layer in layers]
@@ -619,7 +619,7 @@ class Handle:
         Raises:
             NotImplementedError: they differ, or something failed; the handle is disabled.
         """
-        room, decoder = self.new_cache(1, ROUND), self.model.get_decoder()
+        room, decoder = self.new_cache(1, ROUND), decoder_of(self.model)
         ids = torch.arange(1, 7, device=self.model.device)[None] % self.config.vocab_size
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -630,7 +630,7 @@ class Handle:
         except Exception as error:
             self.disable()
             raise NotImplementedError(
-                f"model: a check of six tokens failed: {error} (check=False leaves it out)"
+                f"model: a check of six tokens failed (check=False leaves it out): {error}"
             ) from error
         finally:
             for link in self.links:

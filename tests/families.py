@@ -56,6 +56,7 @@ DELTA = {
     "num_hidden_layers": 4,
 }  # fmt: skip
 MLA = {
+    **MHA, "head_dim": 16, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
     "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 48,
     "v_head_dim": 64,
 }  # fmt: skip
@@ -155,7 +156,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "apertus": ("apertus", {}),
     "helium": ("helium", {}),
     "bitnet": ("bitnet", {}),
-    "dots1": ("dots1", {**MOE, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}),
+    "dots1": ("dots1", {
+        **MOE, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+    }),
     "hunyuan": ("hunyuan_v1_dense", {}),
     "minimax_m2": ("minimax_m2", MOE),
     "gpt_oss": ("gpt_oss", {**WINDOW, **MOE}),
@@ -177,19 +180,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 16,
         "use_mamba_kernels": False,
     }),
-    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1, 3], "num_hidden_layers": 4}),
+    "bamba": ("bamba", {
+        **MAMBA, "mamba_n_heads": 16, "attn_layer_indices": [1, 3], "num_hidden_layers": 4,
+    }),
     "falcon_h1": ("falcon_h1", MAMBA),
-    "gpt2": ("gpt2", {"n_positions": 1024}),
+    "gpt2": ("gpt2", {**MHA, "n_positions": 1024}),
     "gpt_bigcode": ("gpt_bigcode", {"n_positions": 1024}),
-    "gptj": ("gptj", {"n_positions": 1024, "rotary_dim": 32}),
-    "opt": ("opt", {"word_embed_proj_dim": 256, "ffn_dim": 128}),
-    "biogpt": ("biogpt", {}),
-    "persimmon": ("persimmon", {}),
-    "falcon": ("falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}),
+    "gptj": ("gptj", {**MHA, "n_positions": 1024, "rotary_dim": 32}),
+    "opt": ("opt", {**MHA, "word_embed_proj_dim": 256, "ffn_dim": 128}),
+    "biogpt": ("biogpt", MHA),
+    "persimmon": ("persimmon", MHA),
     "bloom": ("bloom", {"n_head": 4}),
     "mpt": ("mpt", {"d_model": 256, "n_heads": 4, "n_layers": 2, "expansion_ratio": 1}),
-    "deepseek_v2": ("deepseek_v2", {**MOE, **MLA, "n_group": 1, "topk_group": 1}),
-    "deepseek_v3": ("deepseek_v3", {**MOE, **MLA, "n_group": 1, "topk_group": 1}),
+    "deepseek_v2": ("deepseek_v2", {**MOE, **MLA}),
+    "deepseek_v3": ("deepseek_v3", {**MOE, **MLA}),
     "minicpm3": ("minicpm3", MLA),
     "diffllama": ("diffllama", {}),
     "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1}),
@@ -269,7 +273,8 @@ def examine(name: str, lossy: Sequence[str] = LOSSY) -> Row:
         row.why = f"not in transformers {transformers.__version__}"
         return row
     inputs = [prompt(tokens) for tokens in PROMPTS]
-    before, dense = state(model), [generate(model, x) for x in inputs]
+    dense = [generate(model, x) for x in inputs]
+    before = state(model)  # rope of some families keeps what it computed
     try:
         with enable(model, "exact") as handle:
             row.ours, row.layers = len(handle.links), model.config.num_hidden_layers
