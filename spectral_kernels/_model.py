@@ -68,8 +68,8 @@ def full_layers(config: Any) -> list[int]:
         raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
     if getattr(config, "kv_lora_rank", None):
         raise NotImplementedError(
-            "model: expected keys and values of one head dimension, got MLA's (config.kv_lora_rank);"
-            " it stays dense"
+            "model: expected keys and values of one size, got config.kv_lora_rank (MLA); it stays "
+            "dense"
         )
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     odd = {kinds[i] for i in full if kinds} - {"full_attention"}
@@ -145,7 +145,8 @@ def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
     modules: list[Any] = [m for m in named if hasattr(m, "head_dim") or hasattr(m, "head_size")]
     if not modules:
         raise NotImplementedError(f"model: layer {index} has no attention module; it stays dense")
-    heads: int = decoder.config.num_attention_heads
+    config: Any = decoder.config
+    heads = config.num_attention_heads
     for module in modules:
         if getattr(module, "is_causal", True) is False:
             raise NotImplementedError(f"model: layer {index} is not causal; it stays dense")
@@ -154,7 +155,7 @@ def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
             raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {dim}")
         dense_attention(implementation, module)
     told: Any = (getattr(modules[0], name, None) for name in KV_HEADS)
-    kv_heads = next(filter(None, told), kv_shape(decoder.config)[0])
+    kv_heads = next(filter(None, told), kv_shape(config)[0])
     device = _device_of(modules[0])
     return Layer(index, tuple(named), kv_heads, heads // kv_heads, dim, device)
 

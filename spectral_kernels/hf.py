@@ -111,8 +111,8 @@ def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
 class _Link:
     """Ties a layer's `update` to the attention call that must follow it; its modules have it."""
 
-    def __init__(self, layer: Layer, implementation: str) -> None:
-        self.layer, self.implementation = layer, implementation
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
         self.pending: SpectralLayer | None = None  # updated, and its attention has not run yet
         self.updated = False  # in this forward
         self.seen: list[torch.Tensor] | None = None  # keys and values, while `enable` checks
@@ -518,11 +518,10 @@ class Handle:
         decoder = decoder_of(model)
         self.config = decoder.config
         self._implementation: str = self.config._attn_implementation
-        self.links = [_Link(layer, self._implementation) for layer in layers]
+        self.links = [_Link(layer) for layer in layers]
         devices = list(dict.fromkeys(layer.device for layer in layers))
         # Indices of `links` on each device.
         self.members = [[i for i, x in enumerate(layers) if x.device == d] for d in devices]
-        self._parts: dict[Any, ModelCodec] = {}
         others = own_layers(self.config)
         for layer in layers:
             others[layer.index] = None

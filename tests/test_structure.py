@@ -20,7 +20,7 @@ SOURCES = sorted(PACKAGE.glob("*.py"))
 # Keywords of launchers that a twin need not have: where to write, and how to launch.
 LAUNCH_ONLY = {"out", "lse", "out_lse", "workspace", "num_splits", "matrix_units", "after_append"}
 # What needs transformers; it holds no kernels.
-ADAPTERS = {"hf", "vllm"}
+ADAPTERS = {"hf", "vllm", "_model"}
 STEMS = sorted(m.name for m in pkgutil.iter_modules([str(PACKAGE)]) if m.name not in ADAPTERS)
 # A module may import those of lower numbers, never one of its number or above; a name that is
 # missing is a failure.
@@ -38,6 +38,7 @@ LAYERS = {
     "attention_sm75": 6,
     "attention": 7,
     "cache": 8,
+    "_model": 8,
     "calibrate": 9,
     "hf": 10,
     "vllm": 10,
