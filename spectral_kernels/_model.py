@@ -97,6 +97,7 @@ def kv_shape(config: Any) -> tuple[int, int]:
 def decoder_of(model: Any) -> Any:
     """What holds its layers; the model itself if nothing does."""
     decoder = model.get_decoder()
+    decoder = model.base_model if decoder is model else decoder
     return getattr(model, "model", model) if decoder is model else decoder
 
 
@@ -185,3 +186,38 @@ def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any
 
 def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def compare(
+    layer: Layer, module: nn.Module, seen: list[torch.Tensor], q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, out: torch.Tensor | None, **kwargs: Any,
+) -> None:  # fmt: skip
+    """While `enable` checks: a prompt (out is None) leaves its k, v in `seen`; a step is compared.
+
+    The module's own attention runs in float64 on the same q, k, v. Ours rounds weights and output
+    to its dtype, and scores, which are float32 sums, within 8 of their last places.
+    Raises:
+        ValueError: shapes are not what the module says, or results differ.
+    """
+    name, wanted = f"model: layer {layer.index}", [layer.kv_heads, layer.head_dim]
+    heads, got = q.shape[1], [[x.shape[1], x.shape[3]] for x in (k, v)]
+    if got != [wanted, wanted] or heads != layer.kv_heads * layer.group:
+        raise ValueError(f"{name}: expected [KV heads, D] {wanted}, got {got} and {heads} heads")
+    if out is None:
+        seen[:] = k, v
+        return
+    k, v = (torch.cat((old, x), dim=2).double() for old, x in zip(seen, (k, v), strict=True))
+    new, tokens = q.shape[2], k.shape[2]
+    later = torch.ones(new, tokens, dtype=torch.bool, device=q.device).triu(tokens - new + 1)
+    mask = torch.zeros_like(later, dtype=k.dtype).masked_fill(later, float("-inf"))[None, None]
+    own = eager_attention(module) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with torch.autocast(q.device.type, enabled=False):
+        expected = own(module, q.double(), k, v, mask, **kwargs)[0].transpose(1, 2)
+    scale = kwargs.get("scaling") or layer.head_dim**-0.5
+    score = scale * float(q.double().norm(dim=-1).max() * k.norm(dim=-1).max())  # at most
+    error, largest = float((expected - out).abs().max()), float(v.abs().max())
+    if not error <= largest * (4 * torch.finfo(out.dtype).eps + 2**-20 * score):
+        raise ValueError(
+            f"{name}: its attention and the cache's differ by {error:.3g} (values up to "
+            f"{largest:.3g}): it does more than softmax; it stays dense"
+        )

@@ -31,7 +31,8 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from itertools import chain
+from typing import Any, cast
 
 import torch
 import transformers
@@ -39,9 +40,8 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ._model import NAME, Layer, decoder_of, dense_attention, eager_attention, layers_of, own_layers
+from ._model import NAME, Layer, compare, decoder_of, dense_attention, layers_of, own_layers
 from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
@@ -115,7 +115,7 @@ class _Link:
         self.layer = layer
         self.pending: SpectralLayer | None = None  # updated, and its attention has not run yet
         self.updated = False  # in this forward
-        self.seen: list[torch.Tensor] | None = None  # keys and values, while `enable` checks
+        self.seen: list[torch.Tensor] | None = None  # while `enable` checks
 
     def missed(self) -> RuntimeError:
         took = "tokens" if self.updated else "no tokens"
@@ -123,43 +123,6 @@ class _Link:
             f"layer {self.layer.index}: its cache took {took} and the attention function {NAME!r} "
             "did not follow in this forward; something replaces this model's attention"
         )
-
-    def check(
-        self, module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        out: torch.Tensor | None, **kwargs: Any,
-    ) -> None:  # fmt: skip
-        """While `enable` checks: a prompt's k, v are kept; a step (out is not None) is compared.
-
-        The module's own attention runs in float64 on the same q, k, v. Ours rounds weights and
-        output to its dtype, and scores, which are float32 sums, within 8 of their last places.
-        Raises:
-            ValueError: shapes are not what the config says, or results differ.
-        """
-        layer, name = self.layer, f"model: layer {self.layer.index}"
-        wanted = [(layer.kv_heads, layer.head_dim)] * 2
-        got = [(x.shape[1], x.shape[3]) for x in (k, v)]
-        if got != wanted or q.shape[1] != layer.kv_heads * layer.group:
-            raise ValueError(f"{name}: expected (heads, dimension) of k, v {wanted}, got {got}")
-        if out is None or self.seen is None:
-            self.seen = [k, v]
-            return
-        k, v = (
-            torch.cat((old, x), dim=2).double() for old, x in zip(self.seen, (k, v), strict=True)
-        )
-        new, tokens = q.shape[2], k.shape[2]
-        later = torch.ones(new, tokens, dtype=torch.bool, device=q.device).triu(tokens - new + 1)
-        mask = torch.zeros(1, 1, new, tokens, device=q.device).masked_fill(later, float("-inf"))
-        with torch.autocast(q.device.type, enabled=False):
-            own = eager_attention(module) or ALL_ATTENTION_FUNCTIONS["sdpa"]
-            expected = own(module, q.double(), k, v, mask.double(), **kwargs)[0].transpose(1, 2)
-        scale = kwargs.get("scaling") or layer.head_dim**-0.5
-        score = scale * float(q.float().norm(dim=-1).max() * k.norm(dim=-1).max())  # or less
-        error, largest = float((expected - out).abs().max()), float(v.abs().max())
-        if not error <= largest * (4 * torch.finfo(out.dtype).eps + 2**-20 * score):
-            raise ValueError(
-                f"{name}: its attention and the cache's differ by {error:.3g} (values up to "
-                f"{largest:.3g}): it does more than softmax; it stays dense"
-            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
         return self
@@ -339,8 +302,8 @@ class ModelCache(Cache):
         self.capacity, self.graph = -(-wanted // ROUND) * ROUND, None
         if self.filled:
             with torch.no_grad(), torch.inference_mode(False):
-                parts = self.owner().allocate(self)
-                self.take([_copied(*pair) for pair in zip(self.parts, parts, strict=True)])
+                parts = self._allocate()
+                self._take([_copied(*pair) for pair in zip(self.parts, parts, strict=True)])
         else:
             self.parts = []
 
@@ -363,7 +326,7 @@ class ModelCache(Cache):
         with torch.no_grad(), torch.inference_mode(False), autocast:
             if not self.parts:
                 self.dtype = k.dtype
-                self.take(self.owner().allocate(self))
+                self._take(self._allocate())
             part, layer = self.places[layer]
             first = None if self.filled or self.first is None else self.first.to(k.device)
             if layer == 0:
@@ -375,14 +338,30 @@ class ModelCache(Cache):
             return k, v
         return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
 
-    def take(self, parts: list[SpectralCache]) -> None:
+    def _allocate(self) -> list[SpectralCache]:
+        """The memory of so many rows and so much room: a part for each device."""
+        handle, parts = self.owner(), []
+        for members, codec in zip(handle.members, handle.codecs, strict=True):
+            some, drafts = [handle.links[i].layer for i in members], DRAFTS
+            if codec is None:
+                exact = [_exact_codec(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
+                codec = replace(exact[0], layers=tuple(x.layers[0] for x in exact))
+                codec, drafts = codec.to(some[0].device), 0
+            part = SpectralCache(
+                codec, max_seqs=self.batch, max_tokens=self.capacity, drafts=drafts,
+                query_heads=some[0].kv_heads * some[0].group, dtype=self.dtype,
+                device=some[0].device,
+            )  # fmt: skip
+            parts.append(part)
+        return parts
+
+    def _take(self, parts: list[SpectralCache]) -> None:
         """New tensors: known to the layers, the operator and torch.compile."""
-        places: dict[int, tuple[SpectralCache, int]] = {}
-        self.parts = parts
+        self.parts, places = parts, cast(dict[int, tuple[SpectralCache, int]], {})
         for part, members in zip(parts, self.owner().members, strict=True):
             places |= {layer: (part, i) for i, layer in enumerate(members)}
-            lists = (part.k_pages, part.v_pages, part.k_exact, part.v_exact)
-            for x in (*(x for some in lists for x in some), part.block_table, part.seq_lens):
+            pools = chain(part.k_pages, part.v_pages, part.k_exact, part.v_exact)
+            for x in (*pools, part.block_table, part.seq_lens):
                 torch._dynamo.mark_static_address(x)
         self.places = [places[layer] for layer in sorted(places)]
         codecs = [part.codec.layers[i] for part, i in self.places]
@@ -513,25 +492,18 @@ class Handle:
         graph: bool, max_tokens: int | None,
     ) -> None:  # fmt: skip
         self.model, self.preset, self.max_tokens = model, preset, max_tokens
-        self.codec = codec
+        self.config, self.codec = decoder_of(model).config, codec
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
-        decoder = decoder_of(model)
-        self.config = decoder.config
         self._implementation: str = self.config._attn_implementation
         self.links = [_Link(layer) for layer in layers]
         devices = list(dict.fromkeys(layer.device for layer in layers))
         # Indices of `links` on each device.
         self.members = [[i for i, x in enumerate(layers) if x.device == d] for d in devices]
-        others = own_layers(self.config)
-        for layer in layers:
-            others[layer.index] = None
-        self.graph = graph and model.device.type == "cuda"
-        moving = {type(x).__name__ for x in others if x is not None and not x.is_compileable}
-        if self.graph and (moving or len(devices) > 1):
-            why = f"layers of {sorted(moving)}" if moving else f"{len(devices)} devices"
-            what = "expected state at fixed addresses on one device for a CUDA graph"
-            warnings.warn(f"spectral_kernels: graph: {what}, got {why}: eager steps", stacklevel=3)
-            self.graph = False
+        self.codecs = [
+            codec and replace(codec, layers=tuple(codec.layers[i] for i in some)).to(device)
+            for some, device in zip(self.members, devices, strict=True)
+        ]
+        self.graph = graph and model.device.type == "cuda" and _stays(self)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
         self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._capturing = False
@@ -540,7 +512,7 @@ class Handle:
         for link in self.links:
             for module in link.layer.modules:
                 module._spectral = link  # type: ignore[assignment]
-        self._patch(decoder, "forward", self._decoder_forward)
+        self._patch(decoder_of(model), "forward", self._decoder_forward)
         self._patch(model, "forward", self._model_forward)
         self._patch(model, "generate", self._generate)
         self._patch(model, "prepare_inputs_for_generation", self._prepare_inputs)
@@ -591,49 +563,6 @@ class Handle:
             max_tokens: tokens a row to have room for; default the handle's, else by the prompt.
         """
         return ModelCache(self, batch, max_tokens or self.max_tokens)
-
-    def allocate(self, cache: ModelCache) -> list[SpectralCache]:
-        """The memory of a cache that knows its rows, room and dtype: a part for each device."""
-        parts, layers = [], [link.layer for link in self.links]
-        for members in self.members:
-            some = [layers[i] for i in members]
-            codec, drafts = self.codec, DRAFTS
-            if codec is None:
-                exact = [_exact_codec(1, x.kv_heads, x.head_dim, cache.capacity) for x in some]
-                codec, drafts = replace(exact[0], layers=tuple(x.layers[0] for x in exact)), 0
-            else:
-                codec = replace(codec, layers=tuple(codec.layers[i] for i in members))
-            parts.append(
-                SpectralCache(
-                    codec.to(some[0].device), max_seqs=cache.batch, max_tokens=cache.capacity,
-                    drafts=drafts, query_heads=some[0].kv_heads * some[0].group,
-                    dtype=cache.dtype, device=some[0].device,
-                )
-            )  # fmt: skip
-        return parts
-
-    def check(self) -> None:
-        """A prompt of four tokens and a step of two through our attention and the model's own.
-
-        Raises:
-            NotImplementedError: they differ, or something failed; the handle is disabled.
-        """
-        room, decoder = self.new_cache(1, ROUND), decoder_of(self.model)
-        ids = torch.arange(1, 7, device=self.model.device)[None] % self.config.vocab_size
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                for link in self.links:
-                    link.seen = []
-                for some in (ids[:, :4], ids[:, 4:]):
-                    decoder(input_ids=some, use_cache=True, **{CACHE: room})
-        except Exception as error:
-            self.disable()
-            raise NotImplementedError(
-                f"model: a check of six tokens failed (check=False leaves it out): {error}"
-            ) from error
-        finally:
-            for link in self.links:
-                link.seen = None
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
@@ -702,8 +631,7 @@ class Handle:
 
     def _begin(self, cache: ModelCache, kwargs: dict[str, Any]) -> int:
         """Rows, padding, positions and room of a forward; returns its new tokens a row."""
-        names = ("input_ids", "inputs_embeds", "attention_mask")
-        ids, embeds, mask = (kwargs.get(name) for name in names)
+        ids, embeds, mask = map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         inputs = embeds if ids is None else ids
         if inputs is None:
             raise ValueError("forward: expected input_ids or inputs_embeds, got neither")
@@ -902,8 +830,43 @@ def enable(
     name = preset if found is None else found.preset
     handle = Handle(model, layers, name, found, graph, max_tokens)
     if check and not model.training:
-        handle.check()
+        _check(handle)
     return handle
+
+
+def _stays(handle: Handle) -> bool:
+    """Whether a step's state stays where it is, as a CUDA graph needs it; if not, it is said."""
+    ours = {link.layer.index for link in handle.links}
+    others = [layer for i, layer in enumerate(own_layers(handle.config)) if i not in ours]
+    moving = sorted({type(layer).__name__ for layer in others if not layer.is_compileable})
+    why = " and ".join(moving) or f"{len(handle.members)} devices"
+    if moving or len(handle.members) > 1:
+        warnings.warn(f"spectral_kernels: no CUDA graph with {why}: eager steps", stacklevel=4)
+    return not moving and len(handle.members) == 1
+
+
+def _check(handle: Handle) -> None:
+    """A prompt of four tokens and a step of two through our attention and the model's own.
+
+    Raises:
+        NotImplementedError: they differ, or something failed; the handle is disabled.
+    """
+    room, decoder = handle.new_cache(1, ROUND), decoder_of(handle.model)
+    ids = torch.arange(1, 7, device=handle.model.device)[None] % handle.config.vocab_size
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for link in handle.links:
+                link.seen = []
+            for some in (ids[:, :4], ids[:, 4:]):
+                decoder(input_ids=some, use_cache=True, **{CACHE: room})
+    except Exception as error:
+        handle.disable()
+        raise NotImplementedError(
+            f"model: a check of six tokens failed (check=False leaves it out): {error}"
+        ) from error
+    finally:
+        for link in handle.links:
+            link.seen = None
 
 
 def _codec(
@@ -1015,7 +978,8 @@ def _register(implementation: str) -> str:
                     raise NotImplementedError(f"layer {layer.index}: expected no {name}, got one")
             out = layer.attend(query, key, value, scaling, kwargs.get("s_aux"))
         if layer is not None and link.seen is not None:
-            link.check(module, query, key, value, out, scaling=scaling, **kwargs)
+            new = (query, key, value)
+            compare(link.layer, module, link.seen, *new, out, scaling=scaling, **kwargs)
         if out is not None:
             return out.transpose(1, 2), None
         # A prompt, no cache, or a model that shares its config object with an enabled one.

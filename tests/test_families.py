@@ -29,8 +29,8 @@ REFUSED = {
     "gemma3n": "keys of its own in every layer; it stays dense",
     "mistral, windows": "does not grow with the context: it stays dense|full attention",
     "deepseek_v3": r"MLA.*; it stays dense",
-    "diffllama": "it does more than softmax; it stays dense",
-    "bloom": "does not call transformers' attention interface; it stays dense",
+    "diffllama": "it does more than softmax; it stays dense|attention function 'spectral' did not",
+    "bloom": "transformers' attention interface; it stays dense",
 }
 
 
@@ -116,7 +116,10 @@ def test_prompt_lookup_on_a_mixed_cache(name: str, mixed: Any) -> None:
                 found.append(generate(model, inputs, prompt_lookup_num_tokens=5).tolist())
             except (ValueError, RuntimeError) as error:
                 found.append(type(error))
-    assert found[0] == found[1]
+    if VERSION >= (5, 17) or name not in ("gemma3", "gpt_oss"):
+        assert found[0] == found[1]
+    else:  # it would need another kind of cache
+        assert found[1] is ValueError
 
 
 @pytest.mark.parametrize("name", MIXED)
