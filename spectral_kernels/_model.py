@@ -9,13 +9,20 @@ Test: tests/test_hf.py, tests/test_families.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -221,3 +228,35 @@ def compare(
             f"{name}: its attention and the cache's differ by {error:.3g} (values up to "
             f"{largest:.3g}): it does more than softmax; it stays dense"
         )
+
+
+@contextmanager
+def compiled_layers(decoder: Any, cache: Cache) -> Iterator[None]:
+    """Let forwards run the decoder's layers compiled by `torch.compile`, norms and RoPE fused.
+
+    A layer's graph breaks at its cache and its attention, and the pieces between are the same for
+    all layers: what is compiled for the first serves the others.
+    """
+    config, opaque = decoder.config, torch.compiler.disable
+    layers: Any = next(x for x in decoder.children() if isinstance(x, nn.ModuleList))
+    name, before = config._attn_implementation, [vars(x).get("forward") for x in layers]
+    AttentionInterface.register(f"{name}_opaque", opaque(ALL_ATTENTION_FUNCTIONS[name]))
+    AttentionMaskInterface.register(f"{name}_opaque", ALL_MASK_ATTENTION_FUNCTIONS[name])
+    try:
+        config._attn_implementation = f"{name}_opaque"
+        for kept in cache.layers:
+            kept.update = opaque(kept.update)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        # A layer's number is a constant of its piece: as many cheap recompilations as layers.
+        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192):
+            yield
+    finally:
+        config._attn_implementation = name
+        for kept in cache.layers:
+            vars(kept).pop("update", None)
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward

@@ -29,7 +29,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any, cast
@@ -41,7 +41,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ._model import NAME, Layer, compare, decoder_of, dense_attention, layers_of, own_layers
+from ._model import (
+    NAME,
+    Layer,
+    compare,
+    compiled_layers,
+    decoder_of,
+    dense_attention,
+    layers_of,
+    own_layers,
+)
 from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
@@ -484,14 +493,14 @@ def _tensors(layer: Any) -> list[torch.Tensor]:
 class Handle:
     """What `enable` returns: `disable()` it, or leave its `with` block. Not made by hand.
 
-    Attributes: model, preset, codec (None: exact), graph (whether steps are replayed), max_tokens.
+    Attributes: model, preset, codec (None: exact), graph (steps are replayed), compile, max_tokens.
     """
 
     def __init__(
         self, model: Any, layers: Sequence[Layer], preset: str, codec: ModelCodec | None,
-        graph: bool, max_tokens: int | None,
+        graph: bool, compiles: bool, max_tokens: int | None,
     ) -> None:  # fmt: skip
-        self.model, self.preset, self.max_tokens = model, preset, max_tokens
+        self.model, self.preset, self.max_tokens, self.compile = model, preset, max_tokens, compiles
         self.config, self.codec = decoder_of(model).config, codec
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
         self._implementation: str = self.config._attn_implementation
@@ -515,7 +524,7 @@ class Handle:
         self._patch(decoder_of(model), "forward", self._decoder_forward)
         self._patch(model, "forward", self._model_forward)
         self._patch(model, "generate", self._generate)
-        self._patch(model, "prepare_inputs_for_generation", self._prepare_inputs)
+        self._patch(model, "prepare_inputs_for_generation", _prepare_inputs)
         self._patch(model, "_prepare_cache_for_generation", self._prepare_cache)
         self.config._attn_implementation = _register(self._implementation)
 
@@ -710,7 +719,10 @@ class Handle:
 
         self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
         try:
-            with device, torch.inference_mode(False), torch.no_grad():
+            decoder, fused = decoder_of(self.model), None
+            if self.compile and not cache.others:
+                fused = compiled_layers(decoder, cache)
+            with device, torch.inference_mode(False), torch.no_grad(), fused or nullcontext():
                 cache.graph = _StepGraph(forward, cache, self._graph_pool)
         except RuntimeError as error:
             self.graph = cache.failed = False
@@ -767,21 +779,6 @@ class Handle:
         self._local.taken = model_kwargs[CACHE] = cache
         return None
 
-    def _prepare_inputs(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What generate() gives a forward: a 2-D mask, and none in a step of one token."""
-        cache = kwargs.get(CACHE)
-        if not isinstance(cache, ModelCache):
-            return original(*args, **kwargs)
-        compileable, cache.compileable = cache.compileable, False  # else a mask of 4 would be made
-        try:
-            inputs = original(*args, **kwargs)
-        finally:
-            cache.compileable = compileable
-        ids = inputs.get("input_ids")
-        if cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
-            inputs.pop("attention_mask", None)
-        return inputs
-
 
 def enable(
     model: PreTrainedModel,
@@ -790,6 +787,7 @@ def enable(
     codec: str | os.PathLike[str] | ModelCodec | None = None,
     tokenizer: Any = None,
     graph: bool = True,
+    compile: bool = False,
     max_tokens: int | None = None,
     check: bool = True,
 ) -> Handle:
@@ -808,6 +806,10 @@ def enable(
         graph: on CUDA, capture the one-token forward once a cache as a CUDA graph and replay it; no
             Python runs in it, and hooks on its layers are silent. False: steps run eagerly, or
             compiled: by generate() on CUDA, by torch.compile(fullgraph=True) anywhere.
+        compile: have torch.compile fuse what lies between the matrix products of a captured step:
+            tokens come faster, the first one of a process and batch size up to a minute later, and
+            results are rounded elsewhere (preset "exact" may part from the dense tokens at a tie).
+            Models with other layers than ours run as without.
         max_tokens: the least room of a cache, tokens a row. generate() takes what its call needs,
             other forwards half as much again as the prompt, at least 512 more. A full cache is
             doubled; compiled steps cannot grow theirs.
@@ -828,7 +830,7 @@ def enable(
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
     name = preset if found is None else found.preset
-    handle = Handle(model, layers, name, found, graph, max_tokens)
+    handle = Handle(model, layers, name, found, graph, compile, max_tokens)
     if check and not model.training:
         _check(handle)
     return handle
@@ -930,6 +932,22 @@ def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:
     for source, target in zip(*slots, strict=True):  # as many, or a ring that has not turned
         target[:, :, : source.shape[2]] = source
     return new
+
+
+def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What generate() gives a forward: a 2-D mask, and none in a step of one token."""
+    cache = kwargs.get(CACHE)
+    if not isinstance(cache, ModelCache):
+        return original(*args, **kwargs)
+    compileable, cache.compileable = cache.compileable, False  # else a mask of 4 would be made
+    try:
+        inputs = original(*args, **kwargs)
+    finally:
+        cache.compileable = compileable
+    ids = inputs.get("input_ids")
+    if cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
+        inputs.pop("attention_mask", None)
+    return inputs
 
 
 def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int] | None:
