@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import _launch
 from ._checks import FLOATS
+from .codec import Codec
 from .layout import HEAD_DIMS
 
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")  # what modules call them
@@ -41,8 +42,9 @@ class Layer:
 
     Args:
         index: in the model's cache.      modules: that have it as their `layer_idx`.
-        kv_heads, group, head_dim: KV heads, query heads a KV head, D.
+        kv_heads, group, head_dim: KV heads of this process, query heads a KV head, D.
         device: where it computes.
+        shard: (rank, ranks) of tensor parallelism: which of the model's heads these are.
     """
 
     index: int
@@ -51,6 +53,18 @@ class Layer:
     group: int
     head_dim: int
     device: torch.device
+    shard: tuple[int, int]
+
+    def codec(self, whole: Codec) -> Codec:
+        """The heads of this process out of the codec of all."""
+        rank, ranks = self.shard
+        if ranks == 1:
+            return whole
+        heads = slice(rank * self.kv_heads, (rank + 1) * self.kv_heads)
+        tensors = {f.name: getattr(whole, f.name) for f in fields(whole)}
+        for name in tensors.keys() - {"layout", "freqs"}:
+            tensors[name] = tensors[name][:, heads].contiguous()
+        return Codec(**tensors)
 
 
 def own_layers(config: Any) -> list[Any]:
@@ -164,8 +178,20 @@ def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
         dense_attention(implementation, module)
     told: Any = (getattr(modules[0], name, None) for name in KV_HEADS)
     kv_heads = next(filter(None, told), kv_shape(config)[0])
-    device = _device_of(modules[0])
-    return Layer(index, tuple(named), kv_heads, heads // kv_heads, dim, device)
+    group, shard = heads // kv_heads, _shard_of(modules[0])
+    if kv_heads % shard[1]:
+        raise ValueError(f"model: expected a multiple of {shard[1]} KV heads, got {kv_heads}")
+    device, local = _device_of(modules[0]), kv_heads // shard[1]
+    return Layer(index, tuple(named), local, group, dim, device, shard)
+
+
+def _shard_of(module: nn.Module) -> tuple[int, int]:
+    """(rank, ranks) over which tensor parallelism has split a module's weights; (0, 1): none."""
+    for parameter in module.parameters():
+        if any(place.is_shard() for place in getattr(parameter, "placements", ())):
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+            return mesh.get_local_rank(), mesh.size()
+    return 0, 1
 
 
 def _device_of(module: Any) -> torch.device:

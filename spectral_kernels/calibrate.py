@@ -719,7 +719,10 @@ def fingerprint(model: Any) -> str:
             continue
         at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
         index = torch.unravel_index(at, weight.shape)
-        some = weight.detach()[index]
+        weight = weight.detach()
+        if hasattr(weight, "full_tensor"):  # sharded: of all processes
+            weight = weight.full_tensor()
+        some = weight[index]
         if some.is_floating_point():
             some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
         samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))

@@ -881,6 +881,8 @@ def _codec(
     if codec is None:
         codec = calibrate.cache_path(name, preset)
         if not codec.is_file():
+            if any(layer.shard[1] > 1 for layer in layers):
+                raise ValueError(f"codec: expected {codec}, made before the model was sharded")
             print(f"spectral_kernels: calibrating {preset!r} for this model, once", file=sys.stderr)
             path, codec = codec, calibrate.calibrate(model, tokenizer, preset)
             try:  # whole or not at all
@@ -894,13 +896,14 @@ def _codec(
         codec = ModelCodec.load(codec)
     if codec.fingerprint not in ("", name):
         raise ValueError(f"codec: expected this model's ({name}), got {codec.fingerprint}")
-    wanted = [(x.kv_heads, x.head_dim) for x in layers]
+    wanted = [(x.kv_heads * x.shard[1], x.head_dim) for x in layers]
     got = [(x.kv_heads, x.layout.head_dim) for x in codec.layers]
     if len(wanted) != len(got):
         raise ValueError(f"codec: expected {len(wanted)} full-attention layers, got {len(got)}")
     if wanted != got:
         raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
-    return codec
+    parts = zip(layers, codec.layers, strict=True)
+    return replace(codec, layers=tuple(layer.codec(whole) for layer, whole in parts))
 
 
 def _exact_codec(layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
