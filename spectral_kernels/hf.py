@@ -5,8 +5,9 @@
 
 What happens to one model, and to no other, until `disable()`:
 - its configuration names an attention function of this module, registered beside transformers' own;
-- `generate` fills a `ModelCache`: transformers' `Cache`, whose layers keep their tokens in one
-  `SpectralCache`;
+- `generate` fills a `ModelCache`: transformers' `Cache`, whose full-attention layers keep their
+  tokens in one `SpectralCache` a device; other layers (windows, convolutions, linear attention)
+  are transformers' own;
 - a forward of its decoder is checked, and its host work done, before anything is changed;
 - on CUDA its one-token forward is captured once a cache as a CUDA graph and then replayed.
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -62,10 +64,11 @@ _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # What forwards call the cache. Since 5.24 they rename the old keyword themselves, but only inside.
 _OLD_CACHE = "past_key_values"
 CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
-# The positional parameters of every decoder's forward, in all supported releases.
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds")
 # What a forward may be given and still be replayed.
-_PLAIN = (*_POSITIONAL, _OLD_CACHE, "logits_to_keep", "cache_position")
+_PLAIN = (
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position",
+    "logits_to_keep", CACHE, _OLD_CACHE,
+)  # fmt: skip
 # Cache.crop(0) empties the cache before this release and removes no token since.
 _CROP_COUNTS = _RELEASE >= (5, 17)
 MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
@@ -577,9 +580,7 @@ class Handle:
         """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
         if torch.compiler.is_compiling() or self._capturing:
             return original(*args, **kwargs)
-        if len(args) > len(_POSITIONAL):
-            raise TypeError(f"forward: expected at most {len(_POSITIONAL)} positional arguments")
-        kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
         with self._lock:
             cache = self._cache_of(kwargs)
             if cache is None:
@@ -671,7 +672,7 @@ class Handle:
         """A forward of the model: a step of one token that asks for logits alone is replayed."""
         if torch.compiler.is_compiling() or not self.graph or self._capturing:
             return original(*args, **kwargs)
-        given = {**dict(zip(_POSITIONAL[:1], args, strict=False)), **kwargs}
+        given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
         ids: Any = given.get("input_ids")
         cache = given.get(CACHE, given.get(_OLD_CACHE))
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
