@@ -52,6 +52,8 @@ from ._model import (
     dense_attention,
     layers_of,
     own_layers,
+    stays,
+    tensors_of,
 )
 from .attention import attend_spectral
 from .cache import SpectralCache
@@ -287,7 +289,7 @@ class ModelCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache."""
         held = sum(part.nbytes for part in self.parts)
-        return held + sum(x.nbytes for layer in self.others for x in _tensors(layer))
+        return held + sum(x.nbytes for layer in self.others for x in tensors_of(layer))
 
     @property
     def is_compileable(self) -> bool:
@@ -380,11 +382,6 @@ class ModelCache(Cache):
         self.codecs = [id(codec) for codec in codecs]
         _CODECS.update(zip(self.codecs, codecs, strict=True))
 
-    def reserve(self, new: int) -> None:
-        """Pages for a step."""
-        for part in self.parts:
-            part.reserve(new)
-
     def hold(self) -> None:
         """Pages for all that it has room for: no later step asks for one."""
         for part in self.parts:
@@ -452,7 +449,7 @@ class _StepGraph:
 
     def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
         seq_lens = cache.spectral.seq_lens
-        moved = [seq_lens, *(x for layer in cache.others for x in _tensors(layer))]
+        moved = [seq_lens, *(x for layer in cache.others for x in tensors_of(layer))]
         before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
         self.positions = seq_lens[:, None].long()
@@ -481,15 +478,6 @@ class _StepGraph:
         """A copied cache has other addresses: it captures anew."""
 
 
-def _tensors(layer: Any) -> list[torch.Tensor]:
-    """What a layer of transformers' cache holds."""
-    found = [getattr(layer, name, None) for name in ("keys", "values")]
-    for name in ("conv_states", "recurrent_states"):
-        states = getattr(layer, name, None)
-        found += states.values() if isinstance(states, dict) else [states]
-    return [x for x in found if isinstance(x, torch.Tensor)]
-
-
 # ---- the model -----------------------------------------------------------------------------------
 
 
@@ -515,7 +503,7 @@ class Handle:
             codec and replace(codec, layers=tuple(codec.layers[i] for i in some)).to(device)
             for some, device in zip(self.members, devices, strict=True)
         ]
-        self.graph = graph and model.device.type == "cuda" and _stays(self)
+        self.graph = graph and model.device.type == "cuda" and stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
         self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._capturing = False
@@ -586,8 +574,8 @@ class Handle:
             if cache is None:
                 return original(**kwargs)
             new = self._begin(cache, kwargs)
-            if cache.is_step(new):
-                cache.reserve(new)
+            for part in cache.parts if cache.is_step(new) else ():
+                part.reserve(new)
             with self._running(cache):
                 out = original(**kwargs)
             if not cache.is_step(new):
@@ -835,17 +823,6 @@ def enable(
     if check and not model.training:
         _check(handle)
     return handle
-
-
-def _stays(handle: Handle) -> bool:
-    """Whether a step's state stays where it is, as a CUDA graph needs it; if not, it is said."""
-    ours = {link.layer.index for link in handle.links}
-    others = [layer for i, layer in enumerate(own_layers(handle.config)) if i not in ours]
-    moving = sorted({type(layer).__name__ for layer in others if not layer.is_compileable})
-    why = " and ".join(moving) or f"{len(handle.members)} devices"
-    if moving or len(handle.members) > 1:
-        warnings.warn(f"spectral_kernels: no CUDA graph with {why}: eager steps", stacklevel=4)
-    return not moving and len(handle.members) == 1
 
 
 def _check(handle: Handle) -> None:
