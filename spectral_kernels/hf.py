@@ -283,7 +283,8 @@ class ModelCache(Cache):
     @property
     def static(self) -> bool:
         """Whether other layers keep what they hold at the same addresses."""
-        return all(layer.is_compileable for layer in self.others)
+        still = (x.is_compileable and not getattr(x, "record_past", False) for x in self.others)
+        return all(still)
 
     @property
     def nbytes(self) -> int:
