@@ -843,7 +843,7 @@ def _check(handle: Handle) -> None:
     except Exception as error:
         handle.disable()
         raise NotImplementedError(
-            f"model: a check of six tokens failed (check=False leaves it out): {error}"
+            f"model: it stays dense, as six tokens failed (check=False: not tried): {error}"
         ) from error
     finally:
         for link in handle.links:

@@ -66,6 +66,8 @@ def rope(**parameters: Any) -> dict[str, Any]:
     """A config's entry for RoPE, by the release."""
     if VERSION >= (5, 0):
         return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+    if parameters["rope_type"] == "default":
+        return {}
     if parameters["rope_type"] == "longrope":  # Phi-3 takes no other names
         names = ("short_factor", "long_factor")
         parameters = {"type": "longrope", **{name: parameters[name] for name in names}}
