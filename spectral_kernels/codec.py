@@ -139,13 +139,16 @@ class ModelCodec:
     @classmethod
     def exact(cls, layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
         """A codec that nothing is read from: all of so many tokens are in the window."""
-        bands, zeros = Bands.parse("16x2"), torch.zeros
-        tensors = {"freqs": zeros(dim // 2, dtype=torch.int64)}
+        bands = Bands.parse("16x2")
+        shapes = {"freqs": (dim // 2,), "k_mean": (1, heads, dim), "k_offset": (1, heads, 16)}
         for side in ("k", "v"):
-            tensors[f"{side}_basis"] = zeros(1, heads, 16, dim, dtype=torch.int8)
-            tensors[f"{side}_scale"] = zeros(1, heads, 16)
-            tensors[f"{side}_encoder"] = zeros(1, heads, dim, 16)
-        tensors |= {"k_mean": zeros(1, heads, dim), "k_offset": zeros(1, heads, 16)}
+            shapes |= {f"{side}_basis": (1, heads, 16, dim), f"{side}_scale": (1, heads, 16)}
+            shapes[f"{side}_encoder"] = (1, heads, dim, 16)
+        dtypes = {"freqs": torch.int64, "k_basis": torch.int8, "v_basis": torch.int8}
+        tensors = {
+            name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32))
+            for name, shape in shapes.items()
+        }
         codec = Codec(PageLayout(bands, bands, dim), **tensors)
         return cls((codec,) * layers, sinks=0, window=tokens, preset="exact")
 

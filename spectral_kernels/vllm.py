@@ -34,7 +34,7 @@ import torch
 import vllm
 
 from .attention import attend_spectral, attend_workspace
-from .codec import Codec, ModelCodec
+from .codec import ModelCodec
 from .compress import append, decode, encode
 from .layout import HEAD_DIMS, PAGE_SIZE
 from .merge import merge_states
@@ -82,9 +82,16 @@ def register() -> None:
     """The entry point: vLLM calls it in every process, more than once."""
     if NAME in AttentionBackendEnum.__members__:
         return
-    AttentionBackendEnum.register(NAME, PATH)
+    member: Any = AttentionBackendEnum.register(NAME, PATH)
+    # A process that is spawned gets its configuration before it loads plugins.
+    member.__reduce_ex__ = lambda protocol: (_member, ())
     if current_platform.is_cpu():
         _choose_on_cpu(type(current_platform))
+
+
+def _member() -> AttentionBackendEnum:
+    register()
+    return AttentionBackendEnum[NAME]
 
 
 def _choose_on_cpu(platform: Any) -> None:
@@ -374,13 +381,16 @@ class Engine:
                 )  # fmt: skip
                 size = max(size, needed)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.lse = torch.empty(self.slots + 8, impl.num_heads, device=self.device)
+        self.lse = torch.empty(
+            self.slots + 8, impl.num_heads, dtype=torch.float32, device=self.device
+        )
 
     def reserve(self, impl: SpectralImpl) -> None:
         """While vLLM measures memory: what a prompt on a past takes for the time being."""
         if self.device.type == "cuda":
             tokens = min(PIECE, self.config.model_config.max_model_len)
-            torch.empty(tokens * impl.num_kv_heads * impl.head_size * 20, device=self.device)
+            size = tokens * impl.num_kv_heads * impl.head_size * 20
+            torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def start(self, rows: Rows, started: list[int], slots: np.ndarray) -> tuple[dict, list]:
         """Sinks of the rows that start: (entries to write by row, (row, slot, past, entry) of those
@@ -677,14 +687,17 @@ class SpectralImpl(AttentionImpl[SpectralMetadata]):
             self._prompts(attn_metadata, query, key, value, pages, output)
         return output
 
-    def _step(self, meta, rows, q, k, v, pages, out) -> None:
+    def _step(self, meta: Any, rows: Any, q: Any, k: Any, v: Any, pages: Any, out: Any) -> None:
         """Store k, v [B, G, Q, D], attend by q [B, H, (Q,) D]; nothing is allocated for Q = 1."""
         engine, exact = self.engine, (self.k_exact, self.v_exact)
+        k_pages, v_pages = pages
         table, lens, ids = meta.table[rows], meta.seq_lens[rows], meta.seq_ids[rows]
-        append(k, v, self.codec, *pages, *exact, table, lens, sinks=engine.sinks, seq_ids=ids)
+        append(
+            k, v, self.codec, k_pages, v_pages, *exact, table, lens, sinks=engine.sinks, seq_ids=ids
+        )
         single = k.shape[2] == 1 and len(k) <= len(engine.lse)
         attend_spectral(
-            q, *pages, self.codec, table, lens, sinks=engine.sinks, window=engine.window,
+            q, k_pages, v_pages, self.codec, table, lens, sinks=engine.sinks, window=engine.window,
             exact=exact, seq_ids=ids, scale=self.scale, out=out,
             lse=engine.lse[: len(k)] if single else None,
             workspace=engine.workspace if single else None, after_append=True,
