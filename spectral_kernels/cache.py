@@ -96,12 +96,13 @@ class PageTable:
                 self._set(row, self.rows[row] + [pages.pop() for _ in range(count)])
         return any(count > 0 for count in missing)
 
-    def shrink(self, lengths: Sequence[int]) -> None:
-        """Give back the pages past rows of so many tokens."""
+    def shrink(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Give back the pages past rows of so many tokens. Returns: as `reorder`."""
         for length, row in zip(lengths, self.rows, strict=True):
             keep = -(-length // PAGE_SIZE)
             self.allocator.release(row[keep:])
             del row[keep:]
+        return self._part(lengths)
 
     def reorder(self, index: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Row i takes the pages of the old row index[i], of lengths[i] tokens now.
@@ -109,25 +110,26 @@ class PageTable:
         Returns:
             (page, its copy) of partial last pages, which rows that share a past do not share.
         """
-        old, shared = self.rows, [list(self.rows[i]) for i in index]
-        parted = [
-            row
-            for row, i in enumerate(index)
-            if lengths[row] % PAGE_SIZE and i in list(index)[:row]
-        ]
-        fresh = self.allocator.allocate(len(parted))
-        copies = []
-        for pages in shared:
-            self.allocator.share(pages)
-        for row, page in zip(parted, fresh, strict=True):
-            at = lengths[row] // PAGE_SIZE
-            copies.append((shared[row][at], page))
-            self.allocator.release([shared[row][at]])
-            shared[row][at] = page
+        old, shared = self.rows, []
+        for i, length in zip(index, lengths, strict=True):
+            shared.append(old[i][: -(-length // PAGE_SIZE)])
+            self.allocator.share(shared[-1])
         for pages in old:
             self.allocator.release(pages)
         for row, pages in enumerate(shared):
             self._set(row, pages)
+        return self._part(lengths)
+
+    def _part(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """A page of its own for every row whose next token goes to a page that another row has."""
+        copies = []
+        for row, (length, pages) in enumerate(zip(lengths, self.rows, strict=True)):
+            if length % PAGE_SIZE and self.allocator.references[pages[-1]] > 1:
+                # There is one: rows that share a page need one page less than the pool has.
+                (fresh,) = self.allocator.allocate(1)
+                copies.append((pages[-1], fresh))
+                self.allocator.release(pages[-1:])
+                self._set(row, [*pages[:-1], fresh])
         return copies
 
     def _set(self, row: int, pages: list[int]) -> None:
@@ -372,7 +374,7 @@ class SpectralCache:
             raise ValueError(f"count: expected at most {self.lengths} tokens, got {counts}")
         self.lengths = [length - n for length, n in zip(self.lengths, counts, strict=True)]
         self.seq_lens -= torch.tensor(counts, dtype=torch.int32, device=self.device)
-        self.pages.shrink(self.lengths)
+        self._copy_pages(self.pages.shrink(self.lengths))
         self._refill_window()
 
     def _refill_window(self) -> None:
@@ -403,8 +405,7 @@ class SpectralCache:
         is copied.
 
         Raises:
-            ValueError: not one old row for every row.      RuntimeError: the pool has no page left.
-                Nothing was changed.
+            ValueError: not one old row for every row; nothing was changed.
         """
         index = list(index)
         if len(index) != self.max_seqs or any(not 0 <= i < self.max_seqs for i in index):
@@ -419,11 +420,16 @@ class SpectralCache:
             exact.copy_(exact[rows])
         self.seq_lens.copy_(self.seq_lens[rows])
         self.codec_ids.copy_(self.codec_ids[rows])
+        self._copy_pages(copies)
+        self._send_table()
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Copy pages (from, to) of all layers, of which the block table says so."""
         if copies:
             source, target = torch.tensor(copies, device=self.device).unbind(1)
             for pool in (*self.k_pages, *self.v_pages):
                 pool[target] = pool[source]
-        self._send_table()
+            self._send_table()
 
     def reset(self) -> None:
         """Forget everything; addresses stay."""

@@ -348,7 +348,7 @@ def play(draw, steps: int = 12) -> None:
     choose_codecs()
     for i in range(steps):
         room = MAX_TOKENS - max(model.lengths)
-        able = ["rollback", "rollback drafts", "fork", "free", "past", "reset"]
+        able = ["rollback", "rollback drafts", "fork", "hold", "free", "past", "reset"]
         able += ["decode", "decode", "replay", "replay", "compiled"] if room >= 3 else []
         able += ["prefill", "prefill", "chunks"] if room >= 140 else []
         what = draw.of(f"step {i}", *able)
@@ -381,10 +381,11 @@ def play(draw, steps: int = 12) -> None:
             model.rollback([n * (b == row) for b, n in enumerate(model.lengths)])
         elif what == "fork":
             index = [draw.int(f"{i} row {b}", 0, batch - 1) for b in range(batch)]
-            try:
-                model.reorder(index)
-            except RuntimeError:  # the pool has no page for a copy; nothing was changed
-                assert cache.pages.allocator.free < batch - len(set(index))
+            model.reorder(index)
+        elif what == "hold":
+            cache.hold(
+                [draw.int(f"{i} tokens {b}", n, MAX_TOKENS) for b, n in enumerate(model.lengths)]
+            )
         elif what == "past" and max(model.lengths):
             model.check_past()
         elif what == "reset":
@@ -524,6 +525,34 @@ def test_forked_rows_share_full_pages():
     for _ in range(3):
         model.store([1, 1], prompt=False)
         model.check()
+
+
+def test_a_fork_that_is_rolled_back_writes_to_no_page_of_the_other():
+    """Into a full page that both had, and with pages reserved ahead."""
+    model = Model(seed=7)
+    model.store([200, 10], prompt=True)
+    model.cache.hold([320, 10])
+    model.reorder([0, 0])
+    model.rollback([0, 150])
+    for _ in range(2):
+        model.store([3, 3], prompt=False)
+        model.check()
+    model.rollback([160, 10])  # both into their first page, which only row 0 has still shared
+    model.store([3, 3], prompt=False)
+    model.check()
+
+
+def test_a_full_pool_can_fork():
+    """Copies of partial pages need no spare page: the rows that part had one page between them."""
+    model = Model(seed=8)
+    model.store([140, 140], prompt=True)
+    model.store([140, 140], prompt=True)
+    model.store([30, 30], prompt=True)
+    assert model.cache.pages.allocator.free == 0
+    model.reorder([1, 1])
+    model.check()
+    model.store([3, 3], prompt=False)
+    model.check()
 
 
 def test_page_allocator():
