@@ -137,7 +137,7 @@ def draw_paths(draw: Draw) -> tuple[str, ...]:
 
 def draw_spec(draw: Draw, layout: Layout, slow: bool, edges: Sequence[int] = ()) -> PageSpec:
     batch = draw.int("batch", 1, 2 if slow else 4)
-    most = 140 if slow else draw.of("longest", 140, 700, 3000)
+    most = 140 if slow else draw.of("longest", 140, 140, 140, 300, 700, 1500)
     every = (0, 32, 64, layout.frame, layout.frame + 64, *edges)
     return PageSpec(
         layout.k_bands,

@@ -22,8 +22,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -60,6 +62,7 @@ PLACES = (
     "/usr/local/cuda/compute-sanitizer",
     "/opt/nvidia/compute-sanitizer",
 )
+LOGS = Path(tempfile.gettempdir()) / "spectral_sanitize"
 PATHS = ("triton", "scalar")  # with matrix units, and those of cards before sm_80
 
 
@@ -403,21 +406,31 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=os.pathsep.join((os.environ["PATH"], *PLACES)))
 
 
+def options_of(tool: str, name: str) -> list[str]:
+    """Options that this version knows: room behind every allocation, so that none begins where
+    another ends; no reports of API calls, which PyTorch tries and handles."""
+    known = subprocess.run([tool, "--help"], capture_output=True, text=True).stdout
+    padding = ["--padding", "512"] if name == "memcheck" and "--padding" in known else []
+    quiet = ["--report-api-errors", "no"] if "--report-api-errors" in known else []
+    return ["--tool", name, *padding, *quiet]
+
+
 def start(command: list[str], log: Path) -> subprocess.Popen:
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
     environment.setdefault("OPENBLAS_NUM_THREADS", "1")
     with log.open("w") as out:
         return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
-        )
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def finish(process: subprocess.Popen, deadline: float) -> int | None:
-    """Its exit code; None: it was stopped at the deadline."""
+    """Its exit code; None: it was stopped at the deadline, with what it started."""
     try:
         return process.wait(max(1.0, deadline - time.time()))
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return None
 
@@ -429,7 +442,7 @@ def main() -> int:
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
     parser.add_argument("--parts", type=int, default=3, help="processes a tool (default 3)")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default 8)")
-    parser.add_argument("--logs", type=Path, default=Path("sanitize"), help="folder for the logs")
+    parser.add_argument("--logs", type=Path, default=LOGS, help="folder for the logs")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--plant", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -459,12 +472,11 @@ def main() -> int:
     print(f"compiled in {time.time() - begin:.0f} s")
     running = {}
     for name in options.tools:
-        padding = ["--padding", "512"] if name == "memcheck" else []
+        watched = [tool, *options_of(tool, name), *python]
         for i in range(options.parts):
             log = options.logs / f"{name}{i}.log"
-            command = [tool, "--tool", name, *padding, "--report-api-errors", "no", *python]
-            command += ["--parts", str(options.parts), "--part", str(i), "--plant", name]
-            running[name, i] = start(command, log), log
+            part = ["--parts", str(options.parts), "--part", str(i), "--plant", name]
+            running[name, i] = start([*watched, *part], log), log
     wanted, rows, wrong = all_kernels(), [], {}
     for name in options.tools:
         logs = []
