@@ -86,8 +86,9 @@ def break_even(dense: tuple[float, float] | None, ours: tuple[float, float] | No
 
 def end_to_end_table(rows: Iterable[Row]) -> str:
     """A line a batch size and measurement: ms a token at each length, intercept and slope of a line
-    through them, break-even length against the dense graph, and of the longest length the share of
-    the ceiling: bytes of weights and cache at the read bandwidth of the same run over the time."""
+    through them, break-even length against the dense graph (compiled where they are), and of the
+    longest length the share of the ceiling: bytes of weights and cache at the read bandwidth of the
+    same run over the time."""
     rows = latest(rows, END_KEY)
     if not rows:
         return NO_ROWS.format("end_to_end")
@@ -100,10 +101,11 @@ def end_to_end_table(rows: Iterable[Row]) -> str:
         def points(what: str, preset: str | None, own: list[Row] = own) -> dict[int, Row]:
             return {row["T"]: row for row in own if (row["what"], row["preset"]) == (what, preset)}
 
-        graph = points("graph", None)
-        dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
         for what, preset in dict.fromkeys((row["what"], row["preset"]) for row in own):
             found = points(what, preset)
+            base = "graph compiled" if what.endswith(" compiled") else "graph"
+            graph = points(base, None)
+            dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
             name = what if preset is None else f"{what} {preset}"
             cells = [gpu, shape, str(batch), name]
             for length in lengths:
@@ -113,13 +115,13 @@ def end_to_end_table(rows: Iterable[Row]) -> str:
                     continue
                 ratio = (
                     f" ({graph[length]['ms'] / row['ms']:.2f}x)"
-                    if length in graph and what != "graph"
+                    if length in graph and what != base
                     else ""
                 )
                 cells.append(f"{row['ms']:.2f}{'*' if row.get('shared') else ''}{ratio}")
             line = fit_line([(t, row["ms"]) for t, row in found.items()])
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            cells.append("-" if what == "graph" else break_even(dense, line))
+            cells.append("-" if what == base else break_even(dense, line))
             last = found[max(found)]
             ceiling = (last["weight_bytes"] + last["cache_bytes"]) / last["read_gbs"] / 1e6
             cells.append(f"{ceiling:.2f} ({ceiling / last['ms']:.0%})")

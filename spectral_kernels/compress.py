@@ -497,11 +497,9 @@ def _append_side(
         x = _turned_back(x_ptr, d, start, freqs_ptr, live, PAIRS, D).to(tl.float32)
     else:
         x = tl.load(x_ptr + d, mask=live, other=0.0).to(tl.float32)
-    column = tl.arange(0, 16)
-    at = byte_in_page(position % 64, column, IS_K)
+    sums = ()  # of all groups before the first store, which no load may pass
     for n in tl.static_range(len(GROUPS)):
         # A group at a time: the encoder of a large rank would not fit in registers.
-        block = tl.arange(0, triton.next_power_of_2(fields_of(GROUPS, n)))
         local = tl.arange(0, 16 * triton.next_power_of_2(fields_of(GROUPS, n)))
         r = first_block(GROUPS, n) * 16 + local
         mask = live[:, None] & (local < 16 * fields_of(GROUPS, n))[None, :]
@@ -509,7 +507,12 @@ def _append_side(
         c = tl.sum(x[:, None] * encoder, 0)  # of [D, 16 fields]
         if offset_ptr is not None:
             c -= tl.load(offset_ptr + r, mask=local < 16 * fields_of(GROUPS, n), other=0.0)
-        c = tl.reshape(c, [triton.next_power_of_2(fields_of(GROUPS, n)), 16])
+        sums = sums + (tl.reshape(c, [triton.next_power_of_2(fields_of(GROUPS, n)), 16]),)
+    column = tl.arange(0, 16)
+    at = byte_in_page(position % 64, column, IS_K)
+    for n in tl.static_range(len(GROUPS)):
+        block = tl.arange(0, triton.next_power_of_2(fields_of(GROUPS, n)))
+        c = sums[n]
         byte = tl.zeros([16], dtype=tl.int32)
         for f in tl.static_range(fields_of(GROUPS, n)):
             part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]

@@ -29,7 +29,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -382,19 +382,51 @@ class _StepGraph:
         """A copied cache has other addresses: it captures anew."""
 
 
+@contextmanager
+def compiled_layers(decoder: Any, cache: Cache) -> Iterator[None]:
+    """Let forwards run the decoder's layers compiled by `torch.compile`, norms and RoPE fused.
+
+    A layer's graph breaks at its cache and its attention, and the pieces between are the same for
+    all layers: what is compiled for the first serves the others.
+    """
+    config, layers, opaque = decoder.config, list(decoder.layers), torch.compiler.disable
+    name, before = config._attn_implementation, [vars(x).get("forward") for x in decoder.layers]
+    AttentionInterface.register(f"{name}_opaque", opaque(ALL_ATTENTION_FUNCTIONS[name]))
+    AttentionMaskInterface.register(f"{name}_opaque", ALL_MASK_ATTENTION_FUNCTIONS[name])
+    try:
+        config._attn_implementation = f"{name}_opaque"
+        for kept in cache.layers:
+            kept.update = opaque(kept.update)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        # A layer's number is a constant of its piece: as many cheap recompilations as layers.
+        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192):
+            yield
+    finally:
+        config._attn_implementation = name
+        for kept in cache.layers:
+            vars(kept).pop("update", None)
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward
+
+
 # ---- the model -----------------------------------------------------------------------------------
 
 
 class Handle:
     """What `enable` returns: `disable()` it, or leave its `with` block. Not made by hand.
 
-    Attributes: model, preset, codec (None: exact), graph (whether steps are replayed), max_tokens.
+    Attributes: model, preset, codec (None: exact), graph (steps are replayed), compile, max_tokens.
     """
 
     def __init__(
-        self, model: Any, preset: str, codec: ModelCodec | None, graph: bool, max_tokens: int | None
-    ) -> None:
-        self.model, self.preset, self.max_tokens = model, preset, max_tokens
+        self, model: Any, preset: str, codec: ModelCodec | None, graph: bool, compiles: bool,
+        max_tokens: int | None,
+    ) -> None:  # fmt: skip
+        self.model, self.preset, self.max_tokens, self.compile = model, preset, max_tokens, compiles
         self.codec = None if codec is None else codec.to(model.device)
         self.graph = graph and model.device.type == "cuda"
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
@@ -614,7 +646,8 @@ class Handle:
 
         self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
         try:
-            with device, torch.inference_mode(False), torch.no_grad():
+            fused = compiled_layers(self.model.get_decoder(), cache) if self.compile else None
+            with device, torch.inference_mode(False), torch.no_grad(), fused or nullcontext():
                 cache.graph = _StepGraph(forward, cache, self._graph_pool)
         except RuntimeError as error:
             self.graph = cache.failed = False
@@ -692,6 +725,7 @@ def enable(
     codec: str | os.PathLike[str] | ModelCodec | None = None,
     tokenizer: Any = None,
     graph: bool = True,
+    compile: bool = False,
     max_tokens: int | None = None,
 ) -> Handle:
     """Let `generate` and forwards with a cache use a spectral one, until `disable()`.
@@ -707,6 +741,9 @@ def enable(
         graph: on CUDA, capture the one-token forward once a cache as a CUDA graph and replay it; no
             Python runs in it, and hooks on its layers are silent. False: steps run eagerly, or
             compiled: by generate() on CUDA, by torch.compile(fullgraph=True) anywhere.
+        compile: have torch.compile fuse what lies between the matrix products of a captured step:
+            tokens come faster, the first one of a process and batch size up to a minute later, and
+            results are rounded elsewhere (preset "exact" may part from the dense tokens at a tie).
         max_tokens: the least room of a cache, tokens a row. generate() takes what its call needs,
             other forwards half as much again as the prompt, at least 512 more. A full cache is
             doubled; compiled steps cannot grow theirs.
@@ -724,7 +761,8 @@ def enable(
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     found = None if preset == "exact" else _codec(model, preset, codec, tokenizer)
-    return Handle(model, preset if found is None else found.preset, found, graph, max_tokens)
+    name = preset if found is None else found.preset
+    return Handle(model, name, found, graph, compile, max_tokens)
 
 
 def _codec(model: PreTrainedModel, preset: str, codec: Any, tokenizer: Any) -> ModelCodec:

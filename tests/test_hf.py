@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -635,6 +636,47 @@ def test_what_surrounds_a_replay(
         with pytest.warns(UserWarning, match="cannot be captured .* not while capturing"):
             model(ids[:, :1], **{CACHE: cache})
         assert not handle.graph and cache.spectral.lengths == [511, 522]
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_layers_compile_for_a_step(
+    preset: str, codec: ModelCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a capture with compile=True runs gives the eager step, in pieces that layers share, and
+    leaves no trace."""
+    model, inputs = tiny(), prompt(200, rows=2, padding=(11, 0))
+    decoder, step = model.get_decoder(), torch.full((2, 1), 7, device=cases.DEVICE)
+    backend = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    with enable(model, preset, codec=codec, graph=False) as handle, torch.no_grad():
+        name = decoder.config._attn_implementation
+        caches = [handle.new_cache() for _ in range(2)]
+        for cache in caches:
+            model(**inputs, **{CACHE: cache})
+        expected = model(step, **{CACHE: caches[0]}).logits
+        with hf.compiled_layers(decoder, caches[1]):
+            assert decoder.config._attn_implementation != name
+            logits = model(step, **{CACHE: caches[1]}).logits
+        torch.testing.assert_close(logits, expected)
+        assert torch.equal(caches[0].spectral.seq_lens, caches[1].spectral.seq_lens)
+        assert backend.frame_count > len(decoder.layers)  # at least two pieces a layer ran compiled
+        assert decoder.config._attn_implementation == name
+        traces = [vars(x) for x in (*decoder.layers, *caches[1].layers)]
+        assert not any(key in found for found in traces for key in ("forward", "update"))
+
+
+@on_cuda
+def test_a_compiled_step_is_captured(codec: ModelCodec) -> None:
+    """Its logits are those of the plain capture up to rounding; tokens go on from them."""
+    model, inputs = tiny(), prompt(200, rows=2)
+    pieces = [180] + [1] * 20
+    with enable(model, codec=codec) as handle:
+        plain, _ = feed(model, inputs, pieces, handle.new_cache(2, 1024))
+    with enable(model, codec=codec, compile=True) as handle:
+        fused, cache = feed(model, inputs, pieces, handle.new_cache(2, 1024))
+        assert cache.graph is not None
+    torch.testing.assert_close(fused, plain, atol=1e-3, rtol=1e-3)
 
 
 def half(codec: ModelCodec) -> tuple[Any, ModelCodec]:
