@@ -23,9 +23,9 @@ NAMES = (
 )
 
 
-def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2"):
+def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2", frame=512):
     rng = np.random.default_rng(seed)
-    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim)
+    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
 
     def floats(*shape):
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
@@ -44,7 +44,7 @@ def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2"):
 def random_model(**options):
     codecs = (
         random_codec(1),
-        random_codec(2, heads=4, dim=128, k="32x4+64x2", v="128x4"),
+        random_codec(2, heads=4, dim=128, k="32x4+64x2", v="128x4", frame=128),
         random_codec(3),
     )
     settings = {

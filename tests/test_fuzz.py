@@ -31,6 +31,12 @@ def test_fuzz(name: str, numbers: list[tuple[int, int]]) -> None:
         run_case(name, shape, number)
 
 
+@pytest.mark.parametrize("shape", range(8))
+def test_histories(shape: int) -> None:
+    """A cache through a dozen steps in any order, against a dense float64 one."""
+    run_case("history", shape, 1)
+
+
 def test_the_shares_add_up() -> None:
     assert math.isclose(sum(share for _, share in FUZZERS.values()), 1.0)
 
