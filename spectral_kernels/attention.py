@@ -50,7 +50,7 @@ from ._bits import (
     subtiles_of,
     weights_and_zeros,
 )  # fmt: skip
-from ._checks import FLOATS, check_output, check_tensor
+from ._checks import FLOATS, check_least, check_output, check_tensor
 from ._math import (
     FULL,
     LOG2_FULL,
@@ -778,13 +778,24 @@ def attend_workspace(
         batch, query_heads, queries: B, H, Q.      max_pages: columns of the block table.
         slots: of k_exact (sinks + ring), 0 for pages alone.      device: default the codec's.
         num_splits, matrix_units: as for the call.
+    Raises:
+        TypeError, ValueError: an argument is not as above.
     """
-    device, group = device or codec.freqs.device, query_heads // codec.kv_heads
-    plan = plan_launch(
-        codec.layout, batch, codec.kv_heads, group, queries, max_pages, slots, device,
-        num_splits, matrix_units,
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
+    check_least(
+        batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0),
+        num_splits=(1 if num_splits is None else num_splits, 1),
     )  # fmt: skip
-    return sum(plan.sizes(batch, codec.kv_heads, group, queries, codec))
+    device, heads = device or codec.freqs.device, codec.kv_heads
+    if query_heads % heads:
+        raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
+    group = query_heads // heads
+    plan = plan_launch(
+        codec.layout, batch, heads, group, queries, max_pages, slots, device, num_splits,
+        matrix_units,
+    )  # fmt: skip
+    return sum(plan.sizes(batch, heads, group, queries, codec))
 
 
 def _check_attend(

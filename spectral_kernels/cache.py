@@ -13,11 +13,12 @@ Test: tests/test_cache.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from ._checks import FLOATS, check_tensor
+from ._checks import FLOATS, check_least, check_tensor
 from .attention import attend_spectral, attend_workspace
 from .codec import ModelCodec
 from .compress import append, decode, encode
@@ -47,6 +48,7 @@ class PageAllocator:
         Raises:
             RuntimeError: there are not as many; nothing was allocated.
         """
+        check_least(count=(count, 0))
         if count > len(self._free):
             raise RuntimeError(f"pages: expected {count} free ones, got {len(self._free)}")
         pages = [self._free.pop() for _ in range(count)]
@@ -55,20 +57,23 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One reference more to every page."""
+        """One reference more to every page. ValueError: one is not in use; nothing was changed."""
+        self._check(pages, 0)
         for page in pages:
-            if self.references[page] < 1:
-                raise ValueError(f"pages: expected pages in use, got {page}")
             self.references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One reference less; a page without references is free."""
+        """One reference less; a page without references is free. ValueError: as `share`."""
+        self._check(pages, 1)
         for page in pages:
-            if self.references[page] < 1:
-                raise ValueError(f"pages: expected pages in use, got {page}")
             self.references[page] -= 1
             if self.references[page] == 0:
                 self._free.append(page)
+
+    def _check(self, pages: Sequence[int], taken: int) -> None:
+        for page, times in Counter(pages).items():
+            if page < 0 or self.references[page] < max(1, taken * times):
+                raise ValueError(f"pages: expected pages in use, got {page}")
 
 
 class PageTable:
@@ -157,18 +162,9 @@ class SpectralCache:
         self, codec: ModelCodec, *, max_seqs: int, max_tokens: int, query_heads: int,
         dtype: torch.dtype, device: torch.device | str, drafts: int = 0,
     ) -> None:  # fmt: skip
-        for name, value, least in (
-            ("max_seqs", max_seqs, 1), ("max_tokens", max_tokens, 1), ("drafts", drafts, 0)
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_least(max_seqs=(max_seqs, 1), max_tokens=(max_tokens, 1), drafts=(drafts, 0))
         if dtype not in FLOATS:
             raise TypeError(f"dtype: expected one of {FLOATS}, got {dtype}")
-        for layer in codec.layers:
-            if query_heads % layer.kv_heads:
-                raise ValueError(
-                    f"query_heads: expected a multiple of {layer.kv_heads}, got {query_heads}"
-                )
         self.codec, self.max_tokens, self.dtype = codec, max_tokens, dtype
         self.query_heads, self.device = query_heads, torch.empty(0, device=device).device
         max_pages = -(-max_tokens // PAGE_SIZE)
@@ -238,7 +234,7 @@ class SpectralCache:
         """
         counts = self._rows("new", new)
         ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.hold(ends)
+        self._hold("new", ends)
         self._set_lengths(ends)
 
     def hold(self, tokens: int | Sequence[int]) -> None:
@@ -247,10 +243,12 @@ class SpectralCache:
 
         Raises: as `reserve`.
         """
-        ends = self._rows("tokens", tokens)
+        self._hold("tokens", self._rows("tokens", tokens))
+
+    def _hold(self, name: str, ends: list[int]) -> None:
         if max(ends) > self.max_tokens:
             raise ValueError(
-                f"new: expected at most {self.max_tokens} tokens a row, got {max(ends)}"
+                f"{name}: expected at most {self.max_tokens} tokens a row, got {max(ends)}"
             )
         if self.pages.grow(ends):
             self._send_table()
@@ -271,6 +269,11 @@ class SpectralCache:
 
     def advance(self, new: int | torch.Tensor) -> None:
         """The lengths on the device grow by `new`, a number or int32 [B]; `reserve` came before."""
+        if isinstance(new, int):
+            check_least(new=(new, 0))
+        else:
+            seq_lens = self.seq_lens
+            check_tensor("new", new, shape=seq_lens.shape, dtype=torch.int32, device=self.device)
         self.seq_lens += new
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -315,6 +318,9 @@ class SpectralCache:
     ) -> None:
         """Store a prompt k, v [B, G, T, D], after `advance`; first int32 [B]: left padding
         (`compress.encode`)."""
+        shape = (self.max_seqs, self.codec.layers[layer].kv_heads, k.shape[2], k.shape[3])
+        for name, x in (("k", k), ("v", v)):  # both before either is stored
+            check_tensor(name, x, shape=shape, dtype=self.dtype, device=self.device)
         for side, x, pages, exact in (
             ("k", k, self.k_pages[layer], self.k_exact[layer]),
             ("v", v, self.v_pages[layer], self.v_exact[layer]),

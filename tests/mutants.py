@@ -64,6 +64,7 @@ STEP = f"{ATTENTION}test_whole_step"
 PAGES = f"{ATTENTION}test_attend_spectral"
 MIXED = "16x8+16x4+32x2"
 
+# fmt: off
 MUTANTS: list[Mutant] = [
     # ---- attention over pages, with matrix units
     *of(
@@ -93,7 +94,8 @@ MUTANTS: list[Mutant] = [
          "at = q_ptr + ((row + 1) % HG).to(tl.int64) * stride_q_h"),
         ("all warps work on the first page", "number = tl.load(table_ptr + j).to(tl.int64)\n",
          "number = tl.load(table_ptr + start + 0 * j).to(tl.int64)\n"),
-        ("codec's row without its head", "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g",
+        ("codec's row without its head",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g",
          "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G"),
         ("scores in the wrong log base", "scale * LOG2_E, plan, after_append",
          "scale, plan, after_append"),
@@ -117,7 +119,7 @@ MUTANTS: list[Mutant] = [
          "seen = (position > EXACT[0]) &", f"{BORDERS}[triton]"),
         ("exact tokens of the first row", "exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)",
          "exact_row = tl.load(seq_ids_ptr).to(tl.int64)", f"{STEP} -k '{MIXED} and triton'"),
-    ),  # fmt: skip
+    ),
     *of(
         "attention.py", f"{STEP} -k '{MIXED} and triton'",
         ("exact tokens' weight left out of the total", "    total = tl.sum(w, 0)\n    o = tl.sum",
@@ -134,7 +136,7 @@ MUTANTS: list[Mutant] = [
         ("output of the wrong query", "row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q",
          "row = (b * (G * HG) + head) * Q + (Q - 1 - tl.program_id(2) % Q)",
          f"{STEP} -k 'Q4 and triton'"),
-    ),  # fmt: skip
+    ),
     # ---- its twin
     *of(
         "attention.py", f"{BORDERS}[torch]",
@@ -152,7 +154,7 @@ MUTANTS: list[Mutant] = [
          "table = torch.where(live, block_table[:, :pages], 0).long()",
          "table = block_table[:, :pages].long() % len(k_pages)",
          "tests/test_extremes.py::test_rows_do_not_see_each_other -k torch"),
-    ),  # fmt: skip
+    ),
     # ---- without matrix units
     *of(
         "attention_sm75.py", f"{PAGES} -k '{MIXED} and scalar'",
@@ -179,7 +181,7 @@ MUTANTS: list[Mutant] = [
          "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        stored"),
         ("old cards: weights' words in another order", "tl.join(w_hi, w_lo), [1, 0, 3, 4, 2])",
          "tl.join(w_hi, w_lo), [0, 1, 3, 4, 2])"),
-    ),  # fmt: skip
+    ),
     # ---- what kernels share
     *of(
         "_math.py", f"{BORDERS}[triton]",
@@ -187,7 +189,8 @@ MUTANTS: list[Mutant] = [
          "stop = tl.maximum(seq_len - WINDOW + 1, 0)"),
         ("window's edge never counted", "stop = tl.maximum(seq_len - WINDOW, 0)",
          "stop = tl.maximum(seq_len - WINDOW - 1, 0)"),
-        ("pages at the end of the splits lost", "share = tl.cdiv(tl.cdiv(pages, TURN), splits) * TURN",
+        ("pages at the end of the splits lost",
+         "share = tl.cdiv(tl.cdiv(pages, TURN), splits) * TURN",
          "share = tl.cdiv(pages, TURN) // splits * TURN", f"{ATTENTION}test_splits[2]"),
         ("lse in log2", "(m - LOG2_FULL) * 0.6931471805599453 + tl.log(l)",
          "(m - LOG2_FULL) + tl.log(l)"),
@@ -200,7 +203,7 @@ MUTANTS: list[Mutant] = [
          "tests/test_rope.py::test_angles_at_large_positions[triton]"),
         ("low part of a product dropped", "out = tl.dot(a - top, b,", "out = tl.dot(0.0 * a, b,",
          "tests/test_window.py::test_attend_window -k 'D64 and triton'"),
-    ),  # fmt: skip
+    ),
     *of(
         "_bits.py", f"{PAGES} -k '{MIXED} and triton'",
         ("top field taken as a code", "return (0.5 if place[4] else 0.5 - 2.0 ** (place[3] - 1))",
@@ -210,7 +213,7 @@ MUTANTS: list[Mutant] = [
         ("groups of half the bytes", "return 1024 * n", "return 512 * n"),
         ("mask one field low", "- 1) << place[2]) * 0x01010101",
          "- 1) << (place[2] // 2)) * 0x01010101"),
-    ),  # fmt: skip
+    ),
     # ---- exact tokens
     *of(
         "window.py", "tests/test_window.py::test_every_length[triton]",
@@ -231,7 +234,8 @@ MUTANTS: list[Mutant] = [
          "tests/test_window.py::test_attend_window -k 'D64-S20 and triton'"),
         ("window of the first row", "row = tl.load(seq_ids_ptr + b).to(tl.int64)\n    window_split",
          "row = tl.load(seq_ids_ptr).to(tl.int64)\n    window_split"),
-        ("twin: oldest of the window never seen", "(slot < sinks) | (position >= seq_lens[:, None] - window)",
+        ("twin: oldest of the window never seen",
+         "(slot < sinks) | (position >= seq_lens[:, None] - window)",
          "(slot < sinks) | (position > seq_lens[:, None] - window)",
          "tests/test_window.py::test_every_length[torch]"),
         ("twin: a query sees a later token", "at = seq_lens[:, None] - queries + torch",
@@ -239,22 +243,26 @@ MUTANTS: list[Mutant] = [
          "tests/test_window.py::test_every_length[torch]"),
         ("slots count from the row's start", "sinks + (positions - sinks) % max(ring, 1)",
          "sinks + positions % max(ring, 1)", "tests/test_window.py::test_slots_and_positions"),
-        ("kernel's slots count from the row's start", "SINKS + (position - SINKS) % tl.maximum(RING, 1)",
+        ("kernel's slots count from the row's start",
+         "SINKS + (position - SINKS) % tl.maximum(RING, 1)",
          "SINKS + position % tl.maximum(RING, 1)",
          f"tests/test_compress.py::test_append -k '{MIXED} and triton'"),
-        ("positions one round early", "newest = sinks + last - (last - (slot - sinks)) % max(ring, 1)",
+        ("positions one round early",
+         "newest = sinks + last - (last - (slot - sinks)) % max(ring, 1)",
          "newest = sinks + last - (last + 1 - (slot - sinks)) % max(ring, 1)",
          "tests/test_window.py::test_slots_and_positions"),
-    ),  # fmt: skip
+    ),
     # ---- encode, append, decode, gram
     *of(
         "compress.py", f"tests/test_compress.py::test_encode -k '{MIXED} and triton'",
         ("padding's tokens stored", "row_ptr = x_ptr + (position - past + skipped)",
          "row_ptr = x_ptr + (position - past)"),
-        ("a token before the new ones overwritten", "new = (position >= past) & (position < seq_len)",
+        ("a token before the new ones overwritten",
+         "new = (position >= past) & (position < seq_len)",
          "new = (position >= past - 1) & (position < seq_len)",
          "tests/test_compress.py::test_encode -k '16x8+16x2 and triton'"),
-        ("oldest of the ring not kept", "kept = new & ((position < SINKS) | (position >= seq_len - RING))",
+        ("oldest of the ring not kept",
+         "kept = new & ((position < SINKS) | (position >= seq_len - RING))",
          "kept = new & ((position < SINKS) | (position > seq_len - RING))"),
         ("sinks not kept", "kept = new & ((position < SINKS) |", "kept = new & ((position < 0) |"),
         ("keys turned back by their page", "start = (page_index // (FRAME // 64) * FRAME)",
@@ -268,53 +276,65 @@ MUTANTS: list[Mutant] = [
          "code = tl.floor(c + (1 << (BITS - 1)) + 0.5)"),
         ("codes run into the next field", "tl.maximum(code, 0.0), (1 << BITS) - 1.0)",
          "tl.maximum(code, 0.0), (1 << BITS) + 0.0)"),
-        ("sign bit not flipped", "byte ^= 128\n            group_ptr", "byte ^= 0\n            group_ptr"),
+        ("sign bit not flipped", "byte ^= 128\n            group_ptr",
+         "byte ^= 0\n            group_ptr"),
         ("half a byte of another token lost", "both = tl.where(new_low != 0, byte_low, old & 15)",
          "both = byte_low", "tests/test_compress.py::test_encode -k '48x4-16x8 and triton and k-'"),
         ("encoder of the codec's first head",
          "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        encoder_ptr",
          "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        encoder_ptr"),
-        ("page of the neighbouring positions", "page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)\n        pages_ptr += page * strides_pages[0] + g * strides_pages[1]\n        column = tl.arange(0, 16)\n        if",
-         "page = tl.load(block_table_ptr + b * stride_table_b + page_index // 2).to(tl.int64)\n        pages_ptr += page * strides_pages[0] + g * strides_pages[1]\n        column = tl.arange(0, 16)\n        if"),
-    ),  # fmt: skip
+        ("page of the neighbouring positions",
+         "page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)\n       "
+         " pages_ptr += page * strides_pages[0] + g * strides_pages[1]\n        column = "
+         "tl.arange(0, 16)\n        if",
+         "page = tl.load(block_table_ptr + b * stride_table_b + page_index // 2).to(tl.int64)\n  "
+         "      pages_ptr += page * strides_pages[0] + g * strides_pages[1]\n        column = "
+         "tl.arange(0, 16)\n        if"),
+    ),
     *of(
         "compress.py", f"tests/test_compress.py::test_append -k '{MIXED} and triton'",
-        ("append: slot of the next token", "slot = slot_of(position, SINKS, RING).to(tl.int64)\n            if side",
+        ("append: slot of the next token",
+         "slot = slot_of(position, SINKS, RING).to(tl.int64)\n            if side",
          "slot = slot_of(position + 1, SINKS, RING).to(tl.int64)\n            if side"),
         ("append: stale page at a border", "stride_table_b + position // 64).to(tl.int64)",
          "stride_table_b + tl.maximum(position - 1, 0) // 64).to(tl.int64)"),
         ("append: the frame after", "start = (position // FRAME * FRAME).to(tl.int64)",
          "start = (position // FRAME * FRAME + FRAME).to(tl.int64)"),
-        ("append: sign bit not flipped", "byte ^= 128\n        group_ptr", "byte ^= 0\n        group_ptr"),
+        ("append: sign bit not flipped", "byte ^= 128\n        group_ptr",
+         "byte ^= 0\n        group_ptr"),
         ("append: wrong half of a byte", "(old | (byte << shift)).to(tl.uint8)",
          "(old | (byte << (4 - shift))).to(tl.uint8)",
          "tests/test_compress.py::test_append -k '48x4 and triton'"),
         ("append: half a byte of another token lost", "& (15 << (4 - shift))", "& 0",
          "tests/test_compress.py::test_append -k '48x4 and triton'"),
-        ("append: a row shorter than Q wraps around", "if (position >= 0) & (position // 64 < max_pages):",
-         "if position // 64 < max_pages:",
+        ("append: a row shorter than Q wraps around",
+         "if (position >= 0) & (position // 64 < max_pages):", "if position // 64 < max_pages:",
          "tests/test_compress.py::test_encode_nothing[triton]"),
         ("twin of append: a row shorter than Q wraps around",
          "first = (k.shape[2] - seq_lens).clamp_min(0)", "first = (0 * seq_lens)",
          "tests/test_compress.py::test_append -k '48x4 and torch'"),
-        ("twin of encode: oldest of the ring not kept", "keep = (at < sinks) | (at >= seq_lens[row] - ring)",
+        ("twin of encode: oldest of the ring not kept",
+         "keep = (at < sinks) | (at >= seq_lens[row] - ring)",
          "keep = (at < sinks) | (at > seq_lens[row] - ring)",
          f"tests/test_compress.py::test_append -k '{MIXED} and torch'"),
         ("twin of encode: the mean added", "values -= codec.k_offset[rows]",
-         "values += codec.k_offset[rows]", f"tests/test_compress.py::test_append -k '{MIXED} and torch'"),
+         "values += codec.k_offset[rows]",
+         f"tests/test_compress.py::test_append -k '{MIXED} and torch'"),
         ("decode: a token past the row's end", "live = page_index * 64 + token < seq_len",
          "live = page_index * 64 + token <= seq_len",
          "tests/test_compress.py::test_decode -k 'D128 and triton'"),
         ("decode: wrong half of a byte", ">> (at // 512 * 4).to(tl.uint8)", ">> 0",
          "tests/test_compress.py::test_decode -k '48x4 and triton'"),
-        ("decode: codec without its head", "    row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        page",
+        ("decode: codec without its head",
+         "    row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        page",
          "    row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        page",
          f"tests/test_compress.py::test_decode -k '{MIXED} and triton'"),
         ("decode: keys left turned back", "inverse=True, out=out)", "inverse=False, out=out)",
          f"tests/test_compress.py::test_decode -k '{MIXED} and triton'"),
-        ("gram: a run counted twice", "total += acc\n            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)",
+        ("gram: a run counted twice",
+         "total += acc\n            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)",
          "total += acc", "tests/test_compress.py::test_gram_of_several_splits_and_runs"),
-    ),  # fmt: skip
+    ),
     # ---- bytes of a page
     *of(
         "layout.py", "tests/test_layout.py::test_pack_and_unpack",
@@ -327,51 +347,57 @@ MUTANTS: list[Mutant] = [
          "+ top / 2).clamp_min(0), top - 2)"),
         ("layout: tokens of V in another order", "x.movedim(-5, -1).movedim(-2, -4).flatten(-4)",
          "x.movedim(-5, -1).flatten(-4)"),
-    ),  # fmt: skip
+    ),
     # ---- states
     *of(
         "merge.py", "tests/test_merge.py::test_merge_states -k 'float32 and triton'",
         ("weights in base 2", "w_a = tl.exp(lse_a - top)", "w_a = tl.exp2(lse_a - top)"),
         ("not normalised", "(w_a * o_a + w_b * o_b) / total", "(w_a * o_a + w_b * o_b)"),
         ("outputs exchanged", "(w_a * o_a + w_b * o_b) / total", "(w_b * o_a + w_a * o_b) / total"),
-        ("merged lse without the largest", "top + tl.log(total))  # log(0)", "tl.log(total))  # log(0)"),
-        ("two empty sets are NaN", "        top == float(\"-inf\"), 0.0, top\n",
-         "        top > float(\"inf\"), 0.0, top\n", "tests/test_merge.py::test_empty_states[triton]"),
+        ("merged lse without the largest", "top + tl.log(total))  # log(0)",
+         "tl.log(total))  # log(0)"),
+        ("two empty sets are NaN", '        top == float("-inf"), 0.0, top\n',
+         '        top > float("inf"), 0.0, top\n',
+         "tests/test_merge.py::test_empty_states[triton]"),
         ("empty splits are read", "mask = (w > 0.0)[:, None] & (d < D)[None, :]",
          "mask = (n < N)[:, None] & (d < D)[None, :]",
          "tests/test_merge.py::test_merge_many_states -k 'float32 and triton'"),
         ("twin: empty sets are read", "values = torch.where(weights > 0, o.float(), 0.0)",
-         "values = o.float()", "tests/test_merge.py::test_merge_many_states -k 'float32 and torch'"),
+         "values = o.float()",
+         "tests/test_merge.py::test_merge_many_states -k 'float32 and torch'"),
         ("log2 the other way", "return lse * math.log2(math.e)", "return lse * math.log(2)",
          "tests/test_merge.py::test_log2_conversion"),
-    ),  # fmt: skip
+    ),
     # ---- rotations
     *of(
         "rope.py", "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and triton'",
         ("rotate: wrong sign", "tl.store(out_ptr + i[None, :], x1 * cos - x2 * sin, mask=mask)",
          "tl.store(out_ptr + i[None, :], x1 * cos + x2 * sin, mask=mask)"),
-        ("turned back by the offset", "position -= position % FRAME", "position = position % FRAME"),
+        ("turned back by the offset", "position -= position % FRAME",
+         "position = position % FRAME"),
         ("inverse not inverse", "            sin = -sin\n", "            sin = sin\n"),
         ("frequencies cut off", "(den * two_pi)) + 1) >> 1", "(den * two_pi))) >> 1",
          "tests/test_rope.py::test_freqs_are_exact"),
         ("projected for the next frame", "cos, sin = cos_sin(frame.to(tl.int64) * FRAME, freqs)",
          "cos, sin = cos_sin((frame + 1).to(tl.int64) * FRAME, freqs)",
          "tests/test_rope.py::test_project_queries -k 'float32 and triton and D64'"),
-        ("projected by another head's basis", "row = row * G + h // (H // G)", "row = row * G + h % G",
+        ("projected by another head's basis", "row = row * G + h // (H // G)",
+         "row = row * G + h % G",
          "tests/test_rope.py::test_project_queries -k 'float32 and triton and D64'"),
         ("twin: wrong sign", "x1 * sin + x2 * cos, rest", "x2 * cos - x1 * sin, rest",
          "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and torch'"),
         ("twin: turned back by the position", "rotate_torch(x, positions - positions % frame,",
          "rotate_torch(x, positions,",
          "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and torch'"),
-    ),  # fmt: skip
+    ),
     # ---- the cache
     *of(
         "cache.py", "tests/test_fuzz.py::test_histories",
         ("reset forgets the lengths", "        self.seq_lens.zero_()\n", ""),
         ("reset keeps the pages", "[0] * self.max_seqs\n        self.pages.shrink(self.lengths)\n",
          "[0] * self.max_seqs\n"),
-        ("free forgotten", "            self.allocator.release(row[keep:])\n            del", "            del"),
+        ("free forgotten", "            self.allocator.release(row[keep:])\n            del",
+         "            del"),
         ("a fork's last page shared", "self.allocator.references[pages[-1]] > 1",
          "self.allocator.references[pages[-1]] > 2"),
         ("a fork's page not copied", "pool[target] = pool[source]", "pool[source] = pool[source]"),
@@ -383,56 +409,75 @@ MUTANTS: list[Mutant] = [
         ("pages held ahead shared", "shared.append(old[i][: -(-length // PAGE_SIZE)])",
          "shared.append(list(old[i]))"),
         ("rollback beyond the ring leaves stale slots", "        self._refill_window()\n\n", "\n"),
-        ("ring believed one token longer", "max(at, end - ring) for", "max(at, end - ring - 1) for"),
-        ("refilled slots believed stale for ever", "            self._oldest[row] = min(self._oldest[row], start)\n", ""),
+        ("ring believed one token longer", "max(at, end - ring) for",
+         "max(at, end - ring - 1) for"),
+        ("refilled slots believed stale for ever",
+         "            self._oldest[row] = min(self._oldest[row], start)\n", ""),
         ("a fork's ring believed another row's", "lengths, [self._oldest[i] for i in index]",
          "lengths, list(self._oldest)"),
         ("partial pages not allocated", "-(-length // PAGE_SIZE) - len(row)",
          "length // PAGE_SIZE - len(row)"),
-        ("the device's table not updated", "        if self.pages.grow(ends):\n            self._send_table()",
+        ("the device's table not updated",
+         "        if self.pages.grow(ends):\n            self._send_table()",
          "        self.pages.grow(ends)"),
-        ("graph replay with an old pointer", "self.block_table.copy_(self.pages.table, non_blocking=True)",
+        ("graph replay with an old pointer",
+         "self.block_table.copy_(self.pages.table, non_blocking=True)",
          "self.block_table = self.pages.table.to(self.device, copy=True)",
          "tests/test_cache.py::test_addresses_stay"),
-        ("attend by the codec's row 0", "exact=(self.k_exact[layer], self.v_exact[layer]), codec_ids=self._ids(),",
+        ("attend by the codec's row 0",
+         "exact=(self.k_exact[layer], self.v_exact[layer]), codec_ids=self._ids(),",
          "exact=(self.k_exact[layer], self.v_exact[layer]), codec_ids=None,"),
         ("past takes the new tokens for old", "self.codec.layers[layer], self.seq_lens - new",
-         "self.codec.layers[layer], self.seq_lens", "tests/test_cache.py::test_past_is_what_attention_sees"),
-        ("past: oldest of the window from its page", "newest = positions >= seq_lens[:, None] - self.codec.window",
+         "self.codec.layers[layer], self.seq_lens",
+         "tests/test_cache.py::test_past_is_what_attention_sees"),
+        ("past: oldest of the window from its page",
+         "newest = positions >= seq_lens[:, None] - self.codec.window",
          "newest = positions > seq_lens[:, None] - self.codec.window"),
-        ("prompts without their sinks", "side=side, first=first, exact=exact, sinks=self.codec.sinks, codec_ids=self._ids(),",
+        ("prompts without their sinks",
+         "side=side, first=first, exact=exact, sinks=self.codec.sinks, codec_ids=self._ids(),",
          "side=side, first=first, exact=exact, sinks=0, codec_ids=self._ids(),"),
-        ("too many tokens are let in", "if max(ends) > self.max_tokens:", "if max(ends) > 2 * self.max_tokens:",
-         "tests/test_refusals.py -k reserve"),
-    ),  # fmt: skip
+        ("too many tokens are let in", "if max(ends) > self.max_tokens:",
+         "if max(ends) > 2 * self.max_tokens:", "tests/test_refusals.py -k reserve"),
+    ),
     *of(
         "codec.py", "tests/test_codec.py::test_a_file_gives_back_every_bit",
-        ("a file forgets the frame", "c.layout.head_dim, c.layout.frame)", "c.layout.head_dim, 512)"),
-        ("a file forgets the window", "for name in (\"sinks\", \"window\", \"preset\",",
-         "for name in (\"sinks\", \"sinks\", \"preset\","),
-    ),  # fmt: skip
+        ("a file forgets the frame", "c.layout.head_dim, c.layout.frame)",
+         "c.layout.head_dim, 512)"),
+        ("a file forgets the window", 'for name in ("sinks", "window", "preset",',
+         'for name in ("sinks", "sinks", "preset",'),
+    ),
     # ---- the adapter
     *of(
-        "hf.py", "tests/test_hf.py::test_prefill_and_decode_logits_equal_the_dense_model -k 'llama-default'",
-        ("lengths count the padding", "self.spectral.advance(new if first is None else new - first)",
+        "hf.py",
+        "tests/test_hf.py::test_prefill_and_decode_logits_equal_the_dense_model -k "
+        "'llama-default'",
+        ("lengths count the padding",
+         "self.spectral.advance(new if first is None else new - first)",
          "self.spectral.advance(new)"),
-        ("a prompt's padding stored", "self.spectral.prefill(layer, k.detach(), v.detach(), first=first)",
+        ("a prompt's padding stored",
+         "self.spectral.prefill(layer, k.detach(), v.detach(), first=first)",
          "self.spectral.prefill(layer, k.detach(), v.detach())"),
         ("a second prompt does not see the first",
          "past = self.spectral.past(layer, new, self.columns) if self.filled else None",
          "past = None", "tests/test_hf.py::test_several_tokens_on_a_filled_cache"),
         ("a second prompt is padded again", "first = None if self.filled else self.first",
-         "first = self.first", "tests/test_hf.py::test_old_tokens_come_from_pages_in_steps_and_prompts -k 440"),
+         "first = self.first",
+         "tests/test_hf.py::test_old_tokens_come_from_pages_in_steps_and_prompts -k 440"),
         ("crop forgets a token too few", "self.spectral.rollback(columns - keep)",
-         "self.spectral.rollback(columns - keep - 1)", "tests/test_hf.py::test_crop_by_count_and_by_length"),
+         "self.spectral.rollback(columns - keep - 1)",
+         "tests/test_hf.py::test_crop_by_count_and_by_length"),
         ("beams keep their old padding", "self.padding = [self.padding[row] for row in rows]",
-         "self.padding = list(self.padding)", "tests/test_hf.py::test_reordered_rows_go_on_as_themselves"),
+         "self.padding = list(self.padding)",
+         "tests/test_hf.py::test_reordered_rows_go_on_as_themselves"),
         ("a pooled cache is not reset", "        cache.reset()\n        self._local.taken",
-         "        self._local.taken", "tests/test_hf.py::test_a_generation_does_not_leak_into_the_next"),
+         "        self._local.taken",
+         "tests/test_hf.py::test_a_generation_does_not_leak_into_the_next"),
         ("positions count the padding", "(at - cache.first[:, None]).clamp(min=0)",
          "(at + 0 * cache.first[:, None]).clamp(min=0)",
-         "tests/test_hf.py::test_prefill_and_decode_logits_equal_the_dense_model -k 'llama-default'"),
-        ("the model's own softmax scale is dropped", "x.codec.sinks, x.codec.window, scale, workspace,\n        )",
+         "tests/test_hf.py::test_prefill_and_decode_logits_equal_the_dense_model -k "
+         "'llama-default'"),
+        ("the model's own softmax scale is dropped",
+         "x.codec.sinks, x.codec.window, scale, workspace,\n        )",
          "x.codec.sinks, x.codec.window, None, workspace,\n        )",
          "tests/test_hf.py::test_a_softmax_scale_of_the_models_own"),
         ("a grown cache forgets its tokens", "target[to] = source[at]", "target[to] = source[to]",
@@ -443,10 +488,12 @@ MUTANTS: list[Mutant] = [
         ("a failed forward is built upon", "        cache.busy = cache.failed = True\n",
          "        cache.busy = True\n",
          "tests/test_hf.py::test_a_forward_that_fails_half_way_is_not_built_upon"),
-        ("disable leaves its attention", "        self._config._attn_implementation = self._implementation\n        self._patches",
+        ("disable leaves its attention",
+         "        self._config._attn_implementation = self._implementation\n        self._patches",
          "        self._patches", "tests/test_hf.py::test_disable_restores_the_model"),
-    ),  # fmt: skip
-]  # fmt: skip
+    ),
+]
+# fmt: on
 
 
 def wrong_anchors(mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> list[str]:
@@ -508,7 +555,12 @@ def try_one(mutant: Mutant, tree: Path) -> dict[str, object]:
         verdict, by = "killed", f"{mutant.tests} (does not end)"
     finally:
         path.write_text(text)
-    return {"file": mutant.file, "verdict": verdict, "by": by, "seconds": round(time.time() - begin)}
+    return {
+        "file": mutant.file,
+        "verdict": verdict,
+        "by": by,
+        "seconds": round(time.time() - begin),
+    }
 
 
 def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]]:
@@ -552,7 +604,9 @@ def main() -> int:
     if options.list:
         for mutant in MUTANTS:
             print(f"{mutant.path}: {mutant.name}: {mutant.tests}")
-        print(f"{len(MUTANTS)} mutants", *(f"anchor gone or not alone: {x}" for x in gone), sep="\n")
+        print(
+            f"{len(MUTANTS)} mutants", *(f"anchor gone or not alone: {x}" for x in gone), sep="\n"
+        )
         return 1 if gone else 0
     chosen = [
         m for m in MUTANTS if not options.only or any(m.name.startswith(x) for x in options.only)
