@@ -189,13 +189,13 @@ class SpectralCache:
         self.lengths = [0] * max_seqs
         self._oldest = [0] * max_seqs  # position from which on a row's ring holds all its tokens
         self._many_codecs = any(layer.k_basis.shape[0] > 1 for layer in codec.layers)
-        size = 0
-        for layer in codec.layers:
-            needed = attend_workspace(
+        needed = [
+            attend_workspace(
                 layer, batch=max_seqs, query_heads=query_heads, queries=1, max_pages=max_pages,
                 slots=slots, device=self.device,
-            )  # fmt: skip
-            size = max(size, needed)
+            ) for layer in codec.layers
+        ]  # fmt: skip
+        size = max(needed, default=0)
         self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     @property
@@ -272,8 +272,7 @@ class SpectralCache:
         if isinstance(new, int):
             check_least(new=(new, 0))
         else:
-            seq_lens = self.seq_lens
-            check_tensor("new", new, shape=seq_lens.shape, dtype=torch.int32, device=self.device)
+            check_tensor("new", new, shape=(self.max_seqs,), dtype=torch.int32, device=self.device)
         self.seq_lens += new
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:

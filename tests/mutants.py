@@ -517,18 +517,34 @@ def copy_tree(target: Path) -> None:
             shutil.copy(source, target / name)
 
 
-def run_tests(tree: Path, tests: str) -> tuple[int, str]:
-    """(exit code, output) of pytest on a tree, up to the first failure."""
+# All selections in one process: nothing is changed between them.
+UNCHANGED = """
+import json, shlex, sys, pytest
+options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
+for tests in json.load(sys.stdin):
+    code = pytest.main([*options, *shlex.split(tests)])
+    if code:
+        sys.exit(f"without a mutant, {tests}: exit code {int(code)}")
+"""
+
+
+def python(tree: Path, arguments: Sequence[str], given: str = "") -> tuple[int, str]:
+    """(exit code, output) of Python on a tree."""
     environment = {
         **os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1", "COLUMNS": "200",
     }  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "-W", "ignore", "--tb=short", "-rf", *shlex.split(tests)],
-        cwd=tree, env=environment, capture_output=True, text=True, timeout=600,
+        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True,
+        input=given, timeout=1800,
     )  # fmt: skip
     return done.returncode, done.stdout + done.stderr
+
+
+def run_tests(tree: Path, tests: str) -> tuple[int, str]:
+    """(exit code, output) of pytest on a tree, up to the first failure."""
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "-rf"]
+    return python(tree, ["-m", "pytest", *options, "--tb=short", *shlex.split(tests)])
 
 
 def judge(code: int, output: str) -> tuple[str, str]:
@@ -579,12 +595,10 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]
             finally:
                 trees.put(tree)
 
-        def unchanged(tests: str) -> tuple[str, int, str]:
-            return tests, *on_a_tree(lambda tree: run_tests(tree, tests))
-
-        for tests, code, output in pool.map(unchanged, sorted({m.tests for m in mutants})):
-            if code != 0:
-                raise SystemExit(f"without a mutant, {tests}: exit code {code}\n{output[-2000:]}")
+        selections = json.dumps(sorted({m.tests for m in mutants}))
+        code, output = on_a_tree(lambda tree: python(tree, ["-c", UNCHANGED], selections))
+        if code != 0:
+            raise SystemExit(output[-3000:])
         work = [(m, pool.submit(on_a_tree, lambda tree, m=m: try_one(m, tree))) for m in mutants]
         for mutant, future in work:
             results[mutant.name] = found = future.result()
