@@ -125,5 +125,5 @@ def row_share(
 @triton.jit
 def natural_lse(m, l):
     """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights in
-    units of 1 / FULL."""
-    return tl.where(l > 0.0, (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+    units of 1 / FULL. NaN stays NaN."""
+    return tl.where(l == 0.0, float("-inf"), (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l))

@@ -407,7 +407,7 @@ def _store_split(
     m = tl.max(m_warp, 0)
     share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
     l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
-    norm = tl.where(l > 0.0, 1.0 / l, 0.0)
+    norm = tl.where(l == 0.0, 0.0, 1.0 / l)
     tl.store(lse_ptr + out, natural_lse(m, l), mask=live)
     BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
     for n in tl.static_range(0, R // 16, BLOCKS):
@@ -656,7 +656,7 @@ def _finish_spectral_kernel(
     total += tl.sum(w, 0)
     c = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * x, 0.0), 0)  # [BLOCK_R]
     o += tl.sum(c[:, None] * basis.to(tl.float32), 0)
-    o = tl.where(total > 0.0, o / total, 0.0)
+    o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(0) == 0:
         tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state

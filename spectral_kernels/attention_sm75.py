@@ -404,7 +404,7 @@ def _attend_operands_kernel(
         # In V's basis; l and acc both count weights in units of 1 / FULL.
         l_all = _sum_over_rows(l)
         tl.store(lse_ptr + out, natural_lse(_max_over_rows(m), l_all), mask=live)
-        norm = _to_lanes(tl.where(l_all > 0.0, 1.0 / l_all, 0.0), 8)
+        norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
         w_all = _to_lanes(_sum_over_rows(w_sum), 8)
         codec_row = g
         if codec_ids_ptr is not None:

@@ -40,7 +40,7 @@ def _merge_states_kernel(
     total = w_a + w_b
     o_a = tl.load(o_a_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     o_b = tl.load(o_b_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    o = tl.where(total > 0.0, (w_a * o_a + w_b * o_b) / total, 0.0)
+    o = tl.where(total == 0.0, 0.0, (w_a * o_a + w_b * o_b) / total)
     tl.store(o_ptr + row * D + d, o, mask=d < D)
     tl.store(lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
@@ -147,7 +147,7 @@ def _merge_many_states_kernel(
             tl.float32
         )
         o += tl.sum(w[:, None] * x, 0)
-    o = tl.where(total > 0.0, o / total, 0.0)
+    o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(1) == 0:
         tl.store(lse_ptr + row, top + tl.log(total))
