@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
+TINY = tl.constexpr(1e-34)  # FULL over less overflows
 LOG2_FULL = tl.constexpr(math.log2(127 * 256))
 # 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
 # float's low bits.

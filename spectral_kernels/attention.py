@@ -55,6 +55,7 @@ from ._math import (
     FULL,
     LOG2_FULL,
     ROUND_TO_LOW_BITS,
+    TINY,
     cos_sin_of_phase,
     natural_lse,
     row_share,
@@ -293,7 +294,7 @@ def _project_frames(
         u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)  # [M, R]
         u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
         top = tl.max(tl.abs(u), 1)
-        u = _by_thread(u * tl.where(top > 0.0, FULL / top, 0.0)[:, None], M, BLOCK_R)
+        u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)
         hi, lo, value = _split_int16(u, NATIVE)
         full = largest * (1.0 / FULL)  # [1, ROWS]
         unit = tl.reshape(tl.reshape(top * (1.0 / FULL), [FRAMES, ROWS]) * full, [M])

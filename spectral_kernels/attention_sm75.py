@@ -41,7 +41,7 @@ from ._bits import (
     rank_of,
     subtiles_of,
 )
-from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, cos_sin, natural_lse, row_share
+from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY, cos_sin, natural_lse, row_share
 from .codec import Codec
 from .window import LOG2_E, _launch_window
 
@@ -270,7 +270,7 @@ def _project_operand_kernel(
             most = tl.maximum(most, tl.abs(one))
             u = u + (one,)
         top = tl.max(tl.reshape(most, [16, 4]), 0)  # [4], in units of 1 / full
-        full = _to_lanes(tl.where(top > 0.0, FULL / top, 0.0), 16)
+        full = _to_lanes(tl.where(top > TINY, FULL / top, 0.0), 16)
         unit = top * (1.0 / FULL) * (largest * (1.0 / FULL))
         bias = tl.zeros([64], dtype=tl.float32)
         record = ((b * G + g) * max_frames + frame) * blocks + block
