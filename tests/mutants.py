@@ -8,7 +8,8 @@ A mutant is a file, a text that occurs in it once (its anchor), what stands ther
 smallest selection of tests that catches it without a GPU: kernels in Triton's interpreter, twins,
 codec, cache and adapter as they are. Each runs in a process of its own on a copy of the tree, the
 working tree is never touched. The selections must pass on the unchanged copy first. A mutant is
-killed if a test fails on what it asserts; one whose code does not even run counts as wrong.
+killed if a test fails on what it asserts, or by a crash; one whose code does not even run counts as
+wrong.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ ATTENTION = "tests/test_attention.py::"
 BORDERS = f"{ATTENTION}test_every_border"
 STEP = f"{ATTENTION}test_whole_step"
 PAGES = f"{ATTENTION}test_attend_spectral"
+FAR = "tests/test_extremes.py::test_offsets_past_two_to_the_31"
 MIXED = "16x8+16x4+32x2"
 
 # fmt: off
@@ -117,6 +119,11 @@ MUTANTS: list[Mutant] = [
          "seen = (position >= 0) & (position < stop)", f"{BORDERS}[triton]"),
         ("first token after the sinks never", "seen = (position >= EXACT[0]) &",
          "seen = (position > EXACT[0]) &", f"{BORDERS}[triton]"),
+        ("pages' offsets of 32 bits", "table_ptr + j).to(tl.int64)\n            s =",
+         "table_ptr + j).to(tl.int32)\n            s =", f"{FAR}[triton]"),
+        ("denormal tops divided by", "top > TINY, FULL / top, 0.0)[:, None], M",
+         "top > 0.0, FULL / top, 0.0)[:, None], M",
+         "tests/test_extremes.py::test_denormals[1e-38-triton]"),
         ("exact tokens of the first row", "exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)",
          "exact_row = tl.load(seq_ids_ptr).to(tl.int64)", f"{STEP} -k '{MIXED} and triton'"),
     ),
@@ -175,6 +182,9 @@ MUTANTS: list[Mutant] = [
         ("old cards: V scales without their head",
          "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        stored",
          "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        stored"),
+        ("old cards: pages' offsets of 32 bits",
+         "number = tl.load(block_table_ptr + j).to(tl.int64)",
+         "number = tl.load(block_table_ptr + j).to(tl.int32)", f"{FAR}[scalar]"),
         ("old cards: weights' words in another order", "tl.join(w_hi, w_lo), [1, 0, 3, 4, 2])",
          "tl.join(w_hi, w_lo), [0, 1, 3, 4, 2])"),
     ),
@@ -191,6 +201,8 @@ MUTANTS: list[Mutant] = [
         ("lse in log2", "(m - LOG2_FULL) * 0.6931471805599453 + tl.log(l)",
          "(m - LOG2_FULL) + tl.log(l)"),
         ("lse counts weights in units", "(m - LOG2_FULL) * 0.6931", "m * 0.6931"),
+        ("NaN taken for an empty set", "tl.where(l == 0.0, float(", "tl.where(~(l > 0.0), float(",
+         "tests/test_extremes.py::test_infinities_stay_in_their_row[query-nan-triton]"),
         ("quarter turns not rounded", "quarter = ((phase >> 29) + 1) >> 1", "quarter = phase >> 30",
          "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and triton'"),
         ("half turns without their sign", "c = tl.where(half, -c, c)", "c = tl.where(half, c, c)",
@@ -298,6 +310,8 @@ MUTANTS: list[Mutant] = [
          "start = (position // FRAME * FRAME + FRAME).to(tl.int64)"),
         ("append: sign bit not flipped", "byte ^= 128\n        group_ptr",
          "byte ^= 0\n        group_ptr"),
+        ("append: pages' offsets of 32 bits", "+ position // 64).to(tl.int64)\n            slot",
+         "+ position // 64).to(tl.int32)\n            slot", f"{FAR}[triton]"),
         ("append: wrong half of a byte", "(old | (byte << shift)).to(tl.uint8)",
          "(old | (byte << (4 - shift))).to(tl.uint8)",
          "tests/test_compress.py::test_append -k '48x4 and triton'"),
@@ -361,6 +375,9 @@ MUTANTS: list[Mutant] = [
         ("twin: empty sets are read", "values = torch.where(weights > 0, o.float(), 0.0)",
          "values = o.float()",
          "tests/test_merge.py::test_merge_many_states -k 'float32 and torch'"),
+        ("merged NaN taken for an empty set", "tl.where(total == 0.0, 0.0, o / total)",
+         "tl.where(~(total > 0.0), 0.0, o / total)",
+         "tests/test_extremes.py::test_merged_states_keep_nan[triton]"),
         ("log2 the other way", "return lse * math.log2(math.e)", "return lse * math.log(2)",
          "tests/test_merge.py::test_log2_conversion"),
     ),
@@ -432,8 +449,12 @@ MUTANTS: list[Mutant] = [
         ("prompts without their sinks",
          "side=side, first=first, exact=exact, sinks=self.codec.sinks, codec_ids=self._ids(),",
          "side=side, first=first, exact=exact, sinks=0, codec_ids=self._ids(),"),
+        ("K of a prompt stored before V is looked at", 'for name, x in (("k", k), ("v", v)):',
+         'for name, x in (("k", k),):', "tests/test_refusals.py -k 'refuses and prefill'"),
+        ("a page given back twice", "self._check(pages, 1)", "self._check(pages, 0)",
+         "tests/test_refusals.py -k 'allocator and release'"),
         ("too many tokens are let in", "if max(ends) > self.max_tokens:",
-         "if max(ends) > 2 * self.max_tokens:", "tests/test_refusals.py -k reserve"),
+         "if max(ends) > 2 * self.max_tokens:", "tests/test_refusals.py -k 'refuses and reserve'"),
     ),
     *of(
         "codec.py", "tests/test_codec.py::test_a_file_gives_back_every_bit",
@@ -547,6 +568,8 @@ def judge(code: int, output: str) -> tuple[str, str]:
     """(killed, survived or wrong; what killed it or why it is wrong)."""
     if code == 0:
         return "survived", ""
+    if code < 0:
+        return "killed", f"the process crashes (signal {-code})"
     failed = re.findall(r"^FAILED (\S+?::\S.*?)(?: - (.*))?$", output, re.M)
     if code != 1 or not failed:
         return "wrong", f"exit code {code}: {output[-400:]}"

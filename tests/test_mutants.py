@@ -59,6 +59,7 @@ def test_all_were_killed():
         (1, "FAILED tests/test_x.py::test_y[a b] - AssertionError: o: 9 times\n", "killed"),
         (1, "FAILED tests/test_x.py::test_y - Failed: DID NOT RAISE\n", "killed"),
         (1, "FAILED tests/test_x.py::test_y - NameError: name 'z' is not defined\n", "wrong"),
+        (-11, "", "killed"),
         (2, "ERROR tests/test_x.py - SyntaxError", "wrong"),
         (5, "no tests ran", "wrong"),
     ],
