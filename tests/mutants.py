@@ -3,6 +3,7 @@
     python -m tests.mutants             all of them: a table; writes tests/mutants.json
     python -m tests.mutants --list      names, files, tests; says which anchors are gone
     python -m tests.mutants --only NAME [NAME ...]      some (a name or its beginning)
+    python -m tests.mutants --table     the table of tests/README.md, from tests/mutants.json
 
 A mutant is a file, a text that occurs in it once (its anchor), what stands there instead, and the
 smallest selection of tests that catches it without a GPU: kernels in Triton's interpreter, twins,
@@ -625,15 +626,32 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]
     return results
 
 
+def table(results: dict[str, dict[str, object]]) -> str:
+    """Markdown: mutants by file, and how many tests it took to kill them."""
+    lines = ["| file | mutants | killed | by tests |", "| --- | --- | --- | --- |"]
+    for file in dict.fromkeys(str(x["file"]) for x in results.values()):
+        found = [x for x in results.values() if x["file"] == file]
+        killed = [x for x in found if x["verdict"] == "killed"]
+        tests = {str(x["by"]).split("[")[0] for x in killed}
+        lines.append(f"| {file} | {len(found)} | {len(killed)} | {len(tests)} |")
+    killed = [x for x in results.values() if x["verdict"] == "killed"]
+    lines.append(f"| all | {len(results)} | {len(killed)} | |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1, help="at a time (default 1)")
     options = parser.parse_args()
     gone = wrong_anchors()
+    if options.table:
+        print(table(json.loads(RESULTS.read_text())))
+        return 0
     if options.list:
         for mutant in MUTANTS:
             print(f"{mutant.path}: {mutant.name}: {mutant.tests}")

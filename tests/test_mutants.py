@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from tests.mutants import MUTANTS, RESULTS, ROOT, Mutant, judge, mutated, wrong_anchors
+from tests.mutants import MUTANTS, RESULTS, ROOT, Mutant, judge, mutated, table, wrong_anchors
 
 
 def test_every_anchor_is_there_once():
@@ -50,6 +50,10 @@ def test_all_were_killed():
     results = json.loads(RESULTS.read_text())
     assert set(results) == {m.name for m in MUTANTS}
     assert {name for name, x in results.items() if x["verdict"] != "killed"} == set()
+
+
+def test_the_readme_has_the_table():
+    assert table(json.loads(RESULTS.read_text())) in (ROOT / "tests" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def calls() -> dict[str, Call]:
             {"pages": t.k_pages, "codec": t.codec, **table, "side": "k", "codec_ids": i32(2)},
             {
                 "pages": every, "block_table": (*loose, "stride"), "seq_lens": every,
-                "codec_ids": every[:-1],
+                "codec_ids": every,
             },
         ),
         Call("gram", sk.gram, {"x": x}, {"x": ("no tensor", "dtype", "rank", "stride")}),
