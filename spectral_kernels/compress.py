@@ -768,8 +768,8 @@ def _check_decode(pages, codec, block_table, seq_lens, side, codec_ids):
     check_tensor("block_table", block_table, shape=(None, None))
     check_table(block_table, seq_lens, block_table.shape[0], pages.device)
     if codec_ids is not None:
-        shape, i32, device = block_table.shape[:1], torch.int32, pages.device
-        check_tensor("codec_ids", codec_ids, shape=shape, dtype=i32, device=device, unit_stride=True)
+        shape, i32, at = block_table.shape[:1], torch.int32, pages.device
+        check_tensor("codec_ids", codec_ids, shape=shape, dtype=i32, device=at, unit_stride=True)
 
 
 def decode(

@@ -21,6 +21,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -535,34 +536,77 @@ def copy_tree(target: Path) -> None:
             shutil.copy(source, target / name)
 
 
-# All selections in one process: nothing is changed between them.
-UNCHANGED = """
-import json, shlex, sys, pytest
-options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
-for tests in json.load(sys.stdin):
-    code = pytest.main([*options, *shlex.split(tests)])
-    if code:
-        sys.exit(f"without a mutant, {tests}: exit code {int(code)}")
-"""
+OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "-rf", "--tb=short")
 
 
-def python(tree: Path, arguments: Sequence[str], given: str = "") -> tuple[int, str]:
-    """(exit code, output) of Python on a tree."""
-    environment = {
-        **os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1", "COLUMNS": "200",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True,
-        input=given, timeout=1800,
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+def serve() -> None:
+    """Run pytest on trees, in forked children that share what this process imports (the package is
+    none of that): a JSON line {tree, tests} in, a JSON line {code, output} out."""
+    sys.path.pop(0)  # of this file
+    import pytest
+    import torch
+    import transformers.models.llama.modeling_llama
+    import triton  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryFile("w+") as output:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(900)
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                os.chdir(job["tree"])
+                sys.path.insert(0, job["tree"])
+                code = pytest.main([*OPTIONS, *shlex.split(job["tests"])])
+                sys.stdout.flush()
+                os._exit(int(code))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            output.seek(0)
+            print(json.dumps({"code": code, "output": output.read()[-20000:]}), flush=True)
 
 
-def run_tests(tree: Path, tests: str) -> tuple[int, str]:
-    """(exit code, output) of pytest on a tree, up to the first failure."""
-    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "-rf"]
-    return python(tree, ["-m", "pytest", *options, "--tb=short", *shlex.split(tests)])
+class Tree:
+    """A copy of the tree, and a process that runs tests on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        copy_tree(folder)
+        environment = {
+            **os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200",
+        }  # fmt: skip
+        environment.pop("PYTHONPATH", None)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, "--serve"], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, tests: str) -> tuple[int, str]:
+        """(exit code, output) of pytest, up to the first failure."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps({"tree": str(self.folder), "tests": tests}), file=self.server.stdin)
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        return answer["code"], answer["output"]
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait()
+
+    def try_one(self, mutant: Mutant) -> dict[str, object]:
+        """Run the mutant's tests with the mutant in the tree, which is put back afterwards."""
+        path, begin = self.folder / mutant.path, time.time()
+        text = path.read_text()
+        try:
+            path.write_text(mutated(mutant, text))
+            verdict, by = judge(*self.run(mutant.tests))
+        finally:
+            path.write_text(text)
+        seconds = round(time.time() - begin)
+        return {"file": mutant.file, "verdict": verdict, "by": by, "seconds": seconds}
 
 
 def judge(code: int, output: str) -> tuple[str, str]:
@@ -580,33 +624,14 @@ def judge(code: int, output: str) -> tuple[str, str]:
     return "killed", test
 
 
-def try_one(mutant: Mutant, tree: Path) -> dict[str, object]:
-    """Run the mutant's tests with the mutant in the tree, which is put back afterwards."""
-    path, begin = tree / mutant.path, time.time()
-    text = path.read_text()
-    try:
-        path.write_text(mutated(mutant, text))
-        verdict, by = judge(*run_tests(tree, mutant.tests))
-    except subprocess.TimeoutExpired:
-        verdict, by = "killed", f"{mutant.tests} (does not end)"
-    finally:
-        path.write_text(text)
-    return {
-        "file": mutant.file,
-        "verdict": verdict,
-        "by": by,
-        "seconds": round(time.time() - begin),
-    }
-
-
 def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]]:
-    """Verdicts by name; every job has a copy of the tree."""
+    """Verdicts by name."""
     results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        trees: Queue[Path] = Queue()
-        for i in range(jobs):
-            copy_tree(Path(folder) / str(i))
-            trees.put(Path(folder) / str(i))
+        every = [Tree(Path(folder) / str(i)) for i in range(jobs)]
+        trees: Queue[Tree] = Queue()
+        for tree in every:
+            trees.put(tree)
 
         def on_a_tree(work):
             tree = trees.get()
@@ -615,14 +640,18 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]
             finally:
                 trees.put(tree)
 
-        selections = json.dumps(sorted({m.tests for m in mutants}))
-        code, output = on_a_tree(lambda tree: python(tree, ["-c", UNCHANGED], selections))
-        if code != 0:
-            raise SystemExit(output[-3000:])
-        work = [(m, pool.submit(on_a_tree, lambda tree, m=m: try_one(m, tree))) for m in mutants]
+        def unchanged(tests: str) -> tuple[str, int, str]:
+            return tests, *on_a_tree(lambda tree: tree.run(tests))
+
+        for tests, code, output in pool.map(unchanged, sorted({m.tests for m in mutants})):
+            if code != 0:
+                raise SystemExit(f"without a mutant, {tests}: exit code {code}\n{output[-3000:]}")
+        work = [(m, pool.submit(on_a_tree, lambda tree, m=m: tree.try_one(m))) for m in mutants]
         for mutant, future in work:
             results[mutant.name] = found = future.result()
             print(f"{found['verdict']:8} {mutant.name}: {found['by']}", flush=True)
+        for tree in every:
+            tree.close()
     return results
 
 
@@ -646,8 +675,12 @@ def main() -> int:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=1, help="at a time (default 1)")
     options = parser.parse_args()
+    if options.serve:
+        serve()
+        return 0
     gone = wrong_anchors()
     if options.table:
         print(table(json.loads(RESULTS.read_text())))
