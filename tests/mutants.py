@@ -545,7 +545,6 @@ def serve() -> None:
     sys.path.pop(0)  # of this file
     import pytest
     import torch
-    import transformers.models.llama.modeling_llama
     import triton  # noqa: F401
 
     torch.set_num_threads(1)
