@@ -545,6 +545,7 @@ def serve() -> None:
     sys.path.pop(0)  # of this file
     import pytest
     import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
     import triton  # noqa: F401
 
     torch.set_num_threads(1)
