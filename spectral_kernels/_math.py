@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
+TINY = tl.constexpr(1e-34)  # FULL over less overflows
 LOG2_FULL = tl.constexpr(math.log2(127 * 256))
 # 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
 # float's low bits.
@@ -167,5 +168,5 @@ def row_share(
 @triton.jit
 def natural_lse(m, l):
     """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights in
-    units of 1 / FULL."""
-    return tl.where(l > 0.0, (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+    units of 1 / FULL. NaN stays NaN."""
+    return tl.where(l == 0.0, float("-inf"), (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l))

@@ -52,11 +52,12 @@ from ._bits import (
     subtiles_of,
     weights_and_zeros,
 )  # fmt: skip
-from ._checks import FLOATS, check_output, check_tensor
+from ._checks import FLOATS, check_least, check_output, check_tensor
 from ._math import (
     FULL,
     LOG2_FULL,
     ROUND_TO_LOW_BITS,
+    TINY,
     cos_sin_of_phase,
     natural_lse,
     row_of_program,
@@ -297,7 +298,7 @@ def _project_frames(
         u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)  # [M, R]
         u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
         top = tl.max(tl.abs(u), 1)
-        u = _by_thread(u * tl.where(top > 0.0, FULL / top, 0.0)[:, None], M, BLOCK_R)
+        u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)
         hi, lo, value = _split_int16(u, NATIVE)
         full = largest * (1.0 / FULL)  # [1, ROWS]
         unit = tl.reshape(tl.reshape(top * (1.0 / FULL), [FRAMES, ROWS]) * full, [M])
@@ -411,7 +412,7 @@ def _store_split(
     m = tl.max(m_warp, 0)
     share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
     l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
-    norm = tl.where(l > 0.0, 1.0 / l, 0.0)
+    norm = tl.where(l == 0.0, 0.0, 1.0 / l)
     tl.store(lse_ptr + out, natural_lse(m, l), mask=live)
     BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
     for n in tl.static_range(0, R // 16, BLOCKS):
@@ -685,7 +686,7 @@ def _finish_spectral_kernel(
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
     o = o * rest + tl.sum(c[:, None] * basis.to(tl.float32), 0)
-    o = tl.where(total > 0.0, o / total, 0.0)
+    o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(0) == 0:
         low = tl.where(m == float("-inf"), 0.0, m)
@@ -816,13 +817,24 @@ def attend_workspace(
         batch, query_heads, queries: B, H, Q.      max_pages: columns of the block table.
         slots: of k_exact (sinks + ring), 0 for pages alone.      device: default the codec's.
         num_splits, matrix_units: as for the call.
+    Raises:
+        TypeError, ValueError: an argument is not as above.
     """
-    device, group = device or codec.freqs.device, query_heads // codec.kv_heads
-    plan = plan_launch(
-        codec.layout, batch, codec.kv_heads, group, queries, max_pages, slots, device,
-        num_splits, matrix_units,
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
+    check_least(
+        batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0),
+        num_splits=(1 if num_splits is None else num_splits, 1),
     )  # fmt: skip
-    return sum(plan.sizes(batch, codec.kv_heads, group, queries, codec))
+    device, heads = device or codec.freqs.device, codec.kv_heads
+    if query_heads % heads:
+        raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
+    group = query_heads // heads
+    plan = plan_launch(
+        codec.layout, batch, heads, group, queries, max_pages, slots, device, num_splits,
+        matrix_units,
+    )  # fmt: skip
+    return sum(plan.sizes(batch, heads, group, queries, codec))
 
 
 def _check_attend(

@@ -45,6 +45,7 @@ from ._math import (
     FULL,
     LOG2_FULL,
     ROUND_TO_LOW_BITS,
+    TINY,
     cos_sin,
     natural_lse,
     row_of_program,
@@ -279,7 +280,7 @@ def _project_operand_kernel(
             most = tl.maximum(most, tl.abs(one))
             u = u + (one,)
         top = tl.max(tl.reshape(most, [16, 4]), 0)  # [4], in units of 1 / full
-        full = _to_lanes(tl.where(top > 0.0, FULL / top, 0.0), 16)
+        full = _to_lanes(tl.where(top > TINY, FULL / top, 0.0), 16)
         unit = top * (1.0 / FULL) * (largest * (1.0 / FULL))
         bias = tl.zeros([64], dtype=tl.float32)
         record = ((b * G + g) * max_frames + frame) * blocks + block
@@ -418,7 +419,7 @@ def _attend_operands_kernel(
         # In V's basis; l and acc both count weights in units of 1 / FULL.
         l_all = _sum_over_rows(l)
         tl.store(lse_ptr + out, natural_lse(_max_over_rows(m), l_all), mask=live)
-        norm = _to_lanes(tl.where(l_all > 0.0, 1.0 / l_all, 0.0), 8)
+        norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
         w_all = _to_lanes(_sum_over_rows(w_sum), 8)
         codec_row = g
         if codec_ids_ptr is not None:

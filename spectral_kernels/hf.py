@@ -331,7 +331,6 @@ class ModelCache(Cache):
             raise NotImplementedError(f"{CACHE}: expected {self.batch} rows, got {len(beam_idx)}")
         self.sync()
         rows = beam_idx.tolist()
-        self.spectral.rollback(0)  # frees what was reserved ahead
         self.spectral.reorder(rows)
         self.spectral.hold(self.capacity)
         if self.first is not None:
@@ -687,8 +686,6 @@ class Handle:
             if isinstance(given, ModelCache) and given.owner() is self:
                 given.room(max(0, tokens - given.sync()))
             return original(config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if (config.num_beams or 1) > 1:
-            tokens += PAGE_SIZE  # beams that part copy a page
         kind = config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise ValueError(f"cache_implementation: expected None while enabled, got {kind!r}")

@@ -30,8 +30,6 @@ from tests.cases import (
     ExactTokens,
     PageSpec,
     Queries,
-    check_errors,
-    int32,
     is_slow,
     make_exact_tokens,
     make_pages,
@@ -268,9 +266,9 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
     )
     assert plan.warps == turn
     out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
     _programs_kernel[(plan.states,)](
-        int32(seq_lens), out, batch, plan.programs, sinks, window, turn, FEW=plan.few,
-        BLOCK_B=plan.block_b,
+        lens, out, batch, plan.programs, sinks, window, turn, FEW=plan.few, BLOCK_B=plan.block_b
     )  # fmt: skip
     pages = [-(-max(n - window, 0) // PAGE) if n - window > sinks else 0 for n in seq_lens]
     covered: list[list[int]] = [[] for _ in seq_lens]
@@ -480,8 +478,6 @@ def test_workspace(rng):
     dirty = torch.full((1 << 22,), 255, dtype=torch.uint8, device=DEVICE)
     got = run(*args, num_splits=2, workspace=dirty, **options)
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
-    with pytest.raises(ValueError, match=r"workspace: expected at least .* got 16"):
-        run(*args, workspace=dirty[:16], **options)
 
 
 def test_same_inputs_give_the_same_bits(rng):
@@ -691,73 +687,6 @@ def test_step_budget_has_teeth(rng):
         wrong_o, wrong_lse = (np.where(np.isfinite(x), x, 0.0) for x in (wrong_o, wrong_lse))
         budgets.check_rejects(wrong_o[live], o[live], o_budget[live], f"{mistake}, o")
         budgets.check_rejects(wrong_lse[live], lse[live], lse_budget[live], f"{mistake}, lse")
-
-
-# errors
-
-
-def test_arguments_are_named(rng):
-    """Nothing is written before an argument is turned down."""
-    tensors = pages_of(make_pages(rng, PageSpec("16x8", "32x4", 64, 2, (70,), codecs=1)))
-    q, ids = torch.zeros(1, 4, 64, device=DEVICE), int32(np.zeros(1))
-    k = torch.zeros(1, 2, 12, 64, device=DEVICE)
-    k_pages, v_pages, table, lens = (
-        tensors.k_pages, tensors.v_pages, tensors.block_table, tensors.seq_lens,
-    )  # fmt: skip
-    out = poisoned(1, 4, 64)
-    odd = torch.zeros(4, 2, 1024 + 8, dtype=torch.uint8, device=DEVICE)[..., :1024]
-
-    def attend(q=q, k_pages=k_pages, v_pages=v_pages, codec=tensors.codec, **options: Any):
-        args = options.pop("table", table), options.pop("lens", lens)
-        options = {"out": out, **options}
-        return lambda: attention.attend_spectral(q, k_pages, v_pages, codec, *args, **options)
-
-    def step(exact: Any = (k, k), q: Any = q, **options: Any):
-        return attend(q=q, **{"sinks": 4, "window": 8, "exact": exact, "out": None, **options})
-
-    with_step = step()
-    with_step()
-    check_errors(
-        [
-            (attend(q=q[:, :3]), ValueError, "q"),
-            (attend(q=q.double()), TypeError, "q"),
-            (attend(q=q[0]), ValueError, "q"),
-            (attend(q=q[..., :32]), ValueError, "q|codec"),
-            (attend(q=q.repeat(2, 1, 1)), ValueError, "block_table|q"),
-            (attend(q=q.repeat(1, 1, 2)[..., ::2]), ValueError, "q"),
-            (attend(k_pages=k_pages.int()), TypeError, "k_pages"),
-            (attend(k_pages=k_pages[..., :-16]), ValueError, "k_pages"),
-            (attend(v_pages=v_pages[:, :1]), ValueError, "v_pages"),
-            (attend(k_pages=odd), ValueError, "k_pages"),
-            (attend(codec=None), TypeError, "codec"),
-            (attend(table=table.long()), TypeError, "block_table"),
-            (attend(table=table[:0]), ValueError, "block_table"),
-            (attend(lens=lens.long()), TypeError, "seq_lens"),
-            (attend(lens=lens[:0]), ValueError, "seq_lens"),
-            (attend(codec_ids=ids.long()), TypeError, "codec_ids"),
-            (attend(codec_ids=ids[:0]), ValueError, "codec_ids"),
-            (attend(sinks=-1), ValueError, "sinks|sinks, window"),
-            (attend(window=-1), ValueError, "window|sinks, window"),
-            (attend(scale=math.nan), ValueError, "scale"),
-            (attend(out=poisoned(1, 4, 32)), ValueError, "out"),
-            (attend(out=poisoned(1, 4, 64, dtype=torch.float64)), TypeError, "out"),
-            (attend(lse=poisoned(1, 4, dtype=F16)), TypeError, "lse"),
-            (attend(num_splits=0), ValueError, "num_splits"),
-            (attend(num_splits=attention.MAX_SPLITS + 1), ValueError, "num_splits"),
-            (step(exact=(k, k[:, :, :5])), ValueError, "v_exact"),
-            (step(exact=(k[:, :1], k[:, :1])), ValueError, "k_exact"),
-            (step(exact=(k, k.half())), TypeError, "v_exact"),
-            (step(exact=(k.double(), k.double())), TypeError, "k_exact"),
-            (step(exact=(k,)), ValueError, "exact"),
-            (step(sinks=12), ValueError, "k_exact|sinks"),
-            (step(window=9), ValueError, "window"),
-            (step(window=0), ValueError, "window"),
-            (step(q=torch.zeros(1, 4, 9, 64, device=DEVICE)), ValueError, "q"),
-            (step(seq_ids=ids.long()), TypeError, "seq_ids"),
-            (step(seq_ids=ids[:0]), ValueError, "seq_ids"),
-        ]
-    )
-    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -149,8 +149,8 @@ def test_an_operation_has_an_oracle_a_test_and_a_fuzzer(stem, name):
     assert test.exists(), f"tests/test_{stem}.py"
     assert f'"{name}"' in test.read_text(), f"{test.name} never runs {name}"
     helpers = {"rotate": "check_turn", "turn_back": "check_turn"}
-    fuzz = (ROOT / "tests" / "test_fuzz.py").read_text()
-    assert name in fuzz or helpers.get(name, "-") in fuzz, f"test_fuzz.py never runs {name}"
+    fuzz = (ROOT / "tests" / "fuzz.py").read_text()
+    assert name in fuzz or helpers.get(name, "-") in fuzz, f"fuzz.py never runs {name}"
 
 
 @pytest.mark.parametrize("stem", sorted({stem for stem, _ in OPERATIONS}))
