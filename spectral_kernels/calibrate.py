@@ -346,7 +346,7 @@ def _attention(module: Any, q: Any, k: Any, v: Any, *args: Any, original: str, *
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     take = _TAPS.get(id(module))  # None: another model, of the same config object
-    if take is not None and kwargs.get("sliding_window") is None:
+    if take is not None:
         take(module, q, k, v, kwargs.get("scaling"))
     attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if original != "eager" or attend is None:
@@ -449,6 +449,8 @@ def collect(
     """
     from tqdm.auto import tqdm
 
+    from ._model import decoder_of, full_layers
+
     sequences = [x[None] if isinstance(x, Tensor) and x.dim() == 1 else x for x in sequences]
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")
@@ -461,7 +463,11 @@ def collect(
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
 
+    full = full_layers(decoder_of(model).config)
+
     def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        if module.layer_idx not in full:
+            return
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"model: expected {q.shape[2]} keys, got {k.shape[2]}")
         if id(module) not in layers:
@@ -713,7 +719,10 @@ def fingerprint(model: Any) -> str:
             continue
         at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
         index = torch.unravel_index(at, weight.shape)
-        some = weight.detach()[index]
+        weight = weight.detach()
+        if hasattr(weight, "full_tensor"):  # sharded: of all processes
+            weight = weight.full_tensor()
+        some = weight[index]
         if some.is_floating_point():
             some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
         samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))
