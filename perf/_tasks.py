@@ -263,7 +263,7 @@ def _extraction(tokenizer: Any, length: int, rng: random.Random) -> Task:
     )
     ids = prompt(tokenizer, facts, question, length, lambda: filler(rng))
     answers = tuple(f"ORDER {person} {number}" for person, number in kept[2:])
-    return Task("extraction", ids, answers, 18 * len(answers), stop=("END", "\n\n", "Task"))
+    return Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))
 
 
 def _arithmetic(tokenizer: Any, length: int, rng: random.Random) -> Task:

@@ -83,7 +83,7 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-READ = 1 << 20  # tokens of prompts that are read at once
+READ = 1_300_000  # tokens of prompts that are read at once
 
 
 class Question(NamedTuple):
