@@ -73,6 +73,7 @@ from transformers import DynamicCache
 from perf._tasks import PLACES, TASKS, Task, make_tasks, mcnemar, score
 from perf._timing import versions
 from perf.generate import DTYPES, TINY_MODEL, load
+from perf.tables import quality_table
 from spectral_kernels.calibrate import _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -707,7 +708,7 @@ def measure_stream(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Texts: a block a text, and geometric means; generated tokens; tasks."""
+    """A block a text."""
     lines: list[str] = []
     texts = [row for row in rows if "kl" in row]
     heads = {"ratio": 7, "long": 7, "KL": 10, "median": 10, "99 %": 9, "99.9 %": 9}
@@ -723,36 +724,6 @@ def table(rows: Sequence[Row]) -> str:
                 f"{row['kl_p999']:>9.3f}{row['top1']:>8.3f}{100 * row['perplexity']:>+8.2f}%"
                 f"{recalled:>10}"
             )
-    for context in dict.fromkeys(row["context"] for row in texts):
-        lines.append(f"\ngeometric mean over texts, {context} tokens; codes recalled")
-        for scheme in dict.fromkeys(row["scheme"] for row in texts):
-            own = [x for x in texts if (x["scheme"], x["context"]) == (scheme, context)]
-            mean = math.exp(sum(math.log(max(x["kl"], 1e-12)) for x in own) / len(own))
-            recalled = sum(x["recalled"] for x in own)
-            lines.append(f"{scheme:<12}{own[0]['ratio']:>7.2f}{mean:>10.5f}{recalled:>6}")
-    streams = [row for row in rows if row.get("task") == "generate"]
-    if streams:
-        lines.append(f"\n{streams[0]['generated']} generated tokens, KL: teacher-forced, own text")
-    for scheme in dict.fromkeys(row["scheme"] for row in streams):
-        own = [row for row in streams if row["scheme"] == scheme]
-        means = [
-            sum(row[name] for row in own) / len(own)
-            for name in ("teacher_forced_kl", "free_running_kl", "free_running_kl_last")
-        ]
-        lines.append(f"{scheme:<12}" + "".join(f"{x:>10.5f}" for x in means) + " (last quarter)")
-    tasks = [row for row in rows if "score" in row]
-    for context in dict.fromkeys(row["context"] for row in tasks):
-        own = [row for row in tasks if row["context"] == context]
-        kinds = list(dict.fromkeys(row["task"] for row in own))
-        lines.append(f"\ntasks, {context} tokens: score (lost/won against dense)")
-        lines.append(f"{'scheme':<12}{'ratio':>7}" + "".join(f"{kind:>15}" for kind in kinds))
-        for scheme in dict.fromkeys(row["scheme"] for row in own):
-            found = {row["task"]: row for row in own if row["scheme"] == scheme}
-            cells = (
-                f"{found[k]['score']:.3f} ({'/'.join(map(str, found[k]['flips']))})" for k in kinds
-            )
-            ratio = found[kinds[0]]["ratio"]
-            lines.append(f"{scheme:<12}{ratio:>7.2f}" + "".join(f"{cell:>15}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -832,9 +803,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
 
         def keep(row: Row) -> None:
-            rows.append({**head, **row})
+            rows.append({**head, **row, **ran})
             if out is not None:  # at once: a run may take long
-                out.write(json.dumps({**rows[-1], **ran}) + "\n")
+                out.write(json.dumps(rows[-1]) + "\n")
                 out.flush()
 
         for case in cases:
@@ -848,7 +819,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for length in args.lengths if args.tasks else ():
             for row in measure_tasks(model, tokenizer, args, codecs, length):
                 keep(row)
-    print(table(rows))
+    print(f"{table(rows)}\n\n{quality_table(rows)}")
     return 0
 
 

@@ -186,7 +186,7 @@ def test_main_writes_rows(tmp_path, capsys):
     exact, lossy = ((x["teacher_forced_kl"], x["free_running_kl"]) for x in streams)
     assert max(exact) < 1e-6 < min(lossy) < max(lossy) < 0.1
     printed = capsys.readouterr().out
-    assert "kivi-3" in printed and "3 generated tokens" in printed
+    assert "kivi-3      " in printed and "| embedded | quality |" in printed
 
 
 def test_texts_go_with_a_model(capsys):
