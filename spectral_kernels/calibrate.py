@@ -4,8 +4,8 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
 
     metric    M = mean of w_h y y^T over the KV head's query heads h, y = R(-t0) q, over all queries
               q and the frames t0 at or before them: an error dk costs ds^2 = scale^2 dk M dk^T
-    weights   E |do|^2 = sum_i p_i^2 (E (e^ds_i - 1)^2 |v_i - o|^2 + E |dv_i|^2), p the softmax
-              weights: w_h, and how layers compare; E (e^ds - 1)^2 = E ds^2 if that is small
+    weights   E |do|^2 = sum_i p_i^2 (scale^2 E ds_i^2 |v_i - o|^2 + E |dv_i|^2) to first order,
+              p the softmax weights: w_h, and how layers compare
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
@@ -131,27 +131,17 @@ def menus(head_dim: int) -> dict[str, tuple[Bands, ...]]:
 # What a layer's tokens are like.
 
 
-def weight_errors(variance: Tensor) -> Tensor:
-    """E (e^s - 1)^2 of normal errors s of scores with a variance, nats^2: of softmax weights.
-
-    As large as the variance if that is small, 8 times at 1.3: a byte for K then saves more than one
-    for V, whose errors stay linear.
-    """
-    return (2 * variance).expm1() - 2 * (variance / 2).expm1()
-
-
 @dataclass(frozen=True)
 class Side:
     """What is known of one side (K or V) of a layer. Float64 on the CPU unless said otherwise.
 
     Args:
         moment: [G, D, D], mean of (x - mean)^T (x - mean) over tokens x [D].
-        metric: [G, D, D], what a squared error costs; of K the variance of scores, nats^2, that it
-            makes. None: the identity.
+        metric: [G, D, D], what a squared error costs, or None: the identity.
         mean: [G, D] (zeros: not centred).
         rows: float32 [G, N, D] on the CPU: a sample of tokens x.
-        cost: [G], what a small mean squared error in the metric adds to the layer's relative
-            output error.
+        cost: [G], what a mean squared error in the metric adds to the layer's relative output
+            error.
         device: where much is computed.
     """
 
@@ -188,8 +178,6 @@ class Side:
         """What storing this side in these bands adds to the layer's relative output error."""
         bits = (*bands.bits, *[0] * (self.moment.shape[-1] - bands.rank))
         lost = torch.stack([self.errors[b][:, r] for r, b in enumerate(bits)]).sum(0)  # [G]
-        if self.metric is not None:
-            lost = weight_errors(lost)
         return float((self.cost * lost).sum())
 
 
@@ -310,14 +298,13 @@ class _Layer:
         zeros = partial(torch.zeros, dtype=torch.float64, device=q.device)
         self.freqs, self.every = freqs.to(q.device), every
         self.count = self.pairs = 0
-        self.scale = 1.0
         self.k_sum, self.moments = zeros(kv_heads, dim), zeros(2, kv_heads, dim, dim)
         self.metric, self.weights = zeros(heads, dim, dim), zeros(3, heads)
         self.rows: list[Tensor] = []
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
         """One sequence's tokens, arguments as of `error_weights`."""
-        tokens, sinks, self.scale = k.shape[1], options["sinks"], options["scale"]
+        tokens, sinks = k.shape[1], options["sinks"]
         positions = torch.arange(tokens, device=k.device)
         kappa = turned(k, positions % FRAME - positions, self.freqs)[:, sinks:]
         values = v[:, sinks:].double()
@@ -339,11 +326,10 @@ class _Layer:
         shares = by_group + HEAD_FLOOR * by_group.mean(-1, keepdim=True) + 1e-300
         shares = shares / shares.sum(-1, keepdim=True)
         metric = self.metric.cpu().unflatten(0, (kv_heads, -1)) / self.pairs
-        metric = self.scale**2 * torch.einsum("gh,ghde->gde", shares, metric)
+        metric = torch.einsum("gh,ghde->gde", shares, metric)
         k_rows, v_rows = torch.cat(self.rows, dim=2).unbind()
         k_moment = k_moment - mean[:, :, None] * mean[:, None]
-        k_cost = by_group.sum(-1) / (self.scale**2 * total)
-        k = Side(k_moment, metric, mean, k_rows, k_cost, device)
+        k = Side(k_moment, metric, mean, k_rows, by_group.sum(-1) / total, device)
         v_cost = w_v.unflatten(0, (kv_heads, -1)).sum(-1) / total
         v = Side(v_moment, None, torch.zeros_like(mean), v_rows, v_cost, device)
         return LayerStats(k, v, self.freqs.cpu())
