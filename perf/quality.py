@@ -17,9 +17,8 @@ several presets), or what `enable` finds or calibrates; judge no text that it kn
 `generate` does. KL is to the dense model on the same tokens. `exact` is what the number format
 costs.
 
---tasks. Greedy answers to the prompts of perf/_tasks.py, from each scheme's cache; presets through
-the product. New tokens of yardsticks stay exact. Flips are prompts that only the dense model or
-only the scheme solves, p is McNemar's.
+--tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back and exact
+new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
@@ -84,7 +83,7 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-READ = 1_300_000  # tokens of prompts that are read at once
+READ = 200_000  # tokens of prompts that are answered at once
 
 
 class Question(NamedTuple):
@@ -552,27 +551,20 @@ def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> lis
 
 
 def answers(
-    model: Any, tasks: Sequence[Task], tokenizer: Any, schemes: Sequence[str], codecs: Path | None
+    model: Any, tasks: Sequence[Task], tokenizer: Any, schemes: dict[str, Scheme]
 ) -> Iterator[tuple[str, list[str], Row]]:
-    """(scheme, text of each task, sizes) for tasks of one length: "dense" first, presets through
-    the product, yardsticks from what they give back."""
+    """(scheme, text of each task, sizes) for tasks of one length: "dense" first."""
     ids = torch.tensor([task.ids for task in tasks])
-    new = max(task.new for task in tasks)
-    rows = [i for i, name in enumerate(schemes) if name in PRESETS]
-    others = ["dense", *(name for i, name in enumerate(schemes) if i not in rows)]
-    prefix = read_prefix(model, ids, moments="oscar-2" in others)
-    for name in others:
-        stored = YARDSTICKS[name](prefix) if name != "dense" else None
-        pairs = list(zip(prefix.k, prefix.v, strict=True)) if stored is None else stored.layers
-        exact = preset_bytes(None, prefix.tokens, prefix.token_bytes)
-        size = exact if stored is None else stored[1:]
-        yield name, greedy(model, dense_cache(model, pairs), tasks, tokenizer), sizes(*size, prefix)
-        del stored, pairs
-    for name in (schemes[i] for i in rows):
-        with enabled(model, name, codecs) as handle, torch.no_grad():
-            texts = greedy(model, filled_cache(model, handle, ids[:, :-1], new), tasks, tokenizer)
-            size = preset_bytes(handle.codec, prefix.tokens, prefix.token_bytes)
-        yield name, texts, sizes(*size, prefix)
+    prefix = read_prefix(model, ids, moments="oscar-2" in schemes)
+    exact = Stored(
+        list(zip(prefix.k, prefix.v, strict=True)),
+        *preset_bytes(None, prefix.tokens, prefix.token_bytes),
+    )
+    for name, store in {"dense": lambda _: exact, **schemes}.items():
+        given = store(prefix)
+        size, cache = sizes(given.nbytes, given.token_bytes, prefix), dense_cache(model, given[0])
+        del given
+        yield name, greedy(model, cache, tasks, tokenizer), size
 
 
 def task_rows(tasks: Sequence[Task], found: dict[str, tuple[list[float], Row]]) -> list[Row]:
@@ -602,30 +594,26 @@ def task_rows(tasks: Sequence[Task], found: dict[str, tuple[list[float], Row]]) 
     return rows
 
 
-@torch.no_grad()
 def measure_tasks(
-    model: Any, tokenizer: Any, args: argparse.Namespace, codecs: Path | None, length: int
+    model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
 ) -> list[Row]:
     """Rows of all tasks of one length."""
-    names = TASKS if args.tasks == ["all"] else args.tasks
-    count = max(4, args.count * min(args.lengths) // length)
     tasks: list[Task] = []
-    for name in names:
+    for name in TASKS if args.tasks == ["all"] else args.tasks:
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
-        number = args.problems if name == "humaneval" else count
-        tasks += make_tasks(name, tokenizer, length, number, args.seed)
-    schemes = [*args.presets, *args.task_yardsticks]
+        count = args.problems if name == "humaneval" else args.count
+        tasks += make_tasks(name, tokenizer, length, count, args.seed)
+    tasks.sort(key=lambda task: task.new)  # those of a batch end together
     scores: dict[str, list[float]] = {}
     size: dict[str, Row] = {}
     batch = max(1, READ // length)
     for first in range(0, len(tasks), batch):
         part = tasks[first : first + batch]
-        for scheme, texts, sized in answers(model, part, tokenizer, schemes, codecs):
+        for scheme, texts, sized in answers(model, part, tokenizer, schemes):
             size[scheme] = sized
             with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes
                 scores.setdefault(scheme, []).extend(pool.map(score, part, texts))
-            print(f"{length} tokens, {scheme}: answered", file=sys.stderr, flush=True)
     found = {scheme: (scores[scheme], size[scheme]) for scheme in scores}
     return [{"context": length, **row} for row in task_rows(tasks, found)]
 
@@ -739,15 +727,15 @@ def parser_of() -> argparse.ArgumentParser:
     presets = [preset for preset in PRESETS if preset != "exact"]
     add("--presets", nargs="*", choices=list(PRESETS), default=presets, metavar="PRESET")
     add("--codecs", type=Path, metavar="FOLDER", help="with codec-PRESET.safetensors of the model")
-    names = {"choices": list(YARDSTICKS), "nargs": "*", "metavar": "NAME"}
-    add("--yardsticks", default=list(YARDSTICKS), **names)  # type: ignore[arg-type]
+    names: Any = {"choices": list(YARDSTICKS), "nargs": "*", "metavar": "NAME"}
+    add("--yardsticks", default=list(YARDSTICKS), **names)
     add("--needles", type=int, default=0, metavar="N", help="hide N codes and ask for them")
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
-    add("--count", type=int, default=16, help="prompts a task at the least length (16)")
+    add("--count", type=int, default=16, help="prompts a task and length (16)")
     add("--problems", type=int, default=164, help="of humaneval (164)")
-    add("--task-yardsticks", default=["kivi-2", "oscar-2"], **names)  # type: ignore[arg-type]
+    add("--task-yardsticks", default=["kivi-2", "oscar-2"], **names)
     add("--json", type=Path, metavar="OUT", help="append one JSON row a line")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
@@ -812,12 +800,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for row in measure(model, case, schemes, model_name=head["model"], bar=bar):
                 keep(row)
         model.to(DTYPES[args.dtype] if args.dtype else half_of(model.device))
+        answering: dict[str, Scheme] = {
+            **stored,
+            **{name: YARDSTICKS[name] for name in args.task_yardsticks},
+        }
+        for length in args.lengths if args.tasks else ():
+            for row in measure_tasks(model, tokenizer, args, answering, length):
+                keep(row)
         if args.generate:
             first = [case for case in cases if case.context == args.context[0]]
             for row in measure_stream(model, first, args, codecs):
-                keep(row)
-        for length in args.lengths if args.tasks else ():
-            for row in measure_tasks(model, tokenizer, args, codecs, length):
                 keep(row)
     print(f"{table(rows)}\n\n{quality_table(rows)}")
     return 0
@@ -831,10 +823,10 @@ def half_of(device: torch.device) -> torch.dtype:
 
 
 def codec_notes(codecs: Path | None, presets: Sequence[str]) -> str:
-    """What the codecs were calibrated on, as their files say."""
+    """The folder's name and what the codecs were calibrated on, as their files say."""
     paths = [] if codecs is None else [codecs / f"codec-{preset}.safetensors" for preset in presets]
     notes = {ModelCodec.load(path).notes for path in paths if path.is_file()}
-    return "; ".join(sorted(notes)) or "as enable finds it"
+    return f"{codecs.name}: {'; '.join(sorted(notes))}" if codecs else "as enable finds it"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -390,13 +391,21 @@ def test_answers_come_from_each_cache(embedded):
     found = {
         name: [_tasks.score(task, text) for task, text in zip(tasks, written, strict=True)]
         for name, written, _ in quality.answers(
-            model, tasks, tokenizer, ["quality", "kivi-3"], TINY_MODEL
+            model,
+            tasks,
+            tokenizer,
+            {
+                "quality": partial(
+                    quality.store_spectral, model=model, preset="quality", codecs=TINY_MODEL
+                ),
+                "kivi-3": quality.YARDSTICKS["kivi-3"],
+            },
         )
     }
     assert found == {"dense": [1, 1], "kivi-3": [1, 1], "quality": [1, 1]}
     other = replace(tasks[0], answers=tasks[1].answers)
     assert other.answers != tasks[0].answers
-    ((_, written, _), *_) = quality.answers(model, tasks, tokenizer, [], TINY_MODEL)
+    ((_, written, _), *_) = quality.answers(model, tasks, tokenizer, {})
     assert _tasks.score(other, written[0]) == 0
 
 
