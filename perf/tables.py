@@ -9,6 +9,7 @@ last one counts.   Test: tests/test_perf.py.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -19,6 +20,8 @@ from perf._timing import RESULTS, ROOT, Row, read_rows
 
 ATTENTION_KEY = ("gpu", "B", "H", "G", "D", "T", "path", "preset")
 END_KEY = ("gpu", "shape", "B", "T", "what", "preset")
+QUALITY_KEY = ("model", "scheme", "context", "text", "task")
+LENGTHS = (4096, 32768, 131072)  # at which bytes of a cache are compared
 PRESETS = ("exact", "quality", "balanced", "small")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
 NO_ROWS = "No row yet: `python -m perf.{} --json` on a CUDA card, then `perf.tables --readme`.\n"
@@ -151,9 +154,55 @@ def end_to_end_table(rows: Iterable[Row]) -> str:
     return text + of_commits(rows)
 
 
+def mean_kl(rows: Iterable[Row]) -> float:
+    """Geometric, over texts."""
+    return math.exp(statistics.fmean(math.log(max(row["kl"], 1e-12)) for row in rows))
+
+
+def quality_table(rows: Iterable[Row]) -> str:
+    """A line a model and scheme: ratio to a dense 16-bit cache with everything counted, KL over
+    texts, needles, generated tokens, tasks."""
+    rows = latest([row for row in rows if "token_bytes" in row], QUALITY_KEY)
+    if not rows:
+        return NO_ROWS.format("quality")
+    texts = [row for row in rows if "kl" in row]
+    contexts = sorted({row["context"] for row in texts})
+    tasks = list(dict.fromkeys(row["task"] for row in rows if "score" in row))
+    lines = []
+    for model, scheme in dict.fromkeys((row["model"], row["scheme"]) for row in rows):
+        own = [row for row in rows if (row["model"], row["scheme"]) == (model, scheme)]
+        sized = next((row for row in own if "fixed_bytes" in row), None)
+        if sized is None:
+            continue  # only generated tokens: exact
+        dense = sized["token_bytes"] * sized["ratio_long"]
+        cells = [model, scheme]
+        cells += [
+            f"{t * dense / (t * sized['token_bytes'] + sized['fixed_bytes']):.2f}" for t in LENGTHS
+        ]
+        for context in contexts:
+            found = [row for row in own if "kl" in row and row["context"] == context]
+            recalled = sum(row["recalled"] for row in found), sum(row["needles"] for row in found)
+            cells.append(f"{mean_kl(found):.4f}, {recalled[0]}/{recalled[1]}" if found else "-")
+        found = [row for row in own if "free_running_kl" in row]
+        kinds = ("teacher_forced_kl", "free_running_kl")
+        means = [statistics.fmean(row[kind] for row in found) for kind in kinds if found]
+        cells.append(", ".join(f"{x:.4f}" for x in means) or "-")
+        for task in tasks:
+            found = [row for row in own if row.get("task") == task and "score" in row]
+            flips = [sum(pair) for pair in zip(*(row["flips"] for row in found), strict=True)]
+            score = statistics.fmean(row["score"] for row in found) if found else 0
+            cells.append(f"{100 * score:.1f} ({flips[0]}/{flips[1]})" if found else "-")
+        lines.append(cells)
+    lines.sort(key=lambda cells: (cells[0], float(cells[2])))  # most bytes first
+    header = ["model", "scheme", *(f"ratio at {t // 1024}K" for t in LENGTHS)]
+    header += [f"KL at {n:,} tokens, codes" for n in contexts] + ["generated: forced, free"]
+    return markdown([*header, *tasks], lines) + of_commits(rows)
+
+
 TABLES: dict[str, Callable[[Iterable[Row]], str]] = {
     "attention": attention_table,
     "end_to_end": end_to_end_table,
+    "quality": quality_table,
 }
 
 
@@ -223,10 +272,44 @@ def plot(
     pyplot.close(figure)
 
 
+def plot_quality(rows: Iterable[Row], path: Path) -> None:
+    """Loss against bytes, a panel a context's length: KL over texts, geometric mean, as PNG.
+
+    Raises:
+        ValueError: no row is shown.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in latest(rows, QUALITY_KEY) if "kl" in row and "token_bytes" in row]
+    if not shown:
+        raise ValueError("rows: expected some with 'kl' and 'token_bytes', got none")
+    panels = sorted({(row["model"], row["context"]) for row in shown})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (model, context) in zip(axes[0], panels, strict=True):
+        own = [row for row in shown if (row["model"], row["context"]) == (model, context)]
+        for scheme in dict.fromkeys(row["scheme"] for row in own):
+            found = [row for row in own if row["scheme"] == scheme]
+            x, y = 100 / statistics.fmean(row["ratio"] for row in found), mean_kl(found)
+            color = "C0" if scheme in PRESETS else "C7"
+            axis.plot(x, y, "o" if scheme in PRESETS else "x", color=color)
+            axis.annotate(
+                scheme, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=color
+            )
+        axis.set(yscale="log", xlabel="bytes, % of a 16-bit cache", ylabel="KL, nats")
+        axis.set_title(f"{model}, {context:,} tokens", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def plot_all(results: Path, folder: Path) -> None:
-    """Speed-up of a layer's step, and ms a token of whole models, against T."""
-    attention, whole = (
-        read_rows(results / f"{name}.jsonl") for name in ("attention", "end_to_end")
+    """Speed-up of a layer's step, and ms a token of whole models, against T; loss against bytes."""
+    attention, whole, quality = (
+        read_rows(results / f"{name}.jsonl") for name in ("attention", "end_to_end", "quality")
     )
 
     def layer(row: Row) -> str | None:
@@ -254,6 +337,8 @@ def plot_all(results: Path, folder: Path) -> None:
         )
     if whole:
         plot(whole, folder / "end_to_end.png", END_KEY, "ms", "ms a token", model)
+    if any("token_bytes" in row for row in quality):
+        plot_quality(quality, folder / "quality.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
