@@ -109,12 +109,12 @@ class Served:
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
             more["additional_config"] = {"spectral": given}
-        longest = max([t for _, t in args.cells] + args.lengths * args.full)
+        self.longest = max([t for _, t in args.cells] + args.lengths * args.full)
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
             load_format="auto" if args.model or args.check else "dummy", block_size=64,
             attention_backend=name,
-            gpu_memory_utilization=args.utilization, max_model_len=longest + args.many + 576,
+            gpu_memory_utilization=args.utilization, max_model_len=self.longest + args.many + 576,
             max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk, seed=0,
             tensor_parallel_size=args.tp, enable_prefix_caching=True,
             enforce_eager=not torch.cuda.is_available(),
@@ -224,7 +224,8 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
     served = Served(args, backend, folder)
     rows = [served.check()] if args.check else []
     if not args.check:
-        served.generate(prompts(1, args.chunk + 1024, served.vocabulary, first=9000), 4)
+        warm = min(args.chunk + 1024, served.longest)
+        served.generate(prompts(1, warm, served.vocabulary, first=9000), 4)
         served.generate(prompts(2, 300, served.vocabulary, first=9000), 4)
         served.llm.reset_prefix_cache()
     for batch, tokens in [] if args.check else args.cells:
