@@ -185,3 +185,34 @@ def test_dummy_rows_get_the_scratch_slot():
     slots, started = IndexedSlots(4, 16).place(rows, np.array([0, 1]))
     assert slots.tolist() == [4, 1]
     assert started == []
+
+
+def rows_of(*spans: tuple[int, int, list[int]], filling: bool = True) -> Rows:
+    """Rows (past, length, pages)."""
+    past, length = (np.array([span[i] for span in spans]) for i in (0, 1))
+    pages = {i: np.array([*span[2], 0]) for i, span in enumerate(spans)}
+    return Rows(past, length, np.full(len(spans), filling), pages)
+
+
+@pytest.mark.parametrize(("pages", "between", "new"), [
+    ([7, 8], 0, False),  # goes on, or another that finds the very same pages
+    ([7, 9], 0, True),  # another that found other pages behind the same first one
+    ([7, 8], 1, True),  # who knows who has written to the page in between
+])  # fmt: skip
+def test_a_number_that_goes_to_another_request(pages, between, new):
+    slots, number = IndexedSlots(4, 16), np.array([2])
+    assert slots.place(rows_of((0, 128, [7, 8])), number)[1] == [0]
+    for _ in range(between):
+        slots.place(rows_of((0, 64, [5])), np.array([3]))
+    assert slots.place(rows_of((128, 130, [*pages, 11])), number)[1] == [0] * new
+
+
+def test_a_page_that_was_written_anew():
+    """Pages 7 and 8 held one request's tokens, then 8 another's: who finds both is not the first."""
+    slots = PagedSlots(4)
+    first = slots.place(rows_of((0, 128, [7, 8])))[0]
+    other, started = slots.place(rows_of((64, 128, [7, 8])))
+    assert started == [0]
+    assert other != first
+    assert slots.place(rows_of((128, 129, [7, 8, 9])))[1] == []
+    assert slots.place(rows_of((128, 129, [7, 8, 10])))[1] == [0]
