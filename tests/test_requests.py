@@ -208,7 +208,7 @@ def test_a_number_that_goes_to_another_request(pages, between, new):
 
 
 def test_a_page_that_was_written_anew():
-    """Pages 7 and 8 held one request's tokens, then 8 another's: who finds both is not the first."""
+    """Pages 7 and 8 held one request's tokens, then 8 another's: who finds both is a third."""
     slots = PagedSlots(4)
     first = slots.place(rows_of((0, 128, [7, 8])))[0]
     other, started = slots.place(rows_of((64, 128, [7, 8])))
