@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 
 from perf._cases import eight_bit_codec, random_codec  # noqa: E402
 from perf.tiny_model.recall import make_recall_contexts  # noqa: E402
@@ -91,7 +92,7 @@ def serving(
     try:
         yield engine
     finally:
-        del engine
+        engine.llm_engine.engine_core.shutdown()  # now, not when its last name is gone
         plugin._ENGINES.clear()
         cleanup_dist_env_and_memory()
 
@@ -155,14 +156,13 @@ def test_fifty_that_come_and_go(kind, model, coded, monkeypatch):
     rng = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 180, (50,), generator=rng).tolist()
     new = torch.randint(1, 40, (50,), generator=rng).tolist()
-    given, preempted = prompts(*lengths), []
-    from vllm.v1.core.sched.scheduler import Scheduler
+    given, preempted, preempt = prompts(*lengths), [], Scheduler._preempt_request
 
-    original = Scheduler._preempt_request
-    monkeypatch.setattr(
-        Scheduler, "_preempt_request",
-        lambda self, request, *a, **k: (preempted.append(request), original(self, request, *a, **k))[1],
-    )  # fmt: skip
+    def watched(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", watched)
     exact = kind == "exact"
     tight = {"blocks": 1, "max_num_batched_tokens": 100} if exact else {}
     with serving(model, EXACT if exact else coded, max_num_seqs=8, **tight) as engine:
