@@ -164,8 +164,10 @@ def test_fifty_that_come_and_go(kind, model, coded, monkeypatch):
 
     monkeypatch.setattr(Scheduler, "_preempt_request", watched)
     exact = kind == "exact"
-    tight = {"blocks": 1, "max_num_batched_tokens": 100} if exact else {}
-    with serving(model, EXACT if exact else coded, max_num_seqs=8, **tight) as engine:
+    tight = {"kv_cache_memory_bytes": 14 * 4096, "max_num_batched_tokens": 100} if exact else {}
+    with serving(
+        model, EXACT if exact else coded, max_num_seqs=8, max_model_len=256, **tight
+    ) as engine:
         got = events(engine, given, new, per_step=0.25)
     assert got["steps"] >= 200
     assert bool(preempted) == exact
@@ -220,17 +222,30 @@ def test_a_prefix_hit(kept, model, coded):
         assert sinks == 0 if kept else 0 < sinks <= bound
 
 
-def test_a_hit_is_a_miss_but_for_the_windows_coding(model, coded):
-    """Both again, with the window of the miss coded as a hit finds it: the same tokens, bit by bit
-    the same state."""
-    given = prompts(200)
-    with serving(model, coded, enable_prefix_caching=False) as engine:
-        generate(engine, [{"prompt_token_ids": given[0]["prompt_token_ids"][:192]}], 1)
-        # Without a cache of prefixes nothing is found: the same pages, written by hand.
-        whole = generate(engine, given)
+def test_a_hit_is_a_miss_but_for_the_windows_coding(model, coded, monkeypatch):
+    """A prompt cut where the hit is, whose window is coded there, too: the same tokens."""
+    given = prompts(200, 130)
+    start = [
+        {"prompt_token_ids": x["prompt_token_ids"][:n]}
+        for x, n in zip(given, (193, 129), strict=True)
+    ]
     with serving(model, coded) as engine:
-        generate(engine, [{"prompt_token_ids": given[0]["prompt_token_ids"][:193]}], 1)
-        assert generate(engine, given) == whole
+        generate(engine, start, 1)
+        hit = [generate(engine, [x])[0] for x in given]
+    place = plugin.PagedSlots.place
+
+    def coding(self: Any, rows: Any, index: Any) -> Any:
+        slots, started = place(self, rows, index)
+        again = [i for i in range(len(rows.past)) if rows.filling[i] and rows.past[i]]
+        return slots, sorted({*started, *again})
+
+    monkeypatch.setattr(plugin.PagedSlots, "place", coding)
+    miss = []
+    for prompt, cut in zip(given, (192, 128), strict=True):
+        with serving(model, coded, max_num_batched_tokens=cut) as engine:
+            miss += generate(engine, [prompt])
+            assert plugin._ENGINES[0].lost == 0
+    assert hit == miss
 
 
 def test_two_ranks(model, tmp_path):
