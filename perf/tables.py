@@ -1,9 +1,9 @@
 """Tables and plots from the rows of perf/results. `python -m perf.tables` prints perf/RESULTS.md;
 with `--write` it writes that page, README's headline table and perf/plots/*.svg.
 
-Rows are appended by the measurements; of rows about the same thing the last one counts. A page has
-a table between `<!-- table: NAME -->` and `<!-- end of table -->`. A plot carries what it shows as
-JSON in its metadata, which tests compare with the rows.   Test: tests/test_perf.py.
+Rows are appended by the measurements; of rows about the same thing the last one counts. A plot
+carries what it shows as JSON in its metadata, which tests compare with the rows.
+Test: tests/test_perf.py.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ KEYS = {
     "compress": ("gpu", "T", "layers"),
     "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
     "quality": ("model", "context", "task", "text", "scheme"),
-    "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype", "preset"),
+    "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
 }
 PRESETS = ("exact", "quality", "balanced", "small")
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- headline -->\n).*?(<!-- end of headline -->)", re.DOTALL)
 Rows = Iterable[Row]
 Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
 
@@ -172,41 +172,41 @@ def newest(name: str, results: Path = RESULTS) -> list[Row]:
 
 
 def quality_table(rows: Rows) -> str:
-    """Means over texts of each scheme; then the share of each task's prompts that are solved, with
-    those that only dense attention or only the scheme solves."""
-    rows = latest(rows, KEYS["quality"])
-    tasks, text = [row for row in rows if row.get("task")], ""
-    means = ("ratio", "ratio_long", "kl", "kl_median", "kl_p999", "free_running_kl", "top1")
-    forms = dict(zip(means, ".2f .2f .5f .5f .3f .5f .3f".split(), strict=True))
-    for (model, context), own in grouped(
-        [row for row in rows if "kl" in row], ("model", "context")
-    ).items():
-        found = []
-        for (scheme,), same in grouped(own, ("scheme",)).items():
-            row: Row = {"scheme": scheme, "recalled": None}
-            for name in (*means, "perplexity"):
-                values = [x[name] for x in same if x.get(name) is not None]
-                row[name] = statistics.fmean(values) if values else None
-            if asked := sum(x["needles"] for x in same):
-                row["recalled"] = f"{sum(x['recalled'] for x in same)}/{asked}"
-            found.append(row)
-        found.sort(key=lambda row: row["ratio"])
-        text += f"\n### {model}, {context:,} tokens, {len({x['text'] for x in own})} text(s)\n\n"
-        text += columns(found, {"scheme": "", **forms, "perplexity": "+.2%", "recalled": ""})
+    """Means over texts of each scheme, of predicted and of generated tokens; then the share of
+    tasks' prompts that are solved, with those that only dense attention or the scheme solves."""
+    text, rows = "", latest(rows, KEYS["quality"])
+    forms = {"scheme": "", "ratio": ".2f", "ratio_long": ".2f", "kl": ".5f", "kl_median": ".5f"}
+    forms |= {"kl_p999": ".3f", "top1": ".3f", "perplexity": "+.2%", "recalled": ".1f"}
+    generated = {"scheme": "", "generated": ".0f", "teacher_forced_kl": ".5f"}
+    generated |= {"free_running_kl": ".5f", "free_running_kl_last": ".5f"}
+    for names, needed in ((forms, "kl"), (generated, "free_running_kl")):
+        own = [row for row in rows if needed in row]
+        for (model, context), same in grouped(own, ("model", "context")).items():
+            found = []
+            for (scheme,), alike in grouped(same, ("scheme",)).items():
+                row: Row = {"scheme": scheme}
+                for name in names:
+                    values = [x[name] for x in alike if name != "scheme" and name in x]
+                    row |= {name: statistics.fmean(values)} if values else {}
+                found.append(row)
+            found.sort(key=lambda row: row.get("ratio", 0))
+            count = len({row["text"] for row in same})
+            text += f"\n### {model}, {context:,} tokens, {needed} over {count} text(s)\n\n"
+            text += columns(found, names)
+    tasks = [row for row in rows if "score" in row]
     for (model, context), own in grouped(tasks, ("model", "context")).items():
-        names, lines = sorted({row["task"] for row in own}), []
-        for (scheme,), same in grouped(own, ("scheme",)).items():
-            scores = {row["task"]: f"{row['score']:.2f} {row.get('flips') or ''}" for row in same}
-            cells = [scheme, *(scores.get(name, "-").strip() for name in names)]
-            lines.append((same[0].get("ratio", 1.0), cells))
-        text += f"\n### {model or 'tasks'}, {context:,} tokens: tasks solved [lost, won]\n\n"
-        text += markdown(["scheme", *names], [cells for _, cells in sorted(lines)])
+        kinds, lines = sorted({row["task"] for row in own}), []
+        for (scheme,), alike in grouped(own, ("scheme",)).items():
+            scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
+            lines.append((alike[0]["ratio"], [scheme, *(scores.get(x, "-") for x in kinds)]))
+        text += f"\n### {model}, {context:,} tokens: tasks solved [lost, won]\n\n"
+        text += markdown(["scheme", *kinds], [cells for _, cells in sorted(lines)])
     return text
 
 
 def serve_table(rows: Rows) -> str:
     forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
-    forms |= {"preset": "", "ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ","}
+    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ","}
     return "\n" + columns(latest(rows, KEYS["serve"]), {**forms, "throughput": ".4g"})
 
 
@@ -254,9 +254,7 @@ def steps(results: Path) -> list[Row]:
             same |= {"kind": row["preset"] or "bf16", "size": row["cache_bytes"]}
             found.append(row | same)
     for row in newest("serve", results):
-        kind = row.get("preset") or ("fp8" if row["kv_dtype"].startswith("fp8") else "bf16")
-        if "spectral" in row["backend"].lower() and kind == "bf16":
-            kind = OURS
+        kind = row["kv_dtype"].replace("bfloat16", "bf16")  # or fp8, or a preset
         if row["gpus"] == 1:
             same = {"engine": f"vLLM {row['vllm']}", "kind": kind, "ms": row["tpot_ms"]}
             found.append(row | same | {"size": 1 / row["kv_tokens"]})
@@ -301,22 +299,9 @@ def headline(results: Path = RESULTS) -> str:
     return text
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"headline": headline}
-
-
 def fill(text: str, results: Path = RESULTS) -> str:
-    """A page's text with every table written from its rows.
-
-    Raises:
-        ValueError: a table is asked for that nobody makes.
-    """
-
-    def filled(match: re.Match[str]) -> str:
-        if match[2] not in TABLES:
-            raise ValueError(f"table: expected one of {sorted(TABLES)}, got {match[2]!r}")
-        return f"{match[1]}\n{TABLES[match[2]](results)}\n{match[4]}"
-
-    return MARKED.sub(filled, text)
+    """A page's text with the headline table between its marks."""
+    return MARKED.sub(lambda match: f"{match[1]}\n{headline(results)}\n{match[2]}", text)
 
 
 # ---- plots ---------------------------------------------------------------------------------------

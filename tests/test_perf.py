@@ -713,11 +713,14 @@ def test_the_quality_table():
     for row, score in zip(tasks, (0.9, 0.8), strict=True):
         row |= {"score": score, "flips": [3, 1]}
         del row["kl"], row["kl_median"]
-    text = tables.quality_table([*rows, *tasks])
+    stream = {"model": "m", "text": "a", "context": 4000, "task": "generate", "scheme": "exact"}
+    stream |= {"generated": 2000, "teacher_forced_kl": 0.1, "free_running_kl": 0.2}
+    text = tables.quality_table([*rows, *tasks, stream])
     assert cells_of(text, "fp8")[:4] == ["fp8", "2.00", "2.00", "0.01000"]
     assert cells_of(text, "small")[1:4] == ["11.00", "11.00", "0.20000"]
-    assert cells_of(text, "small")[-2:] == ["+1.00%", "14/20"]
+    assert cells_of(text, "small")[-2:] == ["+1.00%", "7.0"] and "kl over 2 text(s)" in text
     assert cells_of(text, "balanced") == ["balanced", "0.80 [3, 1]"]
+    assert cells_of(text, "exact") == ["exact", "2000", "0.10000", "0.20000"]
 
 
 def test_the_headline(tmp_path):
@@ -727,7 +730,7 @@ def test_the_headline(tmp_path):
     whole += [end_row(16384, "graph", 9.0), end_row(16384, "bare", 3.0, "balanced")]
     whole += [end_row(16384, "graph compiled", 6.0)]
     whole.append(end_row(16384, "bare compiled", 4.0, "balanced", cache_bytes=2.5e8))
-    served = [serve_row("FLASH_ATTN", "auto", 6.0), serve_row("TRITON_ATTN", "auto", 9.0)]
+    served = [serve_row("FLASH_ATTN", "bfloat16", 6.0), serve_row("TRITON_ATTN", "bfloat16", 9.0)]
     served += [serve_row("FLASH_ATTN", "fp8", 5.0), serve_row("FLASH_ATTN", "fp8", 1.0, gpus=2)]
     write_rows(tmp_path, end_to_end=whole)
     text = tables.headline(tmp_path)
@@ -740,7 +743,7 @@ def test_the_headline(tmp_path):
     ]
     compiled = cells_of(text, "a card | transformers, compiled")
     assert compiled[2:] == ["1", "16,384", "6.00", "4.00", "1.50x", "4.00x"]
-    served.append(serve_row("SPECTRAL", "auto", 3.0, kv_tokens=8000))
+    served.append(serve_row("SPECTRAL", "balanced", 3.0, kv_tokens=8000))
     write_rows(tmp_path, serve=served)
     got = cells_of(tables.headline(tmp_path), "a card | vLLM 1.2.3")
     assert got[2:] == ["1", "8,192", "6.00", "5.00", "3.00", "2.00x", "8.00x"]
@@ -752,10 +755,10 @@ def test_the_headline(tmp_path):
 
 
 def test_pages_are_filled(tmp_path):
-    text = "a\n<!-- table: headline -->\nold\n<!-- end of table -->\nb\n"
-    assert "No row yet" in tables.fill(text, tmp_path) and "old" not in tables.fill(text, tmp_path)
-    with pytest.raises(ValueError, match="table: expected"):
-        tables.fill(text.replace("headline", "nobody"), tmp_path)
+    text = "a\n<!-- headline -->\nold\n<!-- end of headline -->\nb\n"
+    filled = tables.fill(text, tmp_path)
+    assert "No row yet" in filled and "old" not in filled and filled.endswith("headline -->\nb\n")
+    assert tables.fill(filled, tmp_path) == filled
     page = tables.results_page(tmp_path)
     assert page.count("No row yet") == len(tables.SECTIONS) and "perf.serve --json" in page
     compress = {"gpu": "a card", "T": 32768, "encode_us": 12.34, "commit": "abc1234"}
@@ -777,7 +780,7 @@ def test_pages_are_filled(tmp_path):
 def test_pages_and_plots_are_of_the_newest_rows():
     """What `python -m perf.tables --write` writes, and nothing else, is in the checkout."""
     readme, hint = (tables.ROOT / "README.md").read_text(), "run python -m perf.tables --write"
-    assert len(tables.MARKED.findall(readme)) == readme.count("<!-- table:") == 1
+    assert len(tables.MARKED.findall(readme)) == 1
     assert tables.fill(readme) == readme, hint
     assert (tables.ROOT / "perf" / "RESULTS.md").read_text() == tables.results_page(), hint
     plots = tables.ROOT / "perf" / "plots"
