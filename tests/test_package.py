@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -98,7 +99,11 @@ def test_a_users_program_is_checked_against_our_types(wheel, tmp_path):
         python = tmp_path / "env" / "bin" / "python"
         command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
         command += ["--config-file=", "--no-incremental", "user.py"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stdout
+        clean = {
+            name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", "MYPYPATH")
+        }
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+        return done.stdout
 
     assert mypy(USER) == "Success: no issues found in 1 source file\n"
     assert '"parse" of "Bands" has incompatible type "int"' in mypy(
