@@ -41,7 +41,16 @@ from ._bits import (
     rank_of,
     subtiles_of,
 )
-from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, cos_sin, natural_lse, row_share
+from ._math import (
+    FULL,
+    LOG2_FULL,
+    ROUND_TO_LOW_BITS,
+    cos_sin,
+    natural_lse,
+    row_of_program,
+    row_share,
+    row_splits,
+)  # fmt: skip
 from .codec import Codec
 from .window import LOG2_E, _launch_window
 
@@ -318,7 +327,7 @@ def _weight_operand(w_hi, w_lo):
     return tl.reshape(tl.permute(tl.join(w_hi, w_lo), [1, 0, 3, 4, 2]), [2, 1, 2, 32])
 
 
-@triton.jit(do_not_specialize=["max_frames", "splits", "Q"])
+@triton.jit(do_not_specialize=["max_frames", "Q"])
 def _attend_operands_kernel(
     k_ptr,
     v_ptr,
@@ -330,7 +339,7 @@ def _attend_operands_kernel(
     c_ptr,
     lse_ptr,
     max_frames,
-    splits,
+    shares,  # of `row_splits`
     Q,
     G,
     strides_pages,  # (page and g of K, page and g of V, row of the block table)
@@ -340,6 +349,7 @@ def _attend_operands_kernel(
     V_GROUPS: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """One split of the pages of one sequence and KV head, for 4 queries: the states of
@@ -347,16 +357,19 @@ def _attend_operands_kernel(
     WORDS: tl.constexpr = rank_of(K_GROUPS) // 16 + 2
     RV: tl.constexpr = rank_of(V_GROUPS)
     blocks = tl.cdiv(Q * HG, 4)
-    split = tl.program_id(0) // blocks
+    program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    splits_of = row_splits(seq_lens_ptr, shares, SINKS, WINDOW, 1, BLOCK_B)
+    b, split, splits = row_of_program(splits_of, program, BLOCK_B)
+    if b >= shares[0]:
+        return
     page, end, stop = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
     lane = tl.arange(0, 32)
     query = block * 4 + tl.arange(0, 4)
     live = query < Q * HG
     # [4], rows of the split's states
-    out = (((b * G + g) * HG + query % HG) * Q + query // HG) * splits + split
+    out = ((program.to(tl.int64) * G + g) * HG + query % HG) * Q + query // HG
     if page < end:
         k_ptr += g * strides_pages[1]
         v_ptr += g * strides_pages[3]
@@ -440,7 +453,8 @@ def _attend_old_cards(
     seq_ids: torch.Tensor | None,
     codec_ids: torch.Tensor | None,
     scale: float,
-    splits: int,
+    shares: tuple[int, int, int],
+    programs: int,
     frames: int,
     tile: dict[str, int],
 ) -> None:
@@ -480,7 +494,7 @@ def _attend_old_cards(
         GROUPS=layout.k.groups,
         **shared,
     )
-    _attend_operands_kernel[(splits * blocks, kv_heads, batch)](
+    _attend_operands_kernel[(programs * blocks, kv_heads)](
         k_pages,
         v_pages,
         u,
@@ -491,13 +505,14 @@ def _attend_old_cards(
         c,
         lse,
         frames,
-        splits,
+        shares,
         queries,
         kv_heads,
         (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
         SINKS=sinks,
+        BLOCK_B=_launch.next_power_of_2(batch),
         **shared,
     )
     if exact is not None:
