@@ -59,7 +59,7 @@ def test_the_wheel_needs_torch_and_triton_alone(wheel):
     )
     assert {name for name, rest in needed if "extra ==" not in rest} == {"torch", "triton"}
     extras = {match for _, rest in needed for match in re.findall(r"extra == ['\"](\w+)", rest)}
-    assert extras >= {"hf", "perf", "dev"}
+    assert extras >= {"hf", "vllm", "perf", "dev"}
 
 
 def test_entry_points_lead_to_functions(wheel):

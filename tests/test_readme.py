@@ -131,6 +131,7 @@ def check_module(module: str, arguments: list[str]) -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("text", commands())
 def test_a_command_exists(text):
     """Not run here (they install, measure, or are the tests): the program, its options, the
