@@ -229,6 +229,8 @@ def results_page(results: Path = RESULTS) -> str:
     """perf/RESULTS.md."""
     text = "# Results\n\nWritten by `python -m perf.tables --write` from the newest rows of "
     text += "perf/results; columns are explained at the top of each `perf/NAME.py`.\n"
+    for name, (make, _, y) in PLOTS.items():
+        text += f"\n![{y}](plots/{name}.svg)\n" if make(results) else ""
     for name, (table, title) in SECTIONS.items():
         rows = newest(name, results)
         text += f"\n## {title}\n"

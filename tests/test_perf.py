@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -782,7 +783,11 @@ def test_pages_and_plots_are_of_the_newest_rows():
     readme, hint = (tables.ROOT / "README.md").read_text(), "run python -m perf.tables --write"
     assert len(tables.MARKED.findall(readme)) == 1
     assert tables.fill(readme) == readme, hint
-    assert (tables.ROOT / "perf" / "RESULTS.md").read_text() == tables.results_page(), hint
+    page = tables.results_page()
+    assert (tables.ROOT / "perf" / "RESULTS.md").read_text() == page, hint
+    for text, most in ((page, 10), (readme.split("end of headline")[0], tables.HEADLINE)):
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            assert table.count("\n") <= most + 2, table
     plots = tables.ROOT / "perf" / "plots"
     want = {name: make(tables.RESULTS) for name, (make, _, _) in tables.PLOTS.items()}
     assert {path.stem: tables.plotted(path) for path in plots.iterdir()} == {
