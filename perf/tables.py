@@ -171,6 +171,14 @@ def newest(name: str, results: Path = RESULTS) -> list[Row]:
     return latest(rows, KEYS[name])
 
 
+def mean(rows: Rows, name: str) -> float | None:
+    """Of the rows that have the field: geometric of a KL, as texts differ by orders of magnitude."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if values and "kl" in name.split("_"):
+        return statistics.geometric_mean(max(x, 1e-12) for x in values)
+    return statistics.fmean(values) if values else None
+
+
 def quality_table(rows: Rows) -> str:
     """Means over texts of each scheme, of predicted and of generated tokens; then the share of
     tasks' prompts that are solved, with those that only dense attention or the scheme solves."""
@@ -182,14 +190,11 @@ def quality_table(rows: Rows) -> str:
     for names, needed in ((forms, "kl"), (generated, "free_running_kl")):
         own = [row for row in rows if needed in row]
         for (model, context), same in grouped(own, ("model", "context")).items():
-            found = []
+            found: list[Row] = []
             for (scheme,), alike in grouped(same, ("scheme",)).items():
-                row: Row = {"scheme": scheme}
-                for name in names:
-                    values = [x[name] for x in alike if name != "scheme" and name in x]
-                    row |= {name: statistics.fmean(values)} if values else {}
-                found.append(row)
-            found.sort(key=lambda row: row.get("ratio", 0))
+                means = {name: mean(alike, name) for name in names if name != "scheme"}
+                found.append({"scheme": scheme, **means})
+            found.sort(key=lambda row: row.get("ratio") or 0)
             count = len({row["text"] for row in same})
             text += f"\n### {model}, {context:,} tokens, {needed} over {count} text(s)\n\n"
             text += columns(found, names)
@@ -341,13 +346,12 @@ def reads(results: Path) -> Plot:
 
 
 def pareto(results: Path) -> Plot:
-    """KL (mean over texts) against the ratio of bytes, a panel a model and context."""
+    """KL (over texts) against the ratio of bytes, a panel a model and context."""
     panels: Plot = {}
     rows = [row for row in newest("quality", results) if "kl" in row and row["scheme"] != "exact"]
     for (model, context, scheme), own in grouped(rows, ("model", "context", "scheme")).items():
-        point = [statistics.fmean(row[name] for row in own) for name in ("ratio", "kl")]
         panel = panels.setdefault(f"{model}, {context:,} tokens", {})
-        panel[scheme] = [[float(f"{x:.4g}") for x in point]]
+        panel[scheme] = [[float(f"{mean(own, name):.4g}") for name in ("ratio", "kl")]]
     return dict(list(panels.items())[-4:])
 
 
