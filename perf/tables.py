@@ -172,7 +172,7 @@ def newest(name: str, results: Path = RESULTS) -> list[Row]:
 
 
 def mean(rows: Rows, name: str) -> float | None:
-    """Of the rows that have the field: geometric of a KL, as texts differ by orders of magnitude."""
+    """Of the rows that have the field: of a KL the geometric one, as texts differ much."""
     values = [row[name] for row in rows if row.get(name) is not None]
     if values and "kl" in name.split("_"):
         return statistics.geometric_mean(max(x, 1e-12) for x in values)
