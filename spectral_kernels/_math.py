@@ -120,20 +120,23 @@ def _pages_of(seq_len, SINKS: tl.constexpr, WINDOW: tl.constexpr):
 @triton.jit
 def row_splits(
     seq_lens_ptr,
-    shares,  # (B, programs, programs where these would take less than 6 turns)
+    B,
+    programs,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     TURN: tl.constexpr,
+    FEW: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Splits of every row's pages, [BLOCK_B]: the programs shared out by turns of TURN pages. A row
-    with pages has one at least, so that all are below programs + B."""
+    """Splits of every row's pages, [BLOCK_B]: the programs, of six only FEW where these take less
+    than six turns, shared out by turns of TURN pages. A row with pages has one at least, so that
+    all are below programs + B."""
     b = tl.arange(0, BLOCK_B)
-    seq_lens = tl.load(seq_lens_ptr + b, mask=b < shares[0], other=0)
+    seq_lens = tl.load(seq_lens_ptr + b, mask=b < B, other=0)
     pages, _ = _pages_of(seq_lens, SINKS, WINDOW)
     turns = tl.cdiv(pages, TURN)
     total = tl.sum(turns, 0)
-    programs = tl.where(total < 6 * shares[1], shares[2], shares[1])
+    programs = tl.where(total < 6 * programs, tl.maximum(programs * FEW // 6, 1), programs)
     splits = turns * programs // tl.maximum(total, 1)
     return tl.minimum(tl.maximum(splits, 1), turns)
 

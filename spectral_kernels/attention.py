@@ -526,7 +526,7 @@ def _pages_split(
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
 
-@triton.jit(do_not_specialize=["u_frames"])
+@triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
     freqs_ptr,
@@ -549,9 +549,9 @@ def _attend_spectral_kernel(
     exact_o_ptr,
     exact_lse_ptr,
     u_frames,
-    shares,  # of `row_splits`
+    B,
+    programs,  # of `row_splits`
     Q,
-    G,
     softmax_scale,
     strides_q,  # (b, h, q)
     strides_pages,  # (page and g of K, page and g of V, row of the block table)
@@ -561,7 +561,7 @@ def _attend_spectral_kernel(
     K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N); RING 0: pages alone
-    TILE: tl.constexpr,  # (ROWS, M, W, BLOCK_B)
+    TILE: tl.constexpr,  # (ROWS, M, W, FEW, BLOCK_B)
     PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, MATRIX, NATIVE)
 ):
     """The exact tokens (`window_split`) of all rows, which start first, and the splits of their
@@ -570,17 +570,19 @@ def _attend_spectral_kernel(
     ROWS: tl.constexpr = TILE[0]
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
         tl.extra.cuda.gdc_launch_dependents()
-    g = tl.program_id(0).to(tl.int64)
+    g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     exact_programs = 0
     if EXACT[2] > 0:
-        exact_programs = shares[0] * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
+        exact_programs = B * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
     if tl.program_id(1) >= exact_programs:
         blocks = tl.cdiv(Q * HG, ROWS)
         program = (tl.program_id(1) - exact_programs) // blocks
         block = (tl.program_id(1) - exact_programs) % blocks
-        splits_of = row_splits(seq_lens_ptr, shares, EXACT[0], EXACT[1], TILE[2], TILE[3])
-        b, split, splits = row_of_program(splits_of, program, TILE[3])
-        if b < shares[0]:
+        splits_of = row_splits(
+            seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
+        )
+        b, split, splits = row_of_program(splits_of, program, TILE[4])
+        if b < B:
             codec_row = g
             if codec_ids_ptr is not None:
                 codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
@@ -616,12 +618,12 @@ def _attend_spectral_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "programs"])
 def _finish_spectral_kernel(
     c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, seq_lens_ptr, codec_ids_ptr, out_ptr,
-    out_lse_ptr, shares, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
+    out_lse_ptr, B, programs, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
+    FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the states of the splits of one query with those of its exact tokens, in a fixed order,
     BLOCK_D dimensions a program and BLOCK_N splits at a time; the V basis is applied once.
@@ -647,7 +649,7 @@ def _finish_spectral_kernel(
     inside = (r < RV)[:, None] & (d < D)[None, :]
     if not LATE:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
-    splits_of = row_splits(seq_lens_ptr, shares, EXACT[0], EXACT[1], TURN, BLOCK_B)
+    splits_of = row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
     rows = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
@@ -704,7 +706,9 @@ class Plan:
     blocks: int  # programs for the queries of a KV head
     m: int  # rows of a projection at once
     warps: int  # pages that a program works on at once
-    shares: tuple[int, int, int]  # of `row_splits`
+    programs: int  # that share out all rows' pages, a KV head and block of queries
+    few: int  # of six of them where they would take little each
+    block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
     frames: int  # that queries are projected for: of a split at most, or of a row
     window: dict[str, int]  # window.window_tile, SPLITS 0 without exact tokens
@@ -745,9 +749,9 @@ def plan_launch(
 ) -> Plan:
     """The launch of `attend_spectral` for a capacity of max_pages a row: no length decides it.
 
-    As many programs as are resident; where a warp of these would take less than six pages, fewer,
-    as a program's start and end then cost as much as its pages. A row that gets n programs, rounded
-    down, has less than twice the pages that a program of all rows' has.
+    As many programs as are resident, or some rounds of them; where a warp of these would take less
+    than six pages, fewer, as a program's start and end then cost as much as its pages. A row that
+    gets n programs, rounded down, has less than twice the pages that a program of all rows' has.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
@@ -770,14 +774,19 @@ def plan_launch(
         options = {"num_stages": 1, "num_warps": 1}
     blocks = _launch.cdiv(group * queries, rows)
     turns, cores = _launch.cdiv(max_pages, warps), _launch.multiprocessors(device)
-    programs = few = 2 * batch
+    programs = 2 * batch
     if device.type == "cuda":
-        programs, fewer = resident * cores, max(1, resident - 1) * cores if matrix else 0
-        programs, few = (max(1, n // (kv_heads * blocks)) for n in (programs, fewer or programs))
-    if num_splits:
-        programs = few = num_splits * batch
+        programs = max(1, resident * cores // (kv_heads * blocks))
+        # Rows of one length share programs evenly: as many rounds of them as leave few idle.
+        rows_of = max(1, batch)
+        rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
+        programs *= next(rounds, 1)
+    programs = num_splits * batch if num_splits else programs
+    few = 4 if matrix and resident > 1 and num_splits is None else 6
+    # Kernels are compiled for few sizes of a batch.
+    block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
     states = min(programs + batch - 1, batch * turns)
-    share = min(turns, 2 * _launch.cdiv(batch * turns, few)) * warps
+    share = min(turns, 2 * _launch.cdiv(batch * turns, max(1, programs * few // 6))) * warps
     window = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 0}
     if slots:
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
@@ -785,8 +794,8 @@ def plan_launch(
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
     else:
         frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
-    shares = (batch, programs, few)
-    return Plan(rows, blocks, m, warps, shares, states, frames, window, matrix, options)
+    sizes = (rows, blocks, m, warps, programs, few, block_b, states, frames)
+    return Plan(*sizes, window, matrix, options)
 
 
 def attend_workspace(
@@ -933,8 +942,7 @@ def attend_spectral(
             _attend_old_cards(
                 q4, k_pages, v_pages, codec, block_table, seq_lens, exact,
                 (states[0].view(torch.int32), *states[2:]), sinks=sinks, window=window,
-                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, shares=plan.shares,
-                programs=plan.states, frames=plan.frames, tile=plan.window,
+                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, plan=plan,
             )  # fmt: skip
         _launch_finish(
             states[2:], codec, seq_lens, codec_ids, out, lse, q4.shape, (sinks, window), plan
@@ -970,7 +978,7 @@ def _launch_pages(
     _attend_spectral_kernel[grid](
         q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale,
         k_pages, v_pages, *exact, *tables, u.view(torch.int8), affine, c, split_lse,
-        exact_o, exact_lse, plan.frames, plan.shares, queries, codec.kv_heads, scale,
+        exact_o, exact_lse, plan.frames, batch, plan.programs, queries, scale,
         q.stride()[:3],
         (*k_pages.stride()[:2], *v_pages.stride()[:2], tables[0].stride(0)),
         (*exact[0].stride()[:3], *exact[1].stride()[:3]),
@@ -979,7 +987,7 @@ def _launch_pages(
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
         EXACT=(*exact_slots, tile["SPLITS"], tile["BLOCK_M"], tile["BLOCK_N"]),
-        TILE=(plan.rows, plan.m, plan.warps, _launch.next_power_of_2(batch)),
+        TILE=(plan.rows, plan.m, plan.warps, plan.few, plan.block_b),
         PATH=(overlap, overlap and after_append, True, _launch.is_native(q)),
         launch_pdl=overlap and after_append,
         **plan.options,
@@ -1000,7 +1008,7 @@ def _launch_finish(
     held = (block_n + block_d) * rank  # numbers in registers
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
-        *states, codec.v_basis, seq_lens, codec_ids, out, lse, plan.shares, queries,
+        *states, codec.v_basis, seq_lens, codec_ids, out, lse, batch, plan.programs, queries,
         codec.kv_heads,
         HG=heads // codec.kv_heads,
         D=dim,
@@ -1009,7 +1017,8 @@ def _launch_finish(
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         TURN=plan.warps,
-        BLOCK_B=_launch.next_power_of_2(batch),
+        FEW=plan.few,
+        BLOCK_B=plan.block_b,
         LATE=block_d > 32,
         OVERLAP=overlap,
         launch_pdl=overlap,

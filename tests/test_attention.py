@@ -230,15 +230,15 @@ def test_splits(rng, num_splits):
 
 @triton.jit
 def _programs_kernel(
-    seq_lens_ptr, out_ptr, shares, SINKS: tl.constexpr, WINDOW: tl.constexpr, TURN: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    seq_lens_ptr, out_ptr, B, programs, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """(row, first page, end) of every program, or (-1, 0, 0)."""
     program = tl.program_id(0)
-    splits_of = row_splits(seq_lens_ptr, shares, SINKS, WINDOW, TURN, BLOCK_B)
+    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, TURN, FEW, BLOCK_B)
     b, split, splits = row_of_program(splits_of, program, BLOCK_B)
     tl.store(out_ptr + program * 3, -1)
-    if b < shares[0]:
+    if b < B:
         page, end, _ = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, TURN)
         tl.store(out_ptr + program * 3, b)
         tl.store(out_ptr + program * 3 + 1, page)
@@ -269,8 +269,8 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
     assert plan.warps == turn
     out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
     _programs_kernel[(plan.states,)](
-        int32(seq_lens), out, plan.shares, sinks, window, turn,
-        BLOCK_B=_launch.next_power_of_2(batch),
+        int32(seq_lens), out, batch, plan.programs, sinks, window, turn, FEW=plan.few,
+        BLOCK_B=plan.block_b,
     )  # fmt: skip
     pages = [-(-max(n - window, 0) // PAGE) if n - window > sinks else 0 for n in seq_lens]
     covered: list[list[int]] = [[] for _ in seq_lens]
@@ -282,7 +282,8 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
             if turn == 4:  # elsewhere a whole row is projected at once
                 assert (end - 1) * PAGE // layout.frame - page * PAGE // layout.frame < plan.frames
     assert covered == [list(range(n)) for n in pages]
-    assert max(shares) <= turn * (2 * -(-sum(-(-n // turn) for n in pages) // plan.shares[2]))
+    turns, programs = sum(-(-n // turn) for n in pages), max(1, plan.programs * plan.few // 6)
+    assert max(shares) <= turn * 2 * -(-turns // programs)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
