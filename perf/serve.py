@@ -216,8 +216,10 @@ class Served:
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
-    known = {2**i for i in range(args.seqs.bit_length())} | {b for b, _ in args.cells}
-    return sorted(x for x in known | {args.seqs} if x <= args.seqs)
+    """Batches that graphs are captured of: those of the cells, and some of a full pool."""
+    known = {1, 2, 4, 8} | {b for b, _ in args.cells}
+    known |= set(range(16, args.seqs + 1, 16)) if args.full else set()
+    return sorted(x for x in known if x <= args.seqs)
 
 
 def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path) -> None:
@@ -228,17 +230,19 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         served.generate(prompts(1, warm, served.vocabulary, first=9000), 4)
         served.generate(prompts(2, 300, served.vocabulary, first=9000), 4)
         served.llm.reset_prefix_cache()
-    for batch, tokens in [] if args.check else args.cells:
-        rows.append(served.time(batch, tokens, args))
     for row in rows:
         append(results, {**served.row, **row})
+    for batch, tokens in [] if args.check else args.cells:
+        append(results, {**served.row, **served.time(batch, tokens, args)})
     if args.full and not args.check:
         append(results, {**served.row, **served.fill(args)})
 
 
 def append(path: Path, row: Row) -> None:
+    text = json.dumps(row if "tokens" in row else rounded(row))
+    print("ROW", text, flush=True)  # in the log, which a killed run leaves
     with path.open("a") as file:
-        file.write(json.dumps(row if "tokens" in row else rounded(row)) + "\n")
+        file.write(f"{text}\n")
 
 
 # ---- all backends --------------------------------------------------------------------------------
@@ -259,8 +263,9 @@ def environment(folder: Path) -> dict[str, str]:
         path.append(str(folder))
     path += filter(None, [os.environ.get("PYTHONPATH")])
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    # Without the second every engine start on Hopper wants FlashInfer.
-    quiet["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    # Without the first every engine start on Hopper wants FlashInfer; without the second a process
+    # that has looked for a GPU cannot be forked.
+    quiet |= {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn"}
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
@@ -278,7 +283,8 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
                 if not codec.exists():
                     make_codec(args.shape, kind, codec)
                 extra += ["--codec", str(codec)]
-            results, log = folder / "results.jsonl", folder / "log.txt"
+            results = folder / "results.jsonl"
+            log = (args.logs or folder) / f"{backend.replace(':', '-')}-{args.tp}.log"
             results.write_text("")
             begin = time.perf_counter()
             with log.open("w") as file:
@@ -338,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     lengths = [4096, 8192, 16384, 32768]
     add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
+    add("--logs", type=Path, help="a folder to keep the engines' logs in")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
     common_arguments(parser, "serve.jsonl")
     for name in ("--one", "--folder"):
