@@ -521,7 +521,7 @@ class SpectralImpl(AttentionImpl[SpectralMetadata]):
         )  # fmt: skip
 
     def _short(self, chunk: Chunk, query, key, value, output) -> None:
-        """A few tokens on a past: QUERIES at a time, the last that many with some before them again;
+        """A few tokens on a past, QUERIES at a time; the last so many, with some before them again;
         fewer one by one. (Kernels are compiled for each number of queries.)"""
         size = min(QUERIES, self.engine.window)
         size = size if chunk.new >= size else 1
