@@ -29,7 +29,7 @@ LAYERS = {
     "_launch": 0,
     "_math": 0,
     "_bits": 0,
-    "_requests": 0,
+    "_requests": 2,
     "layout": 1,
     "codec": 2,
     "merge": 2,
