@@ -112,13 +112,55 @@ def cos_sin_of_phase(phase, FAST: tl.constexpr):
 
 
 @triton.jit
+def _pages_of(seq_len, SINKS: tl.constexpr, WINDOW: tl.constexpr):
+    """(pages of a row that are attended, the end of the positions that they are attended for)."""
+    stop = tl.maximum(seq_len - WINDOW, 0)
+    return tl.where(stop > SINKS, tl.cdiv(stop, 64), 0), stop
+
+
+@triton.jit
+def row_splits(
+    seq_lens_ptr,
+    B,
+    programs,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TURN: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Splits of every row's pages, [BLOCK_B]: the programs, of six only FEW where these take less
+    than six turns, shared out by turns of TURN pages. A row with pages has one at least, so that
+    all are below programs + B."""
+    b = tl.arange(0, BLOCK_B)
+    seq_lens = tl.load(seq_lens_ptr + b, mask=b < B, other=0)
+    pages, _ = _pages_of(seq_lens, SINKS, WINDOW)
+    turns = tl.cdiv(pages, TURN)
+    total = tl.sum(turns, 0)
+    programs = tl.where(total < 6 * programs, tl.maximum(programs * FEW // 6, 1), programs)
+    splits = turns * programs // tl.maximum(total, 1)
+    return tl.minimum(tl.maximum(splits, 1), turns)
+
+
+@triton.jit
+def row_of_program(splits, program, BLOCK_B: tl.constexpr):
+    """(row int64, split of it, its splits) of a program of all rows' (`row_splits`), which stand
+    one after another; the row is BLOCK_B where there are not as many."""
+    b = tl.arange(0, BLOCK_B)
+    ends = tl.cumsum(splits, 0)
+    row = tl.sum((ends <= program).to(tl.int32), 0)
+    before = tl.sum(tl.where(b < row, splits, 0), 0)
+    splits = tl.sum(tl.where(b == row, splits, 0), 0)
+    return row.to(tl.int64), program - before, splits
+
+
+@triton.jit
 def row_share(
     seq_len, split, splits, SINKS: tl.constexpr, WINDOW: tl.constexpr, TURN: tl.constexpr
 ):
     """(first page of a split, its end, the end of the positions that pages are attended for): whole
     turns of TURN pages, shared out evenly."""
-    stop = tl.maximum(seq_len - WINDOW, 0)
-    pages = tl.where(stop > SINKS, tl.cdiv(stop, 64), 0)
+    pages, stop = _pages_of(seq_len, SINKS, WINDOW)
     share = tl.cdiv(tl.cdiv(pages, TURN), splits) * TURN
     return split * share, tl.minimum(split * share + share, pages), stop
 

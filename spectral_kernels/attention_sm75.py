@@ -41,7 +41,17 @@ from ._bits import (
     rank_of,
     subtiles_of,
 )
-from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY, cos_sin, natural_lse, row_share
+from ._math import (
+    FULL,
+    LOG2_FULL,
+    ROUND_TO_LOW_BITS,
+    TINY,
+    cos_sin,
+    natural_lse,
+    row_of_program,
+    row_share,
+    row_splits,
+)  # fmt: skip
 from .codec import Codec
 from .window import LOG2_E, _launch_window
 
@@ -318,7 +328,7 @@ def _weight_operand(w_hi, w_lo):
     return tl.reshape(tl.permute(tl.join(w_hi, w_lo), [1, 0, 3, 4, 2]), [2, 1, 2, 32])
 
 
-@triton.jit(do_not_specialize=["max_frames", "splits", "Q"])
+@triton.jit(do_not_specialize=["max_frames", "B", "programs", "Q"])
 def _attend_operands_kernel(
     k_ptr,
     v_ptr,
@@ -330,7 +340,8 @@ def _attend_operands_kernel(
     c_ptr,
     lse_ptr,
     max_frames,
-    splits,
+    B,
+    programs,  # of `row_splits`
     Q,
     G,
     strides_pages,  # (page and g of K, page and g of V, row of the block table)
@@ -340,6 +351,7 @@ def _attend_operands_kernel(
     V_GROUPS: tl.constexpr,
     SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """One split of the pages of one sequence and KV head, for 4 queries: the states of
@@ -347,16 +359,19 @@ def _attend_operands_kernel(
     WORDS: tl.constexpr = rank_of(K_GROUPS) // 16 + 2
     RV: tl.constexpr = rank_of(V_GROUPS)
     blocks = tl.cdiv(Q * HG, 4)
-    split = tl.program_id(0) // blocks
+    program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
+    b, split, splits = row_of_program(splits_of, program, BLOCK_B)
+    if b >= B:
+        return
     page, end, stop = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
     lane = tl.arange(0, 32)
     query = block * 4 + tl.arange(0, 4)
     live = query < Q * HG
     # [4], rows of the split's states
-    out = (((b * G + g) * HG + query % HG) * Q + query // HG) * splits + split
+    out = ((program.to(tl.int64) * G + g) * HG + query % HG) * Q + query // HG
     if page < end:
         k_ptr += g * strides_pages[1]
         v_ptr += g * strides_pages[3]
@@ -440,14 +455,12 @@ def _attend_old_cards(
     seq_ids: torch.Tensor | None,
     codec_ids: torch.Tensor | None,
     scale: float,
-    splits: int,
-    frames: int,
-    tile: dict[str, int],
+    plan: Any,
 ) -> None:
     """What `_attend_spectral_kernel` does in `attend_spectral`, whose arguments these are.
 
-    q [B, H, Q, D]; states, which are written: u int32 of `frames` frames a row, c and lse of the
-    splits, o and lse of the exact tokens (tile: their `window_tile`).
+    q [B, H, Q, D]; plan: the call's `attention.Plan`; states, which are written: u int32 of
+    plan.frames frames a row, c and lse of the splits, o and lse of the exact tokens.
     """
     (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
     u, c, lse, exact_o, exact_lse = states
@@ -461,7 +474,7 @@ def _attend_old_cards(
         "num_warps": 1,
         "num_stages": 1,
     }
-    _project_operand_kernel[(frames * blocks, kv_heads, batch)](
+    _project_operand_kernel[(plan.frames * blocks, kv_heads, batch)](
         q,
         codec.freqs,
         codec.k_basis,
@@ -470,7 +483,7 @@ def _attend_old_cards(
         seq_lens,
         codec_ids,
         u,
-        frames,
+        plan.frames,
         queries,
         kv_heads,
         scale * LOG2_E,
@@ -480,7 +493,7 @@ def _attend_old_cards(
         GROUPS=layout.k.groups,
         **shared,
     )
-    _attend_operands_kernel[(splits * blocks, kv_heads, batch)](
+    _attend_operands_kernel[(plan.states * blocks, kv_heads)](
         k_pages,
         v_pages,
         u,
@@ -490,18 +503,20 @@ def _attend_old_cards(
         codec_ids,
         c,
         lse,
-        frames,
-        splits,
+        plan.frames,
+        batch,
+        plan.programs,
         queries,
         kv_heads,
         (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
         SINKS=sinks,
+        BLOCK_B=plan.block_b,
         **shared,
     )
     if exact is not None:
         _launch_window(
             q, *exact, seq_lens, seq_ids, exact_o, exact_lse,
-            scale=scale, sinks=sinks, window=window, matrix=False, tile=tile,
+            scale=scale, sinks=sinks, window=window, matrix=False, tile=plan.window,
         )  # fmt: skip

@@ -95,6 +95,12 @@ class Codec:
         """Bytes of all tensors."""
         return sum(getattr(self, name).nbytes for name in ("freqs", *_SIDES))
 
+    def of_heads(self, first: int, count: int) -> Codec:
+        """The codec of the KV heads first .. first + count - 1, in memory of its own."""
+        tensors = {name: getattr(self, name)[:, first : first + count] for name in _SIDES}
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
+        return Codec(self.layout, self.freqs, **tensors)
+
     def to(self, device: torch.device | str) -> Codec:
         """The same on another device."""
         tensors = {
@@ -129,6 +135,22 @@ class ModelCodec:
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
         if self.window < 1:
             raise ValueError(f"window: expected at least 1, got {self.window}")
+
+    @classmethod
+    def exact(cls, layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
+        """A codec that nothing is read from: all of so many tokens are in the window."""
+        bands = Bands.parse("16x2")
+        shapes = {"freqs": (dim // 2,), "k_mean": (1, heads, dim), "k_offset": (1, heads, 16)}
+        for side in ("k", "v"):
+            shapes |= {f"{side}_basis": (1, heads, 16, dim), f"{side}_scale": (1, heads, 16)}
+            shapes[f"{side}_encoder"] = (1, heads, dim, 16)
+        dtypes = {"freqs": torch.int64, "k_basis": torch.int8, "v_basis": torch.int8}
+        tensors = {
+            name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32))
+            for name, shape in shapes.items()
+        }
+        codec = Codec(PageLayout(bands, bands, dim), **tensors)
+        return cls((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
     @property
     def nbytes(self) -> int:

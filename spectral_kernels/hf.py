@@ -46,7 +46,7 @@ from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
 from .compress import append
-from .layout import HEAD_DIMS, PAGE_SIZE, Bands, PageLayout
+from .layout import HEAD_DIMS, PAGE_SIZE
 
 NAME = "spectral"
 PRESETS = ("exact", "quality", "balanced", "small")
@@ -496,7 +496,7 @@ class Handle:
         """The memory of a cache that knows its rows, room, dtype, device and shape of keys."""
         codec, drafts = self.codec, DRAFTS
         if codec is None:
-            codec, drafts = _exact_codec(len(self.links), *cache.shape, cache.capacity), 0
+            codec, drafts = ModelCodec.exact(len(self.links), *cache.shape, cache.capacity), 0
         return SpectralCache(
             codec.to(cache.device), max_seqs=cache.batch, max_tokens=cache.capacity, drafts=drafts,
             query_heads=self._config.num_attention_heads, dtype=cache.dtype, device=cache.device,
@@ -791,19 +791,6 @@ def _codec(model: PreTrainedModel, preset: str, codec: Any, tokenizer: Any) -> M
     if wanted != got:
         raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
     return codec
-
-
-def _exact_codec(layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
-    """A codec that nothing is read from: all of so many tokens are in the window."""
-    bands, zeros = Bands.parse("16x2"), torch.zeros
-    tensors = {"freqs": zeros(dim // 2, dtype=torch.int64)}
-    for side in ("k", "v"):
-        tensors[f"{side}_basis"] = zeros(1, heads, 16, dim, dtype=torch.int8)
-        tensors[f"{side}_scale"] = zeros(1, heads, 16)
-        tensors[f"{side}_encoder"] = zeros(1, heads, dim, 16)
-    tensors |= {"k_mean": zeros(1, heads, dim), "k_offset": zeros(1, heads, 16)}
-    codec = Codec(PageLayout(bands, bands, dim), **tensors)
-    return ModelCodec((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
 
 def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from reference import attention as oracle
 from reference import compress as compress_oracle
@@ -15,6 +17,8 @@ from reference import rope as rope_oracle
 from reference import window as window_oracle
 from reference.compress import PageArrays
 from spectral_kernels import _launch, attention, merge, window
+from spectral_kernels._math import row_of_program, row_share, row_splits
+from spectral_kernels.layout import Bands, PageLayout
 from tests import budgets
 from tests.cases import (
     ATTENTION_IMPLEMENTATIONS,
@@ -26,6 +30,7 @@ from tests.cases import (
     ExactTokens,
     PageSpec,
     Queries,
+    int32,
     is_slow,
     make_exact_tokens,
     make_pages,
@@ -220,6 +225,71 @@ def test_splits(rng, num_splits):
     tokens = make_exact_tokens(rng, lengths=(10, 280), kv_heads=1, head_dim=64, sinks=2, window=40)
     check_spectral("triton", arrays, queries, num_splits=num_splits)
     check_spectral("triton", arrays, queries, tokens=tokens, num_splits=num_splits)
+
+
+@triton.jit
+def _programs_kernel(
+    seq_lens_ptr, out_ptr, B, programs, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """(row, first page, end) of every program, or (-1, 0, 0)."""
+    program = tl.program_id(0)
+    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, TURN, FEW, BLOCK_B)
+    b, split, splits = row_of_program(splits_of, program, BLOCK_B)
+    tl.store(out_ptr + program * 3, -1)
+    if b < B:
+        page, end, _ = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, TURN)
+        tl.store(out_ptr + program * 3, b)
+        tl.store(out_ptr + program * 3 + 1, page)
+        tl.store(out_ptr + program * 3 + 2, end)
+
+
+@pytest.mark.parametrize(
+    ("turn", "kv_heads", "num_splits"), [(4, 8, None), (4, 64, None), (4, 8, 3), (1, 16, None)]
+)
+@pytest.mark.parametrize(
+    "seq_lens",
+    [
+        [0], [1], [70_000], [64 * 700 + 1] * 4, [0, 0, 0], [131_072] + [2048] * 63,
+        [5, 0, 300, 20_000, 0, 64], [64] * 40, [131_072] * 3 + [0] * 10,
+    ],
+)  # fmt: skip
+def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypatch):
+    """Every page of every row has one program; the plan has room for them and for the frames of
+    the longest share; a long row beside short ones is shared as rows of its length are."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    sinks, window, capacity, batch = 4, 64, 2048, len(seq_lens)
+    layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), 64)
+    device = torch.device("cuda:0")  # named only
+    monkeypatch.setattr(_launch, "has_large_shared_memory", lambda device: True)
+    plan = attention.plan_launch(
+        layout, batch, kv_heads, 4, 1, capacity, 0, device, num_splits, turn == 4
+    )
+    assert plan.warps == turn
+    out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
+    _programs_kernel[(plan.states,)](
+        int32(seq_lens), out, batch, plan.programs, sinks, window, turn, FEW=plan.few,
+        BLOCK_B=plan.block_b,
+    )  # fmt: skip
+    pages = [-(-max(n - window, 0) // PAGE) if n - window > sinks else 0 for n in seq_lens]
+    covered: list[list[int]] = [[] for _ in seq_lens]
+    shares = [0]
+    for row, page, end in out.tolist():
+        if row >= 0 and page < end:
+            covered[row] += range(page, end)
+            shares.append(end - page)
+            if turn == 4:  # elsewhere a whole row is projected at once
+                assert (end - 1) * PAGE // layout.frame - page * PAGE // layout.frame < plan.frames
+    assert covered == [list(range(n)) for n in pages]
+    turns, programs = sum(-(-n // turn) for n in pages), max(1, plan.programs * plan.few // 6)
+    assert max(shares) <= turn * 2 * -(-turns // programs)
+
+
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
+def test_a_long_row_beside_short_ones(rng, implementation):
+    spec = PageSpec("16x8", "32x4", 64, 1, (5, 64 * 45 + 3, 0, 70, 1), 64)
+    queries = make_queries(rng, shape=(5, 2, 1, 64), size=2.0)
+    check_spectral(implementation, make_pages(rng, spec), queries)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
