@@ -554,7 +554,7 @@ def serve() -> None:
         with tempfile.TemporaryFile("w+") as output:
             child = os.fork()
             if child == 0:
-                signal.alarm(3600)
+                signal.alarm(300 * len(job["tests"]))
                 os.dup2(output.fileno(), 1)
                 os.dup2(output.fileno(), 2)
                 os.chdir(job["tree"])
