@@ -330,30 +330,16 @@ def _weight_operand(w_hi, w_lo):
 
 @triton.jit(do_not_specialize=["max_frames", "B", "programs", "Q"])
 def _attend_operands_kernel(
-    k_ptr,
-    v_ptr,
-    u_ptr,
-    v_scale_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
-    c_ptr,
-    lse_ptr,
+    k_ptr, v_ptr, u_ptr, v_scale_ptr, block_table_ptr, seq_lens_ptr, codec_ids_ptr, c_ptr, lse_ptr,
     max_frames,
     B,
     programs,  # of `row_splits`
     Q,
     G,
     strides_pages,  # (page and g of K, page and g of V, row of the block table)
-    HG: tl.constexpr,
-    FRAME: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
+    HG: tl.constexpr, FRAME: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_B: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
     """One split of the pages of one sequence and KV head, for 4 queries: the states of
     `_attend_spectral_kernel`."""
     WORDS: tl.constexpr = rank_of(K_GROUPS) // 16 + 2
@@ -441,22 +427,12 @@ def operand_words(rank: int) -> int:
 
 
 def _attend_old_cards(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    codec: Codec,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    exact: tuple[torch.Tensor, torch.Tensor] | None,
-    states: tuple[torch.Tensor, ...],
-    *,
-    sinks: int,
-    window: int,
-    seq_ids: torch.Tensor | None,
-    codec_ids: torch.Tensor | None,
-    scale: float,
-    plan: Any,
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
+    block_table: torch.Tensor, seq_lens: torch.Tensor,
+    exact: tuple[torch.Tensor, torch.Tensor] | None, states: tuple[torch.Tensor, ...], *,
+    sinks: int, window: int, seq_ids: torch.Tensor | None, codec_ids: torch.Tensor | None,
+    scale: float, plan: Any,
+) -> None:  # fmt: skip
     """What `_attend_spectral_kernel` does in `attend_spectral`, whose arguments these are.
 
     q [B, H, Q, D]; plan: the call's `attention.Plan`; states, which are written: u int32 of
@@ -475,46 +451,17 @@ def _attend_old_cards(
         "num_stages": 1,
     }
     _project_operand_kernel[(plan.frames * blocks, kv_heads, batch)](
-        q,
-        codec.freqs,
-        codec.k_basis,
-        codec.k_scale,
-        codec.k_mean,
-        seq_lens,
-        codec_ids,
-        u,
-        plan.frames,
-        queries,
-        kv_heads,
-        scale * LOG2_E,
-        q.stride()[:3],
-        D=dim,
-        PAIRS=codec.freqs.shape[0],
-        GROUPS=layout.k.groups,
-        **shared,
-    )
+        q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, seq_lens, codec_ids, u,
+        plan.frames, queries, kv_heads, scale * LOG2_E, q.stride()[:3], D=dim,
+        PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, **shared,
+    )  # fmt: skip
     _attend_operands_kernel[(plan.states * blocks, kv_heads)](
-        k_pages,
-        v_pages,
-        u,
-        codec.v_scale,
-        block_table,
-        seq_lens,
-        codec_ids,
-        c,
-        lse,
-        plan.frames,
-        batch,
-        plan.programs,
-        queries,
-        kv_heads,
+        k_pages, v_pages, u, codec.v_scale, block_table, seq_lens, codec_ids, c, lse, plan.frames,
+        batch, plan.programs, queries, kv_heads,
         (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
-        K_GROUPS=layout.k.groups,
-        V_GROUPS=layout.v.groups,
-        SINKS=sinks,
-        BLOCK_B=plan.block_b,
+        K_GROUPS=layout.k.groups, V_GROUPS=layout.v.groups, SINKS=sinks, BLOCK_B=plan.block_b,
         **shared,
-    )
+    )  # fmt: skip
     if exact is not None:
         _launch_window(
             q, *exact, seq_lens, seq_ids, exact_o, exact_lse,

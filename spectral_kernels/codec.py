@@ -118,8 +118,8 @@ class ModelCodec:
         sinks: first tokens of a sequence that stay exact.      window: newest tokens that are
             exact, at least 1.
         preset: its name.
-        fingerprint: of the model it was calibrated on (`hf.fingerprint`); "" if of no particular
-            one.
+        fingerprint: of the model it was calibrated on (`calibrate.fingerprint`); "" if of no
+            particular one.
         notes: what it was calibrated on, in words and numbers; printed, not read by programs.
     """
 

@@ -769,8 +769,8 @@ def _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_i
     check_table(block_table, seq_lens, block_table.shape[0], pages.device)
     for name, x in (("first_page", first_page), ("codec_ids", codec_ids)):
         if x is not None:
-            shape, i32, at = block_table.shape[:1], torch.int32, pages.device
-            check_tensor(name, x, shape=shape, dtype=i32, device=at, unit_stride=True)
+            shape, i32 = block_table.shape[:1], torch.int32
+            check_tensor(name, x, shape=shape, dtype=i32, device=pages.device, unit_stride=True)
 
 
 def decode(

@@ -280,9 +280,9 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
     )
     assert plan.warps == turn
     out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
     _programs_kernel[(plan.states,)](
-        int32(seq_lens), out, batch, plan.programs, sinks, window, turn, FEW=plan.few,
-        BLOCK_B=plan.block_b,
+        lens, out, batch, plan.programs, sinks, window, turn, FEW=plan.few, BLOCK_B=plan.block_b
     )  # fmt: skip
     pages = [-(-max(n - window, 0) // PAGE) if n - window > sinks else 0 for n in seq_lens]
     covered: list[list[int]] = [[] for _ in seq_lens]
