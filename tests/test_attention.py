@@ -30,7 +30,6 @@ from tests.cases import (
     ExactTokens,
     PageSpec,
     Queries,
-    int32,
     is_slow,
     make_exact_tokens,
     make_pages,
