@@ -329,7 +329,7 @@ MUTANTS: list[Mutant] = [
         ("twin of encode: oldest of the ring not kept",
          "keep = (at < sinks) | (at >= seq_lens[row] - ring)",
          "keep = (at < sinks) | (at > seq_lens[row] - ring)",
-         f"tests/test_compress.py::test_append -k '{MIXED} and torch'"),
+         f"tests/test_compress.py::test_encode -k '{MIXED} and torch'"),
         ("twin of encode: the mean added", "values -= codec.k_offset[rows]",
          "values += codec.k_offset[rows]",
          f"tests/test_compress.py::test_append -k '{MIXED} and torch'"),
