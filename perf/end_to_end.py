@@ -19,6 +19,9 @@ is measured (--what):
     prefill   seconds up to the first new token of a real prompt of T tokens, with DynamicCache and
               with each preset in turns (up to --prefill-limit tokens, all rows together)
 
+With --compile, graph, ours and bare also come as "graph compiled" and so on: the layers fused by
+torch.compile before they are captured (`hf.compiled_layers`), dense ones alike.
+
 ms, p99_ms: of steps; those of generate as the streamer sees them, of graphs by events. Rows are
 checked first: a graph against transformers' own attention over the same cache; ours: a layer
 against float64 within a derived budget, preset "exact" against the dense greedy tokens; every step
@@ -71,7 +74,7 @@ from perf._timing import (
 )
 from perf.attention import SDPA, best, sdpa, sdpa_peer, time_peers
 from perf.tables import end_to_end_table
-from spectral_kernels.hf import CACHE, enable
+from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
 
 # hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
@@ -81,6 +84,7 @@ SHAPES = {
     "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
 WHAT = ("eager", "static", "graph", "ours", "bare", "prefill")
+STEPS = ("graph", "ours", "bare")  # those with a variant whose layers are compiled
 PRESETS = ("exact", *LOSSY)
 WARM = 8  # steps of a generate that are not counted
 LONG_PROMPT, LONG_STEPS = 8192, 2000
@@ -122,6 +126,7 @@ class Cell:
     tokens: int
     steps: int
     card: Card
+    compile: bool = False  # layers compiled before a step is captured
 
     @property
     def device(self) -> torch.device:
@@ -336,7 +341,8 @@ def dense_graph(cell: Cell) -> Row:
 
     with attention_of(model, backend):
         logits = step()
-        graph = capture([step])
+        with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
+            graph = capture([step])
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     check_logits(logits, step(), 0.1)
     row = percentiles(replayed(graph, cell.steps))
@@ -421,7 +427,7 @@ def check_exact(cell: Cell, prompt: int = 256, new: int = 16) -> None:
 def ours(cell: Cell, preset: str, bare: bool) -> Row:
     codec = cell.codec(preset)
     new = 2 * (WARM + cell.steps) + 4
-    with enable(cell.model, preset, codec=codec) as handle:
+    with enable(cell.model, preset, codec=codec, compile=cell.compile) as handle:
         cache = filled_cache(cell, handle, cell.tokens + new)
         check_layers(cell, cache, codec)
         if bare:
@@ -564,6 +570,8 @@ def jobs_of(
         "graph": dense_graph,
     }
     for what in args.what:
+        if cell.compile and what not in STEPS:
+            continue
         if what in dense:
             yield what, None, lambda what=what: dense[what](cell)  # type: ignore[misc]
         elif what == "prefill":
@@ -584,6 +592,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["balanced"])
     parser.add_argument("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
+    parser.add_argument(
+        "--compile", action="store_true", help="graph, ours, bare also with compiled layers"
+    )
     parser.add_argument(
         "--steps", type=int, default=64, help="decode steps that are counted (default 64)"
     )
@@ -626,9 +637,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     if "exact" in args.presets and not args.skip_check:
         check_exact(Cell(model, min(args.batch), 256, args.steps, card))
-    for batch, tokens in product(args.batch, args.tokens):
-        cell = Cell(model, batch, tokens, args.steps, card)
+    kinds = (False, True) if args.compile else (False,)
+    for batch, tokens, fused in product(args.batch, args.tokens, kinds):
+        cell = Cell(model, batch, tokens, args.steps, card, fused)
         for what, preset, measure in jobs_of(args, cell):
+            if fused:
+                what = f"{what} compiled"
             free_memory()
             torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()

@@ -344,7 +344,7 @@ def _attention(module: Any, q: Any, k: Any, v: Any, *args: Any, original: str, *
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     take = _TAPS.get(id(module))  # None: another model, of the same config object
-    if take is not None and kwargs.get("sliding_window") is None:
+    if take is not None:
         take(module, q, k, v, kwargs.get("scaling"))
     attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if original != "eager" or attend is None:
@@ -447,6 +447,8 @@ def collect(
     """
     from tqdm.auto import tqdm
 
+    from ._model import decoder_of, full_layers
+
     sequences = [x[None] if isinstance(x, Tensor) and x.dim() == 1 else x for x in sequences]
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")
@@ -459,7 +461,11 @@ def collect(
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
 
+    full = full_layers(decoder_of(model).config)
+
     def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        if module.layer_idx not in full:
+            return
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"model: expected {q.shape[2]} keys, got {k.shape[2]}")
         if id(module) not in layers:

@@ -98,6 +98,12 @@ class Codec:
         """Bytes of all tensors."""
         return sum(getattr(self, name).nbytes for name in ("freqs", *_SIDES))
 
+    def of_heads(self, first: int, count: int) -> Codec:
+        """The codec of the KV heads first .. first + count - 1, in memory of its own."""
+        tensors = {name: getattr(self, name)[:, first : first + count] for name in _SIDES}
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
+        return Codec(self.layout, self.freqs, **tensors)
+
     def to(self, device: torch.device | str) -> Codec:
         """The same on another device."""
         tensors = {
@@ -115,8 +121,8 @@ class ModelCodec:
         sinks: first tokens of a sequence that stay exact.      window: newest tokens that are
             exact, at least 1.
         preset: its name.
-        fingerprint: of the model it was calibrated on (`hf.fingerprint`); "" if of no particular
-            one.
+        fingerprint: of the model it was calibrated on (`calibrate.fingerprint`); "" if of no
+            particular one.
         notes: what it was calibrated on, in words and numbers; printed, not read by programs.
     """
 
@@ -132,6 +138,22 @@ class ModelCodec:
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
         if self.window < 1:
             raise ValueError(f"window: expected at least 1, got {self.window}")
+
+    @classmethod
+    def exact(cls, layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
+        """A codec that nothing is read from: all of so many tokens are in the window."""
+        bands = Bands.parse("16x2")
+        shapes = {"freqs": (dim // 2,), "k_mean": (1, heads, dim), "k_offset": (1, heads, 16)}
+        for side in ("k", "v"):
+            shapes |= {f"{side}_basis": (1, heads, 16, dim), f"{side}_scale": (1, heads, 16)}
+            shapes[f"{side}_encoder"] = (1, heads, dim, 16)
+        dtypes = {"freqs": torch.int64, "k_basis": torch.int8, "v_basis": torch.int8}
+        tensors = {
+            name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32))
+            for name, shape in shapes.items()
+        }
+        codec = Codec(PageLayout(bands, bands, dim), **tensors)
+        return cls((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
     @property
     def nbytes(self) -> int:
@@ -222,7 +244,10 @@ def fingerprint(model: Any) -> str:
             continue
         at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
         index = torch.unravel_index(at, weight.shape)
-        some = weight.detach()[index]
+        weight = weight.detach()
+        if hasattr(weight, "full_tensor"):  # sharded: of all processes
+            weight = weight.full_tensor()
+        some = weight[index]
         if some.is_floating_point():
             some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
         samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))

@@ -28,9 +28,11 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import chain
+from typing import Any, cast
 
 import torch
 import transformers
@@ -38,17 +40,23 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from . import _launch
-from ._checks import FLOATS
+from ._model import (
+    NAME,
+    Layer,
+    compare,
+    compiled_layers,
+    decoder_of,
+    dense_attention,
+    layers_of,
+    own_layers,
+)
 from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
 from .compress import append
-from .layout import HEAD_DIMS, PAGE_SIZE, Bands, PageLayout
+from .layout import PAGE_SIZE
 
-NAME = "spectral"
 PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # What forwards call the cache. Since 5.24 they rename the old keyword themselves, but only inside.
@@ -72,25 +80,29 @@ _LIBRARY = torch.library.Library("spectral_kernels", "FRAGMENT")
 _LIBRARY.define(
     "step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, "
     "Tensor(c!) k_exact, Tensor(d!) v_exact, Tensor block_table, Tensor seq_lens, int codec, "
-    "int sinks, int window, float? scale, Tensor(e!)? workspace) -> Tensor"
+    "int sinks, int window, float? scale, Tensor(e!)? workspace, Tensor? learned=None) -> Tensor"
 )
 
 
 def _step(
     q, k, v, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens,
-    codec, sinks, window, scale, workspace,
+    codec, sinks, window, scale, workspace, learned=None,
 ):  # fmt: skip
     """Store k, v [B, G, Q, D] as the newest Q of seq_lens tokens; attend to all: as q [B, H, Q, D].
 
     codec: the `id` of the layer's Codec, whose tensors are constants.
+    learned: a score of each query head [H] that takes its share of the softmax and gives no value
+        (gpt-oss' sinks): exp(lse) / (exp(lse) + exp(score)) is left to the keys.
     """
     out, layer = torch.empty(q.shape, dtype=q.dtype, device=q.device), _CODECS[codec]
     with torch.autocast(q.device.type, enabled=False):
         append(k, v, layer, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks=sinks)
-        attend_spectral(
+        _, lse = attend_spectral(
             q, k_pages, v_pages, layer, block_table, seq_lens, sinks=sinks, window=window,
             exact=(k_exact, v_exact), scale=scale, out=out, workspace=workspace, after_append=True,
         )  # fmt: skip
+        if learned is not None:
+            out *= torch.sigmoid(lse - learned.float()[:, None])[..., None]
     return out
 
 
@@ -106,18 +118,19 @@ def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
 
 
 class _Link:
-    """Ties a layer's `update` to the attention call that must follow it; the module has it."""
+    """Ties a layer's `update` to the attention call that must follow it; its modules have it."""
 
-    def __init__(self, layer: int, dense: Callable[..., Any]) -> None:
-        self.layer, self.dense = layer, dense
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
         self.pending: SpectralLayer | None = None  # updated, and its attention has not run yet
         self.updated = False  # in this forward
+        self.seen: list[torch.Tensor] | None = None  # while `enable` checks
 
     def missed(self) -> RuntimeError:
         took = "tokens" if self.updated else "no tokens"
         return RuntimeError(
-            f"layer {self.layer}: its cache took {took} and the attention function {NAME!r} did "
-            "not follow in this forward; something replaces this model's attention"
+            f"layer {self.layer.index}: its cache took {took} and the attention function {NAME!r} "
+            "did not follow in this forward; something replaces this model's attention"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
@@ -125,7 +138,7 @@ class _Link:
 
 
 class SpectralLayer(CacheLayerMixin):
-    """One layer of a `ModelCache`, which keeps the tokens."""
+    """A full-attention layer of a `ModelCache`, which keeps the tokens; index: among these."""
 
     is_compileable = False  # the cache answers; transformers 4 refuses drafts where a layer says so
     is_croppable = True
@@ -159,18 +172,22 @@ class SpectralLayer(CacheLayerMixin):
             raise RuntimeError(f"{CACHE}: works only in the model it was made for, while enabled")
         if not cache.is_step(new):
             key_states, value_states = cache.store(self.index, key_states, value_states)
-        elif self.index == 0:
-            cache.spectral.advance(new)
+        else:
+            part, layer = cache.places[self.index]
+            if layer == 0:
+                part.advance(new)
         link.pending, link.updated = self, True
         return key_states, value_states
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any, learned: Any
+    ) -> torch.Tensor:
         """A step: q [B, H, Q, D], k and v of the new tokens [B, G, Q, D]; returns [B, H, Q, D]."""
-        x, i, codec = self.cache.spectral, self.index, self.cache.codecs[self.index]
+        (x, i), codec = self.cache.places[self.index], self.cache.codecs[self.index]
         workspace = x._workspace if q.shape[2] == 1 else None
         return torch.ops.spectral_kernels.step(
             q, k, v, x.k_pages[i], x.v_pages[i], x.k_exact[i], x.v_exact[i], x.block_table,
-            x.seq_lens, codec, x.codec.sinks, x.codec.window, scale, workspace,
+            x.seq_lens, codec, x.codec.sinks, x.codec.window, scale, workspace, learned,
         )  # fmt: skip
 
     def get_seq_length(self) -> Any:
@@ -197,7 +214,9 @@ class ModelCache(Cache):
     """The cache of an enabled model (`cache=`; before transformers 5.24 `past_key_values=`).
 
     Attributes:
-        spectral: the SpectralCache, None until the first prompt.      batch: rows, once known.
+        parts: SpectralCaches, one a device, empty until the first prompt.
+        others: layers that transformers made: of windows, convolutions, linear attention.
+        batch: rows, once known.
         capacity: tokens a row that it has room for. More make it grow: a copy, and a new capture.
         columns: tokens seen, padding included (transformers' sequence length).
         padding: left padding of each row.      limit: most new tokens of a step.
@@ -206,12 +225,18 @@ class ModelCache(Cache):
     """
 
     def __init__(self, handle: Handle, batch: int | None, capacity: int | None) -> None:
-        super().__init__(layers=[SpectralLayer(self, i, x) for i, x in enumerate(handle.links)])
+        layers = own_layers(handle.config)
+        for i, link in enumerate(handle.links):
+            layers[link.layer.index] = SpectralLayer(self, i, link)
+        super().__init__(layers=layers)
+        self.layers: list[Any]
+        self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
         self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
         self.batch: Any = batch
         self.capacity: Any = capacity
         self.limit, self.compileable = handle.limit, not handle.graph
-        self.spectral: Any = None
+        self.parts: list[SpectralCache] = []
+        self.places: list[tuple[SpectralCache, int]] = []  # a layer's part, and where in it
         self.codecs: list[int] = []  # ids of the layers' codecs
         self.graph: Any = None  # a _StepGraph
         self.weights = 0  # stands for the addresses at which the graph reads the model
@@ -228,17 +253,42 @@ class ModelCache(Cache):
     def reset(self) -> None:
         """Forget everything; memory and graph stay for the next sequences of as many rows."""
         self._forget()
-        if self.spectral is not None:
-            self.spectral.reset()
+        for part in self.parts:
+            part.reset()
+        self._renew(self.static)
+
+    def _renew(self, keep: bool) -> None:
+        """Other layers: emptied where they are, or new ones."""
+        if keep or not self.others:
+            for layer in self.others:
+                layer.reset()
+            return
+        fresh, self.graph = own_layers(self.owner().config), None
+        self.layers = [
+            layer if isinstance(layer, SpectralLayer) else new
+            for layer, new in zip(self.layers, fresh, strict=True)
+        ]
+        self.others = [layer for layer in self.layers if not isinstance(layer, SpectralLayer)]
+
+    @property
+    def spectral(self) -> Any:
+        """The SpectralCache (of the first device), None until the first prompt."""
+        return self.parts[0] if self.parts else None
+
+    @property
+    def static(self) -> bool:
+        """Whether other layers keep what they hold at the same addresses."""
+        return all(layer.is_compileable for layer in self.others)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache."""
-        return 0 if self.spectral is None else self.spectral.nbytes
+        held = sum(part.nbytes for part in self.parts)
+        return held + sum(x.nbytes for layer in self.others for x in _tensors(layer))
 
     @property
     def is_compileable(self) -> bool:
-        return self.compileable
+        return self.compileable and len(self.parts) < 2 and self.static
 
     def is_step(self, new: int) -> bool:
         """Whether a forward of so many new tokens is a step, not a prompt."""
@@ -247,7 +297,8 @@ class ModelCache(Cache):
     def sync(self) -> int:
         """The columns; read from the device, with the lengths, after compiled steps."""
         if self.stale:
-            self.spectral.read_lengths()
+            for part in self.parts:
+                part.read_lengths()
             self.columns, self.stale = self.spectral.lengths[0] + self.padding[0], False
         return self.columns
 
@@ -260,15 +311,16 @@ class ModelCache(Cache):
         self.capacity, self.graph = -(-wanted // ROUND) * ROUND, None
         if self.filled:
             with torch.no_grad(), torch.inference_mode(False):
-                self.spectral = _copied(self.spectral, self.owner().allocate(self))
-            self.mark()
+                parts = self._allocate()
+                self._take([_copied(*pair) for pair in zip(self.parts, parts, strict=True)])
         else:
-            self.spectral = None
+            self.parts = []
 
     def start(self, padding: list[int], device: torch.device) -> None:
         """Before the first prompt of a sequence."""
         if self.batch != len(padding):
-            self.spectral = self.graph = None
+            self.parts, self.graph = [], None
+            self._renew(False)
         self.batch, self.padding = len(padding), padding
         if any(padding):
             self.first = torch.tensor(padding, dtype=torch.int32, device=device)
@@ -281,27 +333,59 @@ class ModelCache(Cache):
             raise RuntimeError(f"{CACHE}: prompts run outside torch.compile, as in generate()")
         autocast, new = torch.autocast(k.device.type, enabled=False), k.shape[2]
         with torch.no_grad(), torch.inference_mode(False), autocast:
-            if self.spectral is None:
-                self.dtype, self.device, self.shape = k.dtype, k.device, (k.shape[1], k.shape[3])
-                self.spectral = self.owner().allocate(self)
-                self.mark()
-            first = None if self.filled else self.first
+            if not self.parts:
+                self.dtype = k.dtype
+                self._take(self._allocate())
+            part, layer = self.places[layer]
+            first = None if self.filled or self.first is None else self.first.to(k.device)
             if layer == 0:
-                self.spectral.reserve(new if first is None else [new - n for n in self.padding])
-                self.spectral.advance(new if first is None else new - first)
-            past = self.spectral.past(layer, new, self.columns) if self.filled else None
-            self.spectral.prefill(layer, k.detach(), v.detach(), first=first)
+                part.reserve(new if first is None else [new - n for n in self.padding])
+                part.advance(new if first is None else new - first)
+            past = part.past(layer, new, self.columns) if self.filled else None
+            part.prefill(layer, k.detach(), v.detach(), first=first)
         if past is None:
             return k, v
         return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
 
-    def mark(self) -> None:
-        """New tensors: known to the operator and to torch.compile."""
-        x = self.spectral
-        self.codecs = [id(codec) for codec in x.codec.layers]
-        _CODECS.update(zip(self.codecs, x.codec.layers, strict=True))
-        for tensor in (*x.k_pages, *x.v_pages, *x.k_exact, *x.v_exact, x.block_table, x.seq_lens):
-            torch._dynamo.mark_static_address(tensor)
+    def _allocate(self) -> list[SpectralCache]:
+        """The memory of so many rows and so much room: a part for each device."""
+        handle, parts = self.owner(), []
+        for members, codec in zip(handle.members, handle.codecs, strict=True):
+            some, drafts = [handle.links[i].layer for i in members], DRAFTS
+            if codec is None:
+                exact = [ModelCodec.exact(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
+                codec = replace(exact[0], layers=tuple(x.layers[0] for x in exact))
+                codec, drafts = codec.to(some[0].device), 0
+            part = SpectralCache(
+                codec, max_seqs=self.batch, max_tokens=self.capacity, drafts=drafts,
+                query_heads=some[0].kv_heads * some[0].group, dtype=self.dtype,
+                device=some[0].device,
+            )  # fmt: skip
+            parts.append(part)
+        return parts
+
+    def _take(self, parts: list[SpectralCache]) -> None:
+        """New tensors: known to the layers, the operator and torch.compile."""
+        self.parts, places = parts, cast(dict[int, tuple[SpectralCache, int]], {})
+        for part, members in zip(parts, self.owner().members, strict=True):
+            places |= {layer: (part, i) for i, layer in enumerate(members)}
+            pools = chain(part.k_pages, part.v_pages, part.k_exact, part.v_exact)
+            for x in (*pools, part.block_table, part.seq_lens):
+                torch._dynamo.mark_static_address(x)
+        self.places = [places[layer] for layer in sorted(places)]
+        codecs = [part.codec.layers[i] for part, i in self.places]
+        self.codecs = [id(codec) for codec in codecs]
+        _CODECS.update(zip(self.codecs, codecs, strict=True))
+
+    def reserve(self, new: int) -> None:
+        """Pages for a step."""
+        for part in self.parts:
+            part.reserve(new)
+
+    def hold(self) -> None:
+        """Pages for all that it has room for: no later step asks for one."""
+        for part in self.parts:
+            part.hold(self.capacity)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -311,6 +395,7 @@ class ModelCache(Cache):
                 included), as before transformers 5.17; 0 removes nothing since, everything before.
         Raises:
             ValueError: a row would end inside its left padding.
+            RuntimeError: another layer no longer has what it would need.
         """
         columns, n = self.sync(), int(tokens_to_remove)  # before 5.24 a tensor
         keep = columns + n if n < 0 or (n == 0 and _CROP_COUNTS) else min(n, columns)
@@ -319,9 +404,16 @@ class ModelCache(Cache):
         elif keep < columns:
             if keep <= max(self.padding):
                 raise ValueError(f"tokens_to_remove: expected to keep {max(self.padding) + 1}")
-            self.spectral.rollback(columns - keep)
+            for layer in self.others:
+                layer.crop(keep - columns)
+            for part in self.parts:
+                part.rollback(columns - keep)
             self.columns = keep
-            self.spectral.hold(self.capacity)
+            self.hold()
+        else:
+            for layer in self.others:  # those that record the past forget it
+                if getattr(layer, "record_past", False):
+                    layer.crop(0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes the old row beam_idx[i] (int64 [B])."""
@@ -331,16 +423,17 @@ class ModelCache(Cache):
             raise NotImplementedError(f"{CACHE}: expected {self.batch} rows, got {len(beam_idx)}")
         self.sync()
         rows = beam_idx.tolist()
-        self.spectral.rollback(0)  # frees what was reserved ahead
-        self.spectral.reorder(rows)
-        self.spectral.hold(self.capacity)
+        for part in self.parts:
+            part.reorder(rows)
+        self.hold()
+        for layer in self.others:
+            layer.reorder_cache(beam_idx)
         if self.first is not None:
             self.padding = [self.padding[row] for row in rows]
             self.first.copy_(self.first[beam_idx.to(self.first.device)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
-        if self.spectral is not None:
-            memo[id(self.spectral.codec)] = self.spectral.codec  # constants
+        memo |= {id(part.codec): part.codec for part in self.parts}  # constants
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         return new
@@ -349,28 +442,30 @@ class ModelCache(Cache):
 class _StepGraph:
     """The one-token forward of a model on one cache as a CUDA graph with static inputs.
 
-    Capturing runs `forward(ids, positions)` twice first, each time from the same seq_lens: the runs
-    write where the replay that follows writes.
+    Capturing runs `forward(ids, positions)` twice first, each time from the same seq_lens and the
+    same states of other layers: the runs write where the replay that follows writes.
     """
 
     def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
         seq_lens = cache.spectral.seq_lens
+        moved = [seq_lens, *(x for layer in cache.others for x in _tensors(layer))]
+        before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
         self.positions = seq_lens[:, None].long()
-        self.graph, before, device = torch.cuda.CUDAGraph(), seq_lens.clone(), seq_lens.device
+        self.graph, device = torch.cuda.CUDAGraph(), seq_lens.device
         stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(main)
         try:
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     forward(self.ids, self.positions)
-                    seq_lens.copy_(before)
+                    torch._foreach_copy_(moved, before)
             settings = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(self.graph, **settings):
                 self.output = forward(self.ids, self.positions)
         finally:
             main.wait_stream(stream)
-            seq_lens.copy_(before)
+            torch._foreach_copy_(moved, before)
 
     def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
         self.ids.copy_(ids, non_blocking=True)
@@ -382,40 +477,55 @@ class _StepGraph:
         """A copied cache has other addresses: it captures anew."""
 
 
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    """What a layer of transformers' cache holds."""
+    found = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, None)
+        found += states.values() if isinstance(states, dict) else [states]
+    return [x for x in found if isinstance(x, torch.Tensor)]
+
+
 # ---- the model -----------------------------------------------------------------------------------
 
 
 class Handle:
     """What `enable` returns: `disable()` it, or leave its `with` block. Not made by hand.
 
-    Attributes: model, preset, codec (None: exact), graph (whether steps are replayed), max_tokens.
+    Attributes: model, preset, codec (None: exact), graph (steps are replayed), compile, max_tokens.
     """
 
     def __init__(
-        self, model: Any, preset: str, codec: ModelCodec | None, graph: bool, max_tokens: int | None
-    ) -> None:
-        self.model, self.preset, self.max_tokens = model, preset, max_tokens
-        self.codec = None if codec is None else codec.to(model.device)
-        self.graph = graph and model.device.type == "cuda"
+        self, model: Any, layers: Sequence[Layer], preset: str, codec: ModelCodec | None,
+        graph: bool, compiles: bool, max_tokens: int | None,
+    ) -> None:  # fmt: skip
+        self.model, self.preset, self.max_tokens, self.compile = model, preset, max_tokens, compiles
+        self.config, self.codec = decoder_of(model).config, codec
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
-        decoder = model.get_decoder()
-        self._config = decoder.config
-        self._implementation: str = self._config._attn_implementation
-        self._modules = [layer.self_attn for layer in decoder.layers]
-        self.links = [_Link(m.layer_idx, _dense(self._implementation, m)) for m in self._modules]
+        self._implementation: str = self.config._attn_implementation
+        self.links = [_Link(layer) for layer in layers]
+        devices = list(dict.fromkeys(layer.device for layer in layers))
+        # Indices of `links` on each device.
+        self.members = [[i for i, x in enumerate(layers) if x.device == d] for d in devices]
+        self.codecs = [
+            codec and replace(codec, layers=tuple(codec.layers[i] for i in some)).to(device)
+            for some, device in zip(self.members, devices, strict=True)
+        ]
+        self.graph = graph and model.device.type == "cuda" and _stays(self)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
         self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._capturing = False
         self._lock, self._local = threading.RLock(), threading.local()
         self._patches: list[tuple[nn.Module, str, Any]] = []
-        for link, module in zip(self.links, self._modules, strict=True):
-            module._spectral = link
-        self._patch(decoder, "forward", self._decoder_forward)
+        for link in self.links:
+            for module in link.layer.modules:
+                module._spectral = link  # type: ignore[assignment]
+        self._patch(decoder_of(model), "forward", self._decoder_forward)
         self._patch(model, "forward", self._model_forward)
         self._patch(model, "generate", self._generate)
-        self._patch(model, "prepare_inputs_for_generation", self._prepare_inputs)
+        self._patch(model, "prepare_inputs_for_generation", _prepare_inputs)
         self._patch(model, "_prepare_cache_for_generation", self._prepare_cache)
-        self._config._attn_implementation = _register(self._implementation)
+        self.config._attn_implementation = _register(self._implementation)
 
     def _patch(self, owner: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(owner, name)
@@ -440,9 +550,10 @@ class Handle:
                 delattr(owner, name)
             else:
                 setattr(owner, name, before)
-        for module in self._modules:
-            del module._spectral
-        self._config._attn_implementation = self._implementation
+        for link in self.links:
+            for module in link.layer.modules:
+                del module._spectral
+        self.config._attn_implementation = self._implementation
         self._patches, self._pool = [], {}
 
     def __enter__(self) -> Handle:
@@ -461,16 +572,6 @@ class Handle:
         """
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
-    def allocate(self, cache: ModelCache) -> SpectralCache:
-        """The memory of a cache that knows its rows, room, dtype, device and shape of keys."""
-        codec, drafts = self.codec, DRAFTS
-        if codec is None:
-            codec, drafts = _exact_codec(len(self.links), *cache.shape, cache.capacity), 0
-        return SpectralCache(
-            codec.to(cache.device), max_seqs=cache.batch, max_tokens=cache.capacity, drafts=drafts,
-            query_heads=self._config.num_attention_heads, dtype=cache.dtype, device=cache.device,
-        )  # fmt: skip
-
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
         if torch.compiler.is_compiling() or self._capturing:
@@ -484,11 +585,11 @@ class Handle:
                 return original(**kwargs)
             new = self._begin(cache, kwargs)
             if cache.is_step(new):
-                cache.spectral.reserve(new)
+                cache.reserve(new)
             with self._running(cache):
                 out = original(**kwargs)
             if not cache.is_step(new):
-                cache.spectral.hold(cache.capacity)  # no later step asks for a page
+                cache.hold()
             cache.columns, cache.filled = cache.columns + new, True
             return out
 
@@ -514,7 +615,7 @@ class Handle:
         if _OLD_CACHE in kwargs:  # the new keyword wins, as in transformers
             kwargs.setdefault(CACHE, kwargs.pop(_OLD_CACHE))
         cache, use = kwargs.get(CACHE), kwargs.get("use_cache")
-        if cache is None and not (self._config.use_cache if use is None else use):
+        if cache is None and not (self.config.use_cache if use is None else use):
             return None
         if cache is not None and not isinstance(cache, ModelCache):
             kind = type(cache).__name__
@@ -524,7 +625,7 @@ class Handle:
                 "model: expected evaluation mode or use_cache=False, got training mode"
             )
         outputs = kwargs.get("output_attentions")
-        if self._config.output_attentions if outputs is None else outputs:
+        if self.config.output_attentions if outputs is None else outputs:
             raise ValueError("output_attentions: expected False, got True; no weights are formed")
         cache = kwargs[CACHE] = self.new_cache() if cache is None else cache
         if cache.owner() is not self:
@@ -538,13 +639,12 @@ class Handle:
 
     def _begin(self, cache: ModelCache, kwargs: dict[str, Any]) -> int:
         """Rows, padding, positions and room of a forward; returns its new tokens a row."""
-        names = ("input_ids", "inputs_embeds", "attention_mask")
-        ids, embeds, mask = (kwargs.get(name) for name in names)
+        ids, embeds, mask = map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         inputs = embeds if ids is None else ids
         if inputs is None:
             raise ValueError("forward: expected input_ids or inputs_embeds, got neither")
         batch, new = inputs.shape[:2]
-        past, filled = cache.sync(), cache.filled
+        past, filled, full = cache.sync(), cache.filled, not cache.others
         if filled and batch != cache.batch:
             raise ValueError(f"{CACHE}: expected {cache.batch} rows, as it holds, got {batch}")
         # A step of one token reads nothing from the device: its mask can only have grown.
@@ -557,7 +657,7 @@ class Handle:
         if cache.first is not None and kwargs.get("position_ids") is None:
             at = torch.arange(past, past + new, device=inputs.device)
             kwargs["position_ids"] = (at - cache.first[:, None]).clamp(min=0).long()
-        if cache.first is not None and mask is None and not cache.is_step(new):
+        if cache.first is not None and mask is None and not (cache.is_step(new) and full):
             column = torch.arange(past + new, device=inputs.device)
             kwargs["attention_mask"] = (column >= cache.first[:, None]).long()
         if self.graph and not cache.is_step(new):
@@ -577,7 +677,10 @@ class Handle:
         more = len(args) > 1 or ids is None or given.get("inputs_embeds") is not None
         more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
         more |= any(x is not False for x in asked.values())
-        if more or not isinstance(cache, ModelCache) or not cache.filled or ids.shape[1] != 1:
+        if (
+            more or not isinstance(cache, ModelCache) or ids.shape[1] != 1
+            or not (cache.filled and cache.static)
+        ):  # fmt: skip
             out = original(*args, **kwargs)
             if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):
                 self._capture_ahead(original, cache)
@@ -598,7 +701,8 @@ class Handle:
     def _capture_ahead(self, original: Callable[..., Any], cache: ModelCache) -> None:
         """After a prompt of generate(): compile and capture now, so that no step has to."""
         with self._lock:
-            if cache.graph is None and cache.filled and cache.columns < (cache.capacity or 0):
+            filled = cache.filled and cache.static
+            if cache.graph is None and filled and cache.columns < (cache.capacity or 0):
                 lengths = cache.spectral.lengths
                 cache.spectral.reserve(1)
                 self._capture(original, cache)
@@ -614,7 +718,10 @@ class Handle:
 
         self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
         try:
-            with device, torch.inference_mode(False), torch.no_grad():
+            decoder, fused = decoder_of(self.model), None
+            if self.compile and not cache.others:
+                fused = compiled_layers(decoder, cache)
+            with device, torch.inference_mode(False), torch.no_grad(), fused or nullcontext():
                 cache.graph = _StepGraph(forward, cache, self._graph_pool)
         except RuntimeError as error:
             self.graph = cache.failed = False
@@ -654,8 +761,6 @@ class Handle:
             if isinstance(given, ModelCache) and given.owner() is self:
                 given.room(max(0, tokens - given.sync()))
             return original(config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if (config.num_beams or 1) > 1:
-            tokens += PAGE_SIZE  # beams that part copy a page
         kind = config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise ValueError(f"cache_implementation: expected None while enabled, got {kind!r}")
@@ -666,23 +771,10 @@ class Handle:
             cache = None  # freed before its successor is allocated
             cache = ModelCache(self, rows, -(-tokens // ROUND) * ROUND)
         cache.reset()
+        if getattr(config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
+            cache.activate_past_recording()
         self._local.taken = model_kwargs[CACHE] = cache
         return None
-
-    def _prepare_inputs(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What generate() gives a forward: a 2-D mask, and none in a step of one token."""
-        cache = kwargs.get(CACHE)
-        if not isinstance(cache, ModelCache):
-            return original(*args, **kwargs)
-        compileable, cache.compileable = cache.compileable, False  # else a mask of 4 would be made
-        try:
-            inputs = original(*args, **kwargs)
-        finally:
-            cache.compileable = compileable
-        ids = inputs.get("input_ids")
-        if cache.filled and ids is not None and ids.shape[1] == 1:
-            inputs.pop("attention_mask", None)
-        return inputs
 
 
 def enable(
@@ -692,14 +784,18 @@ def enable(
     codec: str | os.PathLike[str] | ModelCodec | None = None,
     tokenizer: Any = None,
     graph: bool = True,
+    compile: bool = False,
     max_tokens: int | None = None,
+    check: bool = True,
 ) -> Handle:
     """Let `generate` and forwards with a cache use a spectral one, until `disable()`.
 
     Args:
-        model: a decoder-only ForCausalLM of transformers 4.57 to 5.24 on one device, fp16, bf16 or
-            fp32 (no bf16 on cards before sm_80: `model.to(torch.float16)` first), whose layers
-            attend fully, by transformers' interface, with head dimension 64, 80, 96, 128 or 256.
+        model: a decoder-only ForCausalLM of transformers 4.57 to 5.24 in evaluation mode, fp16,
+            bf16 or fp32 (no bf16 on cards before sm_80: `model.to(torch.float16)` first), some of
+            whose layers attend fully, by transformers' interface, with head dimension 64, 80, 96,
+            128 or 256. Other layers keep what transformers gives them. Several devices: a state
+            on each.
         preset: "exact" (every token stays as it is), "quality", "balanced" or "small".
         codec: file or ModelCodec of this model; its preset counts then. Without one: the file in
             the user's cache folder, or one made here (calibrate.py; minutes on a CPU) and kept.
@@ -707,9 +803,15 @@ def enable(
         graph: on CUDA, capture the one-token forward once a cache as a CUDA graph and replay it; no
             Python runs in it, and hooks on its layers are silent. False: steps run eagerly, or
             compiled: by generate() on CUDA, by torch.compile(fullgraph=True) anywhere.
+        compile: have torch.compile fuse what lies between the matrix products of a captured step:
+            tokens come faster, the first one of a process and batch size up to a minute later, and
+            results are rounded elsewhere (preset "exact" may part from the dense tokens at a tie).
+            Models with other layers than ours run as without.
         max_tokens: the least room of a cache, tokens a row. generate() takes what its call needs,
             other forwards half as much again as the prompt, at least 512 more. A full cache is
             doubled; compiled steps cannot grow theirs.
+        check: run six tokens through the model and compare each layer's attention with the model's
+            own (milliseconds). False, or a model in training mode: not.
     Returns:
         A Handle: a context manager with `disable()` and `new_cache()`.
     Raises:
@@ -718,16 +820,57 @@ def enable(
             anything: training mode, output_attentions, foreign caches, masks that are not 2-D left
             padding, gradients through a filled cache.
     """
-    _check_model(model)
+    layers = layers_of(model)
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-    found = None if preset == "exact" else _codec(model, preset, codec, tokenizer)
-    return Handle(model, preset if found is None else found.preset, found, graph, max_tokens)
+    found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
+    name = preset if found is None else found.preset
+    handle = Handle(model, layers, name, found, graph, compile, max_tokens)
+    if check and not model.training:
+        _check(handle)
+    return handle
 
 
-def _codec(model: PreTrainedModel, preset: str, codec: Any, tokenizer: Any) -> ModelCodec:
+def _stays(handle: Handle) -> bool:
+    """Whether a step's state stays where it is, as a CUDA graph needs it; if not, it is said."""
+    ours = {link.layer.index for link in handle.links}
+    others = [layer for i, layer in enumerate(own_layers(handle.config)) if i not in ours]
+    moving = sorted({type(layer).__name__ for layer in others if not layer.is_compileable})
+    why = " and ".join(moving) or f"{len(handle.members)} devices"
+    if moving or len(handle.members) > 1:
+        warnings.warn(f"spectral_kernels: no CUDA graph with {why}: eager steps", stacklevel=4)
+    return not moving and len(handle.members) == 1
+
+
+def _check(handle: Handle) -> None:
+    """A prompt of four tokens and a step of two through our attention and the model's own.
+
+    Raises:
+        NotImplementedError: they differ, or something failed; the handle is disabled.
+    """
+    room, decoder = handle.new_cache(1, ROUND), decoder_of(handle.model)
+    ids = torch.arange(1, 7, device=handle.model.device)[None] % handle.config.vocab_size
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for link in handle.links:
+                link.seen = []
+            for some in (ids[:, :4], ids[:, 4:]):
+                decoder(input_ids=some, use_cache=True, **{CACHE: room})
+    except Exception as error:
+        handle.disable()
+        raise NotImplementedError(
+            f"model: a check of six tokens failed (check=False leaves it out): {error}"
+        ) from error
+    finally:
+        for link in handle.links:
+            link.seen = None
+
+
+def _codec(
+    model: PreTrainedModel, layers: Sequence[Layer], preset: str, codec: Any, tokenizer: Any
+) -> ModelCodec:
     """The codec given, or known, or calibrated now; checked against the model."""
     from . import calibrate  # not needed where a model runs exactly
 
@@ -735,6 +878,8 @@ def _codec(model: PreTrainedModel, preset: str, codec: Any, tokenizer: Any) -> M
     if codec is None:
         codec = calibrate.cache_path(name, preset)
         if not codec.is_file():
+            if any(layer.shard[1] > 1 for layer in layers):
+                raise ValueError(f"codec: expected {codec}, made before the model was sharded")
             print(f"spectral_kernels: calibrating {preset!r} for this model, once", file=sys.stderr)
             path, codec = codec, calibrate.calibrate(model, tokenizer, preset)
             try:  # whole or not at all
@@ -748,27 +893,14 @@ def _codec(model: PreTrainedModel, preset: str, codec: Any, tokenizer: Any) -> M
         codec = ModelCodec.load(codec)
     if codec.fingerprint not in ("", name):
         raise ValueError(f"codec: expected this model's ({name}), got {codec.fingerprint}")
-    decoder, got = model.get_decoder(), [(x.kv_heads, x.layout.head_dim) for x in codec.layers]
-    dims = [layer.self_attn.head_dim for layer in decoder.layers]
-    if len(dims) != len(got):
-        raise ValueError(f"codec: expected {len(dims)} layers, got {len(got)}")
-    wanted = [(decoder.config.num_key_value_heads, dim) for dim in dims]
+    wanted = [(x.kv_heads * x.shard[1], x.head_dim) for x in layers]
+    got = [(x.kv_heads, x.layout.head_dim) for x in codec.layers]
+    if len(wanted) != len(got):
+        raise ValueError(f"codec: expected {len(wanted)} full-attention layers, got {len(got)}")
     if wanted != got:
         raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
-    return codec
-
-
-def _exact_codec(layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
-    """A codec that nothing is read from: all of so many tokens are in the window."""
-    bands, zeros = Bands.parse("16x2"), torch.zeros
-    tensors = {"freqs": zeros(dim // 2, dtype=torch.int64)}
-    for side in ("k", "v"):
-        tensors[f"{side}_basis"] = zeros(1, heads, 16, dim, dtype=torch.int8)
-        tensors[f"{side}_scale"] = zeros(1, heads, 16)
-        tensors[f"{side}_encoder"] = zeros(1, heads, dim, 16)
-    tensors |= {"k_mean": zeros(1, heads, dim), "k_offset": zeros(1, heads, 16)}
-    codec = Codec(PageLayout(bands, bands, dim), **tensors)
-    return ModelCodec((codec,) * layers, sinks=0, window=tokens, preset="exact")
+    parts = zip(layers, codec.layers, strict=True)
+    return replace(codec, layers=tuple(layer.codec(whole) for layer, whole in parts))
 
 
 def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:
@@ -789,43 +921,20 @@ def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:
     return new
 
 
-def _check_model(model: PreTrainedModel) -> None:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
-        )
-    decoder = None if model.config.is_encoder_decoder else model.get_decoder()
-    if decoder in (None, model) or not model.can_generate() or not hasattr(decoder, "layers"):
-        name = type(model).__name__
-        raise NotImplementedError(f"model: expected a decoder-only ForCausalLM, got {name}")
-    config, name = decoder.config, decoder.config._attn_implementation
-    if name.startswith(NAME):
-        raise ValueError("model: already enabled, or shares the config of an enabled model")
-    if name not in ALL_MASK_ATTENTION_FUNCTIONS or name == "flex_attention":
-        raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {name!r}")
-    if config.output_attentions:
-        raise ValueError("model.config.output_attentions: expected False, got True")
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if any(kind != "full_attention" for kind in kinds) if kinds else window is not None:
-        raise NotImplementedError(f"model: expected full attention in all layers, got {kinds}")
-    for layer in decoder.layers:
-        module: Any = getattr(layer, "self_attn", None)
-        plain = all(hasattr(module, name) for name in ("layer_idx", "head_dim"))
-        odd = [getattr(module, name, None) for name in ("kv_lora_rank", "sinks")]
-        odd.append(getattr(config, "attn_logit_softcapping", None))
-        if not plain or any(x is not None for x in odd):
-            kind = type(module).__name__
-            raise NotImplementedError(f"model: expected plain softmax attention, got {kind}")
-        if module.head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {module.head_dim}")
-    devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or torch.device("meta") in devices:
-        names = sorted(map(str, devices))
-        raise NotImplementedError(f"model: expected all weights on one device, got {names}")
-    if model.dtype not in FLOATS:
-        raise ValueError(f"model: expected dtype {', '.join(map(str, FLOATS))}, got {model.dtype}")
-    for parameter in model.parameters():
-        _launch.check_bf16("model", parameter)
+def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What generate() gives a forward: a 2-D mask, and none in a step of one token."""
+    cache = kwargs.get(CACHE)
+    if not isinstance(cache, ModelCache):
+        return original(*args, **kwargs)
+    compileable, cache.compileable = cache.compileable, False  # else a mask of 4 would be made
+    try:
+        inputs = original(*args, **kwargs)
+    finally:
+        cache.compileable = compileable
+    ids = inputs.get("input_ids")
+    if cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
+        inputs.pop("attention_mask", None)
+    return inputs
 
 
 def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int] | None:
@@ -854,13 +963,6 @@ def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int]
 # ---- the attention function and its mask ---------------------------------------------------------
 
 
-def _dense(implementation: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function of this name, as the module would call it."""
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    return sys.modules[type(module).__module__].eager_attention_forward
-
-
 @functools.cache
 def _register(implementation: str) -> str:
     """Register our attention function over one of transformers'; returns its name."""
@@ -871,16 +973,22 @@ def _register(implementation: str) -> str:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """q [B, H, Q, D], k and v as `SpectralLayer.update` returned them; returns [B, Q, H, D]."""
         link: Any = getattr(module, "_spectral", None)
-        layer = None
+        layer: SpectralLayer | None = None
         if link is not None:
             layer, link.pending = link.pending, None
+        out = None
         if layer is not None and layer.cache.is_step(query.shape[2]):
-            for name in ("softcap", "s_aux", "sliding_window"):
+            for name in ("softcap", "sliding_window"):
                 if kwargs.get(name) is not None:
-                    raise NotImplementedError(f"layer {link.layer}: expected no {name}, got one")
-            return layer.attend(query, key, value, scaling).transpose(1, 2), None
+                    raise NotImplementedError(f"layer {layer.index}: expected no {name}, got one")
+            out = layer.attend(query, key, value, scaling, kwargs.get("s_aux"))
+        if layer is not None and link.seen is not None:
+            new = (query, key, value)
+            compare(link.layer, module, link.seen, *new, out, scaling=scaling, **kwargs)
+        if out is not None:
+            return out.transpose(1, 2), None
         # A prompt, no cache, or a model that shares its config object with an enabled one.
-        dense = _dense(implementation, module) if link is None else link.dense
+        dense = dense_attention(implementation, module)
         return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     def mask(*args: Any, kv_length: int, **kwargs: Any) -> torch.Tensor | None:

@@ -1,0 +1,282 @@
+"""What the adapter reads of a transformers model: which layers attend fully, and with what shapes.
+
+No list of model names decides. transformers' own `DynamicCache` says which layers keep all keys and
+values; these are ours, all others (sliding windows, convolutions, linear attention) keep the layers
+that it made for them. What metadata cannot say, `enable`'s self-check of a few tokens finds out.
+Test: tests/test_hf.py, tests/test_families.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from . import _launch
+from ._checks import FLOATS
+from .codec import Codec
+from .layout import HEAD_DIMS
+
+KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")  # what modules call them
+NAME = "spectral"  # our attention functions' names begin with it
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that attends fully.
+
+    Args:
+        index: in the model's cache.      modules: that have it as their `layer_idx`.
+        kv_heads, group, head_dim: KV heads of this process, query heads a KV head, D.
+        device: where it computes.
+        shard: (rank, ranks) of tensor parallelism: which of the model's heads these are.
+    """
+
+    index: int
+    modules: tuple[nn.Module, ...]
+    kv_heads: int
+    group: int
+    head_dim: int
+    device: torch.device
+    shard: tuple[int, int]
+
+    def codec(self, whole: Codec) -> Codec:
+        """The heads of this process out of the codec of all."""
+        rank, ranks = self.shard
+        return whole if ranks == 1 else whole.of_heads(rank * self.kv_heads, self.kv_heads)
+
+
+def own_layers(config: Any) -> list[Any]:
+    """The empty layers of transformers' cache for a model of this text config."""
+    try:
+        return DynamicCache(config=config).layers
+    except (KeyError, AttributeError, TypeError) as error:
+        raise NotImplementedError(
+            f"model: transformers has no DynamicCache for its layers ({error}); it stays dense"
+        ) from error
+
+
+def full_layers(config: Any) -> list[int]:
+    """Indices of the layers that keep all their keys and values, by the config alone.
+
+    Raises:
+        NotImplementedError: there are none, or they are of a kind that no page holds.
+    """
+    kinds, layers = getattr(config, "layer_types", None), own_layers(config)
+    shared = getattr(config, "kv_sharing_modes", None) or ()
+    if getattr(config, "num_kv_shared_layers", 0) or "reuse" in shared:
+        raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
+    if getattr(config, "kv_lora_rank", None):
+        raise NotImplementedError(
+            "model: expected keys and values of one size, got config.kv_lora_rank (MLA); it stays "
+            "dense"
+        )
+    full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    odd = {kinds[i] for i in full if kinds} - {"full_attention"}
+    if odd:
+        raise NotImplementedError(
+            f"model: this release of transformers keeps the state of {sorted(odd)} layers outside "
+            "its Cache; a newer one (5.17 or later) may do"
+        )
+    if not full:
+        found = sorted({type(layer).__name__ for layer in layers})
+        raise NotImplementedError(
+            f"model: expected layers with full attention, got {found} alone; their memory does "
+            "not grow with the context: it stays dense"
+        )
+    return full
+
+
+def kv_shape(config: Any) -> tuple[int, int]:
+    """(KV heads, head dimension) of a text config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def decoder_of(model: Any) -> Any:
+    """What holds its layers; the model itself if nothing does."""
+    decoder = model.get_decoder()
+    decoder = model.base_model if decoder is model else decoder
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
+def layers_of(model: PreTrainedModel) -> list[Layer]:
+    """The layers that attend fully, after checks of the whole model.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: it cannot be enabled; what to do.
+    """
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        hint = "; pass its get_base_model()" if hasattr(model, "get_base_model") else ""
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
+    decoder = None if model.config.is_encoder_decoder else decoder_of(model)
+    if decoder in (None, model) or not model.can_generate():
+        kind = type(model).__name__
+        raise NotImplementedError(f"model: expected a decoder-only ForCausalLM, got {kind}")
+    config, name = decoder.config, decoder.config._attn_implementation
+    if name.startswith(NAME):
+        raise ValueError("model: already enabled, or shares the config of an enabled model")
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS or name == "flex_attention":
+        raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {name!r}")
+    if config.output_attentions:
+        raise ValueError("model.config.output_attentions: expected False, got True")
+    for cap in ("attn_logit_softcapping", "attn_logit_softcap"):
+        if getattr(config, cap, None):
+            raise NotImplementedError(
+                f"model: expected plain softmax attention, got config.{cap}; it stays dense "
+                "(None there changes what the model computes)"
+            )
+    if not model._supports_default_dynamic_cache():
+        kind = type(model).__name__
+        raise NotImplementedError(
+            f"model: this release of transformers gives {kind} a cache of its own kind; a newer "
+            "one (5.17 or later) may do"
+        )
+    if model.dtype not in FLOATS:
+        raise ValueError(f"model: expected dtype {', '.join(map(str, FLOATS))}, got {model.dtype}")
+    for parameter in model.parameters():
+        _launch.check_bf16("model", parameter)
+    return [_layer(decoder, index, name) for index in full_layers(config)]
+
+
+def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
+    named = [m for m in decoder.modules() if getattr(m, "layer_idx", None) == index]
+    modules: list[Any] = [m for m in named if hasattr(m, "head_dim") or hasattr(m, "head_size")]
+    if not modules:
+        raise NotImplementedError(f"model: layer {index} has no attention module; it stays dense")
+    config: Any = decoder.config
+    heads = config.num_attention_heads
+    for module in modules:
+        if getattr(module, "is_causal", True) is False:
+            raise NotImplementedError(f"model: layer {index} is not causal; it stays dense")
+        dim = getattr(module, "head_dim", None) or module.head_size
+        if dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {dim}")
+        dense_attention(implementation, module)
+    told: Any = (getattr(modules[0], name, None) for name in KV_HEADS)
+    kv_heads = next(filter(None, told), kv_shape(config)[0])
+    group, shard = heads // kv_heads, _shard_of(modules[0])
+    if kv_heads % shard[1]:
+        raise ValueError(f"model: expected a multiple of {shard[1]} KV heads, got {kv_heads}")
+    device, local = _device_of(modules[0]), kv_heads // shard[1]
+    return Layer(index, tuple(named), local, group, dim, device, shard)
+
+
+def _shard_of(module: nn.Module) -> tuple[int, int]:
+    """(rank, ranks) over which tensor parallelism has split a module's weights; (0, 1): none."""
+    for parameter in module.parameters():
+        if any(place.is_shard() for place in getattr(parameter, "placements", ())):
+            mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+            return mesh.get_local_rank(), mesh.size()
+    return 0, 1
+
+
+def _device_of(module: Any) -> torch.device:
+    """Where a module computes: what accelerate's hook says, or where its weights are."""
+    hooked = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    device = next(module.parameters()).device if hooked is None else hooked
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "meta":
+        raise NotImplementedError("model: expected weights on a device, got device meta")
+    return device
+
+
+def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of this name, as the module would call it."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    found = eager_attention(module)
+    if found is None:
+        raise NotImplementedError(
+            f"model: {type(module).__name__} does not call transformers' attention interface; it "
+            "stays dense"
+        )
+    return found
+
+
+def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+def compare(
+    layer: Layer, module: nn.Module, seen: list[torch.Tensor], q: torch.Tensor, k: torch.Tensor,
+    v: torch.Tensor, out: torch.Tensor | None, **kwargs: Any,
+) -> None:  # fmt: skip
+    """While `enable` checks: a prompt (out is None) leaves its k, v in `seen`; a step is compared.
+
+    The module's own attention runs in float64 on the same q, k, v. Ours rounds weights and output
+    to its dtype, and scores, which are float32 sums, within 8 of their last places.
+    Raises:
+        ValueError: shapes are not what the module says, or results differ.
+    """
+    name, wanted = f"model: layer {layer.index}", [layer.kv_heads, layer.head_dim]
+    heads, got = q.shape[1], [[x.shape[1], x.shape[3]] for x in (k, v)]
+    if got != [wanted, wanted] or heads != layer.kv_heads * layer.group:
+        raise ValueError(f"{name}: expected [KV heads, D] {wanted}, got {got} and {heads} heads")
+    if out is None:
+        seen[:] = k, v
+        return
+    k, v = (torch.cat((old, x), dim=2).double() for old, x in zip(seen, (k, v), strict=True))
+    new, tokens = q.shape[2], k.shape[2]
+    later = torch.ones(new, tokens, dtype=torch.bool, device=q.device).triu(tokens - new + 1)
+    mask = torch.zeros_like(later, dtype=k.dtype).masked_fill(later, float("-inf"))[None, None]
+    own = eager_attention(module) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with torch.autocast(q.device.type, enabled=False):
+        expected = own(module, q.double(), k, v, mask, **kwargs)[0].transpose(1, 2)
+    scale = kwargs.get("scaling") or layer.head_dim**-0.5
+    score = scale * float(q.double().norm(dim=-1).max() * k.norm(dim=-1).max())  # at most
+    error, largest = float((expected - out).abs().max()), float(v.abs().max())
+    if not error <= largest * (4 * torch.finfo(out.dtype).eps + 2**-20 * score):
+        raise ValueError(
+            f"{name}: its attention and the cache's differ by {error:.3g} (values up to "
+            f"{largest:.3g}): it does more than softmax; it stays dense"
+        )
+
+
+@contextmanager
+def compiled_layers(decoder: Any, cache: Cache) -> Iterator[None]:
+    """Let forwards run the decoder's layers compiled by `torch.compile`, norms and RoPE fused.
+
+    A layer's graph breaks at its cache and its attention, and the pieces between are the same for
+    all layers: what is compiled for the first serves the others.
+    """
+    config, opaque = decoder.config, torch.compiler.disable
+    layers: Any = next(x for x in decoder.children() if isinstance(x, nn.ModuleList))
+    name, before = config._attn_implementation, [vars(x).get("forward") for x in layers]
+    AttentionInterface.register(f"{name}_opaque", opaque(ALL_ATTENTION_FUNCTIONS[name]))
+    AttentionMaskInterface.register(f"{name}_opaque", ALL_MASK_ATTENTION_FUNCTIONS[name])
+    try:
+        config._attn_implementation = f"{name}_opaque"
+        for kept in cache.layers:
+            kept.update = opaque(kept.update)
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        # A layer's number is a constant of its piece: as many cheap recompilations as layers.
+        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192):
+            yield
+    finally:
+        config._attn_implementation = name
+        for kept in cache.layers:
+            vars(kept).pop("update", None)
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward

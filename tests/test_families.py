@@ -1,0 +1,188 @@
+"""Families of transformers: a fast part of `python -m tests.families`, and what a mixed cache does
+in generate(): windows, convolutions and linear attention beside ours."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from spectral_kernels import calibrate  # noqa: E402
+from spectral_kernels._model import layers_of  # noqa: E402
+from spectral_kernels.codec import ModelCodec  # noqa: E402
+from spectral_kernels.hf import CACHE, SpectralLayer, enable  # noqa: E402
+from tests import cases, families  # noqa: E402
+from tests.families import LOSSY, VERSION, build, examine, generate, prompt  # noqa: E402
+from tests.test_hf import single_thread  # noqa: E402, F401
+
+pytestmark = pytest.mark.skipif(cases.DEVICE.type == "cuda", reason="a table of CPU models")
+# One of each kind: plain, windows, learned sinks, convolution, linear attention, chunks.
+KINDS = {"phi": 2, "gemma3": 2, "gpt_oss": 2, "lfm2": 2, "qwen3_next": 2, "llama4": 2}
+MIXED = ("gemma3", "gpt_oss", "lfm2", "qwen3_next")
+REFUSED = {
+    "gemma2": "softcapping; it stays dense",
+    "gemma3n": "keys of its own in every layer; it stays dense",
+    "mistral, windows": "does not grow with the context: it stays dense|full attention",
+    "deepseek_v3": r"MLA.*; it stays dense",
+    "diffllama": "it does more than softmax; it stays dense|attention function 'spectral' did not",
+    "bloom": "transformers' attention interface; it stays dense",
+}
+
+
+def needs(name: str) -> None:
+    """Releases before 5.17 keep states of convolutions and linear attention elsewhere."""
+    if name in ("lfm2", "qwen3_next") and VERSION < (5, 17):
+        pytest.skip("its state is outside the Cache")
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_a_family_works(name: str) -> None:
+    needs(name)
+    row = examine(name, ["balanced"])
+    assert (row.why, row.ours, row.equal, row.restored) == ("", KINDS[name], True, True)
+    assert row.lossy == 1 and not row.works  # which asks for all presets
+    row.lossy = len(LOSSY)
+    assert row.works and "yes" in str(row)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_a_refusal_says_what_to_do(name: str) -> None:
+    row = examine(name)
+    if not row.why.startswith("not in transformers"):
+        assert row.restored and not row.works
+        with pytest.raises((NotImplementedError, ValueError), match=REFUSED[name]):
+            enable(build(name), "exact")
+
+
+@pytest.mark.skipif(VERSION >= (5, 17), reason="its state is in the Cache")
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+def test_a_state_outside_the_cache_is_refused(name: str) -> None:
+    with pytest.raises(NotImplementedError, match="a newer one"):
+        enable(build(name), "exact")
+
+
+@pytest.fixture(scope="module")
+def mixed() -> dict[str, tuple[Any, ModelCodec]]:
+    """Models and their codecs, made when asked for."""
+    return {}
+
+
+def made(mixed: dict[str, tuple[Any, ModelCodec]], name: str) -> tuple[Any, ModelCodec]:
+    needs(name)
+    if name not in mixed:
+        model = build(name)
+        ids = prompt(600)["input_ids"][1:]
+        mixed[name] = model, calibrate.calibrate(model, ids, "balanced", progress=False)
+    return mixed[name]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},
+    "samples": {"do_sample": True, "num_return_sequences": 2},
+    "chunks": {"prefill_chunk_size": 32},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("name", MIXED)
+def test_ways_to_generate_on_a_mixed_cache(name: str, way: str, mixed: Any) -> None:
+    model, _ = made(mixed, name)
+    inputs = prompt(90)
+    if way == "chunks":  # transformers 4 miscounts padded rows
+        inputs = {key: x[1:] for key, x in inputs.items()}
+    found = []
+    for on in (False, True):
+        torch.manual_seed(3)
+        with enable(model, "exact") if on else warnings.catch_warnings():
+            found.append(generate(model, inputs, **WAYS[way]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_prompt_lookup_on_a_mixed_cache(name: str, mixed: Any) -> None:
+    """Drafts are taken back from all layers, or transformers says that they cannot be."""
+    model, _ = made(mixed, name)
+    inputs = {key: x[1:] for key, x in prompt(90).items()}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :30]] * 3, dim=1)
+    found: list[Any] = []
+    for on in (False, True):
+        with enable(model, "exact") if on else warnings.catch_warnings():
+            try:
+                found.append(generate(model, inputs, prompt_lookup_num_tokens=5).tolist())
+            except (ValueError, RuntimeError) as error:
+                found.append(type(error))
+    if VERSION >= (5, 17) or name not in ("gemma3", "gpt_oss"):
+        assert found[0] == found[1]
+    else:  # it would need another kind of cache
+        assert found[1] is ValueError
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_chat_crop_copy_and_reset_of_a_mixed_cache(name: str, mixed: Any) -> None:
+    model, codec = made(mixed, name)
+    inputs = {key: x[1:] for key, x in prompt(150).items()}
+    ids = inputs["input_ids"]
+    with enable(model, codec=codec) as handle, torch.no_grad():
+        cache = handle.new_cache()
+        for _ in range(2):
+            model(ids[:, :100], **{CACHE: cache})
+            twin = copy.deepcopy(cache)
+            parts = [model(ids[:, 100:110], **{CACHE: x}).logits for x in (cache, twin)]
+            assert torch.equal(*parts)
+            assert twin.get_seq_length() == cache.get_seq_length() == cache.columns == 110
+            cache.reset()
+        whole = handle.new_cache()
+        a = generate(model, {key: x[:, :100] for key, x in inputs.items()}, **{CACHE: whole})
+        more = {"input_ids": torch.cat((a, ids[:, :40]), dim=1)}
+        more["attention_mask"] = torch.ones_like(more["input_ids"])
+        b = generate(model, more, **{CACHE: whole})
+        assert whole.columns == b.shape[1] - 1
+    with enable(model, "exact") as handle:
+        kept = handle.new_cache()
+        a = generate(model, {key: x[:, :100] for key, x in inputs.items()}, **{CACHE: kept})
+        more["input_ids"] = torch.cat((a, ids[:, :40]), dim=1)
+        b = generate(model, more, **{CACHE: kept})
+    dense = transformers.DynamicCache(config=model.config)
+    c = generate(model, {key: x[:, :100] for key, x in inputs.items()}, **{CACHE: dense})
+    assert torch.equal(a, c)
+    assert torch.equal(generate(model, more, **{CACHE: dense}), b)
+
+
+def test_a_mixed_cache_counts_all_its_bytes(mixed: Any) -> None:
+    model, codec = made(mixed, "gemma3")
+    with enable(model, codec=codec) as handle, torch.no_grad():
+        cache = handle.new_cache(max_tokens=512)
+        model(prompt(100, 0)["input_ids"], **{CACHE: cache})
+    ours = [isinstance(layer, SpectralLayer) for layer in cache.layers]
+    assert ours == [False, True, False, True]
+    # Windows of 64 keep 63 tokens: 2 layers, K and V, 2 rows, 2 heads, 64 dimensions, float32.
+    assert cache.nbytes == cache.spectral.nbytes + 2 * 2 * 2 * 2 * 63 * 64 * 4
+    assert [layer.index for layer in layers_of(model)] == [1, 3] and not cache.is_compileable
+
+
+def test_learned_sinks_take_their_share(mixed: Any) -> None:
+    """Steps of gpt-oss without them differ, and `enable` sees it."""
+    model, _ = made(mixed, "gpt_oss")
+    for layer in model.model.layers:
+        torch.nn.init.constant_(layer.self_attn.sinks, 2.0)
+    step = torch.ops.spectral_kernels.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            torch.ops.spectral_kernels, "step", lambda *args: step(*args[:-1], None), raising=False
+        )
+        with pytest.raises(NotImplementedError, match="layer 1: its attention and the cache's"):
+            enable(model, "exact")
+    enable(model, "exact").disable()
+
+
+def test_the_table_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(families.FAMILIES) >= 60
+    assert families.main(["gemma2", "llama"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "1 work, 1 refused, 0 fail"
+    assert lines[-2].split()[:6] == ["llama", "2", "of", "2", "yes", "3"]
