@@ -80,6 +80,25 @@ def random_codec(
     return Codec(layout, freqs, k[0], k[1], k[2], mean, offset, v[0], v[1], v[2])
 
 
+def eight_bit_codec(
+    layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, largest: float
+) -> ModelCodec:
+    """Every dimension of K and V in 255 steps from -largest to largest: nearly lossless."""
+    bands, step = Bands.parse(f"{dim}x8"), largest / 127
+    eye = torch.eye(dim, dtype=torch.float32).expand(1, kv_heads, -1, -1)
+
+    def codec() -> Codec:
+        x = {"k_mean": torch.zeros(1, kv_heads, dim), "k_offset": torch.zeros(1, kv_heads, dim)}
+        for side in ("k", "v"):
+            x[f"{side}_basis"] = (127 * eye).to(torch.int8).contiguous()
+            x[f"{side}_scale"] = torch.full((1, kv_heads, dim), step / 127)
+            x[f"{side}_encoder"] = (eye / step).contiguous()
+        return Codec(PageLayout(bands, bands, dim), freqs=freqs.clone(), **x)
+
+    codecs = tuple(codec() for _ in range(layers))
+    return ModelCodec(codecs, sinks=4, window=16, preset="8 bits")
+
+
 def random_model_codec(
     preset: str,
     *,

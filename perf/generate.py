@@ -234,47 +234,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m perf.generate", description=__doc__.split("\n")[0]
     )
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--model", help="path or id of a causal language model (default: the embedded one)"
-    )
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group()
+    source.add_argument("--model", help="path or id of a causal language model (default: embedded)")
     source.add_argument("--gguf", help="GGUF file of such a model")
-    parser.add_argument(
-        "--codec",
-        type=Path,
-        help="the model's codec (default: the known one, else it is calibrated)",
-    )
+    add("--codec", type=Path, help="the model's (default: the known one, else it is calibrated)")
     text = parser.add_mutually_exclusive_group()
-    text.add_argument(
-        "--prompt",
-        help="default, for the embedded model: a text of 3,000 tokens and a question about it",
-    )
+    default = "default, for the embedded model: a text of 3,000 tokens and a question about it"
+    text.add_argument("--prompt", help=default)
     text.add_argument("--prompt-file", type=Path, help="file with the prompt, UTF-8")
-    parser.add_argument(
-        "--prompt-tokens", type=int, help="keep only the first so many tokens of the prompt"
-    )
-    parser.add_argument("--preset", choices=list(PRESETS), default="balanced")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
-    parser.add_argument("--compare", action="store_true", help="run the dense model beside it")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help="default: float32 on a CPU, bfloat16 or float16 on a GPU",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="sample at this temperature (default 0: greedy)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the default prompt and of sampling")
+    add("--prompt-tokens", type=int, help="keep only the first so many tokens of the prompt")
+    add("--preset", choices=list(PRESETS), default="balanced")
+    add("--max-new-tokens", type=int, default=32)
+    add("--compare", action="store_true", help="run the dense model beside it")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    default = "default: float32 on a CPU, bfloat16 or float16 on a GPU"
+    add("--dtype", choices=list(DTYPES), help=default)
+    add("--temperature", type=float, default=0.0, help="of sampling (default 0: greedy)")
+    add("--seed", type=int, default=0, help="of the default prompt and of sampling")
     args = parser.parse_args(argv)
-    if (
-        args.max_new_tokens < 1
-        or args.temperature < 0
-        or (args.prompt_tokens is not None and args.prompt_tokens < 1)
-    ):
+    tokens = 1 if args.prompt_tokens is None else args.prompt_tokens
+    if min(args.max_new_tokens, tokens) < 1 or args.temperature < 0:
         parser.error(
             "--max-new-tokens and --prompt-tokens must be at least 1, --temperature at least 0"
         )
@@ -296,15 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype=args.dtype)
-    except (
-        OSError,
-        ImportError,
-        ValueError,
-    ) as error:  # what transformers raises for an unknown id or a missing package
+    except (OSError, ImportError, ValueError) as error:  # an unknown id, a missing package
         parser.error(str(error))
-    input_ids = (
-        tokenizer(prompt, return_tensors="pt").input_ids[:, : args.prompt_tokens].to(model.device)
-    )
+    input_ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : args.prompt_tokens]
+    input_ids = input_ids.to(model.device)
     if input_ids.shape[1] == 0:
         parser.error("the prompt is empty")
     settings: dict[str, Any] = {"temperature": args.temperature, "seed": args.seed}

@@ -1,30 +1,48 @@
 """Quality per byte: what a compressed cache costs a model, beside other schemes in the same run.
 
     python -m perf.quality --needles 10                                 the embedded model
-    python -m perf.quality --gguf model.gguf --text code.py prose.txt --needles 10 --codecs FOLDER
+    python -m perf.quality --model M --codecs FOLDER --text a.py b.txt --needles 10 \\
+        --tasks all --lengths 4096 8192 --generate 2000 --json perf/results/quality.jsonl
 
-For each text the model reads the first `context` tokens once, exactly. Each scheme then stores
-those keys and values, and the model predicts the rest (256 tokens of the text, then with --needles
-questions about codes hidden in the context, each with its answer) by dense attention over what the
-scheme gives back and the exact keys and values of the rest. The presets go through the product:
-`enable`, a prompt, and what its cache gives back (`SpectralCache.past`), with the model's codec: of
---codecs (files codec-PRESET.safetensors, as `python -m spectral_kernels.calibrate --out FOLDER`
-writes several presets), or what `enable` finds or calibrates; judge no text that it knows.
+Texts. The model reads the first `context` tokens once, exactly. Each scheme stores those keys and
+values, and the model predicts the rest (256 tokens of the text, then with --needles questions about
+codes hidden in the context, each with its answer) by dense attention over what the scheme gives
+back and the exact keys and values of the rest. The presets go through the product: `enable`, a
+prompt, and what its cache gives back (`SpectralCache.past`), with the model's codec: of --codecs
+(files codec-PRESET.safetensors, as `python -m spectral_kernels.calibrate --out FOLDER` writes
+several presets), or what `enable` finds or calibrates; judge no text that it knows.
+
+--generate N. The dense model samples N tokens after each context; a preset's cache is fed these
+(teacher-forced) and samples its own with the same random numbers (free-running), token by token as
+`generate` does. KL is to the dense model on the same tokens. `exact` is what the number format
+costs.
+
+--tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back and exact
+new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
                 tables, exact tokens. A model's codec is not a sequence's.
     long        the same in the limit of long contexts: without window and sinks
-    KL          mean over all predicted tokens of KL(exact || scheme), nats; median, 99th percentile
+    KL          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
     top-1       share of them whose likeliest token is the exact cache's
     ppl         change of the perplexity of them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
-Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 64 to 127 tokens
-exact, which is no fewer than the presets keep.
-    kivi-4/3/2  groups of 32: keys as rotated per channel over 32 tokens, values per token over 32
-                channels (arXiv 2402.02750)
-    fp8         e4m3 with one scale for a head's keys and one for its values
+Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 64 to 191 tokens
+exact, which is no fewer than the presets keep; what they calibrate is calibrated on the judged text
+itself, which favours them. H is the Hadamard matrix, keys are as rotated.
+    fp8         e4m3, one scale for a head's keys and one for its values
+    nvfp4       e2m1 in blocks of 16 along a token with an e4m3 scale, one scale a head
+    kivi-4/3/2  groups of 32: keys per channel over 32 tokens, values per token over 32 channels
+                (arXiv 2402.02750)
+    saw-int4    H, then 4 bits a token and head, from least to greatest (2604.19157)
+    oscar-2     K: H after the eigenvectors of the queries' covariance; V: of the values', weighted
+                by the scores; 2 bits a token and head, range clipped (2605.17757)
+    kvarn-k4v2  tiles of 128 tokens: H, standard deviations of rows and columns evened out in turns;
+                K 4 bits per channel, V 2 bits per token (2606.03458)
+    turbo-3     a token's norm, then a random rotation and the 3-bit Lloyd-Max levels of a normal
+                variable (2504.19874)
 
 perf/results/quality.jsonl holds, as a baseline, rows of the first version of this library (commits
 6c2963d to a77a074), whose layouts and bases were those of a sequence.
@@ -36,12 +54,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache as remember
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +69,21 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from perf._tasks import PLACES, TASKS, Task, make_tasks, mcnemar, score
 from perf._timing import versions
 from perf.generate import DTYPES, TINY_MODEL, load
-from spectral_kernels.hf import CACHE, PRESETS, enable
+from perf.tables import quality_table
+from spectral_kernels.calibrate import _tapped
+from spectral_kernels.codec import ModelCodec
+from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 PREDICTED = 256  # tokens of the text after the context
 SINKS, WINDOW, GROUP = 4, 64, 32  # of the yardsticks
-PLACES = (
-    "harbour library museum theatre station market castle hospital airport chapel brewery stadium"
-).split()
+TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
+WEIGHED = 64  # queries that say how much a value counts, for oscar
+TEMPERATURE = 0.8  # of --generate
+READ = 200_000  # tokens of prompts that are answered at once
 
 
 class Question(NamedTuple):
@@ -86,12 +112,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Prefix:
-    """The context but its last token: ids int64 [1, N - 1], and exact keys, as rotated, and values
-    [1, G, N - 1, D] of each layer."""
+    """Contexts of equal length but their last token, one a row.
+
+    Attributes:
+        ids: int64 [B, N - 1].
+        k, v: of each layer, exact, [B, G, N - 1, D]; keys as rotated.
+        q_moments, v_moments: of each layer [G, D, D]: mean of q^T q over queries, and of v^T v
+            weighted by the scores of some; None: not asked for.
+    """
 
     ids: torch.Tensor
     k: list[torch.Tensor]
     v: list[torch.Tensor]
+    q_moments: list[torch.Tensor] | None = None
+    v_moments: list[torch.Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -104,8 +138,8 @@ class Prefix:
 
 
 class Stored(NamedTuple):
-    """What a scheme gives back: keys as rotated and values [1, G, N - 1, D], a pair a layer; all
-    bytes, and a token's."""
+    """What a scheme gives back: keys as rotated and values [B, G, N - 1, D], a pair a layer; bytes
+    of a row, and of a token."""
 
     layers: list[tuple[torch.Tensor, torch.Tensor]]
     nbytes: float
@@ -113,25 +147,7 @@ class Stored(NamedTuple):
 
 
 Scheme = Callable[[Prefix], Stored]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One scheme on one text."""
-
-    model: str
-    text: str
-    context: int
-    scheme: str
-    ratio: float
-    ratio_long: float
-    kl: float
-    kl_median: float
-    kl_p99: float
-    top1: float
-    perplexity: float  # relative change
-    needles: int
-    recalled: int
+Row = dict[str, Any]
 
 
 # ---- cases ---------------------------------------------------------------------------------------
@@ -140,11 +156,10 @@ class Row:
 def needle_questions(count: int, seed: int) -> list[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
-    questions = []
+    questions, places = [], PLACES[:12]
     for i in range(count):
-        place = PLACES[i % len(PLACES)] + (
-            f" number {i // len(PLACES) + 1}" if i >= len(PLACES) else ""
-        )
+        number = f" number {i // len(places) + 1}" if i >= len(places) else ""
+        place = places[i % len(places)] + number
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -221,15 +236,36 @@ def _with_questions(
 
 
 @torch.no_grad()
-def read_prefix(model: Any, case: Case) -> Prefix:
-    """The context but its last token, which is the first to predict from; read once, by the model
-    as it is."""
-    ids = case.ids[:, : case.context - 1].to(model.device)
+def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
+    """Contexts int64 [B, N] but their last token, which is the first to predict from; read once, by
+    the model as it is."""
+    ids = ids[:, :-1].to(model.device)
+    found: list[list[torch.Tensor]] = [[], []]
+
+    def take(module: Any, q: Any, k: Any, v: Any, scale: float | None) -> None:
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        q, v, tokens = q.unflatten(1, (k.shape[1], -1)).float(), v.float(), q.shape[2]
+        found[0].append(torch.einsum("bghtd,bghte->gde", q, q) / q[:, 0, :, :, 0].numel())
+        at = torch.linspace(tokens // 2, tokens - 1, min(WEIGHED, tokens - tokens // 2)).long()
+        at = at.to(q.device)
+        scores = scale * (q[:, :, :, at] @ k.float()[:, :, None].mT)  # [B, G, H/G, queries, T]
+        later = torch.arange(tokens, device=q.device) > at[:, None]
+        p = scores.masked_fill_(later, float("-inf")).softmax(-1).mean((2, 3))
+        found[1].append(torch.einsum("bgtd,bgte->gde", v * p[..., None], v) / len(v))
+
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
-    return Prefix(
-        ids, *([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
-    )
+    with _tapped(model, take) if moments else nullcontext():
+        model(input_ids=ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+    k, v = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
+    return Prefix(ids, k, v, *(found if moments else ()))
+
+
+def dense_cache(model: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """transformers' cache with a context as given."""
+    cache = DynamicCache(config=model.config)
+    for i, (k, v) in enumerate(layers):
+        cache.update(k.to(model.dtype), v.to(model.dtype), i)
+    return cache
 
 
 @torch.no_grad()
@@ -238,20 +274,23 @@ def predict(
 ) -> torch.Tensor:
     """Log-probabilities of all tokens at the predicted places, float32 [P, V], with a context
     cached as given."""
-    cache = DynamicCache(config=model.config)
-    for i, (k, v) in enumerate(layers):
-        cache.update(k.to(model.dtype), v.to(model.dtype), i)
+    cache = dense_cache(model, layers)
     ids = case.ids[:, case.context - 1 : -1].to(model.device)
     mask = torch.ones((1, case.ids.shape[1] - 1), dtype=torch.long, device=model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits[0]
     return logits.float().log_softmax(-1)
 
 
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(exact || other) of log-probabilities [..., V], nats."""
+    return (exact.exp() * (exact - other)).sum(-1)
+
+
 def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """KL, top-1 agreement, change of the perplexity, and recalled answers, from log-probabilities
     [P, V]."""
     target = case.ids[0, case.context :].to(exact.device)
-    kl = (exact.exp() * (exact - other)).sum(-1)
+    kl = divergence(exact, other)
     best = other.argmax(-1)
     nll, nll_exact = (-x.gather(1, target[:, None]).mean().item() for x in (other, exact))
     right = (best == target).tolist()
@@ -259,278 +298,535 @@ def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, f
         "kl": kl.mean().item(),
         "kl_median": kl.median().item(),
         "kl_p99": kl.quantile(0.99).item(),
+        "kl_p999": kl.quantile(0.999).item(),
         "top1": (best == exact.argmax(-1)).float().mean().item(),
         "perplexity": math.exp(nll - nll_exact) - 1,
         "recalled": sum(all(right[i] for i in places) for places in case.answers),
     }
 
 
-# ---- schemes -------------------------------------------------------------------------------------
+# ---- the presets ---------------------------------------------------------------------------------
+
+
+def enabled(model: Any, preset: str, codecs: Path | None) -> Any:
+    """The product's handle, with the codec of a folder if there is one."""
+    known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
+    return enable(model, preset, codec=known)
+
+
+def preset_bytes(codec: Any, tokens: int, dense: int) -> tuple[float, float]:
+    """(all bytes of a row of so many tokens, a token's); dense: of a token. codec None: exact."""
+    if codec is None:
+        return tokens * dense, dense
+    # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
+    token = codec.token_bytes + 4 / 64
+    return tokens * token + min(tokens, codec.sinks + codec.window) * dense, token
 
 
 @torch.no_grad()
+def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelCache:
+    """The product's cache after prompts int64 [B, T], with room for `new` tokens."""
+    cache = handle.new_cache(len(ids), ids.shape[1] + new)
+    model(input_ids=ids.to(model.device), logits_to_keep=1, use_cache=True, **{CACHE: cache})
+    return cache
+
+
 def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
     """Through the product: the prompt as `generate` stores it, and what a prompt after it would
     attend to."""
-    known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
-    with enable(model, preset, codec=known) as handle:
-        cache = handle.new_cache(1, prefix.tokens)
-        model(input_ids=prefix.ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
-        spectral = cache.spectral
-        assert spectral is not None
-        layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
-        if preset == "exact":
-            return Stored(layers, prefix.tokens * prefix.token_bytes, prefix.token_bytes)
-        codec = spectral.codec
-        # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
-        token = codec.token_bytes + 4 / 64
-        kept = min(prefix.tokens, codec.sinks + codec.window)
-        return Stored(layers, prefix.tokens * token + kept * prefix.token_bytes, token)
+    with enabled(model, preset, codecs) as handle:
+        spectral = filled_cache(model, handle, prefix.ids, 0).spectral
+        with torch.no_grad():
+            layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
+        return Stored(layers, *preset_bytes(handle.codec, prefix.tokens, prefix.token_bytes))
 
 
-def _cold_tokens(prefix: Prefix) -> int:
-    return max(0, (prefix.tokens - WINDOW) // WINDOW * WINDOW)
+# ---- yardsticks ----------------------------------------------------------------------------------
+
+Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
 
 
-def _with_exact(
-    prefix: Prefix, code: Callable[[torch.Tensor, bool], torch.Tensor], bits: float
-) -> Stored:
-    """A scheme that codes keys as rotated and values of old tokens, [1, G, T, D] float32, with
-    `bits` a number."""
-    cold = _cold_tokens(prefix)
+@dataclass(frozen=True)
+class Yardstick:
+    """Another scheme.
 
-    def coded(x: torch.Tensor, is_key: bool) -> torch.Tensor:
-        x = x.float()
-        return torch.cat(
-            (x[:, :, :SINKS], code(x[:, :, :cold], is_key)[:, :, SINKS:], x[:, :, cold:]), dim=2
-        )
+    Attributes:
+        code: (x, is_key, layer, prefix) -> x as read back; [B, G, T, D] float32.
+        bits: of K and of V a number, scales and zero points included, by D.
+        run: tokens that are coded together.
+    """
 
-    layers = [(coded(k, True), coded(v, False)) for k, v in zip(prefix.k, prefix.v, strict=True)]
-    token, exact = prefix.token_bytes, SINKS + prefix.tokens - cold
-    return Stored(layers, cold * token * bits / 16 + exact * token, token * bits / 16)
+    code: Code
+    bits: Callable[[int], tuple[float, float]]
+    run: int = WINDOW
+
+    @torch.no_grad()
+    def __call__(self, prefix: Prefix) -> Stored:
+        cold = max(0, (prefix.tokens - WINDOW) // self.run * self.run)
+
+        def coded(x: torch.Tensor, is_key: bool, layer: int) -> torch.Tensor:
+            out = x.clone()
+            if cold > SINKS:
+                got = self.code(x[:, :, :cold].float(), is_key, layer, prefix)
+                out[:, :, SINKS:cold] = got[:, :, SINKS:].to(x.dtype)
+            return out
+
+        layers = [
+            (coded(k, True, i), coded(v, False, i))
+            for i, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True))
+        ]
+        bits = sum(self.bits(prefix.k[0].shape[3])) / 2
+        dense, exact = prefix.token_bytes, SINKS + prefix.tokens - cold
+        return Stored(layers, cold * dense * bits / 16 + exact * dense, dense * bits / 16)
+
+
+def even_levels(x: torch.Tensor, dim: int, bits: int, clip: float = 1.0) -> torch.Tensor:
+    """Rounded to 2**bits even levels from the least to the greatest along `dim`, or over a share
+    `clip` of that range around its middle; scale and zero point in 16 bits."""
+    least, most = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    step = (clip * (most - least) / (2**bits - 1)).half().float().clamp_min(1e-7)
+    zero = (least + (1 - clip) / 2 * (most - least)).half().float()
+    return ((x - zero) / step).round().clamp(0, 2**bits - 1) * step + zero
 
 
 def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """Groups of 32 along `dim`, rounded to 2**bits even levels from the least to the greatest of
-    each group."""
-    groups = x.unflatten(dim, (-1, GROUP))
-    least, most = groups.amin(dim, keepdim=True), groups.amax(dim, keepdim=True)
-    step = ((most - least) / (2**bits - 1)).half().float().clamp_min(1e-7)
-    least = least.half().float()
-    return (((groups - least) / step).round().clamp(0, 2**bits - 1) * step + least).flatten(
-        dim - 1, dim
-    )
+    """`even_levels` of groups of 32 along `dim`, -1 or -2."""
+    return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
 
 
-def store_groups(prefix: Prefix, bits: int) -> Stored:
-    def code(x: torch.Tensor, is_key: bool) -> torch.Tensor:
-        return in_groups(x, -2, bits) if is_key else in_groups(x, -1, bits)
-
-    return _with_exact(prefix, code, bits + 2 * 16 / GROUP)
-
-
-def store_fp8(prefix: Prefix) -> Stored:
-    def code(x: torch.Tensor, is_key: bool) -> torch.Tensor:
-        scale = (
-            x.abs().amax((-2, -1), keepdim=True).clamp_min(1e-20)
-            / torch.finfo(torch.float8_e4m3fn).max
-        )
-        return (x / scale).to(torch.float8_e4m3fn).float() * scale
-
-    return _with_exact(prefix, code, 8)
+@remember
+def hadamard(dim: int) -> torch.Tensor:
+    """Orthonormal and symmetric [D, D]; of D that is no power of two, in blocks of the largest that
+    divides it."""
+    block, h = dim & -dim, torch.ones(1, 1)
+    while len(h) < block:
+        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    return torch.block_diag(*[h] * (dim // block)) / block**0.5
 
 
-YARDSTICKS: dict[str, Scheme] = {
-    "fp8": store_fp8,
-    **{f"kivi-{bits}": partial(store_groups, bits=bits) for bits in (4, 3, 2)},
+@remember
+def random_rotation(dim: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
+
+
+def code_kivi(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix, bits: int) -> torch.Tensor:
+    return in_groups(x, -2 if is_key else -1, bits)
+
+
+def kivi_bits(bits: int, dim: int) -> tuple[float, float]:
+    return bits + 32 / GROUP, bits + 32 / GROUP
+
+
+def code_fp8(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
+    most = torch.finfo(torch.float8_e4m3fn).max
+    scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(1e-20) / most
+    return (x / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def code_nvfp4(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
+    whole = x.abs().amax((-2, -1), keepdim=True).clamp_min(1e-20)[..., None] / (6 * 448)
+    blocks = x.unflatten(-1, (-1, 16))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 6 / whole).to(torch.float8_e4m3fn).float()
+    scale = (scale * whole).clamp_min(1e-30)
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=x.device)
+    at = torch.bucketize((blocks / scale).abs(), (levels[1:] + levels[:-1]) / 2)
+    return (levels[at] * blocks.sign() * scale).flatten(-2)
+
+
+def code_saw(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
+    h = hadamard(x.shape[-1]).to(x.device)
+    return even_levels(x @ h, -1, 4) @ h
+
+
+def code_oscar(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
+    moments = prefix.q_moments if is_key else prefix.v_moments
+    assert moments is not None, "read_prefix(moments=True)"
+    vectors = torch.linalg.eigh(moments[layer].double())[1].float()
+    turn = vectors @ hadamard(x.shape[-1]).to(x.device)  # [G, D, D]
+    y = x @ turn
+    tries = [even_levels(y, -1, 2, clip) for clip in CLIPS]
+    return min(tries, key=lambda z: float((z - y).square().mean())) @ turn.mT
+
+
+def evened_out(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What divides the rows and the columns of tiles [..., TILE, D] so that all have standard
+    deviation 1, nearly; in 16 bits."""
+    rows, columns = y.new_ones(*y.shape[:-1], 1), y.new_ones(*y.shape[:-2], 1, y.shape[-1])
+    for _ in range(EVENINGS):
+        columns = columns * (y / (rows * columns)).std(-2, keepdim=True).clamp_min(1e-6)
+        rows = rows * (y / (rows * columns)).std(-1, keepdim=True).clamp_min(1e-6)
+    return rows.half().float().clamp_min(1e-6), columns.half().float().clamp_min(1e-6)
+
+
+def code_kvarn(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
+    h = hadamard(x.shape[-1]).to(x.device)
+    y = (x @ h).unflatten(2, (-1, TILE))
+    rows, columns = evened_out(y)
+    z = y / (rows * columns)
+    z = even_levels(z, -2, 4) if is_key else even_levels(z, -1, 2)
+    return (z * rows * columns).flatten(2, 3) @ h
+
+
+def code_turbo(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
+    dim, turn = x.shape[-1], random_rotation(x.shape[-1]).to(x.device)
+    norm = x.norm(dim=-1, keepdim=True).half().float().clamp_min(1e-6)
+    half = torch.tensor([0.2451, 0.7560, 1.3439, 2.1520], device=x.device)  # Lloyd-Max, N(0, 1)
+    levels = torch.cat((-half.flip(0), half))
+    at = torch.bucketize(x @ turn * (dim**0.5 / norm), (levels[1:] + levels[:-1]) / 2)
+    return levels[at] @ turn.T * (norm / dim**0.5)
+
+
+YARDSTICKS: dict[str, Yardstick] = {
+    "fp8": Yardstick(code_fp8, lambda dim: (8, 8)),
+    "nvfp4": Yardstick(code_nvfp4, lambda dim: (4.5, 4.5)),
+    "saw-int4": Yardstick(code_saw, lambda dim: (4 + 32 / dim,) * 2),
+    **{
+        f"kivi-{n}": Yardstick(partial(code_kivi, bits=n), partial(kivi_bits, n)) for n in (4, 3, 2)
+    },
+    "kvarn-k4v2": Yardstick(
+        code_kvarn, lambda dim: (4 + 32 / TILE + 16 / dim, 2 + 32 / dim + 16 / TILE), TILE
+    ),
+    "turbo-3": Yardstick(code_turbo, lambda dim: (3 + 16 / dim,) * 2),
+    "oscar-2": Yardstick(code_oscar, lambda dim: (2 + 32 / dim,) * 2),
 }
+
+
+# ---- measurements --------------------------------------------------------------------------------
 
 
 def measure(
     model: Any, case: Case, schemes: dict[str, Scheme], *, model_name: str, bar: Any = None
 ) -> Iterator[Row]:
     """All schemes on one case, as they come; the context is read once."""
-    prefix = read_prefix(model, case)
+    prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
     exact = predict(model, case, list(zip(prefix.k, prefix.v, strict=True)))
     if bar is not None:
         bar.update(1)
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
-        recalled = int(result.pop("recalled"))
-        ratios = (
-            prefix.tokens * prefix.token_bytes / stored.nbytes,
-            prefix.token_bytes / stored.token_bytes,
-        )
-        yield Row(
-            model_name,
-            case.name,
-            case.context,
-            name,
-            *ratios,
+        yield {
+            "model": model_name,
+            "text": case.name,
+            "context": case.context,
+            "scheme": name,
+            **sizes(stored.nbytes, stored.token_bytes, prefix),
             **result,
-            needles=len(case.answers),
-            recalled=recalled,
-        )
+            "needles": len(case.answers),
+        }
         if bar is not None:
             bar.update(1)
+
+
+def sizes(nbytes: float, token_bytes: float, prefix: Prefix) -> Row:
+    """Ratios to a dense 16-bit cache, and the bytes of a token and of what does not grow."""
+    tokens, dense = prefix.tokens, prefix.token_bytes
+    ratios = {"ratio": tokens * dense / nbytes, "ratio_long": dense / token_bytes}
+    return {**ratios, "token_bytes": token_bytes, "fixed_bytes": nbytes - tokens * token_bytes}
+
+
+@torch.no_grad()
+def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
+    """What the model writes after prompts whose last token the cache has not seen."""
+    token = torch.tensor([task.ids[-1:] for task in tasks], device=model.device)
+    written: list[torch.Tensor] = []
+    texts = [""] * len(tasks)
+    for step in range(max(task.new for task in tasks)):
+        logits = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
+        token = logits[:, -1].argmax(-1, keepdim=True)
+        written.append(token)
+        if step % 16 == 15 or step + 1 == max(task.new for task in tasks):
+            rows = torch.cat(written, dim=1).tolist()
+            texts = [
+                tokenizer.decode(row[: task.new]) for row, task in zip(rows, tasks, strict=True)
+            ]
+            ended = (
+                step + 1 >= task.new or any(stop in text for stop in task.stop)
+                for task, text in zip(tasks, texts, strict=True)
+            )
+            if all(ended):
+                break
+    return texts
+
+
+def answers(
+    model: Any, tasks: Sequence[Task], tokenizer: Any, schemes: dict[str, Scheme]
+) -> Iterator[tuple[str, list[str], Row]]:
+    """(scheme, text of each task, sizes) for tasks of one length: "dense" first."""
+    ids = torch.tensor([task.ids for task in tasks])
+    prefix = read_prefix(model, ids, moments="oscar-2" in schemes)
+    exact = Stored(
+        list(zip(prefix.k, prefix.v, strict=True)),
+        *preset_bytes(None, prefix.tokens, prefix.token_bytes),
+    )
+    for name, store in {"dense": lambda _: exact, **schemes}.items():
+        given = store(prefix)
+        size, cache = sizes(given.nbytes, given.token_bytes, prefix), dense_cache(model, given[0])
+        del given
+        yield name, greedy(model, cache, tasks, tokenizer), size
+
+
+def task_rows(tasks: Sequence[Task], found: dict[str, tuple[list[float], Row]]) -> list[Row]:
+    """A row a kind of task and scheme, from scores of each task and sizes by scheme; flips against
+    "dense"."""
+    rows = []
+    for kind in dict.fromkeys(task.name for task in tasks):
+        at = [i for i, task in enumerate(tasks) if task.name == kind]
+        dense = [found["dense"][0][i] for i in at]
+        for scheme, (scores, size) in found.items():
+            own = [scores[i] for i in at]
+            lost = sum(a == 1 > b for a, b in zip(dense, own, strict=True))
+            won = sum(b == 1 > a for a, b in zip(dense, own, strict=True))
+            rows.append(
+                {
+                    "task": kind,
+                    "scheme": scheme,
+                    **size,
+                    "prompts": len(at),
+                    "score": sum(own) / len(at),
+                    "dense_score": sum(dense) / len(at),
+                    "dense_solved": sum(a == 1 for a in dense),
+                    "flips": [lost, won],
+                    "mcnemar": mcnemar(lost, won),
+                }
+            )
+    return rows
+
+
+def measure_tasks(
+    model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
+) -> list[Row]:
+    """Rows of all tasks of one length."""
+    tasks: list[Task] = []
+    for name in TASKS if args.tasks == ["all"] else args.tasks:
+        if name == "humaneval" and length > min(args.lengths):
+            continue  # its prefixes are of 1 to 4K tokens
+        count = args.problems if name == "humaneval" else args.count
+        tasks += make_tasks(name, tokenizer, length, count, args.seed)
+    tasks.sort(key=lambda task: task.new)  # those of a batch end together
+    scores: dict[str, list[float]] = {}
+    size: dict[str, Row] = {}
+    batch = max(1, READ // length)
+    for first in range(0, len(tasks), batch):
+        part = tasks[first : first + batch]
+        for scheme, texts, sized in answers(model, part, tokenizer, schemes):
+            size[scheme] = sized
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes
+                scores.setdefault(scheme, []).extend(pool.map(score, part, texts))
+    found = {scheme: (scores[scheme], size[scheme]) for scheme in scores}
+    return [{"context": length, **row} for row in task_rows(tasks, found)]
+
+
+@torch.no_grad()
+def stream(
+    model: Any, cache: ModelCache, token: torch.Tensor, count: int, seed: int, given: Any = None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Tokens [B, count] after `token` [B, 1] and their logits, a list of [B, n, V].
+
+    Sampled with random numbers of `seed`, one token a step; or `given` ones, as many at a time as a
+    step takes.
+    """
+    if given is not None:
+        ids = torch.cat((token, given[:, :-1]), dim=1)
+        limit = cache.owner().limit
+        steps = ids.split(limit, dim=1)
+        return given, [model(input_ids=x, **{CACHE: cache}).logits for x in steps]
+    generator = torch.Generator(model.device).manual_seed(seed)
+    tokens, logits = [], []
+    for _ in range(count):
+        logits.append(model(input_ids=token, **{CACHE: cache}).logits)
+        noise = torch.empty_like(logits[-1], dtype=torch.float32).exponential_(generator=generator)
+        token = (logits[-1].float() / TEMPERATURE - noise.log())[:, -1].argmax(-1, keepdim=True)
+        tokens.append(token)
+    return torch.cat(tokens, dim=1), logits
+
+
+@torch.no_grad()
+def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) -> torch.Tensor:
+    """KL of each row and token [B, count] of streamed logits to the model's own on the same tokens;
+    the model is not enabled."""
+    found = []
+    for i, (context, row) in enumerate(zip(ids, tokens, strict=True)):
+        x = torch.cat((context, row[:-1]))[None]
+        exact = model(input_ids=x, logits_to_keep=len(row), use_cache=False).logits[0]
+        own = torch.cat([part[i] for part in logits])
+        parts = zip(exact.split(256), own.split(256), strict=True)
+        found.append(
+            torch.cat([divergence(*(y.float().log_softmax(-1) for y in pair)) for pair in parts])
+        )
+    return torch.stack(found)
+
+
+def measure_stream(
+    model: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Path | None
+) -> Iterator[Row]:
+    """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
+    ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
+    last, count = ids[:, -1:], args.generate
+    text = None
+    for preset in dict.fromkeys(("exact", *args.presets)):
+        kl: list[torch.Tensor] = []
+        for given in (text, None):
+            if text is None and given is None and kl:
+                continue  # the dense text is the exact cache's own
+            with enabled(model, preset, codecs) as handle:
+                cache = filled_cache(model, handle, ids[:, :-1], count)
+                tokens, logits = stream(model, cache, last, count, args.seed, given)
+                size = handle.codec
+                del cache
+            kl.append(stream_kl(model, ids, tokens, logits))
+            text = tokens if text is None else text
+            del logits
+        for i, case in enumerate(cases):
+            yield {
+                "text": case.name,
+                "context": case.context,
+                "task": "generate",
+                "scheme": preset,
+                "generated": count,
+                "token_bytes": None if size is None else size.token_bytes,
+                "teacher_forced_kl": kl[0][i].mean().item(),
+                "free_running_kl": kl[-1][i].mean().item(),
+                "free_running_kl_last": kl[-1][i, -count // 4 :].mean().item(),
+            }
 
 
 # ---- output --------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = []
-    for text in dict.fromkeys(row.text for row in rows):
-        own = [row for row in rows if row.text == text]
-        lines.append(f"\n{own[0].model}, {text}, {own[0].context} tokens of context")
-        heads = {"ratio": 7, "long": 7, "KL": 10, "median": 10, "99 %": 9, "top-1": 8, "ppl": 9}
-        text = "".join(f"{name:>{width}}" for name, width in heads.items())
-        lines.append(f"{'scheme':<12}{text}  recalled")
-        for row in own:
-            recalled = f"{row.recalled}/{row.needles}" if row.needles else "-"
-            text = f"{row.ratio:>7.2f}{row.ratio_long:>7.2f}{row.kl:>10.5f}{row.kl_median:>10.5f}"
-            text += f"{row.kl_p99:>9.3f}{row.top1:>8.3f}{100 * row.perplexity:>+8.2f}%"
-            lines.append(f"{row.scheme:<12}{text}{recalled:>10}")
+    """A block a text."""
+    lines: list[str] = []
+    texts = [row for row in rows if "kl" in row]
+    heads = {"ratio": 7, "long": 7, "KL": 10, "median": 10, "99 %": 9, "99.9 %": 9}
+    heads |= {"top-1": 8, "ppl": 9, "recalled": 10}
+    for name, context in dict.fromkeys((row["text"], row["context"]) for row in texts):
+        lines.append(f"\n{texts[0]['model']}, {name}, {context} tokens of context")
+        lines.append(f"{'scheme':<12}" + "".join(f"{x:>{width}}" for x, width in heads.items()))
+        for row in (x for x in texts if (x["text"], x["context"]) == (name, context)):
+            recalled = f"{row['recalled']}/{row['needles']}" if row["needles"] else "-"
+            lines.append(
+                f"{row['scheme']:<12}{row['ratio']:>7.2f}{row['ratio_long']:>7.2f}"
+                f"{row['kl']:>10.5f}{row['kl_median']:>10.5f}{row['kl_p99']:>9.3f}"
+                f"{row['kl_p999']:>9.3f}{row['top1']:>8.3f}{100 * row['perplexity']:>+8.2f}%"
+                f"{recalled:>10}"
+            )
     return "\n".join(lines)
 
 
-def frontier(rows: Sequence[Row], path: Path) -> None:
-    """Ratio against KL and against recall, one panel row a text, as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    texts = list(dict.fromkeys(row.text for row in rows))
-    figure, axes = plt.subplots(
-        len(texts), 2, figsize=(11, 4 * len(texts)), squeeze=False, layout="constrained"
-    )
-    for (left, right), text in zip(axes, texts, strict=True):
-        for row in (row for row in rows if row.text == text):
-            ours = row.scheme not in YARDSTICKS
-            for panel, y in ((left, max(row.kl, 1e-7)), (right, row.recalled)):
-                panel.plot(
-                    row.ratio, y, "o" if ours else "x", color="tab:blue" if ours else "tab:gray"
-                )
-                panel.annotate(
-                    row.scheme,
-                    (row.ratio, y),
-                    textcoords="offset points",
-                    xytext=(4, 4),
-                    fontsize=8,
-                )
-        left.set(
-            title=f"{text}: lower and further right is better",
-            xlabel="ratio",
-            ylabel="KL, nats",
-            yscale="log",
-        )
-        right.set(
-            title="needles recalled",
-            xlabel="ratio",
-            ylim=(-0.5, max(r.needles for r in rows) + 0.8),
-        )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def parser_of() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m perf.quality", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--model", help="path or id of a model (default: the embedded model)")
-    parser.add_argument(
-        "--gguf", help="GGUF file of such a model; a name alone is looked for in the folder --model"
-    )
-    parser.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="FILE",
-        help="UTF-8 texts",
-    )
-    parser.add_argument(
-        "--context",
-        type=int,
-        default=4000,
-        help="tokens read before prediction starts (default 4000)",
-    )
-    parser.add_argument(
-        "--presets", nargs="*", choices=list(PRESETS), default=list(PRESETS), metavar="PRESET"
-    )
-    parser.add_argument(
-        "--codecs", type=Path, metavar="FOLDER", help="with codec-PRESET.safetensors of the model"
-    )
-    parser.add_argument(
-        "--yardsticks",
-        choices=list(YARDSTICKS),
-        nargs="*",
-        default=list(YARDSTICKS),
-        metavar="NAME",
-    )
-    parser.add_argument(
-        "--needles", type=int, default=0, metavar="N", help="hide N access codes and ask for them"
-    )
-    parser.add_argument(
-        "--json", type=Path, metavar="OUT", help="write one JSON row a line, one a scheme and text"
-    )
-    parser.add_argument("--png", type=Path, help="draw the frontier")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    parser.add_argument(
-        "--dtype",
-        choices=list(DTYPES),
-        help="default: float32 on a CPU, bfloat16 or float16 on a GPU",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the codes, and of the embedded model's text"
-    )
+    add = parser.add_argument
+    add("--model", help="path or id of a model (default: the embedded model)")
+    add("--gguf", help="GGUF file of such a model; a name alone is looked for in --model")
+    add("--text", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8")
+    add("--context", type=int, nargs="+", default=[4000], help="tokens read first (4000)")
+    presets = [preset for preset in PRESETS if preset != "exact"]
+    add("--presets", nargs="*", choices=list(PRESETS), default=presets, metavar="PRESET")
+    add("--codecs", type=Path, metavar="FOLDER", help="with codec-PRESET.safetensors of the model")
+    names: Any = {"choices": list(YARDSTICKS), "nargs": "*", "metavar": "NAME"}
+    add("--yardsticks", default=list(YARDSTICKS), **names)
+    add("--needles", type=int, default=0, metavar="N", help="hide N codes and ask for them")
+    add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
+    add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
+    add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
+    add("--count", type=int, default=16, help="prompts a task and length (16)")
+    add("--problems", type=int, default=164, help="of humaneval (164)")
+    add("--task-yardsticks", default=["kivi-2", "oscar-2"], **names)
+    add("--json", type=Path, metavar="OUT", help="append one JSON row a line")
+    add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
+    add("--seed", type=int, default=0, help="of codes, prompts and sampling")
+    return parser
+
+
+def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Case]:
+    """The texts that are long enough, or the embedded model's document."""
+    options = {"context": context, "needles": args.needles, "seed": args.seed}
+    if args.model is None and args.gguf is None:
+        return [embedded_case(tokenizer, **options)]
+    cases = []
+    for path in args.text:
+        try:
+            text = path.read_text(encoding="utf-8")
+            cases.append(text_case(path.name, text, tokenizer, **options))
+        except ValueError as error:
+            if context == min(args.context):
+                raise
+            print(error, file=sys.stderr)  # too short for the longer contexts
+    return cases
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of()
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
     embedded = args.model is None and args.gguf is None
-    if args.context < 1 or args.needles < 0:
+    if min(args.context) < 1 or args.needles < 0:
         parser.error("--context must be at least 1, --needles at least 0")
-    if embedded == bool(args.text):
-        parser.error(
-            "--text goes with --model or --gguf; the embedded model knows only texts of its own"
-        )
+    if (embedded and args.text) or not (embedded or args.text or args.tasks):
+        parser.error("--text or --tasks go with --model or --gguf; the embedded model knows only "
+                     "texts of its own")  # fmt: skip
     try:
-        model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype=args.dtype)
-        options = {"context": args.context, "needles": args.needles, "seed": args.seed}
-        if embedded:
-            cases = [embedded_case(tokenizer, **options)]
-        else:
-            texts = [(path.name, path.read_text(encoding="utf-8")) for path in args.text]
-            cases = [text_case(name, text, tokenizer, **options) for name, text in texts]
+        # KL in float32: bfloat16 alone costs about as much as the best schemes.
+        model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
+        cases = [case for n in args.context for case in cases_of(args, tokenizer, n)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
     codecs = args.codecs or (TINY_MODEL if embedded else None)
-    schemes: dict[str, Scheme] = {
-        preset: partial(store_spectral, model=model, preset=preset, codecs=codecs)
-        for preset in args.presets
+    stored = {
+        p: partial(store_spectral, model=model, preset=p, codecs=codecs) for p in args.presets
     }
-    schemes |= {name: YARDSTICKS[name] for name in args.yardsticks}
-    ran = versions()  # now: the tree may change while this runs
-    rows: list[Row] = []
+    schemes: dict[str, Scheme] = {**stored, **{name: YARDSTICKS[name] for name in args.yardsticks}}
+    head = {"model": Path(name).name, "codec": codec_notes(codecs, args.presets)}
+    ran, rows = versions(), []  # now: the tree may change while this runs
     with (
         tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar,
-        args.json.open("w") if args.json else nullcontext() as out,
+        args.json.open("a") if args.json else nullcontext() as out,
     ):
-        for row in chain.from_iterable(
-            measure(model, case, schemes, model_name=name, bar=bar) for case in cases
-        ):
-            rows.append(row)
+
+        def keep(row: Row) -> None:
+            rows.append({**head, **row, **ran})
             if out is not None:  # at once: a run may take long
-                out.write(json.dumps({**vars(row), **ran}) + "\n")
+                out.write(json.dumps(rows[-1]) + "\n")
                 out.flush()
-    print(table(rows))
-    if args.png:
-        frontier(rows, args.png)
+
+        for case in cases:
+            for row in measure(model, case, schemes, model_name=head["model"], bar=bar):
+                keep(row)
+        model.to(DTYPES[args.dtype] if args.dtype else half_of(model.device))
+        answering: dict[str, Scheme] = {
+            **stored,
+            **{name: YARDSTICKS[name] for name in args.task_yardsticks},
+        }
+        for length in args.lengths if args.tasks else ():
+            for row in measure_tasks(model, tokenizer, args, answering, length):
+                keep(row)
+        if args.generate:
+            first = [case for case in cases if case.context == args.context[0]]
+            for row in measure_stream(model, first, args, codecs):
+                keep(row)
+    print(f"{table(rows)}\n\n{quality_table(rows)}")
     return 0
+
+
+def half_of(device: torch.device) -> torch.dtype:
+    """What models run in there."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def codec_notes(codecs: Path | None, presets: Sequence[str]) -> str:
+    """The folder's name and what the codecs were calibrated on, as their files say."""
+    paths = [] if codecs is None else [codecs / f"codec-{preset}.safetensors" for preset in presets]
+    notes = {ModelCodec.load(path).notes for path in paths if path.is_file()}
+    return f"{codecs.name}: {'; '.join(sorted(notes))}" if codecs else "as enable finds it"
 
 
 if __name__ == "__main__":

@@ -1,69 +1,105 @@
-"""Tables and plots from the rows of perf/results: `python -m perf.tables [FILE ...]` prints every
-table; `--readme` writes those that README has a place for; `--plot FOLDER` draws plots.
+"""Tables and plots from the rows of perf/results. `python -m perf.tables` prints perf/RESULTS.md;
+with `--write` it writes that page, README's headline table and perf/plots/*.svg.
 
-A table stands in README between `<!-- table: NAME -->` and `<!-- end of table -->` and comes from
-perf/results/NAME.jsonl. Rows are appended by the measurements; of rows about the same thing the
-last one counts.   Test: tests/test_perf.py.
+Rows are appended by the measurements; of rows about the same thing the last one counts. A plot
+carries what it shows as JSON in its metadata, which tests compare with the rows.
+Test: tests/test_perf.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 from perf._timing import RESULTS, ROOT, Row, read_rows
 
-ATTENTION_KEY = ("gpu", "B", "H", "G", "D", "T", "path", "preset")
-END_KEY = ("gpu", "shape", "B", "T", "what", "preset")
+KEYS = {
+    "attention": ("gpu", "H", "G", "D", "path", "B", "T", "preset"),
+    "compress": ("gpu", "T", "layers"),
+    "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
+    "quality": ("model", "context", "task", "text", "scheme"),
+    "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
+}
 PRESETS = ("exact", "quality", "balanced", "small")
-MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
-NO_ROWS = "No row yet: `python -m perf.{} --json` on a CUDA card, then `perf.tables --readme`.\n"
+OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
+ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
+MARKED = re.compile(r"(<!-- headline -->\n).*?(<!-- end of headline -->)", re.DOTALL)
+Rows = Iterable[Row]
+Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
 
 
-def latest(rows: Iterable[Row], key: Sequence[str]) -> list[Row]:
+def rank(value: Any) -> tuple:
+    """What a value of a key is sorted by: None first, known words in their order."""
+    word = value.split()[0] if isinstance(value, str) and value else value
+    known = ORDER.index(word) if word in ORDER else -1
+    return (value is not None, f"{known:03} {value}" if isinstance(value, str) else value)
+
+
+def latest(rows: Rows, key: Sequence[str]) -> list[Row]:
     """The last row of each key, in order of the keys."""
     found = {tuple(row.get(name) for name in key): row for row in rows}
-    return [found[k] for k in sorted(found, key=lambda k: [(x is not None, x) for x in k])]
+    return [found[k] for k in sorted(found, key=lambda k: [rank(x) for x in k])]
+
+
+def grouped(rows: Rows, names: Sequence[str]) -> dict[tuple, list[Row]]:
+    """Rows by their values of `names`."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return found
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "".join(
-        f"| {' | '.join(cells)} |\n" for cells in (header, ["---"] * len(header), *lines)
-    )
+    """Tables of at most ten rows; a column without a value is left out."""
+    lines = list(lines)
+    kept = [i for i in range(len(header)) if any(line[i] != "-" for line in lines)]
+    parts = []
+    for start in range(0, len(lines), 10):
+        shown = (header, ["---"] * len(header), *lines[start : start + 10])
+        parts.append("".join(f"| {' | '.join(cells[i] for i in kept)} |\n" for cells in shown))
+    return "\n".join(parts)
 
 
-def of_commits(rows: Iterable[Row]) -> str:
-    return f"\nMeasured at {', '.join(sorted({row['commit'] for row in rows}))}.\n"
+def cell(value: Any, form: str = "") -> str:
+    return "-" if value is None else format(value, form)
 
 
-def attention_table(rows: Iterable[Row]) -> str:
-    """A line a card, shape and path: the best dense peer; of each preset microseconds, speed-up,
-    share of the bandwidth."""
-    rows = latest(rows, ATTENTION_KEY)
-    if not rows:
-        return NO_ROWS.format("attention")
-    shapes: dict[tuple, dict[str, Row]] = {}
-    for row in rows:
-        shapes.setdefault(tuple(row[name] for name in ATTENTION_KEY[:-1]), {})[row["preset"]] = row
-    lines = []
-    for (gpu, batch, heads, groups, dim, tokens, path), found in shapes.items():
-        peer = next((row for row in found.values() if row["best_peer"]), None)
-        cells = [gpu, f"{heads}/{groups}", str(dim), str(batch), f"{tokens:,}", path]
-        cells.append("-" if peer is None else f"{peer['best_peer_us']:.4g} {peer['best_peer']}")
-        for preset in PRESETS[1:]:
-            if preset not in found:
-                cells.append("-")
-                continue
-            row = found[preset]
-            speedup = "" if row["speedup"] is None else f", **{row['speedup']:.2f}x**"
-            cells.append(f"{row['p50_us']:.4g}{speedup}, {row['read_share']:.0%}")
-        lines.append(cells)
-    header = ["card", "H/G", "D", "B", "T", "path", "best dense peer, us", *PRESETS[1:]]
-    return markdown(header, lines) + of_commits(rows)
+def columns(rows: Rows, forms: dict[str, str]) -> str:
+    """A line a row: the named fields in their formats."""
+    return markdown([*forms], [[cell(row.get(x), f) for x, f in forms.items()] for row in rows])
+
+
+def attention_table(rows: Rows) -> str:
+    """A line a shape: the best dense peers, bf16 and fp8; of each preset microseconds, speed-up
+    over the bf16 peer, share of the bandwidth."""
+    text = ""
+    for title, own in grouped(latest(rows, KEYS["attention"]), KEYS["attention"][:5]).items():
+        gpu, heads, groups, dim, path = title
+        lines = []
+        for (batch, tokens), found in grouped(own, ("B", "T")).items():
+            cells = [str(batch), f"{tokens:,}"]
+            for peer in ("best_peer", "best_fp8"):
+                row = next((row for row in found if row.get(peer)), None)
+                cells.append("-" if row is None else f"{row[f'{peer}_us']:.4g} {row[peer]}")
+            for preset in PRESETS[1:]:
+                row = next((row for row in found if row["preset"] == preset), None)
+                if row is None:
+                    cells.append("-")
+                    continue
+                speedup = "" if row["speedup"] is None else f", **{row['speedup']:.2f}x**"
+                cells.append(f"{row['p50_us']:.4g}{speedup}, {row['read_share']:.0%}")
+            lines.append(cells)
+        header = ["B", "T", "best bf16 peer, us", "best fp8 peer, us", *PRESETS[1:]]
+        text += f"\n### {gpu}, {heads}/{groups} heads, D = {dim}, {path} path\n\n"
+        text += markdown(header, lines)
+    return text
 
 
 def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
@@ -84,202 +120,315 @@ def break_even(dense: tuple[float, float] | None, ours: tuple[float, float] | No
     return "any" if gap <= 0 else f"{gap / gain:,.0f}"
 
 
-def end_to_end_table(rows: Iterable[Row]) -> str:
-    """A line a batch size and measurement: ms a token at each length, intercept and slope of a line
-    through them, break-even length against the dense graph (compiled where they are), and of the
-    longest length the share of the ceiling: bytes of weights and cache at the read bandwidth of the
-    same run over the time."""
-    rows = latest(rows, END_KEY)
-    if not rows:
-        return NO_ROWS.format("end_to_end")
-    timed = [row for row in rows if "ms" in row]
-    lengths = sorted({row["T"] for row in timed})
-    lines = []
-    for gpu, shape, batch in dict.fromkeys((row["gpu"], row["shape"], row["B"]) for row in timed):
-        own = [row for row in timed if (row["gpu"], row["shape"], row["B"]) == (gpu, shape, batch)]
+def share_of_reads(row: Row) -> float:
+    """Bytes of weights and cache at the read bandwidth of the same run, over the time."""
+    return (row["weight_bytes"] + row["cache_bytes"]) / row["read_gbs"] / 1e6 / row["ms"]
 
-        def points(what: str, preset: str | None, own: list[Row] = own) -> dict[int, Row]:
-            return {row["T"]: row for row in own if (row["what"], row["preset"]) == (what, preset)}
 
-        for what, preset in dict.fromkeys((row["what"], row["preset"]) for row in own):
-            found = points(what, preset)
-            base = "graph compiled" if what.endswith(" compiled") else "graph"
-            graph = points(base, None)
-            dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
-            name = what if preset is None else f"{what} {preset}"
-            cells = [gpu, shape, str(batch), name]
-            for length in lengths:
-                row = found.get(length)
-                if row is None:
-                    cells.append("-")
-                    continue
-                ratio = (
-                    f" ({graph[length]['ms'] / row['ms']:.2f}x)"
-                    if length in graph and what != base
-                    else ""
-                )
-                cells.append(f"{row['ms']:.2f}{'*' if row.get('shared') else ''}{ratio}")
+def end_to_end_table(rows: Rows) -> str:
+    """A line a measurement: ms a token at each length, intercept and slope of a line through them,
+    break-even length against the dense graph (compiled where they are), and of the longest length
+    the time of its bytes and the share that it is of the whole."""
+    rows = latest(rows, KEYS["end_to_end"])
+    timed = [{"compiled": row["what"].endswith(" compiled"), **row} for row in rows if "ms" in row]
+    text = ""
+    for title, own in grouped(timed, ("gpu", "shape", "B", "compiled")).items():
+        base, lines = "graph compiled" if title[3] else "graph", []
+        lengths = sorted({row["T"] for row in own})
+        graph = {row["T"]: row for row in own if row["what"] == base}
+        dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
+        for (what, preset), series in grouped(own, ("what", "preset")).items():
+            found, cells = {row["T"]: row for row in series}, [f"{what} {preset or ''}".strip()]
+            for t in lengths:
+                cells.append("-")
+                if t in found:
+                    cells[-1] = f"{found[t]['ms']:.2f}{'*' if found[t].get('shared') else ''}"
+                    if t in graph and what != base:
+                        cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line([(t, row["ms"]) for t, row in found.items()])
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
             cells.append("-" if what == base else break_even(dense, line))
-            last = found[max(found)]
-            ceiling = (last["weight_bytes"] + last["cache_bytes"]) / last["read_gbs"] / 1e6
-            cells.append(f"{ceiling:.2f} ({ceiling / last['ms']:.0%})")
-            lines.append(cells)
-    text = ""
-    if lines:
-        header = ["card", "model", "B", "ms a token", *(f"{t / 1024:.4g}K" for t in lengths)]
-        text = markdown(
-            [*header, "intercept + slope", "break-even T", "ceiling of the longest"], lines
-        )
+            share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
+            lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
+        header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
+        text += f"\n### {title[0]}, {title[1]}, B = {title[2]}{', compiled' * title[3]}\n\n"
+        text += markdown([*header, "break-even T", "ceiling of the longest"], lines)
     if any(row.get("shared") for row in timed):
         text += "\n\\* keys and values of all layers do not fit: layers share memory.\n"
     prompts = [row for row in rows if row.get("prefill_ratio")]
     if prompts:
-        table = (
-            [
-                *(str(row[name]) for name in ("gpu", "B", "T")),
-                row["preset"] or "dense",
-                *(f"{row[name]:.3f}" for name in ("prefill_s", "prefill_ratio")),
-                *(f"{row[name] / 1e9:.2f}" for name in ("cache_bytes", "peak_bytes")),
-            ]
-            for row in prompts
-        )
-        text += "\n" + markdown(
-            ["card", "B", "T", "prompt", "s", "of dense", "cache GB", "peak GB"], table
-        )
-    return text + of_commits(rows)
+        forms = {"gpu": "", "B": "", "T": ",", "preset": "", "prefill_s": ".3f"}
+        forms |= {"prefill_ratio": ".3f", "cache_bytes": ",", "peak_bytes": ","}
+        text += f"\n### Prompts\n\n{columns(prompts, forms)}"
+    return text
 
 
-TABLES: dict[str, Callable[[Iterable[Row]], str]] = {
-    "attention": attention_table,
-    "end_to_end": end_to_end_table,
+def newest(name: str, results: Path = RESULTS) -> list[Row]:
+    """The rows of perf/results/NAME.jsonl that count."""
+    rows = read_rows(results / f"{name}.jsonl")
+    if name == "quality":  # what an earlier perf.quality wrote is kept beside, as a baseline
+        rows = [row for row in rows if "kl_median" in row or "task" in row]
+    return latest(rows, KEYS[name])
+
+
+def mean(rows: Rows, name: str) -> float | None:
+    """Of the rows that have the field: of a KL the geometric one, as texts differ much."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if values and "kl" in name.split("_"):
+        return statistics.geometric_mean(max(x, 1e-12) for x in values)
+    return statistics.fmean(values) if values else None
+
+
+def quality_table(rows: Rows) -> str:
+    """Means over texts of each scheme, of predicted and of generated tokens; then the share of
+    tasks' prompts that are solved, with those that only dense attention or the scheme solves."""
+    text, rows = "", latest(rows, KEYS["quality"])
+    forms = {"scheme": "", "ratio": ".2f", "ratio_long": ".2f", "kl": ".5f", "kl_median": ".5f"}
+    forms |= {"kl_p999": ".3f", "top1": ".3f", "perplexity": "+.2%", "recalled": ".1f"}
+    generated = {"scheme": "", "generated": ".0f", "teacher_forced_kl": ".5f"}
+    generated |= {"free_running_kl": ".5f", "free_running_kl_last": ".5f"}
+    for names, needed in ((forms, "kl"), (generated, "free_running_kl")):
+        own = [row for row in rows if needed in row]
+        for (model, context), same in grouped(own, ("model", "context")).items():
+            found: list[Row] = []
+            for (scheme,), alike in grouped(same, ("scheme",)).items():
+                means = {name: mean(alike, name) for name in names if name != "scheme"}
+                found.append({"scheme": scheme, **means})
+            found.sort(key=lambda row: row.get("ratio") or 0)
+            count = len({row["text"] for row in same})
+            text += f"\n### {model}, {context:,} tokens, {needed} over {count} text(s)\n\n"
+            text += columns(found, names)
+    tasks = [row for row in rows if "score" in row]
+    for (model, context), own in grouped(tasks, ("model", "context")).items():
+        kinds, lines = sorted({row["task"] for row in own}), []
+        for (scheme,), alike in grouped(own, ("scheme",)).items():
+            scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
+            lines.append((alike[0]["ratio"], [scheme, *(scores.get(x, "-") for x in kinds)]))
+        text += f"\n### {model}, {context:,} tokens: tasks solved [lost, won]\n\n"
+        text += markdown(["scheme", *kinds], [cells for _, cells in sorted(lines)])
+    return text
+
+
+def serve_table(rows: Rows) -> str:
+    forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
+    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ","}
+    return "\n" + columns(latest(rows, KEYS["serve"]), {**forms, "throughput": ".4g"})
+
+
+def compress_table(rows: Rows) -> str:
+    forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
+    forms |= {"gram_us": ".4g", "encode_share": ".0%", "prefill_ratio": ".3f"}
+    return "\n" + columns(latest(rows, KEYS["compress"]), forms)
+
+
+SECTIONS: dict[str, tuple[Callable[[Rows], str], str]] = {
+    "end_to_end": (end_to_end_table, "Whole models in transformers, a token at a time"),
+    "serve": (serve_table, "Whole models in vLLM"),
+    "attention": (attention_table, "One layer's append and attention"),
+    "compress": (compress_table, "What storing tokens takes"),
+    "quality": (quality_table, "Loss per byte"),
 }
 
 
+def results_page(results: Path = RESULTS) -> str:
+    """perf/RESULTS.md."""
+    text = "# Results\n\nWritten by `python -m perf.tables --write` from the newest rows of "
+    text += "perf/results; columns are explained at the top of each `perf/NAME.py`.\n"
+    for name, (make, _, y) in PLOTS.items():
+        text += f"\n![{y}](plots/{name}.svg)\n" if make(results) else ""
+    for name, (table, title) in SECTIONS.items():
+        rows = newest(name, results)
+        text += f"\n## {title}\n"
+        if rows:
+            commits = ", ".join(sorted({row["commit"] for row in rows}))
+            text += f"{table(rows)}\n`perf.{name}`, measured at {commits}.\n"
+        else:
+            text += f"\nNo row yet: `python -m perf.{name} --json`, then `perf.tables --write`.\n"
+    return text
+
+
+# ---- dense and ours beside each other ------------------------------------------------------------
+
+
+def steps(results: Path) -> list[Row]:
+    """Decode steps of whole models and of layers alike: gpu, engine, B, T, kind ("bf16", "fp8" or a
+    preset), ms, and of whole models the bytes of the cache, up to a factor of the engine."""
+    found = []
+    for row in newest("end_to_end", results):
+        what, _, compiled = row["what"].partition(" ")
+        if what in ("graph", "bare"):
+            same = {"engine": f"transformers{', ' * bool(compiled)}{compiled}"}
+            same |= {"kind": row["preset"] or "bf16", "size": row["cache_bytes"]}
+            found.append(row | same)
+    for row in newest("serve", results):
+        kind = row["kv_dtype"].replace("bfloat16", "bf16")  # or fp8, or a preset
+        if row["gpus"] == 1:
+            same = {"engine": f"vLLM {row['vllm']}", "kind": kind, "ms": row["tpot_ms"]}
+            found.append(row | same | {"size": 1 / row["kv_tokens"]})
+    for row in newest("attention", results):
+        if (row["H"], row["G"], row["D"], row["path"]) == (32, 8, 128, "matrix"):
+            times = {"bf16": "best_peer_us", "fp8": "best_fp8_us", row["preset"]: "p50_us"}
+            for kind, name in times.items():
+                if row.get(name):
+                    same = {"engine": "one layer", "kind": kind, "ms": row[name] / 1e3}
+                    found.append(row | same)
+    return found
+
+
+def fastest(rows: Rows) -> dict[str, Row]:
+    """Of each kind."""
+    return {row["kind"]: row for row in sorted(rows, key=lambda row: -row["ms"])}
+
+
+def headline(results: Path = RESULTS) -> str:
+    """README's table: a line a cell of whole models; vLLM's where it has both sides, else that of
+    compiled layers."""
+    cells: dict[tuple, list[str]] = {}
+    whole = [row for row in steps(results) if "size" in row]
+    for (gpu, engine, batch, tokens), own in grouped(whole, ("gpu", "engine", "B", "T")).items():
+        best = fastest(own)
+        if "bf16" in best and OURS in best:
+            dense, ours, star = best["bf16"], best[OURS], "*" if best["bf16"].get("shared") else ""
+            line = [gpu, engine, str(batch), f"{tokens:,}", f"{dense['ms']:.2f}{star}"]
+            line += [cell(best.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]
+            line += [f"{dense[name] / ours[name]:.2f}x" for name in ("ms", "size")]
+            cells[gpu, batch, tokens] = line
+    if not cells:
+        return "No row yet: `python -m perf.end_to_end --json`, then `perf.tables --write`.\n"
+    # Of more cells than fit, those of the most tokens.
+    chosen = sorted(sorted(cells, key=lambda x: x[1] * x[2])[-HEADLINE:])
+    header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
+    text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
+    if any("*" in cells[x][4] for x in chosen):
+        text += (
+            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
+        )
+    return text
+
+
 def fill(text: str, results: Path = RESULTS) -> str:
-    """README's text with every table written from its rows.
-
-    Raises:
-        ValueError: a table is asked for that nobody makes.
-    """
-
-    def filled(match: re.Match[str]) -> str:
-        name = match[2]
-        if name not in TABLES:
-            raise ValueError(f"table: expected one of {sorted(TABLES)}, got {name!r}")
-        return f"{match[1]}\n{TABLES[name](read_rows(results / f'{name}.jsonl'))}\n{match[4]}"
-
-    return MARKED.sub(filled, text)
+    """A page's text with the headline table between its marks."""
+    return MARKED.sub(lambda match: f"{match[1]}\n{headline(results)}\n{match[2]}", text)
 
 
-def plot(
-    rows: Iterable[Row],
-    path: Path,
-    key: Sequence[str],
-    y: str,
-    label: str,
-    select: Callable[[Row], str | None],
-) -> None:
-    """y against T, a panel a batch size, a line what `select` names (None: not shown), as PNG.
+# ---- plots ---------------------------------------------------------------------------------------
 
-    Raises:
-        ValueError: no row is shown.
-    """
+
+def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> Plot:
+    """value(row, dense bf16 row of the same cell) against T: a panel an engine and batch size with
+    two lengths or more, a line a kind. Of more than four panels those with fp8 come first."""
+    panels: Plot = {}
+    for (gpu, engine, batch), own in grouped(steps(results), ("gpu", "engine", "B")).items():
+        lines: dict[str, list[list[float]]] = {}
+        for (tokens,), same in sorted(grouped(own, ("T",)).items()):
+            best = fastest(same)
+            for kind in sorted(best, key=rank) if "bf16" in best else ():
+                y = value(best[kind], best["bf16"])
+                if y is not None:
+                    name = f"dense {kind}" if kind in ("bf16", "fp8") else kind
+                    lines.setdefault(name, []).append([tokens, float(f"{y:.4g}")])
+        if max(map(len, lines.values()), default=0) > 1:
+            panels[f"{gpu}, {engine}, B = {batch}"] = lines
+    return dict(sorted(panels.items(), key=lambda x: "dense fp8" not in x[1])[:4])
+
+
+def speed(results: Path) -> Plot:
+    return against_length(results, lambda row, dense: dense["ms"] / row["ms"])
+
+
+def reads(results: Path) -> Plot:
+    def share(row: Row, _: Row) -> float | None:
+        if "weight_bytes" in row:
+            return share_of_reads(row)
+        return row.get("read_share") if row["kind"] in PRESETS else None
+
+    return against_length(results, share)
+
+
+def pareto(results: Path) -> Plot:
+    """KL (over texts) against the ratio of bytes, a panel a model and context."""
+    panels: Plot = {}
+    rows = [row for row in newest("quality", results) if "kl" in row and row["scheme"] != "exact"]
+    for (model, context, scheme), own in grouped(rows, ("model", "context", "scheme")).items():
+        panel = panels.setdefault(f"{model}, {context:,} tokens", {})
+        panel[scheme] = [[float(f"{mean(own, name):.4g}") for name in ("ratio", "kl")]]
+    return dict(list(panels.items())[-4:])
+
+
+PLOTS: dict[str, tuple[Callable[[Path], Plot], str, str]] = {
+    "speed": (speed, "tokens T", "times as fast as dense bf16"),
+    "reads": (reads, "tokens T", "share of the read bandwidth"),
+    "pareto": (pareto, "times smaller than 16 bits", "KL to the exact cache, nats"),
+}
+
+
+def draw(plot: Plot, x: str, y: str, path: Path) -> None:
+    """An SVG: lines with a legend, or (one point a line) named points."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in latest(rows, key) if row.get(y) is not None and select(row)]
-    if not shown:
-        raise ValueError(f"rows: expected some with {y!r}, got none")
-    batches = sorted({row["B"] for row in shown})
-    names = sorted(name for name in {select(row) for row in shown} if name)
-    figure, axes = pyplot.subplots(
-        1, len(batches), figsize=(3.2 * len(batches), 3.2), squeeze=False
-    )
-    for axis, batch in zip(axes[0], batches, strict=True):
-        for color, name in enumerate(names):
-            points = sorted(
-                (row["T"], row[y]) for row in shown if row["B"] == batch and select(row) == name
-            )
+    matplotlib.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9})
+    size = (4.4 * len(plot), 3.4)
+    figure, axes = pyplot.subplots(1, len(plot), figsize=size, squeeze=False, layout="constrained")
+    for axis, (title, lines) in zip(axes[0], plot.items(), strict=True):
+        points = all(len(line) == 1 for line in lines.values())
+        for name, line in lines.items():
+            ours = name in PRESETS
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, color=f"C{color}", marker="o")
-        axis.set(xscale="log", xlabel="tokens T", title=f"B = {batch}")
-        ticks = sorted({row["T"] for row in shown if row["B"] == batch})
-        axis.set_xticks(ticks, [f"{t // 1024}K" for t in ticks], minor=False)
+                fill = "tab:blue" if ours else "none"
+                axis.scatter(*line[0], facecolor=fill, edgecolor="tab:blue" if ours else "gray")
+                axis.annotate(name, line[0], xytext=(5, 3), textcoords="offset points", fontsize=8)
+            else:
+                style = "o-" if ours else "s--"
+                axis.plot(*zip(*line, strict=True), style, label=name, markersize=4)
+        axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
+        ticks = sorted({t for line in lines.values() for t, _ in line})
+        if points:
+            axis.set(yscale="log", xlim=(ticks[0] / 1.1, ticks[-1] * 1.5))
+            ticks = [t for t in (1, 2, 3, 4, 6, 8, 12, 16) if ticks[0] / 1.1 <= t]
+        else:
+            axis.legend(fontsize="small")
+            axis.set_ylim(bottom=0)
+        axis.set_xticks(ticks, [f"{t}x" if points else f"{t // 1024}K" for t in ticks])
         axis.minorticks_off()
-    axes[0][0].set_ylabel(label)
-    lines = dict(
-        pair[::-1]
-        for axis in axes[0]
-        for pair in zip(*axis.get_legend_handles_labels(), strict=True)
-    )
-    figure.tight_layout(rect=(0, 0.16, 1, 1))
-    figure.legend(lines.values(), lines.keys(), loc="lower center", ncols=4, fontsize="x-small")
+        axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, metadata={"Date": None, "Description": json.dumps(plot)})
     pyplot.close(figure)
 
 
-def plot_all(results: Path, folder: Path) -> None:
-    """Speed-up of a layer's step, and ms a token of whole models, against T."""
-    attention, whole = (
-        read_rows(results / f"{name}.jsonl") for name in ("attention", "end_to_end")
-    )
+def plotted(path: Path) -> Plot:
+    """What an SVG of `draw` shows."""
+    found = ElementTree.parse(path).find(".//{http://purl.org/dc/elements/1.1/}description")
+    return json.loads((found is not None and found.text) or "{}")
 
-    def layer(row: Row) -> str | None:
-        return (
-            row["preset"]
-            if (row["H"], row["G"], row["D"], row["path"]) == (32, 8, 128, "matrix")
-            else None
-        )
 
-    def model(row: Row) -> str | None:
-        return (
-            " ".join(filter(None, (row["what"], row["preset"])))
-            if row["what"] in ("graph", "static", "ours")
-            else None
-        )
-
-    if attention:
-        plot(
-            attention,
-            folder / "attention.png",
-            ATTENTION_KEY,
-            "speedup",
-            "speed-up over the best dense step",
-            layer,
-        )
-    if whole:
-        plot(whole, folder / "end_to_end.png", END_KEY, "ms", "ms a token", model)
+def write(root: Path = ROOT) -> None:
+    """All that is generated, in a checkout."""
+    results = root / "perf" / "results"
+    readme = root / "README.md"
+    readme.write_text(fill(readme.read_text(), results))
+    (root / "perf" / "RESULTS.md").write_text(results_page(results))
+    for name, (make, x, y) in PLOTS.items():
+        path, plot = root / "perf" / "plots" / f"{name}.svg", make(results)
+        if plot:
+            draw(plot, x, y, path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m perf.tables", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument(
-        "files", type=Path, nargs="*", help="rows of end_to_end to print, instead of perf/results"
-    )
-    parser.add_argument("--readme", action="store_true", help="write README's tables")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw plots (needs matplotlib)")
+    parser.add_argument("--write", action="store_true", help="pages and plots (needs matplotlib)")
     args = parser.parse_args(argv)
-    readme = ROOT / "README.md"
-    if args.files:
-        print(
-            end_to_end_table(
-                [row for path in args.files for row in read_rows(path) if "what" in row]
-            )
-        )
-    elif args.readme:
-        readme.write_text(fill(readme.read_text()))
+    if args.write:
+        write()
     else:
-        for name, table in TABLES.items():
-            print(f"{name}\n\n{table(read_rows(RESULTS / f'{name}.jsonl'))}")
-    if args.plot:
-        plot_all(RESULTS, args.plot)
+        print(results_page())
     return 0
 
 

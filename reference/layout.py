@@ -1,10 +1,7 @@
 """Oracle of spectral_kernels/layout.py: where each component's bits lie, looked up one token and
 component at a time.
 
-bands is ((rank, bits), ...). Components are taken in blocks of 16 of one width. Blocks share the
-bytes of a group of 16 columns, from the low bits up, as long as they fit in 8 bits. The value of a
-component, in units of its step, is n - (2**bits - 1)/2 for its code n; a byte whose fields fill all
-8 bits is stored with its highest bit flipped.
+bands is ((rank, bits), ...). README.md, beside this file, has the layout.
 """
 
 from collections.abc import Sequence

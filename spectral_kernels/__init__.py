@@ -20,6 +20,7 @@ from .merge import lse_from_log2, lse_to_log2, merge_many_states, merge_states
 from .rope import freqs_from_inv_freq, project_queries, rotate, turn_back
 from .window import attend_window
 
+__version__ = "0.1.0"
 __all__ = [
     "PAGE_SIZE",
     "Bands",

@@ -68,6 +68,13 @@ def check_output(
     return value
 
 
+def check_least(**values: tuple[int, int]) -> None:
+    """name=(value, least): no value is below its least one."""
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
 def check_in(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")

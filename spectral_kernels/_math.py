@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
+TINY = tl.constexpr(1e-34)  # FULL over less overflows
 LOG2_FULL = tl.constexpr(math.log2(127 * 256))
 # 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
 # float's low bits.
@@ -111,13 +112,55 @@ def cos_sin_of_phase(phase, FAST: tl.constexpr):
 
 
 @triton.jit
+def _pages_of(seq_len, SINKS: tl.constexpr, WINDOW: tl.constexpr):
+    """(pages of a row that are attended, the end of the positions that they are attended for)."""
+    stop = tl.maximum(seq_len - WINDOW, 0)
+    return tl.where(stop > SINKS, tl.cdiv(stop, 64), 0), stop
+
+
+@triton.jit
+def row_splits(
+    seq_lens_ptr,
+    B,
+    programs,
+    SINKS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TURN: tl.constexpr,
+    FEW: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Splits of every row's pages, [BLOCK_B]: the programs, of six only FEW where these take less
+    than six turns, shared out by turns of TURN pages. A row with pages has one at least, so that
+    all are below programs + B."""
+    b = tl.arange(0, BLOCK_B)
+    seq_lens = tl.load(seq_lens_ptr + b, mask=b < B, other=0)
+    pages, _ = _pages_of(seq_lens, SINKS, WINDOW)
+    turns = tl.cdiv(pages, TURN)
+    total = tl.sum(turns, 0)
+    programs = tl.where(total < 6 * programs, tl.maximum(programs * FEW // 6, 1), programs)
+    splits = turns * programs // tl.maximum(total, 1)
+    return tl.minimum(tl.maximum(splits, 1), turns)
+
+
+@triton.jit
+def row_of_program(splits, program, BLOCK_B: tl.constexpr):
+    """(row int64, split of it, its splits) of a program of all rows' (`row_splits`), which stand
+    one after another; the row is BLOCK_B where there are not as many."""
+    b = tl.arange(0, BLOCK_B)
+    ends = tl.cumsum(splits, 0)
+    row = tl.sum((ends <= program).to(tl.int32), 0)
+    before = tl.sum(tl.where(b < row, splits, 0), 0)
+    splits = tl.sum(tl.where(b == row, splits, 0), 0)
+    return row.to(tl.int64), program - before, splits
+
+
+@triton.jit
 def row_share(
     seq_len, split, splits, SINKS: tl.constexpr, WINDOW: tl.constexpr, TURN: tl.constexpr
 ):
     """(first page of a split, its end, the end of the positions that pages are attended for): whole
     turns of TURN pages, shared out evenly."""
-    stop = tl.maximum(seq_len - WINDOW, 0)
-    pages = tl.where(stop > SINKS, tl.cdiv(stop, 64), 0)
+    pages, stop = _pages_of(seq_len, SINKS, WINDOW)
     share = tl.cdiv(tl.cdiv(pages, TURN), splits) * TURN
     return split * share, tl.minimum(split * share + share, pages), stop
 
@@ -125,5 +168,5 @@ def row_share(
 @triton.jit
 def natural_lse(m, l):
     """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights in
-    units of 1 / FULL."""
-    return tl.where(l > 0.0, (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l), float("-inf"))
+    units of 1 / FULL. NaN stays NaN."""
+    return tl.where(l == 0.0, float("-inf"), (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l))

@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,13 +59,7 @@ class Layer:
     def codec(self, whole: Codec) -> Codec:
         """The heads of this process out of the codec of all."""
         rank, ranks = self.shard
-        if ranks == 1:
-            return whole
-        heads = slice(rank * self.kv_heads, (rank + 1) * self.kv_heads)
-        tensors = {f.name: getattr(whole, f.name) for f in fields(whole)}
-        for name in tensors.keys() - {"layout", "freqs"}:
-            tensors[name] = tensors[name][:, heads].contiguous()
-        return Codec(**tensors)
+        return whole if ranks == 1 else whole.of_heads(rank * self.kv_heads, self.kv_heads)
 
 
 def own_layers(config: Any) -> list[Any]:

@@ -20,9 +20,11 @@ queries a sequence. Pages hold operand fragments, so what a thread loads goes to
 it is. The warps of a program work on a page each (from sm_80; attention_sm75.py before): a block of
 16 components is as high as one dot, so that they would all compute the same one.
 
-The grid is fixed by capacity (max_pages); lengths are read on the device, where a row's pages are
-shared out evenly, so that a short row of a large pool costs empty programs only. Splits are joined
-in a fixed order: the same inputs and the same capacity give the same bits.
+The grid is fixed by the batch and the card. Lengths are read on the device, where the pages of all
+rows are shared out among the programs: a row has as many splits as its part of all pages is worth,
+whatever the capacity, and a long row beside short ones is no last straggler. Splits are joined in a
+fixed order: the same inputs give the same bits. (A row's last bits depend on its neighbours'
+lengths, by how often it is split.)
 
 Source: Dao et al., FlashAttention (2022), section 3; Flash-Decoding (split keys).
 Oracle: reference/attention.py.   Test: tests/test_attention.py.
@@ -50,14 +52,17 @@ from ._bits import (
     subtiles_of,
     weights_and_zeros,
 )  # fmt: skip
-from ._checks import FLOATS, check_output, check_tensor
+from ._checks import FLOATS, check_least, check_output, check_tensor
 from ._math import (
     FULL,
     LOG2_FULL,
     ROUND_TO_LOW_BITS,
+    TINY,
     cos_sin_of_phase,
     natural_lse,
+    row_of_program,
     row_share,
+    row_splits,
 )  # fmt: skip
 from .attention_sm75 import _attend_old_cards, operand_words
 from .codec import Codec
@@ -293,7 +298,7 @@ def _project_frames(
         u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)  # [M, R]
         u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
         top = tl.max(tl.abs(u), 1)
-        u = _by_thread(u * tl.where(top > 0.0, FULL / top, 0.0)[:, None], M, BLOCK_R)
+        u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)
         hi, lo, value = _split_int16(u, NATIVE)
         full = largest * (1.0 / FULL)  # [1, ROWS]
         unit = tl.reshape(tl.reshape(top * (1.0 / FULL), [FRAMES, ROWS]) * full, [M])
@@ -407,7 +412,7 @@ def _store_split(
     m = tl.max(m_warp, 0)
     share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
     l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
-    norm = tl.where(l > 0.0, 1.0 / l, 0.0)
+    norm = tl.where(l == 0.0, 0.0, 1.0 / l)
     tl.store(lse_ptr + out, natural_lse(m, l), mask=live)
     BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
     for n in tl.static_range(0, R // 16, BLOCKS):
@@ -522,7 +527,7 @@ def _pages_split(
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
 
-@triton.jit(do_not_specialize=["u_frames", "splits"])
+@triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
     freqs_ptr,
@@ -545,9 +550,9 @@ def _attend_spectral_kernel(
     exact_o_ptr,
     exact_lse_ptr,
     u_frames,
-    splits,
+    B,
+    programs,  # of `row_splits`
     Q,
-    G,
     softmax_scale,
     strides_q,  # (b, h, q)
     strides_pages,  # (page and g of K, page and g of V, row of the block table)
@@ -557,65 +562,77 @@ def _attend_spectral_kernel(
     K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N); RING 0: pages alone
-    TILE: tl.constexpr,  # (ROWS, M, W)
+    TILE: tl.constexpr,  # (ROWS, M, W, FEW, BLOCK_B)
     PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, MATRIX, NATIVE)
 ):
-    """The exact tokens (`window_split`), which start first, and the splits of the pages
-    (`_pages_split`)."""
+    """The exact tokens (`window_split`) of all rows, which start first, and the splits of their
+    pages (`_pages_split`)."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
         tl.extra.cuda.gdc_launch_dependents()
-    g = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(Q * HG, ROWS)
-    b = (tl.program_id(1) // blocks).to(tl.int64)
-    block = tl.program_id(1) % blocks
-    seq_len = tl.load(seq_lens_ptr + b)
-    split = tl.program_id(2) - (tl.num_programs(2) - splits)
-    if split >= 0:
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
-        row = block * ROWS + tl.arange(0, ROWS)
-        out = (b * (G * HG) + g * HG + row % HG) * Q + row // HG
-        u_row = ((tl.program_id(1).to(tl.int64) * G + g) * splits + split) * u_frames
-        _pages_split(
-            q_ptr + b * strides_q[0] + g * HG * strides_q[1], freqs_ptr,
-            k_basis_ptr + codec_row * (rank_of(K_GROUPS) * D),
-            k_scale_ptr + codec_row * rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
-            v_scale_ptr + codec_row * rank_of(V_GROUPS),
-            k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
-            block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
-            seq_len, row, out * splits + split, split, splits, u_row, Q, softmax_scale, strides_q,
-            strides_pages[0], strides_pages[2], HG, SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
-        )  # fmt: skip
-    elif EXACT[2] > 0:
-        if block == 0:
-            program = tl.program_id(2)
-            exact_row = b
-            if seq_ids_ptr is not None:
-                exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)
-            if PATH[1]:  # the newest tokens are written by the launch before
-                tl.extra.cuda.gdc_wait()
-            window_split(
-                q_ptr, k_exact_ptr + exact_row * strides_exact[0] + g * strides_exact[1],
-                v_exact_ptr + exact_row * strides_exact[3] + g * strides_exact[4],
-                exact_o_ptr, exact_lse_ptr, seq_len, program % EXACT[3], program // EXACT[3],
-                b, g, Q, G, softmax_scale, strides_q, strides_exact[2], strides_exact[5],
-                HG, D, EXACT[0], EXACT[1], EXACT[2], EXACT[3], EXACT[4], EXACT[5], PATH[2], PATH[3],
+    g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    exact_programs = 0
+    if EXACT[2] > 0:
+        exact_programs = B * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
+    if tl.program_id(1) >= exact_programs:
+        blocks = tl.cdiv(Q * HG, ROWS)
+        program = (tl.program_id(1) - exact_programs) // blocks
+        block = (tl.program_id(1) - exact_programs) % blocks
+        splits_of = row_splits(
+            seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
+        )
+        b, split, splits = row_of_program(splits_of, program, TILE[4])
+        if b < B:
+            codec_row = g
+            if codec_ids_ptr is not None:
+                codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+            row = block * ROWS + tl.arange(0, ROWS)
+            out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
+            u_row = ((program.to(tl.int64) * blocks + block) * G + g) * u_frames
+            _pages_split(
+                q_ptr + b * strides_q[0] + g * HG * strides_q[1], freqs_ptr,
+                k_basis_ptr + codec_row * (rank_of(K_GROUPS) * D),
+                k_scale_ptr + codec_row * rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
+                v_scale_ptr + codec_row * rank_of(V_GROUPS),
+                k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
+                block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
+                tl.load(seq_lens_ptr + b), row, out, split, splits, u_row, Q, softmax_scale,
+                strides_q, strides_pages[0], strides_pages[2], HG, SHAPE, K_GROUPS, V_GROUPS,
+                EXACT, TILE, PATH,
             )  # fmt: skip
+    elif EXACT[2] > 0:
+        split = tl.program_id(1) % EXACT[3]
+        block = tl.program_id(1) // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
+        b = (tl.program_id(1) // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
+        exact_row = b
+        if seq_ids_ptr is not None:
+            exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)
+        if PATH[1]:  # the newest tokens are written by the launch before
+            tl.extra.cuda.gdc_wait()
+        window_split(
+            q_ptr, k_exact_ptr + exact_row * strides_exact[0] + g * strides_exact[1],
+            v_exact_ptr + exact_row * strides_exact[3] + g * strides_exact[4],
+            exact_o_ptr, exact_lse_ptr, tl.load(seq_lens_ptr + b), split, block, b, g, Q, G,
+            softmax_scale, strides_q, strides_exact[2], strides_exact[5],
+            HG, D, EXACT[0], EXACT[1], EXACT[2], EXACT[3], EXACT[4], EXACT[5], PATH[2], PATH[3],
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["B", "programs"])
 def _finish_spectral_kernel(
-    c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, codec_ids_ptr, out_ptr, out_lse_ptr,
-    splits, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
-    EXACT_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, seq_lens_ptr, codec_ids_ptr, out_ptr,
+    out_lse_ptr, B, programs, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
+    FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Join the states of the splits (at most BLOCK_N) of one query with those of its exact tokens,
-    in a fixed order, BLOCK_D dimensions a program; the V basis is applied once."""
+    """Join the states of the splits of one query with those of its exact tokens, in a fixed order,
+    BLOCK_D dimensions a program and BLOCK_N splits at a time; the V basis is applied once.
+
+    EXACT: (SINKS, WINDOW, SPLITS). LATE: load the basis last, when it takes no registers from the
+    rest; many programs hide what that waits."""
     BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(RV))
+    EXACT_SPLITS: tl.constexpr = EXACT[2]
     BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT_SPLITS))
     head = tl.program_id(1)
     b = (tl.program_id(2) // Q).to(tl.int64)
@@ -629,42 +646,56 @@ def _finish_spectral_kernel(
     e = tl.arange(0, BLOCK_E)
     # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other
     # threads.
-    at = (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
+    basis_at = basis_ptr + (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
     inside = (r < RV)[:, None] & (d < D)[None, :]
-    basis = tl.load(basis_ptr + at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
+    if not LATE:
+        basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
+    splits_of = row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
+    rows = tl.arange(0, BLOCK_B)
+    first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
+    end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
     if OVERLAP:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
     # chosen away.
-    lse = tl.load(lse_ptr + row * splits + n, mask=n < splits, other=float("-inf"))
     at = row * EXACT_SPLITS + e
     exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT_SPLITS, other=float("-inf"))
     mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
     y = tl.load(
         exact_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0
     )  # [BLOCK_E, BLOCK_D]
-    mask = (n < splits)[:, None] & (r < RV)[None, :]
-    x = tl.load(
-        c_ptr + (row * splits + n)[:, None] * RV + r[None, :], mask=mask, other=0.0
-    )  # [N, R]
-    top = tl.maximum(tl.max(lse, 0), tl.max(exact_lse, 0))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    w = tl.exp(exact_lse - top)
+    m = tl.max(exact_lse, 0)
+    low = tl.where(m == float("-inf"), 0.0, m)
+    w = tl.exp(exact_lse - low)
     total = tl.sum(w, 0)
     o = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
-    w = tl.exp(lse - top)
-    total += tl.sum(w, 0)
-    c = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * x, 0.0), 0)  # [BLOCK_R]
-    o += tl.sum(c[:, None] * basis.to(tl.float32), 0)
-    o = tl.where(total > 0.0, o / total, 0.0)
+    c = tl.zeros([BLOCK_R], dtype=tl.float32)
+    rest = 1.0  # what the exact tokens' sum is worth by now
+    for start in tl.range(first, end, BLOCK_N, num_stages=1):
+        live = start + n < end
+        state = ((start + n).to(tl.int64) * (G * HG) + head) * Q + tl.program_id(2) % Q
+        lse = tl.load(lse_ptr + state, mask=live, other=float("-inf"))
+        x_at = c_ptr + state[:, None] * RV + r[None, :]
+        x = tl.load(x_at, mask=live[:, None] & (r < RV)[None, :], other=0.0)  # [N, R]
+        top = tl.maximum(m, tl.max(lse, 0))
+        low = tl.where(top == float("-inf"), 0.0, top)
+        old = tl.exp(m - low)
+        share = tl.exp(lse - low)
+        m, rest, total = top, rest * old, total * old + tl.sum(share, 0)
+        c = c * old + tl.sum(tl.where((share > 0.0)[:, None], share[:, None] * x, 0.0), 0)
+    if LATE:
+        basis = tl.load(basis_at, mask=inside, other=0)
+    o = o * rest + tl.sum(c[:, None] * basis.to(tl.float32), 0)
+    o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(0) == 0:
-        tl.store(out_lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
+        low = tl.where(m == float("-inf"), 0.0, m)
+        tl.store(out_lse_ptr + row, low + tl.log(total))  # log(0) = -inf: an empty state
 
 
 WARPS = 4  # of a program of `_attend_spectral_kernel`
 RESIDENT = 3  # such programs a multiprocessor: what its registers hold
-MAX_SPLITS = 128  # of a row: what `_finish_spectral_kernel` joins at once
+MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
 
 
@@ -676,7 +707,10 @@ class Plan:
     blocks: int  # programs for the queries of a KV head
     m: int  # rows of a projection at once
     warps: int  # pages that a program works on at once
-    splits: int  # of a row's pages
+    programs: int  # that share out all rows' pages, a KV head and block of queries
+    few: int  # of six of them where they would take little each
+    block_b: int  # rows whose lengths are read at once
+    states: int  # splits of all rows' pages, at most
     frames: int  # that queries are projected for: of a split at most, or of a row
     window: dict[str, int]  # window.window_tile, SPLITS 0 without exact tokens
     matrix: bool
@@ -685,18 +719,17 @@ class Plan:
     def sizes(self, batch: int, kv_heads: int, group: int, queries: int, codec: Codec) -> list[int]:
         """Bytes of the parts of a workspace: u, affine, c, lse, exact o, exact lse; multiples of
         16."""
-        units = batch * self.blocks * kv_heads * self.frames
-        states = batch * kv_heads * group * queries
+        units, heads = self.blocks * kv_heads * self.frames, kv_heads * group * queries
         if self.matrix:
-            units *= self.splits * self.rows
+            units *= self.states * self.rows
             projected = [units * _launch.cdiv(codec.layout.k.rank, 32) * 64, units * 8]
         else:
-            projected = [units * 4 * operand_words(codec.layout.k.rank), 0]
-        exact = states * self.window["SPLITS"]
+            projected = [units * batch * 4 * operand_words(codec.layout.k.rank), 0]
+        exact, states = batch * heads * self.window["SPLITS"], self.states * heads
         sizes = [
             *projected,
-            states * self.splits * codec.layout.v.rank * 4,
-            states * self.splits * 4,
+            states * codec.layout.v.rank * 4,
+            states * 4,
             exact * codec.layout.head_dim * 4,
             exact * 4,
         ]
@@ -717,8 +750,9 @@ def plan_launch(
 ) -> Plan:
     """The launch of `attend_spectral` for a capacity of max_pages a row: no length decides it.
 
-    As many programs as are resident; where a warp of these would take less than six pages, two
-    thirds of them, as a program's start and end then cost as much as its pages.
+    As many programs as are resident, or some rounds of them; where a warp of these would take less
+    than six pages, fewer, as a program's start and end then cost as much as its pages. A row that
+    gets n programs, rounded down, has less than twice the pages that a program of all rows' has.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
@@ -740,16 +774,20 @@ def plan_launch(
         rows, warps, m, resident = 4, 1, 4, 12
         options = {"num_stages": 1, "num_warps": 1}
     blocks = _launch.cdiv(group * queries, rows)
-    programs, turns = max(1, batch * kv_heads * blocks), _launch.cdiv(max_pages, warps)
+    turns, cores = _launch.cdiv(max_pages, warps), _launch.multiprocessors(device)
+    programs = 2 * batch
     if device.type == "cuda":
-        cores = _launch.multiprocessors(device)
-        splits = max(1, resident * cores // programs)
-        if matrix and turns < 6 * splits:
-            splits = max(1, max(1, resident - 1) * cores // programs)
-    else:
-        cores, splits = 1, 2
-    splits = max(1, min(num_splits or splits, max(turns, 1), MAX_SPLITS))
-    share = _launch.cdiv(turns, splits) * warps
+        programs = max(1, resident * cores // (kv_heads * blocks))
+        # Rows of one length share programs evenly: as many rounds of them as leave few idle.
+        rows_of = max(1, batch)
+        rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
+        programs *= next(rounds, 1)
+    programs = num_splits * batch if num_splits else programs
+    few = 4 if matrix and resident > 1 and num_splits is None else 6
+    # Kernels are compiled for few sizes of a batch.
+    block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
+    states = min(programs + batch - 1, batch * turns)
+    share = min(turns, 2 * _launch.cdiv(batch * turns, max(1, programs * few // 6))) * warps
     window = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 0}
     if slots:
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
@@ -757,7 +795,8 @@ def plan_launch(
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
     else:
         frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
-    return Plan(rows, blocks, m, warps, splits, frames, window, matrix, options)
+    sizes = (rows, blocks, m, warps, programs, few, block_b, states, frames)
+    return Plan(*sizes, window, matrix, options)
 
 
 def attend_workspace(
@@ -778,13 +817,24 @@ def attend_workspace(
         batch, query_heads, queries: B, H, Q.      max_pages: columns of the block table.
         slots: of k_exact (sinks + ring), 0 for pages alone.      device: default the codec's.
         num_splits, matrix_units: as for the call.
+    Raises:
+        TypeError, ValueError: an argument is not as above.
     """
-    device, group = device or codec.freqs.device, query_heads // codec.kv_heads
-    plan = plan_launch(
-        codec.layout, batch, codec.kv_heads, group, queries, max_pages, slots, device,
-        num_splits, matrix_units,
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
+    check_least(
+        batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0),
+        num_splits=(1 if num_splits is None else num_splits, 1),
     )  # fmt: skip
-    return sum(plan.sizes(batch, codec.kv_heads, group, queries, codec))
+    device, heads = device or codec.freqs.device, codec.kv_heads
+    if query_heads % heads:
+        raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
+    group = query_heads // heads
+    plan = plan_launch(
+        codec.layout, batch, heads, group, queries, max_pages, slots, device, num_splits,
+        matrix_units,
+    )  # fmt: skip
+    return sum(plan.sizes(batch, heads, group, queries, codec))
 
 
 def _check_attend(
@@ -855,8 +905,8 @@ def attend_spectral(
             place.
         workspace: uint8 [n], n at least `attend_workspace`, contiguous; None: allocated. Nothing is
             kept in it.
-        num_splits: programs that share a row's pages, at most MAX_SPLITS; default by capacity and
-            card.
+        num_splits: programs that share a row's pages where all rows are as long, at most
+            MAX_SPLITS; default by batch and card.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards
             (attention_sm75.py) and runs on any card from sm_75 on.
         after_append: the launch before this one, on this stream, is `append` of these tokens:
@@ -864,7 +914,7 @@ def attend_spectral(
     Returns:
         (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp
         of the scaled scores; (0, -inf) without keys. Arithmetic: see the module. The same bits for
-        the same inputs and capacity.
+        the same inputs.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
@@ -904,10 +954,11 @@ def attend_spectral(
             _attend_old_cards(
                 q4, k_pages, v_pages, codec, block_table, seq_lens, exact,
                 (states[0].view(torch.int32), *states[2:]), sinks=sinks, window=window,
-                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, splits=plan.splits,
-                frames=plan.frames, tile=plan.window,
+                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, plan=plan,
             )  # fmt: skip
-        _launch_finish(states[2:], codec, codec_ids, out, lse, q4.shape, plan)
+        _launch_finish(
+            states[2:], codec, seq_lens, codec_ids, out, lse, q4.shape, (sinks, window), plan
+        )
     return out, lse
 
 
@@ -934,11 +985,12 @@ def _launch_pages(
     group = heads // codec.kv_heads
     blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
     overlap = _launch.overlaps_launches(q.device)
-    grid = (codec.kv_heads, batch * plan.blocks, blocks_m * tile["SPLITS"] + plan.splits)
+    exact_programs = batch * blocks_m * tile["SPLITS"]
+    grid = (codec.kv_heads, exact_programs + plan.states * plan.blocks)
     _attend_spectral_kernel[grid](
         q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale,
         k_pages, v_pages, *exact, *tables, u.view(torch.int8), affine, c, split_lse,
-        exact_o, exact_lse, plan.frames, plan.splits, queries, codec.kv_heads, scale,
+        exact_o, exact_lse, plan.frames, batch, plan.programs, queries, scale,
         q.stride()[:3],
         (*k_pages.stride()[:2], *v_pages.stride()[:2], tables[0].stride(0)),
         (*exact[0].stride()[:3], *exact[1].stride()[:3]),
@@ -947,17 +999,20 @@ def _launch_pages(
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
         EXACT=(*exact_slots, tile["SPLITS"], tile["BLOCK_M"], tile["BLOCK_N"]),
-        TILE=(plan.rows, plan.m, plan.warps),
+        TILE=(plan.rows, plan.m, plan.warps, plan.few, plan.block_b),
         PATH=(overlap, overlap and after_append, True, _launch.is_native(q)),
         launch_pdl=overlap and after_append,
         **plan.options,
     )  # fmt: skip
 
 
-def _launch_finish(states, codec, codec_ids, out, lse, shape, plan) -> None:
+def _launch_finish(
+    states, codec, seq_lens, codec_ids, out, lse, shape, not_in_pages, plan
+) -> None:  # fmt: skip
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
     (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
-    block_n = max(16, _launch.next_power_of_2(plan.splits))
+    # The splits of a row at once, where rows are of one length.
+    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(_launch.cdiv(plan.states, batch))))
     # All dimensions at once, or as many programs as keep the card busy.
     block_d = 32
     if batch * queries * heads >= _launch.multiprocessors(out.device):
@@ -965,13 +1020,18 @@ def _launch_finish(states, codec, codec_ids, out, lse, shape, plan) -> None:
     held = (block_n + block_d) * rank  # numbers in registers
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
-        *states, codec.v_basis, codec_ids, out, lse, plan.splits, queries, codec.kv_heads,
+        *states, codec.v_basis, seq_lens, codec_ids, out, lse, batch, plan.programs, queries,
+        codec.kv_heads,
         HG=heads // codec.kv_heads,
         D=dim,
         RV=rank,
-        EXACT_SPLITS=plan.window["SPLITS"],
+        EXACT=(*not_in_pages, plan.window["SPLITS"]),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
+        TURN=plan.warps,
+        FEW=plan.few,
+        BLOCK_B=plan.block_b,
+        LATE=block_d > 32,
         OVERLAP=overlap,
         launch_pdl=overlap,
         num_warps=min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120)))),

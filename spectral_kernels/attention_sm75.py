@@ -41,7 +41,17 @@ from ._bits import (
     rank_of,
     subtiles_of,
 )
-from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, cos_sin, natural_lse, row_share
+from ._math import (
+    FULL,
+    LOG2_FULL,
+    ROUND_TO_LOW_BITS,
+    TINY,
+    cos_sin,
+    natural_lse,
+    row_of_program,
+    row_share,
+    row_splits,
+)  # fmt: skip
 from .codec import Codec
 from .window import LOG2_E, _launch_window
 
@@ -270,7 +280,7 @@ def _project_operand_kernel(
             most = tl.maximum(most, tl.abs(one))
             u = u + (one,)
         top = tl.max(tl.reshape(most, [16, 4]), 0)  # [4], in units of 1 / full
-        full = _to_lanes(tl.where(top > 0.0, FULL / top, 0.0), 16)
+        full = _to_lanes(tl.where(top > TINY, FULL / top, 0.0), 16)
         unit = top * (1.0 / FULL) * (largest * (1.0 / FULL))
         bias = tl.zeros([64], dtype=tl.float32)
         record = ((b * G + g) * max_frames + frame) * blocks + block
@@ -318,45 +328,36 @@ def _weight_operand(w_hi, w_lo):
     return tl.reshape(tl.permute(tl.join(w_hi, w_lo), [1, 0, 3, 4, 2]), [2, 1, 2, 32])
 
 
-@triton.jit(do_not_specialize=["max_frames", "splits", "Q"])
+@triton.jit(do_not_specialize=["max_frames", "B", "programs", "Q"])
 def _attend_operands_kernel(
-    k_ptr,
-    v_ptr,
-    u_ptr,
-    v_scale_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
-    c_ptr,
-    lse_ptr,
+    k_ptr, v_ptr, u_ptr, v_scale_ptr, block_table_ptr, seq_lens_ptr, codec_ids_ptr, c_ptr, lse_ptr,
     max_frames,
-    splits,
+    B,
+    programs,  # of `row_splits`
     Q,
     G,
     strides_pages,  # (page and g of K, page and g of V, row of the block table)
-    HG: tl.constexpr,
-    FRAME: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    NATIVE: tl.constexpr,
-):
+    HG: tl.constexpr, FRAME: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    SINKS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_B: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
     """One split of the pages of one sequence and KV head, for 4 queries: the states of
     `_attend_spectral_kernel`."""
     WORDS: tl.constexpr = rank_of(K_GROUPS) // 16 + 2
     RV: tl.constexpr = rank_of(V_GROUPS)
     blocks = tl.cdiv(Q * HG, 4)
-    split = tl.program_id(0) // blocks
+    program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
+    b, split, splits = row_of_program(splits_of, program, BLOCK_B)
+    if b >= B:
+        return
     page, end, stop = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
     lane = tl.arange(0, 32)
     query = block * 4 + tl.arange(0, 4)
     live = query < Q * HG
     # [4], rows of the split's states
-    out = (((b * G + g) * HG + query % HG) * Q + query // HG) * splits + split
+    out = ((program.to(tl.int64) * G + g) * HG + query % HG) * Q + query // HG
     if page < end:
         k_ptr += g * strides_pages[1]
         v_ptr += g * strides_pages[3]
@@ -404,7 +405,7 @@ def _attend_operands_kernel(
         # In V's basis; l and acc both count weights in units of 1 / FULL.
         l_all = _sum_over_rows(l)
         tl.store(lse_ptr + out, natural_lse(_max_over_rows(m), l_all), mask=live)
-        norm = _to_lanes(tl.where(l_all > 0.0, 1.0 / l_all, 0.0), 8)
+        norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
         w_all = _to_lanes(_sum_over_rows(w_sum), 8)
         codec_row = g
         if codec_ids_ptr is not None:
@@ -426,28 +427,16 @@ def operand_words(rank: int) -> int:
 
 
 def _attend_old_cards(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    codec: Codec,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    exact: tuple[torch.Tensor, torch.Tensor] | None,
-    states: tuple[torch.Tensor, ...],
-    *,
-    sinks: int,
-    window: int,
-    seq_ids: torch.Tensor | None,
-    codec_ids: torch.Tensor | None,
-    scale: float,
-    splits: int,
-    frames: int,
-    tile: dict[str, int],
-) -> None:
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
+    block_table: torch.Tensor, seq_lens: torch.Tensor,
+    exact: tuple[torch.Tensor, torch.Tensor] | None, states: tuple[torch.Tensor, ...], *,
+    sinks: int, window: int, seq_ids: torch.Tensor | None, codec_ids: torch.Tensor | None,
+    scale: float, plan: Any,
+) -> None:  # fmt: skip
     """What `_attend_spectral_kernel` does in `attend_spectral`, whose arguments these are.
 
-    q [B, H, Q, D]; states, which are written: u int32 of `frames` frames a row, c and lse of the
-    splits, o and lse of the exact tokens (tile: their `window_tile`).
+    q [B, H, Q, D]; plan: the call's `attention.Plan`; states, which are written: u int32 of
+    plan.frames frames a row, c and lse of the splits, o and lse of the exact tokens.
     """
     (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
     u, c, lse, exact_o, exact_lse = states
@@ -461,47 +450,20 @@ def _attend_old_cards(
         "num_warps": 1,
         "num_stages": 1,
     }
-    _project_operand_kernel[(frames * blocks, kv_heads, batch)](
-        q,
-        codec.freqs,
-        codec.k_basis,
-        codec.k_scale,
-        codec.k_mean,
-        seq_lens,
-        codec_ids,
-        u,
-        frames,
-        queries,
-        kv_heads,
-        scale * LOG2_E,
-        q.stride()[:3],
-        D=dim,
-        PAIRS=codec.freqs.shape[0],
-        GROUPS=layout.k.groups,
-        **shared,
-    )
-    _attend_operands_kernel[(splits * blocks, kv_heads, batch)](
-        k_pages,
-        v_pages,
-        u,
-        codec.v_scale,
-        block_table,
-        seq_lens,
-        codec_ids,
-        c,
-        lse,
-        frames,
-        splits,
-        queries,
-        kv_heads,
+    _project_operand_kernel[(plan.frames * blocks, kv_heads, batch)](
+        q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, seq_lens, codec_ids, u,
+        plan.frames, queries, kv_heads, scale * LOG2_E, q.stride()[:3], D=dim,
+        PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, **shared,
+    )  # fmt: skip
+    _attend_operands_kernel[(plan.states * blocks, kv_heads)](
+        k_pages, v_pages, u, codec.v_scale, block_table, seq_lens, codec_ids, c, lse, plan.frames,
+        batch, plan.programs, queries, kv_heads,
         (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
-        K_GROUPS=layout.k.groups,
-        V_GROUPS=layout.v.groups,
-        SINKS=sinks,
+        K_GROUPS=layout.k.groups, V_GROUPS=layout.v.groups, SINKS=sinks, BLOCK_B=plan.block_b,
         **shared,
-    )
+    )  # fmt: skip
     if exact is not None:
         _launch_window(
             q, *exact, seq_lens, seq_ids, exact_o, exact_lse,
-            scale=scale, sinks=sinks, window=window, matrix=False, tile=tile,
+            scale=scale, sinks=sinks, window=window, matrix=False, tile=plan.window,
         )  # fmt: skip

@@ -13,11 +13,12 @@ Test: tests/test_cache.py.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-from ._checks import FLOATS, check_tensor
+from ._checks import FLOATS, check_least, check_tensor
 from .attention import attend_spectral, attend_workspace
 from .codec import ModelCodec
 from .compress import append, decode, encode
@@ -47,6 +48,7 @@ class PageAllocator:
         Raises:
             RuntimeError: there are not as many; nothing was allocated.
         """
+        check_least(count=(count, 0))
         if count > len(self._free):
             raise RuntimeError(f"pages: expected {count} free ones, got {len(self._free)}")
         pages = [self._free.pop() for _ in range(count)]
@@ -55,20 +57,23 @@ class PageAllocator:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One reference more to every page."""
+        """One reference more to every page. ValueError: one is not in use; nothing was changed."""
+        self._check(pages, 0)
         for page in pages:
-            if self.references[page] < 1:
-                raise ValueError(f"pages: expected pages in use, got {page}")
             self.references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
-        """One reference less; a page without references is free."""
+        """One reference less; a page without references is free. ValueError: as `share`."""
+        self._check(pages, 1)
         for page in pages:
-            if self.references[page] < 1:
-                raise ValueError(f"pages: expected pages in use, got {page}")
             self.references[page] -= 1
             if self.references[page] == 0:
                 self._free.append(page)
+
+    def _check(self, pages: Sequence[int], taken: int) -> None:
+        for page, times in Counter(pages).items():
+            if page < 0 or self.references[page] < max(1, taken * times):
+                raise ValueError(f"pages: expected pages in use, got {page}")
 
 
 class PageTable:
@@ -96,12 +101,13 @@ class PageTable:
                 self._set(row, self.rows[row] + [pages.pop() for _ in range(count)])
         return any(count > 0 for count in missing)
 
-    def shrink(self, lengths: Sequence[int]) -> None:
-        """Give back the pages past rows of so many tokens."""
+    def shrink(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """Give back the pages past rows of so many tokens. Returns: as `reorder`."""
         for length, row in zip(lengths, self.rows, strict=True):
             keep = -(-length // PAGE_SIZE)
             self.allocator.release(row[keep:])
             del row[keep:]
+        return self._part(lengths)
 
     def reorder(self, index: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]]:
         """Row i takes the pages of the old row index[i], of lengths[i] tokens now.
@@ -109,25 +115,26 @@ class PageTable:
         Returns:
             (page, its copy) of partial last pages, which rows that share a past do not share.
         """
-        old, shared = self.rows, [list(self.rows[i]) for i in index]
-        parted = [
-            row
-            for row, i in enumerate(index)
-            if lengths[row] % PAGE_SIZE and i in list(index)[:row]
-        ]
-        fresh = self.allocator.allocate(len(parted))
-        copies = []
-        for pages in shared:
-            self.allocator.share(pages)
-        for row, page in zip(parted, fresh, strict=True):
-            at = lengths[row] // PAGE_SIZE
-            copies.append((shared[row][at], page))
-            self.allocator.release([shared[row][at]])
-            shared[row][at] = page
+        old, shared = self.rows, []
+        for i, length in zip(index, lengths, strict=True):
+            shared.append(old[i][: -(-length // PAGE_SIZE)])
+            self.allocator.share(shared[-1])
         for pages in old:
             self.allocator.release(pages)
         for row, pages in enumerate(shared):
             self._set(row, pages)
+        return self._part(lengths)
+
+    def _part(self, lengths: Sequence[int]) -> list[tuple[int, int]]:
+        """A page of its own for every row whose next token goes to a page that another row has."""
+        copies = []
+        for row, (length, pages) in enumerate(zip(lengths, self.rows, strict=True)):
+            if length % PAGE_SIZE and self.allocator.references[pages[-1]] > 1:
+                # There is one: rows that share a page need one page less than the pool has.
+                (fresh,) = self.allocator.allocate(1)
+                copies.append((pages[-1], fresh))
+                self.allocator.release(pages[-1:])
+                self._set(row, [*pages[:-1], fresh])
         return copies
 
     def _set(self, row: int, pages: list[int]) -> None:
@@ -155,18 +162,9 @@ class SpectralCache:
         self, codec: ModelCodec, *, max_seqs: int, max_tokens: int, query_heads: int,
         dtype: torch.dtype, device: torch.device | str, drafts: int = 0,
     ) -> None:  # fmt: skip
-        for name, value, least in (
-            ("max_seqs", max_seqs, 1), ("max_tokens", max_tokens, 1), ("drafts", drafts, 0)
-        ):  # fmt: skip
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check_least(max_seqs=(max_seqs, 1), max_tokens=(max_tokens, 1), drafts=(drafts, 0))
         if dtype not in FLOATS:
             raise TypeError(f"dtype: expected one of {FLOATS}, got {dtype}")
-        for layer in codec.layers:
-            if query_heads % layer.kv_heads:
-                raise ValueError(
-                    f"query_heads: expected a multiple of {layer.kv_heads}, got {query_heads}"
-                )
         self.codec, self.max_tokens, self.dtype = codec, max_tokens, dtype
         self.query_heads, self.device = query_heads, torch.empty(0, device=device).device
         max_pages = -(-max_tokens // PAGE_SIZE)
@@ -191,13 +189,13 @@ class SpectralCache:
         self.lengths = [0] * max_seqs
         self._oldest = [0] * max_seqs  # position from which on a row's ring holds all its tokens
         self._many_codecs = any(layer.k_basis.shape[0] > 1 for layer in codec.layers)
-        size = 0
-        for layer in codec.layers:
-            needed = attend_workspace(
+        needed = [
+            attend_workspace(
                 layer, batch=max_seqs, query_heads=query_heads, queries=1, max_pages=max_pages,
                 slots=slots, device=self.device,
-            )  # fmt: skip
-            size = max(size, needed)
+            ) for layer in codec.layers
+        ]  # fmt: skip
+        size = max(needed, default=0)
         self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     @property
@@ -236,7 +234,7 @@ class SpectralCache:
         """
         counts = self._rows("new", new)
         ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        self.hold(ends)
+        self._hold("new", ends)
         self._set_lengths(ends)
 
     def hold(self, tokens: int | Sequence[int]) -> None:
@@ -245,10 +243,12 @@ class SpectralCache:
 
         Raises: as `reserve`.
         """
-        ends = self._rows("tokens", tokens)
+        self._hold("tokens", self._rows("tokens", tokens))
+
+    def _hold(self, name: str, ends: list[int]) -> None:
         if max(ends) > self.max_tokens:
             raise ValueError(
-                f"new: expected at most {self.max_tokens} tokens a row, got {max(ends)}"
+                f"{name}: expected at most {self.max_tokens} tokens a row, got {max(ends)}"
             )
         if self.pages.grow(ends):
             self._send_table()
@@ -269,6 +269,10 @@ class SpectralCache:
 
     def advance(self, new: int | torch.Tensor) -> None:
         """The lengths on the device grow by `new`, a number or int32 [B]; `reserve` came before."""
+        if isinstance(new, int):
+            check_least(new=(new, 0))
+        else:
+            check_tensor("new", new, shape=(self.max_seqs,), dtype=torch.int32, device=self.device)
         self.seq_lens += new
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -313,6 +317,9 @@ class SpectralCache:
     ) -> None:
         """Store a prompt k, v [B, G, T, D], after `advance`; first int32 [B]: left padding
         (`compress.encode`)."""
+        shape = (self.max_seqs, self.codec.layers[layer].kv_heads, k.shape[2], k.shape[3])
+        for name, x in (("k", k), ("v", v)):  # both before either is stored
+            check_tensor(name, x, shape=shape, dtype=self.dtype, device=self.device)
         for side, x, pages, exact in (
             ("k", k, self.k_pages[layer], self.k_exact[layer]),
             ("v", v, self.v_pages[layer], self.v_exact[layer]),
@@ -372,7 +379,7 @@ class SpectralCache:
             raise ValueError(f"count: expected at most {self.lengths} tokens, got {counts}")
         self.lengths = [length - n for length, n in zip(self.lengths, counts, strict=True)]
         self.seq_lens -= torch.tensor(counts, dtype=torch.int32, device=self.device)
-        self.pages.shrink(self.lengths)
+        self._copy_pages(self.pages.shrink(self.lengths))
         self._refill_window()
 
     def _refill_window(self) -> None:
@@ -403,8 +410,7 @@ class SpectralCache:
         is copied.
 
         Raises:
-            ValueError: not one old row for every row.      RuntimeError: the pool has no page left.
-                Nothing was changed.
+            ValueError: not one old row for every row; nothing was changed.
         """
         index = list(index)
         if len(index) != self.max_seqs or any(not 0 <= i < self.max_seqs for i in index):
@@ -419,11 +425,16 @@ class SpectralCache:
             exact.copy_(exact[rows])
         self.seq_lens.copy_(self.seq_lens[rows])
         self.codec_ids.copy_(self.codec_ids[rows])
+        self._copy_pages(copies)
+        self._send_table()
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Copy pages (from, to) of all layers, of which the block table says so."""
         if copies:
             source, target = torch.tensor(copies, device=self.device).unbind(1)
             for pool in (*self.k_pages, *self.v_pages):
                 pool[target] = pool[source]
-        self._send_table()
+            self._send_table()
 
     def reset(self) -> None:
         """Forget everything; addresses stay."""

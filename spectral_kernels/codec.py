@@ -16,9 +16,12 @@ the model's. Oracle: reference/calibrate.py.   Test: tests/test_codec.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,6 +98,12 @@ class Codec:
         """Bytes of all tensors."""
         return sum(getattr(self, name).nbytes for name in ("freqs", *_SIDES))
 
+    def of_heads(self, first: int, count: int) -> Codec:
+        """The codec of the KV heads first .. first + count - 1, in memory of its own."""
+        tensors = {name: getattr(self, name)[:, first : first + count] for name in _SIDES}
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
+        return Codec(self.layout, self.freqs, **tensors)
+
     def to(self, device: torch.device | str) -> Codec:
         """The same on another device."""
         tensors = {
@@ -112,8 +121,8 @@ class ModelCodec:
         sinks: first tokens of a sequence that stay exact.      window: newest tokens that are
             exact, at least 1.
         preset: its name.
-        fingerprint: of the model it was calibrated on (`hf.fingerprint`); "" if of no particular
-            one.
+        fingerprint: of the model it was calibrated on (`calibrate.fingerprint`); "" if of no
+            particular one.
         notes: what it was calibrated on, in words and numbers; printed, not read by programs.
     """
 
@@ -129,6 +138,22 @@ class ModelCodec:
             raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
         if self.window < 1:
             raise ValueError(f"window: expected at least 1, got {self.window}")
+
+    @classmethod
+    def exact(cls, layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
+        """A codec that nothing is read from: all of so many tokens are in the window."""
+        bands = Bands.parse("16x2")
+        shapes = {"freqs": (dim // 2,), "k_mean": (1, heads, dim), "k_offset": (1, heads, 16)}
+        for side in ("k", "v"):
+            shapes |= {f"{side}_basis": (1, heads, 16, dim), f"{side}_scale": (1, heads, 16)}
+            shapes[f"{side}_encoder"] = (1, heads, dim, 16)
+        dtypes = {"freqs": torch.int64, "k_basis": torch.int8, "v_basis": torch.int8}
+        tensors = {
+            name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32))
+            for name, shape in shapes.items()
+        }
+        codec = Codec(PageLayout(bands, bands, dim), **tensors)
+        return cls((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
     @property
     def nbytes(self) -> int:
@@ -194,3 +219,44 @@ class ModelCodec:
                     )
                 )
         return cls(tuple(layers), **head)
+
+
+def fingerprint(model: Any) -> str:
+    """32 hexadecimal digits that say which model it is: its shape, its rotation, and 16 weights of
+    every matrix.
+
+    Weights count as bfloat16 holds them: the same for a model loaded in float32 or bfloat16, and in
+    float16 unless that rounded its weights. Cheap: it reads a few kilobytes from each device.
+    """
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
+    shape = {name: getattr(config, name, None) for name in (*names.split(), "vocab_size")}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= getattr(config, name, None) or {}
+    shape["rope"] = {name: rope[name] for name in ("rope_type", "factor") if name in rope}
+    shape["theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    samples: dict[torch.device, list[torch.Tensor]] = {}
+    for _, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if weight.dim() < 2 or weight.is_meta:
+            continue
+        at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
+        index = torch.unravel_index(at, weight.shape)
+        weight = weight.detach()
+        if hasattr(weight, "full_tensor"):  # sharded: of all processes
+            weight = weight.full_tensor()
+        some = weight[index]
+        if some.is_floating_point():
+            some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
+        samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))
+    for parts in samples.values():
+        digest.update(torch.cat(parts).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def cache_path(fingerprint: str, preset: str) -> Path:
+    """Where a model's codec is kept: in XDG_CACHE_HOME, or ~/.cache, under spectral_kernels/."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "spectral_kernels" / f"{fingerprint}-{preset}.safetensors"

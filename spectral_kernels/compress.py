@@ -759,7 +759,7 @@ def _decode_kernel(
     tl.store(out_ptr + out[None, :] * D + d[:, None], x, mask=(d < D)[:, None])
 
 
-def _check_decode(pages, codec, block_table, seq_lens, side, codec_ids):
+def _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids):
     check_in("side", side, ("k", "v"))
     if not isinstance(codec, Codec):
         raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
@@ -767,9 +767,10 @@ def _check_decode(pages, codec, block_table, seq_lens, side, codec_ids):
     check_tensor("codec.freqs", codec.freqs, device=pages.device)
     check_tensor("block_table", block_table, shape=(None, None))
     check_table(block_table, seq_lens, block_table.shape[0], pages.device)
-    if codec_ids is not None:
-        shape = (block_table.shape[0],)
-        check_tensor("codec_ids", codec_ids, shape=shape, dtype=torch.int32, device=pages.device)
+    for name, x in (("first_page", first_page), ("codec_ids", codec_ids)):
+        if x is not None:
+            shape, i32 = block_table.shape[:1], torch.int32
+            check_tensor(name, x, shape=shape, dtype=i32, device=pages.device, unit_stride=True)
 
 
 def decode(
@@ -779,27 +780,36 @@ def decode(
     seq_lens: torch.Tensor,
     *,
     side: str,
+    first_page: torch.Tensor | None = None,
     codec_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rebuild keys (as the model rotated them) or values from their pages.
 
     Args:
         pages, codec, block_table, seq_lens, side, codec_ids: as in `encode`.
+        first_page: int32 [B], which page of its row column 0 of block_table is; None: 0.
     Returns:
-        float32 [B, G, max_pages * 64, D], contiguous, by position; zeros from a row's length on.
-        Float32 arithmetic.
+        float32 [B, G, max_pages * 64, D], contiguous, by position from 64 * first_page on; zeros
+        from a row's length on. Float32 arithmetic.
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_decode(pages, codec, block_table, seq_lens, side, codec_ids)
+    _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids)
     if not _launch.runs_kernel(pages):
-        return decode_torch(pages, codec, block_table, seq_lens, side=side, codec_ids=codec_ids)
+        return decode_torch(
+            pages, codec, block_table, seq_lens, side=side, first_page=first_page,
+            codec_ids=codec_ids,
+        )  # fmt: skip
     (batch, max_pages), heads = block_table.shape, codec.kv_heads
     dim, k = codec.layout.head_dim, side == "k"
     shape = (batch, heads, max_pages * PAGE_SIZE, dim)
     out = torch.empty(shape, dtype=torch.float32, device=pages.device)
     if out.numel() == 0:
         return out
+    position = torch.arange(shape[2], device=pages.device).expand(batch, -1)
+    if first_page is not None:
+        position = position + PAGE_SIZE * first_page[:, None]
+        seq_lens = seq_lens - PAGE_SIZE * first_page
     matrix = _launch.has_matrix_units(pages.device)
     block_d = 64 if matrix else 16
     with torch.cuda.device_of(pages):
@@ -811,19 +821,20 @@ def decode(
             NATIVE=_launch.is_native(pages), num_warps=4,
         )  # fmt: skip
     if k:
-        position = torch.arange(shape[2], device=pages.device).expand(batch, -1)
         turn_back(out, position, codec.freqs, frame=codec.layout.frame, inverse=True, out=out)
     return out
 
 
 def decode_torch(
     pages: torch.Tensor, codec: Codec, block_table: torch.Tensor, seq_lens: torch.Tensor, *,
-    side: str, codec_ids: torch.Tensor | None = None,
+    side: str, first_page: torch.Tensor | None = None, codec_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`decode` in plain PyTorch."""
-    _check_decode(pages, codec, block_table, seq_lens, side, codec_ids)
+    _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids)
     batch, max_pages = block_table.shape
-    position = torch.arange(max_pages * PAGE_SIZE, device=pages.device)
+    position = torch.arange(max_pages * PAGE_SIZE, device=pages.device).expand(batch, -1)
+    if first_page is not None:
+        position = position + PAGE_SIZE * first_page[:, None]
     live = position < seq_lens[:, None]  # [B, T]
     table = torch.where(live[:, ::PAGE_SIZE], block_table, 0).long()
     values = unpack_pages(pages[table], codec.layout.side(side), side=side)  # [B, pages, G, 64, R]
@@ -835,7 +846,7 @@ def decode_torch(
     x = x.transpose(1, 2).flatten(2, 3)  # [B, G, T, D]
     if k:
         x = turn_back_torch(
-            x + codec.k_mean[rows][:, :, None], position.expand(batch, -1), codec.freqs,
+            x + codec.k_mean[rows][:, :, None], position, codec.freqs,
             frame=codec.layout.frame, inverse=True,
         )  # fmt: skip
     return x.masked_fill(~live[:, None, :, None], 0.0).contiguous()

@@ -59,7 +59,7 @@ from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
 from .compress import append
-from .layout import PAGE_SIZE, Bands, PageLayout
+from .layout import PAGE_SIZE
 
 PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -359,7 +359,7 @@ class ModelCache(Cache):
         for members, codec in zip(handle.members, handle.codecs, strict=True):
             some, drafts = [handle.links[i].layer for i in members], DRAFTS
             if codec is None:
-                exact = [_exact_codec(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
+                exact = [ModelCodec.exact(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
                 codec = replace(exact[0], layers=tuple(x.layers[0] for x in exact))
                 codec, drafts = codec.to(some[0].device), 0
             part = SpectralCache(
@@ -425,7 +425,6 @@ class ModelCache(Cache):
         self.sync()
         rows = beam_idx.tolist()
         for part in self.parts:
-            part.rollback(0)  # frees what was reserved ahead
             part.reorder(rows)
         self.hold()
         for layer in self.others:
@@ -752,8 +751,6 @@ class Handle:
             if isinstance(given, ModelCache) and given.owner() is self:
                 given.room(max(0, tokens - given.sync()))
             return original(config, model_kwargs, generation_mode, batch_size, max_cache_length)
-        if (config.num_beams or 1) > 1:
-            tokens += PAGE_SIZE  # beams that part copy a page
         kind = config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise ValueError(f"cache_implementation: expected None while enabled, got {kind!r}")
@@ -883,19 +880,6 @@ def _codec(
         raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
     parts = zip(layers, codec.layers, strict=True)
     return replace(codec, layers=tuple(layer.codec(whole) for layer, whole in parts))
-
-
-def _exact_codec(layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
-    """A codec that nothing is read from: all of so many tokens are in the window."""
-    bands, zeros = Bands.parse("16x2"), torch.zeros
-    tensors = {"freqs": zeros(dim // 2, dtype=torch.int64)}
-    for side in ("k", "v"):
-        tensors[f"{side}_basis"] = zeros(1, heads, 16, dim, dtype=torch.int8)
-        tensors[f"{side}_scale"] = zeros(1, heads, 16)
-        tensors[f"{side}_encoder"] = zeros(1, heads, dim, 16)
-    tensors |= {"k_mean": zeros(1, heads, dim), "k_offset": zeros(1, heads, 16)}
-    codec = Codec(PageLayout(bands, bands, dim), **tensors)
-    return ModelCodec((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
 
 def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:

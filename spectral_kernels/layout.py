@@ -1,25 +1,15 @@
 """The byte layout of a page: the one place that knows bytes.
 
-A page holds the quantised coefficients of 64 consecutive tokens of a sequence, K and V apart, in
-the order in which the matrix units of a GPU want them (operand fragments of mma.m16n8k32 on int8):
-a lane's 16-byte load is an operand as it is.
+A page holds the quantised coefficients of 64 consecutive tokens of a sequence and KV head, K and V
+apart, as operand fragments of the matrix units (mma.m16n8k32 on int8): a lane's 16-byte load is an
+operand as it is. reference/README.md says which bit is whose.
 
-    side      bands ((rank, bits), ...): bits 8, 4 or 2, decreasing; ranks multiples of 16;
-              R = sum of ranks
-    value     component r of a token stands for step_r * (n - (2**bits - 1) / 2) with the code n in
-              0 .. 2**bits - 1; the codec's scales hold the steps, so that attention uses the
-              integers as they are
-    group     the components, in blocks of 16 of one width, fill the fields of groups of 16 byte
-              columns, low bits of a byte first: (8), (4, 4), (4, 2, 2) or (2, 2, 2, 2) bits. Column
-              c of a field is component c of its block. The last group may have bits to spare; if it
-              uses 4 or less it is a half group, whose bytes hold two tokens. A field that ends at
-              bit 7 holds n - 2**(bits - 1) in two's complement, others n: so a mask alone, without
-              a shift, leaves an int8 that is linear in n
-    page      group after group, a group two sub-tiles i = 0, 1 of 32 tokens (a half group: one
-              sub-tile, whose bytes hold the tokens of i = 0 in bits 0-3, those of i = 1 in 4-7)
-    sub-tile  512 bytes. With g in 0..7 and t in 0..3 at byte 64 g + 16 t:
-              K  byte 4 r + b (r, b in 0..3): token 32 i + 8 r + g of the page, column 4 t + b
-              V  byte 8 h + b (h in 0..1, b in 0..7): token 8 b + 4 i + t, column 8 h + g
+    side      bands ((rank, bits), ...): bits 8, 4 or 2, decreasing; ranks multiples of 16
+    value     component r stands for step_r * (n - (2**bits - 1) / 2) with the code n; the codec's
+              scales hold the steps, so that attention uses the integers as they are
+    group     blocks of 16 components of one width, in the fields of 16 byte columns, low bits
+              first; a last group that uses 4 bits or less is a half group: two tokens a byte
+    sub-tile  512 bytes: 32 tokens of a group, all 64 of a half group
 
     k_pages [num_pages, G, 64 * bytes_K]  v_pages [num_pages, G, 64 * bytes_V]  uint8
 

@@ -40,32 +40,32 @@ def _merge_states_kernel(
     total = w_a + w_b
     o_a = tl.load(o_a_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     o_b = tl.load(o_b_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    o = tl.where(total > 0.0, (w_a * o_a + w_b * o_b) / total, 0.0)
+    o = tl.where(total == 0.0, 0.0, (w_a * o_a + w_b * o_b) / total)
     tl.store(o_ptr + row * D + d, o, mask=d < D)
     tl.store(lse_ptr + row, top + tl.log(total))  # log(0) = -inf: an empty state
 
 
 def _check_state(
-    name: str, o: torch.Tensor, lse: torch.Tensor, shape: torch.Size | None = None
+    names: tuple[str, str], o: torch.Tensor, lse: torch.Tensor, shape: torch.Size | None = None
 ) -> None:
-    check_tensor(f"o{name}", o, shape=shape, dtype=FLOATS)
-    check_tensor(f"lse{name}", lse, shape=o.shape[:-1], dtype=torch.float32, device=o.device)
+    check_tensor(names[0], o, shape=shape, dtype=FLOATS)
+    check_tensor(names[1], lse, shape=o.shape[:-1], dtype=torch.float32, device=o.device)
     if o.dim() < 2:
-        raise ValueError(f"o{name}: expected shape [..., D], got {list(o.shape)}")
-    for label, value in ((f"o{name}", o), (f"lse{name}", lse)):
+        raise ValueError(f"{names[0]}: expected shape [..., D], got {list(o.shape)}")
+    for name, value in zip(names, (o, lse), strict=True):
         if not value.is_contiguous():
             raise ValueError(
-                f"{label}: expected a contiguous tensor, got strides {list(value.stride())}"
+                f"{name}: expected a contiguous tensor, got strides {list(value.stride())}"
             )
 
 
-def _outputs(like, shape, out, lse):
+def _outputs(like, shape, out, lse, lse_name):
     if out is None:
         out = torch.empty(shape, dtype=like.dtype, device=like.device)
     if lse is None:
         lse = torch.empty(shape[:-1], dtype=torch.float32, device=like.device)
-    _check_state("ut", out, lse, shape)
     check_tensor("out", out, device=like.device)
+    _check_state(("out", lse_name), out, lse, shape)
     return out, lse
 
 
@@ -93,10 +93,10 @@ def merge_states(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_state("_a", o_a, lse_a)
-    _check_state("_b", o_b, lse_b, o_a.shape)
+    _check_state(("o_a", "lse_a"), o_a, lse_a)
     check_tensor("o_b", o_b, device=o_a.device)
-    out, lse = _outputs(o_a, o_a.shape, out, lse)
+    _check_state(("o_b", "lse_b"), o_b, lse_b, o_a.shape)
+    out, lse = _outputs(o_a, o_a.shape, out, lse, "lse")
     if not _launch.runs_kernel(o_a):
         o, total = merge_states_torch(o_a, lse_a, o_b, lse_b)
         return out.copy_(o), lse.copy_(total)
@@ -147,7 +147,7 @@ def _merge_many_states_kernel(
             tl.float32
         )
         o += tl.sum(w[:, None] * x, 0)
-    o = tl.where(total > 0.0, o / total, 0.0)
+    o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(1) == 0:
         tl.store(lse_ptr + row, top + tl.log(total))
@@ -173,10 +173,11 @@ def merge_many_states(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_state("", o, lse)
+    _check_state(("o", "lse"), o, lse)
     if o.dim() < 3:
         raise ValueError(f"o: expected shape [..., N, D], got {list(o.shape)}")
-    out, out_lse = _outputs(o, (*o.shape[:-2], o.shape[-1]), out, out_lse)
+    shape = (*o.shape[:-2], o.shape[-1])
+    out, out_lse = _outputs(o, shape, out, out_lse, "out_lse")
     if not _launch.runs_kernel(o):
         merged, total = merge_many_states_torch(o, lse)
         return out.copy_(merged), out_lse.copy_(total)

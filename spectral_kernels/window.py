@@ -152,9 +152,9 @@ def window_split(
         l = l * old + tl.sum(p, 1)
         o = o * old[:, None] + dot_f32(p, v, MATRIX, NATIVE)  # [BLOCK_M, BLOCK_D]
         m = m_new
-    o *= tl.where(l > 0.0, 1.0 / l, 0.0)[:, None]
+    o *= tl.where(l == 0.0, 0.0, 1.0 / l)[:, None]
     out = ((b * (G * HG) + head) * Q + query) * SPLITS + split
-    lse = tl.where(l > 0.0, m * 0.6931471805599453 + tl.log(l), float("-inf"))
+    lse = tl.where(l == 0.0, float("-inf"), m * 0.6931471805599453 + tl.log(l))
     tl.store(lse_ptr + out, lse, mask=live)
     tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
 

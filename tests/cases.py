@@ -9,7 +9,6 @@ entries past a row's length, gaps between the rows of strided tensors, fresh out
 
 import contextlib
 import inspect
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -396,19 +395,3 @@ def make_exact_tokens(
     tensors = strided(k16, stride), strided(v16, stride)
     names = int32(ids) if permuted else None
     return ExactTokens(to_numpy(k16), to_numpy(v16), ids, sinks, window, tensors, names)
-
-
-def check_errors(calls: Sequence[tuple[Callable[[], Any], type[Exception], str]]) -> None:
-    """Every call raises its error, which names the argument (a pattern), what was expected and what
-    came."""
-    missed = []
-    for i, (call, error, name) in enumerate(calls):
-        try:
-            call()
-            missed.append(f"call {i}: {name} is accepted")
-        except error as found:
-            if not re.match(rf"({name})\b.*expected .*got ", str(found)):
-                missed.append(f"call {i}: {name} is not what is named: {found}")
-        except Exception as found:
-            missed.append(f"call {i}: {name}: expected {error.__name__}, got {found!r}")
-    assert not missed, "\n".join(missed)

@@ -40,7 +40,7 @@ def all_kernels() -> set[str]:
     """Names of the kernels of the package: jit functions called *_kernel."""
     found = set()
     for info in pkgutil.iter_modules(sk.__path__):
-        if info.name != "hf":  # needs transformers, has no kernel
+        if info.name not in ("hf", "vllm"):  # they need what they adapt to, and hold no kernel
             module = importlib.import_module(f"spectral_kernels.{info.name}")
             found |= {
                 n

@@ -27,9 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=int(os.environ.get("SPECTRAL_FUZZ_CASES", "60")),
         help="fuzz cases over all operations (default: SPECTRAL_FUZZ_CASES or 60)",
     )
-    parser.addoption(
-        "--fuzz-case", default="", help="one fuzz case, as a failure prints it: name:number"
-    )
+    parser.addoption("--fuzz-case", default="", help="one fuzz case, as a failure prints it")
 
 
 def pytest_configure(config: pytest.Config) -> None:

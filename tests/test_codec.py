@@ -23,9 +23,9 @@ NAMES = (
 )
 
 
-def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2"):
+def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2", frame=512):
     rng = np.random.default_rng(seed)
-    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim)
+    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
 
     def floats(*shape):
         return torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
@@ -44,7 +44,7 @@ def random_codec(seed=0, rows=1, heads=2, dim=64, k="16x8+16x4", v="32x4+16x2"):
 def random_model(**options):
     codecs = (
         random_codec(1),
-        random_codec(2, heads=4, dim=128, k="32x4+64x2", v="128x4"),
+        random_codec(2, heads=4, dim=128, k="32x4+64x2", v="128x4", frame=128),
         random_codec(3),
     )
     settings = {
@@ -55,26 +55,6 @@ def random_model(**options):
         "notes": "a note: é",
     }
     return ModelCodec(codecs, **(settings | options))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_tensor_of_another_dtype_shape_or_stride_is_refused(name):
-    codec = random_codec()
-    x = getattr(codec, name)
-    wrong = torch.float64 if x.is_floating_point() else torch.int32
-    with pytest.raises(TypeError, match=f"{name}: expected dtype"):
-        dataclasses.replace(codec, **{name: x.to(wrong)})
-    with pytest.raises(TypeError, match=f"{name}: expected a torch.Tensor"):
-        dataclasses.replace(codec, **{name: x.tolist()})
-    with pytest.raises(ValueError, match=f"{name}: expected"):
-        dataclasses.replace(codec, **{name: torch.cat((x, x), dim=-1)})
-    with pytest.raises(ValueError, match=f"{name}: expected a contiguous tensor"):
-        dataclasses.replace(codec, **{name: torch.stack((x, x), dim=-1)[..., 0]})
-    with pytest.raises(ValueError, match="expected"):
-        dataclasses.replace(codec, **{name: x.to("meta")})
-    if name != "freqs":
-        with pytest.raises(ValueError, match="expected"):
-            dataclasses.replace(codec, **{name: torch.cat((x, x))})
 
 
 def test_sizes_and_devices():
@@ -94,12 +74,6 @@ def test_sizes_and_devices():
         "balanced",
         "a note: é",
     )
-
-
-@pytest.mark.parametrize("options, name", [({"sinks": -1}, "sinks"), ({"window": 0}, "window")])
-def test_a_model_codec_needs_a_window(options, name):
-    with pytest.raises(ValueError, match=f"{name}: expected at least"):
-        random_model(**options)
 
 
 def test_a_file_gives_back_every_bit(tmp_path):

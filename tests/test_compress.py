@@ -21,7 +21,6 @@ from tests.cases import (
     PAGE,
     PageSpec,
     PageTensors,
-    check_errors,
     freqs_of,
     int32,
     is_slow,
@@ -642,82 +641,6 @@ def test_same_inputs_give_the_same_bits(rng, name):
                 exact = run(args[1], args[0], *args[2:], side="k")
         found.append((tensors.pool, exact))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-# errors
-
-
-def test_arguments_are_named(rng):
-    """Nothing is written before an argument is turned down."""
-    arrays = make_pages(rng, PageSpec("16x8", "32x4", 64, 2, (70,), codecs=1))
-    tensors = pages_of(arrays)
-    before = tensors.pool.clone()
-    x = torch.zeros(1, 2, 3, 64, device=DEVICE)
-    exact = poisoned(1, 2, 8, 64)
-    table, lens, ids = tensors.block_table, tensors.seq_lens, int32(np.zeros(1))
-    odd = torch.zeros(4, 2, 1024 + 8, dtype=torch.uint8, device=DEVICE)[..., :1024]
-
-    def encode(
-        x=x, codec=tensors.codec, pages=tensors.k_pages, table=table, lens=lens, **options: Any
-    ):
-        return lambda: compress.encode(x, codec, pages, table, lens, **{"side": "k", **options})
-
-    def append(k=x, v=x, k_exact=exact, v_exact=exact, k_pages=tensors.k_pages, **options: Any):
-        return lambda: compress.append(
-            k, v, tensors.codec, k_pages, tensors.v_pages, k_exact, v_exact, table, lens,
-            **{"sinks": 2, **options},
-        )  # fmt: skip
-
-    def decode(pages=tensors.k_pages, codec=tensors.codec, table=table, lens=lens, **options: Any):
-        return lambda: compress.decode(pages, codec, table, lens, **{"side": "k", **options})
-
-    check_errors([
-        (lambda: compress.gram(x[0]), ValueError, "x"),
-        (lambda: compress.gram(x.double()), TypeError, "x"),
-        (lambda: compress.gram(x.mT), ValueError, "x"),
-        (encode(x=x.double()), TypeError, "x"),
-        (encode(x=x[0]), ValueError, "x"),
-        (encode(x=x.mT), ValueError, "x|codec"),
-        (encode(x=x[:, :1]), ValueError, "x|codec"),
-        (encode(x=x[..., :32]), ValueError, "x|codec"),
-        (encode(codec=None), TypeError, "codec"),
-        (encode(pages=tensors.k_pages[..., :-16]), ValueError, "pages"),
-        (encode(pages=tensors.v_pages[..., :512]), ValueError, "pages"),
-        (encode(pages=tensors.k_pages.int()), TypeError, "pages"),
-        (encode(pages=odd), ValueError, "pages"),
-        (encode(side="q"), ValueError, "side"),
-        (encode(table=table.long()), TypeError, "block_table"),
-        (encode(table=table[0]), ValueError, "block_table"),
-        (encode(lens=lens.long()), TypeError, "seq_lens"),
-        (encode(lens=lens[:0]), ValueError, "seq_lens"),
-        (encode(first=lens.long()), TypeError, "first"),
-        (encode(first=lens[:0]), ValueError, "first"),
-        (encode(codec_ids=ids.long()), TypeError, "codec_ids"),
-        (encode(codec_ids=ids[:0]), ValueError, "codec_ids"),
-        (encode(exact=exact.half()), TypeError, "exact"),
-        (encode(exact=exact[:, :1]), ValueError, "exact"),
-        (encode(exact=exact, sinks=9), ValueError, "sinks|exact"),
-        (encode(exact=exact, sinks=-1), ValueError, "sinks"),
-        (encode(exact=exact, seq_ids=ids.long()), TypeError, "seq_ids"),
-        (encode(exact=exact, seq_ids=ids[:0]), ValueError, "seq_ids"),
-        (append(v=x.half()), TypeError, "v"),
-        (append(v=x[:, :, :2]), ValueError, "v"),
-        (append(k=x.double(), v=x.double()), TypeError, "k"),
-        (append(k_exact=None), TypeError, "k_exact"),
-        (append(v_exact=exact[:, :, :7]), ValueError, "v_exact"),
-        (append(k_exact=exact.half()), TypeError, "k_exact"),
-        (append(k_pages=tensors.k_pages[:, :1]), ValueError, "k_pages"),
-        (append(sinks=6), ValueError, "k"),  # 3 tokens, 2 slots of a ring
-        (append(seq_ids=ids.long()), TypeError, "seq_ids"),
-        (append(codec_ids=ids.long()), TypeError, "codec_ids"),
-        (decode(pages=tensors.k_pages[..., 16:]), ValueError, "pages"),
-        (decode(codec="codec"), TypeError, "codec"),
-        (decode(table=table[0]), ValueError, "block_table"),
-        (decode(lens=lens[:0]), ValueError, "seq_lens"),
-        (decode(side="x"), ValueError, "side"),
-        (decode(codec_ids=ids.long()), TypeError, "codec_ids"),
-    ])  # fmt: skip
-    assert torch.equal(tensors.pool, before) and exact.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

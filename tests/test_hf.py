@@ -268,6 +268,17 @@ def test_half_precision_logits_equal_the_dense_model(dtype: torch.dtype) -> None
     assert oracle.error(logits) <= oracle.budget
 
 
+def test_a_softmax_scale_of_the_models_own() -> None:
+    """As Granite's or Gemma's: not one over the root of the head dimension."""
+    model, inputs = tiny(), prompt(60)
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.05
+    oracle = Oracle(model, inputs)
+    with enable(model, "exact"):
+        logits, _ = feed(model, inputs, [50, 1, 9])
+    assert oracle.error(logits) <= oracle.budget
+
+
 PIECES = [[30, 50, 1, 39], [1, 119], [60, 60], [2, 2, 116], [100, MAX_STEP - 12]]
 
 

@@ -187,15 +187,3 @@ def test_log2_conversion(rng):
     budgets.check_rejects(
         to_numpy(merge.lse_from_log2(lse))[:3], expected[:3], budget[:3], "the inverse"
     )
-
-
-def test_arguments_are_named():
-    o, lse = torch.zeros(2, 3, 64, device=DEVICE), torch.zeros(2, 3, device=DEVICE)
-    with pytest.raises(ValueError, match="o_b"):
-        merge.merge_states(o, lse, o[:, :2], lse)
-    with pytest.raises(TypeError, match="lse_a"):
-        merge.merge_states(o, lse.double(), o, lse)
-    with pytest.raises(ValueError, match="lse"):
-        merge.merge_many_states(o, lse[:, :2])
-    with pytest.raises(ValueError, match="stride"):
-        merge.merge_states(o.transpose(0, 1), lse.mT, o.transpose(0, 1), lse.mT)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -633,47 +634,63 @@ def end_row(tokens: int, what: str, ms: float, preset: str | None = None, **chan
     return {**row, "ms": ms, "weight_bytes": 15e9, "cache_bytes": 1e9, "read_gbs": 4000, **changes}
 
 
+def quality_row(scheme: str, ratio: float, kl: float, **changes) -> dict:
+    row = {"model": "m", "text": "a", "context": 4000, "scheme": scheme, "ratio": ratio}
+    row |= {"ratio_long": ratio, "kl": kl, "kl_median": kl / 2, "top1": 0.9, "perplexity": 0.01}
+    return {**row, "needles": 10, "recalled": 9, "commit": "abc1234", **changes}
+
+
+def serve_row(backend: str, kv_dtype: str, ms: float, **changes) -> dict:
+    row = {"gpu": "a card", "gpus": 1, "vllm": "1.2.3", "B": 1, "T": 8192, "backend": backend}
+    row |= {"kv_dtype": kv_dtype, "ttft_ms": 300.0, "tpot_ms": ms, "kv_tokens": 1000}
+    return {**row, "throughput": 1e3 / ms, "commit": "abc1234", **changes}
+
+
+def write_rows(folder, **files) -> None:
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def cells_of(text: str, start: str) -> list[str]:
+    [line] = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def test_the_attention_table():
     rows = [attention_row(p50_us=77.0), attention_row(), attention_row(preset="small", speedup=3.5)]
+    rows.append(attention_row(preset="small", T=8192, best_fp8="fi fp8", best_fp8_us=30.0))
     text = tables.attention_table(rows)
-    line = next(line for line in text.splitlines() if line.startswith("| a card"))
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells[:7] == ["a card", "32/8", "128", "16", "65,536", "matrix", "42 cudnn"]
-    assert (
-        cells[7:] == ["-", "10, **4.20x**, 80%", "10, **3.50x**, 80%"]
-        and "77" not in text
-        and "abc1234" in text
-    )
+    assert "### a card, 32/8 heads, D = 128, matrix path" in text and "77" not in text
+    small, both = "10, **3.50x**, 80%", "10, **4.20x**, 80%"
+    assert cells_of(text, "16 | 65,536") == ["16", "65,536", "42 cudnn", "-", both, small]
+    assert cells_of(text, "16 | 8,192") == ["16", "8,192", "42 cudnn", "30 fi fp8", "-", both]
+
+
+def test_tables_have_at_most_ten_rows():
+    text = tables.attention_table(attention_row(T=1024 * n) for n in range(1, 24))
+    sizes = [part.strip().count("\n") - 1 for part in text.split("\n\n")[1:]]
+    assert sizes == [10, 10, 3] and "23,552" in text
 
 
 def test_the_end_to_end_table():
-    """4 + 0.5 a 1K against 5 + 0.25 a 1K: even at 4K."""
+    """4 + 0.5 a 1K against 5 + 0.25 a 1K: even at 4K. What is compiled is compared with what is."""
     rows = [end_row(1024 * n, "graph", 4 + 0.5 * n) for n in (8, 32)]
     rows += [end_row(1024 * n, "bare", 5 + 0.25 * n, "balanced") for n in (8, 32)]
-    rows.append(
-        {
-            **end_row(8192, "prefill", 0, "balanced"),
-            "prefill_s": 0.5,
-            "prefill_ratio": 1.004,
-            "peak_bytes": 2e9,
-        }
-    )
+    rows += [end_row(8192, "graph compiled", 4.0), end_row(8192, "bare compiled", 5.0, "balanced")]
+    prompt = {"prefill_s": 0.5, "prefill_ratio": 1.004, "peak_bytes": 2e9}
+    rows.append({**end_row(8192, "prefill", 0, "balanced"), **prompt})
     del rows[-1]["ms"]
     text = tables.end_to_end_table([*rows, end_row(8192, "ours", 9.0, "small", shared="two")])
-    lines = {
-        line.split("|")[4].strip(): [x.strip() for x in line.split("|")[5:-1]]
-        for line in text.splitlines()[2:5]
-    }
-    assert lines["graph"] == ["8.00", "20.00", "4.00 + 0.5000 a 1K", "-", "4.00 (20%)"]
-    assert lines["bare balanced"] == [
-        "7.00 (1.14x)",
-        "13.00 (1.54x)",
-        "5.00 + 0.2500 a 1K",
-        "4,096",
-        "4.00 (31%)",
-    ]
-    assert lines["ours small"] == ["9.00* (0.89x)", "-", "-", "-", "4.00 (44%)"]
-    assert "| balanced | 0.500 | 1.004 | 1.00 | 2.00 |" in text and "layers share memory" in text
+    plain, compiled = text.split("### a card, 8b, B = 1, compiled")
+    want = ["8.00", "20.00", "4.00 + 0.5000 a 1K", "-", "4.00 (20%)"]
+    assert cells_of(plain, "graph")[1:] == want
+    want = ["7.00 (1.14x)", "13.00 (1.54x)", "5.00 + 0.2500 a 1K", "4,096", "4.00 (31%)"]
+    assert cells_of(plain, "bare balanced")[1:] == want
+    want = ["9.00* (0.89x)", "-", "-", "-", "4.00 (44%)"]
+    assert cells_of(plain, "ours small")[1:] == want
+    assert cells_of(compiled, "bare compiled balanced")[1] == "5.00 (0.80x)"
+    assert "layers share memory" in text
+    assert cells_of(text, "a card | 1 | 8,192")[3:6] == ["balanced", "0.500", "1.004"]
 
 
 @pytest.mark.parametrize(
@@ -689,37 +706,121 @@ def test_break_even(dense, ours, words):
     assert tables.break_even(dense, ours) == words
 
 
-def test_tables_are_filled(tmp_path):
-    text = "a\n<!-- table: attention -->\nold\n<!-- end of table -->\nb\n"
-    assert "No row yet" in tables.fill(text, tmp_path) and "old" not in tables.fill(text, tmp_path)
-    (tmp_path / "attention.jsonl").write_text(json.dumps(attention_row()) + "\n")
+def test_the_quality_table():
+    """Means over texts, the newest row of each; tasks apart; nothing of an earlier perf.quality."""
+    rows = [quality_row("small", 12.0, 0.5), quality_row("small", 12.0, 0.1)]
+    rows += [quality_row("small", 10.0, 0.3, text="b", recalled=5), quality_row("fp8", 2.0, 0.01)]
+    tasks = [{**quality_row(name, 8.0, 0), "task": "records"} for name in ("dense", "balanced")]
+    for row, score in zip(tasks, (0.9, 0.8), strict=True):
+        row |= {"score": score, "flips": [3, 1]}
+        del row["kl"], row["kl_median"]
+    stream = {"model": "m", "text": "a", "context": 4000, "task": "generate", "scheme": "exact"}
+    stream |= {"generated": 2000, "teacher_forced_kl": 0.1, "free_running_kl": 0.2}
+    text = tables.quality_table([*rows, *tasks, stream])
+    assert cells_of(text, "fp8")[:4] == ["fp8", "2.00", "2.00", "0.01000"]
+    assert cells_of(text, "small")[1:4] == ["11.00", "11.00", "0.17321"]
+    assert cells_of(text, "small")[-2:] == ["+1.00%", "7.0"] and "kl over 2 text(s)" in text
+    assert cells_of(text, "balanced") == ["balanced", "0.80 [3, 1]"]
+    assert cells_of(text, "exact") == ["exact", "2000", "0.10000", "0.20000"]
+
+
+def test_the_headline(tmp_path):
+    """vLLM's cell where it has both sides, else what is compiled, else transformers'; the rows of
+    the most tokens."""
+    whole = [end_row(8192, "graph", 8.0), end_row(8192, "bare", 4.0, "balanced")]
+    whole += [end_row(16384, "graph", 9.0), end_row(16384, "bare", 3.0, "balanced")]
+    whole += [end_row(16384, "graph compiled", 6.0)]
+    whole.append(end_row(16384, "bare compiled", 4.0, "balanced", cache_bytes=2.5e8))
+    served = [serve_row("FLASH_ATTN", "bfloat16", 6.0), serve_row("TRITON_ATTN", "bfloat16", 9.0)]
+    served += [serve_row("FLASH_ATTN", "fp8", 5.0), serve_row("FLASH_ATTN", "fp8", 1.0, gpus=2)]
+    write_rows(tmp_path, end_to_end=whole)
+    text = tables.headline(tmp_path)
+    assert cells_of(text, "a card | transformers |")[3:] == [
+        "8,192",
+        "8.00",
+        "4.00",
+        "2.00x",
+        "1.00x",
+    ]
+    compiled = cells_of(text, "a card | transformers, compiled")
+    assert compiled[2:] == ["1", "16,384", "6.00", "4.00", "1.50x", "4.00x"]
+    served.append(serve_row("SPECTRAL", "balanced", 3.0, kv_tokens=8000))
+    write_rows(tmp_path, serve=served)
+    got = cells_of(tables.headline(tmp_path), "a card | vLLM 1.2.3")
+    assert got[2:] == ["1", "8,192", "6.00", "5.00", "3.00", "2.00x", "8.00x"]
+    for n in range(3, 12):
+        whole += [end_row(8192 * n, "graph", 8.0), end_row(8192 * n, "bare", 4.0, "balanced")]
+    write_rows(tmp_path, end_to_end=whole)
+    lines = tables.headline(tmp_path).splitlines()[2:]
+    assert len(lines) == tables.HEADLINE and "90,112" in lines[-1]
+
+
+def test_pages_are_filled(tmp_path):
+    text = "a\n<!-- headline -->\nold\n<!-- end of headline -->\nb\n"
     filled = tables.fill(text, tmp_path)
-    assert "**4.20x**" in filled and tables.fill(filled, tmp_path) == filled
-    with pytest.raises(ValueError, match="table: expected"):
-        tables.fill(text.replace("attention", "nobody"), tmp_path)
+    assert "No row yet" in filled and "old" not in filled and filled.endswith("headline -->\nb\n")
+    assert tables.fill(filled, tmp_path) == filled
+    page = tables.results_page(tmp_path)
+    assert page.count("No row yet") == len(tables.SECTIONS) and "perf.serve --json" in page
+    compress = {"gpu": "a card", "T": 32768, "encode_us": 12.34, "commit": "abc1234"}
+    write_rows(tmp_path, serve=[serve_row("X", "fp8", 2.5)], compress=[compress])
+    write_rows(tmp_path, attention=[attention_row()], quality=[quality_row("fp8", 2.0, 0.1)])
+    write_rows(tmp_path, end_to_end=[end_row(8192, "graph", 8.0)])
+    page = tables.results_page(tmp_path)
+    assert "No row yet" not in page and page.count("measured at abc1234") == len(tables.SECTIONS)
+    for want in (
+        "| 12.34 |",
+        "| 2.50 | 1,000 |",
+        "**4.20x**",
+        "| fp8 | 2.00 |",
+        "| graph | 8.00 |",
+    ):
+        assert want in page, want
 
 
-def test_readme_is_what_the_command_writes():
-    readme = (tables.ROOT / "README.md").read_text()
-    assert len(tables.MARKED.findall(readme)) == readme.count("<!-- table:")
-    assert tables.fill(readme) == readme, "run python -m perf.tables --readme"
+def test_pages_and_plots_are_of_the_newest_rows():
+    """What `python -m perf.tables --write` writes, and nothing else, is in the checkout."""
+    readme, hint = (tables.ROOT / "README.md").read_text(), "run python -m perf.tables --write"
+    assert len(tables.MARKED.findall(readme)) == 1
+    assert tables.fill(readme) == readme, hint
+    page = tables.results_page()
+    assert (tables.ROOT / "perf" / "RESULTS.md").read_text() == page, hint
+    for text, most in ((page, 10), (readme.split("end of headline")[0], tables.HEADLINE)):
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            assert table.count("\n") <= most + 2, table
+    plots = tables.ROOT / "perf" / "plots"
+    want = {name: make(tables.RESULTS) for name, (make, _, _) in tables.PLOTS.items()}
+    assert {path.stem: tables.plotted(path) for path in plots.iterdir()} == {
+        name: plot for name, plot in want.items() if plot
+    }, hint
 
 
 def test_the_plots(tmp_path):
+    """Two lengths or more make a panel, fp8 first; what a file shows can be read from it."""
     pytest.importorskip("matplotlib")
-    rows = [
-        attention_row(T=t, B=b, speedup=s)
-        for t, b, s in ((8192, 1, 1.2), (32768, 1, 2.0), (8192, 16, 3.0))
-    ]
-    (tmp_path / "attention.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ends = [
-        end_row(8192, "graph", 5.0),
-        end_row(8192, "ours", 5.0, "small"),
-        end_row(8192, "bare", 4.0, "small"),
-    ]
-    (tmp_path / "end_to_end.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ends))
-    tables.plot_all(tmp_path, tmp_path / "plots")
-    for name in ("attention", "end_to_end"):
-        assert (tmp_path / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(ValueError, match="rows"):
-        tables.plot([], tmp_path / "none.png", tables.END_KEY, "ms", "", lambda row: "x")
+    results, plots = tmp_path / "perf" / "results", tmp_path / "perf" / "plots"
+    results.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("nothing to fill\n")
+    layers = [attention_row(T=t, B=b, p50_us=20.0) for t, b in ((8192, 1), (32768, 1), (8192, 16))]
+    layers[1] |= {"best_fp8": "x", "best_fp8_us": 30.0}
+    ends = [end_row(t, "graph", 5.0) for t in (8192, 16384)]
+    ends += [end_row(t, "bare", 2.5, "small") for t in (8192, 16384)]
+    texts = [quality_row("small", 12.0, 0.2), quality_row("small", 12.0, 0.4, text="b")]
+    texts += [quality_row("kivi", 4.0, 0.1), quality_row("exact", 1.0, 0.0)]
+    write_rows(results, attention=layers, end_to_end=ends, quality=texts)
+    tables.write(tmp_path)
+    speed, reads, pareto = (
+        tables.plotted(plots / f"{n}.svg") for n in ("speed", "reads", "pareto")
+    )
+    layer, whole = "a card, one layer, B = 1", "a card, transformers, B = 1"
+    assert list(speed) == [layer, whole] and next(iter(speed[layer])) == "dense bf16"
+    assert speed[layer]["balanced"] == [[8192, 2.1], [32768, 2.1]]
+    assert speed[layer]["dense fp8"] == [[32768, 1.4]]
+    assert speed[whole]["small"] == [[8192, 2.0], [16384, 2.0]]
+    assert reads[layer] == {"balanced": [[8192, 0.8], [32768, 0.8]]}
+    assert reads[whole]["dense bf16"][0] == [8192, 0.8]
+    assert pareto == {"m, 4,000 tokens": {"kivi": [[4.0, 0.1]], "small": [[12.0, 0.2828]]}}
+    assert "kivi" in (plots / "pareto.svg").read_text().split("</metadata>")[1]
+    (results / "quality.jsonl").unlink()
+    tables.write(tmp_path)
+    assert not (plots / "pareto.svg").exists()

@@ -18,7 +18,6 @@ from tests.cases import (
     IMPLEMENTATIONS,
     STRIDES,
     PageSpec,
-    check_errors,
     codec_of,
     freqs_of,
     in_shape_of,
@@ -340,39 +339,3 @@ def test_project_budget_has_teeth(rng):
             budgets.check_rejects(wrong, wanted, budget, f"{mistake}, {name}")
     for mistake, mutant in {"shifted scales": shifted, "no scales": unscaled}.items():
         budgets.check_rejects(mutant[0], expected[0], allowed[0], mistake)
-
-
-def test_arguments_are_named(rng):
-    freqs = freqs_of(inverse_frequencies(64))
-    x, at = (
-        torch.zeros(1, 1, 3, 64, device=DEVICE),
-        torch.zeros(1, 3, dtype=torch.int64, device=DEVICE),
-    )
-    codec = codec_of(make_codec(rng, PageSpec("16x8", "16x8", 64, 2, (0,), codecs=1))[0])
-    q, ids = torch.zeros(1, 4, 64, device=DEVICE), torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    spare = torch.zeros(1, 1, 3, 64, device=DEVICE)
-    check_errors([
-        (lambda: rope.rotate(x, at[:, :2], freqs), ValueError, "positions"),
-        (lambda: rope.rotate(x, at.float(), freqs), TypeError, "positions"),
-        (lambda: rope.rotate(x.double(), at, freqs), TypeError, "x"),
-        (lambda: rope.rotate(x[0], at, freqs), ValueError, "x"),
-        (lambda: rope.rotate(x.mT, at[:, :1].expand(1, 64), freqs), ValueError, "x"),
-        (lambda: rope.rotate(x[..., :32], at, freqs), ValueError, "freqs"),
-        (lambda: rope.rotate(x, at, freqs.float()), TypeError, "freqs"),
-        (lambda: rope.rotate(x, at, freqs, out=spare.half()), TypeError, "out"),
-        (lambda: rope.rotate(x, at, freqs, out=spare[:, :, :2]), ValueError, "out"),
-        (lambda: rope.turn_back(x, at, freqs, frame=0), ValueError, "frame"),
-        (lambda: rope.freqs_from_inv_freq(torch.tensor([-1.0])), ValueError, "inv_freq"),
-        (lambda: rope.freqs_from_inv_freq(torch.tensor([math.inf])), ValueError, "inv_freq"),
-        (lambda: rope.freqs_from_inv_freq(torch.tensor([1])), TypeError, "inv_freq"),
-        (lambda: rope.project_queries(q[:, :3], codec, 1), ValueError, "q"),
-        (lambda: rope.project_queries(q[0], codec, 1), ValueError, "q"),
-        (lambda: rope.project_queries(q.double(), codec, 1), TypeError, "q"),
-        (lambda: rope.project_queries(q[..., :32], codec, 1), ValueError, "codec|q"),
-        (lambda: rope.project_queries(q, codec.layout, 1), TypeError, "codec"),
-        (lambda: rope.project_queries(q, codec, -1), ValueError, "max_frames"),
-        (lambda: rope.project_queries(q, codec, 1, codec_ids=ids.long()), TypeError, "codec_ids"),
-        (lambda: rope.project_queries(q, codec, 1, codec_ids=ids[:0]), ValueError, "codec_ids"),
-        (lambda: rope.project_queries(q, codec, 1, out=(q, q)), ValueError, "out"),
-    ])  # fmt: skip
-    assert not spare.any()

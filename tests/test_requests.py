@@ -1,0 +1,218 @@
+"""Slots and kept sinks of an engine's requests, against a model of the engine that knows all.
+
+The model (`Requests`) has pages that are found again by what is in them, as vLLM's prefix cache
+does, numbers that go from one request to the next at once, and requests that come, pause, are
+preempted and leave at any time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectral_kernels._requests import IndexedSlots, PagedSlots, Rows, SinkPool
+from spectral_kernels.layout import PAGE_SIZE
+
+PAGES = 12
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["write", "forget", "find"]), st.integers(0, PAGES - 1)), max_size=80
+)
+
+
+@given(entries=st.integers(1, 5), steps=operations)
+@settings(max_examples=300, deadline=None)
+def test_no_order_of_events_finds_wrong_sinks(entries, steps):
+    """Memory is written where `write` says; what `find` finds is always the page's last writing."""
+    pool, memory, version = SinkPool(entries), [None] * entries, dict.fromkeys(range(PAGES))
+    recent: list[int] = []  # pages by use, of those that must be known
+    for number, (what, page) in enumerate(steps):
+        if what == "find":
+            entry = pool.find(page)
+            assert (entry >= 0) == (page in recent)
+            if entry >= 0:
+                assert memory[entry] == (page, version[page])
+                recent.append(recent.pop(recent.index(page)))
+            continue
+        version[page] = number
+        recent = [x for x in recent if x != page]
+        if what == "write":
+            memory[pool.write(page)] = page, number
+            recent = [*recent, page][-entries:]
+        else:
+            pool.forget(page)
+
+
+@dataclass
+class Request:
+    """past: tokens computed.      chain: what its pages hold, by page."""
+
+    chain: list[int]
+    prompt: int
+    past: int = 0
+    pages: list[int] = field(default_factory=list)
+    index: int = -1
+    last: int = -1  # step in which it ran
+
+    def content(self, page: int) -> tuple[int, ...]:
+        return tuple(self.chain[: page + 1])
+
+
+class Requests:
+    """vLLM's block manager and the numbers of its runner, as far as a slot's owner depends on them.
+
+    Args:
+        slots: requests that may run.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.free_numbers = list(range(slots))
+        self.free_pages = list(range(1, 40))  # the one free for longest is taken first
+        self.content: dict[int, tuple[int, ...]] = {}
+        self.running: list[Request] = []
+
+    def start(self, request: Request) -> None:
+        request.pages, request.past = [], 0
+        while (request.past + PAGE_SIZE) < request.prompt:
+            wanted = request.content(len(request.pages))
+            page = next((p for p, held in self.content.items() if held == wanted), None)
+            if page is None:
+                break
+            if page in self.free_pages:
+                self.free_pages.remove(page)
+            request.pages.append(page)
+            request.past += PAGE_SIZE
+        request.index, request.last = self.free_numbers.pop(), -1
+        self.running.append(request)
+
+    def run(self, request: Request, new: int) -> bool:
+        """The request's next tokens get their pages; False: there are none."""
+        missing = -(-(request.past + new) // PAGE_SIZE) - len(request.pages)
+        if missing > len(self.free_pages):
+            return False
+        for _ in range(missing):
+            page = self.free_pages.pop(0)
+            self.content.pop(page, None)
+            request.pages.append(page)
+        return True
+
+    def computed(self, request: Request, new: int) -> None:
+        for number in range(request.past // PAGE_SIZE, (request.past + new) // PAGE_SIZE):
+            self.content.setdefault(request.pages[number], request.content(number))
+        request.past += new
+
+    def stop(self, request: Request) -> None:
+        self.running.remove(request)
+        self.free_numbers.append(request.index)
+        used = {page for other in self.running for page in other.pages}
+        self.free_pages += [p for p in reversed(request.pages) if p not in used]
+
+
+def simulate(placing: Any, window: int, rng: np.random.Generator, steps: int, slots: int) -> int:
+    """Returns how many rows were counted as new without being new."""
+    engine, held, again = Requests(slots), {}, 0
+    for step in range(steps):
+        if engine.free_numbers and rng.random() < 0.5:
+            chain = [int(x) for x in rng.integers(0, 2, 8)]
+            engine.start(Request(chain, prompt=int(rng.choice([3, 64, 65, 128, 129, 200, 300]))))
+        for request in list(engine.running):
+            if rng.random() < 0.1 or request.past > 400:
+                engine.stop(request)
+                if rng.random() < 0.3 and request.past:  # preempted, and back in the same step
+                    request.prompt = request.past + 1
+                    engine.start(request)
+        rows = []
+        for request in engine.running:
+            if rng.random() < 0.1:  # no budget left
+                continue
+            left = request.prompt - request.past
+            new = min(left, int(rng.choice([1, 5, 64, 100]))) if left > 0 else 1
+            if engine.run(request, new):
+                rows.append((request, new))
+        rows.sort(key=lambda x: (x[1] != 1, x[1]))
+        if not rows:
+            continue
+        past = np.array([r.past for r, _ in rows])
+        length = past + np.array([new for _, new in rows])
+        filling = np.array([r.past < r.prompt for r, _ in rows])
+        indexed = isinstance(placing, IndexedSlots)
+        pages = {
+            i: np.array(r.pages + [0] * 4)
+            for i, (r, _) in enumerate(rows)
+            if filling[i] or not indexed
+        }
+        index = np.array([r.index for r, _ in rows]) if indexed else None
+        got, started = placing.place(Rows(past, length, filling, pages), index)
+        assert len(set(got.tolist())) == len(rows), "a slot for each"
+        for i, (request, _) in enumerate(rows):
+            if i not in started:
+                assert request.past, "a request that has computed nothing is new"
+                chain, end = held[int(got[i])]
+                assert end == request.past
+                first = max(end - window, 0) // PAGE_SIZE
+                last = -(-end // PAGE_SIZE)
+                assert chain[:last][first:] == request.chain[first:last]
+                assert chain[:last] == request.chain[:last], "the sinks are its own, too"
+            again += i in started and request.last == step - 1 and request.past > 0
+            request.last = step
+        for i, (request, new) in enumerate(rows):
+            held[int(got[i])] = request.chain, request.past + new
+            engine.computed(request, new)
+    return again
+
+
+@pytest.mark.parametrize("window", [16, 300])
+@pytest.mark.parametrize("kind", ["indexed", "paged"])
+def test_who_goes_on_finds_its_own_tokens(kind, window):
+    """Whatever comes and goes: a row that is not counted as new has a slot with its own exact
+    tokens, and one that ran in the step before is not counted as new (of two that are known by the
+    same pages, one may be)."""
+    for seed in range(60):
+        slots = 6
+        placing = IndexedSlots(slots, window) if kind == "indexed" else PagedSlots(slots)
+        again = simulate(placing, window, np.random.default_rng(seed), 120, slots)
+        assert again == 0 or kind == "paged"
+
+
+def test_dummy_rows_get_the_scratch_slot():
+    """vLLM captures graphs with rows that look like requests: of no past, and not filling."""
+    rows = Rows(np.array([0, 5]), np.array([1, 6]), np.array([False, False]), {})
+    slots, started = IndexedSlots(4, 16).place(rows, np.array([0, 1]))
+    assert slots.tolist() == [4, 1]
+    assert started == []
+
+
+def rows_of(*spans: tuple[int, int, list[int]], filling: bool = True) -> Rows:
+    """Rows (past, length, pages)."""
+    past, length = (np.array([span[i] for span in spans]) for i in (0, 1))
+    pages = {i: np.array([*span[2], 0]) for i, span in enumerate(spans)}
+    return Rows(past, length, np.full(len(spans), filling), pages)
+
+
+@pytest.mark.parametrize(("pages", "between", "new"), [
+    ([7, 8], 0, False),  # goes on, or another that finds the very same pages
+    ([7, 9], 0, True),  # another that found other pages behind the same first one
+    ([7, 8], 1, True),  # who knows who has written to the page in between
+])  # fmt: skip
+def test_a_number_that_goes_to_another_request(pages, between, new):
+    slots, number = IndexedSlots(4, 16), np.array([2])
+    assert slots.place(rows_of((0, 128, [7, 8])), number)[1] == [0]
+    for _ in range(between):
+        slots.place(rows_of((0, 64, [5])), np.array([3]))
+    assert slots.place(rows_of((128, 130, [*pages, 11])), number)[1] == [0] * new
+
+
+def test_a_page_that_was_written_anew():
+    """Pages 7 and 8 held one request's tokens, then 8 another's: who finds both is a third."""
+    slots = PagedSlots(4)
+    first = slots.place(rows_of((0, 128, [7, 8])))[0]
+    other, started = slots.place(rows_of((64, 128, [7, 8])))
+    assert started == [0]
+    assert other != first
+    assert slots.place(rows_of((128, 129, [7, 8, 9])))[1] == []
+    assert slots.place(rows_of((128, 129, [7, 8, 10])))[1] == [0]

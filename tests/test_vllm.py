@@ -1,0 +1,369 @@
+"""The plugin in vLLM's CPU build: its real scheduler, block manager and workers, our twins.
+
+    .ci/run installs that build in an environment of its own, .ci/venv-vllm; elsewhere skipped.
+
+Models are small and in float32. Preset exact gives the tokens of vLLM's own backend whatever the
+scheduler does; what a coded page may lose is bounded by half a step of an 8-bit codec
+(`eight_bit_codec`); other relations are between runs of the plugin.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+if torch.cuda.is_available():
+    pytest.skip("on a GPU: python -m perf.serve --check", allow_module_level=True)
+
+os.environ.update(
+    VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
+)  # fmt: skip
+
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+
+from perf._cases import eight_bit_codec, random_codec  # noqa: E402
+from perf.tiny_model.recall import make_recall_contexts  # noqa: E402
+from spectral_kernels import vllm as plugin  # noqa: E402
+from spectral_kernels.codec import ModelCodec  # noqa: E402
+from spectral_kernels.layout import PAGE_SIZE, Bands, PageLayout  # noqa: E402
+from spectral_kernels.rope import freqs_from_inv_freq  # noqa: E402
+
+RECALL = Path(__file__).parents[1] / "perf" / "tiny_model"
+LENGTHS = (70, 200, 9, 700, 1, 3, 130)
+LARGEST = 8.0  # of keys and values of the small model (tests/test_hf.py)
+DENSE = 2 * 2 * 2 * 64 * 4 * PAGE_SIZE  # bytes of a dense block: layers, K and V, heads, dimension
+EXACT = {"preset": "exact"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers, four query and two KV heads of 64."""
+    where = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=512, max_position_embeddings=1024,
+        tie_word_embeddings=False, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The settings with an 8-bit codec of that model."""
+    path = tmp_path_factory.mktemp("codec") / "codec.safetensors"
+    eight_bit_codec(2, 2, 64, freqs(), LARGEST).save(path)
+    return {"codec": str(path)}
+
+
+def freqs() -> torch.Tensor:
+    return freqs_from_inv_freq(10000.0 ** (-torch.arange(0, 64, 2).double() / 64))
+
+
+@contextmanager
+def serving(
+    model: Path, spectral: dict[str, str] | None, blocks: int = 0, **options: Any
+) -> Iterator:
+    """An engine in this process. blocks: bytes of its pool, as dense blocks."""
+    settings: dict[str, Any] = {
+        "skip_tokenizer_init": True, "dtype": "float32", "block_size": PAGE_SIZE, "seed": 0,
+        "max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 2048,
+        "enforce_eager": True, "kv_cache_memory_bytes": (blocks or 256) * DENSE,
+        "attention_backend": "CPU_ATTN" if spectral is None else "SPECTRAL",
+        "additional_config": {"spectral": spectral} if spectral else {}, **options,
+    }  # fmt: skip
+    engine = LLM(model=str(model), **settings)
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()  # now, not when its last name is gone
+        plugin._ENGINES.clear()
+        cleanup_dist_env_and_memory()
+
+
+def prompts(*lengths: int, seed: int = 1) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(5, 512, (n,), generator=generator).tolist() for n in lengths]
+    return [{"prompt_token_ids": x} for x in ids]
+
+
+def generate(engine: LLM, given: list[dict[str, Any]], new: int = 24) -> list[list[int]]:
+    sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
+    outs = engine.generate(given, sampling, use_tqdm=False)
+    return [list(x.outputs[0].token_ids) for x in outs]
+
+
+def blocks_of(engine: LLM) -> int:
+    return engine.llm_engine.vllm_config.cache_config.num_gpu_blocks
+
+
+@pytest.fixture(scope="module")
+def dense(model: Path) -> list[list[int]]:
+    with serving(model, None) as engine:
+        assert blocks_of(engine) == 256
+        return generate(engine, prompts(*LENGTHS))
+
+
+def test_exact_is_vllms_own_backend(model, dense):
+    """All prompts at once; and in chunks of at most 64 tokens, beside decodes."""
+    with serving(model, EXACT) as engine:
+        assert generate(engine, prompts(*LENGTHS)) == dense
+    with serving(model, EXACT, max_num_batched_tokens=64) as engine:
+        assert generate(engine, prompts(*LENGTHS)) == dense
+        assert generate(engine, prompts(*LENGTHS)) == dense, "no page is found again"
+
+
+def events(engine: LLM, given: list[dict[str, Any]], new: list[int], per_step: float) -> dict:
+    """Requests that come while others run: tokens of each, and the steps of all."""
+    core, tokens, steps, waiting = engine.llm_engine, {}, 0, list(enumerate(given))
+    due = 0.0
+    while waiting or core.has_unfinished_requests():
+        due += per_step
+        while waiting and due >= 1:
+            number, prompt = waiting.pop(0)
+            sampling = SamplingParams(
+                max_tokens=new[number], temperature=0, ignore_eos=True, detokenize=False
+            )
+            core.add_request(str(number), prompt, sampling)
+            due -= 1
+        for out in core.step():
+            tokens[int(out.request_id)] = list(out.outputs[0].token_ids)
+        steps += 1
+    return {"tokens": [tokens[i] for i in range(len(given))], "steps": steps}
+
+
+@pytest.mark.parametrize("kind", ["exact", "coded"])
+def test_fifty_that_come_and_go(kind, model, coded, monkeypatch):
+    """Requests of random lengths that come while others run get the tokens that they get alone:
+    exact ones in chunks and preempted, coded ones with their prompts whole (what is attended
+    exactly depends on where a prompt is cut)."""
+    rng = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 180, (50,), generator=rng).tolist()
+    new = torch.randint(1, 40, (50,), generator=rng).tolist()
+    given, preempted, preempt = prompts(*lengths), [], Scheduler._preempt_request
+
+    def watched(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        preempted.append(request)
+        return preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", watched)
+    exact = kind == "exact"
+    tight = {"kv_cache_memory_bytes": 14 * 4096, "max_num_batched_tokens": 100} if exact else {}
+    with serving(
+        model, EXACT if exact else coded, max_num_seqs=8, max_model_len=256, **tight
+    ) as engine:
+        got = events(engine, given, new, per_step=0.25)
+    assert got["steps"] >= 200
+    assert bool(preempted) == exact
+    with serving(model, None if exact else coded, max_num_seqs=1) as engine:
+        alone = [generate(engine, [x], n)[0] for x, n in zip(given, new, strict=True)]
+    assert got["tokens"] == alone
+
+
+def test_admits_by_page_bytes(model, tmp_path):
+    """Layers of different bands have pages of different bytes, in one group."""
+    layers = tuple(
+        random_codec(PageLayout(Bands.parse(k), Bands.parse(v), 64), 2, freqs())
+        for k, v in (("16x8+16x4+32x2", "64x4"), ("16x4", "32x2"))
+    )
+    path = tmp_path / "codec.safetensors"
+    ModelCodec(layers, sinks=4, window=16).save(path)
+    page = sum(2 * PAGE_SIZE * x.layout.token_bytes for x in layers)
+    assert DENSE / page > 12
+    with serving(model, {"codec": str(path)}) as engine:
+        assert blocks_of(engine) == 256 * DENSE // page
+        found = [impl.layer.kv_cache for impl in plugin._ENGINES[0].layers]
+        assert [x.shape[-1] for x in found] == [x.layout.token_bytes for x in layers]
+        generate(engine, prompts(70, 200))
+
+
+def exact_tokens(length: int) -> list[torch.Tensor]:
+    """Sinks and window of the last request of so many tokens: k and v of each layer, [G, S, D]."""
+    slots = plugin._ENGINES[0].placing
+    (slot,) = (s for key, s in slots._owner.items() if key[0] == length)
+    return [x[slot].clone() for i in plugin._ENGINES[0].layers for x in (i.k_exact, i.v_exact)]
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "lost"])
+def test_a_prefix_hit(kept, model, coded):
+    """What a hit finds in pages instead of the requests' exact tokens: of the window within half a
+    step (keys are turned: an error in each of a pair), the sinks not at all while they are kept."""
+    given, step = prompts(200), LARGEST / 127
+    with serving(model, coded) as engine:
+        miss, before = generate(engine, given, 1), exact_tokens(200)
+        core = plugin._ENGINES[0]
+        if not kept:
+            for page in list(core.pool._entries):
+                core.pool.forget(page)
+        hit, after = generate(engine, given, 1), exact_tokens(200)
+        assert core.lost == (not kept)
+    assert hit == miss
+    ring = (torch.arange(184, 192) - 4) % 16 + 4  # of the 16; positions 192 .. 199 come anew
+    for number, (old, new) in enumerate(zip(before, after, strict=True)):
+        bound = (2**0.5 if number % 2 == 0 else 1.0) * step / 2 + 1e-5
+        assert 0 < (old - new)[:, ring].abs().max() <= bound
+        sinks = (old - new)[:, :4].abs().max()
+        assert sinks == 0 if kept else 0 < sinks <= bound
+
+
+def test_a_hit_is_a_miss_but_for_the_windows_coding(model, coded, monkeypatch):
+    """A prompt cut where the hit is, whose window is coded there, too: the same tokens."""
+    given = prompts(200, 130)
+    start = [
+        {"prompt_token_ids": x["prompt_token_ids"][:n]}
+        for x, n in zip(given, (193, 129), strict=True)
+    ]
+    with serving(model, coded) as engine:
+        generate(engine, start, 1)
+        hit = [generate(engine, [x])[0] for x in given]
+    place = plugin.PagedSlots.place
+
+    def coding(self: Any, rows: Any, index: Any) -> Any:
+        slots, started = place(self, rows, index)
+        again = [i for i in range(len(rows.past)) if rows.filling[i] and rows.past[i]]
+        return slots, sorted({*started, *again})
+
+    monkeypatch.setattr(plugin.PagedSlots, "place", coding)
+    miss = []
+    for prompt, cut in zip(given, (192, 128), strict=True):
+        with serving(model, coded, max_num_batched_tokens=cut) as engine:
+            miss += generate(engine, [prompt])
+            assert plugin._ENGINES[0].lost == 0
+    assert hit == miss
+
+
+def test_two_ranks(model, tmp_path):
+    """Each has one of two KV heads, whose codecs differ."""
+    codec = eight_bit_codec(2, 2, 64, freqs(), LARGEST)
+    for layer in codec.layers:
+        for side in ("k", "v"):
+            getattr(layer, f"{side}_scale")[:, 1] *= 1.25
+            getattr(layer, f"{side}_encoder")[:, 1] /= 1.25
+    path = tmp_path / "codec.safetensors"
+    codec.save(path)
+    given = prompts(*LENGTHS)
+    with serving(model, {"codec": str(path)}) as engine:
+        one, blocks = generate(engine, given, 8), blocks_of(engine)
+    with serving(model, {"codec": str(path)}, tensor_parallel_size=2) as engine:
+        assert blocks_of(engine) == 2 * blocks
+        assert generate(engine, given, 8) == one
+
+
+def test_recall(tmp_path):
+    """The embedded model answers with preset balanced what it answers through the adapter."""
+    from tests.test_recall import recalled
+
+    contexts = make_recall_contexts(1, 25, distance=(2000, 4000), seed=11)
+    model = LlamaForCausalLM.from_pretrained(RECALL, dtype=torch.float32).eval()
+    adapter, _ = recalled(model, contexts, "balanced")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(RECALL / name, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(RECALL)
+    ids = tokenizer(contexts[0].text).input_ids
+    given = [
+        {"prompt_token_ids": ids + tokenizer(q.text, add_special_tokens=False).input_ids}
+        for q in contexts[0].questions
+    ]
+    codec = {"codec": str(RECALL / "codec-balanced.safetensors"), "preset": "balanced"}
+    with serving(tmp_path, codec, max_model_len=6144, max_num_batched_tokens=6144) as engine:
+        generate(engine, given[:1], 1)
+        tokens = generate(engine, given, 1)
+    answers = [tokenizer.decode(x) for x in tokens]
+    right = sum(a == q.answer for a, q in zip(answers, contexts[0].questions, strict=True))
+    assert right >= adapter
+    assert adapter >= 0.85 * len(given)
+
+
+def test_sliding_layers_beside(tmp_path):
+    """Layers with a sliding window stay with vLLM's own backend, in groups of their own."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=512, max_position_embeddings=1024,
+        sliding_window=64, initializer_range=0.1,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    given, kinds = prompts(*LENGTHS), {"backend_per_kind": {"full_attention": "SPECTRAL"}}
+    with serving(tmp_path, None) as engine:
+        expected = generate(engine, given)
+    with serving(tmp_path, EXACT, attention_backend=None, attention_config=kinds) as engine:
+        assert len(plugin._ENGINES[0].layers) == 2
+        assert generate(engine, given) == expected
+    with pytest.raises(ValueError, match="sliding window"), serving(tmp_path, EXACT):
+        pass
+
+
+def settings(**changes: Any) -> SimpleNamespace:
+    """What `Engine` reads first of vLLM's configuration."""
+    config = SimpleNamespace(
+        speculative_config=None, use_v2_model_runner=False, additional_config={},
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
+        ),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(
+            model="NAME", max_model_len=64, get_total_num_kv_heads=lambda: 2,
+            get_head_size=lambda: 64,
+        ),
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_refuses(coded, monkeypatch):
+    for name in ("SPECTRAL_CODEC", "SPECTRAL_PRESET"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(NotImplementedError, match="speculative decoding"):
+        plugin._check_config(settings(speculative_config=object()))
+    with pytest.raises(NotImplementedError, match="fp8"):
+        plugin._check_config(settings(cache_config=SimpleNamespace(cache_dtype="fp8")))
+    command = "python -m spectral_kernels.calibrate --model NAME --preset balanced"
+    with pytest.raises(ValueError, match=command):
+        plugin._load_codec(settings(), 2)
+    with pytest.raises(ValueError, match="expected codec and preset"):
+        plugin._load_codec(settings(additional_config={"spectral": {"window": 3}}), 2)
+    with pytest.raises(ValueError, match="expected the codec's, 8 bits, got small"):
+        given = {"spectral": {**coded, "preset": "small"}}
+        plugin._load_codec(settings(additional_config=given), 2)
+    monkeypatch.setenv("SPECTRAL_CODEC", coded["codec"])
+    assert plugin._load_codec(settings(), 2).preset == "8 bits"
+    other = SimpleNamespace(
+        model="NAME", get_total_num_kv_heads=lambda: 4, get_head_size=lambda: 64
+    )
+    with pytest.raises(ValueError, match="expected 4 KV heads of 64"):
+        plugin._load_codec(settings(model_config=other), 2)
+
+
+def test_too_many_requests(model, coded, monkeypatch):
+    """Exact tokens lie beside the pool: more than a share of the memory is refused."""
+    monkeypatch.setattr(plugin, "SHARE", 1e-6)
+    with pytest.raises(ValueError, match="max_num_seqs: expected at most"), serving(model, coded):
+        pass
+
+
+def test_registers_once_and_travels():
+    plugin.register()
+    plugin.register()
+    member = AttentionBackendEnum["SPECTRAL"]
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert member.get_class() is plugin.SpectralBackend
