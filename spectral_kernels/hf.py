@@ -900,8 +900,8 @@ def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         inputs = original(*args, **kwargs)
     finally:
         cache.compileable = compileable
-    ids = inputs.get("input_ids")
-    if cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
+    ids, kept = inputs.get("input_ids"), inputs.get(CACHE) is cache  # Phi-3 drops it at a switch
+    if kept and cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
         inputs.pop("attention_mask", None)
     return inputs
 

@@ -129,8 +129,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": ("granitemoeshared", {**MOE, "shared_intermediate_size": 64}),
     "granitemoehybrid": ("granitemoehybrid", {
         **MOE, **MAMBA, "shared_intermediate_size": 64, "mamba_n_heads": 16,
-        "layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4,
-        "layers_block_type": ["mamba", "attention"] * 2,
+        "layer_types": [LINEAR, FULL] * 2, "num_hidden_layers": 4,
     }),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {**WINDOW, "sliding_window_pattern": 2}),
