@@ -36,6 +36,8 @@ import torch
 
 from perf._cases import LOSSY, THETA, eight_bit_codec, random_model_codec
 from perf._timing import ROOT, Row, common_arguments, rounded, versions, write_row
+from spectral_kernels.codec import ModelCodec
+from spectral_kernels.layout import PAGE_SIZE
 from spectral_kernels.rope import freqs_from_inv_freq
 
 # hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
@@ -45,6 +47,8 @@ SHAPES = {
 }
 CHECK = (70, 200, 9, 700, 1, 1500)  # prompt lengths of the check
 GROUP = "vllm.general_plugins"
+# Of the work of compiling for a layout: decodes of one, of more, a short chunk, a prompt.
+PARTS = 4
 
 
 def cell(text: str) -> tuple[int, int]:
@@ -109,12 +113,11 @@ class Served:
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
             more["additional_config"] = {"spectral": given}
-        self.longest = max([t for _, t in args.cells] + args.lengths * args.full)
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
             load_format="auto" if args.model or args.check else "dummy", block_size=64,
             attention_backend=name,
-            gpu_memory_utilization=args.utilization, max_model_len=self.longest + args.many + 576,
+            gpu_memory_utilization=args.utilization, max_model_len=longest(args),
             max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk, seed=0,
             tensor_parallel_size=args.tp, enable_prefix_caching=True,
             enforce_eager=not torch.cuda.is_available(),
@@ -216,24 +219,44 @@ class Served:
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
-    known = {2**i for i in range(args.seqs.bit_length())} | {b for b, _ in args.cells}
-    return sorted(x for x in known | {args.seqs} if x <= args.seqs)
+    """Batches of the graphs: those of the cells, and of the full pool or the check."""
+    last = [args.seqs] if args.full or args.check else []
+    return sorted({*last, *(batch for batch, _ in args.cells)})
+
+
+def longest(args: argparse.Namespace) -> int:
+    """max_model_len."""
+    tokens = max([t for _, t in args.cells] + args.lengths * args.full)
+    return tokens + args.many + 576
 
 
 def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path) -> None:
+    begin = time.perf_counter()
+
+    def say(what: str) -> None:
+        print(f"PHASE {backend}: {what}, {time.perf_counter() - begin:.1f} s", flush=True)
+
+    def done(row: Row) -> None:
+        row = {**served.row, **row}
+        append(results, row)
+        if not args.check:
+            write_row(rounded(row), args.json)
+        say(f"{row.get('B', 'check')}x{row.get('T', '')}")
+
     served = Served(args, backend, folder)
-    rows = [served.check()] if args.check else []
-    if not args.check:
-        warm = min(args.chunk + 1024, served.longest)
-        served.generate(prompts(1, warm, served.vocabulary, first=9000), 4)
-        served.generate(prompts(2, 300, served.vocabulary, first=9000), 4)
-        served.llm.reset_prefix_cache()
-    for batch, tokens in [] if args.check else args.cells:
-        rows.append(served.time(batch, tokens, args))
-    for row in rows:
-        append(results, {**served.row, **row})
-    if args.full and not args.check:
-        append(results, {**served.row, **served.fill(args)})
+    say("engine started")
+    if args.check:
+        return done(served.check())
+    warm = min(args.chunk + 1024, longest(args) - 8)
+    for batch, tokens in ((1, warm), (1, warm), (2, 300)):
+        served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
+        say(f"warm {batch}x{tokens}")
+    served.llm.reset_prefix_cache()
+    for batch, tokens in args.cells:
+        done(served.time(batch, tokens, args))
+    if args.full:
+        done(served.fill(args))
+    return None
 
 
 def append(path: Path, row: Row) -> None:
@@ -261,7 +284,26 @@ def environment(folder: Path) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     # Without the second every engine start on Hopper wants FlashInfer.
     quiet["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    quiet["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA may be in use before an engine starts
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+def compile_kernels(args: argparse.Namespace, codec: Path, env: dict[str, str]) -> None:
+    """What an engine would compile one by one, at once."""
+    begin, spec = time.perf_counter(), codec.with_suffix(".json")
+    width = -(-longest(args) // (2 * PAGE_SIZE)) * 2
+    about = {"codec": str(codec), "heads": SHAPES[args.shape][3], "width": width}
+    spec.write_text(json.dumps({**about, "seqs": args.seqs, "batches": sizes(args)}))
+    layouts = {x.layout for x in ModelCodec.load(codec).layers}
+    command = [sys.executable, "-m", "perf._serve_kernels", str(spec)]
+    with open(os.devnull if "OUT" not in os.environ else f"{env['OUT']}/compile.log", "w") as log:
+        running = [
+            subprocess.Popen([*command, str(i)], env=env, cwd=ROOT, stdout=log, stderr=log)
+            for i in range(PARTS * len(layouts))
+        ]
+        failed = sum(process.wait() != 0 for process in running)
+    took = time.perf_counter() - begin
+    print(f"{len(running)} compilers, {failed} failed, {took:.0f} s", flush=True)
 
 
 def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
@@ -274,26 +316,26 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
             kind = backend.partition(":")[2]
             extra = ["--one", backend, "--folder", temporary]
             if kind in (*LOSSY, "8 bits") and not args.codec:
-                codec = folder / f"{kind}.safetensors"
+                codec = folder / f"{kind.replace(' ', '-')}.safetensors"
                 if not codec.exists():
                     make_codec(args.shape, kind, codec)
                 extra += ["--codec", str(codec)]
-            results, log = folder / "results.jsonl", folder / "log.txt"
+                if torch.cuda.is_available():
+                    compile_kernels(args, codec, env)
+            begin, results = time.perf_counter(), folder / "results.jsonl"
             results.write_text("")
-            begin = time.perf_counter()
+            log = Path(os.environ.get("OUT", temporary)) / f"{backend.replace(' ', '-')}.log"
             with log.open("w") as file:
                 command = [sys.executable, "-m", "perf.serve", *argv, *extra]
                 done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
             found = [json.loads(x) for x in results.read_text().splitlines()]
+            lines = log.read_text().splitlines()
+            print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
             print(f"{backend}: {len(found)} rows, {time.perf_counter() - begin:.0f} s", flush=True)
-            if done.returncode:
-                lines = log.read_text().splitlines()  # the cause is often not in the last ones
+            if done.returncode:  # the cause is often not in the last lines
                 causes = [x for x in lines[:-25] if "Error" in x]
                 print(*causes[-10:], *lines[-25:], sep="\n", flush=True)
             rows += found
-            for row in found:
-                if not args.check:
-                    write_row(row, args.json)
     return rows
 
 
@@ -329,11 +371,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16")
     add("--tp", type=int, default=1, help="tensor parallel ranks")
     add("--utilization", type=float, default=0.45, help="share of the card's memory")
-    add("--seqs", type=int, default=256, help="max_num_seqs")
+    add("--seqs", type=int, default=160, help="max_num_seqs")
     add("--chunk", type=int, default=16384, help="max_num_batched_tokens")
     add("--few", type=int, default=16)
-    add("--many", type=int, default=144)
-    add("--repeat", type=int, default=3)
+    add("--many", type=int, default=112)
+    add("--repeat", type=int, default=2)
     add("--full", action=argparse.BooleanOptionalAction, default=True, help="the full pool, too")
     lengths = [4096, 8192, 16384, 32768]
     add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")

@@ -24,6 +24,8 @@ import functools
 import logging
 import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +190,8 @@ class Engine:
         self.pool, self.lost = SinkPool(self.entries), 0
         numbered = IndexedSlots(self.slots, self.window), PagedSlots(self.slots)
         self.placing: Any = numbered[not config.use_v2_model_runner]
+        self.batches = config.compilation_config.cudagraph_capture_sizes or []
+        self.compiled = self.device.type == "cpu"
         self.seen: Any = None  # vLLM's metadata of this step, and ours
         self.sent = np.zeros(0, np.int32)  # what seq_ids holds
         self.seq_ids = torch.zeros(self.slots + 8, dtype=torch.int32, device=self.device)
@@ -223,6 +227,28 @@ class Engine:
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         shape = self.slots, impl.num_heads
         self.lse = torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def compile(self, stride: int) -> None:
+        """Compile the kernels of decodes before vLLM captures them, a thread a layout: each takes
+        seconds. stride: of a row of vLLM's block table."""
+        self.compiled, begin, example = True, time.perf_counter(), self.layers[0].k_exact
+        options: Any = {"dtype": example.dtype, "device": example.device}
+        layers = list({x.codec.layout: x for x in self.layers}.values())
+        batches = sorted(x for x in {1, *self.batches} if x <= self.slots)
+
+        def run(impl: SpectralImpl) -> None:
+            for batch in batches:
+                table = torch.zeros(batch, stride, dtype=torch.int32, device=example.device)
+                lens = torch.zeros_like(table[:, 0])  # rows without tokens
+                meta = SpectralMetadata(batch, table[:, : self.max_pages], lens, lens, [])
+                heads = impl.num_heads, impl.num_kv_heads
+                q, k = (torch.zeros(batch, n, impl.head_size, **options) for n in heads)
+                impl._step(meta, q, k[:, :, None], k[:, :, None], torch.empty_like(q))
+
+        with ThreadPoolExecutor(len(layers)) as pool:
+            list(pool.map(run, layers))
+        text = f"{len(layers)} layouts, {time.perf_counter() - begin:.0f} s"
+        log.info("%s: kernels of %s", NAME, text)
 
     def start(
         self, rows: Rows, started: list[int], slots: np.ndarray, table: torch.Tensor
@@ -345,11 +371,20 @@ def _backend(token_bytes: int, exact: bool) -> type[SpectralBackend]:
 
 
 @dataclass
+class Span:
+    """Rows on the device: block table int32 [B, max_pages], lengths and slots int32 [B]."""
+
+    table: torch.Tensor
+    lens: torch.Tensor
+    ids: torch.Tensor
+
+
+@dataclass
 class Chunk:
     """New tokens start .. stop - 1 of the step, all of one request, `past` tokens before them; its
     row, its slot, and the entry that its sinks are to be kept in, -1: none."""
 
-    row: int
+    row: Span
     start: int
     stop: int
     past: int
@@ -367,13 +402,9 @@ class Chunk:
 
 @dataclass
 class SpectralMetadata(AttentionMetadata):
-    """A step: rows of one token, then chunks. table: int32 [B, max_pages]; seq_lens, seq_ids: int32
-    [B]; bounds: int32, where the chunks begin, from the first on."""
+    """A step: rows of one token, then chunks, which begin at bounds, int32, from the first on."""
 
-    decodes: int
-    table: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_ids: torch.Tensor
+    decodes: Span
     chunks: list[Chunk]
     bounds: torch.Tensor | None = None
 
@@ -402,6 +433,8 @@ class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
 
     def _build(self, given: CommonAttentionMetadata) -> SpectralMetadata:
         engine, count = self.engine, given.num_reqs
+        if not engine.compiled:
+            engine.compile(given.block_table_tensor.stride(0))
         table = given.block_table_tensor[:count, : engine.max_pages]
         live = count if given.req_idx is None else min(count, len(given.req_idx))
         bounds = given.query_start_loc_cpu.numpy()
@@ -419,13 +452,16 @@ class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
         if not np.array_equal(engine.sent, ids):
             engine.sent = ids
             engine.seq_ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
-        meta = SpectralMetadata(count, table, given.seq_lens[:count], engine.seq_ids[:count], [])
-        if (new > 1).any():
-            first = meta.decodes = int(np.argmax(new > 1))
+        first = int(np.argmax(new > 1)) if (new > 1).any() else count
+        rows_of = table, given.seq_lens[:count], engine.seq_ids[:count]
+        meta = SpectralMetadata(Span(*(x[:first] for x in rows_of)), [])
+        if first < count:
             meta.bounds = given.query_start_loc[first : live + 1] - int(bounds[first])
             for i in range(first, live):
+                # Copies: kernels are compiled for the alignment of what they are given.
+                row = Span(*(x[i : i + 1].clone() for x in rows_of))
                 span, entry = (int(bounds[i]), int(bounds[i + 1])), entries.get(i, -1)
-                meta.chunks.append(Chunk(i, *span, int(rows.past[i]), int(slots[i]), entry))
+                meta.chunks.append(Chunk(row, *span, int(rows.past[i]), int(slots[i]), entry))
         return meta
 
 
@@ -466,7 +502,8 @@ class SpectralImpl(AttentionImpl[SpectralMetadata]):
 
     def sides(self) -> tuple[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor], ...]:
         """(side, pages uint8 [B, G, 64 * bytes], exact tokens, kept sinks) of K and of V."""
-        cache = self.layer.kv_cache.flatten(2)  # [B, G, 64, bytes of K and V]
+        cache = self.layer.kv_cache  # [B, G, 64, bytes of K and V]
+        cache = cache.view(*cache.shape[:2], -1)  # in another layout an error, not a copy
         at = PAGE_SIZE * self.codec.layout.k.bytes
         k = "k", cache[..., :at], self.k_exact, self.k_pool
         return k, ("v", cache[..., at:], self.v_exact, self.v_pool)
@@ -482,46 +519,51 @@ class SpectralImpl(AttentionImpl[SpectralMetadata]):
             size = PIECE * self.num_kv_heads * self.head_size * 20 * query.is_cuda
             torch.empty(size, dtype=torch.uint8, device=query.device)
             return output.fill_(0)
-        if meta.decodes:
-            q, k, v, out = (x[: meta.decodes] for x in (query, key, value, output))
-            self._step(meta, q, k[:, :, None], v[:, :, None], out)
+        count = len(meta.decodes.lens)
+        if count:
+            q, k, v, out = (x[:count] for x in (query, key, value, output))
+            self._step(meta.decodes, q, k[:, :, None], v[:, :, None], out)
         for chunk in meta.chunks:
             if chunk.short:
-                self._short(meta, chunk, query, key, value, output)
+                self._short(chunk, query, key, value, output)
         if not all(chunk.short for chunk in meta.chunks):
             self._prompts(meta, query, key, value, output)
         return output
 
     def _step(
-        self, meta: SpectralMetadata, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        out: torch.Tensor, row: int = 0,
-    ) -> None:  # fmt: skip
-        """Store k, v [B, G, Q, D] of rows from `row` on, then attend with q [B, H, (Q,) D]."""
-        engine, rows = self.engine, slice(row, row + len(q))
+        self, rows: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Store k, v [B, G, Q, D], then attend with q [B, H, (Q,) D]."""
+        engine = self.engine
         (_, k_pages, k_exact, _), (_, v_pages, v_exact, _) = self.sides()
-        table, lens, ids = meta.table[rows], meta.seq_lens[rows], meta.seq_ids[rows]
         append(
-            k, v, self.codec, k_pages, v_pages, k_exact, v_exact, table, lens,
-            sinks=engine.sinks, seq_ids=ids,
+            k, v, self.codec, k_pages, v_pages, k_exact, v_exact, rows.table, rows.lens,
+            sinks=engine.sinks, seq_ids=rows.ids,
         )  # fmt: skip
         fixed = q.dim() == 3 and len(q) <= engine.slots
         attend_spectral(
-            q, k_pages, v_pages, self.codec, table, lens, sinks=engine.sinks, window=engine.window,
-            exact=(k_exact, v_exact), seq_ids=ids, scale=self.scale, out=out,
-            lse=engine.lse[: len(q)] if fixed else None,
+            q, k_pages, v_pages, self.codec, rows.table, rows.lens, sinks=engine.sinks,
+            window=engine.window, exact=(k_exact, v_exact), seq_ids=rows.ids, scale=self.scale,
+            out=out, lse=engine.lse[: len(q)] if fixed else None,
             workspace=engine.workspace if fixed else None, after_append=True,
         )  # fmt: skip
 
-    def _short(self, meta: SpectralMetadata, chunk: Chunk, query, key, value, output) -> None:
-        """A few tokens on a past: as decodes of several queries."""
+    def _short(self, chunk: Chunk, query, key, value, output) -> None:
+        """A few tokens on a past, QUERIES at a time; the last so many, with some before them again;
+        fewer one by one. (Kernels are compiled for each number of queries.)"""
         size = min(QUERIES, self.engine.window)
-        for start in range(chunk.start, chunk.stop, size):
-            stop = min(start + size, chunk.stop)
+        size = size if chunk.new >= size else 1
+        for first in range(chunk.start, chunk.stop, size):
+            start = min(first, chunk.stop - size)
+            stop = start + size
+            row = replace(chunk.row, lens=chunk.row.lens - (chunk.stop - stop))
             q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
+            if size == 1:
+                self._step(row, q[:, :, 0], k, v, output[start:stop])
+                continue
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-            part = replace(meta, seq_lens=meta.seq_lens - (chunk.stop - stop))
-            self._step(part, q, k, v, out, chunk.row)
-            output[start:stop] = out[0].transpose(0, 1)
+            self._step(row, q, k, v, out)
+            output[first:stop] = out[0, :, first - start :].transpose(0, 1)
 
     def _prompts(self, meta: SpectralMetadata, query, key, value, output) -> None:
         """Chunks whose tokens attend to one another as they are."""
@@ -537,22 +579,22 @@ class SpectralImpl(AttentionImpl[SpectralMetadata]):
             out, out_lse = o[at], lse[at]
             for start in range(0, chunk.past, PIECE):
                 stop = min(start + PIECE, chunk.past)
-                k, v = self._rebuilt(meta, chunk, start, stop)
+                k, v = self._rebuilt(chunk, start, stop)
                 one, past = ((self._ends(n), n) for n in (chunk.new, stop - start))
                 old = dense(query[tokens], k, v, one, past, self.scale, causal=False)
                 out, out_lse = merge_states(out, out_lse, *old)
             output[tokens] = out
-            self._store(meta, chunk, (key[tokens], value[tokens]))
+            self._store(chunk, (key[tokens], value[tokens]))
 
     def _ends(self, count: int) -> torch.Tensor:
         device = self.engine.device
         return torch.arange(0, count + 1, count, dtype=torch.int32, device=device)
 
-    def _rebuilt(self, meta: SpectralMetadata, chunk: Chunk, start: int, stop: int) -> list:
+    def _rebuilt(self, chunk: Chunk, start: int, stop: int) -> list:
         """[K, V] [T, G, D] of past positions start .. stop - 1; exact ones are exact."""
-        engine, device = self.engine, meta.table.device
+        engine, device = self.engine, self.engine.device
         pages = slice(start // PAGE_SIZE, -(-stop // PAGE_SIZE))
-        table = meta.table[chunk.row : chunk.row + 1, pages]
+        table = chunk.row.table[:, pages].clone()
         ends = stop, start // PAGE_SIZE
         lens, first = (torch.full((1,), n, dtype=torch.int32, device=device) for n in ends)
         recent = min(max(chunk.past - engine.window, engine.sinks, start), stop)
@@ -567,13 +609,13 @@ class SpectralImpl(AttentionImpl[SpectralMetadata]):
             found.append(x.transpose(0, 1).contiguous())
         return found
 
-    def _store(self, meta: SpectralMetadata, chunk: Chunk, new: tuple) -> None:
+    def _store(self, chunk: Chunk, new: tuple) -> None:
         """Encode a chunk's keys and values [T, G, D], keep its sinks."""
-        row, sinks = slice(chunk.row, chunk.row + 1), self.engine.sinks
+        row, sinks = chunk.row, self.engine.sinks
         for x, (side, pages, exact, pool) in zip(new, self.sides(), strict=True):
             encode(
-                x.transpose(0, 1)[None], self.codec, pages, meta.table[row], meta.seq_lens[row],
-                side=side, exact=exact, sinks=sinks, seq_ids=meta.seq_ids[row],
+                x.transpose(0, 1)[None], self.codec, pages, row.table, row.lens, side=side,
+                exact=exact, sinks=sinks, seq_ids=row.ids,
             )  # fmt: skip
             if chunk.entry >= 0:
                 pool[chunk.entry] = exact[chunk.slot, :, :sinks]

@@ -27,7 +27,7 @@ if torch.cuda.is_available():
 
 os.environ.update(
     VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1",
+    VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
 )  # fmt: skip
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
