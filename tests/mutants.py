@@ -477,7 +477,7 @@ MUTANTS: list[Mutant] = [
          "part.advance(new)"),
         ("a prompt's padding stored", "part.prefill(layer, k.detach(), v.detach(), first=first)",
          "part.prefill(layer, k.detach(), v.detach())",
-         "tests/test_hf.py::test_old_tokens_come_from_pages_in_steps_and_prompts -k 440"),
+         "tests/test_hf.py::test_a_row_of_a_padded_batch_is_the_row_alone"),
         ("a second prompt does not see the first",
          "past = part.past(layer, new, self.columns) if self.filled else None", "past = None",
          "tests/test_hf.py::test_several_tokens_on_a_filled_cache"),
