@@ -284,6 +284,8 @@ def environment(folder: Path) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     # Without the second every engine start on Hopper wants FlashInfer.
     quiet["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    # vLLM keeps Triton's cache by model unless told where: `compile_kernels` fills this one.
+    quiet["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / "cache")
     quiet["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA may be in use before an engine starts
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
