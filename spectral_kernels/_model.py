@@ -9,7 +9,8 @@ Test: tests/test_hf.py, tests/test_families.py.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,26 @@ def own_layers(config: Any) -> list[Any]:
         ) from error
 
 
+def tensors_of(layer: Any) -> list[torch.Tensor]:
+    """What a layer of transformers' cache holds."""
+    found = [getattr(layer, name, None) for name in ("keys", "values")]
+    for name in ("conv_states", "recurrent_states"):
+        states = getattr(layer, name, None)
+        found += states.values() if isinstance(states, dict) else [states]
+    return [x for x in found if isinstance(x, torch.Tensor)]
+
+
+def stays(config: Any, ours: Sequence[Layer]) -> bool:
+    """Whether a step's state stays where it is, as a CUDA graph needs it; if not, it is said."""
+    indices, devices = {layer.index for layer in ours}, {layer.device for layer in ours}
+    others = [layer for i, layer in enumerate(own_layers(config)) if i not in indices]
+    moving = sorted({type(layer).__name__ for layer in others if not layer.is_compileable})
+    why = " and ".join(moving) or f"{len(devices)} devices"
+    if moving or len(devices) > 1:
+        warnings.warn(f"spectral_kernels: no CUDA graph with {why}: eager steps", stacklevel=4)
+    return not moving and len(devices) == 1
+
+
 def full_layers(config: Any) -> list[int]:
     """Indices of the layers that keep all their keys and values, by the config alone.
 
@@ -96,8 +117,8 @@ def full_layers(config: Any) -> list[int]:
     if not full:
         found = sorted({type(layer).__name__ for layer in layers})
         raise NotImplementedError(
-            f"model: expected layers with full attention, got {found} alone; their memory does "
-            "not grow with the context: it stays dense"
+            f"model: expected layers with full attention and nothing else, got {found}; it stays "
+            "dense (windows and linear attention do not grow with the context)"
         )
     return full
 
@@ -222,7 +243,7 @@ def compare(
     """While `enable` checks: a prompt (out is None) leaves its k, v in `seen`; a step is compared.
 
     The module's own attention runs in float64 on the same q, k, v. Ours rounds weights and output
-    to its dtype, and scores, which are float32 sums, within 8 of their last places.
+    to its dtype; scores and exponentials are float32, within 8 of their last places.
     Raises:
         ValueError: shapes are not what the module says, or results differ.
     """
@@ -243,7 +264,7 @@ def compare(
     scale = kwargs.get("scaling") or layer.head_dim**-0.5
     score = scale * float(q.double().norm(dim=-1).max() * k.norm(dim=-1).max())  # at most
     error, largest = float((expected - out).abs().max()), float(v.abs().max())
-    if not error <= largest * (4 * torch.finfo(out.dtype).eps + 2**-20 * score):
+    if not error <= largest * (4 * torch.finfo(out.dtype).eps + 2**-20 * (1 + score)):
         raise ValueError(
             f"{name}: its attention and the cache's differ by {error:.3g} (values up to "
             f"{largest:.3g}): it does more than softmax; it stays dense"

@@ -15,8 +15,7 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
     stats = collect(model, token_sequences(tokenizer, 65536))
     codec = fit_codec(stats, plan(stats, "balanced"), "balanced")
 
-or calibrate(model, tokenizer, "balanced"). V has the identity for a metric (that of the output
-projection buys nothing) and no mean. Nothing here runs while a model generates.
+or calibrate(model, tokenizer, "balanced"). V has the identity for a metric, and no mean.
 
 Oracle: reference/calibrate.py.   Test: tests/test_calibrate.py.
 """
@@ -24,8 +23,6 @@ Oracle: reference/calibrate.py.   Test: tests/test_calibrate.py.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 import os
 import random
@@ -43,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_in, check_tensor
-from .codec import Codec, ModelCodec
+from .codec import Codec, ModelCodec, cache_path, fingerprint
 from .layout import HEAD_DIMS, Bands, PageLayout
 from .rope import freqs_from_inv_freq
 
@@ -620,8 +617,8 @@ def fit_codec(
 def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayout]:
     """The layout of each layer: least sum of output errors within the bytes the ratio leaves all.
 
-    At most MAX_LAYOUTS different ones, as each is a set of kernels to compile: the others are given
-    up one by one, that which costs least first (0.5B, D = 64: 2 % more error than eight layouts).
+    At most MAX_LAYOUTS different ones, each a set of kernels to compile: from more, that which
+    costs least is given up in turns.
 
     Raises:
         ValueError, TypeError: no such preset, or a ratio that the smallest bands do not reach.
@@ -645,23 +642,18 @@ def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayou
             return math.inf, []
         lost = [[known[x] for x in own] for known, own in zip(losses, kept, strict=True)]
         index = share_bytes(full / preset.ratio, sizes, lost)
-        return (
-            sum(own[i] for own, i in zip(lost, index, strict=True)),
-            [own[i] for own, i in zip(kept, index, strict=True)],
-        )
+        picked = [own[i] for own, i in zip(kept, index, strict=True)]
+        return sum(known[x] for known, x in zip(losses, picked, strict=True)), picked
 
-    every = {x: None for known in losses for x in known}
-    loss, layouts = chosen(every)
+    layouts = chosen({x: None for known in losses for x in known})[1]
     if not layouts:
         least = sum(n * min(x.token_bytes for x in y) for n, y in zip(heads, losses, strict=True))
         raise ValueError(
             f"ratio: expected at most {full / least:.2f} with these bands, got {preset.ratio}"
         )
     while len(used := dict.fromkeys(layouts)) > MAX_LAYOUTS:
-        loss, fewer = min(
-            (chosen([y for y in used if y != x]) for x in used), key=lambda found: found[0]
-        )
-        if math.isinf(loss):
+        fewer = min((chosen([y for y in used if y != x]) for x in used), key=lambda x: x[0])[1]
+        if not fewer:
             break
         layouts = fewer
     return layouts
@@ -712,50 +704,6 @@ def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
 def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
     """What a byte saves between two choices, a the smaller."""
     return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
-
-
-# Which model, and which text.
-
-
-def fingerprint(model: Any) -> str:
-    """32 hexadecimal digits that say which model it is: its shape, its rotation, and 16 weights of
-    every matrix.
-
-    Weights count as bfloat16 holds them: the same for a model loaded in float32 or bfloat16, and in
-    float16 unless that rounded its weights. Cheap: it reads a few kilobytes from each device.
-    """
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    names = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
-    shape = {name: getattr(config, name, None) for name in (*names.split(), "vocab_size")}
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        rope |= getattr(config, name, None) or {}
-    shape["rope"] = {name: rope[name] for name in ("rope_type", "factor") if name in rope}
-    shape["theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
-    samples: dict[torch.device, list[Tensor]] = {}
-    for _, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if weight.dim() < 2 or weight.is_meta:
-            continue
-        at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
-        index = torch.unravel_index(at, weight.shape)
-        weight = weight.detach()
-        if hasattr(weight, "full_tensor"):  # sharded: of all processes
-            weight = weight.full_tensor()
-        some = weight[index]
-        if some.is_floating_point():
-            some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
-        samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))
-    for parts in samples.values():
-        digest.update(torch.cat(parts).cpu().view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def cache_path(fingerprint: str, preset: str) -> Path:
-    """Where a model's codec is kept: in XDG_CACHE_HOME, or ~/.cache, under spectral_kernels/."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "spectral_kernels" / f"{fingerprint}-{preset}.safetensors"
 
 
 def _text_files() -> list[list[Path]]:

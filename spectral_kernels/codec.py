@@ -16,9 +16,12 @@ the model's. Oracle: reference/calibrate.py.   Test: tests/test_codec.py.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -216,3 +219,44 @@ class ModelCodec:
                     )
                 )
         return cls(tuple(layers), **head)
+
+
+def fingerprint(model: Any) -> str:
+    """32 hexadecimal digits that say which model it is: its shape, its rotation, and 16 weights of
+    every matrix.
+
+    Weights count as bfloat16 holds them: the same for a model loaded in float32 or bfloat16, and in
+    float16 unless that rounded its weights. Cheap: it reads a few kilobytes from each device.
+    """
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
+    shape = {name: getattr(config, name, None) for name in (*names.split(), "vocab_size")}
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope |= getattr(config, name, None) or {}
+    shape["rope"] = {name: rope[name] for name in ("rope_type", "factor") if name in rope}
+    shape["theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+    samples: dict[torch.device, list[torch.Tensor]] = {}
+    for _, weight in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if weight.dim() < 2 or weight.is_meta:
+            continue
+        at = torch.linspace(0, weight.numel() - 1, 16, dtype=torch.float64).long().to(weight.device)
+        index = torch.unravel_index(at, weight.shape)
+        weight = weight.detach()
+        if hasattr(weight, "full_tensor"):  # sharded: of all processes
+            weight = weight.full_tensor()
+        some = weight[index]
+        if some.is_floating_point():
+            some = some.float().masked_fill(some.abs() < 2**-16, 0.0)  # what float16 would round
+        samples.setdefault(weight.device, []).append(some.to(torch.bfloat16))
+    for parts in samples.values():
+        digest.update(torch.cat(parts).cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def cache_path(fingerprint: str, preset: str) -> Path:
+    """Where a model's codec is kept: in XDG_CACHE_HOME, or ~/.cache, under spectral_kernels/."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "spectral_kernels" / f"{fingerprint}-{preset}.safetensors"

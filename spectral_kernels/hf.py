@@ -5,8 +5,9 @@
 
 What happens to one model, and to no other, until `disable()`:
 - its configuration names an attention function of this module, registered beside transformers' own;
-- `generate` fills a `ModelCache`: transformers' `Cache`, whose layers keep their tokens in one
-  `SpectralCache`;
+- `generate` fills a `ModelCache`: transformers' `Cache`, whose full-attention layers keep their
+  tokens in one `SpectralCache` a device; other layers (windows, convolutions, linear attention)
+  are transformers' own;
 - a forward of its decoder is checked, and its host work done, before anything is changed;
 - on CUDA its one-token forward is captured once a cache as a CUDA graph and then replayed.
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -50,6 +52,8 @@ from ._model import (
     dense_attention,
     layers_of,
     own_layers,
+    stays,
+    tensors_of,
 )
 from .attention import attend_spectral
 from .cache import SpectralCache
@@ -62,10 +66,11 @@ _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 # What forwards call the cache. Since 5.24 they rename the old keyword themselves, but only inside.
 _OLD_CACHE = "past_key_values"
 CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
-# The positional parameters of every decoder's forward, in all supported releases.
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds")
 # What a forward may be given and still be replayed.
-_PLAIN = (*_POSITIONAL, _OLD_CACHE, "logits_to_keep", "cache_position")
+_PLAIN = (
+    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position",
+    "logits_to_keep", CACHE, _OLD_CACHE,
+)  # fmt: skip
 # Cache.crop(0) empties the cache before this release and removes no token since.
 _CROP_COUNTS = _RELEASE >= (5, 17)
 MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
@@ -278,13 +283,14 @@ class ModelCache(Cache):
     @property
     def static(self) -> bool:
         """Whether other layers keep what they hold at the same addresses."""
-        return all(layer.is_compileable for layer in self.others)
+        still = (x.is_compileable and not getattr(x, "record_past", False) for x in self.others)
+        return all(still)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache."""
         held = sum(part.nbytes for part in self.parts)
-        return held + sum(x.nbytes for layer in self.others for x in _tensors(layer))
+        return held + sum(x.nbytes for layer in self.others for x in tensors_of(layer))
 
     @property
     def is_compileable(self) -> bool:
@@ -377,11 +383,6 @@ class ModelCache(Cache):
         self.codecs = [id(codec) for codec in codecs]
         _CODECS.update(zip(self.codecs, codecs, strict=True))
 
-    def reserve(self, new: int) -> None:
-        """Pages for a step."""
-        for part in self.parts:
-            part.reserve(new)
-
     def hold(self) -> None:
         """Pages for all that it has room for: no later step asks for one."""
         for part in self.parts:
@@ -448,7 +449,7 @@ class _StepGraph:
 
     def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
         seq_lens = cache.spectral.seq_lens
-        moved = [seq_lens, *(x for layer in cache.others for x in _tensors(layer))]
+        moved = [seq_lens, *(x for layer in cache.others for x in tensors_of(layer))]
         before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
         self.positions = seq_lens[:, None].long()
@@ -477,15 +478,6 @@ class _StepGraph:
         """A copied cache has other addresses: it captures anew."""
 
 
-def _tensors(layer: Any) -> list[torch.Tensor]:
-    """What a layer of transformers' cache holds."""
-    found = [getattr(layer, name, None) for name in ("keys", "values")]
-    for name in ("conv_states", "recurrent_states"):
-        states = getattr(layer, name, None)
-        found += states.values() if isinstance(states, dict) else [states]
-    return [x for x in found if isinstance(x, torch.Tensor)]
-
-
 # ---- the model -----------------------------------------------------------------------------------
 
 
@@ -511,7 +503,7 @@ class Handle:
             codec and replace(codec, layers=tuple(codec.layers[i] for i in some)).to(device)
             for some, device in zip(self.members, devices, strict=True)
         ]
-        self.graph = graph and model.device.type == "cuda" and _stays(self)
+        self.graph = graph and model.device.type == "cuda" and stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
         self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._capturing = False
@@ -576,16 +568,14 @@ class Handle:
         """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
         if torch.compiler.is_compiling() or self._capturing:
             return original(*args, **kwargs)
-        if len(args) > len(_POSITIONAL):
-            raise TypeError(f"forward: expected at most {len(_POSITIONAL)} positional arguments")
-        kwargs = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
         with self._lock:
             cache = self._cache_of(kwargs)
             if cache is None:
                 return original(**kwargs)
             new = self._begin(cache, kwargs)
-            if cache.is_step(new):
-                cache.reserve(new)
+            for part in cache.parts if cache.is_step(new) else ():
+                part.reserve(new)
             with self._running(cache):
                 out = original(**kwargs)
             if not cache.is_step(new):
@@ -670,7 +660,7 @@ class Handle:
         """A forward of the model: a step of one token that asks for logits alone is replayed."""
         if torch.compiler.is_compiling() or not self.graph or self._capturing:
             return original(*args, **kwargs)
-        given = {**dict(zip(_POSITIONAL[:1], args, strict=False)), **kwargs}
+        given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
         ids: Any = given.get("input_ids")
         cache = given.get(CACHE, given.get(_OLD_CACHE))
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
@@ -831,17 +821,6 @@ def enable(
     if check and not model.training:
         _check(handle)
     return handle
-
-
-def _stays(handle: Handle) -> bool:
-    """Whether a step's state stays where it is, as a CUDA graph needs it; if not, it is said."""
-    ours = {link.layer.index for link in handle.links}
-    others = [layer for i, layer in enumerate(own_layers(handle.config)) if i not in ours]
-    moving = sorted({type(layer).__name__ for layer in others if not layer.is_compileable})
-    why = " and ".join(moving) or f"{len(handle.members)} devices"
-    if moving or len(handle.members) > 1:
-        warnings.warn(f"spectral_kernels: no CUDA graph with {why}: eager steps", stacklevel=4)
-    return not moving and len(handle.members) == 1
 
 
 def _check(handle: Handle) -> None:

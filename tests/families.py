@@ -66,6 +66,9 @@ def rope(**parameters: Any) -> dict[str, Any]:
     """A config's entry for RoPE, by the release."""
     if VERSION >= (5, 0):
         return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+    if parameters["rope_type"] == "longrope":  # Phi-3 takes no other names
+        names = ("short_factor", "long_factor")
+        parameters = {"type": "longrope", **{name: parameters[name] for name in names}}
     return {"rope_scaling": parameters}
 
 
@@ -211,6 +214,7 @@ class Row:
     equal: bool = False
     lossy: int = 0
     restored: bool = False
+    replayed: bool = False
     why: str = ""
     seconds: float = 0.0
 
@@ -224,7 +228,8 @@ class Row:
         marks = ["no", "yes"]
         return (
             f"{self.name:22} {self.ours:3} of {self.layers:<3} {marks[self.equal]:6} "
-            f"{self.lossy} of {len(LOSSY)}  {marks[self.restored]:8} {self.seconds:.1f} s"
+            f"{self.lossy} of {len(LOSSY)}  {marks[self.restored]:8} {self.seconds:4.1f} s"
+            f"{'  replayed' * self.replayed}"
         )
 
 
@@ -262,30 +267,33 @@ def state(model: Any) -> Any:
     return names, model.config._attn_implementation, copy.deepcopy(model.config.to_dict())
 
 
-def examine(name: str, lossy: Sequence[str] = LOSSY) -> Row:
-    """Build a family's model and see what holds."""
+def examine(name: str, lossy: Sequence[str] = LOSSY, device: str = "cpu") -> Row:
+    """Build a family's model and see what holds; on a GPU for replayed and for eager steps."""
     row, start = Row(name), time.perf_counter()
     try:
-        model = build(name)
+        model = build(name).to(device)
     except (KeyError, ValueError) as error:
         if "recognized" not in str(error) and not isinstance(error, KeyError):
             raise
         row.why = f"not in transformers {transformers.__version__}"
         return row
-    inputs = [prompt(tokens) for tokens in PROMPTS]
+    inputs = [{k: x.to(device) for k, x in prompt(tokens).items()} for tokens in PROMPTS]
     dense = [generate(model, x) for x in inputs]
     before = state(model)  # rope of some families keeps what it computed
     try:
-        with enable(model, "exact") as handle:
-            row.ours, row.layers = len(handle.links), model.config.num_hidden_layers
-            ours = [generate(model, x) for x in inputs]
-        row.equal = all(map(torch.equal, dense, ours))
-        stats = calibrate.read(model, [inputs[1]["input_ids"][1]], progress=False)
+        row.equal = True
+        for graph in (True,) if device == "cpu" else (True, False):
+            with enable(model, "exact", graph=graph) as handle:
+                row.ours, row.layers = len(handle.links), model.config.num_hidden_layers
+                ours = [generate(model, x, disable_compile=True) for x in inputs]
+            row.equal &= all(map(torch.equal, dense, ours))
+            row.replayed = handle.graph or row.replayed
+        stats = calibrate.read(model, [inputs[1]["input_ids"][1].cpu()], progress=False)
         for preset in lossy:
             codec = calibrate.fit_codec(stats, calibrate.plan(stats, preset), preset)
             with enable(model, codec=codec) as handle:
                 asked = {"return_dict_in_generate": True, "output_logits": True}
-                out = generate(model, inputs[1], **asked)
+                out = generate(model, inputs[1], **asked, max_new_tokens=8, min_new_tokens=8)
             smaller = out[CACHE].spectral.codec.preset == preset
             row.lossy += smaller and all(bool(x.isfinite().all()) for x in out.logits)
     except (NotImplementedError, ValueError) as error:
@@ -298,7 +306,9 @@ def examine(name: str, lossy: Sequence[str] = LOSSY) -> Row:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.families", description=__doc__)
     parser.add_argument("names", nargs="*", help="families (default: all)")
-    names = parser.parse_args(argv).names or list(FAMILIES)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    args = parser.parse_args(argv)
+    names = args.names or list(FAMILIES)
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
@@ -306,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{'family':22} {'ours of all':11}{'equal':7}lossy   restored time")
     rows = []
     for name in names:
-        rows.append(examine(name))
+        rows.append(examine(name, device=args.device))
         print(rows[-1], flush=True)
     refused = sum(bool(row.why) for row in rows)
     works = sum(row.works for row in rows)

@@ -216,14 +216,27 @@ def test_every_border(rng, implementation):
     check_spectral(implementation, make_pages(rng, spec), queries, tokens=tokens)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 100])
-def test_splits(rng, num_splits):
+@pytest.mark.parametrize(
+    ("implementation", "num_splits"),
+    [("triton", 1), ("triton", 2), ("triton", 3), ("triton", 100), ("scalar", 1)],
+)
+def test_splits(rng, implementation, num_splits):
     """Shares of unequal length, some of none; one that ends inside a frame."""
     arrays = make_pages(rng, PageSpec("32x4", "32x4", 64, 1, (10, 280), 128))
     queries = make_queries(rng, shape=(2, 2, 1, 64), size=2.0)
     tokens = make_exact_tokens(rng, lengths=(10, 280), kv_heads=1, head_dim=64, sinks=2, window=40)
-    check_spectral("triton", arrays, queries, num_splits=num_splits)
-    check_spectral("triton", arrays, queries, tokens=tokens, num_splits=num_splits)
+    check_spectral(implementation, arrays, queries, num_splits=num_splits)
+    check_spectral(implementation, arrays, queries, tokens=tokens, num_splits=num_splits)
+
+
+@pytest.mark.parametrize(("implementation", "turn"), [("triton", 4), ("scalar", 1)])
+def test_a_split_without_pages(rng, implementation, turn):
+    """Five turns for four splits, two each: the last one has none, and what it never wrote is not
+    used."""
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, (5 * turn * PAGE,), 128))
+    queries = make_queries(rng, shape=(1, 2, 1, 64), size=2.0)
+    dirty = torch.full((1 << 22,), 255, dtype=torch.uint8, device=DEVICE)
+    check_spectral(implementation, arrays, queries, num_splits=4, workspace=dirty)
 
 
 @triton.jit

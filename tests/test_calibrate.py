@@ -1,6 +1,7 @@
 """spectral_kernels/calibrate.py against reference/calibrate.py."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -330,6 +331,28 @@ def test_share_bytes_is_near_the_best_of_all_combinations(rng):
         # behind it.
         assert got <= best + max(lost[0] - lost[-1] for lost in losses)
     assert calibrate.share_bytes(100, sizes, losses) == [int(np.argmin(lost)) for lost in losses]
+
+
+def test_a_plan_has_few_layouts(rng, monkeypatch):
+    """Four where more would be best, at little cost; one if one is allowed, two then for heads of
+    two dimensions."""
+    layers = random_stats(rng, 6).layers
+    costs = [0.1, 300.0, 1.0, 3.0, 30.0, 1000.0]
+    layers = [
+        replace(x, v=replace(x.v, cost=cost * x.v.cost))
+        for x, cost in zip(layers, costs, strict=True)
+    ]
+    stats = ModelStats(tuple(layers), 300, 1, "")
+    found = {}
+    for most in (99, 4, 1):
+        monkeypatch.setattr(calibrate, "MAX_LAYOUTS", most)
+        layouts = calibrate.plan(stats, "balanced")
+        assert sum(x.token_bytes for x in layouts) * PRESETS["balanced"].ratio <= 4 * 64 * 6
+        found[most] = (len(set(layouts)), plan_loss(stats, layouts))
+    assert found[99][0] > 4 >= found[4][0] > found[1][0] == 1
+    assert found[99][1] <= found[4][1] < (found[99][1] + found[1][1]) / 2
+    both = ModelStats((*stats.layers, *random_stats(rng, 1, dim=128).layers), 300, 1, "")
+    assert [x.head_dim for x in calibrate.plan(both, "balanced")] == [64] * 6 + [128]
 
 
 def plan_loss(stats, layouts):

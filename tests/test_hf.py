@@ -343,6 +343,26 @@ def test_budget_rejects(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert oracle.error(logits) > 100 * oracle.budget
 
 
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_enable_sees_it(mistake: str, monkeypatch: pytest.MonkeyPatch, codec: ModelCodec) -> None:
+    """The check of six tokens, for any preset; nothing was changed then."""
+    model, append, wrong = tiny(), hf.append, MISTAKES[mistake]
+    before = state(model)
+    monkeypatch.setattr(hf, "append", lambda k, *args, **kw: append(wrong(k), *args, **kw))
+    for preset in ("exact", "balanced"):
+        with pytest.raises(NotImplementedError, match=r"layer 0: its attention .* differ by"):
+            enable(model, preset, codec=codec)
+        assert state(model) == before
+    enable(model, "exact", check=False).disable()
+    enable(model.train(), "exact").disable()  # dropout: nothing to compare
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_enable_checks_within_rounding(dtype: torch.dtype) -> None:
+    with torch.backends.mkldnn.flags(enabled=False, allow_tf32=None):
+        enable(tiny("qwen3").to(dtype), "exact").disable()
+
+
 # ---- one generation, one cache -------------------------------------------------------------------
 
 

@@ -143,10 +143,13 @@ def calls() -> dict[str, Call]:
         ),
         Call(
             "decode", sk.decode,
-            {"pages": t.k_pages, "codec": t.codec, **table, "side": "k", "codec_ids": i32(2)},
+            {
+                "pages": t.k_pages, "codec": t.codec, **table, "side": "k", "first_page": i32(2),
+                "codec_ids": i32(2),
+            },
             {
                 "pages": every, "block_table": (*loose, "stride"), "seq_lens": every,
-                "codec_ids": every,
+                "first_page": every, "codec_ids": every,
             },
         ),
         Call("gram", sk.gram, {"x": x}, {"x": ("no tensor", "dtype", "rank", "stride")}),
