@@ -237,13 +237,13 @@ class Engine:
         batches = sorted(x for x in {1, *self.batches} if x <= self.slots)
 
         def run(impl: SpectralImpl) -> None:
-            for batch in batches:
+            heads = impl.num_heads, impl.num_kv_heads
+            for batch in batches:  # rows without tokens: nothing is written
                 table = torch.zeros(batch, stride, dtype=torch.int32, device=example.device)
-                lens = torch.zeros_like(table[:, 0])  # rows without tokens
-                meta = SpectralMetadata(batch, table[:, : self.max_pages], lens, lens, [])
-                heads = impl.num_heads, impl.num_kv_heads
+                lens = torch.zeros_like(table[:, 0])
+                rows = Span(table[:, : self.max_pages], lens, lens)
                 q, k = (torch.zeros(batch, n, impl.head_size, **options) for n in heads)
-                impl._step(meta, q, k[:, :, None], k[:, :, None], torch.empty_like(q))
+                impl._step(rows, q, k[:, :, None], k[:, :, None], torch.empty_like(q))
 
         with ThreadPoolExecutor(len(layers)) as pool:
             list(pool.map(run, layers))
