@@ -101,9 +101,8 @@ def preset_of(preset: str | Preset) -> tuple[str, Preset]:
 def menus(head_dim: int) -> dict[str, tuple[Bands, ...]]:
     """Bands of "k" and of "v" to choose from: few, as each pair that occurs is a kernel of its own.
 
-    Components after the best ones get 2 bits or none: K without its mean has few that matter, V
-    more. Some layers' keys need 8 bits for the best ones. Bands to which others give every
-    component as many bits for as few bytes are left out.
+    Components after the best ones get 2 bits or none; some layers' keys need 8 bits for the best.
+    Bands to which others give every component as many bits for as few bytes are left out.
     """
     check_in("head_dim", head_dim, HEAD_DIMS)
     d, q = head_dim, max(16, head_dim // 64 * 16)  # q: about a quarter of the components
@@ -333,9 +332,6 @@ class _Layer:
         return LayerStats(k, v, self.freqs.cpu())
 
 
-# Reading a model.
-
-
 _TAPS: dict[int, Callable[..., None]] = {}  # by id of a module of a model that is being read
 
 
@@ -454,13 +450,10 @@ def collect(
         raise ValueError("sequences: expected at least one, got none")
     for x in sequences:
         check_tensor("sequences", x, shape=(None, None), dtype=(torch.int32, torch.int64))
-        if x.shape[1] <= sinks + window:
-            raise ValueError(
-                f"sequences: expected more than {sinks + window} tokens, got {x.shape[1]}"
-            )
+        if x.shape[1] <= (least := sinks + window):
+            raise ValueError(f"sequences: expected more than {least} tokens, got {x.shape[1]}")
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
-
     full = full_layers(decoder_of(model).config)
 
     def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
