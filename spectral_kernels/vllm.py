@@ -24,8 +24,6 @@ import functools
 import logging
 import os
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,8 +178,6 @@ class Engine:
         self.pool, self.lost = SinkPool(self.entries), 0
         numbered = IndexedSlots(self.slots, self.window), PagedSlots(self.slots)
         self.placing: Any = numbered[not config.use_v2_model_runner]
-        self.batches = config.compilation_config.cudagraph_capture_sizes or []
-        self.compiled = self.device.type == "cpu"
         self.seen: Any = None  # vLLM's metadata of this step, and ours
         self.sent = np.zeros(0, np.int32)  # what seq_ids holds
         self.seq_ids = torch.zeros(self.slots + 8, dtype=torch.int32, device=self.device)
@@ -215,28 +211,6 @@ class Engine:
         )  # fmt: skip
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.lse = torch.empty((self.slots, impl.num_heads), dtype=torch.float32).to(self.device)
-
-    def compile(self, stride: int) -> None:
-        """Compile the kernels of decodes before vLLM captures them, a thread a layout: each takes
-        seconds. stride: of a row of vLLM's block table."""
-        self.compiled, begin, example = True, time.perf_counter(), self.layers[0].k_exact
-        options: Any = {"dtype": example.dtype, "device": example.device}
-        layers = list({x.codec.layout: x for x in self.layers}.values())
-        batches = sorted(x for x in {1, *self.batches} if x <= self.slots)
-
-        def run(impl: SpectralImpl) -> None:
-            heads = impl.num_heads, impl.num_kv_heads
-            for batch in batches:  # rows without tokens: nothing is written
-                table = torch.zeros(batch, stride, dtype=torch.int32, device=example.device)
-                lens = torch.zeros_like(table[:, 0])
-                rows = Span(table[:, : self.max_pages], lens, lens)
-                q, k = (torch.zeros(batch, n, impl.head_size, **options) for n in heads)
-                impl._step(rows, q, k[:, :, None], k[:, :, None], torch.empty_like(q))
-
-        with ThreadPoolExecutor(len(layers)) as pool:
-            list(pool.map(run, layers))
-        took = time.perf_counter() - begin
-        log.info("%s: kernels of %d layouts compiled in %.0f s", NAME, len(layers), took)
 
     def start(self, rows: Rows, started: list[int], slots: Any, table: Any) -> dict[int, int]:
         """Rows that start: fill the slots of those on computed tokens. Returns the entries that the
@@ -415,8 +389,6 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
 
     def _build(self, given: base.CommonAttentionMetadata) -> SpectralMetadata:
         engine, count = self.engine, given.num_reqs
-        if not engine.compiled:
-            engine.compile(given.block_table_tensor.stride(0))
         table = given.block_table_tensor[:count, : engine.max_pages]
         live = count if given.req_idx is None else min(count, len(given.req_idx))
         bounds = given.query_start_loc_cpu.numpy()
