@@ -149,7 +149,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {}),
     "nemotron_h": ("nemotron_h", {
         **MAMBA, "hybrid_override_pattern": "M*-M*", "num_hidden_layers": 5,
-        "layers_block_type": ["mamba", "attention", "mlp", "mamba", "attention"],
+        "layers_block_type": [LINEAR, FULL, "mlp", LINEAR, FULL],
         "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
     }),
     "exaone4": ("exaone4", {**WINDOW, "sliding_window_pattern": 2}),
