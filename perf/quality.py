@@ -218,16 +218,10 @@ def embedded_case(tokenizer: Any, *, context: int, needles: int, seed: int) -> C
 
 
 def _with_questions(
-    name: str,
-    ids: list[int],
-    context: int,
-    questions: Sequence[Question],
-    tokenizer: Any,
-    *,
-    before: str,
+    name: str, ids: list[int], context: int, asked: Sequence[Question], tokenizer: Any, before: str
 ) -> Case:
     answers = []
-    for question in questions:
+    for question in asked:
         ids = ids + tokens_of(tokenizer, before + question.asked)
         answer = tokens_of(tokenizer, question.answer)
         answers.append(range(len(ids) - context, len(ids) - context + len(answer)))
@@ -768,8 +762,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.context) < 1 or args.needles < 0:
         parser.error("--context must be at least 1, --needles at least 0")
     if (embedded and args.text) or not (embedded or args.text or args.tasks):
-        parser.error("--text or --tasks go with --model or --gguf; the embedded model knows only "
-                     "texts of its own")  # fmt: skip
+        parser.error("--text or --tasks go with --model or --gguf; the embedded model has its own")
     try:
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
