@@ -3,7 +3,7 @@ and each layout, side by side, where an engine compiles one after another.
 
     python -m perf._serve_kernels SPEC.json NUMBER
 
-SPEC: codec (a file), heads, width (columns of vLLM's block table), seqs, batches (of its graphs).
+SPEC: codec (a file), heads, width (columns of vLLM's block table), seqs (requests at most).
 Kernels are compiled for which strides and addresses are multiples of 16: these are as vLLM's pages,
 block table and projections have them. What does not match is compiled by the engine, later.
 """
@@ -23,6 +23,8 @@ from spectral_kernels.codec import ModelCodec
 from spectral_kernels.compress import append, decode, encode
 from spectral_kernels.layout import PAGE_SIZE
 from spectral_kernels.merge import merge_states
+
+BATCHES = (1, 2, 9, 33, 1025)  # decodes of 1, of 2 to 8, ..; part 4: a short chunk; 5: a prompt
 
 
 def main(spec: dict[str, Any], number: int) -> None:
@@ -59,11 +61,12 @@ def main(spec: dict[str, Any], number: int) -> None:
         q, k, v = (x.unflatten(1, (-1, dim)) for x in parts)
         return q.contiguous(), k.contiguous(), v  # RoPE has written q and k
 
-    if part < 2:
-        for count in [1] if part == 0 else [x for x in spec["batches"] if x > 1]:
-            q, k, v = new(count)
-            step(q, k[:, :, None], v[:, :, None], count)
-    elif part == 2:
+    if part < 4:
+        for count in range(*BATCHES[part : part + 2]):
+            if count <= spec["seqs"]:
+                q, k, v = new(count)
+                step(q, k[:, :, None], v[:, :, None], count)
+    elif part == 4:
         from spectral_kernels.vllm import QUERIES  # slow: it imports vLLM
 
         q, k, v = (x.transpose(0, 1)[None] for x in new(QUERIES))

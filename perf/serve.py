@@ -14,7 +14,7 @@ of --repeat. Full: prompts of --lengths in turns, as many as fit; throughput: ou
 of all together, once each has its first. There ttft_ms is of the last, tpot_ms of a step.
 
 Row: gpu gpus commit vllm backend kv_dtype B T ttft_ms tpot_ms kv_tokens throughput.
-Test: tests/test_vllm.py.
+Test: tests/test_serve.py.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ SHAPES = {
 }
 CHECK = (70, 200, 9, 700, 1, 1500)  # prompt lengths of the check
 GROUP = "vllm.general_plugins"
-# Of the work of compiling for a layout: decodes of one, of more, a short chunk, a prompt.
-PARTS = 4
+PARTS = 6  # of the work of compiling for a layout: see perf/_serve_kernels.py
 
 
 def cell(text: str) -> tuple[int, int]:
@@ -284,6 +283,8 @@ def environment(folder: Path) -> dict[str, str]:
     quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     # Without the second every engine start on Hopper wants FlashInfer.
     quiet["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    # vLLM keeps Triton's cache by model unless told where: `compile_kernels` fills this one.
+    quiet["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / "cache")
     quiet["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA may be in use before an engine starts
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
@@ -293,7 +294,7 @@ def compile_kernels(args: argparse.Namespace, codec: Path, env: dict[str, str]) 
     begin, spec = time.perf_counter(), codec.with_suffix(".json")
     width = -(-longest(args) // (2 * PAGE_SIZE)) * 2
     about = {"codec": str(codec), "heads": SHAPES[args.shape][3], "width": width}
-    spec.write_text(json.dumps({**about, "seqs": args.seqs, "batches": sizes(args)}))
+    spec.write_text(json.dumps({**about, "seqs": args.seqs}))
     layouts = {x.layout for x in ModelCodec.load(codec).layers}
     command = [sys.executable, "-m", "perf._serve_kernels", str(spec)]
     with open(os.devnull if "OUT" not in os.environ else f"{env['OUT']}/compile.log", "w") as log:
@@ -343,9 +344,15 @@ def table(rows: list[Row]) -> str:
     """Cells of all backends, and their ratios to the first backend's."""
     lines = [f"{'backend':24}{'cell':>12}{'ttft ms':>10}{'tpot ms':>16}{'KV tokens':>18}"]
     lines[0] += f"{'tokens/s':>18}"
+
+    def kind_of(row: Row) -> tuple[str, str]:
+        return row["backend"], row["kv_dtype"]
+
+    first = [x for x in rows if kind_of(x) == kind_of(rows[0])]
     for row in rows:
-        same = [x for x in rows if x["T"] == row["T"] or (x["T"], row["T"]) == (0, 0)]
-        base = same[0] if row["B"] == same[0]["B"] else rows[0]
+        # The full pool has as many prompts as a backend takes: the last row of each.
+        alike = [x for x in rows if (x["B"], x["T"]) == (row["B"], row["T"])]
+        base = (alike if kind_of(alike[0]) == kind_of(rows[0]) else first[-1:])[0]
         values = [f"{row['ttft_ms']:.0f}"]
         for name, form in (("tpot_ms", ".3f"), ("kv_tokens", "d"), ("throughput", ".1f")):
             values.append(f"{row[name]:{form}} ({row[name] / base[name]:.2f}x)")

@@ -17,16 +17,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-)
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from . import _launch
 from ._checks import FLOATS
@@ -220,20 +214,18 @@ def _device_of(module: Any) -> torch.device:
 
 
 def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function of this name, as the module would call it."""
-    if implementation != "eager":
-        return ALL_ATTENTION_FUNCTIONS[implementation]
-    found = eager_attention(module)
-    if found is None:
+    """The attention function of this name, as the module would call it.
+
+    Raises:
+        NotImplementedError: the module's file has none, so the module asks for none.
+    """
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
         raise NotImplementedError(
             f"model: {type(module).__name__} does not call transformers' attention interface; it "
             "stays dense"
         )
-    return found
-
-
-def eager_attention(module: nn.Module) -> Callable[..., Any] | None:
-    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def compare(
@@ -258,7 +250,7 @@ def compare(
     new, tokens = q.shape[2], k.shape[2]
     later = torch.ones(new, tokens, dtype=torch.bool, device=q.device).triu(tokens - new + 1)
     mask = torch.zeros_like(later, dtype=k.dtype).masked_fill(later, float("-inf"))[None, None]
-    own = eager_attention(module) or ALL_ATTENTION_FUNCTIONS["sdpa"]
+    own = dense_attention("eager", module)
     with torch.autocast(q.device.type, enabled=False):
         expected = own(module, q.double(), k, v, mask, **kwargs)[0].transpose(1, 2)
     scale = kwargs.get("scaling") or layer.head_dim**-0.5

@@ -457,7 +457,7 @@ def collect(
     full = full_layers(decoder_of(model).config)
 
     def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-        if module.layer_idx not in full:
+        if getattr(module, "layer_idx", None) not in full:
             return
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"model: expected {q.shape[2]} keys, got {k.shape[2]}")

@@ -43,18 +43,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ._model import (
-    NAME,
-    Layer,
-    compare,
-    compiled_layers,
-    decoder_of,
-    dense_attention,
-    layers_of,
-    own_layers,
-    stays,
-    tensors_of,
-)
+from . import _model
+from ._model import NAME, Layer, compiled_layers, decoder_of, dense_attention, own_layers
 from .attention import attend_spectral
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
@@ -290,7 +280,7 @@ class ModelCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache."""
         held = sum(part.nbytes for part in self.parts)
-        return held + sum(x.nbytes for layer in self.others for x in tensors_of(layer))
+        return held + sum(x.nbytes for layer in self.others for x in _model.tensors_of(layer))
 
     @property
     def is_compileable(self) -> bool:
@@ -449,7 +439,7 @@ class _StepGraph:
 
     def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
         seq_lens = cache.spectral.seq_lens
-        moved = [seq_lens, *(x for layer in cache.others for x in tensors_of(layer))]
+        moved = [seq_lens, *(x for layer in cache.others for x in _model.tensors_of(layer))]
         before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
         self.positions = seq_lens[:, None].long()
@@ -503,7 +493,7 @@ class Handle:
             codec and replace(codec, layers=tuple(codec.layers[i] for i in some)).to(device)
             for some, device in zip(self.members, devices, strict=True)
         ]
-        self.graph = graph and model.device.type == "cuda" and stays(self.config, layers)
+        self.graph = graph and model.device.type == "cuda" and _model.stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
         self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._capturing = False
@@ -810,7 +800,7 @@ def enable(
             anything: training mode, output_attentions, foreign caches, masks that are not 2-D left
             padding, gradients through a filled cache.
     """
-    layers = layers_of(model)
+    layers = _model.layers_of(model)
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     if max_tokens is not None and max_tokens < 1:
@@ -824,7 +814,9 @@ def enable(
 
 
 def _check(handle: Handle) -> None:
-    """A prompt of four tokens and a step of two through our attention and the model's own.
+    """A prompt of five tokens and a step of one through our attention and the model's own.
+
+    Of one, as kernels for more are compiled for nothing where nobody drafts.
 
     Raises:
         NotImplementedError: they differ, or something failed; the handle is disabled.
@@ -835,12 +827,12 @@ def _check(handle: Handle) -> None:
         with torch.inference_mode(False), torch.no_grad():
             for link in handle.links:
                 link.seen = []
-            for some in (ids[:, :4], ids[:, 4:]):
+            for some in (ids[:, :5], ids[:, 5:]):
                 decoder(input_ids=some, use_cache=True, **{CACHE: room})
     except Exception as error:
         handle.disable()
         raise NotImplementedError(
-            f"model: a check of six tokens failed (check=False leaves it out): {error}"
+            f"model: it stays dense, as six tokens failed (check=False: not tried): {error}"
         ) from error
     finally:
         for link in handle.links:
@@ -910,8 +902,8 @@ def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         inputs = original(*args, **kwargs)
     finally:
         cache.compileable = compileable
-    ids = inputs.get("input_ids")
-    if cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
+    ids, kept = inputs.get("input_ids"), inputs.get(CACHE) is cache  # Phi-3 drops it at a switch
+    if kept and cache.filled and not cache.others and ids is not None and ids.shape[1] == 1:
         inputs.pop("attention_mask", None)
     return inputs
 
@@ -963,7 +955,7 @@ def _register(implementation: str) -> str:
             out = layer.attend(query, key, value, scaling, kwargs.get("s_aux"))
         if layer is not None and link.seen is not None:
             new = (query, key, value)
-            compare(link.layer, module, link.seen, *new, out, scaling=scaling, **kwargs)
+            _model.compare(link.layer, module, link.seen, *new, out, scaling=scaling, **kwargs)
         if out is not None:
             return out.transpose(1, 2), None
         # A prompt, no cache, or a model that shares its config object with an enabled one.

@@ -24,8 +24,6 @@ import functools
 import logging
 import os
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,21 +43,11 @@ from .window import slots_torch
 if not (0, 32) <= tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) <= (0, 33):
     raise ImportError(f"spectral_kernels.vllm: expected vLLM 0.32 or 0.33, got {vllm.__version__}")
 
+from vllm import distributed
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention import backend as base
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, replace_as
 
@@ -190,8 +178,6 @@ class Engine:
         self.pool, self.lost = SinkPool(self.entries), 0
         numbered = IndexedSlots(self.slots, self.window), PagedSlots(self.slots)
         self.placing: Any = numbered[not config.use_v2_model_runner]
-        self.batches = config.compilation_config.cudagraph_capture_sizes or []
-        self.compiled = self.device.type == "cpu"
         self.seen: Any = None  # vLLM's metadata of this step, and ours
         self.sent = np.zeros(0, np.int32)  # what seq_ids holds
         self.seq_ids = torch.zeros(self.slots + 8, dtype=torch.int32, device=self.device)
@@ -201,15 +187,14 @@ class Engine:
         if self.layers[0].codec is not None:
             return
         found = {n: x for n, x in self.context.items() if isinstance(x.impl, SpectralImpl)}
-        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        rank = distributed.get_tensor_model_parallel_rank()
+        ranks = distributed.get_tensor_model_parallel_world_size()
         whole = len(found) == len(self.codec.layers)  # else a stage of a pipeline
         parts: dict[int, Any] = {}
         for at, (name, layer) in enumerate(found.items()):
             index, impl = at if whole else extract_layer_index(name), layer.impl
-            if index >= len(self.codec.layers):
-                raise ValueError(
-                    f"codec: expected {index + 1} layers, got {len(self.codec.layers)}"
-                )
+            if index >= (known := len(self.codec.layers)):
+                raise ValueError(f"codec: expected {index + 1} layers, got {known}")
             codec = self.codec.layers[index]
             if id(codec) not in parts:
                 first = rank * codec.kv_heads // ranks
@@ -225,41 +210,19 @@ class Engine:
             for batch in range(1, self.slots + 1)
         )  # fmt: skip
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
-        shape = self.slots, impl.num_heads
-        self.lse = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self.lse = torch.empty((self.slots, impl.num_heads), dtype=torch.float32).to(self.device)
 
-    def compile(self, stride: int) -> None:
-        """Compile the kernels of decodes before vLLM captures them, a thread a layout: each takes
-        seconds. stride: of a row of vLLM's block table."""
-        self.compiled, begin, example = True, time.perf_counter(), self.layers[0].k_exact
-        options: Any = {"dtype": example.dtype, "device": example.device}
-        layers = list({x.codec.layout: x for x in self.layers}.values())
-        batches = sorted(x for x in {1, *self.batches} if x <= self.slots)
-
-        def run(impl: SpectralImpl) -> None:
-            for batch in batches:
-                table = torch.zeros(batch, stride, dtype=torch.int32, device=example.device)
-                lens = torch.zeros_like(table[:, 0])  # rows without tokens
-                meta = SpectralMetadata(batch, table[:, : self.max_pages], lens, lens, [])
-                heads = impl.num_heads, impl.num_kv_heads
-                q, k = (torch.zeros(batch, n, impl.head_size, **options) for n in heads)
-                impl._step(meta, q, k[:, :, None], k[:, :, None], torch.empty_like(q))
-
-        with ThreadPoolExecutor(len(layers)) as pool:
-            list(pool.map(run, layers))
-        text = f"{len(layers)} layouts, {time.perf_counter() - begin:.0f} s"
-        log.info("%s: kernels of %s", NAME, text)
-
-    def start(
-        self, rows: Rows, started: list[int], slots: np.ndarray, table: torch.Tensor
-    ) -> dict[int, int]:
+    def start(self, rows: Rows, started: list[int], slots: Any, table: Any) -> dict[int, int]:
         """Rows that start: fill the slots of those on computed tokens. Returns the entries that the
         sinks of others are to be kept in. table: int32 [B, max_pages]."""
         found = []
         for i in started:  # before entries are given away
             if rows.past[i]:
                 entry = self.pool.find(int(rows.pages[i][0]))
-                self.lost += entry < 0 < self.entries
+                if entry < 0 < self.entries:
+                    if not self.lost:
+                        log.warning("%s: sinks of a prefix are no longer kept, but rebuilt", NAME)
+                    self.lost += 1
                 found.append((i, int(slots[i]), int(rows.past[i]), entry))
         if found:
             self._refill(table, found)
@@ -275,8 +238,6 @@ class Engine:
 
     def _refill(self, table: torch.Tensor, found: list[tuple[int, int, int, int]]) -> None:
         """Window and sinks of (row, slot, past, entry), in all layers: launches only."""
-        if any(entry < 0 for *_, entry in found) and self.lost == 1:
-            log.warning("%s: exact sinks of a prefix were not kept; rebuilt from its page", NAME)
         numbers = torch.tensor(found).to(self.device, non_blocking=True)
         row, slot, past, entry = numbers.unbind(1)
         lens, table = past.int(), table[row]
@@ -320,7 +281,7 @@ class ExactSpec(FullAttentionSpec):
     prefix_cacheable = False
 
 
-class SpectralBackend(AttentionBackend):
+class SpectralBackend(base.AttentionBackend):
     """Full attention of decoders over spectral pages."""
 
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
@@ -401,7 +362,7 @@ class Chunk:
 
 
 @dataclass
-class SpectralMetadata(AttentionMetadata):
+class SpectralMetadata(base.AttentionMetadata):
     """A step: rows of one token, then chunks, which begin at bounds, int32, from the first on."""
 
     decodes: Span
@@ -409,8 +370,8 @@ class SpectralMetadata(AttentionMetadata):
     bounds: torch.Tensor | None = None
 
 
-class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
+    _cudagraph_support = base.AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, spec: Any, layer_names: list[str], config: Any, device: Any) -> None:
         super().__init__(spec, layer_names, config, device)
@@ -418,12 +379,7 @@ class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
         context = config.compilation_config.static_forward_context
         self.engine: Engine = context[layer_names[0]].impl.engine
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> SpectralMetadata:
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False):
         """One for all layers of a step: their builders differ by bytes alone."""
         seen = self.engine.seen
         if seen is None or seen[0] is not common_attn_metadata:
@@ -431,10 +387,8 @@ class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
             self.engine.seen = seen
         return seen[1]
 
-    def _build(self, given: CommonAttentionMetadata) -> SpectralMetadata:
+    def _build(self, given: base.CommonAttentionMetadata) -> SpectralMetadata:
         engine, count = self.engine, given.num_reqs
-        if not engine.compiled:
-            engine.compile(given.block_table_tensor.stride(0))
         table = given.block_table_tensor[:count, : engine.max_pages]
         live = count if given.req_idx is None else min(count, len(given.req_idx))
         bounds = given.query_start_loc_cpu.numpy()
@@ -465,7 +419,7 @@ class SpectralBuilder(AttentionMetadataBuilder[SpectralMetadata]):
         return meta
 
 
-class SpectralImpl(AttentionImpl[SpectralMetadata]):
+class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
     """A layer: its codec, and the exact tokens of the requests that run.
 
     Attributes:

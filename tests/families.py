@@ -66,6 +66,8 @@ def rope(**parameters: Any) -> dict[str, Any]:
     """A config's entry for RoPE, by the release."""
     if VERSION >= (5, 0):
         return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+    if parameters["rope_type"] == "default":
+        return {}
     if parameters["rope_type"] == "longrope":  # Phi-3 takes no other names
         names = ("short_factor", "long_factor")
         parameters = {"type": "longrope", **{name: parameters[name] for name in names}}
@@ -127,8 +129,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoeshared": ("granitemoeshared", {**MOE, "shared_intermediate_size": 64}),
     "granitemoehybrid": ("granitemoehybrid", {
         **MOE, **MAMBA, "shared_intermediate_size": 64, "mamba_n_heads": 16,
-        "layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4,
-        "layers_block_type": ["mamba", "attention"] * 2,
+        "layer_types": [LINEAR, FULL] * 2, "num_hidden_layers": 4,
     }),
     "cohere": ("cohere", {}),
     "cohere2": ("cohere2", {**WINDOW, "sliding_window_pattern": 2}),
@@ -148,7 +149,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("nemotron", {}),
     "nemotron_h": ("nemotron_h", {
         **MAMBA, "hybrid_override_pattern": "M*-M*", "num_hidden_layers": 5,
-        "layers_block_type": ["mamba", "attention", "mlp", "mamba", "attention"],
+        "layers_block_type": [LINEAR, FULL, "mlp", LINEAR, FULL],
         "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 1,
     }),
     "exaone4": ("exaone4", {**WINDOW, "sliding_window_pattern": 2}),

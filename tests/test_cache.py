@@ -499,19 +499,44 @@ def test_nbytes_counts_every_tensor():
 
 
 def test_addresses_stay():
+    """What a captured graph reads and writes, whatever happens between its replays."""
     model = Model(seed=4)
-    tensors = [
-        *model.cache.k_pages,
-        *model.cache.v_exact,
-        model.cache.block_table,
-        model.cache.seq_lens,
-    ]
-    before = [x.data_ptr() for x in tensors]
+
+    def addresses() -> list[int]:
+        cache = model.cache
+        lists = (cache.k_pages, cache.v_pages, cache.k_exact, cache.v_exact)
+        tables = cache.block_table, cache.seq_lens, cache.codec_ids, cache._workspace
+        return [x.data_ptr() for x in (*(x for some in lists for x in some), *tables)]
+
+    before = addresses()
     model.store([70, 3], prompt=True)
     model.reorder([1, 1])
     model.rollback([2, 3])
+    model.cache.hold(320)
     model.reset()
-    assert before == [x.data_ptr() for x in tensors]
+    model.store([70, 3], prompt=True)
+    assert before == addresses()
+
+
+def test_reset_frees_every_page():
+    model = Model(seed=9)
+    model.store([200, 10], prompt=True)
+    model.reorder([0, 0])
+    model.reset()
+    allocator = model.cache.pages.allocator
+    assert allocator.free == len(allocator.references) and not any(allocator.references)
+    model.store([70, 80], prompt=True)
+    model.check()
+
+
+def test_pages_held_ahead_are_not_shared():
+    """Neither by a fork nor where it goes on."""
+    model = Model(seed=10)
+    model.store([128, 10], prompt=True)
+    model.cache.hold([320, 10])
+    model.reorder([0, 0])
+    model.store([70, 70], prompt=True)
+    model.check()
 
 
 def test_forked_rows_share_full_pages():

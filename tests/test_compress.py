@@ -541,6 +541,22 @@ def test_decode_past_a_frame_of_512(rng):
     check_decode(implementation, make_pages(rng, PageSpec("16x8", "16x8", 64, 1, (513,))), "k")
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("side", SIDES)
+def test_decode_from_a_page_on(rng, implementation, side):
+    """The last pages of every row alone, in other frames: the same bits as with those before."""
+    spec = PageSpec("16x8+16x4", "32x4", 64, 2, (200, 150, 70), 64)
+    t = pages_of(make_pages(rng, spec))
+    decode, pages = operation(compress, "decode", implementation), t.pages(side)
+    whole = decode(pages, t.codec, t.block_table, t.seq_lens, side=side)
+    first = torch.tensor([2, 1, 0], dtype=torch.int32, device=whole.device)
+    column = (first[:, None] + torch.arange(2, device=whole.device)).long()
+    table = t.block_table.gather(1, column)
+    got = decode(pages, t.codec, table, t.seq_lens, side=side, first_page=first)
+    for row, start in enumerate((128, 64, 0)):
+        assert torch.equal(got[row], whole[row, :, start : start + 128])
+
+
 def test_decode_budget_has_teeth(rng):
     spec = PageSpec("16x8+32x4+16x2", "32x4+32x2", 64, 2, (150,), 64, spare_pages=0, codecs=2)
     arrays = make_pages(rng, spec)

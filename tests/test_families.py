@@ -3,6 +3,7 @@ in generate(): windows, convolutions and linear attention beside ours."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from spectral_kernels import calibrate  # noqa: E402
-from spectral_kernels._model import layers_of  # noqa: E402
+from spectral_kernels import calibrate, hf  # noqa: E402
+from spectral_kernels._model import layers_of, stays, tensors_of  # noqa: E402
 from spectral_kernels.codec import ModelCodec  # noqa: E402
-from spectral_kernels.hf import CACHE, SpectralLayer, enable  # noqa: E402
+from spectral_kernels.hf import CACHE, ModelCache, SpectralLayer, enable  # noqa: E402
 from tests import cases, families  # noqa: E402
 from tests.families import LOSSY, VERSION, build, examine, generate, prompt  # noqa: E402
 from tests.test_hf import single_thread  # noqa: E402, F401
@@ -163,6 +164,65 @@ def test_a_mixed_cache_counts_all_its_bytes(mixed: Any) -> None:
     # Windows of 64 keep 63 tokens: 2 layers, K and V, 2 rows, 2 heads, 64 dimensions, float32.
     assert cache.nbytes == cache.spectral.nbytes + 2 * 2 * 2 * 2 * 63 * 64 * 4
     assert [layer.index for layer in layers_of(model)] == [1, 3] and not cache.is_compileable
+
+
+class FakeGraph(hf._StepGraph):
+    """Stands in for a captured graph where there is no GPU: the forward as it was captured."""
+
+    def __init__(self, forward: Any, cache: ModelCache, pool: Any) -> None:
+        self.forward, self.handle = forward, cache.owner()
+        self.moved = [cache.spectral.seq_lens, *(x for y in cache.others for x in tensors_of(y))]
+        before = [x.clone() for x in self.moved]
+        for _ in range(3):
+            ids = torch.zeros(cache.batch, 1).long()
+            self.output = forward(ids, before[0][:, None].long())
+            torch._foreach_copy_(self.moved, before)
+
+    def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
+        self.handle._capturing = True
+        try:
+            self.output = self.forward(ids.clone(), positions.long().expand(len(ids), 1))
+        finally:
+            self.handle._capturing = False
+        now = [x for layer in cache.others for x in tensors_of(layer)]
+        assert [x.data_ptr() for x in now] == [x.data_ptr() for x in self.moved[1:]]
+        return type(self.output)(logits=self.output.logits.clone(), **{CACHE: cache})
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_next"])
+def test_states_at_fixed_addresses_are_replayed(
+    name: str, mixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captures run the step three times and must leave no trace; states stay where they are."""
+    model, codec = made(mixed, name)
+    inputs = prompt(90)
+    with enable(model, codec=codec):
+        expected = generate(model, inputs)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(hf, "_StepGraph", FakeGraph)
+    with enable(model, codec=codec) as handle:
+        handle.graph = True
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs), expected)
+        assert isinstance(handle._pool[2].graph, FakeGraph)
+        cache = handle._pool[2]
+        assert cache.static
+        cache.activate_past_recording()
+        assert not cache.static  # states grow then: no graph
+        cache.reset()
+        assert cache.static and cache.graph is None  # fresh ones, at other addresses
+
+
+def test_a_cuda_graph_wants_state_that_stays(mixed: Any) -> None:
+    for name, moving in (("llama", ""), ("gemma3", "DynamicSlidingWindowLayer")):
+        model = build(name)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert stays(model.config, layers_of(model)) == (not moving)
+        texts = [str(warning.message) for warning in said]
+        assert texts == [f"spectral_kernels: no CUDA graph with {moving}: eager steps"] * bool(
+            moving
+        )
 
 
 def test_learned_sinks_take_their_share(mixed: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import cases
+from tests import cases, test_cache
 
 transformers = pytest.importorskip("transformers")
 
@@ -309,6 +309,39 @@ def test_a_cache_grows_and_keeps_its_tokens(codec: ModelCodec) -> None:
     assert torch.equal(a, b) and small.capacity > 505
 
 
+def test_a_copy_with_more_room_is_the_cache() -> None:
+    """Other page numbers, a row that was rolled back beyond its ring: what comes after agrees."""
+    model = test_cache.Model(seed=12)
+    model.store([150, 70], prompt=True)
+    model.reorder([1, 0])
+    model.store([3, 3], prompt=False)
+    model.rollback([30, 0])
+    larger = test_cache.make_cache(max_tokens=640)
+    assert model.cache.pages.rows[0] != [0, 1]
+    model.cache = hf._copied(model.cache, larger)
+    model.check()
+    model.store([200, 90], prompt=True)
+    model.rollback([1, 1])
+    model.check()
+
+
+def test_positions_given_to_the_prompt_alone() -> None:
+    """Steps without position_ids go on where a padded prompt with them ended."""
+    model, inputs = tiny(), prompt(60, rows=2, padding=(9, 0))
+    oracle, mask = Oracle(model, inputs), inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with enable(model, "exact") as handle, torch.no_grad():
+        cache, out = handle.new_cache(), []
+        for part, options in (
+            (slice(50), {"position_ids": positions[:, :50]}),
+            (slice(50, 55), {}),
+            (slice(55, 60), {}),
+        ):
+            options |= {CACHE: cache, "attention_mask": mask[:, : part.stop], "use_cache": True}
+            out.append(model(inputs["input_ids"][:, part], **options).logits)
+    assert oracle.error(torch.cat(out, dim=1)) <= oracle.budget
+
+
 def test_first_forward_has_the_dense_gradients() -> None:
     model, inputs = tiny(), prompt(12)
 
@@ -390,15 +423,18 @@ def test_a_generation_does_not_leak_into_the_next(preset: str, codec: ModelCodec
 
 
 def test_a_row_of_a_padded_batch_is_the_row_alone(codec: ModelCodec) -> None:
-    """Pages depend on tokens and their positions in the row alone."""
-    model, inputs = tiny(), prompt(600, rows=2, padding=(77, 0))
-    alone = {name: x[:1, 77:] for name, x in inputs.items()}
+    """Pages depend on tokens and their positions in the row alone; padding is stored nowhere."""
+    padding = (0, 77)
+    model, inputs = tiny(), prompt(600, rows=2, padding=padding)
+    options = {"return_dict_in_generate": True, "output_logits": True}
     with enable(model, codec=codec):
-        batch = generate(model, inputs, return_dict_in_generate=True, output_logits=True)
-        row = generate(model, alone, return_dict_in_generate=True, output_logits=True)
-    assert torch.equal(batch.sequences[:1, 600:], row.sequences[:, 523:])
-    for a, b in zip(batch.logits, row.logits, strict=True):
-        torch.testing.assert_close(a[:1], b, rtol=0, atol=2e-3 * float(b.abs().max()))
+        batch = generate(model, inputs, **options)
+        for i, skipped in enumerate(padding):
+            alone = {name: x[i : i + 1, skipped:] for name, x in inputs.items()}
+            row = generate(model, alone, **options)
+            assert torch.equal(batch.sequences[i, 600:], row.sequences[0, 600 - skipped :])
+            for a, b in zip(batch.logits, row.logits, strict=True):
+                torch.testing.assert_close(a[i], b[0], rtol=0, atol=2e-3 * float(b.abs().max()))
 
 
 def test_a_lossy_cache_is_smaller_and_finite(codec: ModelCodec) -> None:

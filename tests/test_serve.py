@@ -1,0 +1,70 @@
+"""perf.serve without vLLM: what it asks for, and what it says of what it gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perf import serve
+from spectral_kernels.codec import ModelCodec
+
+ARGS = argparse.Namespace(
+    cells=[(1, 512), (8, 256)], lengths=[300, 900], full=True, check=False, seqs=40, many=100
+)
+
+
+def row(backend: str, kind: str, tpot: float, batch: int = 1) -> dict[str, Any]:
+    about = {"backend": backend, "kv_dtype": kind, "B": batch, "T": 512, "ttft_ms": 10.0}
+    return {**about, "tpot_ms": tpot, "kv_tokens": 1000, "throughput": 1000 * batch / tpot}
+
+
+def test_what_an_engine_is_asked_for():
+    assert serve.sizes(ARGS) == [1, 8, 40]
+    assert serve.longest(ARGS) >= 900 + ARGS.many
+    assert serve.cell("8x32768") == (8, 32768)
+    (long,), (short,) = serve.prompts(1, 200, 512, first=3), serve.prompts(1, 50, 512, first=3)
+    assert long["prompt_token_ids"][:50] == short["prompt_token_ids"]
+    assert serve.prompts(2, 50, 512)[0] != serve.prompts(2, 50, 512)[1]
+
+
+def test_model_and_codec_are_of_one_shape(tmp_path: Path):
+    serve.make_model("tiny", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for kind in ("balanced", "8 bits"):
+        serve.make_codec("tiny", kind, tmp_path / "codec.safetensors")
+        codec = ModelCodec.load(tmp_path / "codec.safetensors")
+        assert len(codec.layers) == config["num_hidden_layers"]
+        assert {x.kv_heads for x in codec.layers} == {config["num_key_value_heads"]}
+        assert {x.layout.head_dim for x in codec.layers} == {config["head_dim"]}
+
+
+def test_table_compares_with_the_first_backend():
+    rows = [row("FLASH_ATTN", "bfloat16", 5.0), row("FLASH_ATTN", "bfloat16", 8.0, batch=8)]
+    rows += [row("SPECTRAL", "balanced", 4.0), row("SPECTRAL", "balanced", 6.0, batch=8)]
+    lines = serve.table(rows).splitlines()
+    assert len(lines) == 5
+    assert "(0.80x)" in lines[3]
+    assert "(0.75x)" in lines[4]
+
+
+@pytest.mark.parametrize(("lead", "code"), [(0.01, 0), (1.0, 1)])
+def test_check_tells_a_tie_from_a_defect(lead, code, capsys):
+    """A token that was nearly a tie may be missed, one that led may not."""
+    tokens = [[[5, 6, 7]], [[5, 6, 7]]]
+    rows: list[dict[str, Any]] = [
+        {"backend": name, "kv_dtype": kind, "tokens": tokens, "leads": [[2.0, lead, 2.0]]}
+        for name, kind in (
+            ("FLASH_ATTN", "bfloat16"),
+            ("SPECTRAL", "exact"),
+            ("SPECTRAL", "8 bits"),
+        )
+    ]
+    assert serve.report_check(rows) == 0
+    rows[1] = {**rows[1], "tokens": [[[5, 9, 9]], [[5, 6, 7]]]}
+    assert serve.report_check(rows) == code
+    assert serve.report_check(rows[:2]) == 1, "a backend is missing"
+    assert "same tokens [1]" in capsys.readouterr().out
