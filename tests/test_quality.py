@@ -262,6 +262,23 @@ def test_the_lloyd_max_levels_of_turbo():
     assert float(off.square().mean() / x.square().mean()) == pytest.approx(0.0345, rel=0.03)
 
 
+def test_a_bias_of_keys_costs_the_centred_yardsticks_nothing(prefix):
+    """A channel's constant of 100 is taken out first and comes back; of values it is not."""
+    bias = torch.zeros(prefix.k[0].shape[-1])
+    bias[3] = 100.0
+    moved = replace(prefix, k=[k + bias for k in prefix.k], v=[v + bias for v in prefix.v])
+    for name in ("saw-int4", "oscar-2", "turbo-3", "kivi-2"):
+        (k, v), (moved_k, moved_v) = (
+            quality.YARDSTICKS[name](x).layers[1] for x in (prefix, moved)
+        )
+        off = (moved_k - bias - k).square().mean() / (k - prefix.k[1]).square().mean()
+        assert off < 0.05 or name == "kivi-2", name  # keys nearly as before
+        lost = [
+            (x - y).square().mean() for x, y in ((v, prefix.v[1]), (moved_v - bias, prefix.v[1]))
+        ]
+        assert lost[1] > 10 * lost[0], name
+
+
 def test_yardsticks_keep_sinks_and_newest_tokens(prefix):
     for name in ("kivi-2", "kvarn-k4v2"):
         (k, _), exact = quality.YARDSTICKS[name](prefix).layers[0], prefix.k[0]
