@@ -23,6 +23,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -285,6 +286,7 @@ def environment(folder: Path) -> dict[str, str]:
     quiet["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     # vLLM keeps Triton's cache by model unless told where: `compile_kernels` fills this one.
     quiet["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / "cache")
+    quiet["PYTHONFAULTHANDLER"] = "1"
     quiet["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA may be in use before an engine starts
     return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
@@ -325,14 +327,16 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
                     compile_kernels(args, codec, env)
             begin, results = time.perf_counter(), folder / "results.jsonl"
             results.write_text("")
-            log = Path(os.environ.get("OUT", temporary)) / f"{backend.replace(' ', '-')}.log"
+            name = re.sub(r"\W+", "-", backend)
+            log = Path(os.environ.get("OUT", temporary)) / f"{name}.log"
             with log.open("w") as file:
                 command = [sys.executable, "-m", "perf.serve", *argv, *extra]
                 done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
             found = [json.loads(x) for x in results.read_text().splitlines()]
             lines = log.read_text().splitlines()
             print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
-            print(f"{backend}: {len(found)} rows, {time.perf_counter() - begin:.0f} s", flush=True)
+            took = f"{time.perf_counter() - begin:.0f} s"
+            print(f"{backend}: {len(found)} rows, exit {done.returncode}, {took}", flush=True)
             if done.returncode:  # the cause is often not in the last lines
                 causes = [x for x in lines[:-25] if "Error" in x]
                 print(*causes[-10:], *lines[-25:], sep="\n", flush=True)

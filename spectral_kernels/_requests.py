@@ -72,8 +72,9 @@ class IndexedSlots:
     now, into the pages that it has now (no step came between that could write to them).
     """
 
-    def __init__(self, slots: int, window: int) -> None:
+    def __init__(self, slots: int, window: int, exact: bool = False) -> None:
         self.scratch, self.window, self.step = slots, window, 0
+        self.exact = exact  # pages hold nothing to start on: what is computed already goes on
         self._seen: dict[int, tuple[Any, ...]] = {}  # slot: step, length, pages of the window
 
     def place(self, rows: Rows, index: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -83,7 +84,7 @@ class IndexedSlots:
         for i in np.flatnonzero(rows.filling).tolist():
             (before, now), slot = (rows.past[i], rows.length[i]), int(slots[i])
             expected = self.step - 1, before, rows.of(i, before - self.window, before)
-            if not before or self._seen.get(slot) != expected:
+            if not before or (not self.exact and self._seen.get(slot) != expected):
                 started.append(i)
             self._seen[slot] = self.step, now, rows.of(i, now - self.window, now)
         return slots, started

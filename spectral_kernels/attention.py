@@ -20,11 +20,11 @@ queries a sequence. Pages hold operand fragments, so what a thread loads goes to
 it is. The warps of a program work on a page each (from sm_80; attention_sm75.py before): a block of
 16 components is as high as one dot, so that they would all compute the same one.
 
-The grid is fixed by the batch and the card. Lengths are read on the device, where the pages of all
-rows are shared out among the programs: a row has as many splits as its part of all pages is worth,
-whatever the capacity, and a long row beside short ones is no last straggler. Splits are joined in a
-fixed order: the same inputs give the same bits. (A row's last bits depend on its neighbours'
-lengths, by how often it is split.)
+The grid is fixed by shapes, capacity and the card. Lengths are read on the device, where the pages
+of all rows are shared out among the programs: a row has as many splits as its part of all pages is
+worth, and a long row beside short ones is no last straggler. Splits are joined in a fixed order:
+the same inputs give the same bits. (A row's last bits depend on its neighbours' lengths, by how
+often it is split.)
 
 Source: Dao et al., FlashAttention (2022), section 3; Flash-Decoding (split keys).
 Oracle: reference/attention.py.   Test: tests/test_attention.py.

@@ -121,7 +121,7 @@ class ModelCodec:
         sinks: first tokens of a sequence that stay exact.      window: newest tokens that are
             exact, at least 1.
         preset: its name.
-        fingerprint: of the model it was calibrated on (`calibrate.fingerprint`); "" if of no
+        fingerprint: of the model it was calibrated on (`fingerprint`); "" if of no
             particular one.
         notes: what it was calibrated on, in words and numbers; printed, not read by programs.
     """

@@ -304,11 +304,15 @@ class ModelCache(Cache):
         if self.capacity is not None and wanted <= self.capacity:
             return
         wanted = max(wanted, 2 * self.capacity if self.capacity else wanted + max(512, wanted // 2))
-        self.capacity, self.graph = -(-wanted // ROUND) * ROUND, None
+        before, self.capacity, self.graph = self.capacity, -(-wanted // ROUND) * ROUND, None
         if self.filled:
-            with torch.no_grad(), torch.inference_mode(False):
-                parts = self._allocate()
-                self._take([_copied(*pair) for pair in zip(self.parts, parts, strict=True)])
+            try:
+                with torch.no_grad(), torch.inference_mode(False):
+                    parts = self._allocate()
+                    self._take([_copied(*pair) for pair in zip(self.parts, parts, strict=True)])
+            except BaseException:  # out of memory: the cache is as it was
+                self.capacity = before
+                raise
         else:
             self.parts = []
 

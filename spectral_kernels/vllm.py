@@ -7,7 +7,8 @@ vLLM keeps its scheduler, block manager and workers. A block of its pool is a pa
 64 tokens' coefficients: it admits as many more tokens as these are smaller. The exact tokens lie
 beside it, a slot a running request in each layer (`SpectralImpl`).
 
-    build()     on the host before a step, launches only: the requests' slots, and what they lack
+    build()     on the host before a step: the requests' slots, and what they lack; it reads the
+                device in steps with prompts only, and launches
     forward()   decodes: append and attend, at fixed addresses: one full CUDA graph
                 prompts: attention to the raw keys and values and, if there are more than CHUNK, to
                 the past, rebuilt a piece at a time and joined by states; then encode
@@ -15,7 +16,8 @@ beside it, a slot a running request in each layer (`SpectralImpl`).
 A request that starts on computed tokens (a prefix hit; resumed after preemption) finds them in
 pages: its window is rebuilt from these. Its sinks are copied exactly from a pool by the number of
 its first page (`SinkPool`), or if they are gone rebuilt too.
-Tested with vLLM 0.32 (CPU, model runner V1) and 0.33 (H200, V2). Test: tests/test_vllm.py.
+Tested with vLLM 0.32 (CPU, model runner V1); written for the V2 of 0.33, which has not run it yet.
+Test: tests/test_vllm.py.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def _check_config(config: VllmConfig) -> None:
         "speculative decoding": config.speculative_config is not None,
         "context parallel": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
-        "microbatches": parallel.enable_dbo,
+        "microbatches": parallel.use_ubatching,
         f"kv_cache_dtype {kind}": kind not in ("auto", "bfloat16", "float16"),
         "model runner V1 on a GPU": not current_platform.is_cpu()
         and not config.use_v2_model_runner,
@@ -166,7 +168,9 @@ class Engine:
         token *= count * model.dtype.itemsize
         size = token * (self.sinks + self.window + KEPT * self.sinks)
         text = f"{size / 1e6:.2f} MB a request for exact tokens and kept sinks"
-        most = int(SHARE * current_platform.get_device_total_memory()) // size - 1
+        memory = current_platform.get_device_total_memory()
+        memory *= config.cache_config.gpu_memory_utilization
+        most = int(SHARE * memory) // size - 1
         if self.slots > most:
             raise ValueError(
                 f"max_num_seqs: expected at most {most}, got {self.slots}: {text}, in {SHARE:.0%} "
@@ -176,7 +180,8 @@ class Engine:
         self.max_pages = -(-model.max_model_len // PAGE_SIZE) + 1
         self.layers: list[SpectralImpl] = []
         self.pool, self.lost = SinkPool(self.entries), 0
-        numbered = IndexedSlots(self.slots, self.window), PagedSlots(self.slots)
+        exact = self.codec.preset == "exact"
+        numbered = IndexedSlots(self.slots, self.window, exact), PagedSlots(self.slots)
         self.placing: Any = numbered[not config.use_v2_model_runner]
         self.seen: Any = None  # vLLM's metadata of this step, and ours
         self.sent = np.zeros(0, np.int32)  # what seq_ids holds
@@ -201,6 +206,16 @@ class Engine:
                 parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
             impl.layer, impl.codec = layer, parts[id(codec)]
             layer.attn_backend = _backend(codec.layout.token_bytes, self.codec.preset == "exact")
+        # Groups of layers have block tables of their own; a step here has one.
+        others = [
+            x for x in self.context.values() if hasattr(x, "impl") and x not in found.values()
+        ]
+        sizes = {x.layout.token_bytes for x in parts.values()}
+        if others and (len(sizes) > 1 or len(found) > len(others)):
+            raise NotImplementedError(
+                f"{NAME}: {len(found)} layers with {sorted(sizes)} bytes a token beside "
+                f"{len(others)} of another backend: expected no more, and of one size"
+            )
         size = max(
             attend_workspace(
                 codec, batch=batch, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,

@@ -30,7 +30,8 @@ REFUSED = {
     "gemma3n": "keys of its own in every layer; it stays dense",
     "mistral, windows": "layers with full attention and nothing else.*; it stays dense",
     "deepseek_v3": r"MLA.*; it stays dense",
-    "diffllama": "it does more than softmax; it stays dense|attention function 'spectral' did not",
+    "diffllama": "it does more than softmax; it stays dense|attention function 'spectral' did not"
+    "|does not call transformers' attention interface",
     "bloom": "transformers' attention interface; it stays dense",
 }
 

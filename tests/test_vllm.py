@@ -317,7 +317,7 @@ def settings(**changes: Any) -> SimpleNamespace:
     config = SimpleNamespace(
         speculative_config=None, use_v2_model_runner=False, additional_config={},
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, enable_dbo=False
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
         cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(
