@@ -370,9 +370,12 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9})
-    size = (4.4 * len(plot), 3.4)
-    figure, axes = pyplot.subplots(1, len(plot), figsize=size, squeeze=False, layout="constrained")
-    for axis, (title, lines) in zip(axes[0], plot.items(), strict=True):
+    columns, rows = min(2, len(plot)), -(-len(plot) // 2)
+    shape = {"figsize": (4.4 * columns, 3.4 * rows), "layout": "constrained"}
+    figure, axes = pyplot.subplots(rows, columns, squeeze=False, **shape)
+    for axis in axes.flat[len(plot) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes.flat, plot.items(), strict=False):
         points = all(len(line) == 1 for line in lines.values())
         for name, line in lines.items():
             ours = name in PRESETS
