@@ -196,7 +196,7 @@ class SpectralCache:
             ) for layer in codec.layers
         ]  # fmt: skip
         size = max(needed, default=0)
-        self._workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
 
     @property
     def max_seqs(self) -> int:
@@ -206,7 +206,7 @@ class SpectralCache:
     def nbytes(self) -> int:
         """Bytes of all tensors, the codec among them."""
         lists = (self.k_pages, self.v_pages, self.k_exact, self.v_exact)
-        tables = (self.block_table, self.seq_lens, self.codec_ids, self._workspace)
+        tables = (self.block_table, self.seq_lens, self.codec_ids, self.workspace)
         return (
             sum(x.nbytes for some in lists for x in some)
             + sum(x.nbytes for x in tables)
@@ -307,7 +307,7 @@ class SpectralCache:
             q, self.k_pages[layer], self.v_pages[layer], self.codec.layers[layer],
             self.block_table, self.seq_lens, sinks=self.codec.sinks, window=self.codec.window,
             exact=(self.k_exact[layer], self.v_exact[layer]), codec_ids=self._ids(), scale=scale,
-            out=out, workspace=self._workspace if q.shape[2] == 1 else None,
+            out=out, workspace=self.workspace if q.shape[2] == 1 else None,
             after_append=after_append,
         )  # fmt: skip
         return out
@@ -442,3 +442,20 @@ class SpectralCache:
         self.pages.shrink(self.lengths)
         self.seq_lens.zero_()
         self.codec_ids.zero_()
+
+
+def copy_tokens(old: SpectralCache, new: SpectralCache) -> None:
+    """The tokens of one cache to another, empty one of the same codec and rows, with more room."""
+    new.reserve(old.lengths)
+    new.advance(old.seq_lens)
+    new.codec_ids.copy_(old.codec_ids)
+    new._oldest = list(old._oldest)
+    pools = [(*x.k_pages, *x.v_pages) for x in (old, new)]
+    for row, length in enumerate(old.lengths):
+        pages = slice(-(-length // PAGE_SIZE))
+        at, to = old.block_table[row, pages].long(), new.block_table[row, pages].long()
+        for source, target in zip(*pools, strict=True):
+            target[to] = source[at]
+    slots = [(*x.k_exact, *x.v_exact) for x in (old, new)]
+    for source, target in zip(*slots, strict=True):  # as many, or a ring that has not turned
+        target[:, :, : source.shape[2]] = source

@@ -46,10 +46,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from . import _model
 from ._model import NAME, Layer, compiled_layers, decoder_of, dense_attention, own_layers
 from .attention import attend_spectral
-from .cache import SpectralCache
-from .codec import Codec, ModelCodec
+from .cache import SpectralCache, copy_tokens
+from .codec import Codec, ModelCodec, cache_path, fingerprint
 from .compress import append
-from .layout import PAGE_SIZE
 
 PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -179,7 +178,7 @@ class SpectralLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """A step: q [B, H, Q, D], k and v of the new tokens [B, G, Q, D]; returns [B, H, Q, D]."""
         (x, i), codec = self.cache.places[self.index], self.cache.codecs[self.index]
-        workspace = x._workspace if q.shape[2] == 1 else None
+        workspace = x.workspace if q.shape[2] == 1 else None
         return torch.ops.spectral_kernels.step(
             q, k, v, x.k_pages[i], x.v_pages[i], x.k_exact[i], x.v_exact[i], x.block_table,
             x.seq_lens, codec, x.codec.sinks, x.codec.window, scale, workspace, learned,
@@ -309,7 +308,9 @@ class ModelCache(Cache):
             try:
                 with torch.no_grad(), torch.inference_mode(False):
                     parts = self._allocate()
-                    self._take([_copied(*pair) for pair in zip(self.parts, parts, strict=True)])
+                    for old, larger in zip(self.parts, parts, strict=True):
+                        copy_tokens(old, larger)
+                    self._take(parts)
             except BaseException:  # out of memory: the cache is as it was
                 self.capacity = before
                 raise
@@ -847,12 +848,12 @@ def _codec(
     model: PreTrainedModel, layers: Sequence[Layer], preset: str, codec: Any, tokenizer: Any
 ) -> ModelCodec:
     """The codec given, or known, or calibrated now; checked against the model."""
-    from . import calibrate  # not needed where a model runs exactly
-
-    name = calibrate.fingerprint(model)
+    name = fingerprint(model)
     if codec is None:
-        codec = calibrate.cache_path(name, preset)
+        codec = cache_path(name, preset)
         if not codec.is_file():
+            from . import calibrate  # not needed where a codec is known
+
             if any(layer.shard[1] > 1 for layer in layers):
                 raise ValueError(f"codec: expected {codec}, made before the model was sharded")
             print(f"spectral_kernels: calibrating {preset!r} for this model, once", file=sys.stderr)
@@ -876,24 +877,6 @@ def _codec(
         raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
     parts = zip(layers, codec.layers, strict=True)
     return replace(codec, layers=tuple(layer.codec(whole) for layer, whole in parts))
-
-
-def _copied(old: SpectralCache, new: SpectralCache) -> SpectralCache:
-    """The tokens of one cache in another, empty, with more room."""
-    new.reserve(old.lengths)
-    new.advance(old.seq_lens)
-    new.codec_ids.copy_(old.codec_ids)
-    new._oldest = list(old._oldest)
-    pools = [(*x.k_pages, *x.v_pages) for x in (old, new)]
-    for row, length in enumerate(old.lengths):
-        pages = slice(-(-length // PAGE_SIZE))
-        at, to = old.block_table[row, pages].long(), new.block_table[row, pages].long()
-        for source, target in zip(*pools, strict=True):
-            target[to] = source[at]
-    slots = [(*x.k_exact, *x.v_exact) for x in (old, new)]
-    for source, target in zip(*slots, strict=True):  # as many, or a ring that has not turned
-        target[:, :, : source.shape[2]] = source
-    return new
 
 
 def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

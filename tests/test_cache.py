@@ -505,7 +505,7 @@ def test_addresses_stay():
     def addresses() -> list[int]:
         cache = model.cache
         lists = (cache.k_pages, cache.v_pages, cache.k_exact, cache.v_exact)
-        tables = cache.block_table, cache.seq_lens, cache.codec_ids, cache._workspace
+        tables = cache.block_table, cache.seq_lens, cache.codec_ids, cache.workspace
         return [x.data_ptr() for x in (*(x for some in lists for x in some), *tables)]
 
     before = addresses()

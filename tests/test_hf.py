@@ -28,6 +28,7 @@ import torch._dynamo.testing  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
 from spectral_kernels import _launch, calibrate, hf  # noqa: E402
+from spectral_kernels.cache import copy_tokens  # noqa: E402
 from spectral_kernels.codec import Codec, ModelCodec  # noqa: E402
 from spectral_kernels.hf import CACHE, MAX_STEP, ModelCache, enable  # noqa: E402
 from spectral_kernels.layout import Bands, PageLayout  # noqa: E402
@@ -318,7 +319,8 @@ def test_a_copy_with_more_room_is_the_cache() -> None:
     model.rollback([30, 0])
     larger = test_cache.make_cache(max_tokens=640)
     assert model.cache.pages.rows[0] != [0, 1]
-    model.cache = hf._copied(model.cache, larger)
+    copy_tokens(model.cache, larger)
+    model.cache = larger
     model.check()
     model.store([200, 90], prompt=True)
     model.rollback([1, 1])
