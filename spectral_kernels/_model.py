@@ -229,6 +229,40 @@ def _device_of(module: Any) -> torch.device:
     return device
 
 
+def stock_parts(model: Any) -> list[tuple[Any, str, Any]]:
+    """(owner, attribute, value): what makes a model that Unsloth loaded run transformers' own code.
+
+    Its classes ask each module whether it is to be fast, and its modeling file keeps what it took
+    the place of. Empty for other models.
+    """
+    fast = [module for module in model.modules() if vars(module).get("_unsloth_fast_path")]
+    decoder: Any = decoder_of(model)
+    if not fast:
+        if type(decoder).forward.__module__.startswith("unsloth."):
+            raise NotImplementedError("model: expected one of Unsloth 2026.10.9 or newer")
+        return []
+    name = type(decoder).__name__.removesuffix("Model") + "RotaryEmbedding"
+    before, _ = sys.modules[type(decoder).__module__]._unsloth_pre_patch_originals
+    parts: list[tuple[Any, str, Any]] = [(module, "_unsloth_fast_path", False) for module in fast]
+    if name in before:  # theirs reads the device in every step
+        rotary = before[name](config=decoder.config).to(model.device)
+        parts.append((decoder, "rotary_emb", rotary))
+    return parts
+
+
+@contextmanager
+def using(parts: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """`stock_parts` in place, and back afterwards."""
+    before = [getattr(owner, name) for owner, name, _ in parts]
+    try:
+        for owner, name, value in parts:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(parts, before, strict=True):
+            setattr(owner, name, value)
+
+
 def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
     """The attention function of this name, as the module would call it.
 

@@ -621,7 +621,7 @@ class Handle:
 
     def __init__(
         self, model: Any, layers: Sequence[Layer], preset: str, codec: ModelCodec | None,
-        graph: bool, compiles: bool, max_tokens: int | None,
+        graph: bool, compiles: bool, max_tokens: int | None, stock: Sequence[Any],
     ) -> None:  # fmt: skip
         self.model, self.preset, self.max_tokens, self.compile = model, preset, max_tokens, compiles
         self.config, self.codec = decoder_of(model).config, codec
@@ -642,6 +642,7 @@ class Handle:
         self._capturing = False
         self._lock, self._local = threading.RLock(), threading.local()
         self._patches: list[tuple[nn.Module, str, Any]] = []
+        self._stock = stock
         for link in self.links:
             for module in link.layer.modules:
                 module._spectral = link  # type: ignore[assignment]
@@ -654,11 +655,17 @@ class Handle:
 
     def _patch(self, owner: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(owner, name)
+        if self._stock and name == "generate":
+            original = getattr(owner, "_old_generate", original)  # Unsloth's own, before it wraps
         self._patches.append((owner, name, vars(owner).get(name)))
 
         @functools.wraps(original)
         def patched(*args: Any, **kwargs: Any) -> Any:
-            return wrapper(original, *args, **kwargs)
+            if not self._stock:
+                return wrapper(original, *args, **kwargs)
+            ours = name != "forward" or any(isinstance(x, ModelCache) for x in kwargs.values())
+            with _model.using(self._stock if ours else ()):
+                return wrapper(original, *args, **kwargs)
 
         setattr(owner, name, patched)
 
@@ -806,33 +813,26 @@ class Handle:
         ):  # fmt: skip
             out = original(*args, **kwargs)
             if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):
-                self._capture_ahead(original, cache)
+                with self._lock:  # so that no step has to
+                    self._captured(original, cache)
             return out
         with self._lock:
             self._cache_of(given)
             self._begin(cache, given)
-            lengths = cache.spectral.lengths
             positions: Any = given.get("position_ids")
             positions = cache.spectral.seq_lens[:, None] if positions is None else positions
-            cache.spectral.reserve(1)
-            if cache.graph is None and not self._capture(original, cache):
-                cache.spectral.lengths = lengths
+            if not self._captured(original, cache):
                 return original(*args, **kwargs)
+            cache.spectral.reserve(1)
             cache.columns += 1
             return cache.graph.replay(cache, ids, positions)
 
-    def _capture_ahead(self, original: Callable[..., Any], cache: ModelCache) -> None:
-        """After a prompt of generate(): compile and capture now, so that no step has to."""
-        with self._lock:
-            filled = cache.filled and cache.static
-            if cache.graph is None and filled and cache.columns < (cache.capacity or 0):
-                lengths = cache.spectral.lengths
-                cache.spectral.reserve(1)
-                self._capture(original, cache)
-                cache.spectral.lengths = lengths
-
-    def _capture(self, original: Callable[..., Any], cache: ModelCache) -> bool:
-        """Capture the step that is about to run; what cannot be captured is said once."""
+    def _captured(self, original: Callable[..., Any], cache: ModelCache) -> bool:
+        """Whether there is a graph of a step; captured now if one can run. What cannot be captured
+        is said once."""
+        free = cache.filled and cache.static and cache.columns < (cache.capacity or 0)
+        if cache.graph is not None or not (self.graph and free):
+            return cache.graph is not None
 
         def forward(ids: torch.Tensor, positions: torch.Tensor) -> Any:
             options = {"use_cache": True, "return_dict": True, CACHE: cache}
@@ -840,6 +840,8 @@ class Handle:
                 return original(input_ids=ids, position_ids=positions, **options)
 
         self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
+        lengths = cache.spectral.lengths
+        cache.spectral.reserve(1)
         try:
             decoder, fused = decoder_of(self.model), None
             if self.compile and not cache.others:
@@ -851,7 +853,7 @@ class Handle:
             what = "this model's step cannot be captured as a CUDA graph, and runs without, slower"
             warnings.warn(f"spectral_kernels: {what}: {str(error).splitlines()[0]}", stacklevel=2)
         finally:
-            self._capturing = False
+            self._capturing, cache.spectral.lengths = False, lengths
         return cache.graph is not None
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -948,10 +950,12 @@ def enable(
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
-    found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
+    stock = _model.stock_parts(model)
+    with _model.using(stock):
+        found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
     name = preset if found is None else found.preset
     layers += _model.windows_of(model, layers)
-    handle = Handle(model, layers, name, found, graph, compile, max_tokens)
+    handle = Handle(model, layers, name, found, graph, compile, max_tokens, stock)
     if check and not model.training:
         _check(handle)
     return handle
