@@ -89,6 +89,14 @@ def stays(config: Any, ours: Sequence[Layer]) -> bool:
     return not moving and len(devices) == 1
 
 
+def weights_of(model: nn.Module) -> int:
+    """Stands for what a captured step has fixed: where weights lie, which adapters PEFT adds."""
+    state: list[Any] = [parameter.data_ptr() for parameter in model.parameters()]
+    names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+    adapters = (x for x in map(vars, model.modules()) if "merged_adapters" in x)
+    return hash((*state, *(str(x.get(name)) for x in adapters for name in names)))
+
+
 def full_layers(config: Any) -> list[int]:
     """Indices of the layers that keep all their keys and values, by the config alone.
 

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -73,11 +73,6 @@ POOLED = 2  # idle caches, of different numbers of rows, that generate() keeps f
 
 _CODECS: weakref.WeakValueDictionary[int, Codec] = weakref.WeakValueDictionary()
 _LIBRARY = torch.library.Library("spectral_kernels", "FRAGMENT")
-_LIBRARY.define(
-    "step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, "
-    "Tensor(c!) k_exact, Tensor(d!) v_exact, Tensor block_table, Tensor seq_lens, int codec, "
-    "int sinks, int window, float? scale, Tensor(e!)? workspace, Tensor? learned=None) -> Tensor"
-)
 
 
 def _step(
@@ -102,12 +97,6 @@ def _step(
     return out
 
 
-_LIBRARY.define(
-    "window_step(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor "
-    "seq_lens, int window, float? scale, Tensor? learned=None) -> Tensor"
-)
-
-
 def _put(ring: torch.Tensor, x: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """Store x [B, G, Q, D], the newest tokens, in their slots of a ring [B, G, slots, D]."""
     slots = ring.shape[2]
@@ -128,32 +117,32 @@ def _window_step(q, k, v, keys, values, seq_lens, window, scale, learned=None):
         _put(values, v, seq_lens)
         rows, ends = None, seq_lens
         if queries > 1:
-            rows = torch.arange(batch, dtype=torch.int32, device=q.device).repeat_interleave(
-                queries
-            )
-            later = torch.arange(queries - 1, -1, -1, dtype=torch.int32, device=q.device)
-            ends = (seq_lens[:, None] - later).flatten()
+            count = torch.arange(batch * queries, dtype=torch.int32, device=q.device)
+            rows = count // queries
+            ends = seq_lens[rows] - (queries - 1 - count % queries)
         out, lse = attend_window(
             q.transpose(1, 2).reshape(-1, heads, dim), keys, values, ends, sinks=0, window=window,
             seq_ids=rows, scale=scale,
         )  # fmt: skip
         if learned is not None:
             out *= torch.sigmoid(lse - learned.float())[..., None]
-    return out.to(q.dtype).view(batch, queries, heads, dim).transpose(1, 2)
+    return out.to(q.dtype).view(batch, queries, heads, dim).transpose(1, 2).contiguous()
 
 
-for _name, _function in (("step", _step), ("window_step", _window_step)):
+_SCHEMAS: dict[str, Callable[..., torch.Tensor]] = {
+    "step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, "
+    "Tensor(c!) k_exact, Tensor(d!) v_exact, Tensor block_table, Tensor seq_lens, int codec, int "
+    "sinks, int window, float? scale, Tensor(e!)? workspace, Tensor? learned=None)": _step,
+    "window_step(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor "
+    "seq_lens, int window, float? scale, Tensor? learned=None)": _window_step,
+}
+for _schema, _function in _SCHEMAS.items():
+    _LIBRARY.define(f"{_schema} -> Tensor")
+    _name = _schema.split("(")[0]
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("spectral_kernels::step", lib=_LIBRARY)
-def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
-@torch.library.register_fake("spectral_kernels::window_step", lib=_LIBRARY)
-def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
-    return torch.empty(q.transpose(1, 2).shape, dtype=q.dtype, device=q.device).transpose(1, 2)
+    torch.library.register_fake(
+        f"spectral_kernels::{_name}", lambda q, *_: q.new_empty(q.shape), lib=_LIBRARY
+    )
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -274,6 +263,12 @@ class SpectralLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing: the cache does it for all layers, and `reorder_cache` as well."""
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        pass
+
 
 class WindowLayer(SpectralLayer):
     """A layer of a `ModelCache` with a sliding window: the newest tokens, at fixed addresses.
@@ -287,45 +282,39 @@ class WindowLayer(SpectralLayer):
     values: Any
 
     @property
-    def slots(self) -> int:
-        return min(self.link.layer.window, self.cache.capacity) + SLACK
+    def span(self) -> int:
+        """Tokens that it attends to, of those that there is room for."""
+        return min(self.link.layer.window, self.cache.capacity)
 
     def grow(self) -> None:
-        """Slots for a larger capacity."""
-        more = self.slots - self.keys.shape[2]
-        self.keys, self.values = (
-            torch.nn.functional.pad(x, (0, 0, 0, max(more, 0))) for x in (self.keys, self.values)
-        )
+        """Slots for a larger capacity, while none has been used twice."""
+        more = (0, 0, 0, max(0, self.span + SLACK - self.keys.shape[2]))
+        self.keys, self.values = (nn.functional.pad(x, more) for x in (self.keys, self.values))
 
     def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = min(self.cache.columns, self.link.layer.window - 1)
-        at = torch.arange(-columns, 0, device=self.keys.device)
-        at = (self.cache.spectral.seq_lens - new)[:, None] + at  # [B, columns]
-        index = (at % self.keys.shape[2])[:, None, :, None].long()
-        shape, padding = (
-            (-1, *self.keys.shape[1:2], -1, self.keys.shape[3]),
-            at[:, None, :, None] < 0,
-        )
-        return tuple(
-            x.gather(2, index.expand(shape)).masked_fill(padding, 0.0)
-            for x in (self.keys, self.values)
-        )
+        ends, found = self.cache.spectral.seq_lens - new, []
+        count = min(self.cache.columns, self.link.layer.window - 1)
+        at = ends[:, None] + torch.arange(-count, 0, device=ends.device)
+        at = at[:, None, :, None]  # positions [B, 1, columns, 1]
+        for x in (self.keys, self.values):
+            slots = (at % x.shape[2]).long().expand(-1, x.shape[1], -1, x.shape[3])
+            found.append(x.gather(2, slots).masked_fill(at < 0, 0.0))
+        return found[0], found[1]
 
     def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        shape = (*k.shape[:2], self.slots, k.shape[3])
+        shape = (*k.shape[:2], self.span + SLACK, k.shape[3])
         if self.keys is None or (self.keys.shape, self.keys.dtype) != (shape, k.dtype):
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
-            for x in (self.keys, self.values):
-                torch._dynamo.mark_static_address(x)
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
         _put(self.keys, k, self.cache.spectral.seq_lens)
         _put(self.values, v, self.cache.spectral.seq_lens)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any, learned: Any
     ) -> torch.Tensor:
-        lens, window = self.cache.spectral.seq_lens, self.slots - SLACK
-        step = torch.ops.spectral_kernels.window_step
-        return step(q, k, v, self.keys, self.values, lens, window, scale, learned)
+        state = (self.keys, self.values, self.cache.spectral.seq_lens, self.span)
+        return torch.ops.spectral_kernels.window_step(q, k, v, *state, scale, learned)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         length, _ = super().get_mask_sizes(query_length)
@@ -336,10 +325,10 @@ class WindowLayer(SpectralLayer):
         for x in (self.keys, self.values):
             x.copy_(x[beam_idx.to(x.device)])
 
-    def check_crop(self, keep: int, highest: int) -> None:
-        """RuntimeError: of the first `keep` columns of `highest` ever its window has lost some."""
-        window = self.link.layer.window
-        if max(keep - window + 1, 0) < highest - self.keys.shape[2]:
+    def crop(self, tokens_to_remove: int) -> None:
+        """RuntimeError: the window would have lost tokens to later ones."""
+        keep = self.cache.columns + tokens_to_remove
+        if max(keep - self.span + 1, 0) < self.cache.highest - self.keys.shape[2]:
             raise RuntimeError(f"{CACHE}: sliding windows keep {SLACK} tokens to crop, no more")
 
 
@@ -499,13 +488,13 @@ class ModelCache(Cache):
 
     def _take(self, parts: list[SpectralCache]) -> None:
         """New tensors: known to the layers, the operator and torch.compile."""
-        self.parts, places = parts, cast(dict[int, tuple[SpectralCache, int]], {})
-        for part, members in zip(parts, self.owner().members, strict=True):
-            places |= {layer: (part, i) for i, layer in enumerate(members)}
-            pools = chain(part.k_pages, part.v_pages, part.k_exact, part.v_exact)
-            for x in (*pools, part.block_table, part.seq_lens):
-                torch._dynamo.mark_static_address(x)
+        self.parts, members = parts, zip(parts, self.owner().members, strict=True)
+        places = {layer: (part, i) for part, some in members for i, layer in enumerate(some)}
         self.places = [places[layer] for layer in sorted(places)]
+        for part in parts:
+            pools = (part.k_pages, part.v_pages, part.k_exact, part.v_exact)
+            for x in chain(*pools, (part.block_table, part.seq_lens)):
+                torch._dynamo.mark_static_address(x)
         codecs = [part.codec.layers[i] for part, i in self.places]
         self.codecs = [id(codec) for codec in codecs]
         _CODECS.update(zip(self.codecs, codecs, strict=True))
@@ -534,9 +523,6 @@ class ModelCache(Cache):
                 raise ValueError(f"tokens_to_remove: expected to keep {max(self.padding) + 1}")
             self.highest = max(self.highest, columns)
             for layer in self.layers:
-                if isinstance(layer, WindowLayer):
-                    layer.check_crop(keep, self.highest)
-            for layer in self.others:
                 layer.crop(keep - columns)
             for part in self.parts:
                 part.rollback(columns - keep)
@@ -559,8 +545,7 @@ class ModelCache(Cache):
             part.reorder(rows)
         self.hold()
         for layer in self.layers:
-            if type(layer) is not SpectralLayer:
-                layer.reorder_cache(beam_idx)
+            layer.reorder_cache(beam_idx)
         if self.first is not None:
             self.padding = [self.padding[row] for row in rows]
             self.first.copy_(self.first[beam_idx.to(self.first.device)])
@@ -790,8 +775,8 @@ class Handle:
         if cache.first is not None and mask is None and not (cache.is_step(new) and full):
             column = torch.arange(past + new, device=inputs.device)
             kwargs["attention_mask"] = (column >= cache.first[:, None]).long()
-        if self.graph and not cache.is_step(new):
-            weights = hash(tuple(parameter.data_ptr() for parameter in self.model.parameters()))
+        if self.graph and new > 1:
+            weights = _model.weights_of(self.model)
             cache.graph = cache.graph if cache.weights == weights else None
             cache.weights = weights
         return new

@@ -112,6 +112,7 @@ def test_lora(codec: ModelCodec) -> None:
         task_type="CAUSAL_LM",
     )  # fmt: skip
     torch.manual_seed(2)
+    base = generate(model, inputs)
     wrapped = peft.get_peft_model(model, config).eval()
     dense = generate(wrapped, inputs)
     before = state(wrapped.get_base_model())
@@ -121,8 +122,11 @@ def test_lora(codec: ModelCodec) -> None:
         out = generate(wrapped, inputs, return_dict_in_generate=True)
         assert out[CACHE].owner() is handle
         assert torch.equal(out.sequences, dense)
+        weights = _model.weights_of(wrapped)
         with wrapped.disable_adapter():
-            assert not torch.equal(generate(wrapped, inputs), dense)
+            assert torch.equal(generate(wrapped, inputs), base)
+            assert _model.weights_of(wrapped) != weights  # so that no captured step is replayed
+        assert _model.weights_of(wrapped) == weights
         assert torch.equal(generate(wrapped.get_base_model(), inputs), dense)
         wrapped.train()
         wrapped(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
