@@ -640,8 +640,8 @@ class Handle:
 
     def _patch(self, owner: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
         original = getattr(owner, name)
-        if self._stock and name == "generate":
-            original = getattr(owner, "_old_generate", original)  # Unsloth's own, before it wraps
+        if name == "generate":  # what Unsloth wraps: its own forces caches of other kinds
+            original = getattr(owner, "_old_generate", original)
         self._patches.append((owner, name, vars(owner).get(name)))
 
         @functools.wraps(original)

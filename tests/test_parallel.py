@@ -142,11 +142,14 @@ def test_lora(codec: ModelCodec) -> None:
 def worker(folder: str, path: str) -> None:
     """What each of two processes does; rank 0 prints."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+    on_gpus = cases.DEVICE.type == "cuda"
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if on_gpus else "gloo")
     model = AutoModelForCausalLM.from_pretrained(
         folder, tp_plan="auto", attn_implementation="sdpa"
     ).eval()
-    inputs = prompt(100, rows=2, padding=(20, 0))
+    inputs = {key: x.to(model.device) for key, x in prompt(100, rows=2, padding=(20, 0)).items()}
     rank, dense = torch.distributed.get_rank(), generate(model, inputs)
     with enable(model, "exact"):
         out = generate(model, inputs, return_dict_in_generate=True)
@@ -163,8 +166,8 @@ def worker(folder: str, path: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@on_cpu
-@pytest.mark.skipif(VERSION < (5, 24), reason="shards by DTensor everywhere since")
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="a GPU for each of two ranks")
+@pytest.mark.skipif(VERSION < (5, 17), reason="shards by DTensor since")
 def test_each_rank_has_its_own_heads(codec: ModelCodec, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model, inputs = tiny(), prompt(100, rows=2, padding=(20, 0))
