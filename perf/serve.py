@@ -4,6 +4,7 @@ second with the pool full, a backend after another.
     python -m perf.serve --cells 1x8192 1x32768 8x32768 1x131072
                          --backends FLASH_ATTN FLASH_ATTN:fp8 SPECTRAL:balanced --json
     python -m perf.serve --check          tokens of a small model, against FLASH_ATTN (CPU_ATTN)
+                         --tp 2           the same on two cards, against one
 
 An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
 each backend, all with the same share of the card's memory; one that fails leaves the others alone.
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,8 @@ class Served:
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
             more["additional_config"] = {"spectral": given}
+        if args.check:  # of engines side by side none can measure the memory
+            more["kv_cache_memory_bytes"] = 2**30
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
             load_format="auto" if args.model or args.check else "dummy", block_size=64,
@@ -309,39 +313,46 @@ def compile_kernels(args: argparse.Namespace, codec: Path, env: dict[str, str]) 
     print(f"{len(running)} compilers, {failed} failed, {took:.0f} s", flush=True)
 
 
+def run_backend(
+    args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str
+) -> list[Row]:
+    kind, name = backend.partition(":")[2], re.sub(r"\W+", "-", backend)
+    results = folder / f"{name}.jsonl"
+    extra = ["--one", backend, "--folder", str(folder), "--results", str(results)]
+    if args.check and backend == args.backends[0]:
+        extra += ["--tp", "1"]  # what others are compared with
+    if kind in (*LOSSY, "8 bits") and not args.codec:
+        codec = folder / f"{name}.safetensors"
+        make_codec(args.shape, kind, codec)
+        extra += ["--codec", str(codec)]
+        if torch.cuda.is_available():
+            compile_kernels(args, codec, env)
+    results.write_text("")
+    begin = time.perf_counter()
+    log = Path(os.environ.get("OUT", folder)) / f"{name}.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "perf.serve", *argv, *extra]
+        done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
+    lines = log.read_text().splitlines()
+    print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
+    rows = [json.loads(x) for x in results.read_text().splitlines()]
+    took = f"{time.perf_counter() - begin:.0f} s"
+    print(f"{backend}: {len(rows)} rows, exit {done.returncode}, {took}", flush=True)
+    if done.returncode:  # the cause is often not in the last lines
+        causes = [x for x in lines[:-25] if "Error" in x]
+        print(*causes[-10:], *lines[-25:], sep="\n", flush=True)
+    return rows
+
+
 def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(args.shape, folder / "model", weights=args.check)
         env = environment(folder)
-        for backend in args.backends:
-            kind = backend.partition(":")[2]
-            extra = ["--one", backend, "--folder", temporary]
-            if kind in (*LOSSY, "8 bits") and not args.codec:
-                codec = folder / f"{kind.replace(' ', '-')}.safetensors"
-                if not codec.exists():
-                    make_codec(args.shape, kind, codec)
-                extra += ["--codec", str(codec)]
-                if torch.cuda.is_available():
-                    compile_kernels(args, codec, env)
-            begin, results = time.perf_counter(), folder / "results.jsonl"
-            results.write_text("")
-            name = re.sub(r"\W+", "-", backend)
-            log = Path(os.environ.get("OUT", temporary)) / f"{name}.log"
-            with log.open("w") as file:
-                command = [sys.executable, "-m", "perf.serve", *argv, *extra]
-                done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
-            found = [json.loads(x) for x in results.read_text().splitlines()]
-            lines = log.read_text().splitlines()
-            print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
-            took = f"{time.perf_counter() - begin:.0f} s"
-            print(f"{backend}: {len(found)} rows, exit {done.returncode}, {took}", flush=True)
-            if done.returncode:  # the cause is often not in the last lines
-                causes = [x for x in lines[:-25] if "Error" in x]
-                print(*causes[-10:], *lines[-25:], sep="\n", flush=True)
-            rows += found
-    return rows
+        # Engines that are timed come one after another.
+        with ThreadPoolExecutor(len(args.backends) if args.check else 1) as pool:
+            found = pool.map(lambda x: run_backend(args, argv, folder, env, x), args.backends)
+            return [row for rows in found for row in rows]
 
 
 def table(rows: list[Row]) -> str:
@@ -393,22 +404,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
     common_arguments(parser, "serve.jsonl")
-    for name in ("--one", "--folder"):
+    for name in ("--one", "--folder", "--results"):
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.check:
-        args.shape, args.cells, args.full, args.seqs, args.chunk = (
-            "tiny",
-            [(1, 2048)],
-            False,
-            8,
-            256,
-        )
+        args.shape, args.cells, args.full = "tiny", [(1, 2048)], False
+        args.seqs, args.chunk, args.utilization = 8, 256, 0.1
         reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
         args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]
     if args.one:
-        folder = Path(args.folder)
-        run_one(args, args.one, folder, folder / "results.jsonl")
+        run_one(args, args.one, Path(args.folder), Path(args.results))
         return 0
     rows = run_all(args, argv)
     if args.check:
