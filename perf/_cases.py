@@ -14,6 +14,7 @@ tests/test_perf.py holds both against the oracle and its budget.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,12 @@ def random_codec(
     return Codec(layout, freqs, k[0], k[1], k[2], mean, offset, v[0], v[1], v[2])
 
 
+def copy_of(codec: Codec) -> Codec:
+    """Of memory of its own."""
+    names = (field.name for field in dataclasses.fields(codec) if field.name != "layout")
+    return Codec(codec.layout, **{name: getattr(codec, name).clone() for name in names})
+
+
 def eight_bit_codec(
     layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, largest: float
 ) -> ModelCodec:
@@ -107,53 +114,62 @@ def random_model_codec(
     dim: int,
     freqs: torch.Tensor,
     value_std: float = 1.0,
+    first: int = 0,
 ) -> ModelCodec:
-    """A codec of so many layers, of memory of their own, whose layouts take turns."""
+    """A codec of so many layers, of memory of their own, whose layouts take turns from number
+    `first` on."""
     known = [random_codec(x, kv_heads, freqs, value_std=value_std) for x in layouts(preset, dim)]
 
-    def copy_of(codec: Codec) -> Codec:
-        tensors = {
-            f.name: getattr(codec, f.name).clone()
-            for f in dataclasses.fields(codec)
-            if f.name != "layout"
-        }
-        return Codec(codec.layout, **tensors)
-
-    codecs = tuple(copy_of(known[i % len(known)]) for i in range(layers))
+    codecs = tuple(copy_of(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One new token a row of T: B rows, H query heads, G KV heads, head dimension D."""
+    """B rows of T tokens, of which the newest Q are a step's; H query heads, G KV heads, head
+    dimension D. lengths: of the rows, where they differ (T: of the longest). capacity: tokens of a
+    row that the block table has entries for, at least T."""
 
     batch: int
     heads: int
     kv_heads: int
     dim: int
     tokens: int
+    queries: int = 1
+    capacity: int = 0
+    lengths: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
+        text = f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
+        text += f" Q={self.queries}" if self.queries > 1 else ""
+        return text + (f" of {self.capacity}" if self.capacity else "") + (" mixed" * self.mixed)
+
+    @property
+    def mixed(self) -> bool:
+        return bool(self.lengths)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tokens of each."""
+        return self.lengths or (self.tokens,) * self.batch
 
     @property
     def dense_bytes(self) -> int:
         """Of K and V in 16 bits."""
-        return 4 * self.batch * self.kv_heads * self.tokens * self.dim
+        return 4 * self.kv_heads * sum(self.rows) * self.dim
 
     def page_bytes(self, layout: PageLayout, exact: int = 0) -> int:
-        """Of the coefficients of all but `exact` tokens, and table entries."""
-        pages = -(-self.tokens // PAGE_SIZE)
-        return self.batch * (self.kv_heads * (self.tokens - exact) * layout.token_bytes + 4 * pages)
+        """Of the coefficients of all but `exact` tokens a row, and table entries."""
+        token = self.kv_heads * layout.token_bytes
+        return sum((n - exact) * token + 4 * -(-n // PAGE_SIZE) for n in self.rows)
 
     def step_bytes(self, layout: PageLayout, exact: int) -> int:
         """Of all that a step must read: pages, bases and encoders once a batch, exact tokens,
         queries."""
         ranks = layout.k.rank + layout.v.rank
         codec = self.kv_heads * (ranks * (5 * self.dim + 4) + 4 * self.dim + 4 * layout.k.rank)
-        small = 4 * self.kv_heads * self.dim * exact + 2 * self.dim * (
-            self.heads + 2 * self.kv_heads
-        )
+        small = 4 * self.kv_heads * self.dim * exact
+        small += 2 * self.dim * self.queries * (self.heads + 2 * self.kv_heads)
         return self.page_bytes(layout, exact) + codec + self.batch * small
 
 
@@ -161,9 +177,8 @@ class Shape:
 class Step:
     """The inputs of one layer's decode step, and its state.
 
-    q [B, H, D]; k, v [B, G, 1, D] of the newest token (position seq_lens - 1); the rest as
-    attend_spectral takes it. inv_freq: float64 [pairs], what codec.freqs was made of, for the
-    reference.
+    q [B, H, (Q,) D]; k, v [B, G, Q, D] of the newest tokens; the rest as attend_spectral takes it.
+    inv_freq: float64 [pairs], what codec.freqs was made of, for the reference.
     """
 
     q: torch.Tensor
@@ -217,48 +232,43 @@ def make_steps(
     copies: int,
     dtype: torch.dtype,
     device: torch.device,
-    capacity: int = 0,
     older_cards: bool = False,
 ) -> list[Step]:
-    """Random steps of one shape, of no memory in common. capacity: tokens of a row in the block
-    table, at least T."""
-    batch, groups, dim = shape.batch, shape.kv_heads, shape.dim
+    """Random steps of one shape, of no memory in common."""
+    batch, groups, dim, new = shape.batch, shape.kv_heads, shape.dim, shape.queries
     sinks, recent = PRESETS[preset].sinks, PRESETS[preset].window
     inv_freq = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     freqs = freqs_from_inv_freq(inv_freq, device=device)
-    used, entries = (-(-n // PAGE_SIZE) for n in (shape.tokens, max(capacity, shape.tokens)))
+    used = [-(-n // PAGE_SIZE) for n in shape.rows]
+    entries = max(*used, -(-shape.capacity // PAGE_SIZE))
+    i32: Any = {"dtype": torch.int32, "device": device}
+    codec = random_codec(layout, groups, freqs)
 
     def normal(*size: int, std: float = 1.0) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(std=std)
 
+    def pages(bands: Bands) -> torch.Tensor:
+        size = (sum(used), groups, PAGE_SIZE * bands.bytes)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+
     steps = []
     for _ in range(copies):
-        k_pages, v_pages = (
-            torch.randint(
-                0,
-                256,
-                (batch * used, groups, PAGE_SIZE * bands.bytes),
-                dtype=torch.uint8,
-                device=device,
-            )
-            for bands in (layout.k, layout.v)
-        )
-        table = torch.zeros(batch, entries, dtype=torch.int32, device=device)
-        table[:, :used] = torch.randperm(batch * used, dtype=torch.int32, device=device).view(
-            batch, used
-        )
+        table = torch.zeros(batch, entries, **i32)
+        for row, own in zip(table, torch.randperm(sum(used), **i32).split(used), strict=True):
+            row[: len(own)] = own
+        q = normal(batch, shape.heads, new, dim)
         slots = (batch, groups, sinks + recent, dim)
         step = Step(
-            normal(batch, shape.heads, dim),
-            normal(batch, groups, 1, dim, std=SCORE_STD),
-            normal(batch, groups, 1, dim),
-            random_codec(layout, groups, freqs),
-            k_pages,
-            v_pages,
+            q if new > 1 else q[:, :, 0],
+            normal(batch, groups, new, dim, std=SCORE_STD),
+            normal(batch, groups, new, dim),
+            copy_of(codec),
+            pages(layout.k),
+            pages(layout.v),
             normal(*slots, std=SCORE_STD),
             normal(*slots),
             table,
-            torch.full((batch,), shape.tokens, dtype=torch.int32, device=device),
+            torch.tensor(shape.rows, **i32),
             sinks,
             recent,
             inv_freq.to(device),
@@ -321,23 +331,25 @@ def _side(
     return codes, (codes - offset).abs() + offset.abs(), scale[:, None] * basis, low
 
 
-def expected(step: Step, b: int, g: int, parts: Sequence[str] = BOTH) -> Expected:
-    """The state over the tokens of the pages, the exact ones, or both, of row b and KV head g.
+def expected(step: Step, b: int, g: int, parts: Sequence[str] = BOTH, query: int = 0) -> Expected:
+    """The state over the tokens of the pages, the exact ones, or both, of row b and KV head g, for
+    one of the step's queries.
 
     A key's score may be off by what tests/budgets.py allows for its kind, and so may the output; a
     state made of both is also allowed what joining two states may lose, as an error of each key's
     weight.
     """
-    heads, dim = step.q.shape[1:]
+    queries = step.q if step.q.dim() == 4 else step.q[:, :, None]
+    _, heads, count, dim = queries.shape
     group, acc, pairs = heads // step.codec.kv_heads, budgets.ACC, len(step.inv_freq)
     length, ring = int(step.seq_lens[b]), step.k_exact.shape[2] - step.sinks
     scale = dim**-0.5 if step.scale is None else step.scale
-    q = step.q[b, g * group : (g + 1) * group].double()
+    q = queries[b, g * group : (g + 1) * group, query].double()
     at = torch.arange(length, device=q.device)
     is_exact = (at < step.sinks) | (at >= length - step.window)
     scores, errors, values = [], [], []
     if "exact" in parts:
-        p = at[is_exact]
+        p = at[is_exact & (at <= length - count + query)]  # not the tokens after the query
         slots = torch.where(p < step.sinks, p, step.sinks + (p - step.sinks) % ring)
         k, v = (x[b, g, slots].double() for x in (step.k_exact, step.v_exact))
         scores.append(scale * q @ k.T)
@@ -393,7 +405,7 @@ def expected(step: Step, b: int, g: int, parts: Sequence[str] = BOTH) -> Expecte
 
     o_error, exact = torch.zeros_like(o), 0
     if "exact" in parts:
-        exact = int(is_exact.sum())
+        exact = scores[0].shape[1]
         adds = (min(exact, budgets.TILE) + exact // 32 + 8) * acc
         o_error += (budgets.PRODUCT + adds) * weight[:, :exact] @ value[:exact].abs()
     if "pages" in parts:
@@ -438,9 +450,9 @@ def expected(step: Step, b: int, g: int, parts: Sequence[str] = BOTH) -> Expecte
 def check_state(
     step: Step, state: tuple[torch.Tensor, torch.Tensor | None], parts: Sequence[str] = BOTH
 ) -> float:
-    """The largest error of a state (o [B, H, D], lse [B, H] or None) in units of its budget, over
-    the heads of two rows and KV heads (the first of the first row, the last of the last). A 16-bit
-    o may be rounded once.
+    """The largest error of a state (o [B, H, (Q,) D], lse [B, H, (Q)] or None) in units of its
+    budget, over the heads of two rows and KV heads (the first of the first row, the last of the
+    last) and the first and last query. A 16-bit o may be rounded once.
 
     Raises:
         AssertionError: an error is larger than its budget, or a number of the whole state is not
@@ -449,13 +461,16 @@ def check_state(
     o, lse = state
     if not all(x.isfinite().all() for x in state if x is not None):
         raise AssertionError("the state holds numbers that are not finite")
+    if step.q.dim() == 3:
+        o, lse = o[:, :, None], None if lse is None else lse[:, :, None]
     group, ratios = step.q.shape[1] // step.codec.kv_heads, []
-    for b, g in sorted({(0, 0), (len(o) - 1, step.codec.kv_heads - 1)}):
-        want, heads = expected(step, b, g, parts), slice(g * group, (g + 1) * group)
+    corners = {(0, 0), (len(o) - 1, step.codec.kv_heads - 1)}
+    for (b, g), i in itertools.product(sorted(corners), sorted({0, o.shape[2] - 1})):
+        want, heads = expected(step, b, g, parts, i), slice(g * group, (g + 1) * group)
         allowed = want.o_budget + budgets.U[o.dtype] * want.o.abs()
-        ratios.append(((o[b, heads].double() - want.o).abs() / allowed).max())
+        ratios.append(((o[b, heads, i].double() - want.o).abs() / allowed).max())
         if lse is not None:
-            ratios.append(((lse[b, heads].double() - want.lse).abs() / want.lse_budget).max())
+            ratios.append(((lse[b, heads, i].double() - want.lse).abs() / want.lse_budget).max())
     worst = float(torch.stack(ratios).max())  # NaN if one is
     if not worst <= 1:
         raise AssertionError(f"an error of {worst:.3g} times the budget")

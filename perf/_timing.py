@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -222,8 +223,17 @@ def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     parser.add_argument("--commit", help="what rows say is measured; default: git's word")
 
 
-def begin(commit: str | None = None) -> tuple[Card, Row]:
-    """The card, and what all rows of a run share; prints it. Exits with 2 without a card."""
+START = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """Print a line with the seconds since the start: of a run that is stuck one sees where."""
+    print(f"[{time.perf_counter() - START:5.1f} s] {text}", flush=True)
+
+
+def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
+    """The card, and what all rows of a run share; prints it. Exits with 2 without a card. reads:
+    measure the bandwidth of reads."""
     try:
         card = Card.current()
     except NoCard as error:
@@ -231,9 +241,12 @@ def begin(commit: str | None = None) -> tuple[Card, Row]:
         raise SystemExit(2) from None
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
-    reads = round(card.read_bandwidth / 1e9)
-    same = {"gpu": card.name, **versions(commit), "date": date, "read_gbs": reads}
-    print(f"{card.name}, commit {same['commit']}, {card.dtype}, reads {reads} GB/s", flush=True)
+    same = {"gpu": card.name, **versions(commit), "date": date}
+    text = f"{card.name}, commit {same['commit']}, {card.dtype}"
+    if reads:
+        same["read_gbs"] = round(card.read_bandwidth / 1e9)
+        text += f", reads {same['read_gbs']} GB/s"
+    say(text)
     return card, same
 
 

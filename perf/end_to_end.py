@@ -1,9 +1,9 @@
 """Time whole models, a token at a time: transformers as users run it, dense attention at its best,
 and the spectral cache.
 
-    python -m perf.end_to_end --shape 8b --batch 1 --tokens 8192 32768 131072
-    python -m perf.end_to_end --batch 8 --tokens 32768 --what graph ours bare --presets balanced
-    python -m perf.end_to_end --long --batch 1 8      2,000 tokens from a prompt of 8K
+    python -m perf.end_to_end 1x8192 1x32768 1x131072 --compile --json
+    python -m perf.end_to_end 8x32768 --what graph fp8 ours bare --presets balanced quality
+    python -m perf.end_to_end 1x8192 8x8192 --what long
 
 Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
 bases). Caches are filled with random pages, keys and values of T tokens ("filled": "random"). What
@@ -12,25 +12,27 @@ is measured (--what):
     eager     `model.generate`, DynamicCache
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
     graph     the one-token forward as one CUDA graph over static keys and values, attention by the
-              fastest backend of PyTorch's at this shape ("backend"); where the memory of all layers
-              does not fit, layers share it ("shared")
+              fastest peer of perf.attention at this shape ("backend"); where the memory of all
+              layers does not fit, layers share it ("shared")
+    fp8       the same with keys, values and queries of 8 bits ("graph" of preset "fp8")
     ours      `model.generate` after `enable(model, preset)`, a row a preset
     bare      the graph of the same step, replayed: without the host work of generate
     prefill   seconds up to the first new token of a real prompt of T tokens, with DynamicCache and
               with each preset in turns (up to --prefill-limit tokens, all rows together)
+    long      2,000 tokens from a real prompt of T
 
-With --compile, graph, ours and bare also come as "graph compiled" and so on: the layers fused by
-torch.compile before they are captured (`hf.compiled_layers`), dense ones alike.
+With --compile the layers of graph, fp8, ours and bare are fused by torch.compile before they are
+captured (`hf.compiled_layers`): "graph compiled" and so on. What Triton and torch.compile make is
+made ahead, in processes side by side.
 
 ms, p99_ms: of steps; those of generate as the streamer sees them, of graphs by events. Rows are
 checked first: a graph against transformers' own attention over the same cache; ours: a layer
 against float64 within a derived budget, preset "exact" against the dense greedy tokens; every step
-must run. fp8 has no row: no peer that runs here as a whole step has it. (vLLM's, FA3, takes 0.87 to
-1.0 of the time of its bf16 on an H200.)
+must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
 cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
-(and of --long: p999_ms max_ms compiled allocations).
+(and of long: p999_ms max_ms compiled allocations).
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -39,13 +41,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,8 +67,9 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from perf._cases import LOSSY, THETA, Shape, Step, check_state, random_model_codec
+from perf._cases import LOSSY, THETA, Shape, Step, check_state, layouts, random_model_codec
 from perf._timing import (
+    ROOT,
     Card,
     Row,
     begin,
@@ -70,9 +77,10 @@ from perf._timing import (
     common_arguments,
     reason,
     rounded,
+    say,
     write_row,
 )
-from perf.attention import SDPA, best, sdpa, sdpa_peer, time_peers
+from perf.attention import IN_MODELS, PeerStep, best, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
@@ -83,11 +91,11 @@ SHAPES = {
     "1b": (2048, 8192, 16, 32, 8, 64, 128256),
     "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
-WHAT = ("eager", "static", "graph", "ours", "bare", "prefill")
-STEPS = ("graph", "ours", "bare")  # those with a variant whose layers are compiled
+WHAT = ("eager", "static", "graph", "fp8", "ours", "bare", "prefill", "long")
+STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
 PRESETS = ("exact", *LOSSY)
 WARM = 8  # steps of a generate that are not counted
-LONG_PROMPT, LONG_STEPS = 8192, 2000
+LONG_STEPS = 2000
 
 
 def make_model(
@@ -127,6 +135,7 @@ class Cell:
     steps: int
     card: Card
     compile: bool = False  # layers compiled before a step is captured
+    layout: int = 0  # of the first layer, a number of _cases.layouts
 
     @property
     def device(self) -> torch.device:
@@ -163,11 +172,14 @@ class Cell:
         freqs = freqs_from_inv_freq(inv_freq.float().cpu(), device=self.device)
         layers = self.model.config.num_hidden_layers
         return random_model_codec(
-            preset, layers=layers, kv_heads=shape.kv_heads, dim=shape.dim, freqs=freqs
-        )
+            preset, layers=layers, kv_heads=shape.kv_heads, dim=shape.dim, freqs=freqs,
+            first=self.layout,
+        )  # fmt: skip
 
-    def enabled(self, preset: str, **options: Any) -> Any:
-        return enable(self.model, preset, codec=self.codec(preset), **options)
+    def enabled(self, preset: str, codec: Any = None, compile: bool = False) -> Any:
+        """enable() without its own check, which compiles for one row: rows are checked here."""
+        codec = codec or self.codec(preset)
+        return enable(self.model, preset, codec=codec, compile=compile, check=False)
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -222,7 +234,8 @@ def percentiles(steps: Sequence[float]) -> Row:
 
 def timed_generate(cell: Cell, cache: Any) -> Row:
     """Decode steps over a cache that holds T tokens."""
-    clock = generate(cell, cell.ids(cell.tokens + 1), WARM + cell.steps + 1, cache)
+    held = cache.get_seq_length()
+    clock = generate(cell, cell.ids(held + 1), WARM + cell.steps + 1, cache)
     return percentiles(clock.steps_ms[WARM:])
 
 
@@ -250,13 +263,13 @@ def static(cell: Cell) -> Row:
 
 
 class FixedLayer(CacheLayerMixin):
-    """T tokens of which a step writes the last one and sees all."""
+    """T tokens, the step's among them, in a peer's memory: its attention writes and reads them."""
 
     is_compileable = True
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(self, step: PeerStep) -> None:
         super().__init__()
-        self.keys, self.values, self.is_initialized = k, v, True
+        self.step, self.is_initialized, self.attends = step, True, False
 
     def lazy_initialization(self, *args: Any) -> None:
         pass
@@ -264,26 +277,25 @@ class FixedLayer(CacheLayerMixin):
     def update(
         self, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, -1:].copy_(k)
-        self.values[:, :, -1:].copy_(v)
-        return self.keys, self.values
+        self.step.write(torch.stack((k[:, :, 0], v[:, :, 0])))
+        whole = self.step.kv if self.attends else self.step.kv.to(k.dtype)
+        return whole[0], whole[1]
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[2] - 1
+        return self.step.shape.tokens - 1
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.keys.shape[2], 0
+        return self.step.shape.tokens, 0
 
     def get_max_length(self) -> int:
-        return self.keys.shape[2]
+        return self.step.shape.tokens
 
     get_max_cache_shape = get_max_length
 
 
 @contextlib.contextmanager
-def attention_of(model: Any, backend: str) -> Iterator[None]:
-    """The model's attention by one backend of perf.attention's, without a mask."""
-    options = SDPA[backend]
+def attention_of(model: Any, layers: Sequence[FixedLayer]) -> Iterator[None]:
+    """The model's attention by the peer that holds the cache, without a mask."""
 
     def attention(
         module: Any,
@@ -294,16 +306,20 @@ def attention_of(model: Any, backend: str) -> Iterator[None]:
         scaling: float | None = None,
         **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        return sdpa(*options, q[:, :, 0], k, v, scaling)[:, None], None
+        return layers[module.layer_idx].step.attend(q[:, :, 0], scaling)[:, None], None
 
     AttentionInterface.register("perf_dense", attention)
     AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
     before = model.config._attn_implementation
     model.config._attn_implementation = "perf_dense"
+    for layer in layers:
+        layer.attends = True
     try:
         yield
     finally:
         model.config._attn_implementation = before
+        for layer in layers:
+            layer.attends = False
 
 
 def replayed(graph: Any, steps: int) -> list[float]:
@@ -319,40 +335,39 @@ def replayed(graph: Any, steps: int) -> list[float]:
     return [a.elapsed_time(b) for a, b in pairwise(marks)]
 
 
-def dense_graph(cell: Cell) -> Row:
-    model, layers = cell.model, cell.model.config.num_hidden_layers
-    peers = time_peers(
-        cell.layer, [sdpa_peer(name, *options) for name, options in SDPA.items()], cell.card
-    )
-    backend, _ = best(peers, False)
+def dense_graph(cell: Cell, fp8: bool = False) -> Row:
+    model, shape, layers = cell.model, cell.layer, cell.model.config.num_hidden_layers
+    known = [peer for peer in IN_MODELS if peer.fp8 == fp8]
+    peers = time_peers(shape, known, cell.card)
+    backend, _ = best(peers, fp8)
     if backend is None:
         raise RuntimeError(f"no backend ran: {peers}")
-    room = int(0.85 * cell.card.free) // cell.layer.dense_bytes
-    held = min(layers, room)
+    [peer] = [peer for peer in known if peer.name == backend]
+    say(f"attention by {backend}")
+    size = shape.dense_bytes // (2 if fp8 else 1)
+    held = min(layers, int(0.85 * cell.card.free) // size)
     if held < 1:
         raise MemoryError("not even one layer's keys and values fit")
-    kv = [cell.random_kv() for _ in range(held)]
-    cache = Cache(layers=[FixedLayer(*kv[i % held]) for i in range(layers)])
-    ids = cell.ids(1)
+    kv = [PeerStep(peer, shape, torch.stack(cell.random_kv())) for _ in range(held)]
+    fixed = [FixedLayer(kv[i % held]) for i in range(layers)]
+    cache, ids = Cache(layers=fixed), cell.ids(1)
     positions = torch.full_like(ids, cell.tokens - 1)
 
     def step() -> torch.Tensor:
         return model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache}).logits
 
-    with attention_of(model, backend):
+    with attention_of(model, fixed):
         logits = step()
         with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
             graph = capture([step])
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
-    check_logits(logits, step(), 0.1)
+    # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
+    check_logits(logits, step(), 0.1 + fp8 * 2**-3)
+    say("step captured and checked")
     row = percentiles(replayed(graph, cell.steps))
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
-    return {
-        "cache_bytes": layers * cell.layer.dense_bytes,
-        "backend": backend,
-        "shared": shared,
-        **row,
-    }
+    row |= {"what": "graph", "preset": "fp8" if fp8 else None}
+    return {"cache_bytes": layers * size, "backend": backend, "shared": shared, **row}
 
 
 def check_logits(got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
@@ -394,7 +409,7 @@ def check_layers(cell: Cell, cache: Any, codec: Any) -> float:
     for layer in (0, len(codec.layers) - 1):
         q = torch.randn(shape, device=cell.device).to(cell.model.dtype)
         out = torch.empty_like(q)
-        spectral.attend(layer, q, out=out)
+        spectral.attend(layer, q, out=out, after_append=True)  # as the step's kernel
         step = Step(
             q[:, :, 0], q, q, spectral.codec.layers[layer], spectral.k_pages[layer],
             spectral.v_pages[layer], spectral.k_exact[layer], spectral.v_exact[layer],
@@ -424,18 +439,22 @@ def check_exact(cell: Cell, prompt: int = 256, new: int = 16) -> None:
             check_logits(b[row], a[row], 0.1)
 
 
-def ours(cell: Cell, preset: str, bare: bool) -> Row:
+def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """Rows "bare" and "ours", as wanted, of one cache."""
     codec = cell.codec(preset)
     new = 2 * (WARM + cell.steps) + 4
-    with enable(cell.model, preset, codec=codec, compile=cell.compile) as handle:
+    with cell.enabled(preset, codec, cell.compile) as handle:
         cache = filled_cache(cell, handle, cell.tokens + new)
+        say(f"{preset}: cache of {cache.nbytes / 1e9:.2f} GB filled")
         check_layers(cell, cache, codec)
-        if bare:
+        say(f"{preset}: layers checked")
+        if "bare" in wanted:
             # The step that the model's forward captured, and its replays: pages for them are there,
             # lengths go on.
             logits = cell.model(input_ids=cell.ids(1), **{CACHE: cache}).logits
             if cache.graph is None or not logits.isfinite().all():
                 raise AssertionError("the step was not captured, or its logits are not finite")
+            say(f"{preset}: step captured")
             cache.spectral.reserve(WARM + cell.steps)
             row = percentiles(replayed(cache.graph.graph, cell.steps))
             cache.columns += WARM + cell.steps
@@ -444,10 +463,12 @@ def ours(cell: Cell, preset: str, bare: bool) -> Row:
                 raise AssertionError(
                     f"steps: the device counts {lengths}, the host {cache.spectral.lengths}"
                 )
-        else:
+            check_layers(cell, cache, codec)
+            yield {"what": "bare", "cache_bytes": cache.nbytes, **row}
+        if "ours" in wanted:
             row = timed_generate(cell, cache)
-        check_layers(cell, cache, codec)
-        return {"cache_bytes": cache.nbytes, **row}
+            check_layers(cell, cache, codec)
+            yield {"what": "ours", "cache_bytes": cache.nbytes, **row}
 
 
 # ---- prompts and long generations ----------------------------------------------------------------
@@ -506,10 +527,9 @@ def compilations() -> Iterator[list[str]]:
 
 
 def long_generation(cell: Cell, preset: str) -> Row:
-    """LONG_STEPS tokens from a real prompt of LONG_PROMPT: how even steps are, what is compiled or
-    allocated in them."""
-    codec = cell.codec(preset)
-    with enable(cell.model, preset, codec=codec) as handle:
+    """LONG_STEPS tokens from a real prompt: how even steps are, what is compiled or allocated in
+    them."""
+    with cell.enabled(preset) as handle:
         generate(cell, cell.ids(cell.tokens), 4)  # the first prompt of a process compiles
         after: list[int] = []
 
@@ -556,69 +576,82 @@ def free_memory() -> None:
     torch.cuda.empty_cache()
 
 
-def jobs_of(
-    args: argparse.Namespace, cell: Cell
-) -> Iterator[tuple[str, str | None, Callable[[], Row | list[Row]]]]:
-    """(what, preset, measurement) of a cell."""
-    if args.long:
-        for preset in args.presets:
-            yield "long", preset, lambda preset=preset: long_generation(cell, preset)  # type: ignore[misc]
-        return
-    dense: dict[str, Callable[[Cell], Row]] = {
-        "eager": eager,
-        "static": static,
-        "graph": dense_graph,
-    }
+Job = tuple[str, str | None, Callable[[], Any]]  # what, preset, a row or rows
+
+
+def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[Job]:
+    dense: dict[str, Callable[[], Row]] = {
+        "eager": lambda: eager(cell), "static": lambda: static(cell),
+        "graph": lambda: dense_graph(cell), "fp8": lambda: dense_graph(cell, fp8=True),
+    }  # fmt: skip
     for what in args.what:
-        if cell.compile and what not in STEPS:
-            continue
         if what in dense:
-            yield what, None, lambda what=what: dense[what](cell)  # type: ignore[misc]
-        elif what == "prefill":
-            if cell.batch * cell.tokens <= args.prefill_limit:
-                yield what, None, lambda: prefill(cell, args.presets)
-        else:
-            for preset in args.presets:
-                yield what, preset, lambda p=preset, w=what: ours(cell, p, w == "bare")  # type: ignore[misc]
+            yield what, None, dense[what]
+    for preset in args.presets if {"ours", "bare"} & {*args.what} else ():
+        yield "bare, ours", preset, lambda preset=preset: ours(cell, preset, args.what)  # type: ignore[misc]
+    if "prefill" in args.what and cell.batch * cell.tokens <= args.prefill_limit:
+        yield "prefill", None, lambda: prefill(cell, args.presets)
+    for preset in args.presets if "long" in args.what else ():
+        yield "long", preset, lambda preset=preset: long_generation(cell, preset)  # type: ignore[misc]
+
+
+def ahead(args: argparse.Namespace) -> list[tuple[subprocess.Popen[bytes], Path]]:
+    """Start a process for each batch size and layout that measures one layer of it, and so leaves
+    what it compiles in the caches of Triton and torch.compile: (process, its log)."""
+    folder, running = Path(tempfile.mkdtemp()), []
+    dim = SHAPES[args.shape][5]
+    count = max([len(layouts(x, dim)) for x in args.presets if x != "exact"], default=1)
+    for batch in sorted({batch for batch, _ in args.cells}):
+        tokens = min(tokens for b, tokens in args.cells if b == batch)
+        for layout in range(count):
+            # What torch.compile makes is the same for all layouts, and dense steps have none.
+            first = layout == 0
+            known = (*STEPS, "prefill") if first else ("ours", "bare", "prefill")
+            what = [x for x in args.what if x in known]
+            if not what:
+                continue
+            command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}"]
+            command += ["--shape", args.shape, "--layers", "1", "--layout", str(layout)]
+            command += ["--presets", *args.presets, "--what", *what, "--steps", str(args.steps)]
+            command += ["--prefill-limit", str(args.prefill_limit)]
+            command += ["--compile"] * (args.compile and first)
+            log = folder / f"{batch}-{layout}.txt"
+            env = {name: x for name, x in os.environ.items() if name != "OUT"}  # no rows
+            env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+            with log.open("wb") as out:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+                )
+            running.append((process, log))
+    return running
+
+
+def cell_of(text: str) -> tuple[int, int]:
+    batch, _, tokens = text.partition("x")
+    if not (batch.isdigit() and tokens.isdigit()) or int(tokens) < 128 or int(tokens) % 64:
+        raise argparse.ArgumentTypeError(
+            f"CELL: expected BxT, T a multiple of 64 from 128 on, got {text!r}"
+        )
+    return int(batch), int(tokens)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.end_to_end", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape's")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["balanced"])
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
-    parser.add_argument(
-        "--compile", action="store_true", help="graph, ours, bare also with compiled layers"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=64, help="decode steps that are counted (default 64)"
-    )
-    parser.add_argument(
-        "--long",
-        action="store_true",
-        help=f"{LONG_STEPS:,} tokens from a prompt of {LONG_PROMPT:,}",
-    )
-    parser.add_argument(
-        "--prefill-limit",
-        type=int,
-        default=1 << 17,
-        help="most tokens of real prompts, all rows together",
-    )
-    parser.add_argument(
-        "--skip-check", action="store_true", help="of preset exact against dense greedy tokens"
-    )
+    parser = argparse.ArgumentParser(prog="python -m perf.end_to_end", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    default = [(1, 8192), (1, 32768), (1, 131072)]
+    add = parser.add_argument
+    add("cells", nargs="*", type=cell_of, metavar="CELL", help="BxT: rows x tokens (1x8192 ..)")
+    add("--shape", choices=list(SHAPES), default="8b")
+    add("--layers", type=int, help="fewer layers than the shape's")
+    add("--presets", nargs="+", choices=PRESETS, default=["balanced"])
+    add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
+    add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
+    add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
+    add("--prefill-limit", type=int, default=1 << 17, help="most tokens of prompts, all rows")
+    add("--layout", type=int, help="compile alone, for this layout: no rows")
     common_arguments(parser, "end_to_end.jsonl")
     args = parser.parse_args(argv)
-    if args.long:
-        args.tokens = [LONG_PROMPT]
-    for tokens in args.tokens:
-        if tokens < 128 or tokens % 64:
-            parser.error(f"--tokens: expected multiples of 64 from 128 on, got {tokens}")
+    args.cells = args.cells or default
     if args.steps < 8:
         parser.error(f"--steps: expected at least 8, got {args.steps}")
     return args
@@ -627,42 +660,48 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    card, same = begin(args.commit)
+    alone = args.layout is not None
+    card, same = begin(args.commit, reads=not alone)
     warnings.filterwarnings("ignore", module="transformers")
+    compiling = [] if alone or card.device.type != "cuda" else ahead(args)
     model = make_model(args.shape, card.device, card.dtype, args.layers)
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     name = args.shape if args.layers is None else f"{args.shape}-{args.layers}"
     same |= {"transformers": transformers.__version__, "shape": name, "weight_bytes": weights}
+    say(f"model made; {len(compiling)} processes compile")
+    for process, log in compiling:
+        if process.wait():
+            say(f"a process that compiles failed: {log.read_text().splitlines()[-1:]}")
+    say("compiled")
     rows: list[Row] = []
     failed = 0
-    if "exact" in args.presets and not args.skip_check:
-        check_exact(Cell(model, min(args.batch), 256, args.steps, card))
-    kinds = (False, True) if args.compile else (False,)
-    for batch, tokens, fused in product(args.batch, args.tokens, kinds):
-        cell = Cell(model, batch, tokens, args.steps, card, fused)
+    if "exact" in args.presets and not alone:
+        check_exact(Cell(model, min(args.cells)[0], 256, args.steps, card))
+    for batch, tokens in args.cells:
+        cell = Cell(model, batch, tokens, args.steps, card, args.compile, args.layout or 0)
         for what, preset, measure in jobs_of(args, cell):
-            if fused:
-                what = f"{what} compiled"
+            say(f"{batch}x{tokens} {what} {preset or ''}")
             free_memory()
             torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
+            head = {**same, "B": batch, "T": tokens, "what": what, "preset": preset}
             try:
                 found = measure()
+                for row in [found] if isinstance(found, dict) else found:
+                    row = {**head, "peak_bytes": torch.cuda.max_memory_allocated(), **row}
+                    if "ms" in row:
+                        row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
+                        row["filled"] = "prompt" if what == "long" else "random"
+                    if args.compile and what in (*STEPS, "bare, ours"):
+                        row["what"] += " compiled"
+                    rows.append(rounded(row))
+                    say(line(rows[-1]))
+                    if not alone:
+                        write_row(rows[-1], args.json)
             except Exception as error:  # the other rows go on; the exit code tells
                 text = f"{batch}x{tokens} {what} {preset or ''}: FAILED, {reason(error)}"
                 print(text, file=sys.stderr, flush=True)
                 failed += 1
-                continue
-            head = {**same, "B": batch, "T": tokens, "what": what, "preset": preset}
-            head["peak_bytes"] = torch.cuda.max_memory_allocated()
-            for row in found if isinstance(found, list) else [found]:
-                if "ms" in row:
-                    row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
-                    row["filled"] = "prompt" if what == "long" else "random"
-                rows.append(rounded({**head, **row}))
-                write_row(rows[-1], args.json)
-                print(line(rows[-1]), f"  [{time.perf_counter() - start:.0f} s]", flush=True)
-    print(end_to_end_table(rows))
+    print("" if alone else end_to_end_table(rows))
     return 1 if failed else 0
 
 

@@ -21,13 +21,14 @@ from xml.etree import ElementTree
 from perf._timing import RESULTS, ROOT, Row, read_rows
 
 KEYS = {
-    "attention": ("gpu", "H", "G", "D", "path", "B", "T", "preset"),
+    "attention": ("gpu", "H", "G", "D", "path", "case", "B", "T", "preset"),
     "compress": ("gpu", "T", "layers"),
     "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
     "quality": ("model", "context", "task", "text", "scheme"),
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
 }
 PRESETS = ("exact", "quality", "balanced", "small")
+PLOTTED = (32, 8, 128, "matrix", None)  # H, G, D, path, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 MARKED = re.compile(r"(<!-- headline -->\n).*?(<!-- end of headline -->)", re.DOTALL)
@@ -83,8 +84,8 @@ def attention_table(rows: Rows) -> str:
     for title, own in grouped(latest(rows, KEYS["attention"]), KEYS["attention"][:5]).items():
         gpu, heads, groups, dim, path = title
         lines = []
-        for (batch, tokens), found in grouped(own, ("B", "T")).items():
-            cells = [str(batch), f"{tokens:,}"]
+        for (case, batch, tokens), found in grouped(own, ("case", "B", "T")).items():
+            cells = [str(batch), f"{tokens:,} {case or ''}".strip()]
             for peer in ("best_peer", "best_fp8"):
                 row = next((row for row in found if row.get(peer)), None)
                 cells.append("-" if row is None else f"{row[f'{peer}_us']:.4g} {row[peer]}")
@@ -135,7 +136,7 @@ def end_to_end_table(rows: Rows) -> str:
     for title, own in grouped(timed, ("gpu", "shape", "B", "compiled")).items():
         base, lines = "graph compiled" if title[3] else "graph", []
         lengths = sorted({row["T"] for row in own})
-        graph = {row["T"]: row for row in own if row["what"] == base}
+        graph = {row["T"]: row for row in own if row["what"] == base and not row["preset"]}
         dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
         for (what, preset), series in grouped(own, ("what", "preset")).items():
             found, cells = {row["T"]: row for row in series}, [f"{what} {preset or ''}".strip()]
@@ -143,11 +144,12 @@ def end_to_end_table(rows: Rows) -> str:
                 cells.append("-")
                 if t in found:
                     cells[-1] = f"{found[t]['ms']:.2f}{'*' if found[t].get('shared') else ''}"
-                    if t in graph and what != base:
+                    if t in graph and found[t] is not graph[t]:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line([(t, row["ms"]) for t, row in found.items()])
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            cells.append("-" if what == base else break_even(dense, line))
+            alike = what == base and not preset
+            cells.append("-" if alike else break_even(dense, line))
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
@@ -266,7 +268,7 @@ def steps(results: Path) -> list[Row]:
             same = {"engine": f"vLLM {row['vllm']}", "kind": kind, "ms": row["tpot_ms"]}
             found.append(row | same | {"size": 1 / row["kv_tokens"]})
     for row in newest("attention", results):
-        if (row["H"], row["G"], row["D"], row["path"]) == (32, 8, 128, "matrix"):
+        if tuple(map(row.get, ("H", "G", "D", "path", "case"))) == PLOTTED:
             times = {"bf16": "best_peer_us", "fp8": "best_fp8_us", row["preset"]: "p50_us"}
             for kind, name in times.items():
                 if row.get(name):

@@ -4,7 +4,8 @@ tables, refusals."""
 from __future__ import annotations
 
 import contextlib
-import itertools
+import dataclasses
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -179,7 +180,8 @@ def test_copies_of_a_case_share_nothing_that_is_read():
         a, b = (getattr(step, name) for step in steps)
         assert a.shape == b.shape and a.data_ptr() != b.data_ptr()
     assert not torch.equal(steps[0].k_pages, steps[1].k_pages)
-    [wide] = make_steps(*case, copies=1, capacity=6400, **options)
+    wide_shape = dataclasses.replace(case[0], capacity=6400)
+    [wide] = make_steps(wide_shape, case[1], copies=1, **options)
     assert wide.block_table.shape == (1, 6400 // PAGE_SIZE)
 
 
@@ -344,87 +346,83 @@ def test_benchmarks_run_every_public_kernel():
 # perf.attention
 
 SHAPE = Shape(2, 4, 2, 64, 512)
+MATH = job.Peer("math", functools.partial(job.sdpa, SDPBackend.MATH, True))
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_peers_are_checked(folded):
+def eight_bits(shape: Shape, kv: torch.Tensor):
+    """Attention as an fp8 kernel has it: weights, in units of the largest, are 8-bit floats too."""
+    k, v = kv.transpose(2, 3).double()
+
+    def attend(q, scale=None):
+        grouped = q.double().unflatten(1, (shape.kv_heads, -1))
+        scores = grouped @ k.mT * shape.dim**-0.5
+        weight = (scores - scores.amax(-1, keepdim=True)).exp()
+        o = weight.float().to(job.FP8).double() @ v / weight.sum(-1, keepdim=True)
+        return o.flatten(1, 2).bfloat16()
+
+    return attend
+
+
+@pytest.mark.parametrize("kind", ["heads first", "paged", "fp8", "fp8 queries"])
+def test_peers_are_checked(kind):
+    """On the right result, that of other inputs and of other keys, and a token that is not written.
+    Pages are read as attention over each row's tokens in order."""
     torch.manual_seed(1)
-    dense = job.Dense.random(SHAPE, copies=2, dtype=torch.bfloat16, device=CPU)
-    peer = job.sdpa_peer("math", SDPBackend.MATH, folded)
-    calls = peer.calls(dense)
-    assert len(calls) == 2
-    right = calls[0]()
-    peer.check(dense, right)
-    assert torch.equal(dense.kv[0][:, :, :, -1], dense.new[0])  # the newest token was written
-    for wrong in (calls[1](), right * 1.05):  # other inputs
-        with pytest.raises(AssertionError, match="wrong result"):
-            peer.check(dense, wrong)
+    options = {"paged": kind != "heads first", "fp8": "fp8" in kind}
 
+    def plain(shape, kv):
+        kv = kv.transpose(2, 3) if options["paged"] else kv
+        return job.sdpa(SDPBackend.MATH, False, shape, kv.bfloat16())
 
-def test_peers_that_read_pages_or_fp8_are_checked():
-    """The same memory read as pages: attention over each row's pages in order."""
-    torch.manual_seed(1)
-    dense = job.Dense.random(SHAPE, copies=1, dtype=torch.bfloat16, device=CPU)
-    pages = [x.view(2, -1, 2, job.PAGE, 64).transpose(1, 2).flatten(2, 3) for x in dense.kv[0]]
-    eight = [x.to(torch.float8_e4m3fn).bfloat16() for x in pages]
-    for (k, v), fp8 in ((pages, False), (eight, True)):
-        out = job.sdpa(SDPBackend.MATH, False, dense.q[0], k, v)
-        job.Peer("x", lambda _: [], paged=True, fp8=fp8).check(dense, out)
-        with pytest.raises(AssertionError, match="wrong result"):
-            job.Peer("x", lambda _: [], paged=True, fp8=not fp8).check(dense, out)
+    def late(shape, kv):  # what the cache holds when it is called
+        return lambda q, scale=None: plain(shape, kv)(q, scale)
+
+    peer = job.Peer("x", late, **options)
+    if kind == "fp8 queries":
+        peer = job.Peer(
+            "x", lambda s, kv: lambda q: eight_bits(s, kv)(q), fp8_queries=True, **options
+        )
+    size = (2, 2, 2, 512, 64)
+    first, second = (
+        job.PeerStep(
+            peer, SHAPE, torch.randn(size).bfloat16(), torch.randn(2, 4, 64).bfloat16(),
+            torch.randn(2, 2, 2, 64).bfloat16(),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    right = first()
+    first.check(right)
+    for wrong in (second(), right.roll(1, 1), right * 1.2):
+        with pytest.raises(AssertionError, match="what rounding explains"):
+            first.check(wrong)
+    first.new = first.new + 1
+    with pytest.raises(AssertionError, match="newest token"):
+        first.check(right)
 
 
 def test_a_peer_that_fails_is_reported(monkeypatch):
     made_up = _timing.Times(1.0, 2.0, 3.0)
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
 
-    def broken(dense):
+    def broken(shape, kv):
         raise RuntimeError("no such kernel\nmore")
 
-    def wrong(dense):
-        return [lambda: torch.zeros(2, 4, 64)] * 2
+    def wrong(shape, kv):
+        return lambda q: torch.zeros(2, 4, 64)
 
-    peers = [
-        job.Peer("broken", broken),
-        job.Peer("wrong", wrong),
-        job.sdpa_peer("math", SDPBackend.MATH, True),
-    ]
-    found = job.time_peers(SHAPE, peers, CARD)
-    assert (
-        found["broken"] == "RuntimeError: no such kernel"
-        and "wrong result" in found["wrong"]
-        and found["math"] == 2.0
+    found = job.time_peers(
+        SHAPE, [job.Peer("broken", broken), job.Peer("wrong", wrong), MATH], CARD
     )
+    assert found["broken"] == "RuntimeError: no such kernel"
+    assert "wrong result" in found["wrong"] and found["math"] == 2.0
+    assert job.time_peers(SHAPE, [MATH], CARD, timed=False) == {"math": 0.0}
 
 
 def test_best_peers():
-    peers = {
-        "cudnn": 5.0,
-        "flash": 4.0,
-        "flashinfer fp8": 3.0,
-        "flashinfer paged": "ImportError: no",
-    }
-    assert job.best(peers, False) == ("flash", 4.0) and job.best(peers, True) == (
-        "flashinfer fp8",
-        3.0,
-    )
+    peers = {"cudnn": 5.0, "flash": 4.0, "flashinfer fp8": 3.0, "fa3 fp8": "ImportError: no"}
+    assert job.best(peers, False) == ("flash", 4.0)
+    assert job.best(peers, True) == ("flashinfer fp8", 3.0)
     assert job.best({"flash": "ImportError: no"}, False) == (None, None)
-
-
-SMALL = (
-    "--batch",
-    "1",
-    "4",
-    "--tokens",
-    "512",
-    "--heads",
-    "4/2",
-    "--dims",
-    "64",
-    "--presets",
-    "balanced",
-    "small",
-)
 
 
 def run_job(monkeypatch, *arguments: str) -> int:
@@ -433,32 +431,36 @@ def run_job(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
     made_up = _timing.Times(10.0, 20.0, 30.0)
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
-    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0})
-    monkeypatch.setattr(job, "PEERS", (job.sdpa_peer("math", SDPBackend.MATH, True),))
-    monkeypatch.setattr(job, "needed_bytes", lambda shape, card: shape.batch << 26)
-    return job.main([*SMALL, "--peers", "math", *arguments])
+    monkeypatch.setattr(job, "PEERS", (MATH,))
+    monkeypatch.setattr(job, "needed_bytes", lambda shape, card: (shape.batch > 3) << 30)
+    return job.main(list(arguments))
 
 
 @on_cpu
 def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
-    rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, "--json", str(rows_file), "--older-cards", "--profile") == 0
+    rows_file, small = tmp_path / "rows.jsonl", ":4/2:d64"
+    shapes = [f"1x512{small}", f"1x512{small}:old", f"2x640{small}:q4:pool1024"]
+    shapes += [f"1x1024+2x512{small}", f"4x512{small}"]
+    options = ("--presets", "balanced", "small", "--json", str(rows_file))
+    assert run_job(monkeypatch, *shapes, *options) == 0
     shown = capsys.readouterr()
     assert "B=4 H=4/2 D=64 T=512: skipped" in shown.err  # does not fit
     rows = tables.read_rows(rows_file)
-    wanted = list(itertools.product(["balanced", "small"], ["matrix", "scalar"]))
-    assert [(r["preset"], r["path"]) for r in rows] == wanted
+    cells = [(1, 512, None, "matrix"), (1, 512, None, "scalar")]
+    cells += [(2, 640, "q4 pool1024", "matrix"), (3, 1024, "1x1024+2x512", "matrix")]
+    wanted = [(*cell, preset) for cell in cells for preset in ("balanced", "small")]
+    assert [tuple(r.get(x) for x in ("B", "T", "case", "path", "preset")) for r in rows] == wanted
     for row in rows:
-        assert [row[x] for x in "BHGDT"] == [1, 4, 2, 64, 512] and set(row) <= set(
-            job.__doc__.split()
-        ) | {"layout"}
+        assert set(row) <= set(job.__doc__.split()) and [row[x] for x in "HGD"] == [4, 2, 64]
         assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (10, 20, 30)
-        assert row["best_peer"] == "math" and row["speedup"] == 1 and row["best_fp8"] is None
-        assert 0 < row["budget_share"] <= 1 and row["kernels"] == {"_attend_spectral_kernel": 16.0}
-        layout = _cases.layouts(row["preset"], 64)
-        nbytes = Shape(1, 4, 2, 64, 512).step_bytes(layout[len(layout) // 2], 20)
-        assert row["read_share"] == pytest.approx(nbytes / 20e3, rel=1e-3)  # of 1 GB/s
+        assert row["best_peer"] == (None if "case" in row else "math") and row["best_fp8"] is None
+        assert row["speedup"] == (None if "case" in row else 1) and 0 < row["budget_share"] <= 1
+    layout = _cases.layouts("balanced", 64)
+    nbytes = Shape(1, 4, 2, 64, 512).step_bytes(layout[len(layout) // 2], 20)
+    assert rows[0]["read_share"] == pytest.approx(nbytes / 20e3, rel=1e-3)  # of 1 GB/s
     assert "1.00x of 20 math" in shown.out
+    assert run_job(monkeypatch, "--check", shapes[0], "--json", str(rows_file)) == 0
+    assert "of the budget" in capsys.readouterr().out and len(tables.read_rows(rows_file)) == 8
 
 
 @on_cpu
@@ -470,24 +472,25 @@ def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
     else:
         monkeypatch.setattr(job, "check_state", lambda *args: 0.5)
     rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, "--json", str(rows_file)) == 1
+    assert run_job(monkeypatch, "1x512:4/2:d64", "--json", str(rows_file)) == 1
     assert "budget" in capsys.readouterr().err and tables.read_rows(rows_file) == []
 
 
 def test_shapes():
-    quick = list(job.shapes_of(job.parse(["--quick"])))
-    assert quick == list(job.TARGETS)
-    everything = list(job.shapes_of(job.parse([])))
-    assert everything[:4] == quick and len(set(everything)) == len(everything) == 4 * 4 * 4 * 2 + 1
-    asked = list(job.shapes_of(job.parse(["--batch", "1", "--heads", "32/8", "--dims", "128"])))
-    assert {(s.batch, s.heads, s.kv_heads, s.dim) for s in asked} == {(1, 32, 8, 128)}
+    cases = [job.Case.parse(text) for text in job.SHAPES]
+    assert len(set(cases)) == len(cases) and cases[0].shape == Shape(1, 32, 8, 128, 2048)
+    case = job.Case.parse("8x1024:16/2:d256:q4:pool2048:old")
+    assert case.shape == Shape(8, 16, 2, 256, 1024, 4, 2048) and case.older_cards
+    mixed = job.Case.parse("1x1024+2x512").shape
+    assert mixed.rows == (1024, 512, 512) and mixed.batch == 3 and mixed.tokens == 1024
+    assert mixed.dense_bytes == 4 * 8 * 128 * 2048
 
 
-@pytest.mark.parametrize("wrong", [["--heads", "6/4"], ["--tokens", "100"], ["--presets", "exact"]])
-def test_arguments_are_refused(wrong, capsys):
-    with pytest.raises(SystemExit) as error:
-        job.parse(wrong)
-    assert error.value.code == 2 and wrong[0] in capsys.readouterr().err
+@pytest.mark.parametrize("wrong", ["1x512:6/4", "1x100", "512", "1x512:z3", "1x512:d"])
+def test_shapes_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        job.parse([wrong])
+    assert wrong in capsys.readouterr().err
 
 
 # perf.end_to_end
@@ -512,8 +515,15 @@ def whole(monkeypatch):
 
     monkeypatch.setattr(SmallCard, "dtype", torch.float32)
     monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
-    monkeypatch.setattr(end_to_end, "SDPA", {"math": (SDPBackend.MATH, True)})
-    monkeypatch.setattr(end_to_end, "time_peers", lambda *args: {"math": 1.0})
+    paged = functools.partial(job.sdpa, SDPBackend.MATH, False)
+    eight = job.Peer(
+        "eight", lambda shape, kv: paged(shape, kv.transpose(2, 3).float()), paged=True, fp8=True
+    )
+    monkeypatch.setattr(job, "PEERS", (MATH, eight))
+    monkeypatch.setattr(end_to_end, "IN_MODELS", (MATH, eight))
+    monkeypatch.setattr(
+        end_to_end, "time_peers", lambda shape, peers, card: {peer.name: 1.0 for peer in peers}
+    )
     monkeypatch.setattr(end_to_end, "capture", Replays)
     monkeypatch.setattr(
         end_to_end, "replayed", lambda graph, steps: [graph.replay() or 1.0 for _ in range(steps)]
@@ -523,36 +533,52 @@ def whole(monkeypatch):
     return end_to_end
 
 
-TINY = ("--shape", "tiny", "--tokens", "256", "--batch", "2", "--steps", "8")
+TINY = ("2x256", "--shape", "tiny", "--steps", "8")
 
 
 @on_cpu
 def test_whole_models_are_timed(whole, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    what = ("--what", "eager", "graph", "ours", "prefill", "--presets", "exact", "balanced")
-    assert whole.main([*TINY, *what, "--json", str(path)]) == 0
+    what = ("--what", "eager", "graph", "fp8", "ours", "prefill")
+    assert whole.main([*TINY, *what, "--presets", "exact", "balanced", "--json", str(path)]) == 0
     rows = tables.read_rows(path)
-    asked = [("eager", None), ("graph", None), ("ours", "exact"), ("ours", "balanced")]
-    assert [(r["what"], r["preset"]) for r in rows[:4]] == asked
-    assert [(r["what"], r["preset"]) for r in rows[4:]] == [
-        ("prefill", p) for p in (None, "exact", "balanced")
-    ]
+    asked = [("eager", None), ("graph", None), ("graph", "fp8"), ("ours", "exact")]
+    asked += [("ours", "balanced"), *(("prefill", p) for p in (None, "exact", "balanced"))]
+    assert [(r["what"], r["preset"]) for r in rows] == asked
     dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
-    assert (
-        rows[0]["cache_bytes"] == rows[1]["cache_bytes"] == dense and rows[1]["backend"] == "math"
-    )
+    assert [row["cache_bytes"] for row in rows[:3]] == [dense, dense, dense // 2]
+    assert [row.get("backend") for row in rows[:3]] == [None, "math", "eight"]
     for row in rows:
-        assert set(row) <= set(whole.__doc__.replace(",", "").split()) and (row["B"], row["T"]) == (
-            2,
-            256,
-        )
-        assert (
-            row["ms"] > 0 and row["steps"] == 8
-            if row["what"] != "prefill"
-            else row["prefill_s"] > 0
-        )
-    assert rows[3]["tokens_per_s"] == pytest.approx(2e3 / rows[3]["ms"], rel=1e-3)
-    assert "| ours balanced |" in capsys.readouterr().out
+        assert set(row) <= set(whole.__doc__.replace(",", "").split())
+        assert (row["B"], row["T"]) == (2, 256)
+        timed = row["what"] != "prefill"
+        assert row["ms"] > 0 and row["steps"] == 8 if timed else row["prefill_s"] > 0
+    assert rows[4]["tokens_per_s"] == pytest.approx(2e3 / rows[4]["ms"], rel=1e-3)
+    shown = capsys.readouterr().out
+    assert "| ours balanced |" in shown and "| graph fp8 |" in shown
+    assert "balanced: layers checked" in shown  # of a run that is stuck one sees where
+
+
+def test_kernels_are_compiled_ahead(monkeypatch):
+    """A process for each batch size and layout, of one layer at the shortest length."""
+    pytest.importorskip("transformers")
+    from perf import end_to_end
+
+    started = []
+
+    def popen(command, env, **options):
+        started.append((command, env))
+
+    monkeypatch.setattr(end_to_end.subprocess, "Popen", popen)
+    monkeypatch.setenv("OUT", "/rows")
+    given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "eager", "bare"]
+    assert len(end_to_end.ahead(end_to_end.parse(given))) == len(started) == 6
+    for command, env in started:
+        args = end_to_end.parse(command[3:])
+        assert args.compile == (args.layout == 0) and args.layers == 1
+        assert args.what == (["graph", "bare"] if args.compile else ["bare"])
+        assert args.cells in ([(1, 8192)], [(8, 256)]) and args.layout in (0, 1, 2)
+        assert "OUT" not in env and args.json is None
 
 
 @on_cpu
@@ -560,12 +586,17 @@ def test_a_wrong_model_is_no_row(whole, monkeypatch, tmp_path, capsys):
     """Attention that is off, in ours and in the dense graph."""
     from spectral_kernels.cache import SpectralCache
 
-    attend, sdpa = SpectralCache.attend, whole.sdpa
+    attend, bind = SpectralCache.attend, MATH.bind
     # In place, as the layer writes to `out`.
     monkeypatch.setattr(
         SpectralCache, "attend", lambda *args, **kwargs: attend(*args, **kwargs).mul_(1.02)
     )
-    monkeypatch.setattr(whole, "sdpa", lambda *args: sdpa(*args).roll(1, 1))
+
+    def rolled(shape, kv):
+        attend = bind(shape, kv)
+        return lambda *args: attend(*args).roll(1, 1)
+
+    monkeypatch.setattr(whole, "IN_MODELS", (job.Peer("math", rolled),))
     path = tmp_path / "rows.jsonl"
     assert whole.main([*TINY, "--what", "graph", "ours", "--json", str(path)]) == 1
     shown = capsys.readouterr()
@@ -580,11 +611,10 @@ def test_end_to_end_refuses(capsys):
     pytest.importorskip("transformers")
     from perf import end_to_end
 
-    for wrong in (["--tokens", "100"], ["--steps", "2"], ["--what", "vllm"]):
+    for wrong in (["1x100"], ["8192"], ["--steps", "2"], ["--what", "vllm"]):
         with pytest.raises(SystemExit):
             end_to_end.parse(wrong)
         assert wrong[0] in capsys.readouterr().err
-    assert end_to_end.parse(["--long"]).tokens == [8192]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
