@@ -16,8 +16,8 @@ beside it, a slot a running request in each layer (`SpectralImpl`).
 A request that starts on computed tokens (a prefix hit; resumed after preemption) finds them in
 pages: its window is rebuilt from these. Its sinks are copied exactly from a pool by the number of
 its first page (`SinkPool`), or if they are gone rebuilt too.
-Tested with vLLM 0.32 (CPU, model runner V1); written for the V2 of 0.33, which has not run it yet.
-Test: tests/test_vllm.py.
+For vLLM 0.32 and 0.33: model runner V2 on GPUs, V1 on CPUs.
+Test: tests/test_vllm.py; on a GPU also python -m perf.serve --check.
 """
 
 from __future__ import annotations
