@@ -48,8 +48,8 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "tiny": (1024, 2816, 4, 8, 2, 128, 2048),
 }
-CHECK = (70, 200, 9, 700, 1, 1500, 900, 600)  # prompt lengths of the check
-BLOCKS = 48  # of its pool: too few for all of them at once
+CHECK = (60, 190, 9, 700, 1, 1530, 890, 600)  # prompt lengths of the check
+BLOCKS = 44  # of its pool: too few for all of them at once
 GROUP = "vllm.general_plugins"
 PARTS = 6  # of the work of compiling for a layout: see perf/_serve_kernels.py
 
