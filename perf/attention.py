@@ -13,14 +13,14 @@ A step is what a layer runs for new tokens: `append` (they go to their pages and
 reads all T tokens; its plan of a batch is made beforehand, and fp8 queries come as such. Peers run
 where all rows are alike: PyTorch's backends, FA3 of an installed vLLM (as that calls it), and
 FlashInfer; a row says why one has no time. Queries, keys and values are bf16, before sm_80 fp16.
-Steps and peers are checked first: ours against float64 within a derived budget (perf/_cases.py), a
-peer against float64 within the rounding of its weights and output. Times: perf/_timing.py.
+Steps and peers are checked first: ours against its twin (perf/_cases.py; error: relative), a peer
+against float64 within the rounding of its weights and output. Times: perf/_timing.py.
 `read_share`: the bytes that a step must read over its time, as a share of the bandwidth of a
 read-only pass in the same run. Bands of a preset: `_cases.layouts`, the middle one.
 
 Row: gpu commit torch triton date B H G D T case (the shape's other words) preset layout path
 ("matrix" or "scalar") p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us
-read_share read_gbs budget_share peers {name: microseconds, or why not}.
+read_share read_gbs error peers {name: microseconds, or why not}.
 Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -297,17 +297,17 @@ def best(peers: dict[str, float | str], fp8: bool) -> tuple[str | None, float | 
 
 
 def check(step: Step) -> float:
-    """The step's largest error in units of its budget; AssertionError where it is above 1, where a
-    second run differs, or where the same state with heads exchanged would pass too."""
+    """The step's error; AssertionError where it is too large, where a second run differs, or where
+    the same state with heads exchanged would pass too."""
     state, again = step.step(), step.step()
     if not all(torch.equal(a, b) for a, b in zip(state, again, strict=True)):
         raise AssertionError("the same inputs gave different bits")
-    share = check_state(step, state)
+    error = check_state(step, state)
     try:
         check_state(step, (state[0].roll(1, 1), state[1]))
     except AssertionError:
-        return share
-    raise AssertionError("the budget accepts heads that are exchanged")
+        return error
+    raise AssertionError("the check accepts heads that are exchanged")
 
 
 def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
@@ -321,7 +321,7 @@ def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
     row: Row = {"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim}
     row |= {"T": shape.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
     row |= {"layout": f"{layout.k} {layout.v}", "path": "scalar" if case.older_cards else "matrix"}
-    row["budget_share"] = check(steps[0])
+    row["error"] = check(steps[0])
     if timed:
         times = device_times([step.step for step in steps])
         row |= {"p20_us": times.p20, "p50_us": times.p50, "p80_us": times.p80}
@@ -353,7 +353,7 @@ def line(row: Row) -> str:
     if "p50_us" in row:
         text += " ".join(f"{row[name]:8.4g}" for name in ("p20_us", "p50_us", "p80_us"))
         text += f" us {row['read_share']:4.0%} of reads  "
-    text += f"{row['budget_share']:.2g} of the budget  "
+    text += f"error {row['error']:.1g}  "
     if row.get("best_peer"):
         text += f"{row['speedup']:.2f}x of {row['best_peer_us']:.4g} {row['best_peer']}"
     if row.get("best_fp8"):

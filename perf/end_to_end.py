@@ -399,24 +399,19 @@ def filled_cache(cell: Cell, handle: Any, room: int) -> Any:
     return cache
 
 
-def check_layers(cell: Cell, cache: Any, codec: Any) -> float:
-    """Attention of the first and the last layer to the cache as it is, in units of its budget."""
-    spectral, worst = cache.spectral, 0.0
-    if codec is None:
-        return worst
-    inv_freq = cell.model.model.rotary_emb.inv_freq.double()
-    shape = cell.batch, cell.layer.heads, 1, cell.layer.dim
-    for layer in (0, len(codec.layers) - 1):
+def check_layers(cell: Cell, cache: Any) -> None:
+    """Attention of the first and the last layer to the cache as it is, unless that is exact."""
+    spectral, shape = cache.spectral, (cell.batch, cell.layer.heads, 1, cell.layer.dim)
+    for layer in {0, len(spectral.codec.layers) - 1} if spectral.k_pages[0].numel() else ():
         q = torch.randn(shape, device=cell.device).to(cell.model.dtype)
         out = torch.empty_like(q)
         spectral.attend(layer, q, out=out, after_append=True)  # as the step's kernel
         step = Step(
             q[:, :, 0], q, q, spectral.codec.layers[layer], spectral.k_pages[layer],
             spectral.v_pages[layer], spectral.k_exact[layer], spectral.v_exact[layer],
-            spectral.block_table, spectral.seq_lens, codec.sinks, codec.window, inv_freq,
+            spectral.block_table, spectral.seq_lens, spectral.codec.sinks, spectral.codec.window,
         )  # fmt: skip
-        worst = max(worst, check_state(step, (out[:, :, 0], None)))
-    return worst
+        check_state(step, (out[:, :, 0], None))
 
 
 def check_exact(cell: Cell, prompt: int = 256, new: int = 16) -> None:
@@ -446,7 +441,7 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
     with cell.enabled(preset, codec, cell.compile) as handle:
         cache = filled_cache(cell, handle, cell.tokens + new)
         say(f"{preset}: cache of {cache.nbytes / 1e9:.2f} GB filled")
-        check_layers(cell, cache, codec)
+        check_layers(cell, cache)
         say(f"{preset}: layers checked")
         if "bare" in wanted:
             # The step that the model's forward captured, and its replays: pages for them are there,
@@ -463,11 +458,11 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
                 raise AssertionError(
                     f"steps: the device counts {lengths}, the host {cache.spectral.lengths}"
                 )
-            check_layers(cell, cache, codec)
+            check_layers(cell, cache)
             yield {"what": "bare", "cache_bytes": cache.nbytes, **row}
         if "ours" in wanted:
             row = timed_generate(cell, cache)
-            check_layers(cell, cache, codec)
+            check_layers(cell, cache)
             yield {"what": "ours", "cache_bytes": cache.nbytes, **row}
 
 
