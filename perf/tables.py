@@ -22,7 +22,7 @@ from perf._timing import RESULTS, ROOT, Row, read_rows
 
 KEYS = {
     "attention": ("gpu", "H", "G", "D", "path", "case", "B", "T", "preset"),
-    "compress": ("gpu", "T", "layers"),
+    "compress": ("gpu", "T"),
     "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
     "quality": ("model", "context", "task", "text", "scheme"),
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),

@@ -3,7 +3,6 @@ tables, refusals."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -164,26 +163,6 @@ def test_a_call_takes_its_share_of_a_replay(monkeypatch):
     assert (
         device.replays == 3 + 167 + 4 * 21
     )  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
-
-
-def test_kernel_times_are_of_one_call(monkeypatch):
-    """Two calls, five rounds; one kernel runs twice a call, and the host's records are not
-    counted."""
-    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-
-    def event(name: str, us: float, device=cuda) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us)
-        )
-
-    events = [event("attend", 7.0)] * 9 + [event("attend", 90.0)] + [event("merge", 2.0)] * 20
-    events.append(event("launch", 5.0, cpu))
-    profiler = SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(
-        torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler)
-    )
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert _timing.kernel_times([lambda: None] * 2, rounds=5) == {"attend": 7.0, "merge": 4.0}
 
 
 def test_rows_go_to_their_file_and_to_out(monkeypatch, tmp_path):
