@@ -237,12 +237,6 @@ PEERS = (
 )
 
 
-def peer_steps(
-    peer: Peer, shape: Shape, memory: Sequence[tuple[torch.Tensor, ...]]
-) -> list[PeerStep]:
-    return [PeerStep(peer, shape, kv, q, new) for kv, q, new in memory]
-
-
 def time_peers(
     shape: Shape, peers: Sequence[Peer], card: Card, timed: bool = True
 ) -> dict[str, float | str]:
@@ -251,16 +245,19 @@ def time_peers(
     def normal(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=card.dtype, device=card.device).normal_()
 
-    head = (2, shape.batch, shape.kv_heads)
-    memory = []
-    for _ in range(card.copies(shape.dense_bytes) if timed else 1):
+    def memory() -> tuple[torch.Tensor, ...]:
+        head = (2, shape.batch, shape.kv_heads)
         kv = normal(*head, shape.tokens, shape.dim)
         kv[0] *= SCORE_STD
-        memory.append((kv, normal(shape.batch, shape.heads, shape.dim), normal(*head, shape.dim)))
+        return kv, normal(shape.batch, shape.heads, shape.dim), normal(*head, shape.dim)
+
     found: dict[str, float | str] = {}
+    copies: list[tuple[torch.Tensor, ...]] = []
     for peer in peers:
         try:
-            calls = peer_steps(peer, shape, memory)
+            count = card.copies(shape.dense_bytes) if timed else 1
+            copies = copies or [memory() for _ in range(count)]
+            calls = [PeerStep(peer, shape, *copy) for copy in copies]
             calls[0].check(calls[0]())
             found[peer.name] = device_times(calls).p50 if timed else 0.0
         except Exception as error:  # whatever its library raises: it is reported, the others go on
@@ -323,13 +320,6 @@ def beside(row: Row, peers: dict[str, float | str]) -> Row:
     }
 
 
-def needed_bytes(shape: Shape, card: Card) -> int:
-    """Memory that a shape takes: K and V, an fp8 copy of them while that peer runs, and room for a
-    reference."""
-    dense = shape.dense_bytes * card.copies(shape.dense_bytes) * 3 // 2
-    return dense + 64 * shape.tokens * shape.dim + (2 << 30)
-
-
 def line(row: Row) -> str:
     """A row as text."""
     text = f"B={row['B']} H={row['H']}/{row['G']} D={row['D']} T={row['T']} {row.get('case', '')}"
@@ -367,14 +357,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     table, failed = [Case.parse(text) for text in TABLE], 0
     for case in args.shapes:
         shape, rows = case.shape, []
-        need, free = needed_bytes(shape, card) / 1e9, card.free / 1e9
-        if need > free:
-            print(f"{shape}: skipped, needs {need:.0f} GB of {free:.0f} GB free", file=sys.stderr)
-            continue
         several = ("balanced", "quality") if case in table else ("balanced",)
         for preset in several if args.presets is None else args.presets:
             try:
                 rows.append(measure(case, preset, card, not args.check))
+            except torch.OutOfMemoryError:
+                say(f"{shape} {preset}: skipped, it does not fit the card")
             except Exception as error:  # the other rows go on; the exit code tells
                 text = f"{shape} {preset}: FAILED, {reason(error)}"
                 print(text, file=sys.stderr, flush=True)
@@ -382,10 +370,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [peer for peer in PEERS if peer.name in args.peers and not case.words]
         peers = time_peers(shape, chosen, card, not args.check)
         for name, time in peers.items():
-            if isinstance(time, str):
-                print(f"{shape}: {name}: {time}", file=sys.stderr, flush=True)
-            elif args.check:
-                say(f"{shape}: {name} is right")
+            if isinstance(time, str) or args.check:
+                say(f"{shape}: {name}: {time if isinstance(time, str) else 'right'}")
         for row in rows:
             if not args.check:
                 row = {**same, **rounded({**row, **beside(row, peers)})}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -290,7 +290,7 @@ def measured(kernel: Kernel, card: Card) -> Row:
     return {**row, "bytes": kernel.nbytes, "gbs": gbs, "read_gbs": reads, "share": gbs / reads}
 
 
-def table(builders: dict[str, Callable[[Card], Kernel]], card: Card) -> tuple[list[Row], int]:
+def table(builders: Mapping[str, Callable[[Card], Kernel]], card: Card) -> tuple[list[Row], int]:
     """Check, time and print; the rows (with names), and how many failed."""
     rows, failed = [], 0
     for name, build in builders.items():

@@ -356,7 +356,6 @@ def run_job(monkeypatch, *arguments: str) -> int:
     made_up = _timing.Times(10.0, 20.0, 30.0)
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
     monkeypatch.setattr(job, "PEERS", (MATH,))
-    monkeypatch.setattr(job, "needed_bytes", lambda shape, card: (shape.batch > 3) << 30)
     return job.main(list(arguments))
 
 
@@ -366,9 +365,17 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
     shapes = [f"1x512{small}", f"1x512{small}:old", f"2x640{small}:q4:pool1024"]
     shapes += [f"1x1024+2x512{small}", f"4x512{small}"]
     options = ("--presets", "balanced", "small", "--json", str(rows_file))
+    make = job.make_steps
+
+    def out_of_memory(shape, *args, **kwargs):
+        if shape.batch == 4:
+            raise torch.OutOfMemoryError
+        return make(shape, *args, **kwargs)
+
+    monkeypatch.setattr(job, "make_steps", out_of_memory)
     assert run_job(monkeypatch, *shapes, *options) == 0
     shown = capsys.readouterr()
-    assert "B=4 H=4/2 D=64 T=512: skipped" in shown.err  # does not fit
+    assert "B=4 H=4/2 D=64 T=512 small: skipped" in shown.out  # does not fit
     rows = tables.read_rows(rows_file)
     cells = [(1, 512, None, "matrix"), (1, 512, None, "scalar")]
     cells += [(2, 640, "q4 pool1024", "matrix"), (3, 1024, "1x1024+2x512", "matrix")]
