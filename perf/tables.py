@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -78,28 +79,20 @@ def columns(rows: Rows, forms: dict[str, str]) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A line a shape: the best dense peers, bf16 and fp8; of each preset microseconds, speed-up
-    over the bf16 peer, share of the bandwidth."""
+    """A table a kind of layer: microseconds, share of the bandwidth, the best dense peers of bf16
+    and fp8, and how many times as fast."""
+    forms = {"B": "", "T": ",", "case": "", "preset": "", "p50_us": ".4g", "read_share": ".0%"}
+    for peer in ("peer", "fp8"):
+        forms |= {f"best_{peer}": "", f"best_{peer}_us": ".4g", f"against_{peer}": ".2f"}
     text = ""
     for title, own in grouped(latest(rows, KEYS["attention"]), KEYS["attention"][:5]).items():
+        for row in own:
+            for peer in ("peer", "fp8"):
+                us = row.get(f"best_{peer}_us")
+                row[f"against_{peer}"] = us and us / row["p50_us"]
         gpu, heads, groups, dim, path = title
-        lines = []
-        for (case, batch, tokens), found in grouped(own, ("case", "B", "T")).items():
-            cells = [str(batch), f"{tokens:,} {case or ''}".strip()]
-            for peer in ("best_peer", "best_fp8"):
-                row = next((row for row in found if row.get(peer)), None)
-                cells.append("-" if row is None else f"{row[f'{peer}_us']:.4g} {row[peer]}")
-            for preset in PRESETS[1:]:
-                row = next((row for row in found if row["preset"] == preset), None)
-                if row is None:
-                    cells.append("-")
-                    continue
-                speedup = "" if row["speedup"] is None else f", **{row['speedup']:.2f}x**"
-                cells.append(f"{row['p50_us']:.4g}{speedup}, {row['read_share']:.0%}")
-            lines.append(cells)
-        header = ["B", "T", "best bf16 peer, us", "best fp8 peer, us", *PRESETS[1:]]
         text += f"\n### {gpu}, {heads}/{groups} heads, D = {dim}, {path} path\n\n"
-        text += markdown(header, lines)
+        text += columns(own, forms)
     return text
 
 
@@ -213,13 +206,13 @@ def quality_table(rows: Rows) -> str:
 
 def serve_table(rows: Rows) -> str:
     forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
-    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ","}
-    return "\n" + columns(latest(rows, KEYS["serve"]), {**forms, "throughput": ".4g"})
+    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"}
+    return "\n" + columns(latest(rows, KEYS["serve"]), forms)
 
 
 def compress_table(rows: Rows) -> str:
     forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
-    forms |= {"gram_us": ".4g", "encode_share": ".0%", "prefill_ratio": ".3f"}
+    forms |= {"gram_us": ".4g", "encode_share": ".0%"}
     return "\n" + columns(latest(rows, KEYS["compress"]), forms)
 
 
@@ -316,7 +309,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> Plot:
+def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:
     """value(row, dense bf16 row of the same cell) against T: a panel an engine and batch size with
     two lengths or more, a line a kind. Of more than four panels those with fp8 come first."""
     panels: Plot = {}
@@ -334,17 +327,14 @@ def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> 
     return dict(sorted(panels.items(), key=lambda x: "dense fp8" not in x[1])[:4])
 
 
-def speed(results: Path) -> Plot:
-    return against_length(results, lambda row, dense: dense["ms"] / row["ms"])
+def speed(row: Row, dense: Row) -> float:
+    return dense["ms"] / row["ms"]
 
 
-def reads(results: Path) -> Plot:
-    def share(row: Row, _: Row) -> float | None:
-        if "weight_bytes" in row:
-            return share_of_reads(row)
-        return row.get("read_share") if row["kind"] in PRESETS else None
-
-    return against_length(results, share)
+def reads(row: Row, _: Row) -> float | None:
+    if "weight_bytes" in row:
+        return share_of_reads(row)
+    return row.get("read_share") if row["kind"] in PRESETS else None
 
 
 def pareto(results: Path) -> Plot:
@@ -358,8 +348,8 @@ def pareto(results: Path) -> Plot:
 
 
 PLOTS: dict[str, tuple[Callable[[Path], Plot], str, str]] = {
-    "speed": (speed, "tokens T", "times as fast as dense bf16"),
-    "reads": (reads, "tokens T", "share of the read bandwidth"),
+    "speed": (partial(against_length, speed), "tokens T", "times as fast as dense bf16"),
+    "reads": (partial(against_length, reads), "tokens T", "share of the read bandwidth"),
     "pareto": (pareto, "times smaller than 16 bits", "KL to the exact cache, nats"),
 }
 

@@ -628,13 +628,13 @@ def cells_of(text: str, start: str) -> list[str]:
 
 
 def test_the_attention_table():
-    rows = [attention_row(p50_us=77.0), attention_row(), attention_row(preset="small", speedup=3.5)]
-    rows.append(attention_row(preset="small", T=8192, best_fp8="fi fp8", best_fp8_us=30.0))
+    rows = [attention_row(p50_us=77.0), attention_row()]
+    rows.append(attention_row(T=8192, case="q4", best_fp8="fi fp8", best_fp8_us=30.0))
     text = tables.attention_table(rows)
     assert "### a card, 32/8 heads, D = 128, matrix path" in text and "77" not in text
-    small, both = "10, **3.50x**, 80%", "10, **4.20x**, 80%"
-    assert cells_of(text, "16 | 65,536") == ["16", "65,536", "42 cudnn", "-", both, small]
-    assert cells_of(text, "16 | 8,192") == ["16", "8,192", "42 cudnn", "30 fi fp8", "-", both]
+    same = ["balanced", "10", "80%", "cudnn", "42", "4.20"]
+    assert cells_of(text, "16 | 65,536") == ["16", "65,536", "-", *same, "-", "-", "-"]
+    assert cells_of(text, "16 | 8,192") == ["16", "8,192", "q4", *same, "fi fp8", "30", "3.00"]
 
 
 def test_tables_have_at_most_ten_rows():
@@ -742,7 +742,7 @@ def test_pages_are_filled(tmp_path):
     for want in (
         "| 12.34 |",
         "| 2.50 | 1,000 |",
-        "**4.20x**",
+        "| cudnn | 42 | 4.20 |",
         "| fp8 | 2.00 |",
         "| graph | 8.00 |",
     ):
