@@ -189,10 +189,10 @@ class Clock:
 
 
 def generate(
-    cell: Cell, ids: torch.Tensor, new: int, cache: Any = None, clock: Clock | None = None
+    cell: Cell, ids: torch.Tensor, new: int, cache: Any = None, clock: Any = None
 ) -> Clock:
     """Greedy decoding of so many new tokens."""
-    clock = Clock() if clock is None else clock
+    clock = clock or Clock()
     given = {} if cache is None else {CACHE: cache}
     cell.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
@@ -205,36 +205,23 @@ def generate(
 
 def percentiles(steps: Sequence[float]) -> Row:
     """Median and 99th percentile."""
-    ordered = sorted(steps)
-    return {
-        "ms": statistics.median(ordered),
-        "p99_ms": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
-    }
+    return {"ms": statistics.median(steps), "p99_ms": sorted(steps)[len(steps) * 99 // 100]}
 
 
 def timed_generate(cell: Cell, cache: Any) -> Row:
     """Decode steps over a cache that holds T tokens."""
-    held = cache.get_seq_length()
-    clock = generate(cell, cell.ids(held + 1), WARM + cell.steps + 1, cache)
-    return percentiles(clock.steps_ms[WARM:])
+    ids = cell.ids(cache.get_seq_length() + 1)
+    return percentiles(generate(cell, ids, WARM + cell.steps + 1, cache).steps_ms[WARM:])
 
 
-def fill(cell: Cell, cache: Any) -> Any:
-    """A cache of transformers' with T random tokens in all layers."""
-    for layer in range(cell.model.config.num_hidden_layers):
+def transformers_cache(cell: Cell, fixed: bool) -> Row:
+    """`generate` over DynamicCache, or StaticCache, with T random tokens in all layers."""
+    config, room = cell.model.config, cell.tokens + WARM + cell.steps + 2
+    cache = StaticCache(config=config, max_cache_len=room) if fixed else DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
         cache.update(*cell.random_kv(), layer)
-    return cache
-
-
-def eager(cell: Cell) -> Row:
-    cache = fill(cell, DynamicCache(config=cell.model.config))
-    return {"cache_bytes": cell.dense_bytes, **timed_generate(cell, cache)}
-
-
-def static(cell: Cell) -> Row:
-    room = cell.tokens + WARM + cell.steps + 2
-    cache = fill(cell, StaticCache(config=cell.model.config, max_cache_len=room))
-    return {"cache_bytes": cell.dense_bytes * room // cell.tokens, **timed_generate(cell, cache)}
+    size = cell.dense_bytes * (room if fixed else cell.tokens) // cell.tokens
+    return {"cache_bytes": size, **timed_generate(cell, cache)}
 
 
 # ---- dense attention as one graph ----------------------------------------------------------------
@@ -249,13 +236,12 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.step, self.is_initialized, self.attends = step, True, False
 
-    def lazy_initialization(self, *args: Any) -> None:
-        pass
-
     def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         self.step.write(torch.stack((k[:, :, 0], v[:, :, 0])))
         whole = self.step.kv if self.attends else self.step.kv.to(k.dtype)
         return whole[0], whole[1]
+
+    def lazy_initialization(self, *args: Any) -> None: ...
 
     def get_seq_length(self) -> int:
         return self.step.shape.tokens - 1
@@ -276,18 +262,19 @@ def attention_of(model: Any, layers: Sequence[FixedLayer]) -> Iterator[None]:
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **_: Any):
         return layers[module.layer_idx].step.attend(q[:, :, 0], scaling)[:, None], None
 
+    def use(name: str, attends: bool) -> None:
+        model.config._attn_implementation = name
+        for layer in layers:
+            layer.attends = attends
+
     AttentionInterface.register("perf_dense", attention)
     AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
     before = model.config._attn_implementation
-    model.config._attn_implementation = "perf_dense"
-    for layer in layers:
-        layer.attends = True
+    use("perf_dense", True)
     try:
         yield
     finally:
-        model.config._attn_implementation = before
-        for layer in layers:
-            layer.attends = False
+        use(before, False)
 
 
 def replayed(graph: Any, steps: int) -> list[float]:
@@ -330,7 +317,10 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
             graph = capture([step])
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
-    check_logits(logits, step(), 0.1 + fp8 * 2**-3)
+    want, allowed = step().double(), 0.1 + fp8 * 2**-3
+    off = float((logits.double() - want).norm() / want.norm())
+    if not off <= allowed:
+        raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
     say("step captured and checked")
     row = percentiles(replayed(graph, cell.steps))
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
@@ -341,13 +331,6 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         "shared": shared,
         **row,
     }
-
-
-def check_logits(got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
-    got, want = got.double(), want.double()
-    off = float((got - want).norm() / want.norm())
-    if not off <= allowed:
-        raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
 
 
 # ---- the spectral cache --------------------------------------------------------------------------
@@ -489,8 +472,10 @@ Job = tuple[str, str | None, Callable[[], Any]]  # what, preset, a row or rows
 
 def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[Job]:
     dense: dict[str, Callable[[], Row]] = {
-        "eager": lambda: eager(cell), "static": lambda: static(cell),
-        "graph": lambda: dense_graph(cell), "fp8": lambda: dense_graph(cell, fp8=True),
+        "eager": lambda: transformers_cache(cell, fixed=False),
+        "static": lambda: transformers_cache(cell, fixed=True),
+        "graph": lambda: dense_graph(cell),
+        "fp8": lambda: dense_graph(cell, fp8=True),
     }  # fmt: skip
     for what in args.what:
         if what in dense:
@@ -613,7 +598,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def line(row: Row) -> str:
     """A row as text."""
     text = f"{row['B']}x{row['T']} {row['what']} "
-    text += f"{row.get('preset') or row.get('backend') or 'dense'}: "
+    text += f"{row.get('preset') or ''} {row.get('backend') or ''}: "
     if "ms" in row:
         text += f"{row['ms']:.2f} ms, p99 {row['p99_ms']:.2f}, "
         extra = [name for name in ("p999_ms", "max_ms", "compiled") if name in row]
