@@ -28,6 +28,7 @@ from spectral_kernels.layout import unpack_pages
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 PRESET = "balanced"  # where a kernel needs bands and does not run once for each preset
+MODULES = {"rope": rope, "compress": compress, "merge": merge}
 CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 
@@ -61,11 +62,31 @@ def context_of(card: Card) -> int:
     return 1 << min(15, (card.free // (64 * 4 * KV_HEADS * DIM)).bit_length() - 1)
 
 
-def check_close(got: torch.Tensor, want: torch.Tensor, allowed: float = CLOSE) -> None:
-    """Relative error in norm."""
+def check_close(got: Any, want: Any, allowed: float = CLOSE) -> None:
+    """Relative error in norm, of a tensor or of each of several."""
+    if isinstance(got, tuple):
+        for one, other in zip(got, want, strict=True):
+            check_close(one, other, allowed)
+        return
     off = float((got.double() - want.double()).norm() / want.double().norm())
     if not off <= allowed:
         raise AssertionError(f"a relative error of {off:.3g}, expected at most {allowed:.3g}")
+
+
+def beside_twin(
+    operation: str, inputs: Sequence[tuple], nbytes: int, shape: str, allowed: float = CLOSE,
+    **options: Any,
+) -> Kernel:  # fmt: skip
+    """ "module.name", called with each of `inputs` and checked against its twin."""
+    stem, name = operation.split(".")
+    module = MODULES[stem]
+    calls = [partial(getattr(module, name), *x, **options) for x in inputs]
+
+    def check() -> None:
+        want = getattr(module, f"{name}_torch")(*inputs[0], **options)
+        check_close(calls[0](), want, allowed)
+
+    return Kernel(calls, nbytes, check, shape)
 
 
 def steps_of(
@@ -89,43 +110,23 @@ def rows_of(card: Card, tokens: int) -> torch.Tensor:
 
 def turned(card: Card, name: str) -> Kernel:
     x = rows_of(card, tokens_of(card, 2 * KV_HEADS * DIM))
-    out, positions = torch.empty_like(x), torch.arange(x.shape[2], device=card.device)[None].int()
+    positions = torch.arange(x.shape[2], device=card.device)[None].int()
     inv_freq = 1e6 ** -(torch.arange(0, DIM, 2).double() / DIM)
     freqs = rope.freqs_from_inv_freq(inv_freq, device=card.device)
     options = {"frame": 512} if name == "turn_back" else {}
-
-    def call() -> torch.Tensor:
-        return getattr(rope, name)(x, positions, freqs, out=out, **options)
-
-    def check() -> None:
-        part = slice(-256, None)
-        want = getattr(rope, f"{name}_torch")(x[:, :, part], positions[:, part], freqs, **options)
-        # Rounded to the dtype on both sides.
-        check_close(call()[:, :, part], want, max(CLOSE, torch.finfo(x.dtype).eps))
-
-    words = f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return Kernel([call], 2 * x.nbytes + positions.nbytes, check, words)
+    allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
+    nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
+    return beside_twin(f"rope.{name}", [(x, positions, freqs)], nbytes, words, allowed, **options)
 
 
 def project_queries(card: Card) -> Kernel:
     shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
     steps = steps_of(card, shape, copies=card.copies(1 << 24))
     frames, codec = context_of(card) // 512, steps[0].codec
-    sizes = (4, HEADS, frames, codec.layout.k.rank), (4, HEADS, frames)
-    outs: list[Any] = [tuple(torch.empty(x, device=card.device) for x in sizes) for _ in steps]
-    calls = [
-        partial(rope.project_queries, s.q, s.codec, frames, out=out)
-        for s, out in zip(steps, outs, strict=True)
-    ]
-
-    def check() -> None:
-        want = rope.project_queries_torch(steps[0].q, codec, frames)
-        for got, wanted in zip(calls[0](), want, strict=True):
-            check_close(got, wanted)
-
-    tensors = (*outs[0], steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean)
-    nbytes = sum(x.nbytes for x in tensors)
-    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {frames} frames")
+    nbytes = 4 * 4 * HEADS * frames * (codec.layout.k.rank + 1)
+    nbytes += sum(x.nbytes for x in (steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean))
+    inputs, words = [(s.q, s.codec, frames) for s in steps], f"B=4 H=32/8 D={DIM} {frames} frames"
+    return beside_twin("rope.project_queries", inputs, nbytes, words)
 
 
 # compress.py
@@ -133,12 +134,8 @@ def project_queries(card: Card) -> Kernel:
 
 def gram(card: Card, tokens: int | None = None) -> Kernel:
     x = rows_of(card, tokens or tokens_of(card, 2 * KV_HEADS * DIM))
-
-    def check() -> None:
-        check_close(compress.gram(x)[:, -1], x[:, -1].double().mT @ x[:, -1].double())
-
-    words = f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return Kernel([partial(compress.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, words)
+    nbytes, words = x.nbytes + 4 * KV_HEADS * DIM**2, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
+    return beside_twin("compress.gram", [(x,)], nbytes, words)
 
 
 def check_codes(got: torch.Tensor, want: torch.Tensor, step: Step, side: str) -> None:
@@ -201,13 +198,9 @@ def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
     pages = step.k_pages if side == "k" else step.v_pages
     given = (pages, step.codec, step.block_table, step.seq_lens)
-    call = partial(compress.decode, *given, side=side)
-
-    def check() -> None:
-        check_close(call()[:, :, -256:], compress.decode_torch(*given, side=side)[:, :, -256:])
-
     words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
-    return Kernel([call], pages.nbytes + 4 * KV_HEADS * tokens * DIM, check, words)
+    nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM
+    return beside_twin("compress.decode", [given], nbytes, words, side=side)
 
 
 # attention.py, window.py
@@ -254,16 +247,7 @@ def merge_states(card: Card, count: int) -> Kernel:
         return tuple(x[:, i].contiguous() for i in (0, 1) for x in (o, lse))
 
     inputs = [states() for _ in range(card.copies(nbytes))]
-    calls = [partial(getattr(merge, name), *x) for x in inputs]
-
-    def check() -> None:
-        o, lse = inputs[0] if count > 2 else (torch.stack(inputs[0][i::2], 1) for i in (0, 1))
-        total = torch.logsumexp(lse.double(), 1)
-        want = ((lse.double() - total[:, None]).exp()[..., None] * o.double()).sum(1), total
-        for got, wanted in zip(calls[0](), want, strict=True):
-            check_close(got, wanted)
-
-    return Kernel(calls, nbytes, check, f"{rows} x {count} states of {DIM}")
+    return beside_twin(f"merge.{name}", inputs, nbytes, f"{rows} x {count} states of {DIM}")
 
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
