@@ -31,36 +31,25 @@ LOSSY = tuple(PRESETS)
 def layouts(preset: str, dim: int, count: int = 3) -> list[PageLayout]:
     """Different layouts as a plan of the preset mixes them, none above its bytes: of pairs of bands
     from calibrate's menus, those of the most bytes, with few bytes for keys and with many."""
-    budget = 4 * dim / PRESETS[preset].ratio
-    menu = menus(dim)
+    budget, menu = 4 * dim / PRESETS[preset].ratio, menus(dim)
     pairs = [(k, v) for k in menu["k"] for v in menu["v"] if k.bytes + v.bytes <= budget]
-    most = max(k.bytes + v.bytes for k, v in pairs)
-    pairs = sorted(
-        (p for p in pairs if p[0].bytes + p[1].bytes >= 0.9 * most),
-        key=lambda p: (p[0].bytes, p[1].bytes),
-    )
+    least = 0.9 * max(k.bytes + v.bytes for k, v in pairs)
+    pairs = [(k, v) for k, v in pairs if k.bytes + v.bytes >= least]
+    pairs.sort(key=lambda p: (p[0].bytes, p[1].bytes))
     chosen = [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
     return [PageLayout(k, v, dim) for k, v in dict.fromkeys(chosen)]
 
 
-def random_codec(
-    layout: PageLayout,
-    kv_heads: int,
-    freqs: torch.Tensor,
-    *,
-    key_std: float = SCORE_STD,
-    value_std: float = 1.0,
-) -> Codec:
-    """Random orthogonal bases. Uniform codes rebuild keys and values of these standard deviations a
-    dimension; the encoder is the bases' transpose in steps, so that what it encodes comes back as
-    far as the rank goes.
+def random_codec(layout: PageLayout, kv_heads: int, freqs: torch.Tensor) -> Codec:
+    """Random orthogonal bases. Uniform codes rebuild keys and values of standard deviations
+    SCORE_STD and 1 a dimension; the encoder is the bases' transpose in steps, so that what it
+    encodes comes back as far as the rank goes.
     """
     dim, device = layout.head_dim, freqs.device
     sides: list[list[torch.Tensor]] = []
-    for bands, std in ((layout.k, key_std), (layout.v, value_std)):
-        frames = torch.linalg.qr(
-            torch.randn(kv_heads, dim, dim, dtype=torch.float64, device=device)
-        )[0]
+    for bands, std in ((layout.k, SCORE_STD), (layout.v, 1.0)):
+        x = torch.randn(kv_heads, dim, dim, dtype=torch.float64, device=device)
+        frames = torch.linalg.qr(x)[0]
         directions = frames[:, : bands.rank].contiguous()
         rows, lengths = quantise_basis(directions)
         # Codes are uniform: 2**bits values a step apart.
@@ -69,7 +58,7 @@ def random_codec(
         step = fall * std * (dim / fall.square().sum()) ** 0.5 / spread
         encoder = (directions.float() / step[:, None]).mT.contiguous()
         sides.append([x[None] for x in (rows, lengths * step, encoder)])
-    mean = torch.randn(1, kv_heads, dim, device=device) * key_std / 2
+    mean = torch.randn(1, kv_heads, dim, device=device) * SCORE_STD / 2
     k, v = sides
     offset = (mean[..., None, :] @ k[2])[..., 0, :].contiguous()
     return Codec(layout, freqs, k[0], k[1], k[2], mean, offset, v[0], v[1], v[2])
@@ -105,19 +94,11 @@ def eight_bit_codec(
 
 
 def random_model_codec(
-    preset: str,
-    *,
-    layers: int,
-    kv_heads: int,
-    dim: int,
-    freqs: torch.Tensor,
-    value_std: float = 1.0,
-    first: int = 0,
+    preset: str, *, layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, first: int = 0
 ) -> ModelCodec:
     """A codec of so many layers, of memory of their own, whose layouts take turns from number
     `first` on."""
-    known = [random_codec(x, kv_heads, freqs, value_std=value_std) for x in layouts(preset, dim)]
-
+    known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
     codecs = tuple(copy_of(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 
@@ -140,11 +121,8 @@ class Shape:
     def __str__(self) -> str:
         text = f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
         text += f" Q={self.queries}" if self.queries > 1 else ""
-        return text + (f" of {self.capacity}" if self.capacity else "") + (" mixed" * self.mixed)
-
-    @property
-    def mixed(self) -> bool:
-        return bool(self.lengths)
+        text += f" of {self.capacity}" if self.capacity else ""
+        return text + " mixed" * bool(self.lengths)
 
     @property
     def rows(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -101,8 +101,7 @@ def read_sum(x: torch.Tensor, block: int = 4096, warps: int = 4) -> torch.Tensor
     return out
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Microseconds of a call: percentiles over replays."""
 
     p20: float
@@ -111,7 +110,7 @@ class Times:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> Times:
-        """Percentiles by linear interpolation of at least two samples."""
+        """By linear interpolation of at least two samples."""
         cuts = statistics.quantiles(samples, n=10, method="inclusive")
         return cls(cuts[1], cuts[4], cuts[7])
 
@@ -213,19 +212,28 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:120]
 
 
+def fail(what: str, error: BaseException) -> int:
+    """Say that something is missing from a run, which goes on: 1, or 0 where it only does not fit
+    the card."""
+    fits = not isinstance(error, torch.OutOfMemoryError)
+    say(f"{what}: {f'FAILED, {reason(error)}' if fits else 'skipped, it does not fit the card'}")
+    return int(fits)
+
+
 def rounded(row: Row) -> Row:
     """Its floats with four digits, which is what they are good for."""
     return {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in row.items()}
 
 
-def write_row(row: Row, path: Path | None) -> None:
-    """Append a row to a file, and to rows.jsonl in the folder $OUT where that is set (a lent GPU
-    machine)."""
-    out = os.environ.get("OUT")
+def write_row(row: Row, path: Path | None) -> Row:
+    """Append a row, rounded, to a file, and to rows.jsonl in the folder $OUT where that is set (a
+    lent GPU machine); return it."""
+    row, out = rounded(row), os.environ.get("OUT")
     for target in filter(None, (path, Path(out) / "rows.jsonl" if out else None)):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("a") as file:
             file.write(json.dumps(row) + "\n")
+    return row
 
 
 def read_rows(path: Path) -> list[Row]:

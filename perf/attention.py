@@ -30,29 +30,18 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import re
 import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
-from perf._timing import (
-    Card,
-    Row,
-    begin,
-    common_arguments,
-    device_times,
-    reason,
-    rounded,
-    say,
-    write_row,
-)
+from perf._timing import Card, Row, begin, common_arguments, device_times, fail, say, write_row
 from spectral_kernels.calibrate import PRESETS
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
@@ -66,40 +55,34 @@ PAGE = 64  # tokens of a page of peers
 FP8 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A shape as the command line has it."""
 
     shape: Shape
     words: str = ""  # what neither B, T, heads nor D says
     older_cards: bool = False
 
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """Raises argparse.ArgumentTypeError."""
-        first, *words = text.split(":")
-        found: dict[str, Any] = {"heads": 32, "kv_heads": 8, "dim": 128}
-        names = {"d": "dim", "q": "queries", "pool": "capacity"}
-        try:
-            parts = [tuple(map(int, part.split("x"))) for part in first.split("+")]
-            rows = [tokens for batch, tokens in parts for _ in range(batch)]
-            for word in words:
-                if "/" in word:
-                    found["heads"], found["kv_heads"] = map(int, word.split("/"))
-                elif word != "old":
-                    name, number = re.fullmatch(r"([a-z]+)(\d+)", word).groups()  # type: ignore[union-attr]
-                    found[names[name]] = int(number)
-            mixed = tuple(rows) if len(parts) > 1 else ()
-            shape = Shape(len(rows), tokens=max(rows), lengths=mixed, **found)
-            if shape.heads % shape.kv_heads or any(n < 512 or n % PAGE for n in rows):
-                raise ValueError
-        except (AttributeError, KeyError, ValueError, ZeroDivisionError):
-            raise argparse.ArgumentTypeError(
-                f"SHAPE: expected BxT[:H/G][:dD][:qQ][:poolT][:old], H a multiple of G and T of "
-                f"{PAGE} from 512 on, got {text!r}"
-            ) from None
-        others = [first] * bool(mixed) + [word for word in words if word[0] in "qp"]
-        return cls(shape, " ".join(others), "old" in words)
+
+def parse_shape(text: str) -> Case:
+    """See the module. Raises ValueError."""
+    first, *words = text.split(":")
+    parts = [[int(x) for x in part.split("x")] for part in first.split("+")]
+    rows = [tokens for batch, tokens in parts for _ in range(batch)]
+    found: dict[str, Any] = {"lengths": tuple(rows) if len(parts) > 1 else ()}
+    heads, kv_heads, dim = 32, 8, 128
+    for word in words:
+        if "/" in word:
+            heads, kv_heads = map(int, word.split("/"))
+        elif word.startswith("d"):
+            dim = int(word[1:])
+        elif word != "old":
+            name = "capacity" if word.startswith("pool") else "queries"
+            found[name] = int(word.removeprefix("pool").removeprefix("q"))
+    if heads % kv_heads or any(n < 128 or n % PAGE for n in rows):
+        raise ValueError(f"{text}: expected H a multiple of G, T one of {PAGE} from 128 on")
+    others = [first] * (len(parts) > 1) + [word for word in words if word[0] in "qp"]
+    shape = Shape(len(rows), heads, kv_heads, dim, max(rows), **found)
+    return Case(shape, " ".join(others), "old" in words)
 
 
 @dataclass(frozen=True)
@@ -261,7 +244,7 @@ def time_peers(
             calls[0].check(calls[0]())
             found[peer.name] = device_times(calls).p50 if timed else 0.0
         except Exception as error:  # whatever its library raises: it is reported, the others go on
-            found[peer.name] = reason(error)
+            found[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         calls = []
     return found
 
@@ -270,11 +253,9 @@ def best(peers: dict[str, float | str], fp8: bool) -> tuple[str | None, float | 
     """Name and microseconds of the fastest peer that ran, among those with fp8 keys and values or
     among the others."""
     eight = {peer.name for peer in PEERS if peer.fp8}
-    times = {
-        name: t for name, t in peers.items() if not isinstance(t, str) and (name in eight) == fp8
-    }
-    name = min(times, key=times.__getitem__, default=None)
-    return name, None if name is None else times[name]
+    own = ((t, x) for x, t in peers.items() if not isinstance(t, str) and (x in eight) == fp8)
+    time, name = min(own, default=(None, None))
+    return name, time
 
 
 def check(step: Step) -> float:
@@ -293,14 +274,14 @@ def check(step: Step) -> float:
 
 def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
     """A row without what all rows of a run share, and without peers."""
-    shape, plan = case.shape, layouts(preset, case.shape.dim)
+    own, plan = case.shape, layouts(preset, case.shape.dim)
     layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
-    nbytes = shape.step_bytes(layout, exact)
+    nbytes = own.step_bytes(layout, exact)
     options: Any = {"dtype": card.dtype, "device": card.device, "older_cards": case.older_cards}
     copies = card.copies(nbytes) if timed else 1
-    steps = make_steps(shape, layout, preset=preset, copies=copies, **options)
-    row: Row = {"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim}
-    row |= {"T": shape.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
+    steps = make_steps(own, layout, preset=preset, copies=copies, **options)
+    row: Row = {"B": own.batch, "H": own.heads, "G": own.kv_heads, "D": own.dim}
+    row |= {"T": own.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
     row |= {"layout": f"{layout.k} {layout.v}", "path": "scalar" if case.older_cards else "matrix"}
     row["error"] = check(steps[0])
     if timed:
@@ -328,18 +309,17 @@ def line(row: Row) -> str:
         text += " ".join(f"{row[name]:8.4g}" for name in ("p20_us", "p50_us", "p80_us"))
         text += f" us {row['read_share']:4.0%} of reads  "
     text += f"error {row['error']:.1g}  "
-    if row.get("best_peer"):
-        text += f"{row['speedup']:.2f}x of {row['best_peer_us']:.4g} {row['best_peer']}"
-    if row.get("best_fp8"):
-        text += f", {row['best_fp8_us'] / row['p50_us']:.2f}x of {row['best_fp8_us']:.4g} "
-        text += row["best_fp8"]
+    for name in ("best_peer", "best_fp8"):
+        if row.get(name):
+            us = row[f"{name}_us"]
+            text += f"{us / row['p50_us']:.2f}x of {us:.4g} {row[name]}  "
     return text
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m perf.attention", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("shapes", nargs="*", type=Case.parse, metavar="SHAPE", help="see above")
+    parser.add_argument("shapes", nargs="*", type=parse_shape, metavar="SHAPE", help="see above")
     text = "default balanced, and of the first shapes quality too"
     parser.add_argument("--presets", nargs="*", choices=LOSSY, help=text)
     names = [peer.name for peer in PEERS]
@@ -347,35 +327,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="no times and no rows")
     common_arguments(parser, "attention.jsonl")
     args = parser.parse_args(argv)
-    args.shapes = args.shapes or [Case.parse(text) for text in SHAPES]
+    args.shapes = args.shapes or [parse_shape(text) for text in SHAPES]
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     card, same = begin(args.commit, reads=not args.check)
-    table, failed = [Case.parse(text) for text in TABLE], 0
+    table, failed = [parse_shape(text) for text in TABLE], 0
     for case in args.shapes:
-        shape, rows = case.shape, []
-        several = ("balanced", "quality") if case in table else ("balanced",)
+        rows, several = [], ("balanced", "quality") if case in table else ("balanced",)
         for preset in several if args.presets is None else args.presets:
             try:
                 rows.append(measure(case, preset, card, not args.check))
-            except torch.OutOfMemoryError:
-                say(f"{shape} {preset}: skipped, it does not fit the card")
-            except Exception as error:  # the other rows go on; the exit code tells
-                text = f"{shape} {preset}: FAILED, {reason(error)}"
-                print(text, file=sys.stderr, flush=True)
-                failed += 1
+            except Exception as error:
+                failed += fail(f"{case.shape} {preset}", error)
         chosen = [peer for peer in PEERS if peer.name in args.peers and not case.words]
-        peers = time_peers(shape, chosen, card, not args.check)
+        peers = time_peers(case.shape, chosen, card, not args.check)
         for name, time in peers.items():
             if isinstance(time, str) or args.check:
-                say(f"{shape}: {name}: {time if isinstance(time, str) else 'right'}")
+                say(f"{case.shape}: {name}: {time if isinstance(time, str) else 'right'}")
         for row in rows:
             if not args.check:
-                row = {**same, **rounded({**row, **beside(row, peers)})}
-                write_row(row, args.json)
+                row = write_row({**same, **row, **beside(row, peers)}, args.json)
             say(line(row))
     return 1 if failed else 0
 

@@ -47,9 +47,10 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +68,8 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 
 from perf._cases import LOSSY, THETA, Shape, Step, check_state, layouts, random_model_codec
-from perf._timing import (
-    ROOT,
-    Card,
-    Row,
-    begin,
-    capture,
-    common_arguments,
-    reason,
-    rounded,
-    say,
-    write_row,
-)
-from perf.attention import IN_MODELS, PeerStep, best, time_peers
+from perf._timing import ROOT, Card, Row, begin, capture, common_arguments, fail, say, write_row
+from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
@@ -277,8 +267,8 @@ def attention_of(model: Any, layers: Sequence[FixedLayer]) -> Iterator[None]:
         use(before, False)
 
 
-def replayed(graph: Any, steps: int) -> list[float]:
-    """Milliseconds of each replay, by events on the device."""
+def replayed(graph: Any, steps: int) -> Row:
+    """Of the milliseconds of replays, by events on the device."""
     for _ in range(WARM):
         graph.replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -287,7 +277,7 @@ def replayed(graph: Any, steps: int) -> list[float]:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+    return percentiles([a.elapsed_time(b) for a, b in pairwise(marks)])
 
 
 def dense_graph(cell: Cell, fp8: bool = False) -> Row:
@@ -299,10 +289,11 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         raise RuntimeError(f"no backend ran: {peers}")
     [peer] = [peer for peer in known if peer.name == backend]
     say(f"attention by {backend}")
+    # Room for the same in 16 bits, which the reference and an fp8 copy take.
     size = shape.dense_bytes // (2 if fp8 else 1)
-    held = min(layers, int(0.85 * cell.card.free) // size)
+    held = min(layers, int(0.85 * cell.card.free - 2 * shape.dense_bytes) // size)
     if held < 1:
-        raise MemoryError("not even one layer's keys and values fit")
+        raise torch.OutOfMemoryError("not even one layer's keys and values fit")
     kv = [PeerStep(peer, shape, cell.random_kv()) for _ in range(held)]
     fixed = [FixedLayer(kv[i % held]) for i in range(layers)]
     cache, ids = Cache(layers=fixed), cell.ids(1)
@@ -311,26 +302,25 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     def step() -> torch.Tensor:
         return model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache}).logits
 
-    with attention_of(model, fixed):
-        logits = step()
-        with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
-            graph = capture([step])
+    try:
+        with attention_of(model, fixed):
+            logits = step()
+            with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
+                graph = capture([step])
+        want = step().double()
+        say("step captured")
+        row = replayed(graph, cell.steps)
+    finally:
+        for layer in fixed:  # which torch.compile and transformers' list of functions hold on to
+            del layer.step
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
-    want, allowed = step().double(), 0.1 + fp8 * 2**-3
-    off = float((logits.double() - want).norm() / want.norm())
+    off, allowed = float((logits.double() - want).norm() / want.norm()), 0.1 + fp8 * 2**-3
     if not off <= allowed:
         raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
-    say("step captured and checked")
-    row = percentiles(replayed(graph, cell.steps))
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
-    row |= {"what": "graph", "preset": "fp8" if fp8 else None}
-    return {
-        "cache_bytes": cell.dense_bytes // (2 if fp8 else 1),
-        "backend": backend,
-        "shared": shared,
-        **row,
-    }
+    row |= {"what": "graph", "preset": "fp8" if fp8 else None, "backend": backend, "shared": shared}
+    return {"cache_bytes": layers * size, **row}
 
 
 # ---- the spectral cache --------------------------------------------------------------------------
@@ -384,7 +374,7 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
                 raise AssertionError("the step was not captured, or its logits are not finite")
             say(f"{preset}: step captured")
             cache.spectral.reserve(WARM + cell.steps)
-            row = percentiles(replayed(cache.graph.graph, cell.steps))
+            row = replayed(cache.graph.graph, cell.steps)
             cache.columns += WARM + cell.steps
             lengths = cache.spectral.seq_lens.tolist()
             if lengths != cache.spectral.lengths or lengths[0] != cache.columns:
@@ -400,6 +390,12 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
 
 
 # ---- prompts and long generations ----------------------------------------------------------------
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
@@ -461,79 +457,51 @@ def long_generation(cell: Cell, preset: str) -> Row:
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-Job = tuple[str, str | None, Callable[[], Any]]  # what, preset, a row or rows
-
-
-def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[Job]:
-    dense: dict[str, Callable[[], Row]] = {
-        "eager": lambda: transformers_cache(cell, fixed=False),
-        "static": lambda: transformers_cache(cell, fixed=True),
-        "graph": lambda: dense_graph(cell),
-        "fp8": lambda: dense_graph(cell, fp8=True),
-    }  # fmt: skip
+def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | None, Any]]:
+    """(what, preset, a function that gives a row or rows)."""
     for what in args.what:
-        if what in dense:
-            yield what, None, dense[what]
+        if what in ("eager", "static"):
+            yield what, None, partial(transformers_cache, cell, what == "static")
+        elif what in ("graph", "fp8"):
+            yield what, None, partial(dense_graph, cell, what == "fp8")
     for preset in args.presets if {"ours", "bare"} & {*args.what} else ():
-        yield "bare, ours", preset, lambda preset=preset: ours(cell, preset, args.what)  # type: ignore[misc]
+        yield "bare, ours", preset, partial(ours, cell, preset, args.what)
     if "prefill" in args.what and cell.batch * cell.tokens <= args.prefill_limit:
-        yield "prefill", None, lambda: prefill(cell, args.presets)
+        yield "prefill", None, partial(prefill, cell, args.presets)
     for preset in args.presets if "long" in args.what else ():
-        yield "long", preset, lambda preset=preset: long_generation(cell, preset)  # type: ignore[misc]
+        yield "long", preset, partial(long_generation, cell, preset)
 
 
 def ahead(args: argparse.Namespace) -> list[tuple[subprocess.Popen[bytes], Path]]:
     """Start a process for each batch size and layout that measures one layer of it, and so leaves
     what it compiles in the caches of Triton and torch.compile: (process, its log)."""
     folder, running = Path(tempfile.mkdtemp()), []
-    dim = SHAPES[args.shape][5]
-    count = max(len(layouts(preset, dim)) for preset in args.presets)
-    for batch in sorted({batch for batch, _ in args.cells}):
+    env = {name: x for name, x in os.environ.items() if name != "OUT"}  # no rows
+    env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    count = max(len(layouts(preset, SHAPES[args.shape][5])) for preset in args.presets)
+    for batch, layout in product(sorted({batch for batch, _ in args.cells}), range(count)):
+        # What torch.compile makes is the same for all layouts, and dense steps have none.
+        known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")
+        if not (what := [x for x in args.what if x in known]):
+            continue
         tokens = min(tokens for b, tokens in args.cells if b == batch)
-        for layout in range(count):
-            # What torch.compile makes is the same for all layouts, and dense steps have none.
-            first = layout == 0
-            known = (*STEPS, "prefill") if first else ("ours", "bare", "prefill")
-            what = [x for x in args.what if x in known]
-            if not what:
-                continue
-            command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}"]
-            command += ["--shape", args.shape, "--layers", "1", "--layout", str(layout)]
-            command += ["--presets", *args.presets, "--what", *what, "--steps", str(args.steps)]
-            command += ["--prefill-limit", str(args.prefill_limit)]
-            command += ["--compile"] * (args.compile and first)
-            log = folder / f"{batch}-{layout}.txt"
-            env = {name: x for name, x in os.environ.items() if name != "OUT"}  # no rows
-            env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-            with log.open("wb") as out:
-                process = subprocess.Popen(
-                    command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
-                )
-            running.append((process, log))
+        command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}", "--layers", "1"]
+        command += ["--layout", str(layout), "--shape", args.shape, "--steps", str(args.steps)]
+        command += ["--presets", *args.presets, "--what", *what]
+        command += ["--prefill-limit", str(args.prefill_limit)]
+        command += ["--compile"] * (args.compile and not layout)
+        log = folder / f"{batch}-{layout}.txt"
+        with log.open("wb") as out:
+            options: Any = {"cwd": ROOT, "env": env, "stdout": out, "stderr": subprocess.STDOUT}
+            running.append((subprocess.Popen(command, **options), log))
     return running
-
-
-def cell_of(text: str) -> tuple[int, int]:
-    batch, _, tokens = text.partition("x")
-    if not (batch.isdigit() and tokens.isdigit()) or int(tokens) < 128 or int(tokens) % 64:
-        raise argparse.ArgumentTypeError(
-            f"CELL: expected BxT, T a multiple of 64 from 128 on, got {text!r}"
-        )
-    return int(batch), int(tokens)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m perf.end_to_end", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    default = [(1, 8192), (1, 32768), (1, 131072)]
     add = parser.add_argument
-    add("cells", nargs="*", type=cell_of, metavar="CELL", help="BxT: rows x tokens (1x8192 ..)")
+    add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
     add("--shape", choices=list(SHAPES), default="8b")
     add("--layers", type=int, help="fewer layers than the shape's")
     add("--presets", nargs="+", choices=LOSSY, default=["balanced"])
@@ -544,7 +512,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--layout", type=int, help="compile alone, for this layout: no rows")
     common_arguments(parser, "end_to_end.jsonl")
     args = parser.parse_args(argv)
-    args.cells = args.cells or default
+    shapes = [x.shape for x in args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))]
+    args.cells = [(x.batch, x.tokens) for x in shapes]
     if args.steps < 8:
         parser.error(f"--steps: expected at least 8, got {args.steps}")
     return args
@@ -583,30 +552,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                         row["filled"] = "prompt" if what == "long" else "random"
                     if args.compile and what in (*STEPS, "bare, ours"):
                         row["what"] += " compiled"
-                    rows.append(rounded(row))
+                    rows.append(row if alone else write_row(row, args.json))
                     say(line(rows[-1]))
-                    if not alone:
-                        write_row(rows[-1], args.json)
-            except Exception as error:  # the other rows go on; the exit code tells
-                text = f"{batch}x{tokens} {what} {preset or ''}: FAILED, {reason(error)}"
-                print(text, file=sys.stderr, flush=True)
-                failed += 1
+            except Exception as error:
+                failed += fail(f"{batch}x{tokens} {what} {preset or ''}", error)
     print("" if alone else end_to_end_table(rows))
     return 1 if failed else 0
 
 
 def line(row: Row) -> str:
     """A row as text."""
-    text = f"{row['B']}x{row['T']} {row['what']} "
-    text += f"{row.get('preset') or ''} {row.get('backend') or ''}: "
-    if "ms" in row:
-        text += f"{row['ms']:.2f} ms, p99 {row['p99_ms']:.2f}, "
-        extra = [name for name in ("p999_ms", "max_ms", "compiled") if name in row]
-        text += "".join(f"{name} {row[name]}, " for name in extra)
-        text += f"{row['tokens_per_s']:.0f} tokens/s, "
-    else:
-        text += f"{row['prefill_s']:.3f} s, {row['prefill_ratio']:.3f} of dense, "
-    text += f"cache {row['cache_bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / 1e9:.2f} GB"
+    words = [f"{row['B']}x{row['T']}", row["what"], row.get("preset"), row.get("backend")]
+    text = " ".join(filter(None, words)) + ":"
+    names = ("ms", "p99_ms", "p999_ms", "max_ms", "compiled", "tokens_per_s", "prefill_s")
+    text += "".join(f" {name} {row[name]:.4g}" for name in (*names, "prefill_ratio") if name in row)
+    text += f", cache {row['cache_bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / 1e9:.2f} GB"
     return text + (f", {row['shared']}" if row.get("shared") else "")
 
 

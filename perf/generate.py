@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -145,31 +146,24 @@ def generate(
     return Run(tokens, text, nbytes, input_ids.shape[1] / (first - start), rate)
 
 
-def agreement(a: Sequence[int], b: Sequence[int]) -> tuple[int, int, int | None]:
-    """(tokens that are the same at the same place, places, first place that differs or None)."""
-    places = max(len(a), len(b))
-    same = [i < min(len(a), len(b)) and a[i] == b[i] for i in range(places)]
-    return sum(same), places, same.index(False) if False in same else None
-
-
-def report(spectral: Run, dense: Run | None, *, preset: str) -> str:
-    """What the main job prints after the texts."""
-    runs = {preset: spectral} if dense is None else {"dense": dense, preset: spectral}
-    rows = [
-        ("", list(runs)),
-        ("cache, MB", [f"{run.cache_bytes / 1e6:.3f}" for run in runs.values()]),
-        ("prompt tokens/s", [f"{run.prompt_rate:.1f}" for run in runs.values()]),
-        ("new tokens/s", [f"{run.rate:.1f}" for run in runs.values()]),
-    ]
-    lines = [f"{name:<16}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
-    if dense is not None:
-        same, places, first = agreement(dense.tokens, spectral.tokens)
-        where = "no difference" if first is None else f"first difference at new token {first + 1}"
-        lines.append(f"same tokens     {same} of {places} ({100 * same / places:.1f} %), {where}")
-        lines.append(
-            f"dense cache is  {dense.cache_bytes / spectral.cache_bytes:.2f} times as large"
-        )
-    return "\n".join(lines)
+def report(runs: dict[str, Run]) -> str:
+    """What the main job prints after the texts: a column a run, the dense one first."""
+    rows = {
+        "": runs,
+        "cache, MB": [f"{run.cache_bytes / 1e6:.3f}" for run in runs.values()],
+        "prompt tokens/s": [f"{run.prompt_rate:.1f}" for run in runs.values()],
+        "new tokens/s": [f"{run.rate:.1f}" for run in runs.values()],
+    }
+    text = "".join(f"{x:<16}" + "".join(f"{y:>12}" for y in ys) + "\n" for x, ys in rows.items())
+    if len(runs) == 1:
+        return text
+    dense, ours = runs.values()
+    same = [a == b for a, b in zip_longest(dense.tokens, ours.tokens)]
+    where = "no difference"
+    if False in same:
+        where = f"first difference at new token {same.index(False) + 1}"
+    text += f"same tokens     {sum(same)} of {len(same)} ({sum(same) / len(same):.1%}), {where}\n"
+    return f"{text}dense cache is  {dense.cache_bytes / ours.cache_bytes:.2f} times as large"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,15 +219,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with handle:
         spectral = run(args.preset, handle.new_cache(1, input_ids.shape[1] + args.max_new_tokens))
-    dense = run("dense") if args.compare else None
+    runs = {"dense": run("dense")} if args.compare else {}
+    runs[args.preset] = spectral
 
     print(f"\nprompt ({input_ids.shape[1]} tokens): ...{tokenizer.decode(input_ids[0, -40:])}")
-    print(f"\n{args.preset}: {spectral.text}")
-    if dense is not None:
-        print(f"\ndense: {dense.text}")
+    for label, found in reversed(runs.items()):
+        print(f"\n{label}: {found.text}")
     if expected is not None:
         print(f"\nexpected first: {expected}")
-    print(f"\n{report(spectral, dense, preset=args.preset)}")
+    print(f"\n{report(runs)}")
     return 0
 
 

@@ -1,19 +1,17 @@
 """Every public kernel alone: inputs that fit the card, a check, device time, bytes, bandwidth.
 
-    python -m perf.kernels [NAME ...]      a table; needs torch, triton and numpy
-    pytest perf --benchmark-only           the same with pytest-benchmark (perf/test_benchmarks.py)
+    pytest perf --benchmark-only           with pytest-benchmark (perf/test_benchmarks.py)
+    python -m perf.compress                those that store tokens
 
-One builder a stem of the package gives inputs, bytes and check; perf.compress takes its builders
-from here. Inputs are larger than the L2 cache, or several copies are used in turn. Bytes are those
-that a kernel must read and write once. Checks: the twin of plain PyTorch on the same inputs (tests/
-hold twins to the oracle), attention: perf/_cases.py.
+One builder a stem of the package gives inputs, bytes and check. Inputs are larger than the L2
+cache, or several copies are used in turn. Bytes are those that a kernel must read and write once.
+Checks: the twin of plain PyTorch on the same inputs (tests/ hold twins to the oracle), attention:
+perf/_cases.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
-from perf._timing import Call, Card, Row, begin, device_times, reason
+from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.calibrate import PRESETS
 from spectral_kernels.layout import unpack_pages
@@ -272,38 +270,3 @@ def measured(kernel: Kernel, card: Card) -> Row:
     row |= {f"device_us_{name}": getattr(times, name) for name in ("p20", "p50", "p80")}
     gbs, reads = kernel.nbytes / 1e3 / times.p50, card.read_bandwidth / 1e9
     return {**row, "bytes": kernel.nbytes, "gbs": gbs, "read_gbs": reads, "share": gbs / reads}
-
-
-def table(builders: Mapping[str, Callable[[Card], Kernel]], card: Card) -> tuple[list[Row], int]:
-    """Check, time and print; the rows (with names), and how many failed."""
-    rows, failed = [], 0
-    for name, build in builders.items():
-        try:
-            kernel = build(card)
-            kernel.check()
-            row = {"kernel": name, **measured(kernel, card)}
-        except Exception as error:  # the others go on; the exit code tells
-            print(f"{name:24} FAILED: {reason(error)}", flush=True)
-            failed += 1
-            continue
-        rows.append(row)
-        text = f"{row['device_us_p50']:9.1f} us {row['gbs']:7.0f} GB/s {row['share']:5.0%}"
-        print(f"{name:24} {text}  {kernel.shape}", flush=True)
-    return rows, failed
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    known = sorted({name.split()[0] for name in KERNELS})
-    parser = argparse.ArgumentParser(prog="python -m perf.kernels", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
-    names = parser.parse_args(argv).names or known
-    if set(names) - set(known):
-        parser.error(f"NAME: expected some of {known}, got {names}")
-    card, _ = begin()
-    chosen = {name: build for name, build in KERNELS.items() if name.split()[0] in names}
-    return 1 if table(chosen, card)[1] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -204,23 +204,27 @@ def quality_table(rows: Rows) -> str:
     return text
 
 
-def serve_table(rows: Rows) -> str:
-    forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
-    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"}
-    return "\n" + columns(latest(rows, KEYS["serve"]), forms)
+PLAIN = {  # the columns of tables of a row a line
+    "serve": {
+        **{"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""},
+        **{"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"},
+    },
+    "compress": {
+        **{"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"},
+        **{"gram_us": ".4g", "encode_share": ".0%"},
+    },
+}
 
 
-def compress_table(rows: Rows) -> str:
-    forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
-    forms |= {"gram_us": ".4g", "encode_share": ".0%"}
-    return "\n" + columns(latest(rows, KEYS["compress"]), forms)
+def plain_table(name: str, rows: Rows) -> str:
+    return "\n" + columns(latest(rows, KEYS[name]), PLAIN[name])
 
 
 SECTIONS: dict[str, tuple[Callable[[Rows], str], str]] = {
     "end_to_end": (end_to_end_table, "Whole models in transformers, a token at a time"),
-    "serve": (serve_table, "Whole models in vLLM"),
+    "serve": (partial(plain_table, "serve"), "Whole models in vLLM"),
     "attention": (attention_table, "One layer's append and attention"),
-    "compress": (compress_table, "What storing tokens takes"),
+    "compress": (partial(plain_table, "compress"), "What storing tokens takes"),
     "quality": (quality_table, "Loss per byte"),
 }
 
@@ -295,9 +299,8 @@ def headline(results: Path = RESULTS) -> str:
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
     if any("*" in cells[x][4] for x in chosen):
-        text += (
-            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
-        )
+        text += "\n\\* dense keys and values of all layers do not fit the card: layers share "
+        text += "them.\n"
     return text
 
 
@@ -372,12 +375,11 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
         for name, line in lines.items():
             ours = name in PRESETS
             if points:
-                fill = "tab:blue" if ours else "none"
-                axis.scatter(*line[0], facecolor=fill, edgecolor="tab:blue" if ours else "gray")
+                edge, fill = ("tab:blue", "tab:blue") if ours else ("gray", "none")
+                axis.scatter(*line[0], facecolor=fill, edgecolor=edge)
                 axis.annotate(name, line[0], xytext=(5, 3), textcoords="offset points", fontsize=8)
             else:
-                style = "o-" if ours else "s--"
-                axis.plot(*zip(*line, strict=True), style, label=name, markersize=4)
+                axis.plot(*zip(*line, strict=True), "o-" if ours else "s--", label=name, ms=4)
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
         ticks = sorted({t for line in lines.values() for t, _ in line})
         if points:
@@ -415,12 +417,9 @@ def write(root: Path = ROOT) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.tables", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m perf.tables", description=__doc__)
     parser.add_argument("--write", action="store_true", help="pages and plots (needs matplotlib)")
-    args = parser.parse_args(argv)
-    if args.write:
+    if parser.parse_args(argv).write:
         write()
     else:
         print(results_page())

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from perf import generate as job
-from perf.generate import agreement
 from spectral_kernels import calibrate
 from tests.test_hf import VOCAB, prompt, single_thread, tiny  # noqa: F401
 
@@ -71,7 +70,7 @@ def test_exact_beside_dense(
         if line.startswith(("exact: ", "dense: "))
     }
     assert texts["exact"] == texts["dense"] and len(texts["exact"].split()) == 12
-    assert "same tokens     12 of 12 (100.0 %), no difference" in out
+    assert "same tokens     12 of 12 (100.0%), no difference" in out
     table = {line[:16].strip(): line for line in out.splitlines()}
     dense, exact = cells(table["cache, MB"])
     # 2 layers, K and V, 2 heads, 64 dimensions, float32, 911 tokens; "exact" has room for 1,024.
@@ -113,16 +112,18 @@ def test_rates(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "expected"),
+    ("a", "b", "words"),
     [
-        ([1, 2, 3], [1, 2, 3], (3, 3, None)),
-        ([1, 2, 3], [1, 9, 3], (2, 3, 1)),
-        ([1, 2, 3], [1, 2], (2, 3, 2)),
-        ([4], [1, 2], (0, 2, 0)),
+        ([1, 2, 3], [1, 2, 3], "3 of 3 (100.0%), no difference"),
+        ([1, 2, 3], [1, 9, 3], "2 of 3 (66.7%), first difference at new token 2"),
+        ([1, 2, 3], [1, 2], "2 of 3 (66.7%), first difference at new token 3"),
+        ([4], [1, 2], "0 of 2 (0.0%), first difference at new token 1"),
     ],
 )
-def test_agreement(a: list[int], b: list[int], expected: tuple[int, int, int | None]) -> None:
-    assert agreement(a, b) == expected
+def test_agreement(a: list[int], b: list[int], words: str) -> None:
+    runs = {"dense": job.Run(a, "", 10, 1.0, 1.0), "small": job.Run(b, "", 4, 1.0, 1.0)}
+    assert f"same tokens     {words}\n" in job.report(runs)
+    assert job.report(runs).endswith("dense cache is  2.50 times as large")
 
 
 @pytest.mark.parametrize(
