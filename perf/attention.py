@@ -13,14 +13,14 @@ A step is what a layer runs for new tokens: `append` (they go to their pages and
 reads all T tokens; its plan of a batch is made beforehand, and fp8 queries come as such. Peers run
 where all rows are alike: PyTorch's backends, FA3 of an installed vLLM (as that calls it), and
 FlashInfer; a row says why one has no time. Queries, keys and values are bf16, before sm_80 fp16.
-Steps and peers are checked first: ours against float64 within a derived budget (perf/_cases.py), a
-peer against float64 within the rounding of its weights and output. Times: perf/_timing.py.
+Steps and peers are checked first: ours against its twin (perf/_cases.py; error: relative), a peer
+against float64 within the rounding of its weights and output. Times: perf/_timing.py.
 `read_share`: the bytes that a step must read over its time, as a share of the bandwidth of a
 read-only pass in the same run. Bands of a preset: `_cases.layouts`, the middle one.
 
 Row: gpu commit torch triton date B H G D T case (the shape's other words) preset layout path
 ("matrix" or "scalar") p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us
-read_share read_gbs budget_share peers {name: microseconds, or why not}.
+read_share read_gbs error peers {name: microseconds, or why not}.
 Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -30,31 +30,19 @@ import argparse
 import functools
 import importlib
 import importlib.util
-import re
 import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
-from perf._timing import (
-    Card,
-    Row,
-    begin,
-    common_arguments,
-    device_times,
-    reason,
-    rounded,
-    say,
-    write_row,
-)
+from perf._timing import Card, Row, begin, common_arguments, device_times, fail, say, write_row
 from spectral_kernels.calibrate import PRESETS
-from tests import budgets
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
 SHAPES = (
@@ -67,40 +55,34 @@ PAGE = 64  # tokens of a page of peers
 FP8 = torch.float8_e4m3fn
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A shape as the command line has it."""
 
     shape: Shape
     words: str = ""  # what neither B, T, heads nor D says
     older_cards: bool = False
 
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """Raises argparse.ArgumentTypeError."""
-        first, *words = text.split(":")
-        found: dict[str, Any] = {"heads": 32, "kv_heads": 8, "dim": 128}
-        names = {"d": "dim", "q": "queries", "pool": "capacity"}
-        try:
-            parts = [tuple(map(int, part.split("x"))) for part in first.split("+")]
-            rows = [tokens for batch, tokens in parts for _ in range(batch)]
-            for word in words:
-                if "/" in word:
-                    found["heads"], found["kv_heads"] = map(int, word.split("/"))
-                elif word != "old":
-                    name, number = re.fullmatch(r"([a-z]+)(\d+)", word).groups()  # type: ignore[union-attr]
-                    found[names[name]] = int(number)
-            mixed = tuple(rows) if len(parts) > 1 else ()
-            shape = Shape(len(rows), tokens=max(rows), lengths=mixed, **found)
-            if shape.heads % shape.kv_heads or any(n < 512 or n % PAGE for n in rows):
-                raise ValueError
-        except (AttributeError, KeyError, ValueError, ZeroDivisionError):
-            raise argparse.ArgumentTypeError(
-                f"SHAPE: expected BxT[:H/G][:dD][:qQ][:poolT][:old], H a multiple of G and T of "
-                f"{PAGE} from 512 on, got {text!r}"
-            ) from None
-        others = [first] * bool(mixed) + [word for word in words if word[0] in "qp"]
-        return cls(shape, " ".join(others), "old" in words)
+
+def parse_shape(text: str) -> Case:
+    """See the module. Raises ValueError."""
+    first, *words = text.split(":")
+    parts = [[int(x) for x in part.split("x")] for part in first.split("+")]
+    rows = [tokens for batch, tokens in parts for _ in range(batch)]
+    found: dict[str, Any] = {"lengths": tuple(rows) if len(parts) > 1 else ()}
+    heads, kv_heads, dim = 32, 8, 128
+    for word in words:
+        if "/" in word:
+            heads, kv_heads = map(int, word.split("/"))
+        elif word.startswith("d"):
+            dim = int(word[1:])
+        elif word != "old":
+            name = "capacity" if word.startswith("pool") else "queries"
+            found[name] = int(word.removeprefix("pool").removeprefix("q"))
+    if heads % kv_heads or any(n < 128 or n % PAGE for n in rows):
+        raise ValueError(f"{text}: expected H a multiple of G, T one of {PAGE} from 128 on")
+    others = [first] * (len(parts) > 1) + [word for word in words if word[0] in "qp"]
+    shape = Shape(len(rows), heads, kv_heads, dim, max(rows), **found)
+    return Case(shape, " ".join(others), "old" in words)
 
 
 @dataclass(frozen=True)
@@ -142,31 +124,16 @@ class PeerStep:
 
     def check(self, out: torch.Tensor) -> None:
         """Raise AssertionError unless the newest token is in the cache, and the last row's last
-        head is attention.
-
-        Weights and output are rounded once to 16 bits each, and scores are float32 sums of D
-        products: a budget an element. Where weights are 8-bit floats, each is off by up to 2**-4 of
-        it, independently: by no more in norm, and sums of few bits by as much again.
-        """
-        shape, dtype = self.shape, out.dtype
+        head is attention: weights and output are rounded once each, in norm by less than the eps
+        of their dtype."""
         if not torch.equal(self.kv[:, :, :, -1].float(), self.new.to(self.kv.dtype).float()):
             raise AssertionError("wrong result: the newest token is not in the cache")
         q, k, v = (x.double() for x in (self.q[-1, -1], *self.kv[:, -1, -1]))
-        scale = shape.dim**-0.5
-        weight = torch.softmax(scale * (k @ q), dim=0)
-        want, size = weight @ v, weight @ v.abs()
-        error = out[-1, -1].double() - want
-        if self.peer.fp8_queries:
-            worst = float(error.norm() / want.norm()) * 2**3
-        else:
-            # A score may be off by D + 4 roundings of its terms: so may a weight, relatively.
-            terms = weight * (scale * (k.abs() @ q.abs())) @ v.abs()
-            score = terms * (shape.dim + 4) * 2 * budgets.ACC
-            adds = (shape.tokens // 64 + 64) * budgets.ACC * size
-            allowed = budgets.U[dtype] * (2 * size + want.abs()) + 2 * score + adds
-            worst = float((error.abs() / allowed).max())
-        if not worst <= 1:
-            raise AssertionError(f"wrong result: {worst:.3g} times what rounding explains")
+        want = torch.softmax(self.shape.dim**-0.5 * (k @ q), dim=0) @ v
+        off = float((out[-1, -1].double() - want).norm() / want.norm())
+        allowed = torch.finfo(FP8 if self.peer.fp8_queries else out.dtype).eps
+        if not off <= allowed:
+            raise AssertionError(f"wrong result: off by {off:.3g}, expected at most {allowed:.3g}")
 
 
 def sdpa(backend: SDPBackend, folded: bool, shape: Shape, kv: torch.Tensor) -> Callable[..., Any]:
@@ -253,12 +220,6 @@ PEERS = (
 )
 
 
-def peer_steps(
-    peer: Peer, shape: Shape, memory: Sequence[tuple[torch.Tensor, ...]]
-) -> list[PeerStep]:
-    return [PeerStep(peer, shape, kv, q, new) for kv, q, new in memory]
-
-
 def time_peers(
     shape: Shape, peers: Sequence[Peer], card: Card, timed: bool = True
 ) -> dict[str, float | str]:
@@ -267,20 +228,23 @@ def time_peers(
     def normal(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=card.dtype, device=card.device).normal_()
 
-    head = (2, shape.batch, shape.kv_heads)
-    memory = []
-    for _ in range(card.copies(shape.dense_bytes) if timed else 1):
+    def memory() -> tuple[torch.Tensor, ...]:
+        head = (2, shape.batch, shape.kv_heads)
         kv = normal(*head, shape.tokens, shape.dim)
         kv[0] *= SCORE_STD
-        memory.append((kv, normal(shape.batch, shape.heads, shape.dim), normal(*head, shape.dim)))
+        return kv, normal(shape.batch, shape.heads, shape.dim), normal(*head, shape.dim)
+
     found: dict[str, float | str] = {}
+    copies: list[tuple[torch.Tensor, ...]] = []
     for peer in peers:
         try:
-            calls = peer_steps(peer, shape, memory)
+            count = card.copies(shape.dense_bytes) if timed else 1
+            copies = copies or [memory() for _ in range(count)]
+            calls = [PeerStep(peer, shape, *copy) for copy in copies]
             calls[0].check(calls[0]())
             found[peer.name] = device_times(calls).p50 if timed else 0.0
         except Exception as error:  # whatever its library raises: it is reported, the others go on
-            found[peer.name] = reason(error)
+            found[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         calls = []
     return found
 
@@ -289,39 +253,37 @@ def best(peers: dict[str, float | str], fp8: bool) -> tuple[str | None, float | 
     """Name and microseconds of the fastest peer that ran, among those with fp8 keys and values or
     among the others."""
     eight = {peer.name for peer in PEERS if peer.fp8}
-    times = {
-        name: t for name, t in peers.items() if not isinstance(t, str) and (name in eight) == fp8
-    }
-    name = min(times, key=times.__getitem__, default=None)
-    return name, None if name is None else times[name]
+    own = ((t, x) for x, t in peers.items() if not isinstance(t, str) and (x in eight) == fp8)
+    time, name = min(own, default=(None, None))
+    return name, time
 
 
 def check(step: Step) -> float:
-    """The step's largest error in units of its budget; AssertionError where it is above 1, where a
-    second run differs, or where the same state with heads exchanged would pass too."""
+    """The step's error; AssertionError where it is too large, where a second run differs, or where
+    the same state with heads exchanged would pass too."""
     state, again = step.step(), step.step()
     if not all(torch.equal(a, b) for a, b in zip(state, again, strict=True)):
         raise AssertionError("the same inputs gave different bits")
-    share = check_state(step, state)
+    error = check_state(step, state)
     try:
         check_state(step, (state[0].roll(1, 1), state[1]))
     except AssertionError:
-        return share
-    raise AssertionError("the budget accepts heads that are exchanged")
+        return error
+    raise AssertionError("the check accepts heads that are exchanged")
 
 
 def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
     """A row without what all rows of a run share, and without peers."""
-    shape, plan = case.shape, layouts(preset, case.shape.dim)
+    own, plan = case.shape, layouts(preset, case.shape.dim)
     layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
-    nbytes = shape.step_bytes(layout, exact)
+    nbytes = own.step_bytes(layout, exact)
     options: Any = {"dtype": card.dtype, "device": card.device, "older_cards": case.older_cards}
     copies = card.copies(nbytes) if timed else 1
-    steps = make_steps(shape, layout, preset=preset, copies=copies, **options)
-    row: Row = {"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim}
-    row |= {"T": shape.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
+    steps = make_steps(own, layout, preset=preset, copies=copies, **options)
+    row: Row = {"B": own.batch, "H": own.heads, "G": own.kv_heads, "D": own.dim}
+    row |= {"T": own.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
     row |= {"layout": f"{layout.k} {layout.v}", "path": "scalar" if case.older_cards else "matrix"}
-    row["budget_share"] = check(steps[0])
+    row["error"] = check(steps[0])
     if timed:
         times = device_times([step.step for step in steps])
         row |= {"p20_us": times.p20, "p50_us": times.p50, "p80_us": times.p80}
@@ -339,13 +301,6 @@ def beside(row: Row, peers: dict[str, float | str]) -> Row:
     }
 
 
-def needed_bytes(shape: Shape, card: Card) -> int:
-    """Memory that a shape takes: K and V, an fp8 copy of them while that peer runs, and room for a
-    reference."""
-    dense = shape.dense_bytes * card.copies(shape.dense_bytes) * 3 // 2
-    return dense + 64 * shape.tokens * shape.dim + (2 << 30)
-
-
 def line(row: Row) -> str:
     """A row as text."""
     text = f"B={row['B']} H={row['H']}/{row['G']} D={row['D']} T={row['T']} {row.get('case', '')}"
@@ -353,19 +308,18 @@ def line(row: Row) -> str:
     if "p50_us" in row:
         text += " ".join(f"{row[name]:8.4g}" for name in ("p20_us", "p50_us", "p80_us"))
         text += f" us {row['read_share']:4.0%} of reads  "
-    text += f"{row['budget_share']:.2g} of the budget  "
-    if row.get("best_peer"):
-        text += f"{row['speedup']:.2f}x of {row['best_peer_us']:.4g} {row['best_peer']}"
-    if row.get("best_fp8"):
-        text += f", {row['best_fp8_us'] / row['p50_us']:.2f}x of {row['best_fp8_us']:.4g} "
-        text += row["best_fp8"]
+    text += f"error {row['error']:.1g}  "
+    for name in ("best_peer", "best_fp8"):
+        if row.get(name):
+            us = row[f"{name}_us"]
+            text += f"{us / row['p50_us']:.2f}x of {us:.4g} {row[name]}  "
     return text
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m perf.attention", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("shapes", nargs="*", type=Case.parse, metavar="SHAPE", help="see above")
+    parser.add_argument("shapes", nargs="*", type=parse_shape, metavar="SHAPE", help="see above")
     text = "default balanced, and of the first shapes quality too"
     parser.add_argument("--presets", nargs="*", choices=LOSSY, help=text)
     names = [peer.name for peer in PEERS]
@@ -373,39 +327,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="no times and no rows")
     common_arguments(parser, "attention.jsonl")
     args = parser.parse_args(argv)
-    args.shapes = args.shapes or [Case.parse(text) for text in SHAPES]
+    args.shapes = args.shapes or [parse_shape(text) for text in SHAPES]
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     card, same = begin(args.commit, reads=not args.check)
-    table, failed = [Case.parse(text) for text in TABLE], 0
+    table, failed = [parse_shape(text) for text in TABLE], 0
     for case in args.shapes:
-        shape, rows = case.shape, []
-        need, free = needed_bytes(shape, card) / 1e9, card.free / 1e9
-        if need > free:
-            print(f"{shape}: skipped, needs {need:.0f} GB of {free:.0f} GB free", file=sys.stderr)
-            continue
-        several = ("balanced", "quality") if case in table else ("balanced",)
+        rows, several = [], ("balanced", "quality") if case in table else ("balanced",)
         for preset in several if args.presets is None else args.presets:
             try:
                 rows.append(measure(case, preset, card, not args.check))
-            except Exception as error:  # the other rows go on; the exit code tells
-                text = f"{shape} {preset}: FAILED, {reason(error)}"
-                print(text, file=sys.stderr, flush=True)
-                failed += 1
+            except Exception as error:
+                failed += fail(f"{case.shape} {preset}", error)
         chosen = [peer for peer in PEERS if peer.name in args.peers and not case.words]
-        peers = time_peers(shape, chosen, card, not args.check)
+        peers = time_peers(case.shape, chosen, card, not args.check)
         for name, time in peers.items():
-            if isinstance(time, str):
-                print(f"{shape}: {name}: {time}", file=sys.stderr, flush=True)
-            elif args.check:
-                say(f"{shape}: {name} is right")
+            if isinstance(time, str) or args.check:
+                say(f"{case.shape}: {name}: {time if isinstance(time, str) else 'right'}")
         for row in rows:
             if not args.check:
-                row = {**same, **rounded({**row, **beside(row, peers)})}
-                write_row(row, args.json)
+                row = write_row({**same, **row, **beside(row, peers)}, args.json)
             say(line(row))
     return 1 if failed else 0
 

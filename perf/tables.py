@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -22,7 +23,7 @@ from perf._timing import RESULTS, ROOT, Row, read_rows
 
 KEYS = {
     "attention": ("gpu", "H", "G", "D", "path", "case", "B", "T", "preset"),
-    "compress": ("gpu", "T", "layers"),
+    "compress": ("gpu", "T"),
     "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
     "quality": ("model", "context", "task", "text", "scheme"),
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
@@ -78,28 +79,20 @@ def columns(rows: Rows, forms: dict[str, str]) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A line a shape: the best dense peers, bf16 and fp8; of each preset microseconds, speed-up
-    over the bf16 peer, share of the bandwidth."""
+    """A table a kind of layer: microseconds, share of the bandwidth, the best dense peers of bf16
+    and fp8, and how many times as fast."""
+    forms = {"B": "", "T": ",", "case": "", "preset": "", "p50_us": ".4g", "read_share": ".0%"}
+    for peer in ("peer", "fp8"):
+        forms |= {f"best_{peer}": "", f"best_{peer}_us": ".4g", f"against_{peer}": ".2f"}
     text = ""
     for title, own in grouped(latest(rows, KEYS["attention"]), KEYS["attention"][:5]).items():
+        for row in own:
+            for peer in ("peer", "fp8"):
+                us = row.get(f"best_{peer}_us")
+                row[f"against_{peer}"] = us and us / row["p50_us"]
         gpu, heads, groups, dim, path = title
-        lines = []
-        for (case, batch, tokens), found in grouped(own, ("case", "B", "T")).items():
-            cells = [str(batch), f"{tokens:,} {case or ''}".strip()]
-            for peer in ("best_peer", "best_fp8"):
-                row = next((row for row in found if row.get(peer)), None)
-                cells.append("-" if row is None else f"{row[f'{peer}_us']:.4g} {row[peer]}")
-            for preset in PRESETS[1:]:
-                row = next((row for row in found if row["preset"] == preset), None)
-                if row is None:
-                    cells.append("-")
-                    continue
-                speedup = "" if row["speedup"] is None else f", **{row['speedup']:.2f}x**"
-                cells.append(f"{row['p50_us']:.4g}{speedup}, {row['read_share']:.0%}")
-            lines.append(cells)
-        header = ["B", "T", "best bf16 peer, us", "best fp8 peer, us", *PRESETS[1:]]
         text += f"\n### {gpu}, {heads}/{groups} heads, D = {dim}, {path} path\n\n"
-        text += markdown(header, lines)
+        text += columns(own, forms)
     return text
 
 
@@ -211,23 +204,27 @@ def quality_table(rows: Rows) -> str:
     return text
 
 
-def serve_table(rows: Rows) -> str:
-    forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
-    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ","}
-    return "\n" + columns(latest(rows, KEYS["serve"]), {**forms, "throughput": ".4g"})
+PLAIN = {  # the columns of tables of a row a line
+    "serve": {
+        **{"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""},
+        **{"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"},
+    },
+    "compress": {
+        **{"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"},
+        **{"gram_us": ".4g", "encode_share": ".0%"},
+    },
+}
 
 
-def compress_table(rows: Rows) -> str:
-    forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
-    forms |= {"gram_us": ".4g", "encode_share": ".0%", "prefill_ratio": ".3f"}
-    return "\n" + columns(latest(rows, KEYS["compress"]), forms)
+def plain_table(name: str, rows: Rows) -> str:
+    return "\n" + columns(latest(rows, KEYS[name]), PLAIN[name])
 
 
 SECTIONS: dict[str, tuple[Callable[[Rows], str], str]] = {
     "end_to_end": (end_to_end_table, "Whole models in transformers, a token at a time"),
-    "serve": (serve_table, "Whole models in vLLM"),
+    "serve": (partial(plain_table, "serve"), "Whole models in vLLM"),
     "attention": (attention_table, "One layer's append and attention"),
-    "compress": (compress_table, "What storing tokens takes"),
+    "compress": (partial(plain_table, "compress"), "What storing tokens takes"),
     "quality": (quality_table, "Loss per byte"),
 }
 
@@ -302,9 +299,8 @@ def headline(results: Path = RESULTS) -> str:
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
     if any("*" in cells[x][4] for x in chosen):
-        text += (
-            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
-        )
+        text += "\n\\* dense keys and values of all layers do not fit the card: layers share "
+        text += "them.\n"
     return text
 
 
@@ -316,7 +312,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> Plot:
+def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:
     """value(row, dense bf16 row of the same cell) against T: a panel an engine and batch size with
     two lengths or more, a line a kind. Of more than four panels those with fp8 come first."""
     panels: Plot = {}
@@ -334,17 +330,14 @@ def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> 
     return dict(sorted(panels.items(), key=lambda x: "dense fp8" not in x[1])[:4])
 
 
-def speed(results: Path) -> Plot:
-    return against_length(results, lambda row, dense: dense["ms"] / row["ms"])
+def speed(row: Row, dense: Row) -> float:
+    return dense["ms"] / row["ms"]
 
 
-def reads(results: Path) -> Plot:
-    def share(row: Row, _: Row) -> float | None:
-        if "weight_bytes" in row:
-            return share_of_reads(row)
-        return row.get("read_share") if row["kind"] in PRESETS else None
-
-    return against_length(results, share)
+def reads(row: Row, _: Row) -> float | None:
+    if "weight_bytes" in row:
+        return share_of_reads(row)
+    return row.get("read_share") if row["kind"] in PRESETS else None
 
 
 def pareto(results: Path) -> Plot:
@@ -358,8 +351,8 @@ def pareto(results: Path) -> Plot:
 
 
 PLOTS: dict[str, tuple[Callable[[Path], Plot], str, str]] = {
-    "speed": (speed, "tokens T", "times as fast as dense bf16"),
-    "reads": (reads, "tokens T", "share of the read bandwidth"),
+    "speed": (partial(against_length, speed), "tokens T", "times as fast as dense bf16"),
+    "reads": (partial(against_length, reads), "tokens T", "share of the read bandwidth"),
     "pareto": (pareto, "times smaller than 16 bits", "KL to the exact cache, nats"),
 }
 
@@ -382,12 +375,11 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
         for name, line in lines.items():
             ours = name in PRESETS
             if points:
-                fill = "tab:blue" if ours else "none"
-                axis.scatter(*line[0], facecolor=fill, edgecolor="tab:blue" if ours else "gray")
+                edge, fill = ("tab:blue", "tab:blue") if ours else ("gray", "none")
+                axis.scatter(*line[0], facecolor=fill, edgecolor=edge)
                 axis.annotate(name, line[0], xytext=(5, 3), textcoords="offset points", fontsize=8)
             else:
-                style = "o-" if ours else "s--"
-                axis.plot(*zip(*line, strict=True), style, label=name, markersize=4)
+                axis.plot(*zip(*line, strict=True), "o-" if ours else "s--", label=name, ms=4)
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
         ticks = sorted({t for line in lines.values() for t, _ in line})
         if points:
@@ -425,12 +417,9 @@ def write(root: Path = ROOT) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.tables", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m perf.tables", description=__doc__)
     parser.add_argument("--write", action="store_true", help="pages and plots (needs matplotlib)")
-    args = parser.parse_args(argv)
-    if args.write:
+    if parser.parse_args(argv).write:
         write()
     else:
         print(results_page())
