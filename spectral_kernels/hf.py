@@ -337,7 +337,7 @@ class ModelCache(Cache):
 
     Attributes:
         parts: SpectralCaches, one a device, empty until the first prompt.
-        others: layers that transformers made: of windows, convolutions, linear attention.
+        others: layers that transformers made: of convolutions, linear attention, chunks.
         batch: rows, once known.
         capacity: tokens a row that it has room for. More make it grow: a copy, and a new capture.
         columns: tokens seen, padding included (transformers' sequence length).
@@ -904,8 +904,8 @@ def enable(
         model: a decoder-only ForCausalLM of transformers 4.57 to 5.24 in evaluation mode, fp16,
             bf16 or fp32 (no bf16 on cards before sm_80: `model.to(torch.float16)` first), some of
             whose layers attend fully, by transformers' interface, with head dimension 64, 80, 96,
-            128 or 256. Other layers keep what transformers gives them. Several devices: a state
-            on each.
+            128 or 256. Layers with a sliding window keep its tokens, others what transformers
+            gives them. Several devices: a state on each, and windows as in transformers.
         preset: "exact" (every token stays as it is), "quality", "balanced" or "small".
         codec: file or ModelCodec of this model; its preset counts then. Without one: the file in
             the user's cache folder, or one made here (calibrate.py; minutes on a CPU) and kept.
