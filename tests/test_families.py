@@ -127,8 +127,8 @@ def test_prompt_lookup_on_a_mixed_cache(name: str, mixed: Any) -> None:
                 found.append(type(error))
     if VERSION >= (5, 17) or name not in ("gemma3", "gpt_oss"):
         assert found[0] == found[1]
-    else:  # it would need another kind of cache
-        assert found[1] is ValueError
+    else:  # transformers' own windows take nothing back there
+        assert found[1] == generate(model, inputs).tolist()
 
 
 @pytest.mark.parametrize("name", MIXED)
@@ -238,7 +238,9 @@ def test_tokens_over_the_borders_of_a_window(name: str, tokens: int, mixed: Any)
     inputs = prompt(tokens, padding=tokens // 3)
     new = {"max_new_tokens": 70, "min_new_tokens": 70}
     alone = {key: x[1:] for key, x in inputs.items()}
-    ways: list[tuple[Any, dict[str, Any]]] = [(inputs, {}), (alone, {"prefill_chunk_size": 48})]
+    ways: list[tuple[Any, dict[str, Any]]] = [(inputs, {})]
+    if VERSION >= (5, 0) or tokens > 1:  # transformers 4 wants more than one token for chunks
+        ways.append((alone, {"prefill_chunk_size": 48}))
     if VERSION >= (5, 17):
         ways.append((alone, {"prompt_lookup_num_tokens": hf.MAX_STEP - 1}))
     for given, options in ways:
