@@ -35,6 +35,7 @@ BASE: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "initializer_range": 0.1,  # large enough that no two logits are nearly equal
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "tie_word_embeddings": False,  # Gemma's scaled embeddings would repeat one token for ever
 }  # fmt: skip
 MOE = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
@@ -292,6 +293,8 @@ def examine(name: str, lossy: Sequence[str] = LOSSY, device: str = "cpu") -> Row
         return row
     inputs = [{k: x.to(device) for k, x in prompt(tokens).items()} for tokens in PROMPTS]
     dense = [generate(model, x) for x in inputs]
+    for found in (tokens for x in dense for tokens in x[:, -NEW:].tolist()):
+        assert len(set(found)) > 4, f"{name} repeats {set(found)}, which shows nothing"
     before = state(model)  # rope of some families keeps what it computed
     try:
         row.equal, ways = True, (False,) if device == "cpu" else (False, True)
