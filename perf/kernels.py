@@ -32,19 +32,12 @@ CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 @dataclass
 class Kernel:
-    """A kernel with its inputs.
+    """A kernel with its inputs."""
 
-    Attributes:
-        calls: the same work on one or several copies of the inputs.
-        nbytes: what a call must read and write.
-        check: raises AssertionError where the result of the first call is wrong.
-        shape: of the inputs, in words.
-    """
-
-    calls: Sequence[Call]
-    nbytes: int
-    check: Callable[[], None]
-    shape: str
+    calls: Sequence[Call]  # the same work on one or several copies of the inputs
+    nbytes: int  # what a call must read and write
+    check: Callable[[], None]  # raises AssertionError where the first call's result is wrong
+    shape: str  # of the inputs, in words
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
