@@ -7,7 +7,8 @@ second with the pool full, a backend after another.
                          --tp 2           the same on two cards, against one
 
 An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
-each backend, all with the same share of the card's memory; one that fails leaves the others alone.
+each backend, one after another with the same share of the card's memory, or with --kv-gb side by
+side with as many bytes of pages, timed in turns; one that fails leaves the others alone.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
 cached. tpot_ms: the time of --many new tokens over that of --few, by the tokens between; the median
@@ -21,6 +22,7 @@ Test: tests/test_serve.py.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -116,9 +118,10 @@ class Served:
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
             more["additional_config"] = {"spectral": given}
-        if args.check:  # of engines side by side none can measure the memory
-            more |= {"kv_cache_memory_bytes": 2**30, "num_gpu_blocks_override": BLOCKS}
-            more["disable_log_stats"] = False
+        if args.kv_gb:  # of engines side by side none can measure the memory
+            more["kv_cache_memory_bytes"] = int(args.kv_gb * 2**30)
+        if args.check:
+            more |= {"num_gpu_blocks_override": BLOCKS, "disable_log_stats": False}
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
             load_format="auto" if args.model or args.check else "dummy", block_size=64,
@@ -260,11 +263,17 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
         say(f"warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
-    for batch, tokens in args.cells:
-        done(served.time(batch, tokens, args))
-    if args.full:
-        done(served.fill(args))
+    with (logs(folder) / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # engines side by side are timed in turns
+        for batch, tokens in args.cells:
+            done(served.time(batch, tokens, args))
+        if args.full:
+            done(served.fill(args))
     return None
+
+
+def logs(folder: Path) -> Path:
+    return Path(os.environ.get("OUT", folder))
 
 
 def append(path: Path, row: Row) -> None:
@@ -333,7 +342,7 @@ def run_backend(
             compile_kernels(args, codec, env)
     results.write_text("")
     begin = time.perf_counter()
-    log = Path(os.environ.get("OUT", folder)) / f"{name}.log"
+    log = logs(folder) / f"{name}.log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "perf.serve", *argv, *extra]
         done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
@@ -353,8 +362,7 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
         folder = Path(temporary)
         make_model(args.shape, folder / "model", weights=args.check)
         env = environment(folder)
-        # Engines that are timed come one after another.
-        with ThreadPoolExecutor(len(args.backends) if args.check else 1) as pool:
+        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
             found = pool.map(lambda x: run_backend(args, argv, folder, env, x), args.backends)
             return [row for rows in found for row in rows]
 
@@ -397,6 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16")
     add("--tp", type=int, default=1, help="tensor parallel ranks")
     add("--utilization", type=float, default=0.45, help="share of the card's memory")
+    add("--kv-gb", type=float, help="GB of pages a rank, of engines side by side")
     add("--seqs", type=int, default=160, help="max_num_seqs")
     add("--chunk", type=int, default=16384, help="max_num_batched_tokens")
     add("--few", type=int, default=16)
@@ -413,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.check:
         args.shape, args.cells, args.full = "tiny", [(1, 2048)], False
-        args.seqs, args.chunk, args.utilization = 8, 256, 0.1
+        args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, 1
         reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
         args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]
     if args.one:
