@@ -112,6 +112,15 @@ def cos_sin_of_phase(phase, FAST: tl.constexpr):
 
 
 @triton.jit
+def row_of(ids_ptr, b, default):
+    """ids[b], int64; `default` where there are no ids."""
+    row = default
+    if ids_ptr is not None:
+        row = tl.load(ids_ptr + b).to(tl.int64)
+    return row
+
+
+@triton.jit
 def _pages_of(seq_len, SINKS: tl.constexpr, WINDOW: tl.constexpr):
     """(pages of a row that are attended, the end of the positions that they are attended for)."""
     stop = tl.maximum(seq_len - WINDOW, 0)

@@ -52,7 +52,7 @@ from ._bits import (
     subtiles_of,
     weights_and_zeros,
 )  # fmt: skip
-from ._checks import FLOATS, check_least, check_output, check_tensor
+from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
 from ._math import (
     FULL,
     LOG2_FULL,
@@ -60,21 +60,22 @@ from ._math import (
     TINY,
     cos_sin_of_phase,
     natural_lse,
+    row_of,
     row_of_program,
     row_share,
     row_splits,
 )  # fmt: skip
 from .attention_sm75 import _attend_old_cards, operand_words
-from .codec import Codec
+from .codec import Codec, check_codec
 from .compress import check_pages, check_table
 from .layout import PAGE_SIZE, PageLayout, unpack_pages
 from .merge import merge_states_torch
-from .rope import check_codec, codec_rows, project_queries_torch
+from .rope import check_queries, codec_rows, project_queries_torch
 from .window import (
     LOG2_E,
     attend_window_torch,
-    check_queries,
     check_window,
+    softmax_scale,
     window_split,
     window_tile,
 )  # fmt: skip
@@ -584,9 +585,7 @@ def _attend_spectral_kernel(
         )
         b, split, splits = row_of_program(splits_of, program, TILE[4])
         if b < B:
-            codec_row = g
-            if codec_ids_ptr is not None:
-                codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+            codec_row = row_of(codec_ids_ptr, b, 0) * G + g
             row = block * ROWS + tl.arange(0, ROWS)
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
             u_row = ((program.to(tl.int64) * blocks + block) * G + g) * u_frames
@@ -605,9 +604,7 @@ def _attend_spectral_kernel(
         split = tl.program_id(1) % EXACT[3]
         block = tl.program_id(1) // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
         b = (tl.program_id(1) // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
-        exact_row = b
-        if seq_ids_ptr is not None:
-            exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)
+        exact_row = row_of(seq_ids_ptr, b, b)
         if PATH[1]:  # the newest tokens are written by the launch before
             tl.extra.cuda.gdc_wait()
         window_split(
@@ -637,9 +634,7 @@ def _finish_spectral_kernel(
     head = tl.program_id(1)
     b = (tl.program_id(2) // Q).to(tl.int64)
     row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q
-    codec_row = (head // HG).to(tl.int64)
-    if codec_ids_ptr is not None:
-        codec_row += tl.load(codec_ids_ptr + b).to(tl.int64) * G
+    codec_row = row_of(codec_ids_ptr, b, 0) * G + (head // HG).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
@@ -820,13 +815,12 @@ def attend_workspace(
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
+    on, heads = check_codec(codec), codec.kv_heads
+    device = device or on
     check_least(
         batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0),
         num_splits=(1 if num_splits is None else num_splits, 1),
     )  # fmt: skip
-    device, heads = device or codec.freqs.device, codec.kv_heads
     if query_heads % heads:
         raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
     group = query_heads // heads
@@ -839,26 +833,22 @@ def attend_workspace(
 
 def _check_attend(
     q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids, codec_ids,
-    scale,
-) -> tuple[float, int]:  # fmt: skip
-    """(softmax scale, slots of the exact tokens)."""
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    scale = check_queries(q, codec.kv_heads, codec.layout.head_dim, scale)
-    check_codec(codec, codec_ids, q, None)
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        check_pages(name, pages, codec, name[0])
-        check_tensor(name, pages, device=q.device)
+) -> int:  # fmt: skip
+    """Slots of the exact tokens."""
+    check_pages("k_pages", k_pages, codec, "k")
+    check_pages("v_pages", v_pages, codec, "v")
     check_tensor("v_pages", v_pages, shape=(k_pages.shape[0], None, None))
-    check_table(block_table, seq_lens, q.shape[0], q.device)
-    if sinks < 0 or window < 0:
-        raise ValueError(f"sinks, window: expected at least 0, got {sinks}, {window}")
+    device, heads = k_pages.device, codec.kv_heads
+    check_queries(q, heads, codec.layout.head_dim, device)
+    _launch.check_bf16("q", q)
+    check_table(block_table, seq_lens, q.shape[0], device)
+    check_ids(q.shape[0], device, codec_ids=codec_ids, seq_ids=seq_ids)
+    check_least(sinks=(sinks, 0), window=(window, 0))
     if exact is None:
-        return scale, 0
+        return 0
     if len(exact) != 2:
         raise ValueError(f"exact: expected (k_exact, v_exact), got {len(exact)} things")
-    check_tensor("k_exact", exact[0], shape=(None, codec.kv_heads, None, codec.layout.head_dim))
-    return scale, sinks + check_window(q, exact[0], exact[1], seq_lens, sinks, window, seq_ids)
+    return sinks + check_window(q, exact[0], exact[1], heads, sinks, window, seq_ids)
 
 
 def attend_spectral(
@@ -918,10 +908,10 @@ def attend_spectral(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    scale, slots = _check_attend(
-        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids,
-        codec_ids, scale,
-    )  # fmt: skip
+    slots = _check_attend(
+        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids, codec_ids
+    )
+    scale = softmax_scale(scale, q.shape[-1])
     out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
@@ -1039,25 +1029,21 @@ def _launch_finish(
 
 
 def attend_spectral_torch(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
-    block_table: torch.Tensor, seq_lens: torch.Tensor, *, sinks: int = 0, window: int = 0,
-    exact: tuple[torch.Tensor, torch.Tensor] | None = None, seq_ids: torch.Tensor | None = None,
-    codec_ids: torch.Tensor | None = None, scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k_pages, v_pages, codec, block_table, seq_lens, *, sinks=0, window=0, exact=None,
+    seq_ids=None, codec_ids=None, scale=None,
+):  # fmt: skip
     """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without
     int8 splitting."""
-    scale, _ = _check_attend(
-        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids,
-        codec_ids, scale,
-    )  # fmt: skip
+    scale = softmax_scale(scale, q.shape[-1])
     if exact is not None:
         cold = attend_spectral_torch(
             q, k_pages, v_pages, codec, block_table, seq_lens, sinks=sinks, window=window,
             codec_ids=codec_ids, scale=scale,
         )  # fmt: skip
         hot = attend_window_torch(
-            q, *exact, seq_lens, sinks=sinks, window=window, seq_ids=seq_ids, scale=scale
-        )
+            q, exact[0], exact[1], seq_lens, sinks=sinks, window=window, seq_ids=seq_ids,
+            scale=scale,
+        )  # fmt: skip
         return merge_states_torch(*hot, *cold)
     layout, batch = codec.layout, q.shape[0]
     stop = (seq_lens - window).clamp_min(0)

@@ -48,6 +48,7 @@ from ._math import (
     TINY,
     cos_sin,
     natural_lse,
+    row_of,
     row_of_program,
     row_share,
     row_splits,
@@ -246,9 +247,7 @@ def _project_operand_kernel(
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if frame * FRAME < tl.load(seq_lens_ptr + b) - WINDOW:
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        codec_row = row_of(codec_ids_ptr, b, 0) * G + g
         lane = tl.arange(0, 32)
         row = block * 4 + (lane >> 3)
         turned, largest, score = _load_columns(
@@ -407,9 +406,7 @@ def _attend_operands_kernel(
         tl.store(lse_ptr + out, natural_lse(_max_over_rows(m), l_all), mask=live)
         norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
         w_all = _to_lanes(_sum_over_rows(w_sum), 8)
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        codec_row = row_of(codec_ids_ptr, b, 0) * G + g
         stored = (block * 4 + (lane & 3) < Q * HG)[None, :]
         r = tl.arange(0, 2)[:, None] * 8 + (lane >> 2)[None, :]
         c_at = c_ptr + _to_lanes(out, 8)[None, :] * RV + r

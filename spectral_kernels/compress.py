@@ -37,11 +37,11 @@ from ._bits import (
     place_of,
     rank_of,
 )  # fmt: skip
-from ._checks import FLOATS, check_in, check_tensor
-from ._math import cos_sin, dot_f32, dot_int8_f32
-from .codec import Codec
+from ._checks import FLOATS, check_ids, check_in, check_lens, check_tensor
+from ._math import cos_sin, dot_f32, dot_int8_f32, row_of
+from .codec import Codec, check_codec
 from .layout import PAGE_SIZE, pack_pages, unpack_pages
-from .rope import check_codec, codec_rows, turn_back, turn_back_torch
+from .rope import codec_rows, turn_back, turn_back_torch
 from .window import check_exact, slot_of, slots_torch
 
 # Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with
@@ -260,15 +260,11 @@ def _encode_kernel(
         row_ptr = x_ptr + (position - past + skipped).to(tl.int64) * strides_x[2]  # [64]
         if exact_ptr is not None:
             if (page_index * 64 < SINKS) | (page_index * 64 + 64 > seq_len - RING):
-                row = b
-                if seq_ids_ptr is not None:
-                    row = tl.load(seq_ids_ptr + b).to(tl.int64)
+                row = row_of(seq_ids_ptr, b, b)
                 exact_ptr += row * strides_exact[0] + g * strides_exact[1]
                 kept = new & ((position < SINKS) | (position >= seq_len - RING))
                 _copy_exact(row_ptr, exact_ptr, position, kept, strides_exact[2], D, SINKS, RING)
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        codec_row = row_of(codec_ids_ptr, b, 0) * G + g
         encoder_ptr += codec_row * (D * R)
         start = (page_index // (FRAME // 64) * FRAME).to(tl.int64)
         page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)
@@ -330,39 +326,35 @@ def _store_two_a_byte(group_ptr, at, byte, new, IS_K: tl.constexpr):
     tl.store(group_ptr + at_low, both.to(tl.uint8), mask=(new_low | new_high) != 0)
 
 
-def _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids, name="x"):
-    check_in("side", side, ("k", "v"))
-    check_tensor(name, x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    batch, heads = x.shape[:2]
-    check_codec(codec, codec_ids, x, heads)
-    check_pages(f"{side}_pages" if name != "x" else "pages", pages, codec, side)
-    check_tensor(name, x, device=pages.device)
-    check_table(block_table, seq_lens, batch, x.device)
+def _check_tokens(name: str, x: torch.Tensor, codec: Codec) -> None:
+    """[B, G, T, D] of the codec's heads and dimension, on its device."""
+    device, shape = check_codec(codec), (None, codec.kv_heads, None, codec.layout.head_dim)
+    check_tensor(name, x, shape=shape, dtype=FLOATS, device=device, unit_stride=True)
 
 
 def check_pages(name: str, pages: torch.Tensor, codec: Codec, side: str) -> None:
     """uint8 [num_pages, G, 64 * bytes] of one side: strides of pages and heads are multiples of
     16."""
-    size = PAGE_SIZE * codec.layout.side(side).bytes
-    shape = (None, codec.kv_heads, size)
-    check_tensor(name, pages, shape=shape, dtype=torch.uint8, unit_stride=True)
-    if any(stride % 16 for stride in pages.stride()[:2]) or pages.storage_offset() % 16:
+    device = check_codec(codec)
+    shape = (None, codec.kv_heads, PAGE_SIZE * codec.layout.side(side).bytes)
+    check_tensor(name, pages, shape=shape, dtype=torch.uint8, device=device, unit_stride=True)
+    strides, offset = pages.stride()[:2], pages.storage_offset()
+    if any(n % 16 for n in (*strides, offset)):
         raise ValueError(
             f"{name}: expected strides and an offset that are multiples of 16, "
-            f"got {pages.stride()}, "
-            f"{pages.storage_offset()}"
+            f"got {strides}, {offset}"
         )
 
 
 def check_table(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, batch: int, device: torch.device
+    block_table: torch.Tensor, seq_lens: torch.Tensor, batch: int | None, device: torch.device
 ) -> None:
     """int32 [B, max_pages] and int32 [B]."""
-    i32 = torch.int32
+    shape, i32 = (batch, None), torch.int32
     check_tensor(
-        "block_table", block_table, shape=(batch, None), dtype=i32, device=device, unit_stride=True
+        "block_table", block_table, shape=shape, dtype=i32, device=device, unit_stride=True
     )
-    check_tensor("seq_lens", seq_lens, shape=(batch,), dtype=i32, device=device, unit_stride=True)
+    check_lens(seq_lens, block_table.shape[0], device)
 
 
 def encode(
@@ -404,13 +396,14 @@ def encode(
         TypeError, ValueError: an argument is not as above; nothing was launched.
     Float32 arithmetic: a coefficient at the boundary of two codes may be either.
     """
-    _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids)
-    batch, heads, tokens, dim = x.shape
-    ring = check_exact("exact", exact, x, sinks, seq_ids, stored=True)
-    if first is not None:
-        check_tensor(
-            "first", first, shape=(batch,), dtype=torch.int32, device=x.device, unit_stride=True
-        )
+    check_in("side", side, ("k", "v"))
+    _check_tokens("x", x, codec)
+    check_pages("pages", pages, codec, side)
+    (batch, heads, tokens, dim), device, ring = x.shape, x.device, 0
+    check_table(block_table, seq_lens, batch, device)
+    check_ids(batch, device, first=first, codec_ids=codec_ids)
+    if exact is not None:
+        ring = check_exact("exact", exact, x, sinks, seq_ids, heads=heads, dtype=x.dtype)
     if not _launch.runs_kernel(x):
         return encode_torch(
             x, codec, pages, block_table, seq_lens, side=side, first=first, exact=exact,
@@ -435,14 +428,10 @@ def encode(
 
 
 def encode_torch(
-    x: torch.Tensor, codec: Codec, pages: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, *, side: str, first: torch.Tensor | None = None,
-    exact: torch.Tensor | None = None, sinks: int = 0, codec_ids: torch.Tensor | None = None,
-    seq_ids: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    x, codec, pages, block_table, seq_lens, *, side, first=None, exact=None, sinks=0,
+    codec_ids=None, seq_ids=None,
+):  # fmt: skip
     """`encode` in plain PyTorch."""
-    _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids)
-    ring = check_exact("exact", exact, x, sinks, seq_ids, stored=True)
     batch, _, tokens, _ = x.shape
     if x.numel() == 0:
         return
@@ -452,15 +441,15 @@ def encode_torch(
     row, t = torch.nonzero(column >= skipped[:, None], as_tuple=True)  # [N] tokens
     at = position[row, t].long()
     chosen = x[row, :, t]  # [N, G, D]
-    if exact is not None and ring:
+    if exact is not None:
+        ring = exact.shape[2] - sinks
         keep = (at < sinks) | (at >= seq_lens[row] - ring)
         target = row[keep] if seq_ids is None else seq_ids.long()[row[keep]]
         exact[target, :, slots_torch(at[keep], sinks, ring)] = chosen[keep]
     rows = codec_rows(codec, codec_ids, batch)[row]
     if side == "k":
-        turned = turn_back_torch(
-            chosen[:, :, None], at[:, None], codec.freqs, frame=codec.layout.frame
-        )
+        frame = codec.layout.frame
+        turned = turn_back_torch(chosen[:, :, None], at[:, None], codec.freqs, frame=frame)
         values = torch.einsum("ngd,ngdr->ngr", turned[:, :, 0].float(), codec.k_encoder[rows])
         values -= codec.k_offset[rows]
     else:
@@ -568,12 +557,8 @@ def _append_kernel(
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + b)
-    row = b
-    if seq_ids_ptr is not None:
-        row = tl.load(seq_ids_ptr + b).to(tl.int64)
-    codec_row = g
-    if codec_ids_ptr is not None:
-        codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+    row = row_of(seq_ids_ptr, b, b)
+    codec_row = row_of(codec_ids_ptr, b, 0) * G + g
     RK: tl.constexpr = rank_of(K_GROUPS)
     RV: tl.constexpr = rank_of(V_GROUPS)
     for i in range(0, Q):
@@ -633,16 +618,23 @@ def append(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_append(
-        k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks,
-        codec_ids, seq_ids,
-    )  # fmt: skip
+    _check_tokens("k", k, codec)
+    (batch, heads, queries, dim), device = k.shape, k.device
+    check_tensor("v", v, shape=k.shape, dtype=k.dtype, device=device, unit_stride=True)
+    check_pages("k_pages", k_pages, codec, "k")
+    check_pages("v_pages", v_pages, codec, "v")
+    check_table(block_table, seq_lens, batch, device)
+    check_ids(batch, device, codec_ids=codec_ids)
+    for name, x in (("k_exact", k_exact), ("v_exact", v_exact)):
+        ring = check_exact(name, x, k, sinks, seq_ids, heads=heads, dtype=k.dtype)
+    check_tensor("v_exact", v_exact, shape=(None, heads, k_exact.shape[2], dim))
+    if queries > ring:
+        raise ValueError(f"k: expected at most {ring} tokens, the slots of the ring, got {queries}")
     if not _launch.runs_kernel(k):
         return append_torch(
             k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens,
             sinks=sinks, codec_ids=codec_ids, seq_ids=seq_ids,
         )  # fmt: skip
-    batch, heads, queries, dim = k.shape
     if k.numel() == 0:
         return None
     with torch.cuda.device_of(k):
@@ -654,42 +646,17 @@ def append(
             (*k_exact.stride()[:3], *v_exact.stride()[:3]), block_table.stride(0), D=dim,
             PAIRS=codec.freqs.shape[0], FRAME=codec.layout.frame,
             K_GROUPS=codec.layout.k.groups, V_GROUPS=codec.layout.v.groups, SINKS=sinks,
-            RING=k_exact.shape[2] - sinks, OVERLAP=_launch.overlaps_launches(k.device),
+            RING=ring, OVERLAP=_launch.overlaps_launches(k.device),
             num_warps=8 if dim > 64 else 4,
         )  # fmt: skip
     return None
 
 
-def _check_append(
-    k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks, codec_ids,
-    seq_ids,
-):  # fmt: skip
-    _check_side(k, codec, k_pages, block_table, seq_lens, "k", codec_ids, name="k")
-    check_tensor("v", v, shape=k.shape, dtype=k.dtype, device=k.device, unit_stride=True)
-    _check_side(v, codec, v_pages, block_table, seq_lens, "v", codec_ids, name="v")
-    for name, x in (("k_exact", k_exact), ("v_exact", v_exact)):
-        if x is None:
-            raise TypeError(f"{name}: expected a torch.Tensor, got None")
-        ring = check_exact(name, x, k, sinks, seq_ids, stored=True)
-    if k.shape[2] > ring:
-        raise ValueError(
-            f"k: expected at most {ring} tokens, the slots of the ring, got {k.shape[2]}"
-        )
-    if k_exact.shape[2] != v_exact.shape[2]:
-        raise ValueError(f"v_exact: expected {k_exact.shape[2]} slots, got {v_exact.shape[2]}")
-
-
 def append_torch(
-    k: torch.Tensor, v: torch.Tensor, codec: Codec, k_pages: torch.Tensor,
-    v_pages: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor,
-    block_table: torch.Tensor, seq_lens: torch.Tensor, *, sinks: int,
-    codec_ids: torch.Tensor | None = None, seq_ids: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, *, sinks,
+    codec_ids=None, seq_ids=None,
+):  # fmt: skip
     """`append` in plain PyTorch: `encode_torch` of both sides."""
-    _check_append(
-        k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks,
-        codec_ids, seq_ids,
-    )  # fmt: skip
     first = (k.shape[2] - seq_lens).clamp_min(0).to(torch.int32)
     for side, x, pages, exact in (("k", k, k_pages, k_exact), ("v", v, v_pages, v_exact)):
         encode_torch(
@@ -732,9 +699,7 @@ def _decode_kernel(
     live = page_index * 64 + token < seq_len
     x = tl.zeros([BLOCK_D, 64], dtype=tl.float32)
     if page_index * 64 < seq_len:
-        row = g
-        if codec_ids_ptr is not None:
-            row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        row = row_of(codec_ids_ptr, b, 0) * G + g
         page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)
         pages_ptr += page * strides_pages[0] + g * strides_pages[1]
         column = tl.arange(0, 16)
@@ -759,20 +724,6 @@ def _decode_kernel(
     tl.store(out_ptr + out[None, :] * D + d[:, None], x, mask=(d < D)[:, None])
 
 
-def _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids):
-    check_in("side", side, ("k", "v"))
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    check_pages("pages", pages, codec, side)
-    check_tensor("codec.freqs", codec.freqs, device=pages.device)
-    check_tensor("block_table", block_table, shape=(None, None))
-    check_table(block_table, seq_lens, block_table.shape[0], pages.device)
-    for name, x in (("first_page", first_page), ("codec_ids", codec_ids)):
-        if x is not None:
-            shape, i32 = block_table.shape[:1], torch.int32
-            check_tensor(name, x, shape=shape, dtype=i32, device=pages.device, unit_stride=True)
-
-
 def decode(
     pages: torch.Tensor,
     codec: Codec,
@@ -794,7 +745,10 @@ def decode(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids)
+    check_in("side", side, ("k", "v"))
+    check_pages("pages", pages, codec, side)
+    check_table(block_table, seq_lens, None, pages.device)
+    check_ids(len(seq_lens), pages.device, first_page=first_page, codec_ids=codec_ids)
     if not _launch.runs_kernel(pages):
         return decode_torch(
             pages, codec, block_table, seq_lens, side=side, first_page=first_page,
@@ -826,11 +780,9 @@ def decode(
 
 
 def decode_torch(
-    pages: torch.Tensor, codec: Codec, block_table: torch.Tensor, seq_lens: torch.Tensor, *,
-    side: str, first_page: torch.Tensor | None = None, codec_ids: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    pages, codec, block_table, seq_lens, *, side, first_page=None, codec_ids=None
+):  # fmt: skip
     """`decode` in plain PyTorch."""
-    _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids)
     batch, max_pages = block_table.shape
     position = torch.arange(max_pages * PAGE_SIZE, device=pages.device).expand(batch, -1)
     if first_page is not None:

@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_output, check_tensor
-from ._math import cos_sin
-from .codec import Codec
+from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
+from ._math import cos_sin, row_of
+from .codec import Codec, check_codec
 
 INTS = (torch.int32, torch.int64)
 
@@ -71,11 +71,10 @@ def freqs_from_inv_freq(
 def _rotate_kernel(
     x_ptr, positions_ptr, freqs_ptr, out_ptr, T, stride_x_b, stride_x_n, stride_x_t,
     stride_positions_b, stride_out_b, stride_out_n, stride_out_t, D: tl.constexpr,
-    PAIRS: tl.constexpr, FRAME: tl.constexpr, INVERSE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    PAIRS: tl.constexpr, INVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of one row and head, turned by their positions or (FRAME > 0) by their frames'
-    starts."""
+    """BLOCK_T tokens of one row and head, turned by their positions."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -83,8 +82,6 @@ def _rotate_kernel(
     x_ptr += b * stride_x_b + n * stride_x_n + t[:, None] * stride_x_t
     out_ptr += b * stride_out_b + n * stride_out_n + t[:, None] * stride_out_t
     position = tl.load(positions_ptr + b * stride_positions_b + t, mask=live, other=0).to(tl.int64)
-    if FRAME > 0:
-        position -= position % FRAME
     if PAIRS > 0:
         i = tl.arange(0, BLOCK_PAIRS)
         mask = live[:, None] & (i < PAIRS)[None, :]
@@ -102,41 +99,6 @@ def _rotate_kernel(
         i = 2 * PAIRS + tl.arange(0, BLOCK_REST)
         mask = live[:, None] & (i < D)[None, :]
         tl.store(out_ptr + i[None, :], tl.load(x_ptr + i[None, :], mask=mask, other=0.0), mask=mask)
-
-
-def _check_rotate(x, positions, freqs, frame, out):
-    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    shape = (x.shape[0], x.shape[2])
-    check_tensor("positions", positions, shape=shape, dtype=INTS, device=x.device)
-    check_tensor(
-        "freqs", freqs, shape=(None,), dtype=torch.int64, device=x.device, unit_stride=True
-    )
-    if 2 * freqs.shape[0] > x.shape[-1]:
-        raise ValueError(
-            f"freqs: expected at most D / 2 = {x.shape[-1] // 2} pairs, got {freqs.shape[0]}"
-        )
-    if frame is not None and frame < 1:
-        raise ValueError(f"frame: expected at least 1, got {frame}")
-    if out is not None:
-        check_tensor("out", out, shape=x.shape, dtype=x.dtype, device=x.device, unit_stride=True)
-
-
-def _rotate(x, positions, freqs, frame, inverse, out):
-    """`rotate` (frame 0) or a turn by the starts of frames; arguments are checked."""
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if x.numel() == 0:
-        return out
-    positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-    pairs, block_t = freqs.shape[0], 16
-    with torch.cuda.device_of(x):
-        _rotate_kernel[(_launch.cdiv(tokens, block_t), heads, batch)](
-            x, positions, freqs, out, tokens, *x.stride()[:3], positions.stride(0),
-            *out.stride()[:3], D=dim, PAIRS=pairs, FRAME=frame, INVERSE=inverse,
-            BLOCK_T=block_t, BLOCK_PAIRS=_launch.next_power_of_2(pairs),
-            BLOCK_REST=_launch.next_power_of_2(dim - 2 * pairs),
-        )  # fmt: skip
-    return out
 
 
 def rotate(
@@ -161,23 +123,36 @@ def rotate(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_rotate(x, positions, freqs, None, out)
+    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
+    (batch, heads, tokens, dim), device = x.shape, x.device
+    check_tensor("positions", positions, shape=(batch, tokens), dtype=INTS, device=device)
+    check_tensor("freqs", freqs, shape=(None,), dtype=torch.int64, device=device, unit_stride=True)
+    pairs = freqs.shape[0]
+    if 2 * pairs > dim:
+        raise ValueError(f"freqs: expected at most D / 2 = {dim // 2} pairs, got {pairs}")
+    if out is not None:
+        check_tensor("out", out, shape=x.shape, dtype=x.dtype, device=device, unit_stride=True)
     if not _launch.runs_kernel(x):
         return rotate_torch(x, positions, freqs, inverse=inverse, out=out)
-    return _rotate(x, positions, freqs, 0, inverse, out)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if x.numel() == 0:
+        return out
+    positions, block_t = positions if positions.stride(-1) == 1 else positions.contiguous(), 16
+    with torch.cuda.device_of(x):
+        _rotate_kernel[(_launch.cdiv(tokens, block_t), heads, batch)](
+            x, positions, freqs, out, tokens, *x.stride()[:3], positions.stride(0),
+            *out.stride()[:3], D=dim, PAIRS=pairs, INVERSE=inverse, BLOCK_T=block_t,
+            BLOCK_PAIRS=_launch.next_power_of_2(pairs),
+            BLOCK_REST=_launch.next_power_of_2(dim - 2 * pairs),
+        )  # fmt: skip
+    return out
 
 
-def rotate_torch(
-    x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+def rotate_torch(x, positions, freqs, *, inverse=False, out=None):
     """`rotate` in plain PyTorch: the CPU path and the baseline."""
-    _check_rotate(x, positions, freqs, None, out)
     cos, sin = cos_sin_torch(positions.long(), freqs)  # [B, T, pairs]
-    result = turn_torch(x.float(), cos[:, None], -sin[:, None] if inverse else sin[:, None]).to(
-        x.dtype
-    )
-    return result if out is None else out.copy_(result)
+    result = turn_torch(x.float(), cos[:, None], -sin[:, None] if inverse else sin[:, None])
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
 def turn_back(
@@ -197,18 +172,13 @@ def turn_back(
         x, positions, freqs, out: as in `rotate`.
     Returns, raises: as `rotate`.
     """
-    _check_rotate(x, positions, freqs, frame, out)
-    if not _launch.runs_kernel(x):
-        return turn_back_torch(x, positions, freqs, frame=frame, inverse=inverse, out=out)
-    return _rotate(x, positions, freqs, frame, not inverse, out)
+    check_tensor("positions", positions, dtype=INTS)
+    check_least(frame=(frame, 1))
+    return rotate(x, positions - positions % frame, freqs, inverse=not inverse, out=out)
 
 
-def turn_back_torch(
-    x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, frame: int,
-    inverse: bool = False, out: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+def turn_back_torch(x, positions, freqs, *, frame, inverse=False, out=None):
     """`turn_back` in plain PyTorch."""
-    _check_rotate(x, positions, freqs, frame, out)
     return rotate_torch(x, positions - positions % frame, freqs, inverse=not inverse, out=out)
 
 
@@ -235,24 +205,15 @@ def codec_rows(codec: Codec, codec_ids: torch.Tensor | None, batch: int) -> torc
     return codec_ids.long()
 
 
-def check_codec(
-    codec: Codec, codec_ids: torch.Tensor | None, x: torch.Tensor, heads: int | None
-) -> None:
-    """x [B, N, ..., D] fits the codec; heads: N if x is of KV heads, None if of query heads."""
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    check_tensor("codec.freqs", codec.freqs, device=x.device)
-    if x.shape[-1] != codec.layout.head_dim:
-        raise ValueError(f"codec: expected head_dim {x.shape[-1]}, got {codec.layout.head_dim}")
-    if heads is not None and heads != codec.kv_heads:
-        raise ValueError(f"codec: expected {heads} KV heads, got {codec.kv_heads}")
-    if heads is None and x.shape[1] % codec.kv_heads:
-        raise ValueError(f"q: expected a multiple of G = {codec.kv_heads} heads, got {x.shape[1]}")
-    if codec_ids is not None:
-        check_tensor(
-            "codec_ids", codec_ids, shape=(x.shape[0],), dtype=torch.int32, device=x.device,
-            unit_stride=True,
-        )  # fmt: skip
+def check_queries(q: torch.Tensor, heads: int, head_dim: int, device: torch.device) -> None:
+    """q [B, H, (Q,) D] for G = heads."""
+    check_tensor("q", q, dtype=FLOATS, device=device, unit_stride=True)
+    if q.dim() not in (3, 4) or q.shape[-1] != head_dim:
+        raise ValueError(
+            f"q: expected shape [B, H, {head_dim}] or [B, H, Q, {head_dim}], got {list(q.shape)}"
+        )
+    if q.shape[1] % heads:
+        raise ValueError(f"q: expected a multiple of G = {heads} heads, got {q.shape[1]}")
 
 
 @triton.jit(do_not_specialize=["max_frames", "Q"])
@@ -267,10 +228,7 @@ def _project_queries_kernel(
     h = tl.program_id(1)
     b = (tl.program_id(2) // Q).to(tl.int64)
     query = tl.program_id(2) % Q
-    row = tl.zeros([], dtype=tl.int64)
-    if codec_ids_ptr is not None:
-        row += tl.load(codec_ids_ptr + b)
-    row = row * G + h // (H // G)
+    row = row_of(codec_ids_ptr, b, 0) * G + h // (H // G)
     d = tl.arange(0, BLOCK_D)
     sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))  # of a turn backwards
     partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
@@ -291,15 +249,6 @@ def _project_queries_kernel(
     u = tl.sum(basis.to(tl.float32) * turned[None, :], 1)
     u *= tl.load(scale_ptr + row * R + r, mask=r < R, other=0.0)
     tl.store(u_ptr + out * R + r, u, mask=r < R)
-
-
-def _check_project(q, codec, max_frames, codec_ids):
-    check_tensor("q", q, dtype=FLOATS, unit_stride=True)
-    if q.dim() not in (3, 4):
-        raise ValueError(f"q: expected shape [B, H, D] or [B, H, Q, D], got {list(q.shape)}")
-    check_codec(codec, codec_ids, q, None)
-    if max_frames < 0:
-        raise ValueError(f"max_frames: expected at least 0, got {max_frames}")
 
 
 def project_queries(
@@ -327,7 +276,10 @@ def project_queries(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_project(q, codec, max_frames, codec_ids)
+    device = check_codec(codec)
+    check_queries(q, codec.kv_heads, codec.layout.head_dim, device)
+    check_ids(q.shape[0], device, codec_ids=codec_ids)
+    check_least(max_frames=(max_frames, 0))
     rank, lead = codec.layout.k.rank, (*q.shape[:-1], max_frames)
     u, bias = (None, None) if out is None else out
     u = check_output("out: u", u, q, (*lead, rank))
@@ -349,11 +301,8 @@ def project_queries(
     return u, bias
 
 
-def project_queries_torch(
-    q: torch.Tensor, codec: Codec, max_frames: int, *, codec_ids: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def project_queries_torch(q, codec, max_frames, *, codec_ids=None):
     """`project_queries` in plain PyTorch."""
-    _check_project(q, codec, max_frames, codec_ids)
     q4 = q if q.dim() == 4 else q[:, :, None]
     starts = torch.arange(max_frames, device=q.device) * codec.layout.frame
     cos, sin = cos_sin_torch(starts, codec.freqs)  # [max_frames, pairs]

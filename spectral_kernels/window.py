@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_output, check_tensor
-from ._math import dot_f32
+from ._checks import FLOATS, check_ids, check_least, check_lens, check_output, check_tensor
+from ._math import dot_f32, row_of
 from .merge import merge_many_states
+from .rope import check_queries
 
 LOG2_E = math.log2(math.e)
 MAX_SPLITS = 128  # programs that share the slots of a row
@@ -53,22 +54,13 @@ def positions_torch(seq_lens: torch.Tensor, slots: int, sinks: int) -> torch.Ten
 
 
 def check_exact(
-    name: str, exact: torch.Tensor | None, x: torch.Tensor, sinks: int,
-    seq_ids: torch.Tensor | None, *, stored: bool = False,
+    name: str, exact: torch.Tensor, x: torch.Tensor, sinks: int, seq_ids: torch.Tensor | None,
+    *, heads: int, dtype: torch.dtype | tuple[torch.dtype, ...],
 ) -> int:  # fmt: skip
-    """The ring's slots of k_exact or v_exact for queries x [B, .., D], or for tokens x [B, G, T, D]
-    to be stored there; 0 for None."""
-    if sinks < 0:
-        raise ValueError(f"sinks: expected at least 0, got {sinks}")
-    if seq_ids is not None:
-        i32 = torch.int32
-        check_tensor(
-            "seq_ids", seq_ids, shape=x.shape[:1], dtype=i32, device=x.device, unit_stride=True
-        )
-    if exact is None:
-        return 0
-    shape = (None, x.shape[1] if stored else None, None, x.shape[-1])
-    dtype = x.dtype if stored else FLOATS
+    """The ring's slots of k_exact or v_exact [max_seqs, G, sinks + ring, D] for x [B, .., D]."""
+    check_least(sinks=(sinks, 0))
+    check_ids(x.shape[0], x.device, seq_ids=seq_ids)
+    shape = (None, heads, None, x.shape[-1])
     check_tensor(name, exact, shape=shape, dtype=dtype, device=x.device, unit_stride=True)
     _launch.check_bf16(name, exact)
     if seq_ids is None and exact.shape[0] < x.shape[0]:
@@ -188,9 +180,7 @@ def _attend_window_kernel(
     blocks_m = tl.cdiv(Q * HG, BLOCK_M)
     g = (tl.program_id(1) // blocks_m).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    row = b
-    if seq_ids_ptr is not None:
-        row = tl.load(seq_ids_ptr + b).to(tl.int64)
+    row = row_of(seq_ids_ptr, b, b)
     window_split(
         q_ptr, k_ptr + row * strides_exact[0] + g * strides_exact[1],
         v_ptr + row * strides_exact[3] + g * strides_exact[4], o_ptr, lse_ptr,
@@ -212,30 +202,19 @@ def window_tile(group: int, queries: int, slots: int, matrix: bool, room: int) -
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": _launch.cdiv(tiles, share)}
 
 
-def check_queries(q: torch.Tensor, heads: int, head_dim: int, scale: float | None) -> float:
-    """q [B, H, (Q,) D] for G = heads; the softmax scale."""
-    check_tensor("q", q, dtype=FLOATS, unit_stride=True)
-    if q.dim() not in (3, 4) or q.shape[-1] != head_dim:
-        raise ValueError(
-            f"q: expected shape [B, H, {head_dim}] or [B, H, Q, {head_dim}], got {list(q.shape)}"
-        )
-    if q.shape[1] % heads:
-        raise ValueError(f"q: expected a multiple of G = {heads} heads, got {q.shape[1]}")
-    _launch.check_bf16("q", q)
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, checked; default D**-0.5."""
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     return head_dim**-0.5 if scale is None else float(scale)
 
 
-def check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids) -> int:
+def check_window(q, k_exact, v_exact, heads, sinks, window, seq_ids) -> int:
     """The ring's slots; queries and slots fit each other."""
-    ring = check_exact("k_exact", k_exact, q, sinks, seq_ids)
-    check_tensor("v_exact", v_exact, shape=k_exact.shape, dtype=k_exact.dtype, device=q.device)
-    check_exact("v_exact", v_exact, q, sinks, seq_ids)
-    check_tensor(
-        "seq_lens", seq_lens, shape=q.shape[:1], dtype=torch.int32, device=q.device,
-        unit_stride=True,
-    )  # fmt: skip
+    _launch.check_bf16("q", q)
+    ring = check_exact("k_exact", k_exact, q, sinks, seq_ids, heads=heads, dtype=FLOATS)
+    check_tensor("v_exact", v_exact, shape=k_exact.shape)
+    check_exact("v_exact", v_exact, q, sinks, seq_ids, heads=heads, dtype=k_exact.dtype)
     queries = q.shape[2] if q.dim() == 4 else 1
     if not 1 <= window <= ring:
         raise ValueError(f"window: expected 1 .. {ring}, the ring's slots, got {window}")
@@ -297,8 +276,10 @@ def attend_window(
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     check_tensor("k_exact", k_exact, shape=(None,) * 4)
-    scale = check_queries(q, k_exact.shape[1], k_exact.shape[3], scale)
-    ring = check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids)
+    check_queries(q, k_exact.shape[1], k_exact.shape[3], k_exact.device)
+    ring = check_window(q, k_exact, v_exact, k_exact.shape[1], sinks, window, seq_ids)
+    check_lens(seq_lens, q.shape[0], q.device)
+    scale = softmax_scale(scale, q.shape[-1])
     out = check_output("out", out, q, q.shape)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if not _launch.runs_kernel(q):
@@ -317,29 +298,22 @@ def attend_window(
     splits = tile["SPLITS"]
     o_split, lse_split = out, lse
     if splits > 1:
-        o_split = torch.empty(
-            (batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device
-        )
-        lse_split = torch.empty(
-            (batch, heads, queries, splits), dtype=torch.float32, device=q.device
-        )
+        o_split = out.new_empty((*lse.shape, splits, dim))
+        lse_split = lse.new_empty((*lse.shape, splits))
     _launch_window(
         q4, k_exact, v_exact, seq_lens, seq_ids, o_split, lse_split,
         scale=scale, sinks=sinks, window=window, matrix=matrix, tile=tile,
     )  # fmt: skip
     if splits == 1:
         return out, lse
-    shape = (*lse.shape, splits)
-    return merge_many_states(o_split.view(*shape, dim), lse_split.view(shape), out=out, out_lse=lse)
+    return merge_many_states(o_split, lse_split, out=out, out_lse=lse)
 
 
 def attend_window_torch(
-    q: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, seq_lens: torch.Tensor, *,
-    sinks: int, window: int, seq_ids: torch.Tensor | None = None, scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k_exact, v_exact, seq_lens, *, sinks, window, seq_ids=None, scale=None
+):  # fmt: skip
     """`attend_window` in plain PyTorch, float32."""
-    scale = check_queries(q, k_exact.shape[1], k_exact.shape[3], scale)
-    check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids)
+    scale = softmax_scale(scale, q.shape[-1])
     q4 = q if q.dim() == 4 else q[:, :, None]
     batch, _, queries, _ = q4.shape
     rows = slice(batch) if seq_ids is None else seq_ids.long()
