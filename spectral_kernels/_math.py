@@ -25,7 +25,7 @@ def _bf16_parts(x):
 
 @triton.jit
 def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
-    """float32 a [.., M, K] @ b [.., K, N] in float32 accuracy, or multiply and sum.
+    """float32 a [M, K] @ b [K, N] in float32 accuracy, or multiply and sum.
 
     b float32: three tf32 products (a + a_lo)(b + b_lo). 16-bit floats are exact in tf32: two
     products; bf16 where it has arithmetic (NATIVE): a is the sum of three bf16 parts.
@@ -47,11 +47,8 @@ def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
     else:
         b = b.to(tl.float32)
         # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
-        if len(a.shape) == 3:
-            a3, b3 = tl.broadcast(a[:, :, :, None], b[:, None, :, :])
-        else:
-            a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
-        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), len(a.shape) - 1)
+        a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
+        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), 1)
     return out
 
 

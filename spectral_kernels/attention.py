@@ -33,6 +33,7 @@ Oracle: reference/attention.py.   Test: tests/test_attention.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -65,7 +66,7 @@ from ._math import (
     row_share,
     row_splits,
 )  # fmt: skip
-from .attention_sm75 import _attend_old_cards, operand_words
+from .attention_sm75 import launch_old_cards, operand_words
 from .codec import Codec, check_codec
 from .compress import check_pages, check_table
 from .layout import PAGE_SIZE, PageLayout, unpack_pages
@@ -113,22 +114,15 @@ def _by_eights(w):
 
 
 @triton.jit
-def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16]."""
+def _block(x, GROUPS: tl.constexpr, i: tl.constexpr, IS_K: tl.constexpr, NATIVE: tl.constexpr):
+    """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16] of K, [W, 16, 64] of V."""
     y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
     if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
-        y = tl.permute(tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE)), [0, 3, 1, 2])
-        y = tl.reshape(y, [x.shape[0], 64, 16])
-    return y
-
-
-@triton.jit
-def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [W, 16, 64]."""
-    y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
-    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
-        y = tl.permute(tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE)), [0, 1, 3, 2])
-        y = tl.reshape(y, [x.shape[0], 16, 64])
+        y = tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE))
+        if IS_K:
+            y = tl.reshape(tl.permute(y, [0, 3, 1, 2]), [x.shape[0], 64, 16])
+        else:
+            y = tl.reshape(tl.permute(y, [0, 1, 3, 2]), [x.shape[0], 16, 64])
     return y
 
 
@@ -161,26 +155,6 @@ def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
     else:
         x = tl.permute(x, [0, 1, 2, 4, 3, 5])
     return tl.reshape(x, [M, R])
-
-
-@triton.jit
-def _u_operand(ptr, N: tl.constexpr):
-    """The projected queries of two blocks, int8 [W, 32, N], in the order of `_side_by_side`, at
-    pointers [W]."""
-    x = tl.reshape(tl.load(ptr[:, None] + tl.arange(0, 32 * N)[None, :]), [ptr.shape[0], N, 32])
-    return tl.permute(x, [0, 2, 1])
-
-
-@triton.jit
-def _dot_int8(a, b, MATRIX: tl.constexpr):
-    """a [.., M, K] @ b [.., K, N], int8 to int32, exact."""
-    if MATRIX:
-        out = tl.dot(a, b, out_dtype=tl.int32)
-    elif len(a.shape) == 3:
-        out = tl.sum(a.to(tl.int32)[:, :, :, None] * b.to(tl.int32)[:, None, :, :], 2)
-    else:
-        out = tl.sum(a.to(tl.int32)[:, :, None] * b.to(tl.int32)[None, :, :], 1)
-    return out
 
 
 @triton.jit
@@ -261,7 +235,6 @@ def _project_frames(
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     M: tl.constexpr,
-    MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """The projected queries of frames first .. end - 1, in log2 units, M rows (a frame and a query)
@@ -296,8 +269,8 @@ def _project_frames(
         turned = q * cos + other * sin  # [FRAMES, ROWS, BLOCK_D]
         bias = tl.sum(turned * mean[None, None, :], 2)  # [FRAMES, ROWS], in units of 1 / full
         hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
-        u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)  # [M, R]
-        u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
+        dots = tl.dot(hi, basis, out_dtype=tl.int32) * 256 + tl.dot(lo, basis, out_dtype=tl.int32)
+        u = dots.to(tl.float32) * scale[None, :]  # [M, R], in units of 1 / full
         top = tl.max(tl.abs(u), 1)
         u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)
         hi, lo, value = _split_int16(u, NATIVE)
@@ -378,7 +351,7 @@ def _prefetch_first(
 @triton.jit
 def _page_scores(
     page_ptr, u_ptr, affine_ptr, u_at, W: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    MATRIX: tl.constexpr, NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Scores of the tokens of W pages at page_ptr [W], in log2 units, float32 [W, 64, ROWS]; u_at
     [W]: the rows of u of their frames."""
@@ -389,14 +362,15 @@ def _page_scores(
     for n in tl.static_range(len(GROUPS)):
         x = _k_columns(page_ptr + group_offset(GROUPS, n), subtiles_of(GROUPS, n))
         for f in tl.static_range(fields_of(GROUPS, n)):
-            blocks = blocks + (_k_block(x, GROUPS, first_block(GROUPS, n) + f, NATIVE),)
+            blocks = blocks + (_block(x, GROUPS, first_block(GROUPS, n) + f, True, NATIVE),)
     if R % 32:
         blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
     dots = tl.zeros([W, 64, N], dtype=tl.int32)
     for step in tl.static_range(STEPS):
-        u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)  # [W, 32, N]
+        at = (u_at * STEPS + step)[:, None] * (32 * N) + tl.arange(0, 32 * N)[None, :]
+        u = tl.permute(tl.reshape(tl.load(u_ptr + at), [W, N, 32]), [0, 2, 1])
         x = _side_by_side(blocks[2 * step], blocks[2 * step + 1])  # [W, 64, 32]
-        dots += _dot_int8(x, u, MATRIX)
+        dots += tl.dot(x, u, out_dtype=tl.int32)
     hi, lo = tl.split(tl.reshape(dots, [W, 64, ROWS, 2]))
     affine = affine_ptr + u_at[:, None] * (2 * ROWS) + tl.arange(0, 2 * ROWS)[None, :]
     unit, bias = tl.split(tl.reshape(tl.load(affine), [W, ROWS, 2]))
@@ -458,8 +432,7 @@ def _pages_split(
     PAGES: tl.constexpr = SHAPE[2] // 64  # of a frame
     ROWS: tl.constexpr = TILE[0]
     W: tl.constexpr = TILE[2]
-    MATRIX: tl.constexpr = PATH[2]
-    NATIVE: tl.constexpr = PATH[3]
+    NATIVE: tl.constexpr = PATH[2]
     live = row < Q * HG
     # Nothing waits for another load that need not: queries, then the table, then basis and pages.
     queries = _load_queries(
@@ -476,8 +449,7 @@ def _pages_split(
             )  # fmt: skip
         _project_frames(
             queries, live, k_basis_ptr, k_scale_ptr, k_mean_ptr, u_ptr, affine_ptr, u_row, first,
-            tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS, D, K_GROUPS, TILE[1], MATRIX,
-            NATIVE,
+            tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS, D, K_GROUPS, TILE[1], NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
         token = tl.arange(0, 64)
@@ -494,7 +466,7 @@ def _pages_split(
             number = tl.load(table_ptr + j).to(tl.int64)
             s = _page_scores(
                 k_ptr + number * stride_k_page, u_ptr, affine_ptr, u_row + j // PAGES, W, ROWS,
-                K_GROUPS, MATRIX, NATIVE,
+                K_GROUPS, NATIVE,
             )  # fmt: skip
             position = j[:, None] * 64 + token[None, :]
             seen = (position >= EXACT[0]) & (position < stop) & (start + warp < end)[:, None]
@@ -518,8 +490,9 @@ def _pages_split(
                 group_ptr = v_ptr + number * stride_v_page + group_offset(V_GROUPS, n)
                 x = _v_columns(group_ptr, subtiles_of(V_GROUPS, n))
                 for f in tl.static_range(fields_of(V_GROUPS, n)):
-                    y = _v_block(x, V_GROUPS, first_block(V_GROUPS, n) + f, NATIVE)  # [W, 16, 64]
-                    hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [W, 16, ROWS, 2]))
+                    y = _block(x, V_GROUPS, first_block(V_GROUPS, n) + f, False, NATIVE)
+                    dots = tl.dot(y, w_both, out_dtype=tl.int32)
+                    hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
                     part = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
                     rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part,)
             acc = rescaled
@@ -531,25 +504,13 @@ def _pages_split(
 @triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
-    freqs_ptr,
-    k_basis_ptr,
-    k_scale_ptr,
-    k_mean_ptr,
-    v_scale_ptr,
+    codec,  # freqs, k_basis, k_scale, k_mean, v_scale
     k_pages_ptr,
     v_pages_ptr,
     k_exact_ptr,
     v_exact_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
-    seq_ids_ptr,
-    u_ptr,
-    affine_ptr,
-    c_ptr,
-    lse_ptr,
-    exact_o_ptr,
-    exact_lse_ptr,
+    tables,  # block_table, seq_lens, codec_ids, seq_ids
+    states,  # u, affine, c, lse, exact o, exact lse
     u_frames,
     B,
     programs,  # of `row_splits`
@@ -564,12 +525,15 @@ def _attend_spectral_kernel(
     V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N); RING 0: pages alone
     TILE: tl.constexpr,  # (ROWS, M, W, FEW, BLOCK_B)
-    PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, MATRIX, NATIVE)
+    PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, NATIVE)
 ):
     """The exact tokens (`window_split`) of all rows, which start first, and the splits of their
     pages (`_pages_split`)."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
+    freqs_ptr, k_basis_ptr, k_scale_ptr, k_mean_ptr, v_scale_ptr = codec
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
+    u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr = states
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
         tl.extra.cuda.gdc_launch_dependents()
     g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -608,11 +572,9 @@ def _attend_spectral_kernel(
         if PATH[1]:  # the newest tokens are written by the launch before
             tl.extra.cuda.gdc_wait()
         window_split(
-            q_ptr, k_exact_ptr + exact_row * strides_exact[0] + g * strides_exact[1],
-            v_exact_ptr + exact_row * strides_exact[3] + g * strides_exact[4],
-            exact_o_ptr, exact_lse_ptr, tl.load(seq_lens_ptr + b), split, block, b, g, Q, G,
-            softmax_scale, strides_q, strides_exact[2], strides_exact[5],
-            HG, D, EXACT[0], EXACT[1], EXACT[2], EXACT[3], EXACT[4], EXACT[5], PATH[2], PATH[3],
+            q_ptr, k_exact_ptr, v_exact_ptr, exact_o_ptr, exact_lse_ptr,
+            tl.load(seq_lens_ptr + b), exact_row, split, block, b, g, Q, G, softmax_scale,
+            strides_q, strides_exact, HG, D, EXACT, True, PATH[2],
         )  # fmt: skip
 
 
@@ -707,28 +669,10 @@ class Plan:
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
     frames: int  # that queries are projected for: of a split at most, or of a row
-    window: dict[str, int]  # window.window_tile, SPLITS 0 without exact tokens
+    window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
+    sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, in a workspace
     matrix: bool
     options: dict[str, int]  # num_warps, num_stages, maxnreg
-
-    def sizes(self, batch: int, kv_heads: int, group: int, queries: int, codec: Codec) -> list[int]:
-        """Bytes of the parts of a workspace: u, affine, c, lse, exact o, exact lse; multiples of
-        16."""
-        units, heads = self.blocks * kv_heads * self.frames, kv_heads * group * queries
-        if self.matrix:
-            units *= self.states * self.rows
-            projected = [units * _launch.cdiv(codec.layout.k.rank, 32) * 64, units * 8]
-        else:
-            projected = [units * batch * 4 * operand_words(codec.layout.k.rank), 0]
-        exact, states = batch * heads * self.window["SPLITS"], self.states * heads
-        sizes = [
-            *projected,
-            states * codec.layout.v.rank * 4,
-            states * 4,
-            exact * codec.layout.head_dim * 4,
-            exact * 4,
-        ]
-        return [_launch.cdiv(size, 16) * 16 for size in sizes]
 
 
 def plan_launch(
@@ -783,15 +727,22 @@ def plan_launch(
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
     states = min(programs + batch - 1, batch * turns)
     share = min(turns, 2 * _launch.cdiv(batch * turns, max(1, programs * few // 6))) * warps
-    window = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 0}
+    window = (0, 16, 16)
     if slots:
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
     if matrix:
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
+        units = states * blocks * kv_heads * frames * rows
+        projected = [units * _launch.cdiv(layout.k.rank, 32) * 64, units * 8]
     else:
         frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
-    sizes = (rows, blocks, m, warps, programs, few, block_b, states, frames)
-    return Plan(*sizes, window, matrix, options)
+        projected = [batch * blocks * kv_heads * frames * operand_words(layout.k.rank) * 4, 0]
+    cold = states * kv_heads * group * queries  # states of pages, and of exact tokens
+    exact = window[0] * batch * kv_heads * group * queries
+    parts = [*projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
+    sizes = [_launch.cdiv(size, 16) * 16 for size in parts]
+    numbers = (rows, blocks, m, warps, programs, few, block_b, states, frames)
+    return Plan(*numbers, window, sizes, matrix, options)
 
 
 def attend_workspace(
@@ -828,7 +779,7 @@ def attend_workspace(
         codec.layout, batch, heads, group, queries, max_pages, slots, device, num_splits,
         matrix_units,
     )  # fmt: skip
-    return sum(plan.sizes(batch, heads, group, queries, codec))
+    return sum(plan.sizes)
 
 
 def _check_attend(
@@ -931,24 +882,12 @@ def attend_spectral(
         codec.layout, batch, codec.kv_heads, group, queries, block_table.shape[1], slots, q.device,
         num_splits, matrix_units,
     )  # fmt: skip
-    states = _parts(workspace, plan.sizes(batch, codec.kv_heads, group, queries, codec), q.device)
-    tables = (block_table, seq_lens, codec_ids, seq_ids)
+    states = _parts(workspace, plan.sizes, q.device)
+    tables, kept = (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, slots - sinks)
+    launch = partial(_launch_pages, after_append=after_append) if plan.matrix else launch_old_cards
     with torch.cuda.device_of(q):
-        if plan.matrix:
-            exact_slots = (sinks, window, max(slots - sinks, 0))
-            _launch_pages(
-                q4, k_pages, v_pages, codec, exact or (q4, q4), tables, states, exact_slots,
-                scale * LOG2_E, plan, after_append,
-            )  # fmt: skip
-        else:
-            _attend_old_cards(
-                q4, k_pages, v_pages, codec, block_table, seq_lens, exact,
-                (states[0].view(torch.int32), *states[2:]), sinks=sinks, window=window,
-                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, plan=plan,
-            )  # fmt: skip
-        _launch_finish(
-            states[2:], codec, seq_lens, codec_ids, out, lse, q4.shape, (sinks, window), plan
-        )
+        launch(q4, k_pages, v_pages, codec, exact, tables, states, kept, scale * LOG2_E, plan)
+        _launch_finish(states[2:], codec, tables, out, lse, q4.shape, kept, plan)
     return out, lse
 
 
@@ -967,20 +906,21 @@ def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.devic
 
 
 def _launch_pages(
-    q, k_pages, v_pages, codec, exact, tables, states, exact_slots, scale, plan, after_append
+    q, k_pages, v_pages, codec, exact, tables, states, kept, scale, plan, after_append
 ) -> None:  # fmt: skip
-    """`_attend_spectral_kernel`; exact: (k_exact, v_exact), or stand-ins that are not read."""
-    (batch, heads, queries, dim), layout, tile = q.shape, codec.layout, plan.window
-    u, affine, c, split_lse, exact_o, exact_lse = states
+    """`_attend_spectral_kernel`; kept: (sinks, window, ring); scale: of scores in log2 units."""
+    (batch, heads, queries, dim), layout = q.shape, codec.layout
+    splits, block_m, _ = plan.window
     group = heads // codec.kv_heads
-    blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
     overlap = _launch.overlaps_launches(q.device)
-    exact_programs = batch * blocks_m * tile["SPLITS"]
+    exact_programs = batch * _launch.cdiv(group * queries, block_m) * splits
     grid = (codec.kv_heads, exact_programs + plan.states * plan.blocks)
+    if exact is None:
+        exact, kept = (q, q), (*kept[:2], 0)  # not read
     _attend_spectral_kernel[grid](
-        q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale,
-        k_pages, v_pages, *exact, *tables, u.view(torch.int8), affine, c, split_lse,
-        exact_o, exact_lse, plan.frames, batch, plan.programs, queries, scale,
+        q, (codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale),
+        k_pages, v_pages, *exact, tables, (states[0].view(torch.int8), *states[1:]),
+        plan.frames, batch, plan.programs, queries, scale,
         q.stride()[:3],
         (*k_pages.stride()[:2], *v_pages.stride()[:2], tables[0].stride(0)),
         (*exact[0].stride()[:3], *exact[1].stride()[:3]),
@@ -988,17 +928,15 @@ def _launch_pages(
         SHAPE=(dim, codec.freqs.shape[0], layout.frame),
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
-        EXACT=(*exact_slots, tile["SPLITS"], tile["BLOCK_M"], tile["BLOCK_N"]),
+        EXACT=(*kept, *plan.window),
         TILE=(plan.rows, plan.m, plan.warps, plan.few, plan.block_b),
-        PATH=(overlap, overlap and after_append, True, _launch.is_native(q)),
+        PATH=(overlap, overlap and after_append, _launch.is_native(q)),
         launch_pdl=overlap and after_append,
         **plan.options,
     )  # fmt: skip
 
 
-def _launch_finish(
-    states, codec, seq_lens, codec_ids, out, lse, shape, not_in_pages, plan
-) -> None:  # fmt: skip
+def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
     (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
     # The splits of a row at once, where rows are of one length.
@@ -1010,12 +948,12 @@ def _launch_finish(
     held = (block_n + block_d) * rank  # numbers in registers
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
-        *states, codec.v_basis, seq_lens, codec_ids, out, lse, batch, plan.programs, queries,
+        *states, codec.v_basis, *tables[1:3], out, lse, batch, plan.programs, queries,
         codec.kv_heads,
         HG=heads // codec.kv_heads,
         D=dim,
         RV=rank,
-        EXACT=(*not_in_pages, plan.window["SPLITS"]),
+        EXACT=(*kept[:2], plan.window[0]),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         TURN=plan.warps,

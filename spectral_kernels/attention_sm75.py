@@ -53,8 +53,7 @@ from ._math import (
     row_share,
     row_splits,
 )  # fmt: skip
-from .codec import Codec
-from .window import LOG2_E, _launch_window
+from .window import launch_window
 
 
 @triton.jit
@@ -423,20 +422,14 @@ def operand_words(rank: int) -> int:
     return 32 * (rank // 16 + 2)
 
 
-def _attend_old_cards(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
-    block_table: torch.Tensor, seq_lens: torch.Tensor,
-    exact: tuple[torch.Tensor, torch.Tensor] | None, states: tuple[torch.Tensor, ...], *,
-    sinks: int, window: int, seq_ids: torch.Tensor | None, codec_ids: torch.Tensor | None,
-    scale: float, plan: Any,
+def launch_old_cards(
+    q, k_pages, v_pages, codec, exact, tables, states, kept, scale, plan
 ) -> None:  # fmt: skip
-    """What `_attend_spectral_kernel` does in `attend_spectral`, whose arguments these are.
-
-    q [B, H, Q, D]; plan: the call's `attention.Plan`; states, which are written: u int32 of
-    plan.frames frames a row, c and lse of the splits, o and lse of the exact tokens.
-    """
+    """What `_attend_spectral_kernel` does in `attend_spectral`; arguments as `_launch_pages`."""
     (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
-    u, c, lse, exact_o, exact_lse = states
+    (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, _) = tables, kept
+    u, _, c, lse, exact_o, exact_lse = states
+    u = u.view(torch.int32)
     group = heads // kv_heads
     blocks = _launch.cdiv(group * queries, 4)
     shared: dict[str, Any] = {
@@ -449,7 +442,7 @@ def _attend_old_cards(
     }
     _project_operand_kernel[(plan.frames * blocks, kv_heads, batch)](
         q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, seq_lens, codec_ids, u,
-        plan.frames, queries, kv_heads, scale * LOG2_E, q.stride()[:3], D=dim,
+        plan.frames, queries, kv_heads, scale, q.stride()[:3], D=dim,
         PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, **shared,
     )  # fmt: skip
     _attend_operands_kernel[(plan.states * blocks, kv_heads)](
@@ -460,7 +453,16 @@ def _attend_old_cards(
         **shared,
     )  # fmt: skip
     if exact is not None:
-        _launch_window(
-            q, *exact, seq_lens, seq_ids, exact_o, exact_lse,
-            scale=scale, sinks=sinks, window=window, matrix=False, tile=plan.window,
-        )  # fmt: skip
+        launch_window(
+            q,
+            exact[0],
+            exact[1],
+            seq_lens,
+            seq_ids,
+            exact_o,
+            exact_lse,
+            kept,
+            plan.window,
+            scale,
+            False,
+        )

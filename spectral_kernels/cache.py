@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -91,10 +92,8 @@ class PageTable:
 
     def grow(self, lengths: Sequence[int]) -> bool:
         """Pages for rows of so many tokens; whether the table changed. RuntimeError: none left."""
-        missing = [
-            -(-length // PAGE_SIZE) - len(row)
-            for length, row in zip(lengths, self.rows, strict=True)
-        ]
+        rows = zip(lengths, self.rows, strict=True)
+        missing = [-(-length // PAGE_SIZE) - len(row) for length, row in rows]
         pages = self.allocator.allocate(sum(max(count, 0) for count in missing))
         for row, count in enumerate(missing):
             if count > 0:
@@ -189,12 +188,9 @@ class SpectralCache:
         self.lengths = [0] * max_seqs
         self._oldest = [0] * max_seqs  # position from which on a row's ring holds all its tokens
         self._many_codecs = any(layer.k_basis.shape[0] > 1 for layer in codec.layers)
-        needed = [
-            attend_workspace(
-                layer, batch=max_seqs, query_heads=query_heads, queries=1, max_pages=max_pages,
-                slots=slots, device=self.device,
-            ) for layer in codec.layers
-        ]  # fmt: skip
+        step: dict[str, Any] = {"batch": max_seqs, "query_heads": query_heads, "queries": 1}
+        step |= {"max_pages": max_pages, "slots": slots, "device": self.device}
+        needed = (attend_workspace(layer, **step) for layer in codec.layers)
         size = max(needed, default=0)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -207,11 +203,12 @@ class SpectralCache:
         """Bytes of all tensors, the codec among them."""
         lists = (self.k_pages, self.v_pages, self.k_exact, self.v_exact)
         tables = (self.block_table, self.seq_lens, self.codec_ids, self.workspace)
-        return (
-            sum(x.nbytes for some in lists for x in some)
-            + sum(x.nbytes for x in tables)
-            + self.codec.nbytes
-        )
+        return self.codec.nbytes + sum(x.nbytes for some in (*lists, tables) for x in some)
+
+    def _sides(self, layer: int) -> tuple[tuple[str, torch.Tensor, torch.Tensor], ...]:
+        """(side, pages, exact tokens) of K and of V."""
+        k = ("k", self.k_pages[layer], self.k_exact[layer])
+        return k, ("v", self.v_pages[layer], self.v_exact[layer])
 
     def _ids(self) -> torch.Tensor | None:
         return self.codec_ids if self._many_codecs else None
@@ -320,10 +317,7 @@ class SpectralCache:
         shape = (self.max_seqs, self.codec.layers[layer].kv_heads, k.shape[2], k.shape[3])
         for name, x in (("k", k), ("v", v)):  # both before either is stored
             check_tensor(name, x, shape=shape, dtype=self.dtype, device=self.device)
-        for side, x, pages, exact in (
-            ("k", k, self.k_pages[layer], self.k_exact[layer]),
-            ("v", v, self.v_pages[layer], self.v_exact[layer]),
-        ):
+        for (side, pages, exact), x in zip(self._sides(layer), (k, v), strict=True):
             encode(
                 x, self.codec.layers[layer], pages, self.block_table, self.seq_lens,
                 side=side, first=first, exact=exact, sinks=self.codec.sinks, codec_ids=self._ids(),
@@ -346,10 +340,7 @@ class SpectralCache:
         exact_at = torch.where(self._is_exact(exact_at, seq_lens), exact_at, tokens)
         column = torch.arange(-tokens, 0, device=self.device) + seq_lens[:, None]  # [B, tokens]
         found = []
-        for side, pages, exact in (
-            ("k", self.k_pages[layer], self.k_exact[layer]),
-            ("v", self.v_pages[layer], self.v_exact[layer]),
-        ):
+        for side, pages, exact in self._sides(layer):
             x = decode(pages, codec, table, seq_lens, side=side, codec_ids=self._ids())
             # One token more, where slots that are not attended go.
             x = torch.nn.functional.pad(x[:, :, :tokens].to(self.dtype), (0, 0, 0, 1))
@@ -387,10 +378,8 @@ class SpectralCache:
         lost = []  # (row, position)
         for row, length in enumerate(self.lengths):
             start = max(length - self.codec.window, 0)
-            lost += [
-                (row, p)
-                for p in range(max(start, self.codec.sinks), min(self._oldest[row], length))
-            ]
+            stale = range(max(start, self.codec.sinks), min(self._oldest[row], length))
+            lost += [(row, p) for p in stale]
             self._oldest[row] = min(self._oldest[row], start)
         if not lost:
             return
@@ -398,10 +387,7 @@ class SpectralCache:
         slot = slots_torch(at, self.codec.sinks, self.codec.window + self.drafts)
         table = self.block_table[:, : -(-max(self.lengths) // PAGE_SIZE)]
         for layer, codec in enumerate(self.codec.layers):
-            for side, pages, exact in (
-                ("k", self.k_pages[layer], self.k_exact[layer]),
-                ("v", self.v_pages[layer], self.v_exact[layer]),
-            ):
+            for side, pages, exact in self._sides(layer):
                 x = decode(pages, codec, table, self.seq_lens, side=side, codec_ids=self._ids())
                 exact[rows, :, slot] = x[rows, :, at].to(self.dtype)
 

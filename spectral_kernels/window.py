@@ -73,11 +73,12 @@ def check_exact(
 @triton.jit
 def window_split(
     q_ptr,
-    k_ptr,  # the row's and head's slots
+    k_ptr,
     v_ptr,
     o_ptr,
     lse_ptr,
     seq_len,
+    row,  # of k_exact
     split,
     block_m,
     b,
@@ -86,16 +87,10 @@ def window_split(
     G,
     softmax_scale,
     strides_q,  # (b, h, q)
-    stride_k_s,
-    stride_v_s,
+    strides_exact,  # (row, g, slot of K, row, g, slot of V)
     HG: tl.constexpr,
     D: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    RING: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N)
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -103,13 +98,20 @@ def window_split(
     the group.
 
     o [B, H, Q, SPLITS, D], lse [B, H, Q, SPLITS]."""
+    SINKS: tl.constexpr = EXACT[0]
+    RING: tl.constexpr = EXACT[2]
+    SPLITS: tl.constexpr = EXACT[3]
+    BLOCK_M: tl.constexpr = EXACT[4]
+    BLOCK_N: tl.constexpr = EXACT[5]
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
     SLOTS: tl.constexpr = SINKS + RING
     SHARE: tl.constexpr = (SLOTS + SPLITS * BLOCK_N - 1) // (SPLITS * BLOCK_N) * BLOCK_N
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < Q * HG
-    query = row // HG
-    head = g * HG + row % HG
+    k_ptr += row * strides_exact[0] + g * strides_exact[1]
+    v_ptr += row * strides_exact[3] + g * strides_exact[4]
+    m_row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = m_row < Q * HG
+    query = m_row // HG
+    head = g * HG + m_row % HG
     at = seq_len - Q + query  # [BLOCK_M] positions of the queries
     d = tl.arange(0, BLOCK_D)
     q_row = q_ptr + b * strides_q[0] + head * strides_q[1] + query.to(tl.int64) * strides_q[2]
@@ -125,16 +127,13 @@ def window_split(
         slot = start + tl.arange(0, BLOCK_N)
         last = seq_len - SINKS - 1  # counted from the first token of the ring
         newest = SINKS + last - (last - (slot - SINKS) + RING) % RING
-        used = (slot < SLOTS) & (newest >= SINKS) & (newest >= seq_len - WINDOW)
+        used = (slot < SLOTS) & (newest >= SINKS) & (newest >= seq_len - EXACT[1])
         used = tl.where(slot < SINKS, slot < seq_len, used)
         position = tl.where(slot < SINKS, slot, newest)  # [BLOCK_N]
         mask = used[:, None] & (d < D)[None, :]
-        k = tl.load(
-            k_ptr + slot.to(tl.int64)[:, None] * stride_k_s + d[None, :], mask=mask, other=0.0
-        )
-        v = tl.load(
-            v_ptr + slot.to(tl.int64)[:, None] * stride_v_s + d[None, :], mask=mask, other=0.0
-        )
+        at_slot = slot.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + at_slot * strides_exact[2] + d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + at_slot * strides_exact[5] + d[None, :], mask=mask, other=0.0)
         s = dot_f32(q, tl.trans(k), MATRIX, NATIVE)  # [BLOCK_M, BLOCK_N]
         s = tl.where(used[None, :] & (position[None, :] <= at[:, None]), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -167,39 +166,34 @@ def _attend_window_kernel(
     strides_exact,  # (row, g, slot of K, row, g, slot of V)
     HG: tl.constexpr,
     D: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    RING: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """One split of the slots of one row and KV head: `window_split`."""
-    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
+    blocks_m = tl.cdiv(Q * HG, EXACT[4])
     g = (tl.program_id(1) // blocks_m).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     row = row_of(seq_ids_ptr, b, b)
     window_split(
-        q_ptr, k_ptr + row * strides_exact[0] + g * strides_exact[1],
-        v_ptr + row * strides_exact[3] + g * strides_exact[4], o_ptr, lse_ptr,
-        tl.load(seq_lens_ptr + b), tl.program_id(0), tl.program_id(1) % blocks_m, b, g, Q, G,
-        softmax_scale, strides_q, strides_exact[2], strides_exact[5],
-        HG, D, SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, tl.load(seq_lens_ptr + b), row, tl.program_id(0),
+        tl.program_id(1) % blocks_m, b, g, Q, G, softmax_scale, strides_q, strides_exact,
+        HG, D, EXACT, MATRIX, NATIVE,
     )  # fmt: skip
 
 
-def window_tile(group: int, queries: int, slots: int, matrix: bool, room: int) -> dict[str, int]:
-    """BLOCK_M rows (a query and a head) and BLOCK_N slots of a tile, and SPLITS of the slots: at
-    most as many as there is room for programs beside one another, none without a tile."""
+def window_tile(
+    group: int, queries: int, slots: int, matrix: bool, room: int
+) -> tuple[int, int, int]:  # fmt: skip
+    """SPLITS of the slots, at most as many as there is room for programs beside one another, none
+    without a tile; BLOCK_M rows (a query and a head) and BLOCK_N slots of a tile."""
     block_m, block_n = (
         (16, 32) if matrix else (min(4, _launch.next_power_of_2(group * queries)), 16)
     )
     tiles = _launch.cdiv(slots, block_n)
     # The kernel's share of a split is a whole number of tiles: no split lies past the slots.
     share = _launch.cdiv(tiles, max(1, min(tiles, room, MAX_SPLITS)))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": _launch.cdiv(tiles, share)}
+    return _launch.cdiv(tiles, share), block_m, block_n
 
 
 def softmax_scale(scale: float | None, head_dim: int) -> float:
@@ -223,23 +217,19 @@ def check_window(q, k_exact, v_exact, heads, sinks, window, seq_ids) -> int:
     return ring
 
 
-def _launch_window(
-    q: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, seq_lens: torch.Tensor,
-    seq_ids: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, *, scale: float,
-    sinks: int, window: int, matrix: bool, tile: dict[str, int],
+def launch_window(
+    q, k_exact, v_exact, seq_lens, seq_ids, o, lse, kept, tile, scale, matrix
 ) -> None:  # fmt: skip
     """The states of the splits of `tile` (`window_tile`): o float32 [B, H, Q, SPLITS, D] and lse
-    [B, H, Q, SPLITS] are written. q [B, H, Q, D]; scale: of natural scores."""
+    [B, H, Q, SPLITS] are written. q [B, H, Q, D]; kept: (sinks, window, ring); scale: of scores in
+    log2 units."""
     (batch, heads, queries, dim), kv_heads = q.shape, k_exact.shape[1]
     group = heads // kv_heads
-    blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
-    with torch.cuda.device_of(q):
-        _attend_window_kernel[(tile["SPLITS"], kv_heads * blocks_m, batch)](
-            q, k_exact, v_exact, seq_lens, seq_ids, o, lse, queries, kv_heads, scale * LOG2_E,
-            q.stride()[:3], (*k_exact.stride()[:3], *v_exact.stride()[:3]), HG=group, D=dim,
-            SINKS=sinks, WINDOW=window, RING=k_exact.shape[2] - sinks, MATRIX=matrix,
-            NATIVE=_launch.is_native(q), num_warps=4, num_stages=1, **tile,
-        )  # fmt: skip
+    _attend_window_kernel[(tile[0], kv_heads * _launch.cdiv(group * queries, tile[1]), batch)](
+        q, k_exact, v_exact, seq_lens, seq_ids, o, lse, queries, kv_heads, scale, q.stride()[:3],
+        (*k_exact.stride()[:3], *v_exact.stride()[:3]), HG=group, D=dim, EXACT=(*kept, *tile),
+        MATRIX=matrix, NATIVE=_launch.is_native(q), num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def attend_window(
@@ -291,22 +281,17 @@ def attend_window(
         return out, lse
     q4 = q if q.dim() == 4 else q[:, :, None]
     batch, heads, queries, dim = q4.shape
-    kv_heads, group = k_exact.shape[1], heads // k_exact.shape[1]
+    kv_heads, kept = k_exact.shape[1], (sinks, window, ring)
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     room = 4 * _launch.multiprocessors(q.device) // (batch * kv_heads)
-    tile = window_tile(group, queries, sinks + ring, matrix, max(room, 1))
-    splits = tile["SPLITS"]
-    o_split, lse_split = out, lse
-    if splits > 1:
-        o_split = out.new_empty((*lse.shape, splits, dim))
-        lse_split = lse.new_empty((*lse.shape, splits))
-    _launch_window(
-        q4, k_exact, v_exact, seq_lens, seq_ids, o_split, lse_split,
-        scale=scale, sinks=sinks, window=window, matrix=matrix, tile=tile,
-    )  # fmt: skip
-    if splits == 1:
-        return out, lse
-    return merge_many_states(o_split, lse_split, out=out, out_lse=lse)
+    tile = window_tile(heads // kv_heads, queries, sinks + ring, matrix, max(room, 1))
+    states = out, lse
+    if tile[0] > 1:
+        states = out.new_empty((*lse.shape, tile[0], dim)), lse.new_empty((*lse.shape, tile[0]))
+    tables = (seq_lens, seq_ids)
+    with torch.cuda.device_of(q):
+        launch_window(q4, k_exact, v_exact, *tables, *states, kept, tile, scale * LOG2_E, matrix)
+    return (out, lse) if tile[0] == 1 else merge_many_states(*states, out=out, out_lse=lse)
 
 
 def attend_window_torch(
