@@ -53,7 +53,7 @@ from ._math import (
     row_share,
     row_splits,
 )  # fmt: skip
-from .window import launch_window
+from .window import _launch_window
 
 
 @triton.jit
@@ -453,7 +453,7 @@ def launch_old_cards(
         **shared,
     )  # fmt: skip
     if exact is not None:
-        launch_window(
+        _launch_window(
             q,
             exact[0],
             exact[1],

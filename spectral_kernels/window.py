@@ -217,7 +217,7 @@ def check_window(q, k_exact, v_exact, heads, sinks, window, seq_ids) -> int:
     return ring
 
 
-def launch_window(
+def _launch_window(
     q, k_exact, v_exact, seq_lens, seq_ids, o, lse, kept, tile, scale, matrix
 ) -> None:  # fmt: skip
     """The states of the splits of `tile` (`window_tile`): o float32 [B, H, Q, SPLITS, D] and lse
@@ -290,7 +290,7 @@ def attend_window(
         states = out.new_empty((*lse.shape, tile[0], dim)), lse.new_empty((*lse.shape, tile[0]))
     tables = (seq_lens, seq_ids)
     with torch.cuda.device_of(q):
-        launch_window(q4, k_exact, v_exact, *tables, *states, kept, tile, scale * LOG2_E, matrix)
+        _launch_window(q4, k_exact, v_exact, *tables, *states, kept, tile, scale * LOG2_E, matrix)
     return (out, lse) if tile[0] == 1 else merge_many_states(*states, out=out, out_lse=lse)
 
 
