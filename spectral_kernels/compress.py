@@ -44,94 +44,25 @@ from .layout import PAGE_SIZE, pack_pages, unpack_pages
 from .rope import codec_rows, turn_back, turn_back_torch
 from .window import check_exact, slot_of, slots_torch
 
-# Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with
-# the terms. So no run of tokens longer than this is added up by them (64 steps of 16: at most 64 *
-# 2**-23 = 8e-6).
-GRAM_RUN = 1024
-
-
-@triton.jit(do_not_specialize=["T", "splits"])
-def _gram_kernel(
-    x_ptr, out_ptr, T, splits, G, stride_x_b, stride_x_g, stride_x_t, D: tl.constexpr,
-    RUN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MATRIX: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """A [BLOCK_D, BLOCK_D] tile of the second moment of one split of the tokens of one row and
-    head.
-
-    EXACT: x is 16 bits wide, and its products are exact in float32: they go to the matrix units as
-        they are.
-    """
-    tiles = tl.cdiv(D, BLOCK_D)
-    i = (tl.program_id(0) // tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    j = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1)
-    bg = tl.program_id(2).to(tl.int64)
-    x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
-    share = tl.cdiv(tl.cdiv(T, RUN), splits) * RUN
-    end = tl.minimum(split * share + share, T)
-    out_ptr += ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
-    acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    for start in range(split * share, end, BLOCK_T):
-        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        mask = (t < T)[:, None] & (j < D)[None, :]
-        b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=mask, other=0.0)  # [T, D]
-        if BLOCK_D >= D:
-            a = tl.trans(b)
-        else:
-            mask = (t < T)[None, :] & (i < D)[:, None]
-            a = tl.load(
-                x_ptr + t[None, :] * stride_x_t + i[:, None], mask=mask, other=0.0
-            )  # [D, T]
-        if EXACT:
-            acc = tl.dot(a, b, acc)
-        else:
-            acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-        if (start + BLOCK_T) % RUN == 0:
-            total += acc
-            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    tl.store(out_ptr, total + acc, mask=(i < D)[:, None] & (j < D)[None, :])
+GRAM_RUN = 4096  # tokens that are converted to float64 at once
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
-    """Second moment over tokens, X^T X.
+    """Second moment over tokens, X^T X; PyTorch on any device.
 
     Args:
-        x: [B, G, T, D] fp16, bf16 or fp32; last dimension of stride 1, others any.
+        x: [B, G, T, D] fp16, bf16 or fp32, any strides.
     Returns:
-        float32 [B, G, D, D], contiguous: float32 sums over GRAM_RUN tokens, added in float32, then
-        in float64.
+        float32 [B, G, D, D], contiguous: sums in float64, rounded once.
     Raises:
-        TypeError, ValueError: an argument is not as above; nothing was launched.
+        TypeError, ValueError: an argument is not as above.
     """
-    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    batch, heads, tokens, dim = x.shape
-    if not _launch.runs_kernel(x):
-        return gram_torch(x)
-    if batch * heads == 0 or tokens == 0:
-        return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
-    matrix = _launch.has_matrix_units(x.device)
-    exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
-    block_t, block_d = (32, 64) if matrix else (16, 16)
-    if exact:
-        block_t, block_d = 64, min(128, _launch.next_power_of_2(dim))
-    tiles = _launch.cdiv(dim, block_d) ** 2
-    splits = max(1, _launch.multiprocessors(x.device) // (batch * heads * tiles))
-    splits = min(_launch.cdiv(tokens, GRAM_RUN), splits)
-    parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _gram_kernel[(tiles, splits, batch * heads)](
-            x, parts, tokens, splits, heads, *x.stride()[:3], D=dim, RUN=GRAM_RUN,
-            BLOCK_T=block_t, BLOCK_D=block_d, MATRIX=matrix, EXACT=exact,
-            num_warps=8 if block_d == 128 else 4, num_stages=4,
-        )  # fmt: skip
-    return parts.double().sum(2).float()
-
-
-def gram_torch(x: torch.Tensor) -> torch.Tensor:
-    """`gram` in plain PyTorch."""
-    return x.float().mT @ x.float()
+    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS)
+    total = x.new_zeros((*x.shape[:2], x.shape[3], x.shape[3]), dtype=torch.float64)
+    for run in x.split(GRAM_RUN, dim=2):
+        run = run.double()
+        total += run.mT @ run
+    return total.float()
 
 
 @triton.jit

@@ -236,7 +236,6 @@ def launch_all(
     sk.project_queries(q, codec, 3)
     sk.rotate(x, positions, codec.freqs)
     sk.turn_back(x, positions, codec.freqs, frame=512)
-    sk.gram(x)
     for side, data, exact in zip("kv", pages, (k_exact, v_exact), strict=True):
         sk.encode(x, codec, data, table, seq_lens, side=side, exact=exact, sinks=sinks)
         sk.decode(data, codec, table, seq_lens, side=side)

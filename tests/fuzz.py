@@ -224,10 +224,7 @@ def fuzz_project_queries(draw: Draw) -> None:
 
 
 def fuzz_gram(draw: Draw) -> None:
-    implementation, dtype = (
-        draw.shape("implementation", *IMPLEMENTATIONS),
-        draw.shape("dtype", *DTYPES),
-    )
+    dtype = draw.shape("dtype", *DTYPES)
     shape = (
         draw.int("batch", 1, 2),
         draw.int("heads", 1, 2),
@@ -235,7 +232,7 @@ def fuzz_gram(draw: Draw) -> None:
         draw.shape("dim", 64, 80, 96, 128, 256),
     )
     x = rounded(draw.rng.standard_normal(shape) * draw.of("size", 1e-3, 1.0, 1e2), dtype)
-    check_gram(implementation, strided(x, draw.shape("strides", *STRIDES)))
+    check_gram(strided(x, draw.shape("strides", *STRIDES)))
 
 
 def fuzz_encode(draw: Draw) -> None:

@@ -345,9 +345,8 @@ MUTANTS: list[Mutant] = [
          f"tests/test_compress.py::test_decode -k '{MIXED} and triton'"),
         ("decode: keys left turned back", "inverse=True, out=out)", "inverse=False, out=out)",
          f"tests/test_compress.py::test_decode -k '{MIXED} and triton'"),
-        ("gram: a run counted twice",
-         "total += acc\n            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)",
-         "total += acc", "tests/test_compress.py::test_gram_of_several_splits_and_runs"),
+        ("gram: the last run alone", "total += run.mT @ run", "total = run.mT @ run",
+         "tests/test_compress.py::test_gram_of_several_runs"),
     ),
     # ---- bytes of a page
     *of(

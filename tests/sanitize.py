@@ -49,7 +49,6 @@ from tests.test_compress import (
     check_append,
     check_decode,
     check_encode,
-    check_gram,
 )
 from tests.test_merge import check_many, check_two
 from tests.test_rope import check_project, check_turn
@@ -223,7 +222,6 @@ def every_case() -> list[Case]:
     for dtype in DTYPES:
         for sizes in (("swapped", 64, 64, None), ("odd", 80, 40, 128), ("plain", 256, 0, None)):
             found.append((f"turn D{sizes[1]} {dtype}", turn(dtype, *sizes)))
-        found.append((f"gram {dtype}", moments(dtype)))
         found.append((f"merge {dtype}", merged(dtype)))
         found.append((f"project {dtype}", projected(dtype)))
     return found
@@ -263,15 +261,6 @@ def appended(case: tuple) -> Callable[[np.random.Generator], None]:
 
 def decoded(spec: PageSpec, side: str) -> Callable[[np.random.Generator], None]:
     return lambda rng: check_decode("triton", make_pages(rng, spec), side)
-
-
-def moments(dtype: torch.dtype) -> Callable[[np.random.Generator], None]:
-    def run(rng: np.random.Generator) -> None:
-        for dim, tokens, stride in ((64, 70, "swapped"), (80, 33, "odd"), (256, 1100, "plain")):
-            x = cases.rounded(rng.standard_normal((1, 2, tokens, dim)), dtype)
-            check_gram("triton", cases.strided(x, stride))
-
-    return run
 
 
 def merged(dtype: torch.dtype) -> Callable[[np.random.Generator], None]:

@@ -152,7 +152,7 @@ def calls() -> dict[str, Call]:
                 "first_page": every, "codec_ids": every,
             },
         ),
-        Call("gram", sk.gram, {"x": x}, {"x": ("no tensor", "dtype", "rank", "stride")}),
+        Call("gram", sk.gram, {"x": x}, {"x": ("no tensor", "dtype", "rank")}),
         Call(
             "rotate", sk.rotate,
             {"x": x, "positions": i32(2, 3), "freqs": freqs, "out": zeros(2, 2, 3, 64)},

@@ -115,7 +115,6 @@ def test_the_operations_are_found():
     assert {name for _, name in OPERATIONS} >= {
         "rotate",
         "project_queries",
-        "gram",
         "encode",
         "append",
         "decode",
