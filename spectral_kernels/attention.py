@@ -39,33 +39,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-from ._bits import (
-    field_mask,
-    fields_of,
-    first_block,
-    group_offset,
-    is_half_group,
-    masked_bytes,
-    page_bytes,
-    place_of,
-    rank_of,
-    subtiles_of,
-    weights_and_zeros,
-)  # fmt: skip
+from . import _bits, _launch, _math
 from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
-from ._math import (
-    FULL,
-    LOG2_FULL,
-    ROUND_TO_LOW_BITS,
-    TINY,
-    cos_sin_of_phase,
-    natural_lse,
-    row_of,
-    row_of_program,
-    row_share,
-    row_splits,
-)  # fmt: skip
+from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY
 from .attention_sm75 import launch_old_cards, operand_words
 from .codec import Codec, check_codec
 from .compress import check_pages, check_table
@@ -116,9 +92,9 @@ def _by_eights(w):
 @triton.jit
 def _block(x, GROUPS: tl.constexpr, i: tl.constexpr, IS_K: tl.constexpr, NATIVE: tl.constexpr):
     """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16] of K, [W, 16, 64] of V."""
-    y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
-    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
-        y = tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE))
+    y = _bits.masked_bytes(x, _bits.field_mask(GROUPS, i), 0, NATIVE)
+    if _bits.is_half_group(GROUPS, _bits.place_of(GROUPS, i)[0]):
+        y = tl.join(y, _bits.masked_bytes(x, _bits.field_mask(GROUPS, i), 4, NATIVE))
         if IS_K:
             y = tl.reshape(tl.permute(y, [0, 3, 1, 2]), [x.shape[0], 64, 16])
         else:
@@ -243,7 +219,7 @@ def _project_frames(
     u [.., ceil(R/32), 2 ROWS, 32] int8 (query, hi or lo; 32 components in the order of
     `_side_by_side`, by their weight) with affine [.., ROWS, 2] float32: their unit, and the bias:
     the mean's score and the sum of u times zeros."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     FRAMES: tl.constexpr = M // ROWS  # at a time
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
@@ -257,7 +233,7 @@ def _project_frames(
     column = tl.arange(0, BLOCK_R)
     # The component of a product's column: see `_by_thread`.
     r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-    weight, zero = weights_and_zeros(r, GROUPS, 0, R // 16)
+    weight, zero = _bits.weights_and_zeros(r, GROUPS, 0, R // 16)
     zero = _by_thread(zero[None, :], 1, BLOCK_R)
     at = basis_ptr + r[None, :] * D + d[:, None]
     basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)  # [D, R]
@@ -265,7 +241,7 @@ def _project_frames(
     mean = tl.load(mean_ptr + d, mask=d < D, other=0.0) * softmax_scale
     for start in range(first, end, FRAMES):
         phase = ((freqs * FRAME * start) >> 32).to(tl.int32)  # exact modulo a turn
-        cos, sin = cos_sin_of_phase(phase[None, None, :] + ahead[:, None, :], NATIVE)
+        cos, sin = _math.cos_sin_of_phase(phase[None, None, :] + ahead[:, None, :], NATIVE)
         turned = q * cos + other * sin  # [FRAMES, ROWS, BLOCK_D]
         bias = tl.sum(turned * mean[None, None, :], 2)  # [FRAMES, ROWS], in units of 1 / full
         hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
@@ -342,9 +318,9 @@ def _prefetch_first(
     at = tl.where(what == 2, basis_ptr.to(tl.int64), scale_ptr.to(tl.int64))
     at = tl.where(what == 1, v_ptr.to(tl.int64) + number * stride_v_page, at)
     at = tl.where(what == 0, k_ptr.to(tl.int64) + number * stride_k_page, at)
-    size = tl.where(what == 2, rank_of(K_GROUPS) * D, 4 * rank_of(V_GROUPS))
-    size = tl.where(what == 1, page_bytes(V_GROUPS), size)
-    size = tl.where(what == 0, page_bytes(K_GROUPS), size)
+    size = tl.where(what == 2, _bits.rank_of(K_GROUPS) * D, 4 * _bits.rank_of(V_GROUPS))
+    size = tl.where(what == 1, _bits.page_bytes(V_GROUPS), size)
+    size = tl.where(what == 0, _bits.page_bytes(K_GROUPS), size)
     _prefetch(at, size, tl.where(what < 2, early, nth == 0))
 
 
@@ -355,14 +331,14 @@ def _page_scores(
 ):  # fmt: skip
     """Scores of the tokens of W pages at page_ptr [W], in log2 units, float32 [W, 64, ROWS]; u_at
     [W]: the rows of u of their frames."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     N: tl.constexpr = 2 * ROWS
     blocks = ()
     for n in tl.static_range(len(GROUPS)):
-        x = _k_columns(page_ptr + group_offset(GROUPS, n), subtiles_of(GROUPS, n))
-        for f in tl.static_range(fields_of(GROUPS, n)):
-            blocks = blocks + (_block(x, GROUPS, first_block(GROUPS, n) + f, True, NATIVE),)
+        x = _k_columns(page_ptr + _bits.group_offset(GROUPS, n), _bits.subtiles_of(GROUPS, n))
+        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+            blocks = blocks + (_block(x, GROUPS, _bits.first_block(GROUPS, n) + f, True, NATIVE),)
     if R % 32:
         blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
     dots = tl.zeros([W, 64, N], dtype=tl.int32)
@@ -383,12 +359,12 @@ def _store_split(
 ):  # fmt: skip
     """The warps' states together: lse, and the output in coefficients of the V basis. l and acc
     count weights in units of 1 / FULL."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     m = tl.max(m_warp, 0)
     share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
     l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
     norm = tl.where(l == 0.0, 0.0, 1.0 / l)
-    tl.store(lse_ptr + out, natural_lse(m, l), mask=live)
+    tl.store(lse_ptr + out, _math.natural_lse(m, l), mask=live)
     BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
     for n in tl.static_range(0, R // 16, BLOCKS):
         parts = ()
@@ -397,7 +373,7 @@ def _store_split(
         x = _sum_of_warps(parts)  # [16 BLOCKS, ROWS]
         r = n * 16 + tl.arange(0, 16 * BLOCKS)
         scale = tl.load(v_scale_ptr + r, mask=r < R, other=0.0)
-        weight, zero = weights_and_zeros(r, GROUPS, n, min(n + BLOCKS, R // 16))
+        weight, zero = _bits.weights_and_zeros(r, GROUPS, n, min(n + BLOCKS, R // 16))
         x = (x + zero[:, None] * w_sum[None, :]) * ((scale * weight)[:, None] * norm[None, :])
         mask = (r < R)[:, None] & live[None, :]
         tl.store(c_ptr + out[None, :] * R + r[:, None], x, mask=mask)
@@ -438,7 +414,7 @@ def _pages_split(
     queries = _load_queries(
         q_ptr, row, live, strides_q[1], strides_q[2], freqs_ptr, HG, D, SHAPE[1]
     )
-    page, end, stop = row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
+    page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
     first = page // PAGES
     u_row -= first
     if page < end:
@@ -458,7 +434,7 @@ def _pages_split(
         l_warp = tl.zeros([W, ROWS], dtype=tl.float32)
         w_warp = tl.zeros([W, ROWS], dtype=tl.float32)
         acc = ()
-        for _ in tl.static_range(rank_of(V_GROUPS) // 16):
+        for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16):
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
         for start in range(page, end, W):
             # [W]; a warp without a page repeats the last one and sees none of its tokens.
@@ -487,10 +463,10 @@ def _pages_split(
             w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, 2 * ROWS])
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
-                group_ptr = v_ptr + number * stride_v_page + group_offset(V_GROUPS, n)
-                x = _v_columns(group_ptr, subtiles_of(V_GROUPS, n))
-                for f in tl.static_range(fields_of(V_GROUPS, n)):
-                    y = _block(x, V_GROUPS, first_block(V_GROUPS, n) + f, False, NATIVE)
+                group_ptr = v_ptr + number * stride_v_page + _bits.group_offset(V_GROUPS, n)
+                x = _v_columns(group_ptr, _bits.subtiles_of(V_GROUPS, n))
+                for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
+                    y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
                     dots = tl.dot(y, w_both, out_dtype=tl.int32)
                     hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
                     part = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
@@ -544,20 +520,20 @@ def _attend_spectral_kernel(
         blocks = tl.cdiv(Q * HG, ROWS)
         program = (tl.program_id(1) - exact_programs) // blocks
         block = (tl.program_id(1) - exact_programs) % blocks
-        splits_of = row_splits(
+        splits_of = _math.row_splits(
             seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
         )
-        b, split, splits = row_of_program(splits_of, program, TILE[4])
+        b, split, splits = _math.row_of_program(splits_of, program, TILE[4])
         if b < B:
-            codec_row = row_of(codec_ids_ptr, b, 0) * G + g
+            codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
             row = block * ROWS + tl.arange(0, ROWS)
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
             u_row = ((program.to(tl.int64) * blocks + block) * G + g) * u_frames
             _pages_split(
                 q_ptr + b * strides_q[0] + g * HG * strides_q[1], freqs_ptr,
-                k_basis_ptr + codec_row * (rank_of(K_GROUPS) * D),
-                k_scale_ptr + codec_row * rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
-                v_scale_ptr + codec_row * rank_of(V_GROUPS),
+                k_basis_ptr + codec_row * (_bits.rank_of(K_GROUPS) * D),
+                k_scale_ptr + codec_row * _bits.rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
+                v_scale_ptr + codec_row * _bits.rank_of(V_GROUPS),
                 k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
                 block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
                 tl.load(seq_lens_ptr + b), row, out, split, splits, u_row, Q, softmax_scale,
@@ -568,7 +544,7 @@ def _attend_spectral_kernel(
         split = tl.program_id(1) % EXACT[3]
         block = tl.program_id(1) // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
         b = (tl.program_id(1) // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
-        exact_row = row_of(seq_ids_ptr, b, b)
+        exact_row = _math.row_of(seq_ids_ptr, b, b)
         if PATH[1]:  # the newest tokens are written by the launch before
             tl.extra.cuda.gdc_wait()
         window_split(
@@ -596,7 +572,7 @@ def _finish_spectral_kernel(
     head = tl.program_id(1)
     b = (tl.program_id(2) // Q).to(tl.int64)
     row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q
-    codec_row = row_of(codec_ids_ptr, b, 0) * G + (head // HG).to(tl.int64)
+    codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + (head // HG).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
@@ -607,7 +583,7 @@ def _finish_spectral_kernel(
     inside = (r < RV)[:, None] & (d < D)[None, :]
     if not LATE:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
-    splits_of = row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
     rows = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)

@@ -23,20 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-from ._bits import (
-    bits_of,
-    field_mask,
-    field_weight,
-    field_zero,
-    fields_of,
-    first_block,
-    group_offset,
-    is_half_group,
-    masked_bytes,
-    place_of,
-    rank_of,
-)  # fmt: skip
+from . import _bits, _launch
 from ._checks import FLOATS, check_ids, check_in, check_lens, check_tensor
 from ._math import cos_sin, dot_f32, dot_int8_f32, row_of
 from .codec import Codec, check_codec
@@ -84,8 +71,8 @@ def byte_in_page(token, column, IS_K: tl.constexpr):
 def _field(c, GROUPS: tl.constexpr, i: tl.constexpr):
     """The codes of coefficients of block i where they lie in a byte, int32; a top field's sign bit
     is not flipped."""
-    LOW: tl.constexpr = place_of(GROUPS, i)[2]
-    BITS: tl.constexpr = place_of(GROUPS, i)[3]
+    LOW: tl.constexpr = _bits.place_of(GROUPS, i)[2]
+    BITS: tl.constexpr = _bits.place_of(GROUPS, i)[3]
     code = tl.floor(c + (1 << (BITS - 1)))
     return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32) << LOW
 
@@ -93,8 +80,8 @@ def _field(c, GROUPS: tl.constexpr, i: tl.constexpr):
 @triton.jit
 def _coefficients(byte, GROUPS: tl.constexpr, i: tl.constexpr):
     """Block i of bytes, in units of its steps, float32."""
-    c = masked_bytes(byte, field_mask(GROUPS, i), 0, False).to(tl.float32)
-    return (c + field_zero(GROUPS, i)) * field_weight(GROUPS, i)
+    c = _bits.masked_bytes(byte, _bits.field_mask(GROUPS, i), 0, False).to(tl.float32)
+    return (c + _bits.field_zero(GROUPS, i)) * _bits.field_weight(GROUPS, i)
 
 
 @triton.jit
@@ -174,7 +161,7 @@ def _encode_kernel(
 ):
     """The new tokens of one page of one row and head: turn, project, quantise, pack; copy exact
     tokens."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + b)
@@ -205,8 +192,8 @@ def _encode_kernel(
             whole = _new_tokens(row_ptr, 0, start, freqs_ptr, new, D, PAIRS, BLOCK_K, IS_K)
         for n in tl.static_range(len(GROUPS)):
             byte = tl.zeros([16, 64], dtype=tl.int32)
-            for f in tl.static_range(fields_of(GROUPS, n)):
-                r = (first_block(GROUPS, n) + f) * 16 + column
+            for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+                r = (_bits.first_block(GROUPS, n) + f) * 16 + column
                 c = tl.zeros([16, 64], dtype=tl.float32)
                 for low in range(0, D, BLOCK_K):
                     d = low + tl.arange(0, BLOCK_K)
@@ -221,12 +208,12 @@ def _encode_kernel(
                     c += dot_f32(e, x, MATRIX, NATIVE)
                 if offset_ptr is not None:
                     c -= tl.load(offset_ptr + codec_row * R + r)[:, None]
-                byte |= _field(c, GROUPS, first_block(GROUPS, n) + f)
-            if bits_of(GROUPS, n) == 8:
+                byte |= _field(c, GROUPS, _bits.first_block(GROUPS, n) + f)
+            if _bits.bits_of(GROUPS, n) == 8:
                 byte ^= 128
-            group_ptr = pages_ptr + group_offset(GROUPS, n)
+            group_ptr = pages_ptr + _bits.group_offset(GROUPS, n)
             at = byte_in_page(token[None, :], column[:, None], IS_K)
-            if is_half_group(GROUPS, n):
+            if _bits.is_half_group(GROUPS, n):
                 _store_two_a_byte(group_ptr, at, byte, new, IS_K)
             else:
                 tl.store(group_ptr + at, byte.to(tl.uint8), mask=new[None, :])
@@ -408,7 +395,7 @@ def _append_side(
     IS_K: tl.constexpr,
 ):
     """One token of one side: copy it to its slot, project, quantise and pack it into its page."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     d = tl.arange(0, triton.next_power_of_2(D))
     live = d < D
     tl.store(exact_ptr + d, tl.load(x_ptr + d, mask=live, other=0.0), mask=live)
@@ -420,27 +407,27 @@ def _append_side(
     sums = ()  # of all groups before the first store, which no load may pass
     for n in tl.static_range(len(GROUPS)):
         # A group at a time: the encoder of a large rank would not fit in registers.
-        local = tl.arange(0, 16 * triton.next_power_of_2(fields_of(GROUPS, n)))
-        r = first_block(GROUPS, n) * 16 + local
-        mask = live[:, None] & (local < 16 * fields_of(GROUPS, n))[None, :]
+        local = tl.arange(0, 16 * triton.next_power_of_2(_bits.fields_of(GROUPS, n)))
+        r = _bits.first_block(GROUPS, n) * 16 + local
+        mask = live[:, None] & (local < 16 * _bits.fields_of(GROUPS, n))[None, :]
         encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)
         c = tl.sum(x[:, None] * encoder, 0)  # of [D, 16 fields]
         if offset_ptr is not None:
-            c -= tl.load(offset_ptr + r, mask=local < 16 * fields_of(GROUPS, n), other=0.0)
-        sums = sums + (tl.reshape(c, [triton.next_power_of_2(fields_of(GROUPS, n)), 16]),)
+            c -= tl.load(offset_ptr + r, mask=local < 16 * _bits.fields_of(GROUPS, n), other=0.0)
+        sums = sums + (tl.reshape(c, [triton.next_power_of_2(_bits.fields_of(GROUPS, n)), 16]),)
     column = tl.arange(0, 16)
     at = byte_in_page(position % 64, column, IS_K)
     for n in tl.static_range(len(GROUPS)):
-        block = tl.arange(0, triton.next_power_of_2(fields_of(GROUPS, n)))
+        block = tl.arange(0, triton.next_power_of_2(_bits.fields_of(GROUPS, n)))
         c = sums[n]
         byte = tl.zeros([16], dtype=tl.int32)
-        for f in tl.static_range(fields_of(GROUPS, n)):
+        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
             part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]
-            byte |= _field(part, GROUPS, first_block(GROUPS, n) + f)
-        if bits_of(GROUPS, n) == 8:
+            byte |= _field(part, GROUPS, _bits.first_block(GROUPS, n) + f)
+        if _bits.bits_of(GROUPS, n) == 8:
             byte ^= 128
-        group_ptr = page_ptr + group_offset(GROUPS, n)
-        if is_half_group(GROUPS, n):
+        group_ptr = page_ptr + _bits.group_offset(GROUPS, n)
+        if _bits.is_half_group(GROUPS, n):
             shift = at // 512 * 4
             old = tl.load(group_ptr + at % 512).to(tl.int32) & (15 << (4 - shift))
             tl.store(group_ptr + at % 512, (old | (byte << shift)).to(tl.uint8))
@@ -490,8 +477,8 @@ def _append_kernel(
     seq_len = tl.load(seq_lens_ptr + b)
     row = row_of(seq_ids_ptr, b, b)
     codec_row = row_of(codec_ids_ptr, b, 0) * G + g
-    RK: tl.constexpr = rank_of(K_GROUPS)
-    RV: tl.constexpr = rank_of(V_GROUPS)
+    RK: tl.constexpr = _bits.rank_of(K_GROUPS)
+    RV: tl.constexpr = _bits.rank_of(V_GROUPS)
     for i in range(0, Q):
         position = seq_len - Q + i
         if (position >= 0) & (position // 64 < max_pages):
@@ -619,7 +606,7 @@ def _decode_kernel(
 ):
     """BLOCK_D dimensions of the tokens of one page of one row and head: unpack and multiply by the
     basis."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     blocks_d = tl.cdiv(D, BLOCK_D)
     page_index = tl.program_id(0) // blocks_d
     d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -638,14 +625,14 @@ def _decode_kernel(
         if mean_ptr is not None:
             x += tl.load(mean_ptr + row * D + d, mask=d < D, other=0.0)[:, None]
         for n in tl.static_range(len(GROUPS)):
-            group_ptr = pages_ptr + group_offset(GROUPS, n)
-            if is_half_group(GROUPS, n):
+            group_ptr = pages_ptr + _bits.group_offset(GROUPS, n)
+            if _bits.is_half_group(GROUPS, n):
                 byte = tl.load(group_ptr + at % 512) >> (at // 512 * 4).to(tl.uint8)
             else:
                 byte = tl.load(group_ptr + at)
-            for f in tl.static_range(fields_of(GROUPS, n)):
-                c = _coefficients(byte, GROUPS, first_block(GROUPS, n) + f)
-                r = row * R + (first_block(GROUPS, n) + f) * 16 + column
+            for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+                c = _coefficients(byte, GROUPS, _bits.first_block(GROUPS, n) + f)
+                r = row * R + (_bits.first_block(GROUPS, n) + f) * 16 + column
                 c *= tl.load(scale_ptr + r)[:, None]
                 basis_ptrs = basis_ptr + r[None, :] * D + d[:, None]
                 basis = tl.load(basis_ptrs, mask=(d < D)[:, None], other=0)  # [BLOCK_D, 16]
