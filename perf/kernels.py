@@ -118,35 +118,6 @@ def turned(card: Card, name: str) -> Kernel:
     )
 
 
-def project_queries(card: Card) -> Kernel:
-    shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
-    steps = steps_of(card, shape, copies=card.copies(1 << 24))
-    frames, rank = context_of(card) // 512, steps[0].codec.layout.k.rank
-    outs: list[Any] = [
-        tuple(
-            torch.empty(*shape_of, device=card.device)
-            for shape_of in ((4, HEADS, frames, rank), (4, HEADS, frames))
-        )
-        for _ in steps
-    ]
-    calls = [
-        partial(rope.project_queries, s.q, s.codec, frames, out=out)
-        for s, out in zip(steps, outs, strict=True)
-    ]
-
-    def check() -> None:
-        for got, want in zip(
-            calls[0](), rope.project_queries_torch(steps[0].q, steps[0].codec, frames), strict=True
-        ):
-            check_close(got, want)
-
-    codec = steps[0].codec
-    nbytes = sum(
-        x.nbytes for x in (*outs[0], steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean)
-    )
-    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {frames} frames")
-
-
 # compress.py
 
 
@@ -304,7 +275,6 @@ def merge_states(card: Card, count: int) -> Kernel:
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "rotate": partial(turned, name="rotate"),
     "turn_back": partial(turned, name="turn_back"),
-    "project_queries": project_queries,
     "gram": gram,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     "append": append,

@@ -47,7 +47,7 @@ from .codec import Codec, check_codec
 from .compress import check_pages, check_table
 from .layout import PAGE_SIZE, PageLayout, unpack_pages
 from .merge import merge_states_torch
-from .rope import check_queries, codec_rows, project_queries_torch
+from .rope import check_queries, codec_rows, project_queries
 from .window import (
     LOG2_E,
     attend_window_torch,
@@ -974,7 +974,7 @@ def attend_spectral_torch(
     q4 = q if q.dim() == 4 else q[:, :, None]
     frames = -(-pages * PAGE_SIZE // layout.frame)
     frame = torch.arange(pages, device=q.device) * PAGE_SIZE // layout.frame
-    u, bias = project_queries_torch(q4, codec, frames, codec_ids=codec_ids)
+    u, bias = project_queries(q4, codec, frames, codec_ids=codec_ids)
     u = u[..., frame, :].unflatten(1, (codec.kv_heads, -1))  # [B, G, H/G, Q, pages, R_K]
     bias = bias[..., frame].unflatten(1, (codec.kv_heads, -1))
     scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) + bias[..., None]

@@ -30,8 +30,8 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
-from ._math import cos_sin, row_of
+from ._checks import FLOATS, check_ids, check_least, check_tensor
+from ._math import cos_sin
 from .codec import Codec, check_codec
 
 INTS = (torch.int32, torch.int64)
@@ -216,51 +216,15 @@ def check_queries(q: torch.Tensor, heads: int, head_dim: int, device: torch.devi
         raise ValueError(f"q: expected a multiple of G = {heads} heads, got {q.shape[1]}")
 
 
-@triton.jit(do_not_specialize=["max_frames", "Q"])
-def _project_queries_kernel(
-    q_ptr, freqs_ptr, basis_ptr, scale_ptr, mean_ptr, codec_ids_ptr, u_ptr, bias_ptr,
-    max_frames, Q, G, stride_q_b, stride_q_h, stride_q_q, FRAME: tl.constexpr, D: tl.constexpr,
-    PAIRS: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One query head and frame: turn the query back, multiply by the basis and the mean."""
-    frame = tl.program_id(0)
-    H = tl.num_programs(1)
-    h = tl.program_id(1)
-    b = (tl.program_id(2) // Q).to(tl.int64)
-    query = tl.program_id(2) % Q
-    row = row_of(codec_ids_ptr, b, 0) * G + h // (H // G)
-    d = tl.arange(0, BLOCK_D)
-    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))  # of a turn backwards
-    partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
-    freqs = tl.load(freqs_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
-    q_ptr += b * stride_q_b + h * stride_q_h + query * stride_q_q
-    q = tl.load(q_ptr + d, mask=d < D, other=0.0).to(tl.float32)  # [BLOCK_D]
-    other = tl.load(q_ptr + partner, mask=d < D, other=0.0).to(tl.float32)
-    cos, sin = cos_sin(frame.to(tl.int64) * FRAME, freqs)
-    turned = q * cos + other * (sign * sin)
-    mean = tl.load(mean_ptr + row * D + d, mask=d < D, other=0.0)
-    out = ((b * H + h) * Q + query) * max_frames + frame
-    tl.store(bias_ptr + out, tl.sum(turned * mean, 0))
-    r = tl.arange(0, BLOCK_R)
-    mask = (r < R)[:, None] & (d < D)[None, :]
-    basis = tl.load(
-        basis_ptr + (row * R + r[:, None]) * D + d[None, :], mask=mask, other=0
-    )  # [R, D]
-    u = tl.sum(basis.to(tl.float32) * turned[None, :], 1)
-    u *= tl.load(scale_ptr + row * R + r, mask=r < R, other=0.0)
-    tl.store(u_ptr + out * R + r, u, mask=r < R)
-
-
 def project_queries(
     q: torch.Tensor,
     codec: Codec,
     max_frames: int,
     *,
     codec_ids: torch.Tensor | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries turned back by the start of every frame, multiplied by the key basis and by the mean
-    key.
+    key; PyTorch on any device. (Kernels of attention project for the frames that they read.)
 
     Args:
         q: [B, H, D] or [B, H, Q, D] as the model rotated them, fp16, bf16 or fp32; last dimension
@@ -268,41 +232,17 @@ def project_queries(
         codec: of the layer; H a multiple of its G.
         max_frames: frames 0 .. max_frames - 1 are projected.
         codec_ids: int32 [B], row of the codec of each sequence, or None: 0.
-        out: (u, bias) to write to, contiguous float32 of the shapes below.
     Returns:
         u float32 [B, H, (Q,) max_frames, R_K]: k_scale_r k_basis_r . R(-j F) q, and bias float32
         [B, H, (Q,) max_frames]: k_mean . R(-j F) q. A token's score (before the softmax scale) is
         bias + sum_r (n_r + z_r) u_r of its frame. Float32 arithmetic.
     Raises:
-        TypeError, ValueError: an argument is not as above; nothing was launched.
+        TypeError, ValueError: an argument is not as above.
     """
     device = check_codec(codec)
     check_queries(q, codec.kv_heads, codec.layout.head_dim, device)
     check_ids(q.shape[0], device, codec_ids=codec_ids)
     check_least(max_frames=(max_frames, 0))
-    rank, lead = codec.layout.k.rank, (*q.shape[:-1], max_frames)
-    u, bias = (None, None) if out is None else out
-    u = check_output("out: u", u, q, (*lead, rank))
-    bias = check_output("out: bias", bias, q, lead)
-    if not _launch.runs_kernel(q):
-        found = project_queries_torch(q, codec, max_frames, codec_ids=codec_ids)
-        return u.copy_(found[0]), bias.copy_(found[1])
-    if bias.numel() == 0:
-        return u, bias
-    q4 = q if q.dim() == 4 else q[:, :, None]
-    batch, heads, queries, dim = q4.shape
-    with torch.cuda.device_of(q):
-        _project_queries_kernel[(max_frames, heads, batch * queries)](
-            q4, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec_ids, u, bias,
-            max_frames, queries, codec.kv_heads, *q4.stride()[:3], FRAME=codec.layout.frame,
-            D=dim, PAIRS=codec.freqs.shape[0], R=rank, BLOCK_D=_launch.next_power_of_2(dim),
-            BLOCK_R=_launch.next_power_of_2(rank), num_warps=4,
-        )  # fmt: skip
-    return u, bias
-
-
-def project_queries_torch(q, codec, max_frames, *, codec_ids=None):
-    """`project_queries` in plain PyTorch."""
     q4 = q if q.dim() == 4 else q[:, :, None]
     starts = torch.arange(max_frames, device=q.device) * codec.layout.frame
     cos, sin = cos_sin_torch(starts, codec.freqs)  # [max_frames, pairs]

@@ -212,15 +212,12 @@ def fuzz_rotate(draw: Draw) -> None:
 
 
 def fuzz_project_queries(draw: Draw) -> None:
-    layout, implementation = (
-        draw.shape("layout", *LAYOUTS),
-        draw.shape("implementation", *IMPLEMENTATIONS),
-    )
-    spec = draw_spec(draw, layout, is_slow(implementation))
+    layout = draw.shape("layout", *LAYOUTS)
+    spec = draw_spec(draw, layout, False)
     codec, used = make_codec(draw.rng, spec)
     queries = draw_queries(draw, layout, spec, draw.shape("queries", 1, 1, 2, 4))
     rows = used[draw.rng.integers(0, len(used), len(spec.lengths))]
-    check_project(implementation, queries, codec, rows, draw.int("frames", 0, 4))
+    check_project(queries, codec, rows, draw.int("frames", 0, 4))
 
 
 def fuzz_gram(draw: Draw) -> None:

@@ -176,10 +176,7 @@ def calls() -> dict[str, Call]:
         ),
         Call(
             "project_queries", sk.project_queries,
-            {
-                "q": q, "codec": t.codec, "max_frames": 2, "codec_ids": i32(2),
-                "out": (poisoned(2, 4, 3, 2, 16), poisoned(2, 4, 3, 2)),
-            },
+            {"q": q, "codec": t.codec, "max_frames": 2, "codec_ids": i32(2)},
             {"q": every, "codec_ids": every},
         ),
         Call(
@@ -336,7 +333,6 @@ ROWS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("project_queries", {"q": torch.zeros(2, 3, 3, 64)}, ValueError, "q"),
     ("project_queries", {"codec": "codec"}, TypeError, "codec"),
     ("project_queries", {"max_frames": -1}, ValueError, "max_frames"),
-    ("project_queries", {"out": (Q, Q)}, ValueError, "out"),
     ("merge_states", {"lse": torch.zeros(3)}, ValueError, "lse"),
     ("merge_states", {"lse": torch.zeros(2, dtype=torch.float64)}, TypeError, "lse"),
     ("merge_many_states", {"o": torch.zeros(3, 64), "lse": torch.zeros(3)}, ValueError, "o"),
