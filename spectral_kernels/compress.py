@@ -131,16 +131,10 @@ def _copy_exact(
 @triton.jit(do_not_specialize=["T", "max_pages", "stride_table_b"])
 def _encode_kernel(
     x_ptr,
-    encoder_ptr,
-    offset_ptr,  # float32 [M, G, R], or None
-    freqs_ptr,  # int64 [PAIRS], or None
+    codec,  # encoder; of K offset and freqs, else None
     pages_ptr,
     exact_ptr,  # [max_seqs, G, S, D], or None
-    block_table_ptr,
-    seq_lens_ptr,
-    first_ptr,  # int32 [B], or None
-    codec_ids_ptr,
-    seq_ids_ptr,
+    tables,  # block_table, seq_lens, and or None: first, codec_ids, seq_ids
     T,
     G,
     max_pages,
@@ -161,6 +155,8 @@ def _encode_kernel(
 ):
     """The new tokens of one page of one row and head: turn, project, quantise, pack; copy exact
     tokens."""
+    encoder_ptr, offset_ptr, freqs_ptr = codec
+    block_table_ptr, seq_lens_ptr, first_ptr, codec_ids_ptr, seq_ids_ptr = tables
     R: tl.constexpr = _bits.rank_of(GROUPS)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -330,13 +326,14 @@ def encode(
     if x.numel() == 0:
         return None
     matrix, k = _launch.has_matrix_units(x.device), side == "k"
+    tables = (block_table, seq_lens, first, codec_ids, seq_ids)
+    tensors = (codec.k_encoder, codec.k_offset, codec.freqs) if k else (codec.v_encoder, None, None)
     with torch.cuda.device_of(x):
         # Tokens that start inside a page reach into one page more.
         _encode_kernel[(_launch.cdiv(tokens, PAGE_SIZE) + 1, heads, batch)](
-            x, codec.k_encoder if k else codec.v_encoder, codec.k_offset if k else None,
-            codec.freqs if k else None, pages, exact, block_table, seq_lens, first, codec_ids,
-            seq_ids, tokens, heads, block_table.shape[1], x.stride()[:3], pages.stride()[:2],
-            (0, 0, 0) if exact is None else exact.stride()[:3], block_table.stride(0), D=dim,
+            x, tensors, pages, exact, tables, tokens, heads, block_table.shape[1], x.stride()[:3],
+            pages.stride()[:2], (0, 0, 0) if exact is None else exact.stride()[:3],
+            block_table.stride(0), D=dim,
             PAIRS=codec.freqs.shape[0], FRAME=codec.layout.frame,
             GROUPS=codec.layout.side(side).groups, IS_K=k, SINKS=sinks, RING=ring,
             BLOCK_K=(128 if dim <= 128 else 64) if matrix else 4, MATRIX=matrix,
@@ -439,18 +436,12 @@ def _append_side(
 def _append_kernel(
     k_ptr,
     v_ptr,
-    k_encoder_ptr,
-    k_offset_ptr,
-    v_encoder_ptr,
-    freqs_ptr,
+    codec,  # k_encoder, k_offset, v_encoder, freqs
     k_pages_ptr,
     v_pages_ptr,
     k_exact_ptr,
     v_exact_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
-    seq_ids_ptr,
+    tables,  # block_table, seq_lens, and or None: codec_ids, seq_ids
     Q,
     G,
     max_pages,
@@ -469,6 +460,8 @@ def _append_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The new tokens of one row, head and side, one after another: tokens may share a byte."""
+    k_encoder_ptr, k_offset_ptr, v_encoder_ptr, freqs_ptr = codec
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     if OVERLAP:  # the attention kernel may start: what it reads of this one's work it waits for
         tl.extra.cuda.gdc_launch_dependents()
     side = tl.program_id(0)
@@ -557,9 +550,9 @@ def append(
         return None
     with torch.cuda.device_of(k):
         _append_kernel[(2, heads, batch)](
-            k, v, codec.k_encoder, codec.k_offset, codec.v_encoder, codec.freqs, k_pages,
-            v_pages, k_exact, v_exact, block_table, seq_lens, codec_ids, seq_ids, queries,
-            heads, block_table.shape[1], k.stride()[:3], v.stride()[:3],
+            k, v, (codec.k_encoder, codec.k_offset, codec.v_encoder, codec.freqs),
+            k_pages, v_pages, k_exact, v_exact, (block_table, seq_lens, codec_ids, seq_ids),
+            queries, heads, block_table.shape[1], k.stride()[:3], v.stride()[:3],
             (*k_pages.stride()[:2], *v_pages.stride()[:2]),
             (*k_exact.stride()[:3], *v_exact.stride()[:3]), block_table.stride(0), D=dim,
             PAIRS=codec.freqs.shape[0], FRAME=codec.layout.frame,
@@ -586,12 +579,8 @@ def append_torch(
 @triton.jit(do_not_specialize=["max_pages", "stride_table_b"])
 def _decode_kernel(
     pages_ptr,
-    basis_ptr,
-    scale_ptr,
-    mean_ptr,  # float32 [M, G, D], or None
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
+    codec,  # basis, scale; of K mean, else None
+    tables,  # block_table, seq_lens, codec_ids or None
     out_ptr,
     max_pages,
     G,
@@ -606,6 +595,8 @@ def _decode_kernel(
 ):
     """BLOCK_D dimensions of the tokens of one page of one row and head: unpack and multiply by the
     basis."""
+    basis_ptr, scale_ptr, mean_ptr = codec
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr = tables
     R: tl.constexpr = _bits.rank_of(GROUPS)
     blocks_d = tl.cdiv(D, BLOCK_D)
     page_index = tl.program_id(0) // blocks_d
@@ -684,11 +675,13 @@ def decode(
         seq_lens = seq_lens - PAGE_SIZE * first_page
     matrix = _launch.has_matrix_units(pages.device)
     block_d = 64 if matrix else 16
+    tensors = (codec.v_basis, codec.v_scale, None)
+    if k:
+        tensors = (codec.k_basis, codec.k_scale, codec.k_mean)
     with torch.cuda.device_of(pages):
         _decode_kernel[(max_pages * _launch.cdiv(dim, block_d), heads, batch)](
-            pages, codec.k_basis if k else codec.v_basis, codec.k_scale if k else codec.v_scale,
-            codec.k_mean if k else None, block_table, seq_lens, codec_ids, out, max_pages,
-            heads, pages.stride()[:2], block_table.stride(0), D=dim,
+            pages, tensors, (block_table, seq_lens, codec_ids), out, max_pages, heads,
+            pages.stride()[:2], block_table.stride(0), D=dim,
             GROUPS=codec.layout.side(side).groups, IS_K=k, BLOCK_D=block_d, MATRIX=matrix,
             NATIVE=_launch.is_native(pages), num_warps=4,
         )  # fmt: skip

@@ -150,8 +150,11 @@ def rotate(
 
 def rotate_torch(x, positions, freqs, *, inverse=False, out=None):
     """`rotate` in plain PyTorch: the CPU path and the baseline."""
-    cos, sin = cos_sin_torch(positions.long(), freqs)  # [B, T, pairs]
-    result = turn_torch(x.float(), cos[:, None], -sin[:, None] if inverse else sin[:, None])
+    phase = (positions.long()[..., None] * freqs) >> 32  # wraps; arithmetic shift
+    angle = phase.float()[:, None] * ((-1 if inverse else 1) * 2 * math.pi / 2**32)
+    cos, sin, pairs = angle.cos(), angle.sin(), freqs.shape[0]  # [B, 1, T, pairs]
+    x1, x2, rest = x.float().split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    result = torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest), dim=-1)
     return result.to(x.dtype) if out is None else out.copy_(result)
 
 
@@ -180,22 +183,6 @@ def turn_back(
 def turn_back_torch(x, positions, freqs, *, frame, inverse=False, out=None):
     """`turn_back` in plain PyTorch."""
     return rotate_torch(x, positions - positions % frame, freqs, inverse=not inverse, out=out)
-
-
-def cos_sin_torch(
-    positions: torch.Tensor, freqs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, float32 [..., pairs], of int64 positions [...]."""
-    phase = (positions[..., None] * freqs) >> 32  # wraps; arithmetic shift: -2**31 .. 2**31 - 1
-    angle = phase.to(torch.float32) * (2 * math.pi / 2**32)
-    return angle.cos(), angle.sin()
-
-
-def turn_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Pairs (i, i + pairs) of x [..., D] turned; cos and sin broadcast to [..., pairs]."""
-    pairs = cos.shape[-1]
-    x1, x2, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest), dim=-1)
 
 
 def codec_rows(codec: Codec, codec_ids: torch.Tensor | None, batch: int) -> torch.Tensor:
@@ -245,9 +232,10 @@ def project_queries(
     check_least(max_frames=(max_frames, 0))
     q4 = q if q.dim() == 4 else q[:, :, None]
     starts = torch.arange(max_frames, device=q.device) * codec.layout.frame
-    cos, sin = cos_sin_torch(starts, codec.freqs)  # [max_frames, pairs]
-    turned = turn_torch(q4.float()[..., None, :].expand(*q4.shape[:-1], max_frames, -1), cos, -sin)
-    turned = turned.unflatten(1, (codec.kv_heads, -1))  # [B, G, H/G, Q, max_frames, D]
+    heads = (codec.kv_heads, q.shape[1] // codec.kv_heads, q4.shape[2])
+    turned = q4.float().flatten(1, 2)[:, :, None].expand(-1, -1, max_frames, -1)
+    turned = rotate_torch(turned, starts.expand(len(q), -1), codec.freqs, inverse=True)
+    turned = turned.unflatten(1, heads)  # [B, G, H/G, Q, max_frames, D]
     rows = codec_rows(codec, codec_ids, q.shape[0])
     basis = codec.k_basis[rows].float() * codec.k_scale[rows][..., None]  # [B, G, R, D]
     u = torch.einsum("bghqcd,bgrd->bghqcr", turned, basis).flatten(1, 2)
