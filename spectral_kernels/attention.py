@@ -286,30 +286,12 @@ def _sum_of_warps(parts):
 
 
 @triton.jit
-def _prefetch(at, size, live):
-    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an
-    element a thread. From sm_90, which wants addresses that are multiples of 16: the one before
-    will do."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p;
-        setp.ne.b32 p, $3, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0; }""",
-        "=r,l,r,r",
-        [at & -16, size, live.to(tl.int32)],
-        tl.int32,
-        False,
-        1,
-    )
-
-
-@triton.jit
 def _prefetch_first(
     k_ptr, v_ptr, basis_ptr, scale_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
     D: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the first pages of a split, the K basis and V's scales: a quarter of the threads
-    each."""
+    """Ask L2 for the first pages of a split, the K basis and V's scales: a quarter of the threads
+    each. From sm_90, which wants addresses that are multiples of 16: the one before will do."""
     thread = tl.arange(0, 32 * W)
     what = thread // (8 * W)
     nth = thread % (8 * W)
@@ -321,7 +303,14 @@ def _prefetch_first(
     size = tl.where(what == 2, _bits.rank_of(K_GROUPS) * D, 4 * _bits.rank_of(V_GROUPS))
     size = tl.where(what == 1, _bits.page_bytes(V_GROUPS), size)
     size = tl.where(what == 0, _bits.page_bytes(K_GROUPS), size)
-    _prefetch(at, size, tl.where(what < 2, early, nth == 0))
+    live = tl.where(what < 2, early, nth == 0).to(tl.int32)
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p;
+        setp.ne.b32 p, $3, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0; }""",
+        "=r,l,r,r", [at & -16, size, live], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -730,32 +719,21 @@ def attend_workspace(
     max_pages: int,
     slots: int = 0,
     device: torch.device | None = None,
-    num_splits: int | None = None,
-    matrix_units: bool | None = None,
 ) -> int:
-    """Bytes of the workspace of `attend_spectral` for these shapes.
+    """Bytes of the workspace of `attend_spectral` for these shapes, launched by default.
 
     Args:
         batch, query_heads, queries: B, H, Q.      max_pages: columns of the block table.
         slots: of k_exact (sinks + ring), 0 for pages alone.      device: default the codec's.
-        num_splits, matrix_units: as for the call.
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
     on, heads = check_codec(codec), codec.kv_heads
-    device = device or on
-    check_least(
-        batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0),
-        num_splits=(1 if num_splits is None else num_splits, 1),
-    )  # fmt: skip
+    check_least(batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0))
     if query_heads % heads:
         raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
-    group = query_heads // heads
-    plan = plan_launch(
-        codec.layout, batch, heads, group, queries, max_pages, slots, device, num_splits,
-        matrix_units,
-    )  # fmt: skip
-    return sum(plan.sizes)
+    shape = (batch, heads, query_heads // heads, queries, max_pages, slots)
+    return sum(plan_launch(codec.layout, *shape, device or on).sizes)
 
 
 def _check_attend(
@@ -821,7 +799,7 @@ def attend_spectral(
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in
             place.
         workspace: uint8 [n], n at least `attend_workspace`, contiguous; None: allocated. Nothing is
-            kept in it.
+            kept in it. More with num_splits or matrix_units: the error says how much.
         num_splits: programs that share a row's pages where all rows are as long, at most
             MAX_SPLITS; default by batch and card.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards
@@ -853,11 +831,8 @@ def attend_spectral(
         return out, lse
     q4 = q if q.dim() == 4 else q[:, :, None]
     batch, heads, queries, _ = q4.shape
-    group = heads // codec.kv_heads
-    plan = plan_launch(
-        codec.layout, batch, codec.kv_heads, group, queries, block_table.shape[1], slots, q.device,
-        num_splits, matrix_units,
-    )  # fmt: skip
+    shape = (batch, codec.kv_heads, heads // codec.kv_heads, queries, block_table.shape[1], slots)
+    plan = plan_launch(codec.layout, *shape, q.device, num_splits, matrix_units)
     states = _parts(workspace, plan.sizes, q.device)
     tables, kept = (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, slots - sinks)
     launch = partial(_launch_pages, after_append=after_append) if plan.matrix else launch_old_cards

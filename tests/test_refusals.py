@@ -346,7 +346,6 @@ ROWS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attend_workspace", {"queries": -1}, ValueError, "queries"),
     ("attend_workspace", {"max_pages": -1}, ValueError, "max_pages"),
     ("attend_workspace", {"slots": -1}, ValueError, "slots"),
-    ("attend_workspace", {"num_splits": 0}, ValueError, "num_splits"),
     ("Bands", {"bands": ()}, ValueError, "bands"),
     ("Bands", {"bands": ((16, 3),)}, ValueError, "bands"),
     ("Bands", {"bands": ((16, 4), (16, 8))}, ValueError, "bands"),
