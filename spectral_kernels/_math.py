@@ -36,9 +36,8 @@ def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
         out = tl.dot(a2, b, out)
         out = tl.dot(a1, b, out)
     elif MATRIX and b.dtype != tl.float32:
-        top = (a.to(tl.int32, bitcast=True) & -8192).to(
-            tl.float32, bitcast=True
-        )  # what tf32 keeps of a
+        kept = a.to(tl.int32, bitcast=True) & -8192  # what tf32 keeps of a
+        top = kept.to(tl.float32, bitcast=True)
         b = b.to(tl.float32)
         out = tl.dot(a - top, b, input_precision="tf32")
         out = tl.dot(top, b, out, input_precision="tf32")

@@ -139,9 +139,8 @@ def _split_int16(x, NATIVE: tl.constexpr):
     float32."""
     shifted = x + ROUND_TO_LOW_BITS
     value = shifted - ROUND_TO_LOW_BITS
-    bits = shifted.to(
-        tl.int32, bitcast=True
-    )  # the low 16 bits are the integer + 128: hi is its high byte
+    # The low 16 bits are the integer + 128: hi is its high byte.
+    bits = shifted.to(tl.int32, bitcast=True)
     if NATIVE:
         hi, lo = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
@@ -279,9 +278,8 @@ def _sum_of_warps(parts):
         x = tl.reshape(tl.permute(tl.sum(tl.join(parts[0], parts[1]), 0), [2, 0, 1]), [32, N])
     else:
         x = tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), 0)
-        x = tl.reshape(
-            tl.permute(x, [3, 2, 0, 1]), [64, N]
-        )  # of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1)
+        # Of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1).
+        x = tl.reshape(tl.permute(x, [3, 2, 0, 1]), [64, N])
     return x
 
 
@@ -583,9 +581,8 @@ def _finish_spectral_kernel(
     at = row * EXACT_SPLITS + e
     exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT_SPLITS, other=float("-inf"))
     mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
-    y = tl.load(
-        exact_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0
-    )  # [BLOCK_E, BLOCK_D]
+    y_at = exact_ptr + at[:, None] * D + d[None, :]  # [BLOCK_E, BLOCK_D]
+    y = tl.load(y_at, mask=mask, other=0.0)
     m = tl.max(exact_lse, 0)
     low = tl.where(m == float("-inf"), 0.0, m)
     w = tl.exp(exact_lse - low)

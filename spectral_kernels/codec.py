@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,15 @@ from ._checks import check_least, check_tensor
 from .layout import Bands, PageLayout
 
 FORMAT = "spectral-codec-1"
-_TENSORS = (
-    "freqs", "k_basis", "k_scale", "k_encoder", "k_mean", "k_offset",
-    "v_basis", "v_scale", "v_encoder",
-)  # fmt: skip
+
+
+def _tensors_of(layout: PageLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape after [M, G] and dtype of a codec's tensors but freqs."""
+    k, v, dim = layout.k.rank, layout.v.rank, layout.head_dim
+    shapes = {"k_basis": (k, dim), "k_scale": (k,), "k_encoder": (dim, k), "k_mean": (dim,)}
+    shapes |= {"k_offset": (k,), "v_basis": (v, dim), "v_scale": (v,), "v_encoder": (dim, v)}
+    kinds = {"k_basis": torch.int8, "v_basis": torch.int8}
+    return {name: (shape, kinds.get(name, torch.float32)) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -72,18 +77,11 @@ class Codec:
             )
         check_tensor("k_basis", self.k_basis, shape=(None, None, self.layout.k.rank, dim))
         rows, heads = self.k_basis.shape[:2]
-        for side in ("k", "v"):
-            rank = self.layout.side(side).rank
-            shapes = {"basis": (rank, dim), "scale": (rank,), "encoder": (dim, rank)}
-            if side == "k":
-                shapes |= {"mean": (dim,), "offset": (rank,)}
-            for name, shape in shapes.items():
-                x = getattr(self, f"{side}_{name}")
-                dtype = torch.int8 if name == "basis" else torch.float32
-                check_tensor(
-                    f"{side}_{name}", x, shape=(rows, heads, *shape), dtype=dtype, device=device,
-                    contiguous=True,
-                )  # fmt: skip
+        for name, (shape, dtype) in _tensors_of(self.layout).items():
+            check_tensor(
+                name, getattr(self, name), shape=(rows, heads, *shape), dtype=dtype,
+                device=device, contiguous=True,
+            )  # fmt: skip
 
     @property
     def kv_heads(self) -> int:
@@ -102,6 +100,9 @@ class Codec:
     def to(self, device: torch.device | str) -> Codec:
         """The same on another device."""
         return replace(self, **{n: getattr(self, n).to(device) for n in _TENSORS})
+
+
+_TENSORS = tuple(field.name for field in fields(Codec))[1:]  # freqs first
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,13 @@ class ModelCodec:
     @classmethod
     def exact(cls, layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
         """A codec that nothing is read from: all of so many tokens are in the window."""
-        bands = Bands.parse("16x2")
-        shapes = {"freqs": (dim // 2,), "k_mean": (1, heads, dim), "k_offset": (1, heads, 16)}
-        for side in ("k", "v"):
-            shapes |= {f"{side}_basis": (1, heads, 16, dim), f"{side}_scale": (1, heads, 16)}
-            shapes[f"{side}_encoder"] = (1, heads, dim, 16)
-        dtypes = {"freqs": torch.int64, "k_basis": torch.int8, "v_basis": torch.int8}
+        layout = PageLayout(Bands.parse("16x2"), Bands.parse("16x2"), dim)
+        freqs = torch.zeros(dim // 2, dtype=torch.int64)
         tensors = {
-            name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32))
-            for name, shape in shapes.items()
+            name: torch.zeros((1, heads, *shape), dtype=dtype)
+            for name, (shape, dtype) in _tensors_of(layout).items()
         }
-        codec = Codec(PageLayout(bands, bands, dim), **tensors)
+        codec = Codec(layout, freqs, **tensors)
         return cls((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
     @property

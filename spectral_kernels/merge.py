@@ -32,9 +32,8 @@ def _merge_states_kernel(
     lse_a = tl.load(lse_a_ptr + row)
     lse_b = tl.load(lse_b_ptr + row)
     top = tl.maximum(lse_a, lse_b)
-    top = tl.where(
-        top == float("-inf"), 0.0, top
-    )  # both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    # Both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
+    top = tl.where(top == float("-inf"), 0.0, top)
     w_a = tl.exp(lse_a - top)
     w_b = tl.exp(lse_b - top)
     total = w_a + w_b
@@ -117,24 +116,20 @@ def _merge_many_states_kernel(
     top = tl.full([], float("-inf"), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        top = tl.maximum(
-            top, tl.max(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")), 0)
-        )
+        lse = tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf"))
+        top = tl.maximum(top, tl.max(lse, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.full([], 0.0, dtype=tl.float32)
     o = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        w = tl.exp(
-            tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")) - top
-        )  # [BLOCK_N]
+        lse = tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf"))
+        w = tl.exp(lse - top)  # [BLOCK_N]
         total += tl.sum(w, 0)
         # A weight of zero must not multiply what an empty split never wrote.
         mask = (w > 0.0)[:, None] & (d < D)[None, :]
-        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        o += tl.sum(w[:, None] * x, 0)
+        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        o += tl.sum(w[:, None] * x.to(tl.float32), 0)
     o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(1) == 0:

@@ -89,9 +89,7 @@ def _rotate_kernel(
         cos, sin = cos_sin(position[:, None], freqs[None, :])  # [BLOCK_T, BLOCK_PAIRS]
         if INVERSE:
             sin = -sin
-        x1 = tl.load(x_ptr + i[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_T, BLOCK_PAIRS]
+        x1 = tl.load(x_ptr + i[None, :], mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + i[None, :], x1 * cos - x2 * sin, mask=mask)
         tl.store(out_ptr + PAIRS + i[None, :], x1 * sin + x2 * cos, mask=mask)
