@@ -27,16 +27,21 @@ from .layout import PAGE_SIZE
 from .window import positions_torch, slots_torch
 
 
-class PageAllocator:
-    """Numbers of pages and how many rows use them. Host only.
+class PageTable:
+    """The pages of every row, on the host, and how many rows use each page of the pool.
 
     Args:
-        pages: of the pool, 0 .. pages - 1.
+        rows, max_pages: B; the pool has B * max_pages pages.
+    Attributes:
+        table: int32 [B, max_pages], on the host, what the block table is a copy of.
+        rows: the pages of a row, in order.      references: rows that use a page.
     """
 
-    def __init__(self, pages: int) -> None:
-        self.references = [0] * pages
-        self._free = list(range(pages - 1, -1, -1))
+    def __init__(self, rows: int, max_pages: int) -> None:
+        self.table = torch.zeros((rows, max_pages), dtype=torch.int32)
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+        self.references = [0] * (rows * max_pages)
+        self._free = list(range(rows * max_pages - 1, -1, -1))
 
     @property
     def free(self) -> int:
@@ -76,25 +81,11 @@ class PageAllocator:
             if page < 0 or self.references[page] < max(1, taken * times):
                 raise ValueError(f"pages: expected pages in use, got {page}")
 
-
-class PageTable:
-    """The pages of every row, on the host.
-
-    Attributes:
-        table: int32 [B, max_pages], on the host, what the block table is a copy of.
-        rows: the pages of a row, in order.      allocator: of the pool, B * max_pages pages.
-    """
-
-    def __init__(self, rows: int, max_pages: int) -> None:
-        self.table = torch.zeros((rows, max_pages), dtype=torch.int32)
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
-        self.allocator = PageAllocator(rows * max_pages)
-
     def grow(self, lengths: Sequence[int]) -> bool:
         """Pages for rows of so many tokens; whether the table changed. RuntimeError: none left."""
         rows = zip(lengths, self.rows, strict=True)
         missing = [-(-length // PAGE_SIZE) - len(row) for length, row in rows]
-        pages = self.allocator.allocate(sum(max(count, 0) for count in missing))
+        pages = self.allocate(sum(max(count, 0) for count in missing))
         for row, count in enumerate(missing):
             if count > 0:
                 self._set(row, self.rows[row] + [pages.pop() for _ in range(count)])
@@ -104,7 +95,7 @@ class PageTable:
         """Give back the pages past rows of so many tokens. Returns: as `reorder`."""
         for length, row in zip(lengths, self.rows, strict=True):
             keep = -(-length // PAGE_SIZE)
-            self.allocator.release(row[keep:])
+            self.release(row[keep:])
             del row[keep:]
         return self._part(lengths)
 
@@ -117,9 +108,9 @@ class PageTable:
         old, shared = self.rows, []
         for i, length in zip(index, lengths, strict=True):
             shared.append(old[i][: -(-length // PAGE_SIZE)])
-            self.allocator.share(shared[-1])
+            self.share(shared[-1])
         for pages in old:
-            self.allocator.release(pages)
+            self.release(pages)
         for row, pages in enumerate(shared):
             self._set(row, pages)
         return self._part(lengths)
@@ -128,11 +119,11 @@ class PageTable:
         """A page of its own for every row whose next token goes to a page that another row has."""
         copies = []
         for row, (length, pages) in enumerate(zip(lengths, self.rows, strict=True)):
-            if length % PAGE_SIZE and self.allocator.references[pages[-1]] > 1:
+            if length % PAGE_SIZE and self.references[pages[-1]] > 1:
                 # There is one: rows that share a page need one page less than the pool has.
-                (fresh,) = self.allocator.allocate(1)
+                (fresh,) = self.allocate(1)
                 copies.append((pages[-1], fresh))
-                self.allocator.release(pages[-1:])
+                self.release(pages[-1:])
                 self._set(row, [*pages[:-1], fresh])
         return copies
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import spectral_kernels as sk
-from spectral_kernels.cache import PageAllocator
+from spectral_kernels.cache import PageTable
 from spectral_kernels.layout import Bands, PageLayout
 from tests.cases import DEVICE, PageSpec, int32, make_pages, pages_of, poisoned
 from tests.test_cache import make_cache
@@ -475,7 +475,7 @@ def test_a_cache_that_cannot_be(changes, error, name):
     ],
 )
 def test_an_allocator_refuses_and_is_as_before(method, argument, error):
-    pages = PageAllocator(4)
+    pages = PageTable(1, 4)
     used = pages.allocate(2)
     before = list(pages.references), pages.free
     assert used == [0, 1]
