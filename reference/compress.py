@@ -90,9 +90,7 @@ def rebuild(pages: PageArrays, b: int, side: str) -> F64:
     """Of row b: keys as the model rotated them, or values, [G, T, D]."""
     codec, row = pages.codec, pages.rows[b]
     values, vectors = stored(pages, b, side), pages.codec.vectors(side)[pages.rows[b]]
-    out = np.zeros((*values.shape[:2], codec.head_dim))
-    for g, p in np.ndindex(*values.shape[:2]):
-        out[g, p] = values[g, p] @ vectors[g]
+    out = values @ vectors
     if side == "k":
         out += np.asarray(codec.k_mean[row], np.float64)[:, None]
         starts = np.array([p // codec.frame * codec.frame for p in range(out.shape[1])], np.int64)

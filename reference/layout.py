@@ -81,7 +81,7 @@ def flipped(bands: Bands) -> U8:
     return np.concatenate(parts)
 
 
-def code_of(value: ArrayLike, bits: int) -> I64:
+def code_of(value: ArrayLike, bits: int | I64) -> I64:
     """n = clamp(floor(value + 2**(bits - 1)), 0, 2**bits - 1) of coefficients in units of their
     steps."""
     # Floor before the integer addition: no rounding of the sum, whatever the magnitude of the
@@ -92,11 +92,7 @@ def code_of(value: ArrayLike, bits: int) -> I64:
 
 def codes_of(values: ArrayLike, bands: Bands) -> I64:
     """Codes n of coefficients in units of their steps [..., R]."""
-    values = np.asarray(values)
-    codes = np.empty(values.shape, np.int64)
-    for r, bits in enumerate(bits_of(bands)):
-        codes[..., r] = code_of(values[..., r], bits)
-    return codes
+    return code_of(values, np.array(bits_of(bands)))
 
 
 def values_of(codes: I64, bands: Bands) -> F64:
@@ -108,9 +104,11 @@ def pack_codes(codes: I64, bands: Bands, side: str) -> U8:
     """Codes n [..., 64, R] to pages [..., 64 * bytes]."""
     pages = np.zeros((*codes.shape[:-2], PAGE * token_bytes(bands)), np.uint8)
     byte, low = places(bands, side)
+    fields = (codes * 2**low).astype(np.uint8)
     for r in range(codes.shape[-1]):
-        for d in range(PAGE):  # two tokens may share a byte
-            pages[..., byte[d, r]] += (codes[..., d, r] * 2 ** low[d, r]).astype(np.uint8)
+        for bit in set(low[:, r]):  # two tokens may share a byte, at other bits of it
+            at = low[:, r] == bit
+            pages[..., byte[at, r]] += fields[..., at, r]
     return pages ^ flipped(bands)
 
 

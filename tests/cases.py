@@ -260,23 +260,19 @@ def make_pages(
     max_pages = max(counts, default=0) + spec.spare_pages
     order = rng.permutation(sum(counts) + 2)
     table = np.full((batch, max_pages), GARBAGE_INDEX, np.int32)
+    starts = np.cumsum([0, *counts])
+    live = []  # tokens of each page
+    for b, length in enumerate(spec.lengths):
+        table[b, : counts[b]] = order[starts[b] : starts[b + 1]]
+        live += [0 if blank else min(PAGE, length - PAGE * j) for j in range(counts[b])]
     pages = {}
     for side in ("k", "v"):
         bands = layout.side(side)
         pages[side] = np.full((len(order), groups, PAGE * bands.bytes), GARBAGE_BYTE, np.uint8)
-    taken = 0
-    for b, length in enumerate(spec.lengths):
-        for j in range(counts[b]):
-            table[b, j] = order[taken]
-            live = 0 if blank else min(PAGE, length - j * PAGE)
-            for side in ("k", "v"):
-                bands = layout.side(side)
-                codes = np.broadcast_to(
-                    2 ** np.array(bands.bits) - 1, (groups, PAGE, bands.rank)
-                ).copy()
-                codes[:, :live] = random_codes(rng, (groups, live), bands.bands)
-                pages[side][order[taken]] = layout_oracle.pack_codes(codes, bands.bands, side)
-            taken += 1
+        codes = random_codes(rng, (len(live), groups, PAGE), bands.bands)
+        for page, count in enumerate(live):
+            codes[page, :, count:] = 2 ** np.array(bands.bits) - 1
+        pages[side][order[: len(live)]] = layout_oracle.pack_codes(codes, bands.bands, side)
     rows = used[rng.integers(0, len(used), batch)].astype(np.int32)
     lengths = np.array(spec.lengths, np.int32)
     return PageArrays(codec, pages["k"], pages["v"], table, lengths, rows)

@@ -35,7 +35,6 @@ import numpy as np
 import torch
 
 from tests.cases import (
-    ATTENTION_IMPLEMENTATIONS,
     DEVICE,
     DTYPES,
     IMPLEMENTATIONS,
@@ -126,13 +125,17 @@ class Draw:
         return found
 
 
+def draw_implementation(draw: Draw) -> str:
+    """The twin or the kernel; on a GPU the kernel."""
+    drawn = draw.shape("implementation", *IMPLEMENTATIONS)
+    return drawn if DEVICE.type == "cpu" else "triton"
+
+
 def draw_paths(draw: Draw) -> tuple[str, ...]:
-    """The twin, or the kernels: these by both paths, that of cards before sm_80 too, on the same
-    case (in the interpreter by one of them)."""
-    if DEVICE.type == "cpu":
-        return draw.shape("paths", ("torch",), ("triton",), ("triton",), ("scalar",))
-    kernels = tuple(name for name in ATTENTION_IMPLEMENTATIONS if name != "torch")
-    return draw.shape("paths", ("torch",), kernels, kernels)
+    """The twin or one kernel; on a GPU both kernels, that of cards before sm_80 too, on one
+    case."""
+    drawn = draw.shape("paths", ("torch",), ("triton",), ("triton",), ("scalar",))
+    return drawn if DEVICE.type == "cpu" else ("triton", "scalar")
 
 
 def draw_spec(draw: Draw, layout: Layout, slow: bool, edges: Sequence[int] = ()) -> PageSpec:
@@ -187,10 +190,7 @@ def draw_window(draw: Draw, count: int) -> tuple[int, int]:
 
 
 def fuzz_rotate(draw: Draw) -> None:
-    implementation, dtype = (
-        draw.shape("implementation", *IMPLEMENTATIONS),
-        draw.shape("dtype", *DTYPES),
-    )
+    implementation, dtype = draw_implementation(draw), draw.shape("dtype", *DTYPES)
     dim = draw.shape("dim", 64, 80, 96, 128, 256)
     inv_freq = inverse_frequencies(
         draw.shape("rotary_dim", dim, dim // 2, 0), draw.of("theta", *THETAS)
@@ -233,10 +233,7 @@ def fuzz_gram(draw: Draw) -> None:
 
 
 def fuzz_encode(draw: Draw) -> None:
-    layout, implementation = (
-        draw.shape("layout", *LAYOUTS),
-        draw.shape("implementation", *IMPLEMENTATIONS),
-    )
+    layout, implementation = draw.shape("layout", *LAYOUTS), draw_implementation(draw)
     spec = draw_spec(draw, layout, is_slow(implementation))
     news = [draw.of(f"new {b}", n, min(n, 1), n // 2, 0) for b, n in enumerate(spec.lengths)]
     sinks, ring = draw.shape("sinks and ring", (0, 0), (4, 16), (0, 3), (2, 70))
@@ -255,10 +252,7 @@ def fuzz_encode(draw: Draw) -> None:
 
 
 def fuzz_append(draw: Draw) -> None:
-    layout, implementation = (
-        draw.shape("layout", *LAYOUTS),
-        draw.shape("implementation", *IMPLEMENTATIONS),
-    )
+    layout, implementation = draw.shape("layout", *LAYOUTS), draw_implementation(draw)
     spec = draw_spec(draw, layout, is_slow(implementation))
     queries = draw.shape("queries", 1, 1, 2, 4)
     check_append(
@@ -274,10 +268,7 @@ def fuzz_append(draw: Draw) -> None:
 
 
 def fuzz_decode(draw: Draw) -> None:
-    layout, implementation = (
-        draw.shape("layout", *LAYOUTS),
-        draw.shape("implementation", *IMPLEMENTATIONS),
-    )
+    layout, implementation = draw.shape("layout", *LAYOUTS), draw_implementation(draw)
     spec, size = draw_spec(draw, layout, is_slow(implementation)), draw.of("size", 1e-3, 1.0, 1e3)
     arrays = make_pages(draw.rng, spec, size=size)
     check_decode(implementation, arrays, draw.shape("side", "k", "v"))
@@ -321,10 +312,7 @@ def fuzz_attend_spectral(draw: Draw) -> None:
 
 def fuzz_merge(draw: Draw) -> None:
     """merge_states and merge_many_states."""
-    implementation, dtype = (
-        draw.shape("implementation", *IMPLEMENTATIONS),
-        draw.shape("dtype", *DTYPES),
-    )
+    implementation, dtype = draw_implementation(draw), draw.shape("dtype", *DTYPES)
     dim = draw.shape("dim", 64, 80, 96, 128, 256)
     shape = (draw.int("batch", 1, 4), draw.int("heads", 1, 8 if is_slow(implementation) else 32))
     options = {
@@ -418,7 +406,10 @@ def main() -> int:
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="at most (default 5)")
     parser.add_argument("--seed", type=int, default=0, help="other numbers: other shapes")
-    parser.add_argument("--cases", type=int, default=0, help="end after so many (default: never)")
+    parser.add_argument(
+        "--cases", type=int, default=0,
+        help="end after so many, and fail if there were fewer (default: never)",
+    )  # fmt: skip
     parser.add_argument("--shapes", type=int, default=24, help="of an operation (default 24)")
     cores = os.cpu_count() or 1
     parser.add_argument("--jobs", type=int, default=cores, help=f"processes (default {cores})")
@@ -438,7 +429,10 @@ def main() -> int:
             if not running:
                 break
             done, running = wait(running, return_when=FIRST_COMPLETED)
-            for name, ran, failed, took in (future.result() for future in done):
+            for future in done:
+                if future.exception() is not None:  # a process died
+                    raise SystemExit(f"{sum(cases.values())} cases, then: {future.exception()}")
+                name, ran, failed, took = future.result()
                 cases[name] += ran
                 seconds[name] += took
                 failures += failed
@@ -454,7 +448,9 @@ def main() -> int:
         f"{total - histories} kernel cases and {histories} histories in "
         f"{time.time() - begin:.0f} s: {len(failures)} failed"
     )
-    return 1 if failures else 0
+    if total < options.cases:
+        print(f"expected {options.cases} in all, got {total}")
+    return 1 if failures or total < options.cases else 0
 
 
 if __name__ == "__main__":

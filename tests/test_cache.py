@@ -30,7 +30,7 @@ from spectral_kernels import (
 )
 from spectral_kernels.cache import PageTable
 from tests import budgets
-from tests.cases import DEVICE, DTYPES
+from tests.cases import DEVICE, DTYPES, int32
 
 DIM, HEADS, KV_HEADS, FRAME = 64, 4, 2, 128
 SINKS, WINDOW, DRAFTS = 3, 8, 2
@@ -191,34 +191,35 @@ class Model:
 
     def keep(self, new: list[torch.Tensor], counts: list[int]) -> None:
         """The newest counts[b] of new tokens [2, B, G, T, D] of every layer were stored."""
+        owner = np.repeat(np.arange(len(counts)), counts)
+        at = np.concatenate([n + np.arange(m) for n, m in zip(self.lengths, counts, strict=True)])
         for layer, x in enumerate(new):
-            for b, n in enumerate(counts):
-                row = self.rows[b]
-                for side, data in enumerate(x[:, b, :, x.shape[3] - n :]):
-                    start = len(row.given[layer][side])
-                    row.given[layer][side].extend(data.double().cpu().numpy().transpose(1, 0, 2))
-                    row.coded[layer][side].extend(self.coded(layer, "kv"[side], data, start, b))
+            for side, data in enumerate(x):
+                stored = [data[b, :, data.shape[2] - n :] for b, n in enumerate(counts)]
+                tokens = torch.cat(stored, 1).transpose(0, 1)  # [N, G, D]
+                given = tokens.double().cpu().numpy()
+                coded = self.coded(layer, "kv"[side], tokens, at, owner)
+                for b, row in enumerate(self.rows):
+                    row.given[layer][side].extend(given[owner == b])
+                    row.coded[layer][side].extend(coded[owner == b])
         for row, n in zip(self.rows, counts, strict=True):
             row.add(n)
 
-    def coded(self, layer: int, side: str, x: torch.Tensor, start: int, b: int) -> np.ndarray:
-        """What the codes of tokens x [G, n, D] of row b from position `start` on stand for, each
-        encoded alone."""
-        codec, n = self.codec.layers[layer], x.shape[1]
-        if n == 0:
-            return np.zeros((0, KV_HEADS, DIM))
-        pages = torch.zeros(
-            (n, KV_HEADS, 64 * codec.layout.side(side).bytes), dtype=torch.uint8, device=DEVICE
-        )
-        at = torch.arange(start, start + n, device=DEVICE)
-        lens = (at + 1).to(torch.int32)
-        width = -(-(start + n) // 64)
-        table = torch.arange(n, dtype=torch.int32, device=DEVICE)[:, None].repeat(1, width)
-        ids = self.cache.codec_ids[b].repeat(n)
-        x = x.transpose(0, 1)[:, :, None].contiguous()
-        encode(x, codec, pages, table, lens, side=side, codec_ids=ids)
-        found = decode(pages, codec, table, lens, side=side, codec_ids=ids)
-        return found[torch.arange(n, device=DEVICE), :, at].double().cpu().numpy()
+    def coded(
+        self, layer: int, side: str, x: torch.Tensor, at: np.ndarray, owner: np.ndarray
+    ) -> np.ndarray:
+        """What the codes of tokens x [N, G, D] at positions `at` of rows `owner` stand for, each
+        encoded alone, in a page of its own."""
+        codec, n = self.codec.layers[layer], len(x)
+        shape = (n, KV_HEADS, 64 * codec.layout.side(side).bytes)
+        pages = torch.zeros(shape, dtype=torch.uint8, device=DEVICE)
+        page, lens, rows = (int32(numbers) for numbers in (at // 64, at + 1, owner))
+        table = torch.arange(n, dtype=torch.int32, device=DEVICE)[:, None]
+        table = table.repeat(1, int(at.max()) // 64 + 1)
+        options = {"side": side, "codec_ids": self.cache.codec_ids[rows]}
+        encode(x[:, :, None].contiguous(), codec, pages, table, lens, **options)
+        found = decode(pages, codec, table[:, :1], lens, first_page=page, **options)
+        return found[torch.arange(n), :, torch.from_numpy(at % 64)].double().cpu().numpy()
 
     def replay(self) -> None:
         """A token of every row and their queries, every layer: as an engine's step, on CUDA from
