@@ -267,6 +267,7 @@ def test_benchmarks_run_every_public_kernel():
         "lse_from_log2",
         "lse_to_log2",
         "pack_pages",
+        "project_queries",
         "unpack_pages",
     }
     assert launchers - no_kernel == {name.split()[0] for name in kernel_bench.KERNELS}
