@@ -365,6 +365,7 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, **shape)
     for axis in axes.flat[len(plot) :]:
         axis.remove()
+    names = list(dict.fromkeys(name for lines in plot.values() for name in lines))
     for axis, (title, lines) in zip(axes.flat, plot.items(), strict=False):
         points = all(len(line) == 1 for line in lines.values())
         for name, line in lines.items():
@@ -374,7 +375,9 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
                 axis.scatter(*line[0], facecolor=fill, edgecolor=edge)
                 axis.annotate(name, line[0], xytext=(5, 3), textcoords="offset points", fontsize=8)
             else:
-                axis.plot(*zip(*line, strict=True), "o-" if ours else "s--", label=name, ms=4)
+                style = {"marker": "o" if ours else "s", "ls": "-" if ours else "--", "ms": 4}
+                color = f"C{names.index(name)}"  # in all panels alike
+                axis.plot(*zip(*line, strict=True), **style, label=name, color=color)
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
         ticks = sorted({t for line in lines.values() for t, _ in line})
         if points:
