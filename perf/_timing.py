@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +34,6 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 
 
-class NoCard(RuntimeError):
-    """There is no CUDA card, so nothing can be measured."""
-
-
 @dataclass(frozen=True)
 class Card:
     """The CUDA device that is measured."""
@@ -45,9 +42,10 @@ class Card:
 
     @classmethod
     def current(cls) -> Card:
-        """Raises NoCard on a machine without one."""
+        """Exits with 2 on a machine without one."""
         if not torch.cuda.is_available():
-            raise NoCard("no CUDA card: nothing was measured")
+            print("no CUDA card: nothing was measured", file=sys.stderr)
+            raise SystemExit(2)
         return cls(torch.device("cuda", torch.cuda.current_device()))
 
     @cached_property
@@ -113,6 +111,26 @@ class Times(NamedTuple):
         """By linear interpolation of at least two samples."""
         cuts = statistics.quantiles(samples, n=10, method="inclusive")
         return cls(cuts[1], cuts[4], cuts[7])
+
+
+class Clock:
+    """A streamer that notes when tokens come; `generate` calls `put` for the prompt first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
+
+    def end(self) -> None: ...
+
+    @property
+    def prefill_s(self) -> float:
+        return self.times[1] - self.times[0]
+
+    @property
+    def steps_ms(self) -> list[float]:
+        return [(b - a) * 1e3 for a, b in pairwise(self.times[1:])]
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
@@ -190,11 +208,7 @@ def say(text: str) -> None:
 def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
     """The card, and what all rows of a run share; prints it. Exits with 2 without a card. reads:
     measure the bandwidth of reads."""
-    try:
-        card = Card.current()
-    except NoCard as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    card = Card.current()
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     same = {"gpu": card.name, **versions(commit), "date": date}

@@ -6,8 +6,7 @@ and the spectral cache.
     python -m perf.end_to_end 1x8192 8x8192 --what long
 
 Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
-bases). Caches are filled with random pages, keys and values of T tokens ("filled": "random"). What
-is measured (--what):
+bases). Caches are filled with T random tokens ("filled": "random"). What is measured (--what):
 
     eager     `model.generate`, DynamicCache
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
@@ -17,17 +16,15 @@ is measured (--what):
     fp8       the same with keys, values and queries of 8 bits ("graph" of preset "fp8")
     ours      `model.generate` after `enable(model, preset)`, a row a preset
     bare      the graph of the same step, replayed: without the host work of generate
-    prefill   seconds up to the first new token of a real prompt of T tokens, with DynamicCache and
-              with each preset in turns (up to --prefill-limit tokens, all rows together)
+    prefill   seconds up to the first new token of a real prompt of T tokens (up to 32K, all rows
+              together), with DynamicCache and with each preset in turns
     long      2,000 tokens from a real prompt of T
 
 With --compile the layers of graph, fp8, ours and bare are fused by torch.compile before they are
 captured (`hf.compiled_layers`): "graph compiled" and so on. What Triton and torch.compile make is
-made ahead, in processes side by side.
-
-ms, p99_ms: of steps; those of generate as the streamer sees them, of graphs by events. Rows are
-checked first: a graph against transformers' own attention over the same cache; ours: a layer's
-attention against its twin; every step must run.
+made ahead, in processes side by side. ms, p99_ms: of steps; those of generate as the streamer sees
+them, of graphs by events. Rows are checked first: a graph against transformers' own attention over
+the same cache; ours: a layer's attention against its twin; every step must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
 cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
@@ -45,7 +42,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +56,6 @@ import triton
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
-    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     StaticCache,
@@ -68,7 +63,7 @@ from transformers import (
 from transformers.cache_utils import CacheLayerMixin
 
 from perf._cases import LOSSY, THETA, Shape, Step, check_state, layouts, random_model_codec
-from perf._timing import ROOT, Card, Row, begin, capture, common_arguments, fail, say, write_row
+from perf._timing import ROOT, Clock, Row, begin, capture, common_arguments, fail, say, write_row
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
@@ -83,11 +78,10 @@ WHAT = ("eager", "static", "graph", "fp8", "ours", "bare", "prefill", "long")
 STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
 WARM = 8  # steps of a generate that are not counted
 LONG_STEPS = 2000
+PROMPTS = 1 << 15  # the most tokens of prompts of all rows together
 
 
-def make_model(
-    shape: str, device: torch.device, dtype: torch.dtype, layers: int | None = None
-) -> Any:
+def make_model(shape: str, device: torch.device, dtype: torch.dtype, layers: Any = None) -> Any:
     """A Llama with random weights, made on the device without the usual initialisation."""
     hidden, inner, depth, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
     config = transformers.LlamaConfig(
@@ -98,14 +92,12 @@ def make_model(
     )  # fmt: skip
     config.bos_token_id = config.eos_token_id = config.pad_token_id = None
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        auto = transformers.AutoModelForCausalLM
+        model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model = model.to_empty(device=device).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(std=parameter.shape[1] ** -0.5)
+    for x in model.parameters():
+        x.requires_grad_(False)
+        x.fill_(1.0) if x.dim() == 1 else x.normal_(std=x.shape[1] ** -0.5)
     rotary = model.model.rotary_emb  # to_empty left its frequencies empty
     model.model.rotary_emb = type(rotary)(config).to(device)
     model.generation_config.eos_token_id = None
@@ -120,7 +112,7 @@ class Cell:
     batch: int
     tokens: int
     steps: int
-    card: Card
+    card: Any  # a _timing.Card
     compile: bool = False  # layers compiled before a step is captured
     layout: int = 0  # of the first layer, a number of _cases.layouts
 
@@ -157,30 +149,7 @@ class Cell:
 # ---- generate ------------------------------------------------------------------------------------
 
 
-class Clock:
-    """A streamer that notes when tokens come; `put` is called for the prompt first."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def prefill_s(self) -> float:
-        return self.times[1] - self.times[0]
-
-    @property
-    def steps_ms(self) -> list[float]:
-        return [(b - a) * 1e3 for a, b in pairwise(self.times[1:])]
-
-
-def generate(
-    cell: Cell, ids: torch.Tensor, new: int, cache: Any = None, clock: Any = None
-) -> Clock:
+def generate(cell: Cell, ids: Any, new: int, cache: Any = None, clock: Any = None) -> Clock:
     """Greedy decoding of so many new tokens."""
     clock = clock or Clock()
     given = {} if cache is None else {CACHE: cache}
@@ -233,14 +202,14 @@ class FixedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, *args: Any) -> None: ...
 
-    def get_seq_length(self) -> int:
-        return self.step.shape.tokens - 1
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.step.shape.tokens, 0
-
     def get_max_length(self) -> int:
         return self.step.shape.tokens
+
+    def get_seq_length(self) -> int:
+        return self.get_max_length() - 1
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.get_max_length(), 0
 
     get_max_cache_shape = get_max_length
 
@@ -466,7 +435,7 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
             yield what, None, partial(dense_graph, cell, what == "fp8")
     for preset in args.presets if {"ours", "bare"} & {*args.what} else ():
         yield "bare, ours", preset, partial(ours, cell, preset, args.what)
-    if "prefill" in args.what and cell.batch * cell.tokens <= args.prefill_limit:
+    if "prefill" in args.what and cell.batch * cell.tokens <= PROMPTS:
         yield "prefill", None, partial(prefill, cell, args.presets)
     for preset in args.presets if "long" in args.what else ():
         yield "long", preset, partial(long_generation, cell, preset)
@@ -485,11 +454,9 @@ def ahead(args: argparse.Namespace) -> list[tuple[subprocess.Popen[bytes], Path]
         if not (what := [x for x in args.what if x in known]):
             continue
         tokens = min(tokens for b, tokens in args.cells if b == batch)
-        command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}", "--layers", "1"]
-        command += ["--layout", str(layout), "--shape", args.shape, "--steps", str(args.steps)]
-        command += ["--presets", *args.presets, "--what", *what]
-        command += ["--prefill-limit", str(args.prefill_limit)]
-        command += ["--compile"] * (args.compile and not layout)
+        command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}", "--layout"]
+        command += [str(layout), "--shape", args.shape, "--steps", str(args.steps), "--presets"]
+        command += [*args.presets, "--what", *what, *["--compile"] * (args.compile and not layout)]
         log = folder / f"{batch}-{layout}.txt"
         with log.open("wb") as out:
             options: Any = {"cwd": ROOT, "env": env, "stdout": out, "stderr": subprocess.STDOUT}
@@ -503,13 +470,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
     add("--shape", choices=list(SHAPES), default="8b")
-    add("--layers", type=int, help="fewer layers than the shape's")
     add("--presets", nargs="+", choices=LOSSY, default=["balanced"])
     add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
     add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
-    add("--prefill-limit", type=int, default=1 << 17, help="most tokens of prompts, all rows")
-    add("--layout", type=int, help="compile alone, for this layout: no rows")
+    add("--layout", type=int, help="compile alone, one layer of this layout: no rows")
     common_arguments(parser, "end_to_end.jsonl")
     args = parser.parse_args(argv)
     shapes = [x.shape for x in args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))]
@@ -526,10 +491,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     card, same = begin(args.commit, reads=not alone)
     warnings.filterwarnings("ignore", module="transformers")
     compiling = [] if alone or card.device.type != "cuda" else ahead(args)
-    model = make_model(args.shape, card.device, card.dtype, args.layers)
+    model = make_model(args.shape, card.device, card.dtype, 1 if alone else None)
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
-    name = args.shape if args.layers is None else f"{args.shape}-{args.layers}"
-    same |= {"transformers": transformers.__version__, "shape": name, "weight_bytes": weights}
+    same |= {"transformers": transformers.__version__, "shape": args.shape}
+    same["weight_bytes"] = weights
     say(f"model made; {len(compiling)} processes compile")
     for process, log in compiling:
         if process.wait():

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -25,8 +24,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.generation.streamers import BaseStreamer
 
+from perf._timing import Clock
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 TINY_MODEL = Path(__file__).parent / "tiny_model"
@@ -35,32 +34,24 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Run:
-    """One generation.
-
-    Attributes:
-        tokens, text: the new tokens, and their text.
-        cache_bytes: of all keys and values at the end; of a ModelCache all that is allocated.
-        prompt_rate: prompt tokens a second, up to the first new token.
-        rate: new tokens a second, the first not counted; NaN if there was no second one.
-    """
+    """One generation: its new tokens and what they took."""
 
     tokens: list[int]
     text: str
-    cache_bytes: int
-    prompt_rate: float
-    rate: float
+    cache_bytes: int  # of all keys and values at the end; of a ModelCache all that is allocated
+    prompt_rate: float  # prompt tokens a second, up to the first new token
+    rate: float  # new tokens a second, the first not counted; NaN if there was no second one
 
 
-class _Watch(BaseStreamer):
-    """The clock of one generation of one row, and its progress bar: generate calls `put` for the
-    prompt and every token."""
+class _Watch(Clock):
+    """With a progress bar."""
 
     def __init__(self, label: str, max_new_tokens: int) -> None:
-        self.times: list[float] = []
+        super().__init__()
         self.bar = tqdm(total=max_new_tokens, desc=label, unit="tok")
 
     def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
+        super().put(value)
         self.bar.update(len(self.times) > 1)
 
     def end(self) -> None:
@@ -68,22 +59,12 @@ class _Watch(BaseStreamer):
 
 
 def load(
-    model: str | None = None,
-    *,
-    gguf: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    model: str | None = None, *, gguf: str | None = None, device: Any = None, dtype: Any = None
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """(a causal language model, its tokenizer): path or id, by default the embedded one; or path of
+    a GGUF file, whose weights are dequantised (needs the package gguf). By default on a GPU if
+    there is one, in bfloat16 if it has that, else float16; float32 on a CPU.
 
-    Args:
-        model: path or id; by default the embedded model, perf/tiny_model.
-        gguf: path of a GGUF file instead; its weights are dequantised (needs the package gguf).
-        device: by default a GPU if there is one.
-        dtype: "float32", "float16" or "bfloat16"; by default float32 on a CPU, bfloat16 on a GPU
-            that has it, else float16.
-    Returns:
-        (model in evaluation mode, tokenizer)
     Raises:
         FileNotFoundError, ImportError: there is no such GGUF file, or no package gguf.
     """
@@ -114,21 +95,11 @@ def load(
 
 
 def generate(
-    model: Any,
-    tokenizer: Any,
-    input_ids: torch.Tensor,
-    *,
-    label: str,
-    max_new_tokens: int,
+    model: Any, tokenizer: Any, input_ids: torch.Tensor, *, label: str, max_new_tokens: int,
     cache: ModelCache | None = None,
-) -> Run:
-    """Continue one prompt greedily, watched.
-
-    Args:
-        input_ids: int64 [1, T], on the model's device.
-        label: of the progress bar.
-        cache: an empty one to fill; default what generate makes.
-    """
+) -> Run:  # fmt: skip
+    """Continue one prompt [1, T] greedily, watched; cache: an empty one to fill, default what
+    generate makes."""
     watch = _Watch(label, max_new_tokens)
     out = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens,
@@ -140,10 +111,10 @@ def generate(
         nbytes = held.nbytes
     else:
         nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
-    start, first, *_, last = (*watch.times, watch.times[-1])
-    rate = (len(tokens) - 1) / (last - first) if last > first else float("nan")
+    seconds = sum(watch.steps_ms) / 1e3
+    rate = (len(tokens) - 1) / seconds if seconds else float("nan")
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    return Run(tokens, text, nbytes, input_ids.shape[1] / (first - start), rate)
+    return Run(tokens, text, nbytes, input_ids.shape[1] / watch.prefill_s, rate)
 
 
 def report(runs: dict[str, Run]) -> str:

@@ -32,19 +32,12 @@ CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 @dataclass
 class Kernel:
-    """A kernel with its inputs.
+    """A kernel with its inputs."""
 
-    Attributes:
-        calls: the same work on one or several copies of the inputs.
-        nbytes: what a call must read and write.
-        check: raises AssertionError where the result of the first call is wrong.
-        shape: of the inputs, in words.
-    """
-
-    calls: Sequence[Call]
-    nbytes: int
-    check: Callable[[], None]
-    shape: str
+    calls: Sequence[Call]  # the same work on one or several copies of the inputs
+    nbytes: int  # what a call must read and write
+    check: Callable[[], None]  # raises AssertionError where the first call's result is wrong
+    shape: str  # of the inputs, in words
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
@@ -117,23 +110,17 @@ def turned(card: Card, name: str) -> Kernel:
     return beside_twin(f"rope.{name}", [(x, positions, freqs)], nbytes, words, allowed, **options)
 
 
-def project_queries(card: Card) -> Kernel:
-    shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
-    steps = steps_of(card, shape, copies=card.copies(1 << 24))
-    frames, codec = context_of(card) // 512, steps[0].codec
-    nbytes = 4 * 4 * HEADS * frames * (codec.layout.k.rank + 1)
-    nbytes += sum(x.nbytes for x in (steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean))
-    inputs, words = [(s.q, s.codec, frames) for s in steps], f"B=4 H=32/8 D={DIM} {frames} frames"
-    return beside_twin("rope.project_queries", inputs, nbytes, words)
-
-
 # compress.py
 
 
 def gram(card: Card, tokens: int | None = None) -> Kernel:
     x = rows_of(card, tokens or tokens_of(card, 2 * KV_HEADS * DIM))
     nbytes, words = x.nbytes + 4 * KV_HEADS * DIM**2, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return beside_twin("compress.gram", [(x,)], nbytes, words)
+
+    def check() -> None:
+        check_close(compress.gram(x)[:, -1], x[:, -1].double().mT @ x[:, -1].double())
+
+    return Kernel([partial(compress.gram, x)], nbytes, check, words)
 
 
 def check_codes(got: torch.Tensor, want: torch.Tensor, step: Step, side: str) -> None:
@@ -251,7 +238,6 @@ def merge_states(card: Card, count: int) -> Kernel:
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "rotate": partial(turned, name="rotate"),
     "turn_back": partial(turned, name="turn_back"),
-    "project_queries": project_queries,
     "gram": gram,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     "append": append,

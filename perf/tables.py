@@ -204,27 +204,22 @@ def quality_table(rows: Rows) -> str:
     return text
 
 
-PLAIN = {  # the columns of tables of a row a line
-    "serve": {
-        **{"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""},
-        **{"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"},
-    },
-    "compress": {
-        **{"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"},
-        **{"gram_us": ".4g", "encode_share": ".0%"},
-    },
-}
+def serve_table(rows: Rows) -> str:
+    forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
+    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"}
+    return "\n" + columns(rows, forms)
 
 
-def plain_table(name: str, rows: Rows) -> str:
-    return "\n" + columns(latest(rows, KEYS[name]), PLAIN[name])
+def compress_table(rows: Rows) -> str:
+    forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
+    return "\n" + columns(rows, {**forms, "gram_us": ".4g", "encode_share": ".0%"})
 
 
 SECTIONS: dict[str, tuple[Callable[[Rows], str], str]] = {
     "end_to_end": (end_to_end_table, "Whole models in transformers, a token at a time"),
-    "serve": (partial(plain_table, "serve"), "Whole models in vLLM"),
+    "serve": (serve_table, "Whole models in vLLM"),
     "attention": (attention_table, "One layer's append and attention"),
-    "compress": (partial(plain_table, "compress"), "What storing tokens takes"),
+    "compress": (compress_table, "What storing tokens takes"),
     "quality": (quality_table, "Loss per byte"),
 }
 
@@ -370,6 +365,7 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
     figure, axes = pyplot.subplots(rows, columns, squeeze=False, **shape)
     for axis in axes.flat[len(plot) :]:
         axis.remove()
+    names = list(dict.fromkeys(name for lines in plot.values() for name in lines))
     for axis, (title, lines) in zip(axes.flat, plot.items(), strict=False):
         points = all(len(line) == 1 for line in lines.values())
         for name, line in lines.items():
@@ -379,7 +375,9 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
                 axis.scatter(*line[0], facecolor=fill, edgecolor=edge)
                 axis.annotate(name, line[0], xytext=(5, 3), textcoords="offset points", fontsize=8)
             else:
-                axis.plot(*zip(*line, strict=True), "o-" if ours else "s--", label=name, ms=4)
+                style = {"marker": "o" if ours else "s", "ls": "-" if ours else "--", "ms": 4}
+                color = f"C{names.index(name)}"  # in all panels alike
+                axis.plot(*zip(*line, strict=True), **style, label=name, color=color)
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
         ticks = sorted({t for line in lines.values() for t, _ in line})
         if points:

@@ -7,8 +7,9 @@ State: attention returns (o, lse), float32: the normalised output and the natura
 the scaled scores, [B, H, (Q,) D] and [B, H, (Q,)]; a set without keys is (0, -inf). `merge_states`
 joins states.
 
-Every function f here is a launcher of a Triton kernel on CUDA tensors and its plain-PyTorch twin
-f_torch on CPU tensors. Importing this package touches no device and needs neither a GPU nor
+A function f here launches its Triton kernel on CUDA tensors and runs its plain-PyTorch twin f_torch
+on CPU tensors; what is on no token's path (gram, project_queries, pack_pages, unpack_pages) is
+PyTorch on any device. Importing this package touches no device and needs neither a GPU nor
 transformers; `spectral_kernels.hf` needs the latter."""
 
 from .attention import attend_spectral, attend_workspace

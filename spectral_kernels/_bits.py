@@ -112,17 +112,8 @@ def masked_bytes(x, MASK: tl.constexpr, SHIFT: tl.constexpr, NATIVE: tl.constexp
     if MASK & 0xFF == 0xFF:
         y = x.to(tl.int8, bitcast=True)
     elif NATIVE:
-        if SHIFT == 0:
-            y = tl.inline_asm_elementwise(f"and.b32 $0, $1, {MASK};", "=r,r", [x], tl.int8, True, 4)
-        else:
-            y = tl.inline_asm_elementwise(
-                f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}",
-                "=r,r",
-                [x],
-                tl.int8,
-                True,
-                4,
-            )
+        asm: tl.constexpr = f"{{ .reg .b32 t; shr.b32 t, $1, {SHIFT}; and.b32 $0, t, {MASK}; }}"
+        y = tl.inline_asm_elementwise(asm, "=r,r", [x], tl.int8, True, 4)
     else:
         y = ((x >> SHIFT) & (MASK & 0xFF)).to(tl.int8, bitcast=True)
     return y

@@ -17,6 +17,7 @@ def check_tensor(
     dtype: torch.dtype | Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
     unit_stride: bool = False,
+    contiguous: bool = False,
 ) -> None:
     """Raise TypeError or ValueError naming the argument, what was expected and what came.
 
@@ -38,15 +39,14 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {wanted}, got {list(value.shape)}")
     if device is not None and value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
-    if (
-        unit_stride
-        and value.dim()
-        and value.numel()
-        and value.shape[-1] > 1
-        and value.stride(-1) != 1
-    ):
+    last = value.shape[-1] if value.dim() and value.numel() else 0
+    if unit_stride and last > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name}: expected a last dimension of stride 1, got strides {list(value.stride())}"
+        )
+    if contiguous and not value.is_contiguous():
+        raise ValueError(
+            f"{name}: expected a contiguous tensor, got strides {list(value.stride())}"
         )
 
 
@@ -60,12 +60,21 @@ def check_output(
     """The caller's output, checked, or a new float32 one of `shape` on the device of `like`."""
     if value is None:
         return torch.empty(tuple(shape), dtype=torch.float32, device=like.device)
-    check_tensor(name, value, shape=shape, dtype=dtype, device=like.device)
-    if not value.is_contiguous():
-        raise ValueError(
-            f"{name}: expected a contiguous tensor, got strides {list(value.stride())}"
-        )
+    check_tensor(name, value, shape=shape, dtype=dtype, device=like.device, contiguous=True)
     return value
+
+
+def check_lens(seq_lens: torch.Tensor, batch: int, device: torch.device) -> None:
+    """int32 [batch]."""
+    i32 = torch.int32
+    check_tensor("seq_lens", seq_lens, shape=(batch,), dtype=i32, device=device, contiguous=True)
+
+
+def check_ids(batch: int, device: torch.device, **ids: torch.Tensor | None) -> None:
+    """name=ids of every row: int32 [batch], or None."""
+    for name, x in ids.items():
+        if x is not None:
+            check_tensor(name, x, shape=(batch,), dtype=torch.int32, device=device, contiguous=True)
 
 
 def check_least(**values: tuple[int, int]) -> None:

@@ -66,8 +66,6 @@ def check_bf16(name: str, x: torch.Tensor) -> None:
 
 def multiprocessors(device: torch.device) -> int:
     """How many there are; 1 where there is no GPU."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 1
-    )
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -25,7 +25,7 @@ def _bf16_parts(x):
 
 @triton.jit
 def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
-    """float32 a [.., M, K] @ b [.., K, N] in float32 accuracy, or multiply and sum.
+    """float32 a [M, K] @ b [K, N] in float32 accuracy, or multiply and sum.
 
     b float32: three tf32 products (a + a_lo)(b + b_lo). 16-bit floats are exact in tf32: two
     products; bf16 where it has arithmetic (NATIVE): a is the sum of three bf16 parts.
@@ -36,9 +36,8 @@ def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
         out = tl.dot(a2, b, out)
         out = tl.dot(a1, b, out)
     elif MATRIX and b.dtype != tl.float32:
-        top = (a.to(tl.int32, bitcast=True) & -8192).to(
-            tl.float32, bitcast=True
-        )  # what tf32 keeps of a
+        kept = a.to(tl.int32, bitcast=True) & -8192  # what tf32 keeps of a
+        top = kept.to(tl.float32, bitcast=True)
         b = b.to(tl.float32)
         out = tl.dot(a - top, b, input_precision="tf32")
         out = tl.dot(top, b, out, input_precision="tf32")
@@ -47,11 +46,8 @@ def dot_f32(a, b, MATRIX: tl.constexpr, NATIVE: tl.constexpr = False):
     else:
         b = b.to(tl.float32)
         # fma, as Triton rewrites a sum of products of this shape to a tf32 dot.
-        if len(a.shape) == 3:
-            a3, b3 = tl.broadcast(a[:, :, :, None], b[:, None, :, :])
-        else:
-            a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
-        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), len(a.shape) - 1)
+        a3, b3 = tl.broadcast(a[:, :, None], b[None, :, :])
+        out = tl.sum(tl.fma(a3, b3, tl.zeros(a3.shape, dtype=tl.float32)), 1)
     return out
 
 
@@ -109,6 +105,15 @@ def cos_sin_of_phase(phase, FAST: tl.constexpr):
         c = tl.where(half, -c, c)
         s = tl.where(half, -s, s)
     return c, s
+
+
+@triton.jit
+def row_of(ids_ptr, b, default):
+    """ids[b], int64; `default` where there are no ids."""
+    row = default
+    if ids_ptr is not None:
+        row = tl.load(ids_ptr + b).to(tl.int64)
+    return row
 
 
 @triton.jit

@@ -33,48 +33,26 @@ Oracle: reference/attention.py.   Test: tests/test_attention.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-from ._bits import (
-    field_mask,
-    fields_of,
-    first_block,
-    group_offset,
-    is_half_group,
-    masked_bytes,
-    page_bytes,
-    place_of,
-    rank_of,
-    subtiles_of,
-    weights_and_zeros,
-)  # fmt: skip
-from ._checks import FLOATS, check_least, check_output, check_tensor
-from ._math import (
-    FULL,
-    LOG2_FULL,
-    ROUND_TO_LOW_BITS,
-    TINY,
-    cos_sin_of_phase,
-    natural_lse,
-    row_of_program,
-    row_share,
-    row_splits,
-)  # fmt: skip
-from .attention_sm75 import _attend_old_cards, operand_words
-from .codec import Codec
+from . import _bits, _launch, _math
+from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
+from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY
+from .attention_sm75 import launch_old_cards, operand_words
+from .codec import Codec, check_codec
 from .compress import check_pages, check_table
 from .layout import PAGE_SIZE, PageLayout, unpack_pages
 from .merge import merge_states_torch
-from .rope import check_codec, codec_rows, project_queries_torch
+from .rope import check_queries, codec_rows, project_queries
 from .window import (
     LOG2_E,
     attend_window_torch,
-    check_queries,
     check_window,
+    softmax_scale,
     window_split,
     window_tile,
 )  # fmt: skip
@@ -112,22 +90,15 @@ def _by_eights(w):
 
 
 @triton.jit
-def _k_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16]."""
-    y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
-    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
-        y = tl.permute(tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE)), [0, 3, 1, 2])
-        y = tl.reshape(y, [x.shape[0], 64, 16])
-    return y
-
-
-@triton.jit
-def _v_block(x, GROUPS: tl.constexpr, i: tl.constexpr, NATIVE: tl.constexpr):
-    """Block i of 64 tokens from the bytes of its group, int8 [W, 16, 64]."""
-    y = masked_bytes(x, field_mask(GROUPS, i), 0, NATIVE)
-    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
-        y = tl.permute(tl.join(y, masked_bytes(x, field_mask(GROUPS, i), 4, NATIVE)), [0, 1, 3, 2])
-        y = tl.reshape(y, [x.shape[0], 16, 64])
+def _block(x, GROUPS: tl.constexpr, i: tl.constexpr, IS_K: tl.constexpr, NATIVE: tl.constexpr):
+    """Block i of 64 tokens from the bytes of its group, int8 [W, 64, 16] of K, [W, 16, 64] of V."""
+    y = _bits.masked_bytes(x, _bits.field_mask(GROUPS, i), 0, NATIVE)
+    if _bits.is_half_group(GROUPS, _bits.place_of(GROUPS, i)[0]):
+        y = tl.join(y, _bits.masked_bytes(x, _bits.field_mask(GROUPS, i), 4, NATIVE))
+        if IS_K:
+            y = tl.reshape(tl.permute(y, [0, 3, 1, 2]), [x.shape[0], 64, 16])
+        else:
+            y = tl.reshape(tl.permute(y, [0, 1, 3, 2]), [x.shape[0], 16, 64])
     return y
 
 
@@ -163,34 +134,13 @@ def _by_thread(x, M: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _u_operand(ptr, N: tl.constexpr):
-    """The projected queries of two blocks, int8 [W, 32, N], in the order of `_side_by_side`, at
-    pointers [W]."""
-    x = tl.reshape(tl.load(ptr[:, None] + tl.arange(0, 32 * N)[None, :]), [ptr.shape[0], N, 32])
-    return tl.permute(x, [0, 2, 1])
-
-
-@triton.jit
-def _dot_int8(a, b, MATRIX: tl.constexpr):
-    """a [.., M, K] @ b [.., K, N], int8 to int32, exact."""
-    if MATRIX:
-        out = tl.dot(a, b, out_dtype=tl.int32)
-    elif len(a.shape) == 3:
-        out = tl.sum(a.to(tl.int32)[:, :, :, None] * b.to(tl.int32)[:, None, :, :], 2)
-    else:
-        out = tl.sum(a.to(tl.int32)[:, :, None] * b.to(tl.int32)[None, :, :], 1)
-    return out
-
-
-@triton.jit
 def _split_int16(x, NATIVE: tl.constexpr):
     """x in [-32512, 32512], rounded to nearest, as 256 hi + lo: (hi, lo) int8 and the rounded x,
     float32."""
     shifted = x + ROUND_TO_LOW_BITS
     value = shifted - ROUND_TO_LOW_BITS
-    bits = shifted.to(
-        tl.int32, bitcast=True
-    )  # the low 16 bits are the integer + 128: hi is its high byte
+    # The low 16 bits are the integer + 128: hi is its high byte.
+    bits = shifted.to(tl.int32, bitcast=True)
     if NATIVE:
         hi, lo = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b;
@@ -260,7 +210,6 @@ def _project_frames(
     D: tl.constexpr,
     GROUPS: tl.constexpr,
     M: tl.constexpr,
-    MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """The projected queries of frames first .. end - 1, in log2 units, M rows (a frame and a query)
@@ -269,7 +218,7 @@ def _project_frames(
     u [.., ceil(R/32), 2 ROWS, 32] int8 (query, hi or lo; 32 components in the order of
     `_side_by_side`, by their weight) with affine [.., ROWS, 2] float32: their unit, and the bias:
     the mean's score and the sum of u times zeros."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     FRAMES: tl.constexpr = M // ROWS  # at a time
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
@@ -283,7 +232,7 @@ def _project_frames(
     column = tl.arange(0, BLOCK_R)
     # The component of a product's column: see `_by_thread`.
     r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-    weight, zero = weights_and_zeros(r, GROUPS, 0, R // 16)
+    weight, zero = _bits.weights_and_zeros(r, GROUPS, 0, R // 16)
     zero = _by_thread(zero[None, :], 1, BLOCK_R)
     at = basis_ptr + r[None, :] * D + d[:, None]
     basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)  # [D, R]
@@ -291,12 +240,12 @@ def _project_frames(
     mean = tl.load(mean_ptr + d, mask=d < D, other=0.0) * softmax_scale
     for start in range(first, end, FRAMES):
         phase = ((freqs * FRAME * start) >> 32).to(tl.int32)  # exact modulo a turn
-        cos, sin = cos_sin_of_phase(phase[None, None, :] + ahead[:, None, :], NATIVE)
+        cos, sin = _math.cos_sin_of_phase(phase[None, None, :] + ahead[:, None, :], NATIVE)
         turned = q * cos + other * sin  # [FRAMES, ROWS, BLOCK_D]
         bias = tl.sum(turned * mean[None, None, :], 2)  # [FRAMES, ROWS], in units of 1 / full
         hi, lo, _ = _split_int16(tl.reshape(turned, [M, BLOCK_D]), NATIVE)
-        u = _dot_int8(hi, basis, MATRIX) * 256 + _dot_int8(lo, basis, MATRIX)  # [M, R]
-        u = u.to(tl.float32) * scale[None, :]  # in units of 1 / full
+        dots = tl.dot(hi, basis, out_dtype=tl.int32) * 256 + tl.dot(lo, basis, out_dtype=tl.int32)
+        u = dots.to(tl.float32) * scale[None, :]  # [M, R], in units of 1 / full
         top = tl.max(tl.abs(u), 1)
         u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)
         hi, lo, value = _split_int16(u, NATIVE)
@@ -329,28 +278,9 @@ def _sum_of_warps(parts):
         x = tl.reshape(tl.permute(tl.sum(tl.join(parts[0], parts[1]), 0), [2, 0, 1]), [32, N])
     else:
         x = tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), 0)
-        x = tl.reshape(
-            tl.permute(x, [3, 2, 0, 1]), [64, N]
-        )  # of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1)
+        # Of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1).
+        x = tl.reshape(tl.permute(x, [3, 2, 0, 1]), [64, N])
     return x
-
-
-@triton.jit
-def _prefetch(at, size, live):
-    """Ask L2 for `size` bytes, a multiple of 16, from each of the addresses that are live; an
-    element a thread. From sm_90, which wants addresses that are multiples of 16: the one before
-    will do."""
-    tl.inline_asm_elementwise(
-        """{ .reg .pred p;
-        setp.ne.b32 p, $3, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0; }""",
-        "=r,l,r,r",
-        [at & -16, size, live.to(tl.int32)],
-        tl.int32,
-        False,
-        1,
-    )
 
 
 @triton.jit
@@ -358,8 +288,8 @@ def _prefetch_first(
     k_ptr, v_ptr, basis_ptr, scale_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
     D: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Ask for the first pages of a split, the K basis and V's scales: a quarter of the threads
-    each."""
+    """Ask L2 for the first pages of a split, the K basis and V's scales: a quarter of the threads
+    each. From sm_90, which wants addresses that are multiples of 16: the one before will do."""
     thread = tl.arange(0, 32 * W)
     what = thread // (8 * W)
     nth = thread % (8 * W)
@@ -368,34 +298,42 @@ def _prefetch_first(
     at = tl.where(what == 2, basis_ptr.to(tl.int64), scale_ptr.to(tl.int64))
     at = tl.where(what == 1, v_ptr.to(tl.int64) + number * stride_v_page, at)
     at = tl.where(what == 0, k_ptr.to(tl.int64) + number * stride_k_page, at)
-    size = tl.where(what == 2, rank_of(K_GROUPS) * D, 4 * rank_of(V_GROUPS))
-    size = tl.where(what == 1, page_bytes(V_GROUPS), size)
-    size = tl.where(what == 0, page_bytes(K_GROUPS), size)
-    _prefetch(at, size, tl.where(what < 2, early, nth == 0))
+    size = tl.where(what == 2, _bits.rank_of(K_GROUPS) * D, 4 * _bits.rank_of(V_GROUPS))
+    size = tl.where(what == 1, _bits.page_bytes(V_GROUPS), size)
+    size = tl.where(what == 0, _bits.page_bytes(K_GROUPS), size)
+    live = tl.where(what < 2, early, nth == 0).to(tl.int32)
+    tl.inline_asm_elementwise(
+        """{ .reg .pred p;
+        setp.ne.b32 p, $3, 0;
+        @p cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0; }""",
+        "=r,l,r,r", [at & -16, size, live], tl.int32, False, 1,
+    )  # fmt: skip
 
 
 @triton.jit
 def _page_scores(
     page_ptr, u_ptr, affine_ptr, u_at, W: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    MATRIX: tl.constexpr, NATIVE: tl.constexpr,
+    NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Scores of the tokens of W pages at page_ptr [W], in log2 units, float32 [W, 64, ROWS]; u_at
     [W]: the rows of u of their frames."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     N: tl.constexpr = 2 * ROWS
     blocks = ()
     for n in tl.static_range(len(GROUPS)):
-        x = _k_columns(page_ptr + group_offset(GROUPS, n), subtiles_of(GROUPS, n))
-        for f in tl.static_range(fields_of(GROUPS, n)):
-            blocks = blocks + (_k_block(x, GROUPS, first_block(GROUPS, n) + f, NATIVE),)
+        x = _k_columns(page_ptr + _bits.group_offset(GROUPS, n), _bits.subtiles_of(GROUPS, n))
+        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+            blocks = blocks + (_block(x, GROUPS, _bits.first_block(GROUPS, n) + f, True, NATIVE),)
     if R % 32:
         blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
     dots = tl.zeros([W, 64, N], dtype=tl.int32)
     for step in tl.static_range(STEPS):
-        u = _u_operand(u_ptr + (u_at * STEPS + step) * (32 * N), N)  # [W, 32, N]
+        at = (u_at * STEPS + step)[:, None] * (32 * N) + tl.arange(0, 32 * N)[None, :]
+        u = tl.permute(tl.reshape(tl.load(u_ptr + at), [W, N, 32]), [0, 2, 1])
         x = _side_by_side(blocks[2 * step], blocks[2 * step + 1])  # [W, 64, 32]
-        dots += _dot_int8(x, u, MATRIX)
+        dots += tl.dot(x, u, out_dtype=tl.int32)
     hi, lo = tl.split(tl.reshape(dots, [W, 64, ROWS, 2]))
     affine = affine_ptr + u_at[:, None] * (2 * ROWS) + tl.arange(0, 2 * ROWS)[None, :]
     unit, bias = tl.split(tl.reshape(tl.load(affine), [W, ROWS, 2]))
@@ -408,12 +346,12 @@ def _store_split(
 ):  # fmt: skip
     """The warps' states together: lse, and the output in coefficients of the V basis. l and acc
     count weights in units of 1 / FULL."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     m = tl.max(m_warp, 0)
     share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
     l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
     norm = tl.where(l == 0.0, 0.0, 1.0 / l)
-    tl.store(lse_ptr + out, natural_lse(m, l), mask=live)
+    tl.store(lse_ptr + out, _math.natural_lse(m, l), mask=live)
     BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
     for n in tl.static_range(0, R // 16, BLOCKS):
         parts = ()
@@ -422,7 +360,7 @@ def _store_split(
         x = _sum_of_warps(parts)  # [16 BLOCKS, ROWS]
         r = n * 16 + tl.arange(0, 16 * BLOCKS)
         scale = tl.load(v_scale_ptr + r, mask=r < R, other=0.0)
-        weight, zero = weights_and_zeros(r, GROUPS, n, min(n + BLOCKS, R // 16))
+        weight, zero = _bits.weights_and_zeros(r, GROUPS, n, min(n + BLOCKS, R // 16))
         x = (x + zero[:, None] * w_sum[None, :]) * ((scale * weight)[:, None] * norm[None, :])
         mask = (r < R)[:, None] & live[None, :]
         tl.store(c_ptr + out[None, :] * R + r[:, None], x, mask=mask)
@@ -457,14 +395,13 @@ def _pages_split(
     PAGES: tl.constexpr = SHAPE[2] // 64  # of a frame
     ROWS: tl.constexpr = TILE[0]
     W: tl.constexpr = TILE[2]
-    MATRIX: tl.constexpr = PATH[2]
-    NATIVE: tl.constexpr = PATH[3]
+    NATIVE: tl.constexpr = PATH[2]
     live = row < Q * HG
     # Nothing waits for another load that need not: queries, then the table, then basis and pages.
     queries = _load_queries(
         q_ptr, row, live, strides_q[1], strides_q[2], freqs_ptr, HG, D, SHAPE[1]
     )
-    page, end, stop = row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
+    page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
     first = page // PAGES
     u_row -= first
     if page < end:
@@ -475,8 +412,7 @@ def _pages_split(
             )  # fmt: skip
         _project_frames(
             queries, live, k_basis_ptr, k_scale_ptr, k_mean_ptr, u_ptr, affine_ptr, u_row, first,
-            tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS, D, K_GROUPS, TILE[1], MATRIX,
-            NATIVE,
+            tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS, D, K_GROUPS, TILE[1], NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
         token = tl.arange(0, 64)
@@ -485,7 +421,7 @@ def _pages_split(
         l_warp = tl.zeros([W, ROWS], dtype=tl.float32)
         w_warp = tl.zeros([W, ROWS], dtype=tl.float32)
         acc = ()
-        for _ in tl.static_range(rank_of(V_GROUPS) // 16):
+        for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16):
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
         for start in range(page, end, W):
             # [W]; a warp without a page repeats the last one and sees none of its tokens.
@@ -493,7 +429,7 @@ def _pages_split(
             number = tl.load(table_ptr + j).to(tl.int64)
             s = _page_scores(
                 k_ptr + number * stride_k_page, u_ptr, affine_ptr, u_row + j // PAGES, W, ROWS,
-                K_GROUPS, MATRIX, NATIVE,
+                K_GROUPS, NATIVE,
             )  # fmt: skip
             position = j[:, None] * 64 + token[None, :]
             seen = (position >= EXACT[0]) & (position < stop) & (start + warp < end)[:, None]
@@ -514,11 +450,12 @@ def _pages_split(
             w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, 2 * ROWS])
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
-                group_ptr = v_ptr + number * stride_v_page + group_offset(V_GROUPS, n)
-                x = _v_columns(group_ptr, subtiles_of(V_GROUPS, n))
-                for f in tl.static_range(fields_of(V_GROUPS, n)):
-                    y = _v_block(x, V_GROUPS, first_block(V_GROUPS, n) + f, NATIVE)  # [W, 16, 64]
-                    hi, lo = tl.split(tl.reshape(_dot_int8(y, w_both, MATRIX), [W, 16, ROWS, 2]))
+                group_ptr = v_ptr + number * stride_v_page + _bits.group_offset(V_GROUPS, n)
+                x = _v_columns(group_ptr, _bits.subtiles_of(V_GROUPS, n))
+                for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
+                    y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
+                    dots = tl.dot(y, w_both, out_dtype=tl.int32)
+                    hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
                     part = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
                     rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part,)
             acc = rescaled
@@ -530,25 +467,13 @@ def _pages_split(
 @triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
-    freqs_ptr,
-    k_basis_ptr,
-    k_scale_ptr,
-    k_mean_ptr,
-    v_scale_ptr,
+    codec,  # freqs, k_basis, k_scale, k_mean, v_scale
     k_pages_ptr,
     v_pages_ptr,
     k_exact_ptr,
     v_exact_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
-    seq_ids_ptr,
-    u_ptr,
-    affine_ptr,
-    c_ptr,
-    lse_ptr,
-    exact_o_ptr,
-    exact_lse_ptr,
+    tables,  # block_table, seq_lens, codec_ids, seq_ids
+    states,  # u, affine, c, lse, exact o, exact lse
     u_frames,
     B,
     programs,  # of `row_splits`
@@ -563,12 +488,15 @@ def _attend_spectral_kernel(
     V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N); RING 0: pages alone
     TILE: tl.constexpr,  # (ROWS, M, W, FEW, BLOCK_B)
-    PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, MATRIX, NATIVE)
+    PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, NATIVE)
 ):
     """The exact tokens (`window_split`) of all rows, which start first, and the splits of their
     pages (`_pages_split`)."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
+    freqs_ptr, k_basis_ptr, k_scale_ptr, k_mean_ptr, v_scale_ptr = codec
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
+    u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr = states
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
         tl.extra.cuda.gdc_launch_dependents()
     g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -579,22 +507,20 @@ def _attend_spectral_kernel(
         blocks = tl.cdiv(Q * HG, ROWS)
         program = (tl.program_id(1) - exact_programs) // blocks
         block = (tl.program_id(1) - exact_programs) % blocks
-        splits_of = row_splits(
+        splits_of = _math.row_splits(
             seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
         )
-        b, split, splits = row_of_program(splits_of, program, TILE[4])
+        b, split, splits = _math.row_of_program(splits_of, program, TILE[4])
         if b < B:
-            codec_row = g
-            if codec_ids_ptr is not None:
-                codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+            codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
             row = block * ROWS + tl.arange(0, ROWS)
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
             u_row = ((program.to(tl.int64) * blocks + block) * G + g) * u_frames
             _pages_split(
                 q_ptr + b * strides_q[0] + g * HG * strides_q[1], freqs_ptr,
-                k_basis_ptr + codec_row * (rank_of(K_GROUPS) * D),
-                k_scale_ptr + codec_row * rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
-                v_scale_ptr + codec_row * rank_of(V_GROUPS),
+                k_basis_ptr + codec_row * (_bits.rank_of(K_GROUPS) * D),
+                k_scale_ptr + codec_row * _bits.rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
+                v_scale_ptr + codec_row * _bits.rank_of(V_GROUPS),
                 k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
                 block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
                 tl.load(seq_lens_ptr + b), row, out, split, splits, u_row, Q, softmax_scale,
@@ -605,17 +531,13 @@ def _attend_spectral_kernel(
         split = tl.program_id(1) % EXACT[3]
         block = tl.program_id(1) // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
         b = (tl.program_id(1) // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
-        exact_row = b
-        if seq_ids_ptr is not None:
-            exact_row = tl.load(seq_ids_ptr + b).to(tl.int64)
+        exact_row = _math.row_of(seq_ids_ptr, b, b)
         if PATH[1]:  # the newest tokens are written by the launch before
             tl.extra.cuda.gdc_wait()
         window_split(
-            q_ptr, k_exact_ptr + exact_row * strides_exact[0] + g * strides_exact[1],
-            v_exact_ptr + exact_row * strides_exact[3] + g * strides_exact[4],
-            exact_o_ptr, exact_lse_ptr, tl.load(seq_lens_ptr + b), split, block, b, g, Q, G,
-            softmax_scale, strides_q, strides_exact[2], strides_exact[5],
-            HG, D, EXACT[0], EXACT[1], EXACT[2], EXACT[3], EXACT[4], EXACT[5], PATH[2], PATH[3],
+            q_ptr, k_exact_ptr, v_exact_ptr, exact_o_ptr, exact_lse_ptr,
+            tl.load(seq_lens_ptr + b), exact_row, split, block, b, g, Q, G, softmax_scale,
+            strides_q, strides_exact, HG, D, EXACT, True, PATH[2],
         )  # fmt: skip
 
 
@@ -637,9 +559,7 @@ def _finish_spectral_kernel(
     head = tl.program_id(1)
     b = (tl.program_id(2) // Q).to(tl.int64)
     row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q
-    codec_row = (head // HG).to(tl.int64)
-    if codec_ids_ptr is not None:
-        codec_row += tl.load(codec_ids_ptr + b).to(tl.int64) * G
+    codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + (head // HG).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
     n = tl.arange(0, BLOCK_N)
@@ -650,7 +570,7 @@ def _finish_spectral_kernel(
     inside = (r < RV)[:, None] & (d < D)[None, :]
     if not LATE:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
-    splits_of = row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
     rows = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
@@ -661,9 +581,8 @@ def _finish_spectral_kernel(
     at = row * EXACT_SPLITS + e
     exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT_SPLITS, other=float("-inf"))
     mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
-    y = tl.load(
-        exact_ptr + at[:, None] * D + d[None, :], mask=mask, other=0.0
-    )  # [BLOCK_E, BLOCK_D]
+    y_at = exact_ptr + at[:, None] * D + d[None, :]  # [BLOCK_E, BLOCK_D]
+    y = tl.load(y_at, mask=mask, other=0.0)
     m = tl.max(exact_lse, 0)
     low = tl.where(m == float("-inf"), 0.0, m)
     w = tl.exp(exact_lse - low)
@@ -712,28 +631,10 @@ class Plan:
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
     frames: int  # that queries are projected for: of a split at most, or of a row
-    window: dict[str, int]  # window.window_tile, SPLITS 0 without exact tokens
+    window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
+    sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, in a workspace
     matrix: bool
     options: dict[str, int]  # num_warps, num_stages, maxnreg
-
-    def sizes(self, batch: int, kv_heads: int, group: int, queries: int, codec: Codec) -> list[int]:
-        """Bytes of the parts of a workspace: u, affine, c, lse, exact o, exact lse; multiples of
-        16."""
-        units, heads = self.blocks * kv_heads * self.frames, kv_heads * group * queries
-        if self.matrix:
-            units *= self.states * self.rows
-            projected = [units * _launch.cdiv(codec.layout.k.rank, 32) * 64, units * 8]
-        else:
-            projected = [units * batch * 4 * operand_words(codec.layout.k.rank), 0]
-        exact, states = batch * heads * self.window["SPLITS"], self.states * heads
-        sizes = [
-            *projected,
-            states * codec.layout.v.rank * 4,
-            states * 4,
-            exact * codec.layout.head_dim * 4,
-            exact * 4,
-        ]
-        return [_launch.cdiv(size, 16) * 16 for size in sizes]
 
 
 def plan_launch(
@@ -788,15 +689,22 @@ def plan_launch(
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
     states = min(programs + batch - 1, batch * turns)
     share = min(turns, 2 * _launch.cdiv(batch * turns, max(1, programs * few // 6))) * warps
-    window = {"BLOCK_M": 16, "BLOCK_N": 16, "SPLITS": 0}
+    window = (0, 16, 16)
     if slots:
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
     if matrix:
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
+        units = states * blocks * kv_heads * frames * rows
+        projected = [units * _launch.cdiv(layout.k.rank, 32) * 64, units * 8]
     else:
         frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
-    sizes = (rows, blocks, m, warps, programs, few, block_b, states, frames)
-    return Plan(*sizes, window, matrix, options)
+        projected = [batch * blocks * kv_heads * frames * operand_words(layout.k.rank) * 4, 0]
+    cold = states * kv_heads * group * queries  # states of pages, and of exact tokens
+    exact = window[0] * batch * kv_heads * group * queries
+    parts = [*projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
+    sizes = [_launch.cdiv(size, 16) * 16 for size in parts]
+    numbers = (rows, blocks, m, warps, programs, few, block_b, states, frames)
+    return Plan(*numbers, window, sizes, matrix, options)
 
 
 def attend_workspace(
@@ -808,57 +716,41 @@ def attend_workspace(
     max_pages: int,
     slots: int = 0,
     device: torch.device | None = None,
-    num_splits: int | None = None,
-    matrix_units: bool | None = None,
 ) -> int:
-    """Bytes of the workspace of `attend_spectral` for these shapes.
+    """Bytes of the workspace of `attend_spectral` for these shapes, launched by default.
 
     Args:
         batch, query_heads, queries: B, H, Q.      max_pages: columns of the block table.
         slots: of k_exact (sinks + ring), 0 for pages alone.      device: default the codec's.
-        num_splits, matrix_units: as for the call.
     Raises:
         TypeError, ValueError: an argument is not as above.
     """
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    check_least(
-        batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0),
-        num_splits=(1 if num_splits is None else num_splits, 1),
-    )  # fmt: skip
-    device, heads = device or codec.freqs.device, codec.kv_heads
+    on, heads = check_codec(codec), codec.kv_heads
+    check_least(batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0))
     if query_heads % heads:
         raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
-    group = query_heads // heads
-    plan = plan_launch(
-        codec.layout, batch, heads, group, queries, max_pages, slots, device, num_splits,
-        matrix_units,
-    )  # fmt: skip
-    return sum(plan.sizes(batch, heads, group, queries, codec))
+    shape = (batch, heads, query_heads // heads, queries, max_pages, slots)
+    return sum(plan_launch(codec.layout, *shape, device or on).sizes)
 
 
 def _check_attend(
     q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids, codec_ids,
-    scale,
-) -> tuple[float, int]:  # fmt: skip
-    """(softmax scale, slots of the exact tokens)."""
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    scale = check_queries(q, codec.kv_heads, codec.layout.head_dim, scale)
-    check_codec(codec, codec_ids, q, None)
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        check_pages(name, pages, codec, name[0])
-        check_tensor(name, pages, device=q.device)
+) -> int:  # fmt: skip
+    """Slots of the exact tokens."""
+    check_pages("k_pages", k_pages, codec, "k")
+    check_pages("v_pages", v_pages, codec, "v")
     check_tensor("v_pages", v_pages, shape=(k_pages.shape[0], None, None))
-    check_table(block_table, seq_lens, q.shape[0], q.device)
-    if sinks < 0 or window < 0:
-        raise ValueError(f"sinks, window: expected at least 0, got {sinks}, {window}")
+    device, heads = k_pages.device, codec.kv_heads
+    check_queries(q, heads, codec.layout.head_dim, device)
+    _launch.check_bf16("q", q)
+    check_table(block_table, seq_lens, q.shape[0], device)
+    check_ids(q.shape[0], device, codec_ids=codec_ids, seq_ids=seq_ids)
+    check_least(sinks=(sinks, 0), window=(window, 0))
     if exact is None:
-        return scale, 0
+        return 0
     if len(exact) != 2:
         raise ValueError(f"exact: expected (k_exact, v_exact), got {len(exact)} things")
-    check_tensor("k_exact", exact[0], shape=(None, codec.kv_heads, None, codec.layout.head_dim))
-    return scale, sinks + check_window(q, exact[0], exact[1], seq_lens, sinks, window, seq_ids)
+    return sinks + check_window(q, exact[0], exact[1], heads, sinks, window, seq_ids)
 
 
 def attend_spectral(
@@ -904,7 +796,7 @@ def attend_spectral(
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in
             place.
         workspace: uint8 [n], n at least `attend_workspace`, contiguous; None: allocated. Nothing is
-            kept in it.
+            kept in it. More with num_splits or matrix_units: the error says how much.
         num_splits: programs that share a row's pages where all rows are as long, at most
             MAX_SPLITS; default by batch and card.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards
@@ -918,10 +810,10 @@ def attend_spectral(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    scale, slots = _check_attend(
-        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids,
-        codec_ids, scale,
-    )  # fmt: skip
+    slots = _check_attend(
+        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids, codec_ids
+    )
+    scale = softmax_scale(scale, q.shape[-1])
     out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
@@ -936,29 +828,14 @@ def attend_spectral(
         return out, lse
     q4 = q if q.dim() == 4 else q[:, :, None]
     batch, heads, queries, _ = q4.shape
-    group = heads // codec.kv_heads
-    plan = plan_launch(
-        codec.layout, batch, codec.kv_heads, group, queries, block_table.shape[1], slots, q.device,
-        num_splits, matrix_units,
-    )  # fmt: skip
-    states = _parts(workspace, plan.sizes(batch, codec.kv_heads, group, queries, codec), q.device)
-    tables = (block_table, seq_lens, codec_ids, seq_ids)
+    shape = (batch, codec.kv_heads, heads // codec.kv_heads, queries, block_table.shape[1], slots)
+    plan = plan_launch(codec.layout, *shape, q.device, num_splits, matrix_units)
+    states = _parts(workspace, plan.sizes, q.device)
+    tables, kept = (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, slots - sinks)
+    launch = partial(_launch_pages, after_append=after_append) if plan.matrix else launch_old_cards
     with torch.cuda.device_of(q):
-        if plan.matrix:
-            exact_slots = (sinks, window, max(slots - sinks, 0))
-            _launch_pages(
-                q4, k_pages, v_pages, codec, exact or (q4, q4), tables, states, exact_slots,
-                scale * LOG2_E, plan, after_append,
-            )  # fmt: skip
-        else:
-            _attend_old_cards(
-                q4, k_pages, v_pages, codec, block_table, seq_lens, exact,
-                (states[0].view(torch.int32), *states[2:]), sinks=sinks, window=window,
-                seq_ids=seq_ids, codec_ids=codec_ids, scale=scale, plan=plan,
-            )  # fmt: skip
-        _launch_finish(
-            states[2:], codec, seq_lens, codec_ids, out, lse, q4.shape, (sinks, window), plan
-        )
+        launch(q4, k_pages, v_pages, codec, exact, tables, states, kept, scale * LOG2_E, plan)
+        _launch_finish(states[2:], codec, tables, out, lse, q4.shape, kept, plan)
     return out, lse
 
 
@@ -977,20 +854,21 @@ def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.devic
 
 
 def _launch_pages(
-    q, k_pages, v_pages, codec, exact, tables, states, exact_slots, scale, plan, after_append
+    q, k_pages, v_pages, codec, exact, tables, states, kept, scale, plan, after_append
 ) -> None:  # fmt: skip
-    """`_attend_spectral_kernel`; exact: (k_exact, v_exact), or stand-ins that are not read."""
-    (batch, heads, queries, dim), layout, tile = q.shape, codec.layout, plan.window
-    u, affine, c, split_lse, exact_o, exact_lse = states
+    """`_attend_spectral_kernel`; kept: (sinks, window, ring); scale: of scores in log2 units."""
+    (batch, heads, queries, dim), layout = q.shape, codec.layout
+    splits, block_m, _ = plan.window
     group = heads // codec.kv_heads
-    blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
     overlap = _launch.overlaps_launches(q.device)
-    exact_programs = batch * blocks_m * tile["SPLITS"]
+    exact_programs = batch * _launch.cdiv(group * queries, block_m) * splits
     grid = (codec.kv_heads, exact_programs + plan.states * plan.blocks)
+    if exact is None:
+        exact, kept = (q, q), (*kept[:2], 0)  # not read
     _attend_spectral_kernel[grid](
-        q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale,
-        k_pages, v_pages, *exact, *tables, u.view(torch.int8), affine, c, split_lse,
-        exact_o, exact_lse, plan.frames, batch, plan.programs, queries, scale,
+        q, (codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale),
+        k_pages, v_pages, *exact, tables, (states[0].view(torch.int8), *states[1:]),
+        plan.frames, batch, plan.programs, queries, scale,
         q.stride()[:3],
         (*k_pages.stride()[:2], *v_pages.stride()[:2], tables[0].stride(0)),
         (*exact[0].stride()[:3], *exact[1].stride()[:3]),
@@ -998,17 +876,15 @@ def _launch_pages(
         SHAPE=(dim, codec.freqs.shape[0], layout.frame),
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
-        EXACT=(*exact_slots, tile["SPLITS"], tile["BLOCK_M"], tile["BLOCK_N"]),
+        EXACT=(*kept, *plan.window),
         TILE=(plan.rows, plan.m, plan.warps, plan.few, plan.block_b),
-        PATH=(overlap, overlap and after_append, True, _launch.is_native(q)),
+        PATH=(overlap, overlap and after_append, _launch.is_native(q)),
         launch_pdl=overlap and after_append,
         **plan.options,
     )  # fmt: skip
 
 
-def _launch_finish(
-    states, codec, seq_lens, codec_ids, out, lse, shape, not_in_pages, plan
-) -> None:  # fmt: skip
+def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
     (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
     # The splits of a row at once, where rows are of one length.
@@ -1020,12 +896,12 @@ def _launch_finish(
     held = (block_n + block_d) * rank  # numbers in registers
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
-        *states, codec.v_basis, seq_lens, codec_ids, out, lse, batch, plan.programs, queries,
+        *states, codec.v_basis, *tables[1:3], out, lse, batch, plan.programs, queries,
         codec.kv_heads,
         HG=heads // codec.kv_heads,
         D=dim,
         RV=rank,
-        EXACT=(*not_in_pages, plan.window["SPLITS"]),
+        EXACT=(*kept[:2], plan.window[0]),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
         TURN=plan.warps,
@@ -1039,25 +915,21 @@ def _launch_finish(
 
 
 def attend_spectral_torch(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
-    block_table: torch.Tensor, seq_lens: torch.Tensor, *, sinks: int = 0, window: int = 0,
-    exact: tuple[torch.Tensor, torch.Tensor] | None = None, seq_ids: torch.Tensor | None = None,
-    codec_ids: torch.Tensor | None = None, scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k_pages, v_pages, codec, block_table, seq_lens, *, sinks=0, window=0, exact=None,
+    seq_ids=None, codec_ids=None, scale=None,
+):  # fmt: skip
     """`attend_spectral` in plain PyTorch, float32: coefficients times projected queries, without
     int8 splitting."""
-    scale, _ = _check_attend(
-        q, k_pages, v_pages, codec, block_table, seq_lens, sinks, window, exact, seq_ids,
-        codec_ids, scale,
-    )  # fmt: skip
+    scale = softmax_scale(scale, q.shape[-1])
     if exact is not None:
         cold = attend_spectral_torch(
             q, k_pages, v_pages, codec, block_table, seq_lens, sinks=sinks, window=window,
             codec_ids=codec_ids, scale=scale,
         )  # fmt: skip
         hot = attend_window_torch(
-            q, *exact, seq_lens, sinks=sinks, window=window, seq_ids=seq_ids, scale=scale
-        )
+            q, exact[0], exact[1], seq_lens, sinks=sinks, window=window, seq_ids=seq_ids,
+            scale=scale,
+        )  # fmt: skip
         return merge_states_torch(*hot, *cold)
     layout, batch = codec.layout, q.shape[0]
     stop = (seq_lens - window).clamp_min(0)
@@ -1074,7 +946,7 @@ def attend_spectral_torch(
     q4 = q if q.dim() == 4 else q[:, :, None]
     frames = -(-pages * PAGE_SIZE // layout.frame)
     frame = torch.arange(pages, device=q.device) * PAGE_SIZE // layout.frame
-    u, bias = project_queries_torch(q4, codec, frames, codec_ids=codec_ids)
+    u, bias = project_queries(q4, codec, frames, codec_ids=codec_ids)
     u = u[..., frame, :].unflatten(1, (codec.kv_heads, -1))  # [B, G, H/G, Q, pages, R_K]
     bias = bias[..., frame].unflatten(1, (codec.kv_heads, -1))
     scores = torch.einsum("bghqcr,bcgtr->bghqct", u, k) + bias[..., None]

@@ -28,32 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-from ._bits import (
-    field_mask,
-    field_weight,
-    field_zero,
-    fields_of,
-    first_block,
-    group_offset,
-    is_half_group,
-    place_of,
-    rank_of,
-    subtiles_of,
-)
-from ._math import (
-    FULL,
-    LOG2_FULL,
-    ROUND_TO_LOW_BITS,
-    TINY,
-    cos_sin,
-    natural_lse,
-    row_of_program,
-    row_share,
-    row_splits,
-)  # fmt: skip
-from .codec import Codec
-from .window import LOG2_E, _launch_window
+from . import _bits, _launch, _math
+from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY
+from .window import _launch_window
 
 
 @triton.jit
@@ -104,7 +81,7 @@ def _to_lanes(x, ROWS: tl.constexpr):
 @triton.constexpr_function
 def _word_mask(groups, i):
     """The bits of block i in a byte, in each byte of an int32."""
-    mask = field_mask(groups, i)
+    mask = _bits.field_mask(groups, i)
     return mask - 2**32 if mask >= 2**31 else mask
 
 
@@ -120,8 +97,8 @@ def _split(x):
 @triton.jit
 def _load_words(ptr, GROUPS: tl.constexpr, n: tl.constexpr):
     """Group n of a page, as words [sub-tiles, 4, 32]: word i of each lane's 16 bytes."""
-    SUBTILES: tl.constexpr = subtiles_of(GROUPS, n)
-    words = (ptr + group_offset(GROUPS, n)).to(tl.pointer_type(tl.int32))
+    SUBTILES: tl.constexpr = _bits.subtiles_of(GROUPS, n)
+    words = (ptr + _bits.group_offset(GROUPS, n)).to(tl.pointer_type(tl.int32))
     x = tl.load(words + tl.arange(0, 128 * SUBTILES))  # four words a thread
     return tl.permute(tl.reshape(x, [SUBTILES, 32, 4]), [0, 2, 1])
 
@@ -131,7 +108,7 @@ def _block_words(x, GROUPS: tl.constexpr, i: tl.constexpr):
     """Block i of 64 tokens from the words of its group, [2, 4, 32]; its bits where they lie."""
     MASK: tl.constexpr = _word_mask(GROUPS, i)
     y = x & MASK
-    if is_half_group(GROUPS, place_of(GROUPS, i)[0]):
+    if _bits.is_half_group(GROUPS, _bits.place_of(GROUPS, i)[0]):
         y = tl.reshape(tl.permute(tl.join(y, (x >> 4) & MASK), [0, 3, 1, 2]), [2, 4, 32])
     return y
 
@@ -198,7 +175,7 @@ def _load_columns(
             y = tl.load(q_row[None, :] + other, mask=live & paired, other=0.0).to(tl.float32)
             # No turn: cosine 1, sine 0.
             freqs = tl.load(freqs_ptr + tl.where(d < PAIRS, d, d - PAIRS), mask=paired, other=0)
-            cos, sin = cos_sin(start, freqs, NATIVE)
+            cos, sin = _math.cos_sin(start, freqs, NATIVE)
             x = x * cos + tl.where(d < PAIRS, y, -y) * sin
         score += tl.sum(x * tl.load(mean_ptr + d), 0)
         hi, lo, _ = _split(x * full[None, :])
@@ -238,7 +215,7 @@ def _project_operand_kernel(
     components (by `field_weight`), then as float32 the unit and the bias of query t: the mean's
     score and the sum of u times `field_zero`.
     """
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     WORDS: tl.constexpr = R // 16 + 2
     blocks = tl.cdiv(Q * HG, 4)
     frame = tl.program_id(0) // blocks
@@ -246,9 +223,7 @@ def _project_operand_kernel(
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     if frame * FRAME < tl.load(seq_lens_ptr + b) - WINDOW:
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         lane = tl.arange(0, 32)
         row = block * 4 + (lane >> 3)
         turned, largest, score = _load_columns(
@@ -276,7 +251,7 @@ def _project_operand_kernel(
                 columns = tl.reshape(tl.broadcast_to(turned[step][None, :], [2, 32]), [64])
                 hi, lo = _mma(rows[step], columns, hi, lo, NATIVE)
             scale = tl.load(scale_ptr + codec_row * R + r) * softmax_scale
-            one = (hi * 256 + lo).to(tl.float32) * (scale * field_weight(GROUPS, n))
+            one = (hi * 256 + lo).to(tl.float32) * (scale * _bits.field_weight(GROUPS, n))
             most = tl.maximum(most, tl.abs(one))
             u = u + (one,)
         top = tl.max(tl.reshape(most, [16, 4]), 0)  # [4], in units of 1 / full
@@ -289,7 +264,7 @@ def _project_operand_kernel(
         at += (8 * t + component // 4) * (4 * WORDS) + component % 4
         for n in tl.static_range(R // 16):
             hi, lo, value = _split(u[n] * full)
-            bias += value * field_zero(GROUPS, n)
+            bias += value * _bits.field_zero(GROUPS, n)
             tl.store(at + n * 4, hi.to(tl.int8))
             tl.store(at + n * 4 + 16 * WORDS, lo.to(tl.int8))
         bias = tl.sum(tl.reshape(bias, [16, 4]), 0) * unit + score * softmax_scale
@@ -302,14 +277,14 @@ def _project_operand_kernel(
 def _page_scores(k_ptr, record_ptr, GROUPS: tl.constexpr, NATIVE: tl.constexpr):
     """Scores [2, 4, 32] of a page's tokens 32 i + 8 j + g at (i, j, lane) with query t;
     record_ptr [32]: each lane's words of u."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     hi = tl.zeros([2, 4, 32], dtype=tl.int32)
     lo = tl.zeros([2, 4, 32], dtype=tl.int32)
     for n in tl.static_range(len(GROUPS)):
         x = _load_words(k_ptr, GROUPS, n)
-        for f in tl.static_range(fields_of(GROUPS, n)):
-            u = tl.load(record_ptr + (first_block(GROUPS, n) + f))
-            y = _block_words(x, GROUPS, first_block(GROUPS, n) + f)
+        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+            u = tl.load(record_ptr + (_bits.first_block(GROUPS, n) + f))
+            y = _block_words(x, GROUPS, _bits.first_block(GROUPS, n) + f)
             hi, lo = _mma(y, u[None, None, :], hi, lo, NATIVE)
     unit = tl.load((record_ptr + R // 16).to(tl.pointer_type(tl.float32)))
     bias = tl.load((record_ptr + R // 16 + 1).to(tl.pointer_type(tl.float32)))
@@ -342,17 +317,17 @@ def _attend_operands_kernel(
 ):  # fmt: skip
     """One split of the pages of one sequence and KV head, for 4 queries: the states of
     `_attend_spectral_kernel`."""
-    WORDS: tl.constexpr = rank_of(K_GROUPS) // 16 + 2
-    RV: tl.constexpr = rank_of(V_GROUPS)
+    WORDS: tl.constexpr = _bits.rank_of(K_GROUPS) // 16 + 2
+    RV: tl.constexpr = _bits.rank_of(V_GROUPS)
     blocks = tl.cdiv(Q * HG, 4)
     program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
-    b, split, splits = row_of_program(splits_of, program, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
+    b, split, splits = _math.row_of_program(splits_of, program, BLOCK_B)
     if b >= B:
         return
-    page, end, stop = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
+    page, end, stop = _math.row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
     lane = tl.arange(0, 32)
     query = block * 4 + tl.arange(0, 4)
     live = query < Q * HG
@@ -393,8 +368,8 @@ def _attend_operands_kernel(
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
                 x = _load_words(v_ptr + number * strides_pages[2], V_GROUPS, n)
-                for f in tl.static_range(fields_of(V_GROUPS, n)):
-                    y = _block_words(x, V_GROUPS, first_block(V_GROUPS, n) + f)
+                for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
+                    y = _block_words(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f)
                     y = tl.reshape(y, [2, 2, 2, 32])  # (sub-tile, half of the block, q, lane)
                     zero = tl.zeros([2, 2, 2, 32], dtype=tl.int32)
                     hi, lo = _mma(y, w_both, zero, zero, NATIVE)
@@ -404,18 +379,18 @@ def _attend_operands_kernel(
             acc = rescaled
         # In V's basis; l and acc both count weights in units of 1 / FULL.
         l_all = _sum_over_rows(l)
-        tl.store(lse_ptr + out, natural_lse(_max_over_rows(m), l_all), mask=live)
+        tl.store(lse_ptr + out, _math.natural_lse(_max_over_rows(m), l_all), mask=live)
         norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
         w_all = _to_lanes(_sum_over_rows(w_sum), 8)
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         stored = (block * 4 + (lane & 3) < Q * HG)[None, :]
         r = tl.arange(0, 2)[:, None] * 8 + (lane >> 2)[None, :]
         c_at = c_ptr + _to_lanes(out, 8)[None, :] * RV + r
         for n in tl.static_range(RV // 16):
             scale = tl.load(v_scale_ptr + codec_row * RV + (n * 16 + r)) * norm[None, :]
-            c = (acc[n] + field_zero(V_GROUPS, n) * w_all[None, :]) * field_weight(V_GROUPS, n)
+            c = (acc[n] + _bits.field_zero(V_GROUPS, n) * w_all[None, :]) * _bits.field_weight(
+                V_GROUPS, n
+            )
             tl.store(c_at + n * 16, c * scale, mask=stored)
     else:
         tl.store(lse_ptr + out, tl.full([4], float("-inf"), dtype=tl.float32), mask=live)
@@ -426,20 +401,14 @@ def operand_words(rank: int) -> int:
     return 32 * (rank // 16 + 2)
 
 
-def _attend_old_cards(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, codec: Codec,
-    block_table: torch.Tensor, seq_lens: torch.Tensor,
-    exact: tuple[torch.Tensor, torch.Tensor] | None, states: tuple[torch.Tensor, ...], *,
-    sinks: int, window: int, seq_ids: torch.Tensor | None, codec_ids: torch.Tensor | None,
-    scale: float, plan: Any,
+def launch_old_cards(
+    q, k_pages, v_pages, codec, exact, tables, states, kept, scale, plan
 ) -> None:  # fmt: skip
-    """What `_attend_spectral_kernel` does in `attend_spectral`, whose arguments these are.
-
-    q [B, H, Q, D]; plan: the call's `attention.Plan`; states, which are written: u int32 of
-    plan.frames frames a row, c and lse of the splits, o and lse of the exact tokens.
-    """
+    """What `_attend_spectral_kernel` does in `attend_spectral`; arguments as `_launch_pages`."""
     (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
-    u, c, lse, exact_o, exact_lse = states
+    (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, _) = tables, kept
+    u, _, c, lse, exact_o, exact_lse = states
+    u = u.view(torch.int32)
     group = heads // kv_heads
     blocks = _launch.cdiv(group * queries, 4)
     shared: dict[str, Any] = {
@@ -452,7 +421,7 @@ def _attend_old_cards(
     }
     _project_operand_kernel[(plan.frames * blocks, kv_heads, batch)](
         q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, seq_lens, codec_ids, u,
-        plan.frames, queries, kv_heads, scale * LOG2_E, q.stride()[:3], D=dim,
+        plan.frames, queries, kv_heads, scale, q.stride()[:3], D=dim,
         PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, **shared,
     )  # fmt: skip
     _attend_operands_kernel[(plan.states * blocks, kv_heads)](
@@ -464,6 +433,15 @@ def _attend_old_cards(
     )  # fmt: skip
     if exact is not None:
         _launch_window(
-            q, *exact, seq_lens, seq_ids, exact_o, exact_lse,
-            scale=scale, sinks=sinks, window=window, matrix=False, tile=plan.window,
-        )  # fmt: skip
+            q,
+            exact[0],
+            exact[1],
+            seq_lens,
+            seq_ids,
+            exact_o,
+            exact_lse,
+            kept,
+            plan.window,
+            scale,
+            False,
+        )

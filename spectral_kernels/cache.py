@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -26,16 +27,21 @@ from .layout import PAGE_SIZE
 from .window import positions_torch, slots_torch
 
 
-class PageAllocator:
-    """Numbers of pages and how many rows use them. Host only.
+class PageTable:
+    """The pages of every row, on the host, and how many rows use each page of the pool.
 
     Args:
-        pages: of the pool, 0 .. pages - 1.
+        rows, max_pages: B; the pool has B * max_pages pages.
+    Attributes:
+        table: int32 [B, max_pages], on the host, what the block table is a copy of.
+        rows: the pages of a row, in order.      references: rows that use a page.
     """
 
-    def __init__(self, pages: int) -> None:
-        self.references = [0] * pages
-        self._free = list(range(pages - 1, -1, -1))
+    def __init__(self, rows: int, max_pages: int) -> None:
+        self.table = torch.zeros((rows, max_pages), dtype=torch.int32)
+        self.rows: list[list[int]] = [[] for _ in range(rows)]
+        self.references = [0] * (rows * max_pages)
+        self._free = list(range(rows * max_pages - 1, -1, -1))
 
     @property
     def free(self) -> int:
@@ -75,27 +81,11 @@ class PageAllocator:
             if page < 0 or self.references[page] < max(1, taken * times):
                 raise ValueError(f"pages: expected pages in use, got {page}")
 
-
-class PageTable:
-    """The pages of every row, on the host.
-
-    Attributes:
-        table: int32 [B, max_pages], on the host, what the block table is a copy of.
-        rows: the pages of a row, in order.      allocator: of the pool, B * max_pages pages.
-    """
-
-    def __init__(self, rows: int, max_pages: int) -> None:
-        self.table = torch.zeros((rows, max_pages), dtype=torch.int32)
-        self.rows: list[list[int]] = [[] for _ in range(rows)]
-        self.allocator = PageAllocator(rows * max_pages)
-
     def grow(self, lengths: Sequence[int]) -> bool:
         """Pages for rows of so many tokens; whether the table changed. RuntimeError: none left."""
-        missing = [
-            -(-length // PAGE_SIZE) - len(row)
-            for length, row in zip(lengths, self.rows, strict=True)
-        ]
-        pages = self.allocator.allocate(sum(max(count, 0) for count in missing))
+        rows = zip(lengths, self.rows, strict=True)
+        missing = [-(-length // PAGE_SIZE) - len(row) for length, row in rows]
+        pages = self.allocate(sum(max(count, 0) for count in missing))
         for row, count in enumerate(missing):
             if count > 0:
                 self._set(row, self.rows[row] + [pages.pop() for _ in range(count)])
@@ -105,7 +95,7 @@ class PageTable:
         """Give back the pages past rows of so many tokens. Returns: as `reorder`."""
         for length, row in zip(lengths, self.rows, strict=True):
             keep = -(-length // PAGE_SIZE)
-            self.allocator.release(row[keep:])
+            self.release(row[keep:])
             del row[keep:]
         return self._part(lengths)
 
@@ -118,9 +108,9 @@ class PageTable:
         old, shared = self.rows, []
         for i, length in zip(index, lengths, strict=True):
             shared.append(old[i][: -(-length // PAGE_SIZE)])
-            self.allocator.share(shared[-1])
+            self.share(shared[-1])
         for pages in old:
-            self.allocator.release(pages)
+            self.release(pages)
         for row, pages in enumerate(shared):
             self._set(row, pages)
         return self._part(lengths)
@@ -129,11 +119,11 @@ class PageTable:
         """A page of its own for every row whose next token goes to a page that another row has."""
         copies = []
         for row, (length, pages) in enumerate(zip(lengths, self.rows, strict=True)):
-            if length % PAGE_SIZE and self.allocator.references[pages[-1]] > 1:
+            if length % PAGE_SIZE and self.references[pages[-1]] > 1:
                 # There is one: rows that share a page need one page less than the pool has.
-                (fresh,) = self.allocator.allocate(1)
+                (fresh,) = self.allocate(1)
                 copies.append((pages[-1], fresh))
-                self.allocator.release(pages[-1:])
+                self.release(pages[-1:])
                 self._set(row, [*pages[:-1], fresh])
         return copies
 
@@ -189,12 +179,9 @@ class SpectralCache:
         self.lengths = [0] * max_seqs
         self._oldest = [0] * max_seqs  # position from which on a row's ring holds all its tokens
         self._many_codecs = any(layer.k_basis.shape[0] > 1 for layer in codec.layers)
-        needed = [
-            attend_workspace(
-                layer, batch=max_seqs, query_heads=query_heads, queries=1, max_pages=max_pages,
-                slots=slots, device=self.device,
-            ) for layer in codec.layers
-        ]  # fmt: skip
+        step: dict[str, Any] = {"batch": max_seqs, "query_heads": query_heads, "queries": 1}
+        step |= {"max_pages": max_pages, "slots": slots, "device": self.device}
+        needed = (attend_workspace(layer, **step) for layer in codec.layers)
         size = max(needed, default=0)
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
 
@@ -207,11 +194,12 @@ class SpectralCache:
         """Bytes of all tensors, the codec among them."""
         lists = (self.k_pages, self.v_pages, self.k_exact, self.v_exact)
         tables = (self.block_table, self.seq_lens, self.codec_ids, self.workspace)
-        return (
-            sum(x.nbytes for some in lists for x in some)
-            + sum(x.nbytes for x in tables)
-            + self.codec.nbytes
-        )
+        return self.codec.nbytes + sum(x.nbytes for some in (*lists, tables) for x in some)
+
+    def _sides(self, layer: int) -> tuple[tuple[str, torch.Tensor, torch.Tensor], ...]:
+        """(side, pages, exact tokens) of K and of V."""
+        k = ("k", self.k_pages[layer], self.k_exact[layer])
+        return k, ("v", self.v_pages[layer], self.v_exact[layer])
 
     def _ids(self) -> torch.Tensor | None:
         return self.codec_ids if self._many_codecs else None
@@ -320,10 +308,7 @@ class SpectralCache:
         shape = (self.max_seqs, self.codec.layers[layer].kv_heads, k.shape[2], k.shape[3])
         for name, x in (("k", k), ("v", v)):  # both before either is stored
             check_tensor(name, x, shape=shape, dtype=self.dtype, device=self.device)
-        for side, x, pages, exact in (
-            ("k", k, self.k_pages[layer], self.k_exact[layer]),
-            ("v", v, self.v_pages[layer], self.v_exact[layer]),
-        ):
+        for (side, pages, exact), x in zip(self._sides(layer), (k, v), strict=True):
             encode(
                 x, self.codec.layers[layer], pages, self.block_table, self.seq_lens,
                 side=side, first=first, exact=exact, sinks=self.codec.sinks, codec_ids=self._ids(),
@@ -346,10 +331,7 @@ class SpectralCache:
         exact_at = torch.where(self._is_exact(exact_at, seq_lens), exact_at, tokens)
         column = torch.arange(-tokens, 0, device=self.device) + seq_lens[:, None]  # [B, tokens]
         found = []
-        for side, pages, exact in (
-            ("k", self.k_pages[layer], self.k_exact[layer]),
-            ("v", self.v_pages[layer], self.v_exact[layer]),
-        ):
+        for side, pages, exact in self._sides(layer):
             x = decode(pages, codec, table, seq_lens, side=side, codec_ids=self._ids())
             # One token more, where slots that are not attended go.
             x = torch.nn.functional.pad(x[:, :, :tokens].to(self.dtype), (0, 0, 0, 1))
@@ -387,10 +369,8 @@ class SpectralCache:
         lost = []  # (row, position)
         for row, length in enumerate(self.lengths):
             start = max(length - self.codec.window, 0)
-            lost += [
-                (row, p)
-                for p in range(max(start, self.codec.sinks), min(self._oldest[row], length))
-            ]
+            stale = range(max(start, self.codec.sinks), min(self._oldest[row], length))
+            lost += [(row, p) for p in stale]
             self._oldest[row] = min(self._oldest[row], start)
         if not lost:
             return
@@ -398,10 +378,7 @@ class SpectralCache:
         slot = slots_torch(at, self.codec.sinks, self.codec.window + self.drafts)
         table = self.block_table[:, : -(-max(self.lengths) // PAGE_SIZE)]
         for layer, codec in enumerate(self.codec.layers):
-            for side, pages, exact in (
-                ("k", self.k_pages[layer], self.k_exact[layer]),
-                ("v", self.v_pages[layer], self.v_exact[layer]),
-            ):
+            for side, pages, exact in self._sides(layer):
                 x = decode(pages, codec, table, self.seq_lens, side=side, codec_ids=self._ids())
                 exact[rows, :, slot] = x[rows, :, at].to(self.dtype)
 

@@ -19,19 +19,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ._checks import check_tensor
+from ._checks import check_least, check_tensor
 from .layout import Bands, PageLayout
 
 FORMAT = "spectral-codec-1"
-_SIDES = (
-    "k_basis", "k_scale", "k_encoder", "k_mean", "k_offset", "v_basis", "v_scale", "v_encoder",
-)  # fmt: skip
+
+
+def _tensors_of(layout: PageLayout) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape after [M, G] and dtype of a codec's tensors but freqs."""
+    k, v, dim = layout.k.rank, layout.v.rank, layout.head_dim
+    shapes = {"k_basis": (k, dim), "k_scale": (k,), "k_encoder": (dim, k), "k_mean": (dim,)}
+    shapes |= {"k_offset": (k,), "v_basis": (v, dim), "v_scale": (v,), "v_encoder": (dim, v)}
+    kinds = {"k_basis": torch.int8, "v_basis": torch.int8}
+    return {name: (shape, kinds.get(name, torch.float32)) for name, shape in shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Codec:
     v_encoder: torch.Tensor
 
     def __post_init__(self) -> None:
-        check_tensor("freqs", self.freqs, shape=(None,), dtype=torch.int64)
+        check_tensor("freqs", self.freqs, shape=(None,), dtype=torch.int64, contiguous=True)
         dim, device = self.layout.head_dim, self.freqs.device
         if 2 * self.freqs.shape[0] > dim:
             raise ValueError(
@@ -71,23 +77,11 @@ class Codec:
             )
         check_tensor("k_basis", self.k_basis, shape=(None, None, self.layout.k.rank, dim))
         rows, heads = self.k_basis.shape[:2]
-        for side in ("k", "v"):
-            rank = self.layout.side(side).rank
-            shapes = {"basis": (rank, dim), "scale": (rank,), "encoder": (dim, rank)}
-            if side == "k":
-                shapes |= {"mean": (dim,), "offset": (rank,)}
-            for name, shape in shapes.items():
-                x = getattr(self, f"{side}_{name}")
-                dtype = torch.int8 if name == "basis" else torch.float32
-                check_tensor(
-                    f"{side}_{name}", x, shape=(rows, heads, *shape), dtype=dtype, device=device
-                )
-        for name in ("freqs", *_SIDES):
-            if not getattr(self, name).is_contiguous():
-                raise ValueError(
-                    f"{name}: expected a contiguous tensor, "
-                    f"got strides {getattr(self, name).stride()}"
-                )
+        for name, (shape, dtype) in _tensors_of(self.layout).items():
+            check_tensor(
+                name, getattr(self, name), shape=(rows, heads, *shape), dtype=dtype,
+                device=device, contiguous=True,
+            )  # fmt: skip
 
     @property
     def kv_heads(self) -> int:
@@ -96,20 +90,19 @@ class Codec:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(getattr(self, name).nbytes for name in ("freqs", *_SIDES))
+        return sum(getattr(self, name).nbytes for name in _TENSORS)
 
     def of_heads(self, first: int, count: int) -> Codec:
         """The codec of the KV heads first .. first + count - 1, in memory of its own."""
-        tensors = {name: getattr(self, name)[:, first : first + count] for name in _SIDES}
-        tensors = {name: x.contiguous() for name, x in tensors.items()}
-        return Codec(self.layout, self.freqs, **tensors)
+        heads = slice(first, first + count)
+        return replace(self, **{n: getattr(self, n)[:, heads].contiguous() for n in _TENSORS[1:]})
 
     def to(self, device: torch.device | str) -> Codec:
         """The same on another device."""
-        tensors = {
-            f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "layout"
-        }
-        return Codec(self.layout, **tensors)
+        return replace(self, **{n: getattr(self, n).to(device) for n in _TENSORS})
+
+
+_TENSORS = tuple(field.name for field in fields(Codec))[1:]  # freqs first
 
 
 @dataclass(frozen=True)
@@ -134,25 +127,18 @@ class ModelCodec:
     notes: str = ""
 
     def __post_init__(self) -> None:
-        if self.sinks < 0:
-            raise ValueError(f"sinks: expected at least 0, got {self.sinks}")
-        if self.window < 1:
-            raise ValueError(f"window: expected at least 1, got {self.window}")
+        check_least(sinks=(self.sinks, 0), window=(self.window, 1))
 
     @classmethod
     def exact(cls, layers: int, heads: int, dim: int, tokens: int) -> ModelCodec:
         """A codec that nothing is read from: all of so many tokens are in the window."""
-        bands = Bands.parse("16x2")
-        shapes = {"freqs": (dim // 2,), "k_mean": (1, heads, dim), "k_offset": (1, heads, 16)}
-        for side in ("k", "v"):
-            shapes |= {f"{side}_basis": (1, heads, 16, dim), f"{side}_scale": (1, heads, 16)}
-            shapes[f"{side}_encoder"] = (1, heads, dim, 16)
-        dtypes = {"freqs": torch.int64, "k_basis": torch.int8, "v_basis": torch.int8}
+        layout = PageLayout(Bands.parse("16x2"), Bands.parse("16x2"), dim)
+        freqs = torch.zeros(dim // 2, dtype=torch.int64)
         tensors = {
-            name: torch.zeros(shape, dtype=dtypes.get(name, torch.float32))
-            for name, shape in shapes.items()
+            name: torch.zeros((1, heads, *shape), dtype=dtype)
+            for name, (shape, dtype) in _tensors_of(layout).items()
         }
-        codec = Codec(PageLayout(bands, bands, dim), **tensors)
+        codec = Codec(layout, freqs, **tensors)
         return cls((codec,) * layers, sinks=0, window=tokens, preset="exact")
 
     @property
@@ -167,10 +153,7 @@ class ModelCodec:
 
     def to(self, device: torch.device | str) -> ModelCodec:
         """The same on another device."""
-        layers = tuple(codec.to(device) for codec in self.layers)
-        return ModelCodec(
-            layers, self.sinks, self.window, self.preset, self.fingerprint, self.notes
-        )
+        return replace(self, layers=tuple(codec.to(device) for codec in self.layers))
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file: tensors by layer, the rest in its metadata."""
@@ -178,15 +161,13 @@ class ModelCodec:
 
         tensors: dict[str, torch.Tensor] = {}
         for i, codec in enumerate(self.layers):
-            tensors |= {f"{i}.{name}": getattr(codec, name).cpu() for name in ("freqs", *_SIDES)}
+            tensors |= {f"{i}.{name}": getattr(codec, name).cpu() for name in _TENSORS}
         layouts = [
             (str(c.layout.k), str(c.layout.v), c.layout.head_dim, c.layout.frame)
             for c in self.layers
         ]
-        head = {
-            name: getattr(self, name)
-            for name in ("sinks", "window", "preset", "fingerprint", "notes")
-        }
+        names = ("sinks", "window", "preset", "fingerprint", "notes")
+        head = {name: getattr(self, name) for name in names}
         metadata = {"format": FORMAT, "codec": json.dumps({**head, "layouts": layouts})}
         save_file(tensors, str(path), metadata=metadata)
 
@@ -212,13 +193,16 @@ class ModelCodec:
             layers = []
             for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
                 layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
-                layers.append(
-                    Codec(
-                        layout,
-                        **{name: file.get_tensor(f"{i}.{name}") for name in ("freqs", *_SIDES)},
-                    )
-                )
+                tensors = (file.get_tensor(f"{i}.{name}") for name in _TENSORS)
+                layers.append(Codec(layout, *tensors))
         return cls(tuple(layers), **head)
+
+
+def check_codec(codec: Codec) -> torch.device:
+    """Where the codec is."""
+    if not isinstance(codec, Codec):
+        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
+    return codec.freqs.device
 
 
 def fingerprint(model: Any) -> str:

@@ -23,115 +23,33 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-from ._bits import (
-    bits_of,
-    field_mask,
-    field_weight,
-    field_zero,
-    fields_of,
-    first_block,
-    group_offset,
-    is_half_group,
-    masked_bytes,
-    place_of,
-    rank_of,
-)  # fmt: skip
-from ._checks import FLOATS, check_in, check_tensor
-from ._math import cos_sin, dot_f32, dot_int8_f32
-from .codec import Codec
+from . import _bits, _launch
+from ._checks import FLOATS, check_ids, check_in, check_lens, check_tensor
+from ._math import cos_sin, dot_f32, dot_int8_f32, row_of
+from .codec import Codec, check_codec
 from .layout import PAGE_SIZE, pack_pages, unpack_pages
-from .rope import check_codec, codec_rows, turn_back, turn_back_torch
+from .rope import codec_rows, turn_back, turn_back_torch
 from .window import check_exact, slot_of, slots_torch
 
-# Matrix units add up in float32 but cut the sum off instead of rounding it: a bias that grows with
-# the terms. So no run of tokens longer than this is added up by them (64 steps of 16: at most 64 *
-# 2**-23 = 8e-6).
-GRAM_RUN = 1024
-
-
-@triton.jit(do_not_specialize=["T", "splits"])
-def _gram_kernel(
-    x_ptr, out_ptr, T, splits, G, stride_x_b, stride_x_g, stride_x_t, D: tl.constexpr,
-    RUN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, MATRIX: tl.constexpr,
-    EXACT: tl.constexpr,
-):  # fmt: skip
-    """A [BLOCK_D, BLOCK_D] tile of the second moment of one split of the tokens of one row and
-    head.
-
-    EXACT: x is 16 bits wide, and its products are exact in float32: they go to the matrix units as
-        they are.
-    """
-    tiles = tl.cdiv(D, BLOCK_D)
-    i = (tl.program_id(0) // tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    j = (tl.program_id(0) % tiles) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1)
-    bg = tl.program_id(2).to(tl.int64)
-    x_ptr += (bg // G) * stride_x_b + (bg % G) * stride_x_g
-    share = tl.cdiv(tl.cdiv(T, RUN), splits) * RUN
-    end = tl.minimum(split * share + share, T)
-    out_ptr += ((bg * splits + split) * D + i[:, None]) * D + j[None, :]
-    acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    total = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    for start in range(split * share, end, BLOCK_T):
-        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)
-        mask = (t < T)[:, None] & (j < D)[None, :]
-        b = tl.load(x_ptr + t[:, None] * stride_x_t + j[None, :], mask=mask, other=0.0)  # [T, D]
-        if BLOCK_D >= D:
-            a = tl.trans(b)
-        else:
-            mask = (t < T)[None, :] & (i < D)[:, None]
-            a = tl.load(
-                x_ptr + t[None, :] * stride_x_t + i[:, None], mask=mask, other=0.0
-            )  # [D, T]
-        if EXACT:
-            acc = tl.dot(a, b, acc)
-        else:
-            acc += dot_f32(a.to(tl.float32), b.to(tl.float32), MATRIX)
-        if (start + BLOCK_T) % RUN == 0:
-            total += acc
-            acc = tl.zeros([BLOCK_D, BLOCK_D], dtype=tl.float32)
-    tl.store(out_ptr, total + acc, mask=(i < D)[:, None] & (j < D)[None, :])
+GRAM_RUN = 4096  # tokens that are converted to float64 at once
 
 
 def gram(x: torch.Tensor) -> torch.Tensor:
-    """Second moment over tokens, X^T X.
+    """Second moment over tokens, X^T X; PyTorch on any device.
 
     Args:
-        x: [B, G, T, D] fp16, bf16 or fp32; last dimension of stride 1, others any.
+        x: [B, G, T, D] fp16, bf16 or fp32, any strides.
     Returns:
-        float32 [B, G, D, D], contiguous: float32 sums over GRAM_RUN tokens, added in float32, then
-        in float64.
+        float32 [B, G, D, D], contiguous: sums in float64, rounded once.
     Raises:
-        TypeError, ValueError: an argument is not as above; nothing was launched.
+        TypeError, ValueError: an argument is not as above.
     """
-    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    batch, heads, tokens, dim = x.shape
-    if not _launch.runs_kernel(x):
-        return gram_torch(x)
-    if batch * heads == 0 or tokens == 0:
-        return x.new_zeros((batch, heads, dim, dim), dtype=torch.float32)
-    matrix = _launch.has_matrix_units(x.device)
-    exact = matrix and _launch.is_native(x) and x.dtype != torch.float32
-    block_t, block_d = (32, 64) if matrix else (16, 16)
-    if exact:
-        block_t, block_d = 64, min(128, _launch.next_power_of_2(dim))
-    tiles = _launch.cdiv(dim, block_d) ** 2
-    splits = max(1, _launch.multiprocessors(x.device) // (batch * heads * tiles))
-    splits = min(_launch.cdiv(tokens, GRAM_RUN), splits)
-    parts = torch.empty((batch, heads, splits, dim, dim), dtype=torch.float32, device=x.device)
-    with torch.cuda.device_of(x):
-        _gram_kernel[(tiles, splits, batch * heads)](
-            x, parts, tokens, splits, heads, *x.stride()[:3], D=dim, RUN=GRAM_RUN,
-            BLOCK_T=block_t, BLOCK_D=block_d, MATRIX=matrix, EXACT=exact,
-            num_warps=8 if block_d == 128 else 4, num_stages=4,
-        )  # fmt: skip
-    return parts.double().sum(2).float()
-
-
-def gram_torch(x: torch.Tensor) -> torch.Tensor:
-    """`gram` in plain PyTorch."""
-    return x.float().mT @ x.float()
+    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS)
+    total = x.new_zeros((*x.shape[:2], x.shape[3], x.shape[3]), dtype=torch.float64)
+    for run in x.split(GRAM_RUN, dim=2):
+        run = run.double()
+        total += run.mT @ run
+    return total.float()
 
 
 @triton.jit
@@ -153,8 +71,8 @@ def byte_in_page(token, column, IS_K: tl.constexpr):
 def _field(c, GROUPS: tl.constexpr, i: tl.constexpr):
     """The codes of coefficients of block i where they lie in a byte, int32; a top field's sign bit
     is not flipped."""
-    LOW: tl.constexpr = place_of(GROUPS, i)[2]
-    BITS: tl.constexpr = place_of(GROUPS, i)[3]
+    LOW: tl.constexpr = _bits.place_of(GROUPS, i)[2]
+    BITS: tl.constexpr = _bits.place_of(GROUPS, i)[3]
     code = tl.floor(c + (1 << (BITS - 1)))
     return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32) << LOW
 
@@ -162,8 +80,8 @@ def _field(c, GROUPS: tl.constexpr, i: tl.constexpr):
 @triton.jit
 def _coefficients(byte, GROUPS: tl.constexpr, i: tl.constexpr):
     """Block i of bytes, in units of its steps, float32."""
-    c = masked_bytes(byte, field_mask(GROUPS, i), 0, False).to(tl.float32)
-    return (c + field_zero(GROUPS, i)) * field_weight(GROUPS, i)
+    c = _bits.masked_bytes(byte, _bits.field_mask(GROUPS, i), 0, False).to(tl.float32)
+    return (c + _bits.field_zero(GROUPS, i)) * _bits.field_weight(GROUPS, i)
 
 
 @triton.jit
@@ -213,16 +131,10 @@ def _copy_exact(
 @triton.jit(do_not_specialize=["T", "max_pages", "stride_table_b"])
 def _encode_kernel(
     x_ptr,
-    encoder_ptr,
-    offset_ptr,  # float32 [M, G, R], or None
-    freqs_ptr,  # int64 [PAIRS], or None
+    codec,  # encoder; of K offset and freqs, else None
     pages_ptr,
     exact_ptr,  # [max_seqs, G, S, D], or None
-    block_table_ptr,
-    seq_lens_ptr,
-    first_ptr,  # int32 [B], or None
-    codec_ids_ptr,
-    seq_ids_ptr,
+    tables,  # block_table, seq_lens, and or None: first, codec_ids, seq_ids
     T,
     G,
     max_pages,
@@ -243,7 +155,9 @@ def _encode_kernel(
 ):
     """The new tokens of one page of one row and head: turn, project, quantise, pack; copy exact
     tokens."""
-    R: tl.constexpr = rank_of(GROUPS)
+    encoder_ptr, offset_ptr, freqs_ptr = codec
+    block_table_ptr, seq_lens_ptr, first_ptr, codec_ids_ptr, seq_ids_ptr = tables
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + b)
@@ -260,15 +174,11 @@ def _encode_kernel(
         row_ptr = x_ptr + (position - past + skipped).to(tl.int64) * strides_x[2]  # [64]
         if exact_ptr is not None:
             if (page_index * 64 < SINKS) | (page_index * 64 + 64 > seq_len - RING):
-                row = b
-                if seq_ids_ptr is not None:
-                    row = tl.load(seq_ids_ptr + b).to(tl.int64)
+                row = row_of(seq_ids_ptr, b, b)
                 exact_ptr += row * strides_exact[0] + g * strides_exact[1]
                 kept = new & ((position < SINKS) | (position >= seq_len - RING))
                 _copy_exact(row_ptr, exact_ptr, position, kept, strides_exact[2], D, SINKS, RING)
-        codec_row = g
-        if codec_ids_ptr is not None:
-            codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        codec_row = row_of(codec_ids_ptr, b, 0) * G + g
         encoder_ptr += codec_row * (D * R)
         start = (page_index // (FRAME // 64) * FRAME).to(tl.int64)
         page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)
@@ -278,8 +188,8 @@ def _encode_kernel(
             whole = _new_tokens(row_ptr, 0, start, freqs_ptr, new, D, PAIRS, BLOCK_K, IS_K)
         for n in tl.static_range(len(GROUPS)):
             byte = tl.zeros([16, 64], dtype=tl.int32)
-            for f in tl.static_range(fields_of(GROUPS, n)):
-                r = (first_block(GROUPS, n) + f) * 16 + column
+            for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+                r = (_bits.first_block(GROUPS, n) + f) * 16 + column
                 c = tl.zeros([16, 64], dtype=tl.float32)
                 for low in range(0, D, BLOCK_K):
                     d = low + tl.arange(0, BLOCK_K)
@@ -294,12 +204,12 @@ def _encode_kernel(
                     c += dot_f32(e, x, MATRIX, NATIVE)
                 if offset_ptr is not None:
                     c -= tl.load(offset_ptr + codec_row * R + r)[:, None]
-                byte |= _field(c, GROUPS, first_block(GROUPS, n) + f)
-            if bits_of(GROUPS, n) == 8:
+                byte |= _field(c, GROUPS, _bits.first_block(GROUPS, n) + f)
+            if _bits.bits_of(GROUPS, n) == 8:
                 byte ^= 128
-            group_ptr = pages_ptr + group_offset(GROUPS, n)
+            group_ptr = pages_ptr + _bits.group_offset(GROUPS, n)
             at = byte_in_page(token[None, :], column[:, None], IS_K)
-            if is_half_group(GROUPS, n):
+            if _bits.is_half_group(GROUPS, n):
                 _store_two_a_byte(group_ptr, at, byte, new, IS_K)
             else:
                 tl.store(group_ptr + at, byte.to(tl.uint8), mask=new[None, :])
@@ -330,39 +240,35 @@ def _store_two_a_byte(group_ptr, at, byte, new, IS_K: tl.constexpr):
     tl.store(group_ptr + at_low, both.to(tl.uint8), mask=(new_low | new_high) != 0)
 
 
-def _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids, name="x"):
-    check_in("side", side, ("k", "v"))
-    check_tensor(name, x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    batch, heads = x.shape[:2]
-    check_codec(codec, codec_ids, x, heads)
-    check_pages(f"{side}_pages" if name != "x" else "pages", pages, codec, side)
-    check_tensor(name, x, device=pages.device)
-    check_table(block_table, seq_lens, batch, x.device)
+def _check_tokens(name: str, x: torch.Tensor, codec: Codec) -> None:
+    """[B, G, T, D] of the codec's heads and dimension, on its device."""
+    device, shape = check_codec(codec), (None, codec.kv_heads, None, codec.layout.head_dim)
+    check_tensor(name, x, shape=shape, dtype=FLOATS, device=device, unit_stride=True)
 
 
 def check_pages(name: str, pages: torch.Tensor, codec: Codec, side: str) -> None:
     """uint8 [num_pages, G, 64 * bytes] of one side: strides of pages and heads are multiples of
     16."""
-    size = PAGE_SIZE * codec.layout.side(side).bytes
-    shape = (None, codec.kv_heads, size)
-    check_tensor(name, pages, shape=shape, dtype=torch.uint8, unit_stride=True)
-    if any(stride % 16 for stride in pages.stride()[:2]) or pages.storage_offset() % 16:
+    device = check_codec(codec)
+    shape = (None, codec.kv_heads, PAGE_SIZE * codec.layout.side(side).bytes)
+    check_tensor(name, pages, shape=shape, dtype=torch.uint8, device=device, unit_stride=True)
+    strides, offset = pages.stride()[:2], pages.storage_offset()
+    if any(n % 16 for n in (*strides, offset)):
         raise ValueError(
             f"{name}: expected strides and an offset that are multiples of 16, "
-            f"got {pages.stride()}, "
-            f"{pages.storage_offset()}"
+            f"got {strides}, {offset}"
         )
 
 
 def check_table(
-    block_table: torch.Tensor, seq_lens: torch.Tensor, batch: int, device: torch.device
+    block_table: torch.Tensor, seq_lens: torch.Tensor, batch: int | None, device: torch.device
 ) -> None:
     """int32 [B, max_pages] and int32 [B]."""
-    i32 = torch.int32
+    shape, i32 = (batch, None), torch.int32
     check_tensor(
-        "block_table", block_table, shape=(batch, None), dtype=i32, device=device, unit_stride=True
+        "block_table", block_table, shape=shape, dtype=i32, device=device, unit_stride=True
     )
-    check_tensor("seq_lens", seq_lens, shape=(batch,), dtype=i32, device=device, unit_stride=True)
+    check_lens(seq_lens, block_table.shape[0], device)
 
 
 def encode(
@@ -404,13 +310,14 @@ def encode(
         TypeError, ValueError: an argument is not as above; nothing was launched.
     Float32 arithmetic: a coefficient at the boundary of two codes may be either.
     """
-    _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids)
-    batch, heads, tokens, dim = x.shape
-    ring = check_exact("exact", exact, x, sinks, seq_ids, stored=True)
-    if first is not None:
-        check_tensor(
-            "first", first, shape=(batch,), dtype=torch.int32, device=x.device, unit_stride=True
-        )
+    check_in("side", side, ("k", "v"))
+    _check_tokens("x", x, codec)
+    check_pages("pages", pages, codec, side)
+    (batch, heads, tokens, dim), device, ring = x.shape, x.device, 0
+    check_table(block_table, seq_lens, batch, device)
+    check_ids(batch, device, first=first, codec_ids=codec_ids)
+    if exact is not None:
+        ring = check_exact("exact", exact, x, sinks, seq_ids, heads=heads, dtype=x.dtype)
     if not _launch.runs_kernel(x):
         return encode_torch(
             x, codec, pages, block_table, seq_lens, side=side, first=first, exact=exact,
@@ -419,13 +326,14 @@ def encode(
     if x.numel() == 0:
         return None
     matrix, k = _launch.has_matrix_units(x.device), side == "k"
+    tables = (block_table, seq_lens, first, codec_ids, seq_ids)
+    tensors = (codec.k_encoder, codec.k_offset, codec.freqs) if k else (codec.v_encoder, None, None)
     with torch.cuda.device_of(x):
         # Tokens that start inside a page reach into one page more.
         _encode_kernel[(_launch.cdiv(tokens, PAGE_SIZE) + 1, heads, batch)](
-            x, codec.k_encoder if k else codec.v_encoder, codec.k_offset if k else None,
-            codec.freqs if k else None, pages, exact, block_table, seq_lens, first, codec_ids,
-            seq_ids, tokens, heads, block_table.shape[1], x.stride()[:3], pages.stride()[:2],
-            (0, 0, 0) if exact is None else exact.stride()[:3], block_table.stride(0), D=dim,
+            x, tensors, pages, exact, tables, tokens, heads, block_table.shape[1], x.stride()[:3],
+            pages.stride()[:2], (0, 0, 0) if exact is None else exact.stride()[:3],
+            block_table.stride(0), D=dim,
             PAIRS=codec.freqs.shape[0], FRAME=codec.layout.frame,
             GROUPS=codec.layout.side(side).groups, IS_K=k, SINKS=sinks, RING=ring,
             BLOCK_K=(128 if dim <= 128 else 64) if matrix else 4, MATRIX=matrix,
@@ -435,14 +343,10 @@ def encode(
 
 
 def encode_torch(
-    x: torch.Tensor, codec: Codec, pages: torch.Tensor, block_table: torch.Tensor,
-    seq_lens: torch.Tensor, *, side: str, first: torch.Tensor | None = None,
-    exact: torch.Tensor | None = None, sinks: int = 0, codec_ids: torch.Tensor | None = None,
-    seq_ids: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    x, codec, pages, block_table, seq_lens, *, side, first=None, exact=None, sinks=0,
+    codec_ids=None, seq_ids=None,
+):  # fmt: skip
     """`encode` in plain PyTorch."""
-    _check_side(x, codec, pages, block_table, seq_lens, side, codec_ids)
-    ring = check_exact("exact", exact, x, sinks, seq_ids, stored=True)
     batch, _, tokens, _ = x.shape
     if x.numel() == 0:
         return
@@ -452,15 +356,15 @@ def encode_torch(
     row, t = torch.nonzero(column >= skipped[:, None], as_tuple=True)  # [N] tokens
     at = position[row, t].long()
     chosen = x[row, :, t]  # [N, G, D]
-    if exact is not None and ring:
+    if exact is not None:
+        ring = exact.shape[2] - sinks
         keep = (at < sinks) | (at >= seq_lens[row] - ring)
         target = row[keep] if seq_ids is None else seq_ids.long()[row[keep]]
         exact[target, :, slots_torch(at[keep], sinks, ring)] = chosen[keep]
     rows = codec_rows(codec, codec_ids, batch)[row]
     if side == "k":
-        turned = turn_back_torch(
-            chosen[:, :, None], at[:, None], codec.freqs, frame=codec.layout.frame
-        )
+        frame = codec.layout.frame
+        turned = turn_back_torch(chosen[:, :, None], at[:, None], codec.freqs, frame=frame)
         values = torch.einsum("ngd,ngdr->ngr", turned[:, :, 0].float(), codec.k_encoder[rows])
         values -= codec.k_offset[rows]
     else:
@@ -488,7 +392,7 @@ def _append_side(
     IS_K: tl.constexpr,
 ):
     """One token of one side: copy it to its slot, project, quantise and pack it into its page."""
-    R: tl.constexpr = rank_of(GROUPS)
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     d = tl.arange(0, triton.next_power_of_2(D))
     live = d < D
     tl.store(exact_ptr + d, tl.load(x_ptr + d, mask=live, other=0.0), mask=live)
@@ -500,27 +404,27 @@ def _append_side(
     sums = ()  # of all groups before the first store, which no load may pass
     for n in tl.static_range(len(GROUPS)):
         # A group at a time: the encoder of a large rank would not fit in registers.
-        local = tl.arange(0, 16 * triton.next_power_of_2(fields_of(GROUPS, n)))
-        r = first_block(GROUPS, n) * 16 + local
-        mask = live[:, None] & (local < 16 * fields_of(GROUPS, n))[None, :]
+        local = tl.arange(0, 16 * triton.next_power_of_2(_bits.fields_of(GROUPS, n)))
+        r = _bits.first_block(GROUPS, n) * 16 + local
+        mask = live[:, None] & (local < 16 * _bits.fields_of(GROUPS, n))[None, :]
         encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)
         c = tl.sum(x[:, None] * encoder, 0)  # of [D, 16 fields]
         if offset_ptr is not None:
-            c -= tl.load(offset_ptr + r, mask=local < 16 * fields_of(GROUPS, n), other=0.0)
-        sums = sums + (tl.reshape(c, [triton.next_power_of_2(fields_of(GROUPS, n)), 16]),)
+            c -= tl.load(offset_ptr + r, mask=local < 16 * _bits.fields_of(GROUPS, n), other=0.0)
+        sums = sums + (tl.reshape(c, [triton.next_power_of_2(_bits.fields_of(GROUPS, n)), 16]),)
     column = tl.arange(0, 16)
     at = byte_in_page(position % 64, column, IS_K)
     for n in tl.static_range(len(GROUPS)):
-        block = tl.arange(0, triton.next_power_of_2(fields_of(GROUPS, n)))
+        block = tl.arange(0, triton.next_power_of_2(_bits.fields_of(GROUPS, n)))
         c = sums[n]
         byte = tl.zeros([16], dtype=tl.int32)
-        for f in tl.static_range(fields_of(GROUPS, n)):
+        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
             part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]
-            byte |= _field(part, GROUPS, first_block(GROUPS, n) + f)
-        if bits_of(GROUPS, n) == 8:
+            byte |= _field(part, GROUPS, _bits.first_block(GROUPS, n) + f)
+        if _bits.bits_of(GROUPS, n) == 8:
             byte ^= 128
-        group_ptr = page_ptr + group_offset(GROUPS, n)
-        if is_half_group(GROUPS, n):
+        group_ptr = page_ptr + _bits.group_offset(GROUPS, n)
+        if _bits.is_half_group(GROUPS, n):
             shift = at // 512 * 4
             old = tl.load(group_ptr + at % 512).to(tl.int32) & (15 << (4 - shift))
             tl.store(group_ptr + at % 512, (old | (byte << shift)).to(tl.uint8))
@@ -532,18 +436,12 @@ def _append_side(
 def _append_kernel(
     k_ptr,
     v_ptr,
-    k_encoder_ptr,
-    k_offset_ptr,
-    v_encoder_ptr,
-    freqs_ptr,
+    codec,  # k_encoder, k_offset, v_encoder, freqs
     k_pages_ptr,
     v_pages_ptr,
     k_exact_ptr,
     v_exact_ptr,
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
-    seq_ids_ptr,
+    tables,  # block_table, seq_lens, and or None: codec_ids, seq_ids
     Q,
     G,
     max_pages,
@@ -562,20 +460,18 @@ def _append_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The new tokens of one row, head and side, one after another: tokens may share a byte."""
+    k_encoder_ptr, k_offset_ptr, v_encoder_ptr, freqs_ptr = codec
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     if OVERLAP:  # the attention kernel may start: what it reads of this one's work it waits for
         tl.extra.cuda.gdc_launch_dependents()
     side = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     seq_len = tl.load(seq_lens_ptr + b)
-    row = b
-    if seq_ids_ptr is not None:
-        row = tl.load(seq_ids_ptr + b).to(tl.int64)
-    codec_row = g
-    if codec_ids_ptr is not None:
-        codec_row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
-    RK: tl.constexpr = rank_of(K_GROUPS)
-    RV: tl.constexpr = rank_of(V_GROUPS)
+    row = row_of(seq_ids_ptr, b, b)
+    codec_row = row_of(codec_ids_ptr, b, 0) * G + g
+    RK: tl.constexpr = _bits.rank_of(K_GROUPS)
+    RV: tl.constexpr = _bits.rank_of(V_GROUPS)
     for i in range(0, Q):
         position = seq_len - Q + i
         if (position >= 0) & (position // 64 < max_pages):
@@ -633,63 +529,45 @@ def append(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_append(
-        k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks,
-        codec_ids, seq_ids,
-    )  # fmt: skip
+    _check_tokens("k", k, codec)
+    (batch, heads, queries, dim), device = k.shape, k.device
+    check_tensor("v", v, shape=k.shape, dtype=k.dtype, device=device, unit_stride=True)
+    check_pages("k_pages", k_pages, codec, "k")
+    check_pages("v_pages", v_pages, codec, "v")
+    check_table(block_table, seq_lens, batch, device)
+    check_ids(batch, device, codec_ids=codec_ids)
+    for name, x in (("k_exact", k_exact), ("v_exact", v_exact)):
+        ring = check_exact(name, x, k, sinks, seq_ids, heads=heads, dtype=k.dtype)
+    check_tensor("v_exact", v_exact, shape=(None, heads, k_exact.shape[2], dim))
+    if queries > ring:
+        raise ValueError(f"k: expected at most {ring} tokens, the slots of the ring, got {queries}")
     if not _launch.runs_kernel(k):
         return append_torch(
             k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens,
             sinks=sinks, codec_ids=codec_ids, seq_ids=seq_ids,
         )  # fmt: skip
-    batch, heads, queries, dim = k.shape
     if k.numel() == 0:
         return None
     with torch.cuda.device_of(k):
         _append_kernel[(2, heads, batch)](
-            k, v, codec.k_encoder, codec.k_offset, codec.v_encoder, codec.freqs, k_pages,
-            v_pages, k_exact, v_exact, block_table, seq_lens, codec_ids, seq_ids, queries,
-            heads, block_table.shape[1], k.stride()[:3], v.stride()[:3],
+            k, v, (codec.k_encoder, codec.k_offset, codec.v_encoder, codec.freqs),
+            k_pages, v_pages, k_exact, v_exact, (block_table, seq_lens, codec_ids, seq_ids),
+            queries, heads, block_table.shape[1], k.stride()[:3], v.stride()[:3],
             (*k_pages.stride()[:2], *v_pages.stride()[:2]),
             (*k_exact.stride()[:3], *v_exact.stride()[:3]), block_table.stride(0), D=dim,
             PAIRS=codec.freqs.shape[0], FRAME=codec.layout.frame,
             K_GROUPS=codec.layout.k.groups, V_GROUPS=codec.layout.v.groups, SINKS=sinks,
-            RING=k_exact.shape[2] - sinks, OVERLAP=_launch.overlaps_launches(k.device),
+            RING=ring, OVERLAP=_launch.overlaps_launches(k.device),
             num_warps=8 if dim > 64 else 4,
         )  # fmt: skip
     return None
 
 
-def _check_append(
-    k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks, codec_ids,
-    seq_ids,
-):  # fmt: skip
-    _check_side(k, codec, k_pages, block_table, seq_lens, "k", codec_ids, name="k")
-    check_tensor("v", v, shape=k.shape, dtype=k.dtype, device=k.device, unit_stride=True)
-    _check_side(v, codec, v_pages, block_table, seq_lens, "v", codec_ids, name="v")
-    for name, x in (("k_exact", k_exact), ("v_exact", v_exact)):
-        if x is None:
-            raise TypeError(f"{name}: expected a torch.Tensor, got None")
-        ring = check_exact(name, x, k, sinks, seq_ids, stored=True)
-    if k.shape[2] > ring:
-        raise ValueError(
-            f"k: expected at most {ring} tokens, the slots of the ring, got {k.shape[2]}"
-        )
-    if k_exact.shape[2] != v_exact.shape[2]:
-        raise ValueError(f"v_exact: expected {k_exact.shape[2]} slots, got {v_exact.shape[2]}")
-
-
 def append_torch(
-    k: torch.Tensor, v: torch.Tensor, codec: Codec, k_pages: torch.Tensor,
-    v_pages: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor,
-    block_table: torch.Tensor, seq_lens: torch.Tensor, *, sinks: int,
-    codec_ids: torch.Tensor | None = None, seq_ids: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, *, sinks,
+    codec_ids=None, seq_ids=None,
+):  # fmt: skip
     """`append` in plain PyTorch: `encode_torch` of both sides."""
-    _check_append(
-        k, v, codec, k_pages, v_pages, k_exact, v_exact, block_table, seq_lens, sinks,
-        codec_ids, seq_ids,
-    )  # fmt: skip
     first = (k.shape[2] - seq_lens).clamp_min(0).to(torch.int32)
     for side, x, pages, exact in (("k", k, k_pages, k_exact), ("v", v, v_pages, v_exact)):
         encode_torch(
@@ -701,12 +579,8 @@ def append_torch(
 @triton.jit(do_not_specialize=["max_pages", "stride_table_b"])
 def _decode_kernel(
     pages_ptr,
-    basis_ptr,
-    scale_ptr,
-    mean_ptr,  # float32 [M, G, D], or None
-    block_table_ptr,
-    seq_lens_ptr,
-    codec_ids_ptr,
+    codec,  # basis, scale; of K mean, else None
+    tables,  # block_table, seq_lens, codec_ids or None
     out_ptr,
     max_pages,
     G,
@@ -721,7 +595,9 @@ def _decode_kernel(
 ):
     """BLOCK_D dimensions of the tokens of one page of one row and head: unpack and multiply by the
     basis."""
-    R: tl.constexpr = rank_of(GROUPS)
+    basis_ptr, scale_ptr, mean_ptr = codec
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr = tables
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     blocks_d = tl.cdiv(D, BLOCK_D)
     page_index = tl.program_id(0) // blocks_d
     d = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -732,9 +608,7 @@ def _decode_kernel(
     live = page_index * 64 + token < seq_len
     x = tl.zeros([BLOCK_D, 64], dtype=tl.float32)
     if page_index * 64 < seq_len:
-        row = g
-        if codec_ids_ptr is not None:
-            row = tl.load(codec_ids_ptr + b).to(tl.int64) * G + g
+        row = row_of(codec_ids_ptr, b, 0) * G + g
         page = tl.load(block_table_ptr + b * stride_table_b + page_index).to(tl.int64)
         pages_ptr += page * strides_pages[0] + g * strides_pages[1]
         column = tl.arange(0, 16)
@@ -742,14 +616,14 @@ def _decode_kernel(
         if mean_ptr is not None:
             x += tl.load(mean_ptr + row * D + d, mask=d < D, other=0.0)[:, None]
         for n in tl.static_range(len(GROUPS)):
-            group_ptr = pages_ptr + group_offset(GROUPS, n)
-            if is_half_group(GROUPS, n):
+            group_ptr = pages_ptr + _bits.group_offset(GROUPS, n)
+            if _bits.is_half_group(GROUPS, n):
                 byte = tl.load(group_ptr + at % 512) >> (at // 512 * 4).to(tl.uint8)
             else:
                 byte = tl.load(group_ptr + at)
-            for f in tl.static_range(fields_of(GROUPS, n)):
-                c = _coefficients(byte, GROUPS, first_block(GROUPS, n) + f)
-                r = row * R + (first_block(GROUPS, n) + f) * 16 + column
+            for f in tl.static_range(_bits.fields_of(GROUPS, n)):
+                c = _coefficients(byte, GROUPS, _bits.first_block(GROUPS, n) + f)
+                r = row * R + (_bits.first_block(GROUPS, n) + f) * 16 + column
                 c *= tl.load(scale_ptr + r)[:, None]
                 basis_ptrs = basis_ptr + r[None, :] * D + d[:, None]
                 basis = tl.load(basis_ptrs, mask=(d < D)[:, None], other=0)  # [BLOCK_D, 16]
@@ -757,20 +631,6 @@ def _decode_kernel(
     out = ((b * G + g) * max_pages + page_index) * 64 + token
     x = tl.where(live[None, :], x, 0.0)
     tl.store(out_ptr + out[None, :] * D + d[:, None], x, mask=(d < D)[:, None])
-
-
-def _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids):
-    check_in("side", side, ("k", "v"))
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    check_pages("pages", pages, codec, side)
-    check_tensor("codec.freqs", codec.freqs, device=pages.device)
-    check_tensor("block_table", block_table, shape=(None, None))
-    check_table(block_table, seq_lens, block_table.shape[0], pages.device)
-    for name, x in (("first_page", first_page), ("codec_ids", codec_ids)):
-        if x is not None:
-            shape, i32 = block_table.shape[:1], torch.int32
-            check_tensor(name, x, shape=shape, dtype=i32, device=pages.device, unit_stride=True)
 
 
 def decode(
@@ -794,7 +654,10 @@ def decode(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids)
+    check_in("side", side, ("k", "v"))
+    check_pages("pages", pages, codec, side)
+    check_table(block_table, seq_lens, None, pages.device)
+    check_ids(len(seq_lens), pages.device, first_page=first_page, codec_ids=codec_ids)
     if not _launch.runs_kernel(pages):
         return decode_torch(
             pages, codec, block_table, seq_lens, side=side, first_page=first_page,
@@ -812,11 +675,13 @@ def decode(
         seq_lens = seq_lens - PAGE_SIZE * first_page
     matrix = _launch.has_matrix_units(pages.device)
     block_d = 64 if matrix else 16
+    tensors = (codec.v_basis, codec.v_scale, None)
+    if k:
+        tensors = (codec.k_basis, codec.k_scale, codec.k_mean)
     with torch.cuda.device_of(pages):
         _decode_kernel[(max_pages * _launch.cdiv(dim, block_d), heads, batch)](
-            pages, codec.k_basis if k else codec.v_basis, codec.k_scale if k else codec.v_scale,
-            codec.k_mean if k else None, block_table, seq_lens, codec_ids, out, max_pages,
-            heads, pages.stride()[:2], block_table.stride(0), D=dim,
+            pages, tensors, (block_table, seq_lens, codec_ids), out, max_pages, heads,
+            pages.stride()[:2], block_table.stride(0), D=dim,
             GROUPS=codec.layout.side(side).groups, IS_K=k, BLOCK_D=block_d, MATRIX=matrix,
             NATIVE=_launch.is_native(pages), num_warps=4,
         )  # fmt: skip
@@ -826,11 +691,9 @@ def decode(
 
 
 def decode_torch(
-    pages: torch.Tensor, codec: Codec, block_table: torch.Tensor, seq_lens: torch.Tensor, *,
-    side: str, first_page: torch.Tensor | None = None, codec_ids: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    pages, codec, block_table, seq_lens, *, side, first_page=None, codec_ids=None
+):  # fmt: skip
     """`decode` in plain PyTorch."""
-    _check_decode(pages, codec, block_table, seq_lens, side, first_page, codec_ids)
     batch, max_pages = block_table.shape
     position = torch.arange(max_pages * PAGE_SIZE, device=pages.device).expand(batch, -1)
     if first_page is not None:

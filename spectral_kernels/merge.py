@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_tensor
+from ._checks import FLOATS, check_output, check_tensor
 
 
 @triton.jit
@@ -32,9 +32,8 @@ def _merge_states_kernel(
     lse_a = tl.load(lse_a_ptr + row)
     lse_b = tl.load(lse_b_ptr + row)
     top = tl.maximum(lse_a, lse_b)
-    top = tl.where(
-        top == float("-inf"), 0.0, top
-    )  # both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN
+    # Both empty: exp(-inf - 0) = 0, not exp(-inf + inf) = NaN.
+    top = tl.where(top == float("-inf"), 0.0, top)
     w_a = tl.exp(lse_a - top)
     w_b = tl.exp(lse_b - top)
     total = w_a + w_b
@@ -48,25 +47,12 @@ def _merge_states_kernel(
 def _check_state(
     names: tuple[str, str], o: torch.Tensor, lse: torch.Tensor, shape: torch.Size | None = None
 ) -> None:
-    check_tensor(names[0], o, shape=shape, dtype=FLOATS)
-    check_tensor(names[1], lse, shape=o.shape[:-1], dtype=torch.float32, device=o.device)
+    check_tensor(names[0], o, shape=shape, dtype=FLOATS, contiguous=True)
     if o.dim() < 2:
         raise ValueError(f"{names[0]}: expected shape [..., D], got {list(o.shape)}")
-    for name, value in zip(names, (o, lse), strict=True):
-        if not value.is_contiguous():
-            raise ValueError(
-                f"{name}: expected a contiguous tensor, got strides {list(value.stride())}"
-            )
-
-
-def _outputs(like, shape, out, lse, lse_name):
-    if out is None:
-        out = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if lse is None:
-        lse = torch.empty(shape[:-1], dtype=torch.float32, device=like.device)
-    check_tensor("out", out, device=like.device)
-    _check_state(("out", lse_name), out, lse, shape)
-    return out, lse
+    check_tensor(
+        names[1], lse, shape=o.shape[:-1], dtype=torch.float32, device=o.device, contiguous=True
+    )
 
 
 def merge_states(
@@ -96,7 +82,8 @@ def merge_states(
     _check_state(("o_a", "lse_a"), o_a, lse_a)
     check_tensor("o_b", o_b, device=o_a.device)
     _check_state(("o_b", "lse_b"), o_b, lse_b, o_a.shape)
-    out, lse = _outputs(o_a, o_a.shape, out, lse, "lse")
+    out = check_output("out", torch.empty_like(o_a) if out is None else out, o_a, o_a.shape, FLOATS)
+    lse = check_output("lse", lse, o_a, o_a.shape[:-1])
     if not _launch.runs_kernel(o_a):
         o, total = merge_states_torch(o_a, lse_a, o_b, lse_b)
         return out.copy_(o), lse.copy_(total)
@@ -129,24 +116,20 @@ def _merge_many_states_kernel(
     top = tl.full([], float("-inf"), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        top = tl.maximum(
-            top, tl.max(tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")), 0)
-        )
+        lse = tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf"))
+        top = tl.maximum(top, tl.max(lse, 0))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.full([], 0.0, dtype=tl.float32)
     o = tl.zeros([BLOCK_D], dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        w = tl.exp(
-            tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf")) - top
-        )  # [BLOCK_N]
+        lse = tl.load(lse_in_ptr + row * N + n, mask=n < N, other=float("-inf"))
+        w = tl.exp(lse - top)  # [BLOCK_N]
         total += tl.sum(w, 0)
         # A weight of zero must not multiply what an empty split never wrote.
         mask = (w > 0.0)[:, None] & (d < D)[None, :]
-        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )
-        o += tl.sum(w[:, None] * x, 0)
+        x = tl.load(o_ptr + (row * N + n)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        o += tl.sum(w[:, None] * x.to(tl.float32), 0)
     o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(1) == 0:
@@ -177,7 +160,8 @@ def merge_many_states(
     if o.dim() < 3:
         raise ValueError(f"o: expected shape [..., N, D], got {list(o.shape)}")
     shape = (*o.shape[:-2], o.shape[-1])
-    out, out_lse = _outputs(o, shape, out, out_lse, "out_lse")
+    out = check_output("out", o.new_empty(shape) if out is None else out, o, shape, FLOATS)
+    out_lse = check_output("out_lse", out_lse, o, shape[:-1])
     if not _launch.runs_kernel(o):
         merged, total = merge_many_states_torch(o, lse)
         return out.copy_(merged), out_lse.copy_(total)

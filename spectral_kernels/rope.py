@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_output, check_tensor
+from ._checks import FLOATS, check_ids, check_least, check_tensor
 from ._math import cos_sin
-from .codec import Codec
+from .codec import Codec, check_codec
 
 INTS = (torch.int32, torch.int64)
 
@@ -71,11 +71,10 @@ def freqs_from_inv_freq(
 def _rotate_kernel(
     x_ptr, positions_ptr, freqs_ptr, out_ptr, T, stride_x_b, stride_x_n, stride_x_t,
     stride_positions_b, stride_out_b, stride_out_n, stride_out_t, D: tl.constexpr,
-    PAIRS: tl.constexpr, FRAME: tl.constexpr, INVERSE: tl.constexpr, BLOCK_T: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr, BLOCK_REST: tl.constexpr,
+    PAIRS: tl.constexpr, INVERSE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tokens of one row and head, turned by their positions or (FRAME > 0) by their frames'
-    starts."""
+    """BLOCK_T tokens of one row and head, turned by their positions."""
     t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -83,8 +82,6 @@ def _rotate_kernel(
     x_ptr += b * stride_x_b + n * stride_x_n + t[:, None] * stride_x_t
     out_ptr += b * stride_out_b + n * stride_out_n + t[:, None] * stride_out_t
     position = tl.load(positions_ptr + b * stride_positions_b + t, mask=live, other=0).to(tl.int64)
-    if FRAME > 0:
-        position -= position % FRAME
     if PAIRS > 0:
         i = tl.arange(0, BLOCK_PAIRS)
         mask = live[:, None] & (i < PAIRS)[None, :]
@@ -92,9 +89,7 @@ def _rotate_kernel(
         cos, sin = cos_sin(position[:, None], freqs[None, :])  # [BLOCK_T, BLOCK_PAIRS]
         if INVERSE:
             sin = -sin
-        x1 = tl.load(x_ptr + i[None, :], mask=mask, other=0.0).to(
-            tl.float32
-        )  # [BLOCK_T, BLOCK_PAIRS]
+        x1 = tl.load(x_ptr + i[None, :], mask=mask, other=0.0).to(tl.float32)
         x2 = tl.load(x_ptr + PAIRS + i[None, :], mask=mask, other=0.0).to(tl.float32)
         tl.store(out_ptr + i[None, :], x1 * cos - x2 * sin, mask=mask)
         tl.store(out_ptr + PAIRS + i[None, :], x1 * sin + x2 * cos, mask=mask)
@@ -102,41 +97,6 @@ def _rotate_kernel(
         i = 2 * PAIRS + tl.arange(0, BLOCK_REST)
         mask = live[:, None] & (i < D)[None, :]
         tl.store(out_ptr + i[None, :], tl.load(x_ptr + i[None, :], mask=mask, other=0.0), mask=mask)
-
-
-def _check_rotate(x, positions, freqs, frame, out):
-    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
-    shape = (x.shape[0], x.shape[2])
-    check_tensor("positions", positions, shape=shape, dtype=INTS, device=x.device)
-    check_tensor(
-        "freqs", freqs, shape=(None,), dtype=torch.int64, device=x.device, unit_stride=True
-    )
-    if 2 * freqs.shape[0] > x.shape[-1]:
-        raise ValueError(
-            f"freqs: expected at most D / 2 = {x.shape[-1] // 2} pairs, got {freqs.shape[0]}"
-        )
-    if frame is not None and frame < 1:
-        raise ValueError(f"frame: expected at least 1, got {frame}")
-    if out is not None:
-        check_tensor("out", out, shape=x.shape, dtype=x.dtype, device=x.device, unit_stride=True)
-
-
-def _rotate(x, positions, freqs, frame, inverse, out):
-    """`rotate` (frame 0) or a turn by the starts of frames; arguments are checked."""
-    batch, heads, tokens, dim = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    if x.numel() == 0:
-        return out
-    positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-    pairs, block_t = freqs.shape[0], 16
-    with torch.cuda.device_of(x):
-        _rotate_kernel[(_launch.cdiv(tokens, block_t), heads, batch)](
-            x, positions, freqs, out, tokens, *x.stride()[:3], positions.stride(0),
-            *out.stride()[:3], D=dim, PAIRS=pairs, FRAME=frame, INVERSE=inverse,
-            BLOCK_T=block_t, BLOCK_PAIRS=_launch.next_power_of_2(pairs),
-            BLOCK_REST=_launch.next_power_of_2(dim - 2 * pairs),
-        )  # fmt: skip
-    return out
 
 
 def rotate(
@@ -161,23 +121,39 @@ def rotate(
     Raises:
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
-    _check_rotate(x, positions, freqs, None, out)
+    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS, unit_stride=True)
+    (batch, heads, tokens, dim), device = x.shape, x.device
+    check_tensor("positions", positions, shape=(batch, tokens), dtype=INTS, device=device)
+    check_tensor("freqs", freqs, shape=(None,), dtype=torch.int64, device=device, unit_stride=True)
+    pairs = freqs.shape[0]
+    if 2 * pairs > dim:
+        raise ValueError(f"freqs: expected at most D / 2 = {dim // 2} pairs, got {pairs}")
+    if out is not None:
+        check_tensor("out", out, shape=x.shape, dtype=x.dtype, device=device, unit_stride=True)
     if not _launch.runs_kernel(x):
         return rotate_torch(x, positions, freqs, inverse=inverse, out=out)
-    return _rotate(x, positions, freqs, 0, inverse, out)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    if x.numel() == 0:
+        return out
+    positions, block_t = positions if positions.stride(-1) == 1 else positions.contiguous(), 16
+    with torch.cuda.device_of(x):
+        _rotate_kernel[(_launch.cdiv(tokens, block_t), heads, batch)](
+            x, positions, freqs, out, tokens, *x.stride()[:3], positions.stride(0),
+            *out.stride()[:3], D=dim, PAIRS=pairs, INVERSE=inverse, BLOCK_T=block_t,
+            BLOCK_PAIRS=_launch.next_power_of_2(pairs),
+            BLOCK_REST=_launch.next_power_of_2(dim - 2 * pairs),
+        )  # fmt: skip
+    return out
 
 
-def rotate_torch(
-    x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, inverse: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+def rotate_torch(x, positions, freqs, *, inverse=False, out=None):
     """`rotate` in plain PyTorch: the CPU path and the baseline."""
-    _check_rotate(x, positions, freqs, None, out)
-    cos, sin = cos_sin_torch(positions.long(), freqs)  # [B, T, pairs]
-    result = turn_torch(x.float(), cos[:, None], -sin[:, None] if inverse else sin[:, None]).to(
-        x.dtype
-    )
-    return result if out is None else out.copy_(result)
+    phase = (positions.long()[..., None] * freqs) >> 32  # wraps; arithmetic shift
+    angle = phase.float()[:, None] * ((-1 if inverse else 1) * 2 * math.pi / 2**32)
+    cos, sin, pairs = angle.cos(), angle.sin(), freqs.shape[0]  # [B, 1, T, pairs]
+    x1, x2, rest = x.float().split((pairs, pairs, x.shape[-1] - 2 * pairs), dim=-1)
+    result = torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest), dim=-1)
+    return result.to(x.dtype) if out is None else out.copy_(result)
 
 
 def turn_back(
@@ -197,35 +173,14 @@ def turn_back(
         x, positions, freqs, out: as in `rotate`.
     Returns, raises: as `rotate`.
     """
-    _check_rotate(x, positions, freqs, frame, out)
-    if not _launch.runs_kernel(x):
-        return turn_back_torch(x, positions, freqs, frame=frame, inverse=inverse, out=out)
-    return _rotate(x, positions, freqs, frame, not inverse, out)
+    check_tensor("positions", positions, dtype=INTS)
+    check_least(frame=(frame, 1))
+    return rotate(x, positions - positions % frame, freqs, inverse=not inverse, out=out)
 
 
-def turn_back_torch(
-    x: torch.Tensor, positions: torch.Tensor, freqs: torch.Tensor, *, frame: int,
-    inverse: bool = False, out: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+def turn_back_torch(x, positions, freqs, *, frame, inverse=False, out=None):
     """`turn_back` in plain PyTorch."""
-    _check_rotate(x, positions, freqs, frame, out)
     return rotate_torch(x, positions - positions % frame, freqs, inverse=not inverse, out=out)
-
-
-def cos_sin_torch(
-    positions: torch.Tensor, freqs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, float32 [..., pairs], of int64 positions [...]."""
-    phase = (positions[..., None] * freqs) >> 32  # wraps; arithmetic shift: -2**31 .. 2**31 - 1
-    angle = phase.to(torch.float32) * (2 * math.pi / 2**32)
-    return angle.cos(), angle.sin()
-
-
-def turn_torch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Pairs (i, i + pairs) of x [..., D] turned; cos and sin broadcast to [..., pairs]."""
-    pairs = cos.shape[-1]
-    x1, x2, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest), dim=-1)
 
 
 def codec_rows(codec: Codec, codec_ids: torch.Tensor | None, batch: int) -> torch.Tensor:
@@ -235,71 +190,15 @@ def codec_rows(codec: Codec, codec_ids: torch.Tensor | None, batch: int) -> torc
     return codec_ids.long()
 
 
-def check_codec(
-    codec: Codec, codec_ids: torch.Tensor | None, x: torch.Tensor, heads: int | None
-) -> None:
-    """x [B, N, ..., D] fits the codec; heads: N if x is of KV heads, None if of query heads."""
-    if not isinstance(codec, Codec):
-        raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
-    check_tensor("codec.freqs", codec.freqs, device=x.device)
-    if x.shape[-1] != codec.layout.head_dim:
-        raise ValueError(f"codec: expected head_dim {x.shape[-1]}, got {codec.layout.head_dim}")
-    if heads is not None and heads != codec.kv_heads:
-        raise ValueError(f"codec: expected {heads} KV heads, got {codec.kv_heads}")
-    if heads is None and x.shape[1] % codec.kv_heads:
-        raise ValueError(f"q: expected a multiple of G = {codec.kv_heads} heads, got {x.shape[1]}")
-    if codec_ids is not None:
-        check_tensor(
-            "codec_ids", codec_ids, shape=(x.shape[0],), dtype=torch.int32, device=x.device,
-            unit_stride=True,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["max_frames", "Q"])
-def _project_queries_kernel(
-    q_ptr, freqs_ptr, basis_ptr, scale_ptr, mean_ptr, codec_ids_ptr, u_ptr, bias_ptr,
-    max_frames, Q, G, stride_q_b, stride_q_h, stride_q_q, FRAME: tl.constexpr, D: tl.constexpr,
-    PAIRS: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """One query head and frame: turn the query back, multiply by the basis and the mean."""
-    frame = tl.program_id(0)
-    H = tl.num_programs(1)
-    h = tl.program_id(1)
-    b = (tl.program_id(2) // Q).to(tl.int64)
-    query = tl.program_id(2) % Q
-    row = tl.zeros([], dtype=tl.int64)
-    if codec_ids_ptr is not None:
-        row += tl.load(codec_ids_ptr + b)
-    row = row * G + h // (H // G)
-    d = tl.arange(0, BLOCK_D)
-    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))  # of a turn backwards
-    partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
-    freqs = tl.load(freqs_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
-    q_ptr += b * stride_q_b + h * stride_q_h + query * stride_q_q
-    q = tl.load(q_ptr + d, mask=d < D, other=0.0).to(tl.float32)  # [BLOCK_D]
-    other = tl.load(q_ptr + partner, mask=d < D, other=0.0).to(tl.float32)
-    cos, sin = cos_sin(frame.to(tl.int64) * FRAME, freqs)
-    turned = q * cos + other * (sign * sin)
-    mean = tl.load(mean_ptr + row * D + d, mask=d < D, other=0.0)
-    out = ((b * H + h) * Q + query) * max_frames + frame
-    tl.store(bias_ptr + out, tl.sum(turned * mean, 0))
-    r = tl.arange(0, BLOCK_R)
-    mask = (r < R)[:, None] & (d < D)[None, :]
-    basis = tl.load(
-        basis_ptr + (row * R + r[:, None]) * D + d[None, :], mask=mask, other=0
-    )  # [R, D]
-    u = tl.sum(basis.to(tl.float32) * turned[None, :], 1)
-    u *= tl.load(scale_ptr + row * R + r, mask=r < R, other=0.0)
-    tl.store(u_ptr + out * R + r, u, mask=r < R)
-
-
-def _check_project(q, codec, max_frames, codec_ids):
-    check_tensor("q", q, dtype=FLOATS, unit_stride=True)
-    if q.dim() not in (3, 4):
-        raise ValueError(f"q: expected shape [B, H, D] or [B, H, Q, D], got {list(q.shape)}")
-    check_codec(codec, codec_ids, q, None)
-    if max_frames < 0:
-        raise ValueError(f"max_frames: expected at least 0, got {max_frames}")
+def check_queries(q: torch.Tensor, heads: int, head_dim: int, device: torch.device) -> None:
+    """q [B, H, (Q,) D] for G = heads."""
+    check_tensor("q", q, dtype=FLOATS, device=device, unit_stride=True)
+    if q.dim() not in (3, 4) or q.shape[-1] != head_dim:
+        raise ValueError(
+            f"q: expected shape [B, H, {head_dim}] or [B, H, Q, {head_dim}], got {list(q.shape)}"
+        )
+    if q.shape[1] % heads:
+        raise ValueError(f"q: expected a multiple of G = {heads} heads, got {q.shape[1]}")
 
 
 def project_queries(
@@ -308,10 +207,9 @@ def project_queries(
     max_frames: int,
     *,
     codec_ids: torch.Tensor | None = None,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries turned back by the start of every frame, multiplied by the key basis and by the mean
-    key.
+    key; PyTorch on any device. (Kernels of attention project for the frames that they read.)
 
     Args:
         q: [B, H, D] or [B, H, Q, D] as the model rotated them, fp16, bf16 or fp32; last dimension
@@ -319,46 +217,23 @@ def project_queries(
         codec: of the layer; H a multiple of its G.
         max_frames: frames 0 .. max_frames - 1 are projected.
         codec_ids: int32 [B], row of the codec of each sequence, or None: 0.
-        out: (u, bias) to write to, contiguous float32 of the shapes below.
     Returns:
         u float32 [B, H, (Q,) max_frames, R_K]: k_scale_r k_basis_r . R(-j F) q, and bias float32
         [B, H, (Q,) max_frames]: k_mean . R(-j F) q. A token's score (before the softmax scale) is
         bias + sum_r (n_r + z_r) u_r of its frame. Float32 arithmetic.
     Raises:
-        TypeError, ValueError: an argument is not as above; nothing was launched.
+        TypeError, ValueError: an argument is not as above.
     """
-    _check_project(q, codec, max_frames, codec_ids)
-    rank, lead = codec.layout.k.rank, (*q.shape[:-1], max_frames)
-    u, bias = (None, None) if out is None else out
-    u = check_output("out: u", u, q, (*lead, rank))
-    bias = check_output("out: bias", bias, q, lead)
-    if not _launch.runs_kernel(q):
-        found = project_queries_torch(q, codec, max_frames, codec_ids=codec_ids)
-        return u.copy_(found[0]), bias.copy_(found[1])
-    if bias.numel() == 0:
-        return u, bias
-    q4 = q if q.dim() == 4 else q[:, :, None]
-    batch, heads, queries, dim = q4.shape
-    with torch.cuda.device_of(q):
-        _project_queries_kernel[(max_frames, heads, batch * queries)](
-            q4, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec_ids, u, bias,
-            max_frames, queries, codec.kv_heads, *q4.stride()[:3], FRAME=codec.layout.frame,
-            D=dim, PAIRS=codec.freqs.shape[0], R=rank, BLOCK_D=_launch.next_power_of_2(dim),
-            BLOCK_R=_launch.next_power_of_2(rank), num_warps=4,
-        )  # fmt: skip
-    return u, bias
-
-
-def project_queries_torch(
-    q: torch.Tensor, codec: Codec, max_frames: int, *, codec_ids: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`project_queries` in plain PyTorch."""
-    _check_project(q, codec, max_frames, codec_ids)
+    device = check_codec(codec)
+    check_queries(q, codec.kv_heads, codec.layout.head_dim, device)
+    check_ids(q.shape[0], device, codec_ids=codec_ids)
+    check_least(max_frames=(max_frames, 0))
     q4 = q if q.dim() == 4 else q[:, :, None]
     starts = torch.arange(max_frames, device=q.device) * codec.layout.frame
-    cos, sin = cos_sin_torch(starts, codec.freqs)  # [max_frames, pairs]
-    turned = turn_torch(q4.float()[..., None, :].expand(*q4.shape[:-1], max_frames, -1), cos, -sin)
-    turned = turned.unflatten(1, (codec.kv_heads, -1))  # [B, G, H/G, Q, max_frames, D]
+    heads = (codec.kv_heads, q.shape[1] // codec.kv_heads, q4.shape[2])
+    turned = q4.float().flatten(1, 2)[:, :, None].expand(-1, -1, max_frames, -1)
+    turned = rotate_torch(turned, starts.expand(len(q), -1), codec.freqs, inverse=True)
+    turned = turned.unflatten(1, heads)  # [B, G, H/G, Q, max_frames, D]
     rows = codec_rows(codec, codec_ids, q.shape[0])
     basis = codec.k_basis[rows].float() * codec.k_scale[rows][..., None]  # [B, G, R, D]
     u = torch.einsum("bghqcd,bgrd->bghqcr", turned, basis).flatten(1, 2)

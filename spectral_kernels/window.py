@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 
 from . import _launch
-from ._checks import FLOATS, check_output, check_tensor
-from ._math import dot_f32
+from ._checks import FLOATS, check_ids, check_least, check_lens, check_output, check_tensor
+from ._math import dot_f32, row_of
 from .merge import merge_many_states
+from .rope import check_queries
 
 LOG2_E = math.log2(math.e)
 MAX_SPLITS = 128  # programs that share the slots of a row
@@ -53,22 +54,13 @@ def positions_torch(seq_lens: torch.Tensor, slots: int, sinks: int) -> torch.Ten
 
 
 def check_exact(
-    name: str, exact: torch.Tensor | None, x: torch.Tensor, sinks: int,
-    seq_ids: torch.Tensor | None, *, stored: bool = False,
+    name: str, exact: torch.Tensor, x: torch.Tensor, sinks: int, seq_ids: torch.Tensor | None,
+    *, heads: int, dtype: torch.dtype | tuple[torch.dtype, ...],
 ) -> int:  # fmt: skip
-    """The ring's slots of k_exact or v_exact for queries x [B, .., D], or for tokens x [B, G, T, D]
-    to be stored there; 0 for None."""
-    if sinks < 0:
-        raise ValueError(f"sinks: expected at least 0, got {sinks}")
-    if seq_ids is not None:
-        i32 = torch.int32
-        check_tensor(
-            "seq_ids", seq_ids, shape=x.shape[:1], dtype=i32, device=x.device, unit_stride=True
-        )
-    if exact is None:
-        return 0
-    shape = (None, x.shape[1] if stored else None, None, x.shape[-1])
-    dtype = x.dtype if stored else FLOATS
+    """The ring's slots of k_exact or v_exact [max_seqs, G, sinks + ring, D] for x [B, .., D]."""
+    check_least(sinks=(sinks, 0))
+    check_ids(x.shape[0], x.device, seq_ids=seq_ids)
+    shape = (None, heads, None, x.shape[-1])
     check_tensor(name, exact, shape=shape, dtype=dtype, device=x.device, unit_stride=True)
     _launch.check_bf16(name, exact)
     if seq_ids is None and exact.shape[0] < x.shape[0]:
@@ -81,11 +73,12 @@ def check_exact(
 @triton.jit
 def window_split(
     q_ptr,
-    k_ptr,  # the row's and head's slots
+    k_ptr,
     v_ptr,
     o_ptr,
     lse_ptr,
     seq_len,
+    row,  # of k_exact
     split,
     block_m,
     b,
@@ -94,16 +87,10 @@ def window_split(
     G,
     softmax_scale,
     strides_q,  # (b, h, q)
-    stride_k_s,
-    stride_v_s,
+    strides_exact,  # (row, g, slot of K, row, g, slot of V)
     HG: tl.constexpr,
     D: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    RING: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N)
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
@@ -111,13 +98,20 @@ def window_split(
     the group.
 
     o [B, H, Q, SPLITS, D], lse [B, H, Q, SPLITS]."""
+    SINKS: tl.constexpr = EXACT[0]
+    RING: tl.constexpr = EXACT[2]
+    SPLITS: tl.constexpr = EXACT[3]
+    BLOCK_M: tl.constexpr = EXACT[4]
+    BLOCK_N: tl.constexpr = EXACT[5]
     BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
     SLOTS: tl.constexpr = SINKS + RING
     SHARE: tl.constexpr = (SLOTS + SPLITS * BLOCK_N - 1) // (SPLITS * BLOCK_N) * BLOCK_N
-    row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < Q * HG
-    query = row // HG
-    head = g * HG + row % HG
+    k_ptr += row * strides_exact[0] + g * strides_exact[1]
+    v_ptr += row * strides_exact[3] + g * strides_exact[4]
+    m_row = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = m_row < Q * HG
+    query = m_row // HG
+    head = g * HG + m_row % HG
     at = seq_len - Q + query  # [BLOCK_M] positions of the queries
     d = tl.arange(0, BLOCK_D)
     q_row = q_ptr + b * strides_q[0] + head * strides_q[1] + query.to(tl.int64) * strides_q[2]
@@ -133,16 +127,13 @@ def window_split(
         slot = start + tl.arange(0, BLOCK_N)
         last = seq_len - SINKS - 1  # counted from the first token of the ring
         newest = SINKS + last - (last - (slot - SINKS) + RING) % RING
-        used = (slot < SLOTS) & (newest >= SINKS) & (newest >= seq_len - WINDOW)
+        used = (slot < SLOTS) & (newest >= SINKS) & (newest >= seq_len - EXACT[1])
         used = tl.where(slot < SINKS, slot < seq_len, used)
         position = tl.where(slot < SINKS, slot, newest)  # [BLOCK_N]
         mask = used[:, None] & (d < D)[None, :]
-        k = tl.load(
-            k_ptr + slot.to(tl.int64)[:, None] * stride_k_s + d[None, :], mask=mask, other=0.0
-        )
-        v = tl.load(
-            v_ptr + slot.to(tl.int64)[:, None] * stride_v_s + d[None, :], mask=mask, other=0.0
-        )
+        at_slot = slot.to(tl.int64)[:, None]
+        k = tl.load(k_ptr + at_slot * strides_exact[2] + d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + at_slot * strides_exact[5] + d[None, :], mask=mask, other=0.0)
         s = dot_f32(q, tl.trans(k), MATRIX, NATIVE)  # [BLOCK_M, BLOCK_N]
         s = tl.where(used[None, :] & (position[None, :] <= at[:, None]), s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -175,67 +166,49 @@ def _attend_window_kernel(
     strides_exact,  # (row, g, slot of K, row, g, slot of V)
     HG: tl.constexpr,
     D: tl.constexpr,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    RING: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    EXACT: tl.constexpr,
     MATRIX: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
     """One split of the slots of one row and KV head: `window_split`."""
-    blocks_m = tl.cdiv(Q * HG, BLOCK_M)
+    blocks_m = tl.cdiv(Q * HG, EXACT[4])
     g = (tl.program_id(1) // blocks_m).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    row = b
-    if seq_ids_ptr is not None:
-        row = tl.load(seq_ids_ptr + b).to(tl.int64)
+    row = row_of(seq_ids_ptr, b, b)
     window_split(
-        q_ptr, k_ptr + row * strides_exact[0] + g * strides_exact[1],
-        v_ptr + row * strides_exact[3] + g * strides_exact[4], o_ptr, lse_ptr,
-        tl.load(seq_lens_ptr + b), tl.program_id(0), tl.program_id(1) % blocks_m, b, g, Q, G,
-        softmax_scale, strides_q, strides_exact[2], strides_exact[5],
-        HG, D, SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N, MATRIX, NATIVE,
+        q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, tl.load(seq_lens_ptr + b), row, tl.program_id(0),
+        tl.program_id(1) % blocks_m, b, g, Q, G, softmax_scale, strides_q, strides_exact,
+        HG, D, EXACT, MATRIX, NATIVE,
     )  # fmt: skip
 
 
-def window_tile(group: int, queries: int, slots: int, matrix: bool, room: int) -> dict[str, int]:
-    """BLOCK_M rows (a query and a head) and BLOCK_N slots of a tile, and SPLITS of the slots: at
-    most as many as there is room for programs beside one another, none without a tile."""
+def window_tile(
+    group: int, queries: int, slots: int, matrix: bool, room: int
+) -> tuple[int, int, int]:  # fmt: skip
+    """SPLITS of the slots, at most as many as there is room for programs beside one another, none
+    without a tile; BLOCK_M rows (a query and a head) and BLOCK_N slots of a tile."""
     block_m, block_n = (
         (16, 32) if matrix else (min(4, _launch.next_power_of_2(group * queries)), 16)
     )
     tiles = _launch.cdiv(slots, block_n)
     # The kernel's share of a split is a whole number of tiles: no split lies past the slots.
     share = _launch.cdiv(tiles, max(1, min(tiles, room, MAX_SPLITS)))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "SPLITS": _launch.cdiv(tiles, share)}
+    return _launch.cdiv(tiles, share), block_m, block_n
 
 
-def check_queries(q: torch.Tensor, heads: int, head_dim: int, scale: float | None) -> float:
-    """q [B, H, (Q,) D] for G = heads; the softmax scale."""
-    check_tensor("q", q, dtype=FLOATS, unit_stride=True)
-    if q.dim() not in (3, 4) or q.shape[-1] != head_dim:
-        raise ValueError(
-            f"q: expected shape [B, H, {head_dim}] or [B, H, Q, {head_dim}], got {list(q.shape)}"
-        )
-    if q.shape[1] % heads:
-        raise ValueError(f"q: expected a multiple of G = {heads} heads, got {q.shape[1]}")
-    _launch.check_bf16("q", q)
+def softmax_scale(scale: float | None, head_dim: int) -> float:
+    """The factor of the scores, checked; default D**-0.5."""
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
     return head_dim**-0.5 if scale is None else float(scale)
 
 
-def check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids) -> int:
+def check_window(q, k_exact, v_exact, heads, sinks, window, seq_ids) -> int:
     """The ring's slots; queries and slots fit each other."""
-    ring = check_exact("k_exact", k_exact, q, sinks, seq_ids)
-    check_tensor("v_exact", v_exact, shape=k_exact.shape, dtype=k_exact.dtype, device=q.device)
-    check_exact("v_exact", v_exact, q, sinks, seq_ids)
-    check_tensor(
-        "seq_lens", seq_lens, shape=q.shape[:1], dtype=torch.int32, device=q.device,
-        unit_stride=True,
-    )  # fmt: skip
+    _launch.check_bf16("q", q)
+    ring = check_exact("k_exact", k_exact, q, sinks, seq_ids, heads=heads, dtype=FLOATS)
+    check_tensor("v_exact", v_exact, shape=k_exact.shape)
+    check_exact("v_exact", v_exact, q, sinks, seq_ids, heads=heads, dtype=k_exact.dtype)
     queries = q.shape[2] if q.dim() == 4 else 1
     if not 1 <= window <= ring:
         raise ValueError(f"window: expected 1 .. {ring}, the ring's slots, got {window}")
@@ -245,22 +218,18 @@ def check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids) -> int:
 
 
 def _launch_window(
-    q: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, seq_lens: torch.Tensor,
-    seq_ids: torch.Tensor | None, o: torch.Tensor, lse: torch.Tensor, *, scale: float,
-    sinks: int, window: int, matrix: bool, tile: dict[str, int],
+    q, k_exact, v_exact, seq_lens, seq_ids, o, lse, kept, tile, scale, matrix
 ) -> None:  # fmt: skip
     """The states of the splits of `tile` (`window_tile`): o float32 [B, H, Q, SPLITS, D] and lse
-    [B, H, Q, SPLITS] are written. q [B, H, Q, D]; scale: of natural scores."""
+    [B, H, Q, SPLITS] are written. q [B, H, Q, D]; kept: (sinks, window, ring); scale: of scores in
+    log2 units."""
     (batch, heads, queries, dim), kv_heads = q.shape, k_exact.shape[1]
     group = heads // kv_heads
-    blocks_m = _launch.cdiv(group * queries, tile["BLOCK_M"])
-    with torch.cuda.device_of(q):
-        _attend_window_kernel[(tile["SPLITS"], kv_heads * blocks_m, batch)](
-            q, k_exact, v_exact, seq_lens, seq_ids, o, lse, queries, kv_heads, scale * LOG2_E,
-            q.stride()[:3], (*k_exact.stride()[:3], *v_exact.stride()[:3]), HG=group, D=dim,
-            SINKS=sinks, WINDOW=window, RING=k_exact.shape[2] - sinks, MATRIX=matrix,
-            NATIVE=_launch.is_native(q), num_warps=4, num_stages=1, **tile,
-        )  # fmt: skip
+    _attend_window_kernel[(tile[0], kv_heads * _launch.cdiv(group * queries, tile[1]), batch)](
+        q, k_exact, v_exact, seq_lens, seq_ids, o, lse, queries, kv_heads, scale, q.stride()[:3],
+        (*k_exact.stride()[:3], *v_exact.stride()[:3]), HG=group, D=dim, EXACT=(*kept, *tile),
+        MATRIX=matrix, NATIVE=_launch.is_native(q), num_warps=4, num_stages=1,
+    )  # fmt: skip
 
 
 def attend_window(
@@ -297,8 +266,10 @@ def attend_window(
         TypeError, ValueError: an argument is not as above; nothing was launched.
     """
     check_tensor("k_exact", k_exact, shape=(None,) * 4)
-    scale = check_queries(q, k_exact.shape[1], k_exact.shape[3], scale)
-    ring = check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids)
+    check_queries(q, k_exact.shape[1], k_exact.shape[3], k_exact.device)
+    ring = check_window(q, k_exact, v_exact, k_exact.shape[1], sinks, window, seq_ids)
+    check_lens(seq_lens, q.shape[0], q.device)
+    scale = softmax_scale(scale, q.shape[-1])
     out = check_output("out", out, q, q.shape)
     lse = check_output("lse", lse, q, q.shape[:-1])
     if not _launch.runs_kernel(q):
@@ -310,36 +281,24 @@ def attend_window(
         return out, lse
     q4 = q if q.dim() == 4 else q[:, :, None]
     batch, heads, queries, dim = q4.shape
-    kv_heads, group = k_exact.shape[1], heads // k_exact.shape[1]
+    kv_heads, kept = k_exact.shape[1], (sinks, window, ring)
     matrix = _launch.has_matrix_units(q.device) if matrix_units is None else matrix_units
     room = 4 * _launch.multiprocessors(q.device) // (batch * kv_heads)
-    tile = window_tile(group, queries, sinks + ring, matrix, max(room, 1))
-    splits = tile["SPLITS"]
-    o_split, lse_split = out, lse
-    if splits > 1:
-        o_split = torch.empty(
-            (batch, heads, queries, splits, dim), dtype=torch.float32, device=q.device
-        )
-        lse_split = torch.empty(
-            (batch, heads, queries, splits), dtype=torch.float32, device=q.device
-        )
-    _launch_window(
-        q4, k_exact, v_exact, seq_lens, seq_ids, o_split, lse_split,
-        scale=scale, sinks=sinks, window=window, matrix=matrix, tile=tile,
-    )  # fmt: skip
-    if splits == 1:
-        return out, lse
-    shape = (*lse.shape, splits)
-    return merge_many_states(o_split.view(*shape, dim), lse_split.view(shape), out=out, out_lse=lse)
+    tile = window_tile(heads // kv_heads, queries, sinks + ring, matrix, max(room, 1))
+    states = out, lse
+    if tile[0] > 1:
+        states = out.new_empty((*lse.shape, tile[0], dim)), lse.new_empty((*lse.shape, tile[0]))
+    tables = (seq_lens, seq_ids)
+    with torch.cuda.device_of(q):
+        _launch_window(q4, k_exact, v_exact, *tables, *states, kept, tile, scale * LOG2_E, matrix)
+    return (out, lse) if tile[0] == 1 else merge_many_states(*states, out=out, out_lse=lse)
 
 
 def attend_window_torch(
-    q: torch.Tensor, k_exact: torch.Tensor, v_exact: torch.Tensor, seq_lens: torch.Tensor, *,
-    sinks: int, window: int, seq_ids: torch.Tensor | None = None, scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    q, k_exact, v_exact, seq_lens, *, sinks, window, seq_ids=None, scale=None
+):  # fmt: skip
     """`attend_window` in plain PyTorch, float32."""
-    scale = check_queries(q, k_exact.shape[1], k_exact.shape[3], scale)
-    check_window(q, k_exact, v_exact, seq_lens, sinks, window, seq_ids)
+    scale = softmax_scale(scale, q.shape[-1])
     q4 = q if q.dim() == 4 else q[:, :, None]
     batch, _, queries, _ = q4.shape
     rows = slice(batch) if seq_ids is None else seq_ids.long()

@@ -361,10 +361,9 @@ def joined(
 
 
 def gram(x: ArrayLike) -> F64:
-    """Products of float32 operands (as three tf32 products at worst) added over T tokens one by one
-    at worst."""
+    """Sums in float64 over T tokens, rounded to float32 once."""
     x = np.abs(np.asarray(x, np.float64))
-    return (PRODUCT + (x.shape[2] + 2) * ACC) * (x.mT @ x) + SMALLEST[torch.float32]
+    return (ACC + x.shape[2] * 2.0**-52) * (x.mT @ x) + SMALLEST[torch.float32]
 
 
 def coefficients(

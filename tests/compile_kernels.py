@@ -233,10 +233,8 @@ def launch_all(
                     **kept, **more,
                 )  # fmt: skip
         sk.attend_window(q, k_exact, v_exact, seq_lens, **kept)
-    sk.project_queries(q, codec, 3)
     sk.rotate(x, positions, codec.freqs)
     sk.turn_back(x, positions, codec.freqs, frame=512)
-    sk.gram(x)
     for side, data, exact in zip("kv", pages, (k_exact, v_exact), strict=True):
         sk.encode(x, codec, data, table, seq_lens, side=side, exact=exact, sinks=sinks)
         sk.decode(data, codec, table, seq_lens, side=side)

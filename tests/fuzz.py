@@ -212,16 +212,16 @@ def fuzz_rotate(draw: Draw) -> None:
 
 
 def fuzz_project_queries(draw: Draw) -> None:
-    layout, implementation = draw.shape("layout", *LAYOUTS), draw_implementation(draw)
-    spec = draw_spec(draw, layout, is_slow(implementation))
+    layout = draw.shape("layout", *LAYOUTS)
+    spec = draw_spec(draw, layout, False)
     codec, used = make_codec(draw.rng, spec)
     queries = draw_queries(draw, layout, spec, draw.shape("queries", 1, 1, 2, 4))
     rows = used[draw.rng.integers(0, len(used), len(spec.lengths))]
-    check_project(implementation, queries, codec, rows, draw.int("frames", 0, 4))
+    check_project(queries, codec, rows, draw.int("frames", 0, 4))
 
 
 def fuzz_gram(draw: Draw) -> None:
-    implementation, dtype = draw_implementation(draw), draw.shape("dtype", *DTYPES)
+    dtype = draw.shape("dtype", *DTYPES)
     shape = (
         draw.int("batch", 1, 2),
         draw.int("heads", 1, 2),
@@ -229,7 +229,7 @@ def fuzz_gram(draw: Draw) -> None:
         draw.shape("dim", 64, 80, 96, 128, 256),
     )
     x = rounded(draw.rng.standard_normal(shape) * draw.of("size", 1e-3, 1.0, 1e2), dtype)
-    check_gram(implementation, strided(x, draw.shape("strides", *STRIDES)))
+    check_gram(strided(x, draw.shape("strides", *STRIDES)))
 
 
 def fuzz_encode(draw: Draw) -> None:

@@ -49,10 +49,9 @@ from tests.test_compress import (
     check_append,
     check_decode,
     check_encode,
-    check_gram,
 )
 from tests.test_merge import check_many, check_two
-from tests.test_rope import check_project, check_turn
+from tests.test_rope import check_turn
 from tests.test_window import WINDOW_CASES, check_window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -223,9 +222,7 @@ def every_case() -> list[Case]:
     for dtype in DTYPES:
         for sizes in (("swapped", 64, 64, None), ("odd", 80, 40, 128), ("plain", 256, 0, None)):
             found.append((f"turn D{sizes[1]} {dtype}", turn(dtype, *sizes)))
-        found.append((f"gram {dtype}", moments(dtype)))
         found.append((f"merge {dtype}", merged(dtype)))
-        found.append((f"project {dtype}", projected(dtype)))
     return found
 
 
@@ -265,31 +262,11 @@ def decoded(spec: PageSpec, side: str) -> Callable[[np.random.Generator], None]:
     return lambda rng: check_decode("triton", make_pages(rng, spec), side)
 
 
-def moments(dtype: torch.dtype) -> Callable[[np.random.Generator], None]:
-    def run(rng: np.random.Generator) -> None:
-        for dim, tokens, stride in ((64, 70, "swapped"), (80, 33, "odd"), (256, 1100, "plain")):
-            x = cases.rounded(rng.standard_normal((1, 2, tokens, dim)), dtype)
-            check_gram("triton", cases.strided(x, stride))
-
-    return run
-
-
 def merged(dtype: torch.dtype) -> Callable[[np.random.Generator], None]:
     def run(rng: np.random.Generator) -> None:
         for dim in (64, 80):
             check_two(rng, "triton", (2, 3), dim, dtype, empty=0.3, spread=3.0)
             check_many(rng, "triton", (2, 3), dim, 40, dtype, empty=0.3, spread=3.0)
-
-    return run
-
-
-def projected(dtype: torch.dtype) -> Callable[[np.random.Generator], None]:
-    def run(rng: np.random.Generator) -> None:
-        spec = PageSpec("16x8+48x4", "32x4", 80, 2, (0,), 128, 40, codecs=2)
-        codec, used = cases.make_codec(rng, spec)
-        for count in (1, 3):
-            queries = make_queries(rng, shape=(2, 4, count, 80), dtype=dtype, flat=count == 1)
-            check_project("triton", queries, codec, used[[0, 1]], 3)
 
     return run
 

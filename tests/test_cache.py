@@ -28,7 +28,7 @@ from spectral_kernels import (
     encode,
     freqs_from_inv_freq,
 )
-from spectral_kernels.cache import PageAllocator
+from spectral_kernels.cache import PageTable
 from tests import budgets
 from tests.cases import DEVICE, DTYPES, int32
 
@@ -160,7 +160,7 @@ class Model:
         """NaN in slots of no token, ones in pages of no row."""
         pages = self.cache.pages
         used = {page for row in pages.rows for page in row}
-        free = [page for page in range(len(pages.allocator.references)) if page not in used]
+        free = [page for page in range(len(pages.references)) if page not in used]
         slots = [(b, slot) for b, row in enumerate(self.rows) for slot in row.empty_slots]
         if free:
             at = torch.tensor(free, device=DEVICE)
@@ -263,7 +263,7 @@ class Model:
         assert self.cache.lengths == self.lengths == self.cache.seq_lens.tolist()
         pages = self.cache.pages
         used = {page for row in pages.rows for page in row}
-        assert len(used) + pages.allocator.free == len(pages.allocator.references)
+        assert len(used) + pages.free == len(pages.references)
         for layer in range(len(BANDS)):
             q = self.random(len(self.rows), HEADS, queries, DIM)
             self.compare(layer, q, self.cache.attend(layer, q))
@@ -524,7 +524,7 @@ def test_reset_frees_every_page():
     model.store([200, 10], prompt=True)
     model.reorder([0, 0])
     model.reset()
-    allocator = model.cache.pages.allocator
+    allocator = model.cache.pages
     assert allocator.free == len(allocator.references) and not any(allocator.references)
     model.store([70, 80], prompt=True)
     model.check()
@@ -543,11 +543,11 @@ def test_pages_held_ahead_are_not_shared():
 def test_forked_rows_share_full_pages():
     model = Model(seed=6)
     model.store([200, 10], prompt=True)
-    free = model.cache.pages.allocator.free
+    free = model.cache.pages.free
     model.reorder([0, 0])
     # Row 1 gave its page back and took one copy, of the last page of row 0; three pages are shared.
-    assert model.cache.pages.allocator.free == free
-    assert sorted(model.cache.pages.allocator.references, reverse=True)[:5] == [2, 2, 2, 1, 1]
+    assert model.cache.pages.free == free
+    assert sorted(model.cache.pages.references, reverse=True)[:5] == [2, 2, 2, 1, 1]
     for _ in range(3):
         model.store([1, 1], prompt=False)
         model.check()
@@ -574,7 +574,7 @@ def test_a_full_pool_can_fork():
     model.store([140, 140], prompt=True)
     model.store([140, 140], prompt=True)
     model.store([30, 30], prompt=True)
-    assert model.cache.pages.allocator.free == 0
+    assert model.cache.pages.free == 0
     model.reorder([1, 1])
     model.check()
     model.store([3, 3], prompt=False)
@@ -582,7 +582,7 @@ def test_a_full_pool_can_fork():
 
 
 def test_page_allocator():
-    pages = PageAllocator(3)
+    pages = PageTable(1, 3)
     a = pages.allocate(2)
     pages.share(a[:1])
     pages.release(a)

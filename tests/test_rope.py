@@ -258,14 +258,10 @@ def project_oracle(
     )
 
 
-def check_project(
-    implementation, queries, codec: CodecArrays, rows: np.ndarray, max_frames: int
-) -> None:
+def check_project(queries, codec: CodecArrays, rows: np.ndarray, max_frames: int) -> None:
     expected = project_oracle(queries.q, codec, rows, max_frames)
-    run = operation(rope, "project_queries", implementation, queries.tensor.dtype)
-    out = tuple(poisoned(*in_shape_of(x, queries).shape) for x in expected)
     ids = None if len(codec.k_basis) == 1 else int32(rows)
-    got = run(queries.tensor, codec_of(codec), max_frames, codec_ids=ids, out=out)
+    got = rope.project_queries(queries.tensor, codec_of(codec), max_frames, codec_ids=ids)
     allowed = budgets.project_queries(queries.q, codec, rows)
     for name, value, wanted, budget in zip(("u", "bias"), got, expected, allowed, strict=True):
         assert value.dtype == torch.float32
@@ -273,10 +269,9 @@ def check_project(
         budgets.check(value, in_shape_of(wanted, queries), in_shape_of(budget, queries), name)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PROJECT_CASES, ids=lambda c: f"{c[0]}-D{c[1]}-Q{c[8]}")
-def test_project_queries(rng, implementation, dtype, case):
+def test_project_queries(rng, dtype, case):
     bands, dim, rotary_dim, frame, groups, group, batch, max_frames, queries, codecs = case
     spec = PageSpec(bands, "16x8", dim, groups, (0,) * batch, frame, rotary_dim, codecs=codecs)
     codec, used = make_codec(rng, spec)
@@ -287,15 +282,13 @@ def test_project_queries(rng, implementation, dtype, case):
         stride="odd" if queries > 1 else "swapped",
         flat=queries == 1,
     )
-    check_project(implementation, q, codec, used[rng.integers(0, len(used), batch)], max_frames)
+    check_project(q, codec, used[rng.integers(0, len(used), batch)], max_frames)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_project_no_frames_or_queries(rng, implementation):
+def test_project_no_frames_or_queries(rng):
     codec = codec_of(make_codec(rng, PageSpec("16x8", "16x8", 64, 1, (0,)))[0])
-    run = operation(rope, "project_queries", implementation)
     for shape, frames in (((1, 2, 64), 0), ((1, 2, 0, 64), 3), ((0, 2, 64), 2)):
-        u, bias = run(torch.zeros(shape, device=DEVICE), codec, frames)
+        u, bias = rope.project_queries(torch.zeros(shape, device=DEVICE), codec, frames)
         assert tuple(u.shape) == (*shape[:-1], frames, 16) and tuple(bias.shape) == (
             *shape[:-1],
             frames,

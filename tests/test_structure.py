@@ -46,7 +46,7 @@ LAYERS = {
     "__main__": 11,
 }
 MAX_CLASS, MAX_FUNCTION, MAX_PARAMETERS, MAX_COLUMNS = 300, 100, 35, 100
-MAX_KERNELS, MAX_ADAPTERS = 5750, 2200  # lines of all that is no adapter, and of the adapters
+MAX_KERNELS, MAX_ADAPTERS = 5200, 2200  # lines of all that is no adapter, and of the adapters
 
 
 def module_of(stem: str) -> ModuleType:
@@ -114,9 +114,6 @@ def test_the_operations_are_found():
     """The walk itself: without this, a walk that finds nothing would pass everything below."""
     assert {name for _, name in OPERATIONS} >= {
         "rotate",
-        "turn_back",
-        "project_queries",
-        "gram",
         "encode",
         "append",
         "decode",
@@ -151,7 +148,7 @@ def test_an_operation_has_an_oracle_a_test_and_a_fuzzer(stem, name):
     test = ROOT / "tests" / f"test_{stem}.py"
     assert test.exists(), f"tests/test_{stem}.py"
     assert f'"{name}"' in test.read_text(), f"{test.name} never runs {name}"
-    helpers = {"rotate": "check_turn", "turn_back": "check_turn"}
+    helpers = {"rotate": "check_turn"}
     fuzz = (ROOT / "tests" / "fuzz.py").read_text()
     assert name in fuzz or helpers.get(name, "-") in fuzz, f"fuzz.py never runs {name}"
 
