@@ -268,6 +268,28 @@ def test_a_ring_that_grows_and_is_cropped(mixed: Any) -> None:
             cache.crop(-66)
 
 
+@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+def test_steps_with_windows_compile_as_one_graph(name: str, mixed: Any) -> None:
+    model, codec = made(mixed, name)
+    inputs = prompt(90)
+    config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    with enable(model, codec=codec, graph=False):
+        expected = generate(model, inputs, disable_compile=True)
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        assert torch.equal(generate(model, inputs, compile_config=config), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_operator_of_a_window_is_what_it_says() -> None:
+    x = torch.randn(2, 6, 3, 64)
+    lengths, scores = torch.tensor([5, 90], dtype=torch.int32), torch.randn(4)
+    rings = torch.zeros(2, 2, 40, 64), torch.zeros(2, 2, 40, 64)
+    arguments = (x[:, :4], x[:, 4:], x[:, 4:] + 1, *rings, lengths, 16, 0.125, scores)
+    torch.library.opcheck(torch.ops.spectral_kernels.window_step.default, arguments)
+
+
 def test_a_cuda_graph_wants_state_that_stays(mixed: Any) -> None:
     for name, moving in (("gemma3", ""), ("llama4", "DynamicSlidingWindowLayer")):
         model = build(name)
