@@ -270,6 +270,8 @@ def test_a_ring_that_grows_and_is_cropped(mixed: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_steps_with_windows_compile_as_one_graph(name: str, mixed: Any) -> None:
+    if name == "gpt_oss" and VERSION < (5, 0):
+        pytest.skip("its experts are a loop over what the device says")
     model, codec = made(mixed, name)
     inputs = prompt(90)
     config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
