@@ -248,6 +248,45 @@ def test_a_hit_is_a_miss_but_for_the_windows_coding(model, coded, monkeypatch):
     assert hit == miss
 
 
+def test_sinks_of_two_steps_are_not_kept(model, coded):
+    """Nor what the pool holds for their page from before: a hit has them from the page."""
+    given, step = prompts(200), LARGEST / 127
+    with serving(model, coded, max_num_seqs=1, max_num_batched_tokens=2) as engine:
+        core = plugin._ENGINES[0]
+        for page in range(1, 1 + core.entries):  # the prompt takes the first free pages
+            core.pool.write(page)
+        generate(engine, given, 1)
+        before = exact_tokens(200)
+        generate(engine, given, 1)
+        assert core.lost == 1
+        for number, (old, new) in enumerate(zip(before, exact_tokens(200), strict=True)):
+            bound = (2**0.5 if number % 2 == 0 else 1.0) * step / 2 + 1e-5
+            assert 0 < (old - new)[:, :4].abs().max() <= bound
+
+
+def test_long_chunks_on_a_past(model, dense, coded, monkeypatch):
+    """More than CHUNK tokens attend to a past that is rebuilt in pieces, all of it exact in preset
+    exact; else the first and the newest tokens of it, whatever their pages hold."""
+    chunks = {"max_num_batched_tokens": 256}
+    with monkeypatch.context() as patch, serving(model, EXACT, **chunks) as engine:
+        patch.setattr(plugin, "PIECE", 3 * PAGE_SIZE)
+        assert generate(engine, prompts(*LENGTHS)) == dense
+    given, decode, seen = prompts(700), plugin.decode, []
+
+    def poisoned(*args: Any, **options: Any) -> torch.Tensor:
+        x, (past,) = decode(*args, **options), args[3].tolist()
+        x[:, :, :4], x[:, :, past - 16 :] = torch.nan, torch.nan
+        seen.append(past)
+        return x
+
+    with serving(model, coded, **chunks) as engine:
+        expected = generate(engine, given)
+    monkeypatch.setattr(plugin, "decode", poisoned)
+    with serving(model, coded, **chunks) as engine:
+        assert generate(engine, given) == expected
+    assert sorted(set(seen)) == [256, 512]
+
+
 def test_two_ranks(model, tmp_path):
     """Each has one of two KV heads, whose codecs differ."""
     codec = eight_bit_codec(2, 2, 64, freqs(), LARGEST)
