@@ -3,7 +3,8 @@ and each layout, side by side, where an engine compiles one after another.
 
     python -m perf._serve_kernels SPEC.json NUMBER
 
-SPEC: codec (a file), heads, width (columns of vLLM's block table), seqs (requests at most).
+SPEC: codec (a file), heads, ranks that share them, width (columns of vLLM's block table), seqs
+(requests at most).
 Kernels are compiled for which strides and addresses are multiples of 16: these are as vLLM's pages,
 block table and projections have them. What does not match is compiled by the engine, later.
 """
@@ -30,8 +31,10 @@ BATCHES = (1, 2, 9, 33, 1025)  # decodes of 1, of 2 to 8, ..; part 4: a short ch
 def main(spec: dict[str, Any], number: int) -> None:
     model = ModelCodec.load(spec["codec"])
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where it only shows that it runs
-    codec = list({x.layout: x for x in model.layers}.values())[number // PARTS].to(device)
-    part, heads, groups, dim = number % PARTS, spec["heads"], codec.kv_heads, codec.layout.head_dim
+    codec = list({x.layout: x for x in model.layers}.values())[number // PARTS]
+    codec = codec.of_heads(0, codec.kv_heads // spec["ranks"]).to(device)
+    part, heads, groups = number % PARTS, spec["heads"] // spec["ranks"], codec.kv_heads
+    dim = codec.layout.head_dim
     u8: Any = {"dtype": torch.uint8, "device": device}
     i32: Any = {"dtype": torch.int32, "device": device}
     bf16: Any = {"dtype": torch.bfloat16, "device": device}

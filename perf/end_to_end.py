@@ -1,9 +1,9 @@
 """Time whole models, a token at a time: transformers as users run it, dense attention at its best,
 and the spectral cache.
 
-    python -m perf.end_to_end --shape 8b --batch 1 --tokens 8192 32768 131072
-    python -m perf.end_to_end --batch 8 --tokens 32768 --what graph ours bare --presets balanced
-    python -m perf.end_to_end --long --batch 1 8      2,000 tokens from a prompt of 8K
+    python -m perf.end_to_end 1x8192 1x32768 1x131072 --compile --json
+    python -m perf.end_to_end 8x32768 --what graph fp8 ours bare --presets balanced quality
+    python -m perf.end_to_end 1x8192 8x8192 --what long
 
 Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
 bases). Caches are filled with random pages, keys and values of T tokens ("filled": "random"). What
@@ -12,25 +12,26 @@ is measured (--what):
     eager     `model.generate`, DynamicCache
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
     graph     the one-token forward as one CUDA graph over static keys and values, attention by the
-              fastest backend of PyTorch's at this shape ("backend"); where the memory of all layers
-              does not fit, layers share it ("shared")
+              fastest peer of perf.attention at this shape ("backend"); where the memory of all
+              layers does not fit, layers share it ("shared")
+    fp8       the same with keys, values and queries of 8 bits ("graph" of preset "fp8")
     ours      `model.generate` after `enable(model, preset)`, a row a preset
     bare      the graph of the same step, replayed: without the host work of generate
     prefill   seconds up to the first new token of a real prompt of T tokens, with DynamicCache and
               with each preset in turns (up to --prefill-limit tokens, all rows together)
+    long      2,000 tokens from a real prompt of T
 
-With --compile, graph, ours and bare also come as "graph compiled" and so on: the layers fused by
-torch.compile before they are captured (`hf.compiled_layers`), dense ones alike.
+With --compile the layers of graph, fp8, ours and bare are fused by torch.compile before they are
+captured (`hf.compiled_layers`): "graph compiled" and so on. What Triton and torch.compile make is
+made ahead, in processes side by side.
 
 ms, p99_ms: of steps; those of generate as the streamer sees them, of graphs by events. Rows are
-checked first: a graph against transformers' own attention over the same cache; ours: a layer
-against float64 within a derived budget, preset "exact" against the dense greedy tokens; every step
-must run. fp8 has no row: no peer that runs here as a whole step has it. (vLLM's, FA3, takes 0.87 to
-1.0 of the time of its bf16 on an H200.)
+checked first: a graph against transformers' own attention over the same cache; ours: a layer's
+attention against its twin; every step must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
 cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
-(and of --long: p999_ms max_ms compiled allocations).
+(and of long: p999_ms max_ms compiled).
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -39,13 +40,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,18 +67,9 @@ from transformers import (
 )
 from transformers.cache_utils import CacheLayerMixin
 
-from perf._cases import LOSSY, THETA, Shape, Step, check_state, random_model_codec
-from perf._timing import (
-    Card,
-    Row,
-    begin,
-    capture,
-    common_arguments,
-    reason,
-    rounded,
-    write_row,
-)
-from perf.attention import SDPA, best, sdpa, sdpa_peer, time_peers
+from perf._cases import LOSSY, THETA, Shape, Step, check_state, layouts, random_model_codec
+from perf._timing import ROOT, Card, Row, begin, capture, common_arguments, fail, say, write_row
+from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
@@ -80,14 +77,12 @@ from spectral_kernels.rope import freqs_from_inv_freq
 # hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "1b": (2048, 8192, 16, 32, 8, 64, 128256),
     "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
-WHAT = ("eager", "static", "graph", "ours", "bare", "prefill")
-STEPS = ("graph", "ours", "bare")  # those with a variant whose layers are compiled
-PRESETS = ("exact", *LOSSY)
+WHAT = ("eager", "static", "graph", "fp8", "ours", "bare", "prefill", "long")
+STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
 WARM = 8  # steps of a generate that are not counted
-LONG_PROMPT, LONG_STEPS = 8192, 2000
+LONG_STEPS = 2000
 
 
 def make_model(
@@ -127,47 +122,36 @@ class Cell:
     steps: int
     card: Card
     compile: bool = False  # layers compiled before a step is captured
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
+    layout: int = 0  # of the first layer, a number of _cases.layouts
 
     @property
     def layer(self) -> Shape:
         config = self.model.config
-        return Shape(
-            self.batch,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            self.tokens,
-        )
+        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        return Shape(self.batch, *heads, self.tokens)
 
-    def random_kv(self, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """k, v [B, G, T, D] of a layer, with the spread that the model's own have."""
-        shape = self.layer
-        size = (self.batch, shape.kv_heads, tokens or self.tokens, shape.dim)
-        return tuple(
-            torch.empty(size, dtype=self.model.dtype, device=self.device).normal_() for _ in "kv"
-        )  # type: ignore[return-value]
+    @property
+    def dense_bytes(self) -> int:
+        return self.model.config.num_hidden_layers * self.layer.dense_bytes
+
+    def random_kv(self) -> torch.Tensor:
+        """k and v [2, B, G, T, D] of a layer, with the spread that the model's own have."""
+        size = (2, self.batch, self.layer.kv_heads, self.tokens, self.layer.dim)
+        return torch.empty(size, dtype=self.model.dtype, device=self.model.device).normal_()
 
     def ids(self, tokens: int) -> torch.Tensor:
-        return torch.randint(self.model.config.vocab_size, (self.batch, tokens), device=self.device)
+        size, device = (self.batch, tokens), self.model.device
+        return torch.randint(self.model.config.vocab_size, size, device=device)
 
-    def codec(self, preset: str) -> Any:
-        """None for "exact"."""
-        shape = self.layer
-        if preset == "exact":
-            return None
-        inv_freq = self.model.model.rotary_emb.inv_freq
-        freqs = freqs_from_inv_freq(inv_freq.float().cpu(), device=self.device)
-        layers = self.model.config.num_hidden_layers
-        return random_model_codec(
-            preset, layers=layers, kv_heads=shape.kv_heads, dim=shape.dim, freqs=freqs
-        )
-
-    def enabled(self, preset: str, **options: Any) -> Any:
-        return enable(self.model, preset, codec=self.codec(preset), **options)
+    def enabled(self, preset: str, compile: bool = False) -> Any:
+        """enable() without its own check, which compiles for one row: rows are checked here."""
+        shape, inv_freq = self.layer, self.model.model.rotary_emb.inv_freq
+        codec = random_model_codec(
+            preset, layers=self.model.config.num_hidden_layers, kv_heads=shape.kv_heads,
+            dim=shape.dim, first=self.layout,
+            freqs=freqs_from_inv_freq(inv_freq.float().cpu(), device=self.model.device),
+        )  # fmt: skip
+        return enable(self.model, preset, codec=codec, compile=compile, check=False)
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -178,11 +162,9 @@ class Clock:
 
     def __init__(self) -> None:
         self.times: list[float] = []
-        self.tokens: list[torch.Tensor] = []
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
-        self.tokens.append(value)
 
     def end(self) -> None:
         pass
@@ -197,10 +179,10 @@ class Clock:
 
 
 def generate(
-    cell: Cell, ids: torch.Tensor, new: int, cache: Any = None, clock: Clock | None = None
+    cell: Cell, ids: torch.Tensor, new: int, cache: Any = None, clock: Any = None
 ) -> Clock:
     """Greedy decoding of so many new tokens."""
-    clock = Clock() if clock is None else clock
+    clock = clock or Clock()
     given = {} if cache is None else {CACHE: cache}
     cell.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
@@ -213,36 +195,22 @@ def generate(
 
 def percentiles(steps: Sequence[float]) -> Row:
     """Median and 99th percentile."""
-    ordered = sorted(steps)
-    return {
-        "ms": statistics.median(ordered),
-        "p99_ms": ordered[min(len(ordered) - 1, len(ordered) * 99 // 100)],
-    }
+    return {"ms": statistics.median(steps), "p99_ms": sorted(steps)[len(steps) * 99 // 100]}
 
 
 def timed_generate(cell: Cell, cache: Any) -> Row:
     """Decode steps over a cache that holds T tokens."""
-    clock = generate(cell, cell.ids(cell.tokens + 1), WARM + cell.steps + 1, cache)
-    return percentiles(clock.steps_ms[WARM:])
+    ids = cell.ids(cache.get_seq_length() + 1)
+    return percentiles(generate(cell, ids, WARM + cell.steps + 1, cache).steps_ms[WARM:])
 
 
-def fill(cell: Cell, cache: Any) -> Any:
-    """A cache of transformers' with T random tokens in all layers."""
-    for layer in range(cell.model.config.num_hidden_layers):
+def transformers_cache(cell: Cell, fixed: bool) -> Row:
+    """`generate` over DynamicCache, or StaticCache, with T random tokens in all layers."""
+    config, room = cell.model.config, cell.tokens + WARM + cell.steps + 2
+    cache = StaticCache(config=config, max_cache_len=room) if fixed else DynamicCache(config=config)
+    for layer in range(config.num_hidden_layers):
         cache.update(*cell.random_kv(), layer)
-    return cache
-
-
-def eager(cell: Cell) -> Row:
-    cache = fill(cell, DynamicCache(config=cell.model.config))
-    size = cell.model.config.num_hidden_layers * cell.layer.dense_bytes
-    return {"cache_bytes": size, **timed_generate(cell, cache)}
-
-
-def static(cell: Cell) -> Row:
-    room = cell.tokens + WARM + cell.steps + 2
-    cache = fill(cell, StaticCache(config=cell.model.config, max_cache_len=room))
-    size = cell.model.config.num_hidden_layers * cell.layer.dense_bytes * room // cell.tokens
+    size = cell.dense_bytes * (room if fixed else cell.tokens) // cell.tokens
     return {"cache_bytes": size, **timed_generate(cell, cache)}
 
 
@@ -250,64 +218,57 @@ def static(cell: Cell) -> Row:
 
 
 class FixedLayer(CacheLayerMixin):
-    """T tokens of which a step writes the last one and sees all."""
+    """T tokens, the step's among them, in a peer's memory: its attention writes and reads them."""
 
     is_compileable = True
 
-    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+    def __init__(self, step: PeerStep) -> None:
         super().__init__()
-        self.keys, self.values, self.is_initialized = k, v, True
+        self.step, self.is_initialized, self.attends = step, True, False
 
-    def lazy_initialization(self, *args: Any) -> None:
-        pass
+    def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        self.step.write(torch.stack((k[:, :, 0], v[:, :, 0])))
+        whole = self.step.kv if self.attends else self.step.kv.to(k.dtype)
+        return whole[0], whole[1]
 
-    def update(
-        self, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys[:, :, -1:].copy_(k)
-        self.values[:, :, -1:].copy_(v)
-        return self.keys, self.values
+    def lazy_initialization(self, *args: Any) -> None: ...
 
     def get_seq_length(self) -> int:
-        return self.keys.shape[2] - 1
+        return self.step.shape.tokens - 1
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.keys.shape[2], 0
+        return self.step.shape.tokens, 0
 
     def get_max_length(self) -> int:
-        return self.keys.shape[2]
+        return self.step.shape.tokens
 
     get_max_cache_shape = get_max_length
 
 
 @contextlib.contextmanager
-def attention_of(model: Any, backend: str) -> Iterator[None]:
-    """The model's attention by one backend of perf.attention's, without a mask."""
-    options = SDPA[backend]
+def attention_of(model: Any, layers: Sequence[FixedLayer]) -> Iterator[None]:
+    """The model's attention by the peer that holds the cache, without a mask."""
 
-    def attention(
-        module: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        scaling: float | None = None,
-        **_: Any,
-    ) -> tuple[torch.Tensor, None]:
-        return sdpa(*options, q[:, :, 0], k, v, scaling)[:, None], None
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **_: Any):
+        return layers[module.layer_idx].step.attend(q[:, :, 0], scaling)[:, None], None
+
+    def use(name: str, attends: bool) -> None:
+        model.config._attn_implementation = name
+        for layer in layers:
+            layer.attends = attends
 
     AttentionInterface.register("perf_dense", attention)
     AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
     before = model.config._attn_implementation
-    model.config._attn_implementation = "perf_dense"
+    use("perf_dense", True)
     try:
         yield
     finally:
-        model.config._attn_implementation = before
+        use(before, False)
 
 
-def replayed(graph: Any, steps: int) -> list[float]:
-    """Milliseconds of each replay, by events on the device."""
+def replayed(graph: Any, steps: int) -> Row:
+    """Of the milliseconds of replays, by events on the device."""
     for _ in range(WARM):
         graph.replay()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
@@ -316,50 +277,50 @@ def replayed(graph: Any, steps: int) -> list[float]:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in pairwise(marks)]
+    return percentiles([a.elapsed_time(b) for a, b in pairwise(marks)])
 
 
-def dense_graph(cell: Cell) -> Row:
-    model, layers = cell.model, cell.model.config.num_hidden_layers
-    peers = time_peers(
-        cell.layer, [sdpa_peer(name, *options) for name, options in SDPA.items()], cell.card
-    )
-    backend, _ = best(peers, False)
+def dense_graph(cell: Cell, fp8: bool = False) -> Row:
+    model, shape, layers = cell.model, cell.layer, cell.model.config.num_hidden_layers
+    known = [peer for peer in IN_MODELS if peer.fp8 == fp8]
+    peers = time_peers(shape, known, cell.card)
+    backend, _ = best(peers, fp8)
     if backend is None:
         raise RuntimeError(f"no backend ran: {peers}")
-    room = int(0.85 * cell.card.free) // cell.layer.dense_bytes
-    held = min(layers, room)
+    [peer] = [peer for peer in known if peer.name == backend]
+    say(f"attention by {backend}")
+    # Room for the same in 16 bits, which the reference and an fp8 copy take.
+    size = shape.dense_bytes // (2 if fp8 else 1)
+    held = min(layers, int(0.85 * cell.card.free - 2 * shape.dense_bytes) // size)
     if held < 1:
-        raise MemoryError("not even one layer's keys and values fit")
-    kv = [cell.random_kv() for _ in range(held)]
-    cache = Cache(layers=[FixedLayer(*kv[i % held]) for i in range(layers)])
-    ids = cell.ids(1)
+        raise torch.OutOfMemoryError("not even one layer's keys and values fit")
+    kv = [PeerStep(peer, shape, cell.random_kv()) for _ in range(held)]
+    fixed = [FixedLayer(kv[i % held]) for i in range(layers)]
+    cache, ids = Cache(layers=fixed), cell.ids(1)
     positions = torch.full_like(ids, cell.tokens - 1)
 
     def step() -> torch.Tensor:
         return model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache}).logits
 
-    with attention_of(model, backend):
-        logits = step()
-        with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
-            graph = capture([step])
+    try:
+        with attention_of(model, fixed):
+            logits = step()
+            with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
+                graph = capture([step])
+        want = step().double()
+        say("step captured")
+        row = replayed(graph, cell.steps)
+    finally:
+        for layer in fixed:  # which torch.compile and transformers' list of functions hold on to
+            del layer.step
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
-    check_logits(logits, step(), 0.1)
-    row = percentiles(replayed(graph, cell.steps))
-    shared = f"{layers} layers share the memory of {held}" if held < layers else None
-    return {
-        "cache_bytes": layers * cell.layer.dense_bytes,
-        "backend": backend,
-        "shared": shared,
-        **row,
-    }
-
-
-def check_logits(got: torch.Tensor, want: torch.Tensor, allowed: float) -> None:
-    got, want = got.double(), want.double()
-    off = float((got - want).norm() / want.norm())
+    # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
+    off, allowed = float((logits.double() - want).norm() / want.norm()), 0.1 + fp8 * 2**-3
     if not off <= allowed:
         raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
+    shared = f"{layers} layers share the memory of {held}" if held < layers else None
+    row |= {"what": "graph", "preset": "fp8" if fp8 else None, "backend": backend, "shared": shared}
+    return {"cache_bytes": layers * size, **row}
 
 
 # ---- the spectral cache --------------------------------------------------------------------------
@@ -375,82 +336,66 @@ def filled_cache(cell: Cell, handle: Any, room: int) -> Any:
     spectral.reserve(cell.tokens - start)
     spectral.advance(cell.tokens - start)
     cache.columns = cell.tokens
-    for layer in range(cell.model.config.num_hidden_layers):
-        for x in (spectral.k_exact[layer], spectral.v_exact[layer]):
-            x.normal_()
-        for x in (spectral.k_pages[layer], spectral.v_pages[layer]):
-            if x is not None and x.numel():  # "exact" has no pages
-                x.random_(0, 256)
+    for x in (*spectral.k_exact, *spectral.v_exact):
+        x.normal_()
+    for x in (*spectral.k_pages, *spectral.v_pages):
+        x.random_(0, 256)
     return cache
 
 
-def check_layers(cell: Cell, cache: Any, codec: Any) -> float:
-    """Attention of the first and the last layer to the cache as it is, in units of its budget."""
-    spectral, worst = cache.spectral, 0.0
-    if codec is None:
-        return worst
-    inv_freq = cell.model.model.rotary_emb.inv_freq.double()
-    shape = cell.batch, cell.layer.heads, 1, cell.layer.dim
-    for layer in (0, len(codec.layers) - 1):
-        q = torch.randn(shape, device=cell.device).to(cell.model.dtype)
+def check_layers(cell: Cell, cache: Any) -> None:
+    """Attention of the first and the last layer to the cache as it is."""
+    spectral, shape = cache.spectral, (cell.batch, cell.layer.heads, 1, cell.layer.dim)
+    for layer in {0, len(spectral.codec.layers) - 1}:
+        q = torch.randn(shape, device=cell.model.device).to(cell.model.dtype)
         out = torch.empty_like(q)
-        spectral.attend(layer, q, out=out)
+        spectral.attend(layer, q, out=out, after_append=True)  # as the step's kernel
         step = Step(
             q[:, :, 0], q, q, spectral.codec.layers[layer], spectral.k_pages[layer],
             spectral.v_pages[layer], spectral.k_exact[layer], spectral.v_exact[layer],
-            spectral.block_table, spectral.seq_lens, codec.sinks, codec.window, inv_freq,
+            spectral.block_table, spectral.seq_lens, spectral.codec.sinks, spectral.codec.window,
         )  # fmt: skip
-        worst = max(worst, check_state(step, (out[:, :, 0], None)))
-    return worst
+        check_state(step, (out[:, :, 0], None))
 
 
-def check_exact(cell: Cell, prompt: int = 256, new: int = 16) -> None:
-    """Preset "exact" gives the dense greedy tokens; where they part, the two best logits were as
-    near as rounding."""
-    ids = cell.ids(prompt)
-    options = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    dense = cell.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    with cell.enabled("exact"):
-        ours = cell.model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    for row in range(cell.batch):
-        for i, (a, b) in enumerate(zip(dense.logits, ours.logits, strict=True)):
-            token, other = (int(x.sequences[row, prompt + i]) for x in (dense, ours))
-            if token != other:
-                gap = float((a[row, token] - a[row, other]).float() / a[row].float().std())
-                if gap > 0.1:
-                    raise AssertionError(f"exact: token {i} of row {row} is off by {gap:.2g} std")
-                break  # after a near tie the texts differ
-            check_logits(b[row], a[row], 0.1)
-
-
-def ours(cell: Cell, preset: str, bare: bool) -> Row:
-    codec = cell.codec(preset)
+def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
+    """Rows "bare" and "ours", as wanted, of one cache."""
     new = 2 * (WARM + cell.steps) + 4
-    with enable(cell.model, preset, codec=codec, compile=cell.compile) as handle:
+    with cell.enabled(preset, cell.compile) as handle:
         cache = filled_cache(cell, handle, cell.tokens + new)
-        check_layers(cell, cache, codec)
-        if bare:
+        say(f"{preset}: cache of {cache.nbytes / 1e9:.2f} GB filled")
+        check_layers(cell, cache)
+        say(f"{preset}: layers checked")
+        if "bare" in wanted:
             # The step that the model's forward captured, and its replays: pages for them are there,
             # lengths go on.
             logits = cell.model(input_ids=cell.ids(1), **{CACHE: cache}).logits
             if cache.graph is None or not logits.isfinite().all():
                 raise AssertionError("the step was not captured, or its logits are not finite")
+            say(f"{preset}: step captured")
             cache.spectral.reserve(WARM + cell.steps)
-            row = percentiles(replayed(cache.graph.graph, cell.steps))
+            row = replayed(cache.graph.graph, cell.steps)
             cache.columns += WARM + cell.steps
             lengths = cache.spectral.seq_lens.tolist()
             if lengths != cache.spectral.lengths or lengths[0] != cache.columns:
                 raise AssertionError(
                     f"steps: the device counts {lengths}, the host {cache.spectral.lengths}"
                 )
-        else:
+            check_layers(cell, cache)
+            yield {"what": "bare", "cache_bytes": cache.nbytes, **row}
+        if "ours" in wanted:
             row = timed_generate(cell, cache)
-        check_layers(cell, cache, codec)
-        return {"cache_bytes": cache.nbytes, **row}
+            check_layers(cell, cache)
+            yield {"what": "ours", "cache_bytes": cache.nbytes, **row}
 
 
 # ---- prompts and long generations ----------------------------------------------------------------
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
@@ -463,162 +408,112 @@ def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
     for turn in range(rounds):
         for name in found if turn % 2 else reversed(found):
             free_memory()
-            torch.cuda.reset_peak_memory_stats()
-            size = cell.model.config.num_hidden_layers * cell.layer.dense_bytes
             with contextlib.nullcontext() if name is None else cell.enabled(name) as handle:
                 cache = None if handle is None else handle.new_cache(cell.batch, cell.tokens + 64)
                 for _ in range(2):
                     if cache is not None:
                         cache.reset()
                     clock = generate(cell, ids, 2, cache)
-                if cache is not None:
-                    size = cache.nbytes
+                size = cell.dense_bytes if cache is None else cache.nbytes
             peak = torch.cuda.max_memory_allocated()
-            found[name].append(
-                {"prefill_s": clock.prefill_s, "peak_bytes": peak, "cache_bytes": size}
-            )
+            row = {"prefill_s": clock.prefill_s, "peak_bytes": peak, "cache_bytes": size}
+            found[name].append(row)
     rows = []
     for name, runs in found.items():
+        pairs = zip(runs, found[None], strict=True)
+        ratio = statistics.median(run["prefill_s"] / dense["prefill_s"] for run, dense in pairs)
         seconds = statistics.median(run["prefill_s"] for run in runs)
-        ratio = statistics.median(
-            run["prefill_s"] / dense["prefill_s"]
-            for run, dense in zip(runs, found[None], strict=True)
-        )
         rows.append({**runs[-1], "preset": name, "prefill_s": seconds, "prefill_ratio": ratio})
     return rows
 
 
-@contextlib.contextmanager
-def compilations() -> Iterator[list[str]]:
-    """The names of kernels that Triton compiles or loads meanwhile."""
-    seen: list[str] = []
-    knobs = triton.knobs.runtime
-    before = knobs.jit_post_compile_hook
-
-    def hook(*args: Any, fn: Any = None, **kwargs: Any) -> None:
-        seen.append(getattr(fn, "name", str(fn)))
-
-    knobs.jit_post_compile_hook = hook
-    try:
-        yield seen
-    finally:
-        knobs.jit_post_compile_hook = before
-
-
 def long_generation(cell: Cell, preset: str) -> Row:
-    """LONG_STEPS tokens from a real prompt of LONG_PROMPT: how even steps are, what is compiled or
-    allocated in them."""
-    codec = cell.codec(preset)
-    with enable(cell.model, preset, codec=codec) as handle:
+    """LONG_STEPS tokens from a real prompt: how even steps are, and how many kernels Triton
+    compiles or loads after the first token."""
+    compiled: list[Any] = []
+
+    class LateKernels(Clock):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.times) == 2:
+                compiled.clear()
+
+    with cell.enabled(preset) as handle:
         generate(cell, cell.ids(cell.tokens), 4)  # the first prompt of a process compiles
-        after: list[int] = []
-
-        class FirstToken(Clock):
-            def put(self, value: torch.Tensor) -> None:
-                super().put(value)
-                if len(self.times) == 2:
-                    after.append(len(compiled))
-
-        with compilations() as compiled:
-            clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, clock=FirstToken())
-            late = compiled[after[0] :]
-        steps = sorted(clock.steps_ms[2:])  # the first ones capture the graph
-        row = {
-            **percentiles(steps),
-            "p999_ms": steps[len(steps) * 999 // 1000],
-            "max_ms": steps[-1],
-        }
-        row |= {"steps": len(steps), "compiled": len(late), "prefill_s": clock.prefill_s}
-        cache = filled_cache(cell, handle, cell.tokens + 4 * WARM)
-        token = cell.ids(1)
-        for _ in range(3):
-            cell.model(input_ids=token, **{CACHE: cache})
-        if cache.graph is None:
-            raise AssertionError("the step was not captured")
-        cache.spectral.reserve(WARM)
-        torch.cuda.synchronize()
-        count = torch.cuda.memory_stats()["allocation.all.allocated"]
-        torch.cuda.set_sync_debug_mode("error")  # a step that waits for the device raises
+        cache = handle.new_cache(cell.batch, cell.tokens + LONG_STEPS)
+        knobs = triton.knobs.runtime
+        before = knobs.jit_post_compile_hook
+        knobs.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
         try:
-            for _ in range(WARM):
-                cache.graph.graph.replay()
+            clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, cache, LateKernels())
         finally:
-            torch.cuda.set_sync_debug_mode("default")
-        row["allocations"] = torch.cuda.memory_stats()["allocation.all.allocated"] - count
-        return {"cache_bytes": cache.nbytes, **row}
+            knobs.jit_post_compile_hook = before
+    steps = sorted(clock.steps_ms[2:])  # the first ones capture the graph
+    row = {"p999_ms": steps[len(steps) * 999 // 1000], "max_ms": steps[-1], "steps": len(steps)}
+    row |= {"compiled": len(compiled), "prefill_s": clock.prefill_s, "cache_bytes": cache.nbytes}
+    return {**percentiles(steps), **row}
 
 
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def jobs_of(
-    args: argparse.Namespace, cell: Cell
-) -> Iterator[tuple[str, str | None, Callable[[], Row | list[Row]]]]:
-    """(what, preset, measurement) of a cell."""
-    if args.long:
-        for preset in args.presets:
-            yield "long", preset, lambda preset=preset: long_generation(cell, preset)  # type: ignore[misc]
-        return
-    dense: dict[str, Callable[[Cell], Row]] = {
-        "eager": eager,
-        "static": static,
-        "graph": dense_graph,
-    }
+def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | None, Any]]:
+    """(what, preset, a function that gives a row or rows)."""
     for what in args.what:
-        if cell.compile and what not in STEPS:
+        if what in ("eager", "static"):
+            yield what, None, partial(transformers_cache, cell, what == "static")
+        elif what in ("graph", "fp8"):
+            yield what, None, partial(dense_graph, cell, what == "fp8")
+    for preset in args.presets if {"ours", "bare"} & {*args.what} else ():
+        yield "bare, ours", preset, partial(ours, cell, preset, args.what)
+    if "prefill" in args.what and cell.batch * cell.tokens <= args.prefill_limit:
+        yield "prefill", None, partial(prefill, cell, args.presets)
+    for preset in args.presets if "long" in args.what else ():
+        yield "long", preset, partial(long_generation, cell, preset)
+
+
+def ahead(args: argparse.Namespace) -> list[tuple[subprocess.Popen[bytes], Path]]:
+    """Start a process for each batch size and layout that measures one layer of it, and so leaves
+    what it compiles in the caches of Triton and torch.compile: (process, its log)."""
+    folder, running = Path(tempfile.mkdtemp()), []
+    env = {name: x for name, x in os.environ.items() if name != "OUT"}  # no rows
+    env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    count = max(len(layouts(preset, SHAPES[args.shape][5])) for preset in args.presets)
+    for batch, layout in product(sorted({batch for batch, _ in args.cells}), range(count)):
+        # What torch.compile makes is the same for all layouts, and dense steps have none.
+        known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")
+        if not (what := [x for x in args.what if x in known]):
             continue
-        if what in dense:
-            yield what, None, lambda what=what: dense[what](cell)  # type: ignore[misc]
-        elif what == "prefill":
-            if cell.batch * cell.tokens <= args.prefill_limit:
-                yield what, None, lambda: prefill(cell, args.presets)
-        else:
-            for preset in args.presets:
-                yield what, preset, lambda p=preset, w=what: ours(cell, p, w == "bare")  # type: ignore[misc]
+        tokens = min(tokens for b, tokens in args.cells if b == batch)
+        command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}", "--layers", "1"]
+        command += ["--layout", str(layout), "--shape", args.shape, "--steps", str(args.steps)]
+        command += ["--presets", *args.presets, "--what", *what]
+        command += ["--prefill-limit", str(args.prefill_limit)]
+        command += ["--compile"] * (args.compile and not layout)
+        log = folder / f"{batch}-{layout}.txt"
+        with log.open("wb") as out:
+            options: Any = {"cwd": ROOT, "env": env, "stdout": out, "stderr": subprocess.STDOUT}
+            running.append((subprocess.Popen(command, **options), log))
+    return running
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.end_to_end", description=(__doc__ or "").split("\n\n")[0]
-    )
-    parser.add_argument("--shape", choices=list(SHAPES), default="8b")
-    parser.add_argument("--layers", type=int, help="fewer layers than the shape's")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768, 131072])
-    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=["balanced"])
-    parser.add_argument("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
-    parser.add_argument(
-        "--compile", action="store_true", help="graph, ours, bare also with compiled layers"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=64, help="decode steps that are counted (default 64)"
-    )
-    parser.add_argument(
-        "--long",
-        action="store_true",
-        help=f"{LONG_STEPS:,} tokens from a prompt of {LONG_PROMPT:,}",
-    )
-    parser.add_argument(
-        "--prefill-limit",
-        type=int,
-        default=1 << 17,
-        help="most tokens of real prompts, all rows together",
-    )
-    parser.add_argument(
-        "--skip-check", action="store_true", help="of preset exact against dense greedy tokens"
-    )
+    parser = argparse.ArgumentParser(prog="python -m perf.end_to_end", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
+    add("--shape", choices=list(SHAPES), default="8b")
+    add("--layers", type=int, help="fewer layers than the shape's")
+    add("--presets", nargs="+", choices=LOSSY, default=["balanced"])
+    add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
+    add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
+    add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
+    add("--prefill-limit", type=int, default=1 << 17, help="most tokens of prompts, all rows")
+    add("--layout", type=int, help="compile alone, for this layout: no rows")
     common_arguments(parser, "end_to_end.jsonl")
     args = parser.parse_args(argv)
-    if args.long:
-        args.tokens = [LONG_PROMPT]
-    for tokens in args.tokens:
-        if tokens < 128 or tokens % 64:
-            parser.error(f"--tokens: expected multiples of 64 from 128 on, got {tokens}")
+    shapes = [x.shape for x in args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))]
+    args.cells = [(x.batch, x.tokens) for x in shapes]
     if args.steps < 8:
         parser.error(f"--steps: expected at least 8, got {args.steps}")
     return args
@@ -627,57 +522,51 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    card, same = begin(args.commit)
+    alone = args.layout is not None
+    card, same = begin(args.commit, reads=not alone)
     warnings.filterwarnings("ignore", module="transformers")
+    compiling = [] if alone or card.device.type != "cuda" else ahead(args)
     model = make_model(args.shape, card.device, card.dtype, args.layers)
     weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
     name = args.shape if args.layers is None else f"{args.shape}-{args.layers}"
     same |= {"transformers": transformers.__version__, "shape": name, "weight_bytes": weights}
+    say(f"model made; {len(compiling)} processes compile")
+    for process, log in compiling:
+        if process.wait():
+            say(f"a process that compiles failed: {log.read_text().splitlines()[-1:]}")
+    say("compiled")
     rows: list[Row] = []
     failed = 0
-    if "exact" in args.presets and not args.skip_check:
-        check_exact(Cell(model, min(args.batch), 256, args.steps, card))
-    kinds = (False, True) if args.compile else (False,)
-    for batch, tokens, fused in product(args.batch, args.tokens, kinds):
-        cell = Cell(model, batch, tokens, args.steps, card, fused)
+    for batch, tokens in args.cells:
+        cell = Cell(model, batch, tokens, args.steps, card, args.compile, args.layout or 0)
         for what, preset, measure in jobs_of(args, cell):
-            if fused:
-                what = f"{what} compiled"
+            say(f"{batch}x{tokens} {what} {preset or ''}")
             free_memory()
-            torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
+            head = {**same, "B": batch, "T": tokens, "what": what, "preset": preset}
             try:
                 found = measure()
-            except Exception as error:  # the other rows go on; the exit code tells
-                text = f"{batch}x{tokens} {what} {preset or ''}: FAILED, {reason(error)}"
-                print(text, file=sys.stderr, flush=True)
-                failed += 1
-                continue
-            head = {**same, "B": batch, "T": tokens, "what": what, "preset": preset}
-            head["peak_bytes"] = torch.cuda.max_memory_allocated()
-            for row in found if isinstance(found, list) else [found]:
-                if "ms" in row:
-                    row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
-                    row["filled"] = "prompt" if what == "long" else "random"
-                rows.append(rounded({**head, **row}))
-                write_row(rows[-1], args.json)
-                print(line(rows[-1]), f"  [{time.perf_counter() - start:.0f} s]", flush=True)
-    print(end_to_end_table(rows))
+                for row in [found] if isinstance(found, dict) else found:
+                    row = {**head, "peak_bytes": torch.cuda.max_memory_allocated(), **row}
+                    if "ms" in row:
+                        row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
+                        row["filled"] = "prompt" if what == "long" else "random"
+                    if args.compile and what in (*STEPS, "bare, ours"):
+                        row["what"] += " compiled"
+                    rows.append(row if alone else write_row(row, args.json))
+                    say(line(rows[-1]))
+            except Exception as error:
+                failed += fail(f"{batch}x{tokens} {what} {preset or ''}", error)
+    print("" if alone else end_to_end_table(rows))
     return 1 if failed else 0
 
 
 def line(row: Row) -> str:
     """A row as text."""
-    text = f"{row['B']}x{row['T']} {row['what']} "
-    text += f"{row.get('preset') or row.get('backend') or 'dense'}: "
-    if "ms" in row:
-        text += f"{row['ms']:.2f} ms, p99 {row['p99_ms']:.2f}, "
-        extra = [name for name in ("p999_ms", "max_ms", "compiled", "allocations") if name in row]
-        text += "".join(f"{name} {row[name]}, " for name in extra)
-        text += f"{row['tokens_per_s']:.0f} tokens/s, "
-    else:
-        text += f"{row['prefill_s']:.3f} s, {row['prefill_ratio']:.3f} of dense, "
-    text += f"cache {row['cache_bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / 1e9:.2f} GB"
+    words = [f"{row['B']}x{row['T']}", row["what"], row.get("preset"), row.get("backend")]
+    text = " ".join(filter(None, words)) + ":"
+    names = ("ms", "p99_ms", "p999_ms", "max_ms", "compiled", "tokens_per_s", "prefill_s")
+    text += "".join(f" {name} {row[name]:.4g}" for name in (*names, "prefill_ratio") if name in row)
+    text += f", cache {row['cache_bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / 1e9:.2f} GB"
     return text + (f", {row['shared']}" if row.get("shared") else "")
 
 

@@ -1,18 +1,16 @@
 """Every public kernel alone: inputs that fit the card, a check, device time, bytes, bandwidth.
 
-    python -m perf.kernels [NAME ...]      a table; needs torch, triton and numpy
-    pytest perf --benchmark-only           the same with pytest-benchmark (perf/test_benchmarks.py)
+    pytest perf --benchmark-only           with pytest-benchmark (perf/test_benchmarks.py)
+    python -m perf.compress                those that store tokens
 
-One builder a stem of the package gives inputs, bytes and check; perf.compress takes its builders
-from here. Inputs are larger than the L2 cache, or several copies are used in turn. Bytes are those
-that a kernel must read and write once. Checks: the twin of plain PyTorch on the same inputs (tests/
-hold twins to the oracle), attention: perf/_cases.py.
+One builder a stem of the package gives inputs, bytes and check. Inputs are larger than the L2
+cache, or several copies are used in turn. Bytes are those that a kernel must read and write once.
+Checks: the twin of plain PyTorch on the same inputs (tests/ hold twins to the oracle), attention:
+perf/_cases.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +19,14 @@ from typing import Any
 import torch
 
 from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
-from perf._timing import Call, Card, Row, begin, device_times, reason
+from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.calibrate import PRESETS
 from spectral_kernels.layout import unpack_pages
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 PRESET = "balanced"  # where a kernel needs bands and does not run once for each preset
+MODULES = {"rope": rope, "compress": compress, "merge": merge}
 CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 
@@ -61,16 +60,31 @@ def context_of(card: Card) -> int:
     return 1 << min(15, (card.free // (64 * 4 * KV_HEADS * DIM)).bit_length() - 1)
 
 
-def check_close(got: torch.Tensor, want: torch.Tensor, allowed: float = CLOSE) -> None:
-    """Relative error in norm."""
+def check_close(got: Any, want: Any, allowed: float = CLOSE) -> None:
+    """Relative error in norm, of a tensor or of each of several."""
+    if isinstance(got, tuple):
+        for one, other in zip(got, want, strict=True):
+            check_close(one, other, allowed)
+        return
     off = float((got.double() - want.double()).norm() / want.double().norm())
     if not off <= allowed:
         raise AssertionError(f"a relative error of {off:.3g}, expected at most {allowed:.3g}")
 
 
-def rounding(dtype: torch.dtype) -> float:
-    """Relative error in norm that one rounding to dtype explains, of both sides."""
-    return CLOSE if dtype == torch.float32 else torch.finfo(dtype).eps
+def beside_twin(
+    operation: str, inputs: Sequence[tuple], nbytes: int, shape: str, allowed: float = CLOSE,
+    **options: Any,
+) -> Kernel:  # fmt: skip
+    """ "module.name", called with each of `inputs` and checked against its twin."""
+    stem, name = operation.split(".")
+    module = MODULES[stem]
+    calls = [partial(getattr(module, name), *x, **options) for x in inputs]
+
+    def check() -> None:
+        want = getattr(module, f"{name}_torch")(*inputs[0], **options)
+        check_close(calls[0](), want, allowed)
+
+    return Kernel(calls, nbytes, check, shape)
 
 
 def steps_of(
@@ -78,17 +92,15 @@ def steps_of(
 ) -> list[Step]:
     plan = layouts(preset, shape.dim)
     layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
-    copies = card.copies(shape.step_bytes(layout, exact)) if copies is None else copies
-    return make_steps(
-        shape, layout, preset=preset, copies=copies, dtype=card.dtype, device=card.device
-    )
+    copies = copies or card.copies(shape.step_bytes(layout, exact))
+    options: Any = {"dtype": card.dtype, "device": card.device}
+    return make_steps(shape, layout, preset=preset, copies=copies, **options)
 
 
-def rows_of(card: Card, tokens: int, heads: int = KV_HEADS) -> torch.Tensor:
-    """[1, heads, T, D]."""
-    return torch.empty(1, heads, tokens, DIM, dtype=card.dtype, device=card.device).normal_(
-        std=SCORE_STD
-    )
+def rows_of(card: Card, tokens: int) -> torch.Tensor:
+    """[1, KV_HEADS, T, DIM]."""
+    x = torch.empty(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
+    return x.normal_(std=SCORE_STD)
 
 
 # rope.py
@@ -96,55 +108,23 @@ def rows_of(card: Card, tokens: int, heads: int = KV_HEADS) -> torch.Tensor:
 
 def turned(card: Card, name: str) -> Kernel:
     x = rows_of(card, tokens_of(card, 2 * KV_HEADS * DIM))
-    out, positions = (
-        torch.empty_like(x),
-        torch.arange(x.shape[2], dtype=torch.int32, device=card.device)[None],
-    )
-    freqs = rope.freqs_from_inv_freq(
-        1e6 ** -(torch.arange(0, DIM, 2).double() / DIM), device=card.device
-    )
+    positions = torch.arange(x.shape[2], device=card.device)[None].int()
+    inv_freq = 1e6 ** -(torch.arange(0, DIM, 2).double() / DIM)
+    freqs = rope.freqs_from_inv_freq(inv_freq, device=card.device)
     options = {"frame": 512} if name == "turn_back" else {}
-
-    def call() -> torch.Tensor:
-        return getattr(rope, name)(x, positions, freqs, out=out, **options)
-
-    def check() -> None:
-        part = slice(-256, None)
-        want = getattr(rope, f"{name}_torch")(x[:, :, part], positions[:, part], freqs, **options)
-        check_close(call()[:, :, part], want, rounding(x.dtype))
-
-    return Kernel(
-        [call], 2 * x.nbytes + positions.nbytes, check, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    )
+    allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
+    nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
+    return beside_twin(f"rope.{name}", [(x, positions, freqs)], nbytes, words, allowed, **options)
 
 
 def project_queries(card: Card) -> Kernel:
     shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
     steps = steps_of(card, shape, copies=card.copies(1 << 24))
-    frames, rank = context_of(card) // 512, steps[0].codec.layout.k.rank
-    outs: list[Any] = [
-        tuple(
-            torch.empty(*shape_of, device=card.device)
-            for shape_of in ((4, HEADS, frames, rank), (4, HEADS, frames))
-        )
-        for _ in steps
-    ]
-    calls = [
-        partial(rope.project_queries, s.q, s.codec, frames, out=out)
-        for s, out in zip(steps, outs, strict=True)
-    ]
-
-    def check() -> None:
-        for got, want in zip(
-            calls[0](), rope.project_queries_torch(steps[0].q, steps[0].codec, frames), strict=True
-        ):
-            check_close(got, want)
-
-    codec = steps[0].codec
-    nbytes = sum(
-        x.nbytes for x in (*outs[0], steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean)
-    )
-    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {frames} frames")
+    frames, codec = context_of(card) // 512, steps[0].codec
+    nbytes = 4 * 4 * HEADS * frames * (codec.layout.k.rank + 1)
+    nbytes += sum(x.nbytes for x in (steps[0].q, codec.k_basis, codec.k_scale, codec.k_mean))
+    inputs, words = [(s.q, s.codec, frames) for s in steps], f"B=4 H=32/8 D={DIM} {frames} frames"
+    return beside_twin("rope.project_queries", inputs, nbytes, words)
 
 
 # compress.py
@@ -152,12 +132,8 @@ def project_queries(card: Card) -> Kernel:
 
 def gram(card: Card, tokens: int | None = None) -> Kernel:
     x = rows_of(card, tokens or tokens_of(card, 2 * KV_HEADS * DIM))
-
-    def check() -> None:
-        check_close(compress.gram(x)[:, -1], x[:, -1].double().mT @ x[:, -1].double())
-
-    shape = f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return Kernel([partial(compress.gram, x)], x.nbytes + 4 * KV_HEADS * DIM**2, check, shape)
+    nbytes, words = x.nbytes + 4 * KV_HEADS * DIM**2, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
+    return beside_twin("compress.gram", [(x,)], nbytes, words)
 
 
 def check_codes(got: torch.Tensor, want: torch.Tensor, step: Step, side: str) -> None:
@@ -175,39 +151,35 @@ def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
     x, pages = rows_of(card, tokens), step.k_pages if side == "k" else step.v_pages
     exact = step.k_exact if side == "k" else step.v_exact
+    given = (x, step.codec, pages, step.block_table, step.seq_lens)
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
-    call = partial(
-        compress.encode, x, step.codec, pages, step.block_table, step.seq_lens, **options
-    )
+    call = partial(compress.encode, *given, **options)
 
     def check() -> None:
         call()
         got, kept = pages.clone(), exact.clone()
         pages.random_(0, 256)
-        compress.encode_torch(x, step.codec, pages, step.block_table, step.seq_lens, **options)
+        compress.encode_torch(*given, **options)
         check_codes(got, pages, step, side)
         check_close(kept, exact, 0.0)
 
-    bands = step.codec.layout.side(side)
-    return Kernel(
-        [call], x.nbytes + pages.nbytes, check, f"G={KV_HEADS} T={tokens} D={DIM} {bands}"
-    )
+    words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
+    return Kernel([call], x.nbytes + pages.nbytes, check, words)
 
 
 def append(card: Card, batch: int = 4) -> Kernel:
     steps = steps_of(card, Shape(batch, HEADS, KV_HEADS, DIM, 512), copies=card.copies(1 << 22))
+    step, codec = steps[0], steps[0].codec
 
     def check() -> None:
-        step = steps[0]
         tensors = (step.k_pages, step.v_pages, step.k_exact, step.v_exact)
         before = [x.clone() for x in tensors]
         step.append()
         got = [x.clone() for x in tensors]
         for x, old in zip(tensors, before, strict=True):
             x.copy_(old)
-        compress.append_torch(
-            step.k, step.v, step.codec, *tensors, step.block_table, step.seq_lens, sinks=step.sinks
-        )
+        tables = (step.block_table, step.seq_lens)
+        compress.append_torch(step.k, step.v, codec, *tensors, *tables, sinks=step.sinks)
         if not any((x != old).any() for x, old in zip(tensors[:2], before[:2], strict=True)):
             raise AssertionError("nothing was stored")
         check_codes(got[0], tensors[0], step, "k")
@@ -215,28 +187,18 @@ def append(card: Card, batch: int = 4) -> Kernel:
         for a, b in zip(got[2:], tensors[2:], strict=True):
             check_close(a, b, 0.0)
 
-    codec = steps[0].codec
-    nbytes = 3 * steps[0].k.nbytes * 2 + codec.k_encoder.nbytes + codec.v_encoder.nbytes
-    return Kernel([step.append for step in steps], nbytes, check, f"B={batch} G={KV_HEADS} D={DIM}")
+    nbytes = 6 * step.k.nbytes + codec.k_encoder.nbytes + codec.v_encoder.nbytes
+    return Kernel([s.append for s in steps], nbytes, check, f"B={batch} G={KV_HEADS} D={DIM}")
 
 
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
     [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
     pages = step.k_pages if side == "k" else step.v_pages
-    arguments = (pages, step.codec, step.block_table, step.seq_lens)
-    call = partial(compress.decode, *arguments, side=side)
-
-    def check() -> None:
-        check_close(call()[:, :, -256:], compress.decode_torch(*arguments, side=side)[:, :, -256:])
-
-    out = 4 * KV_HEADS * tokens * DIM
-    return Kernel(
-        [call],
-        pages.nbytes + out,
-        check,
-        f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}",
-    )
+    given = (pages, step.codec, step.block_table, step.seq_lens)
+    words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
+    nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM
+    return beside_twin("compress.decode", [given], nbytes, words, side=side)
 
 
 # attention.py, window.py
@@ -251,21 +213,17 @@ def attend_spectral(card: Card, preset: str) -> Kernel:
         check_state(steps[0], steps[0].attend(("pages",)), ("pages",))
 
     layout, exact = steps[0].codec.layout, steps[0].k_exact.shape[2]
-    return Kernel(
-        [s.attend for s in steps],
-        shape.step_bytes(layout, exact),
-        check,
-        f"{shape} {layout.token_bytes} bytes",
-    )
+    nbytes, words = shape.step_bytes(layout, exact), f"{shape} {layout.token_bytes} bytes"
+    return Kernel([s.attend for s in steps], nbytes, check, words)
 
 
 def attend_window(card: Card) -> Kernel:
     steps = steps_of(card, Shape(4, HEADS, KV_HEADS, DIM, 512), copies=card.copies(1 << 20))
+    first = steps[0]
 
     def check() -> None:
-        check_state(steps[0], steps[0].attend(("exact",)), ("exact",))
+        check_state(first, first.attend(("exact",)), ("exact",))
 
-    first = steps[0]
     nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
     calls = [partial(step.attend, ("exact",)) for step in steps]
     return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens")
@@ -280,25 +238,14 @@ def merge_states(card: Card, count: int) -> Kernel:
     nbytes = 4 * rows * (count + 1) * (DIM + 1)
 
     def states() -> tuple[torch.Tensor, ...]:
-        o, lse = (
-            torch.randn(rows, count, DIM, device=card.device),
-            torch.randn(rows, count, device=card.device),
-        )
+        o = torch.randn(rows, count, DIM, device=card.device)
+        lse = torch.randn(rows, count, device=card.device)
         if count > 2:
             return o, lse
         return tuple(x[:, i].contiguous() for i in (0, 1) for x in (o, lse))
 
     inputs = [states() for _ in range(card.copies(nbytes))]
-
-    def check() -> None:
-        o, lse = inputs[0] if count > 2 else (torch.stack(inputs[0][i::2], 1) for i in (0, 1))
-        total = torch.logsumexp(lse.double(), 1)
-        want = ((lse.double() - total[:, None]).exp()[..., None] * o.double()).sum(1), total
-        for got, wanted in zip(calls[0](), want, strict=True):
-            check_close(got, wanted)
-
-    calls = [partial(getattr(merge, name), *x) for x in inputs]
-    return Kernel(calls, nbytes, check, f"{rows} x {count} states of {DIM}")
+    return beside_twin(f"merge.{name}", inputs, nbytes, f"{rows} x {count} states of {DIM}")
 
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
@@ -319,51 +266,7 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
 def measured(kernel: Kernel, card: Card) -> Row:
     """Device time, bytes and bandwidth of a kernel that has been checked."""
     times = device_times(kernel.calls)
-    gbs = kernel.nbytes / 1e3 / times.p50
-    return {
-        "gpu": card.name,
-        "dtype": str(card.dtype),
-        "shape": kernel.shape,
-        "device_us_p20": times.p20,
-        "device_us_p50": times.p50,
-        "device_us_p80": times.p80,
-        "bytes": kernel.nbytes,
-        "gbs": gbs,
-        "read_bandwidth_gbs": card.read_bandwidth / 1e9,
-        "share": gbs * 1e9 / card.read_bandwidth,
-    }
-
-
-def table(builders: dict[str, Callable[[Card], Kernel]], card: Card) -> tuple[list[Row], int]:
-    """Check, time and print; the rows (with names), and how many failed."""
-    rows, failed = [], 0
-    for name, build in builders.items():
-        try:
-            kernel = build(card)
-            kernel.check()
-            rows.append({"kernel": name, **measured(kernel, card)})
-        except Exception as error:  # the others go on; the exit code tells
-            print(f"{name:24} FAILED: {reason(error)}", flush=True)
-            failed += 1
-            continue
-        row = rows[-1]
-        text = f"{row['device_us_p50']:9.1f} us {row['gbs']:7.0f} GB/s {row['share']:5.0%}"
-        print(f"{name:24} {text}  {kernel.shape}", flush=True)
-    return rows, failed
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    known = sorted({name.split()[0] for name in KERNELS})
-    parser = argparse.ArgumentParser(prog="python -m perf.kernels", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
-    names = parser.parse_args(argv).names or known
-    if set(names) - set(known):
-        parser.error(f"NAME: expected some of {known}, got {names}")
-    card, _ = begin()
-    chosen = {name: build for name, build in KERNELS.items() if name.split()[0] in names}
-    return 1 if table(chosen, card)[1] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    row = {"gpu": card.name, "dtype": str(card.dtype), "shape": kernel.shape}
+    row |= {f"device_us_{name}": getattr(times, name) for name in ("p20", "p50", "p80")}
+    gbs, reads = kernel.nbytes / 1e3 / times.p50, card.read_bandwidth / 1e9
+    return {**row, "bytes": kernel.nbytes, "gbs": gbs, "read_gbs": reads, "share": gbs / reads}

@@ -4,9 +4,11 @@ second with the pool full, a backend after another.
     python -m perf.serve --cells 1x8192 1x32768 8x32768 1x131072
                          --backends FLASH_ATTN FLASH_ATTN:fp8 SPECTRAL:balanced --json
     python -m perf.serve --check          tokens of a small model, against FLASH_ATTN (CPU_ATTN)
+                         --tp 2           the same on two cards, against one
 
 An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
-each backend, all with the same share of the card's memory; one that fails leaves the others alone.
+each backend, one after another with the same share of the card's memory, or with --kv-gb side by
+side with as many bytes of pages, timed in turns; one that fails leaves the others alone.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
 cached. tpot_ms: the time of --many new tokens over that of --few, by the tokens between; the median
@@ -20,6 +22,7 @@ Test: tests/test_serve.py.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -30,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +50,8 @@ SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "tiny": (1024, 2816, 4, 8, 2, 128, 2048),
 }
-CHECK = (70, 200, 9, 700, 1, 1500)  # prompt lengths of the check
+CHECK = (60, 190, 9, 700, 1, 1530, 890, 600)  # prompt lengths of the check
+BLOCKS = 44  # of its pool: too few for all of them at once
 GROUP = "vllm.general_plugins"
 PARTS = 6  # of the work of compiling for a layout: see perf/_serve_kernels.py
 
@@ -113,6 +118,10 @@ class Served:
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
             more["additional_config"] = {"spectral": given}
+        if args.kv_gb:  # of engines side by side none can measure the memory
+            more["kv_cache_memory_bytes"] = int(args.kv_gb * 2**30)
+        if args.check:
+            more |= {"num_gpu_blocks_override": BLOCKS, "disable_log_stats": False}
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
             load_format="auto" if args.model or args.check else "dummy", block_size=64,
@@ -199,8 +208,8 @@ class Served:
         }  # fmt: skip
 
     def check(self) -> Row:
-        """Tokens of a few prompts at once, twice: the second time their pages are known; and by how
-        many nats each is likelier than the next."""
+        """Tokens of a few prompts at once, twice: the second time some of their pages are known;
+        by how many nats each is likelier than the next; requests that were preempted."""
         given = [prompts(1, n, self.vocabulary, first=i)[0] for i, n in enumerate(CHECK)]
         sampling = self.sampling(
             max_tokens=32, temperature=0, ignore_eos=True, detokenize=False, logprobs=2
@@ -212,7 +221,9 @@ class Served:
             best, second = sorted((x.logprob for x in likely.values()), reverse=True)[:2]
             return best - second
 
+        preempted = {x.name: x for x in self.llm.get_metrics()}["vllm:num_preemptions"]
         return {
+            "preempted": int(preempted.value),
             "tokens": [[list(x.token_ids) for x in run] for run in completions],
             "leads": [[lead(y) for y in x.logprobs or []] for x in completions[0]],
         }
@@ -252,11 +263,17 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
         say(f"warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
-    for batch, tokens in args.cells:
-        done(served.time(batch, tokens, args))
-    if args.full:
-        done(served.fill(args))
+    with (logs(folder) / "turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # engines side by side are timed in turns
+        for batch, tokens in args.cells:
+            done(served.time(batch, tokens, args))
+        if args.full:
+            done(served.fill(args))
     return None
+
+
+def logs(folder: Path) -> Path:
+    return Path(os.environ.get("OUT", folder))
 
 
 def append(path: Path, row: Row) -> None:
@@ -295,8 +312,8 @@ def compile_kernels(args: argparse.Namespace, codec: Path, env: dict[str, str]) 
     """What an engine would compile one by one, at once."""
     begin, spec = time.perf_counter(), codec.with_suffix(".json")
     width = -(-longest(args) // (2 * PAGE_SIZE)) * 2
-    about = {"codec": str(codec), "heads": SHAPES[args.shape][3], "width": width}
-    spec.write_text(json.dumps({**about, "seqs": args.seqs}))
+    about = {"codec": str(codec), "heads": SHAPES[args.shape][3], "ranks": args.tp}
+    spec.write_text(json.dumps({**about, "width": width, "seqs": args.seqs}))
     layouts = {x.layout for x in ModelCodec.load(codec).layers}
     command = [sys.executable, "-m", "perf._serve_kernels", str(spec)]
     with open(os.devnull if "OUT" not in os.environ else f"{env['OUT']}/compile.log", "w") as log:
@@ -309,39 +326,45 @@ def compile_kernels(args: argparse.Namespace, codec: Path, env: dict[str, str]) 
     print(f"{len(running)} compilers, {failed} failed, {took:.0f} s", flush=True)
 
 
+def run_backend(
+    args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str
+) -> list[Row]:
+    kind, name = backend.partition(":")[2], re.sub(r"\W+", "-", backend)
+    results = folder / f"{name}.jsonl"
+    extra = ["--one", backend, "--folder", str(folder), "--results", str(results)]
+    if args.check and backend == args.backends[0]:
+        extra += ["--tp", "1"]  # what others are compared with
+    if kind in (*LOSSY, "8 bits") and not args.codec:
+        codec = folder / f"{name}.safetensors"
+        make_codec(args.shape, kind, codec)
+        extra += ["--codec", str(codec)]
+        if torch.cuda.is_available():
+            compile_kernels(args, codec, env)
+    results.write_text("")
+    begin = time.perf_counter()
+    log = logs(folder) / f"{name}.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "perf.serve", *argv, *extra]
+        done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
+    lines = log.read_text().splitlines()
+    print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
+    rows = [json.loads(x) for x in results.read_text().splitlines()]
+    took = f"{time.perf_counter() - begin:.0f} s"
+    print(f"{backend}: {len(rows)} rows, exit {done.returncode}, {took}", flush=True)
+    if done.returncode:  # the cause is often not in the last lines
+        causes = [x for x in lines[:-25] if "Error" in x]
+        print(*causes[-10:], *lines[-25:], sep="\n", flush=True)
+    return rows
+
+
 def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
-    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_model(args.shape, folder / "model", weights=args.check)
         env = environment(folder)
-        for backend in args.backends:
-            kind = backend.partition(":")[2]
-            extra = ["--one", backend, "--folder", temporary]
-            if kind in (*LOSSY, "8 bits") and not args.codec:
-                codec = folder / f"{kind.replace(' ', '-')}.safetensors"
-                if not codec.exists():
-                    make_codec(args.shape, kind, codec)
-                extra += ["--codec", str(codec)]
-                if torch.cuda.is_available():
-                    compile_kernels(args, codec, env)
-            begin, results = time.perf_counter(), folder / "results.jsonl"
-            results.write_text("")
-            name = re.sub(r"\W+", "-", backend)
-            log = Path(os.environ.get("OUT", temporary)) / f"{name}.log"
-            with log.open("w") as file:
-                command = [sys.executable, "-m", "perf.serve", *argv, *extra]
-                done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
-            found = [json.loads(x) for x in results.read_text().splitlines()]
-            lines = log.read_text().splitlines()
-            print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
-            took = f"{time.perf_counter() - begin:.0f} s"
-            print(f"{backend}: {len(found)} rows, exit {done.returncode}, {took}", flush=True)
-            if done.returncode:  # the cause is often not in the last lines
-                causes = [x for x in lines[:-25] if "Error" in x]
-                print(*causes[-10:], *lines[-25:], sep="\n", flush=True)
-            rows += found
-    return rows
+        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
+            found = pool.map(lambda x: run_backend(args, argv, folder, env, x), args.backends)
+            return [row for rows in found for row in rows]
 
 
 def table(rows: list[Row]) -> str:
@@ -382,6 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16")
     add("--tp", type=int, default=1, help="tensor parallel ranks")
     add("--utilization", type=float, default=0.45, help="share of the card's memory")
+    add("--kv-gb", type=float, help="GB of pages a rank, of engines side by side")
     add("--seqs", type=int, default=160, help="max_num_seqs")
     add("--chunk", type=int, default=16384, help="max_num_batched_tokens")
     add("--few", type=int, default=16)
@@ -393,22 +417,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
     common_arguments(parser, "serve.jsonl")
-    for name in ("--one", "--folder"):
+    for name in ("--one", "--folder", "--results"):
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.check:
-        args.shape, args.cells, args.full, args.seqs, args.chunk = (
-            "tiny",
-            [(1, 2048)],
-            False,
-            8,
-            256,
-        )
+        args.shape, args.cells, args.full = "tiny", [(1, 2048)], False
+        args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, 1
         reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
         args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]
     if args.one:
-        folder = Path(args.folder)
-        run_one(args, args.one, folder, folder / "results.jsonl")
+        run_one(args, args.one, Path(args.folder), Path(args.results))
         return 0
     rows = run_all(args, argv)
     if args.check:
@@ -420,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report_check(rows: list[Row]) -> int:
     """By backend and run: how many tokens are the reference's up to the first that differs, of each
     prompt, and the largest lead of a token that was missed. Arithmetic in 16 bits decides leads
-    below four units of logits between 8 and 16."""
+    below four units of logits between 8 and 16. A check without preemption fails."""
     worst = 0.0
     for row in rows:
         for turn, got in enumerate(row["tokens"]):
@@ -433,7 +451,9 @@ def report_check(rows: list[Row]) -> int:
             worst = max(worst, lost * (row["kv_dtype"] != "8 bits"))
             name = f"{row['backend']} {row['kv_dtype']}"
             print(f"{name:24} run {turn}: same tokens {same}, largest lead missed {lost:.3f}")
-    return 0 if len(rows) == 3 and worst < 4 * 2**-4 else 1
+        print(f"{row['preempted']} preempted")
+    ran = len(rows) == 3 and all(row["preempted"] for row in rows)
+    return 0 if ran and worst < 4 * 2**-4 else 1
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,13 +22,14 @@ from xml.etree import ElementTree
 from perf._timing import RESULTS, ROOT, Row, read_rows
 
 KEYS = {
-    "attention": ("gpu", "H", "G", "D", "path", "B", "T", "preset"),
-    "compress": ("gpu", "T", "layers"),
+    "attention": ("gpu", "H", "G", "D", "path", "case", "B", "T", "preset"),
+    "compress": ("gpu", "T"),
     "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
     "quality": ("model", "context", "task", "text", "scheme"),
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
 }
 PRESETS = ("exact", "quality", "balanced", "small")
+PLOTTED = (32, 8, 128, "matrix", None)  # H, G, D, path, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 MARKED = re.compile(r"(<!-- headline -->\n).*?(<!-- end of headline -->)", re.DOTALL)
@@ -77,28 +79,20 @@ def columns(rows: Rows, forms: dict[str, str]) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A line a shape: the best dense peers, bf16 and fp8; of each preset microseconds, speed-up
-    over the bf16 peer, share of the bandwidth."""
+    """A table a kind of layer: microseconds, share of the bandwidth, the best dense peers of bf16
+    and fp8, and how many times as fast."""
+    forms = {"B": "", "T": ",", "case": "", "preset": "", "p50_us": ".4g", "read_share": ".0%"}
+    for peer in ("peer", "fp8"):
+        forms |= {f"best_{peer}": "", f"best_{peer}_us": ".4g", f"against_{peer}": ".2f"}
     text = ""
     for title, own in grouped(latest(rows, KEYS["attention"]), KEYS["attention"][:5]).items():
+        for row in own:
+            for peer in ("peer", "fp8"):
+                us = row.get(f"best_{peer}_us")
+                row[f"against_{peer}"] = us and us / row["p50_us"]
         gpu, heads, groups, dim, path = title
-        lines = []
-        for (batch, tokens), found in grouped(own, ("B", "T")).items():
-            cells = [str(batch), f"{tokens:,}"]
-            for peer in ("best_peer", "best_fp8"):
-                row = next((row for row in found if row.get(peer)), None)
-                cells.append("-" if row is None else f"{row[f'{peer}_us']:.4g} {row[peer]}")
-            for preset in PRESETS[1:]:
-                row = next((row for row in found if row["preset"] == preset), None)
-                if row is None:
-                    cells.append("-")
-                    continue
-                speedup = "" if row["speedup"] is None else f", **{row['speedup']:.2f}x**"
-                cells.append(f"{row['p50_us']:.4g}{speedup}, {row['read_share']:.0%}")
-            lines.append(cells)
-        header = ["B", "T", "best bf16 peer, us", "best fp8 peer, us", *PRESETS[1:]]
         text += f"\n### {gpu}, {heads}/{groups} heads, D = {dim}, {path} path\n\n"
-        text += markdown(header, lines)
+        text += columns(own, forms)
     return text
 
 
@@ -135,7 +129,7 @@ def end_to_end_table(rows: Rows) -> str:
     for title, own in grouped(timed, ("gpu", "shape", "B", "compiled")).items():
         base, lines = "graph compiled" if title[3] else "graph", []
         lengths = sorted({row["T"] for row in own})
-        graph = {row["T"]: row for row in own if row["what"] == base}
+        graph = {row["T"]: row for row in own if row["what"] == base and not row["preset"]}
         dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
         for (what, preset), series in grouped(own, ("what", "preset")).items():
             found, cells = {row["T"]: row for row in series}, [f"{what} {preset or ''}".strip()]
@@ -143,11 +137,12 @@ def end_to_end_table(rows: Rows) -> str:
                 cells.append("-")
                 if t in found:
                     cells[-1] = f"{found[t]['ms']:.2f}{'*' if found[t].get('shared') else ''}"
-                    if t in graph and what != base:
+                    if t in graph and found[t] is not graph[t]:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line([(t, row["ms"]) for t, row in found.items()])
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            cells.append("-" if what == base else break_even(dense, line))
+            alike = what == base and not preset
+            cells.append("-" if alike else break_even(dense, line))
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
@@ -209,23 +204,27 @@ def quality_table(rows: Rows) -> str:
     return text
 
 
-def serve_table(rows: Rows) -> str:
-    forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
-    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ","}
-    return "\n" + columns(latest(rows, KEYS["serve"]), {**forms, "throughput": ".4g"})
+PLAIN = {  # the columns of tables of a row a line
+    "serve": {
+        **{"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""},
+        **{"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"},
+    },
+    "compress": {
+        **{"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"},
+        **{"gram_us": ".4g", "encode_share": ".0%"},
+    },
+}
 
 
-def compress_table(rows: Rows) -> str:
-    forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
-    forms |= {"gram_us": ".4g", "encode_share": ".0%", "prefill_ratio": ".3f"}
-    return "\n" + columns(latest(rows, KEYS["compress"]), forms)
+def plain_table(name: str, rows: Rows) -> str:
+    return "\n" + columns(latest(rows, KEYS[name]), PLAIN[name])
 
 
 SECTIONS: dict[str, tuple[Callable[[Rows], str], str]] = {
     "end_to_end": (end_to_end_table, "Whole models in transformers, a token at a time"),
-    "serve": (serve_table, "Whole models in vLLM"),
+    "serve": (partial(plain_table, "serve"), "Whole models in vLLM"),
     "attention": (attention_table, "One layer's append and attention"),
-    "compress": (compress_table, "What storing tokens takes"),
+    "compress": (partial(plain_table, "compress"), "What storing tokens takes"),
     "quality": (quality_table, "Loss per byte"),
 }
 
@@ -266,7 +265,7 @@ def steps(results: Path) -> list[Row]:
             same = {"engine": f"vLLM {row['vllm']}", "kind": kind, "ms": row["tpot_ms"]}
             found.append(row | same | {"size": 1 / row["kv_tokens"]})
     for row in newest("attention", results):
-        if (row["H"], row["G"], row["D"], row["path"]) == (32, 8, 128, "matrix"):
+        if tuple(map(row.get, ("H", "G", "D", "path", "case"))) == PLOTTED:
             times = {"bf16": "best_peer_us", "fp8": "best_fp8_us", row["preset"]: "p50_us"}
             for kind, name in times.items():
                 if row.get(name):
@@ -300,9 +299,8 @@ def headline(results: Path = RESULTS) -> str:
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
     if any("*" in cells[x][4] for x in chosen):
-        text += (
-            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
-        )
+        text += "\n\\* dense keys and values of all layers do not fit the card: layers share "
+        text += "them.\n"
     return text
 
 
@@ -314,7 +312,7 @@ def fill(text: str, results: Path = RESULTS) -> str:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> Plot:
+def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:
     """value(row, dense bf16 row of the same cell) against T: a panel an engine and batch size with
     two lengths or more, a line a kind. Of more than four panels those with fp8 come first."""
     panels: Plot = {}
@@ -332,17 +330,14 @@ def against_length(results: Path, value: Callable[[Row, Row], float | None]) -> 
     return dict(sorted(panels.items(), key=lambda x: "dense fp8" not in x[1])[:4])
 
 
-def speed(results: Path) -> Plot:
-    return against_length(results, lambda row, dense: dense["ms"] / row["ms"])
+def speed(row: Row, dense: Row) -> float:
+    return dense["ms"] / row["ms"]
 
 
-def reads(results: Path) -> Plot:
-    def share(row: Row, _: Row) -> float | None:
-        if "weight_bytes" in row:
-            return share_of_reads(row)
-        return row.get("read_share") if row["kind"] in PRESETS else None
-
-    return against_length(results, share)
+def reads(row: Row, _: Row) -> float | None:
+    if "weight_bytes" in row:
+        return share_of_reads(row)
+    return row.get("read_share") if row["kind"] in PRESETS else None
 
 
 def pareto(results: Path) -> Plot:
@@ -356,8 +351,8 @@ def pareto(results: Path) -> Plot:
 
 
 PLOTS: dict[str, tuple[Callable[[Path], Plot], str, str]] = {
-    "speed": (speed, "tokens T", "times as fast as dense bf16"),
-    "reads": (reads, "tokens T", "share of the read bandwidth"),
+    "speed": (partial(against_length, speed), "tokens T", "times as fast as dense bf16"),
+    "reads": (partial(against_length, reads), "tokens T", "share of the read bandwidth"),
     "pareto": (pareto, "times smaller than 16 bits", "KL to the exact cache, nats"),
 }
 
@@ -380,12 +375,11 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
         for name, line in lines.items():
             ours = name in PRESETS
             if points:
-                fill = "tab:blue" if ours else "none"
-                axis.scatter(*line[0], facecolor=fill, edgecolor="tab:blue" if ours else "gray")
+                edge, fill = ("tab:blue", "tab:blue") if ours else ("gray", "none")
+                axis.scatter(*line[0], facecolor=fill, edgecolor=edge)
                 axis.annotate(name, line[0], xytext=(5, 3), textcoords="offset points", fontsize=8)
             else:
-                style = "o-" if ours else "s--"
-                axis.plot(*zip(*line, strict=True), style, label=name, markersize=4)
+                axis.plot(*zip(*line, strict=True), "o-" if ours else "s--", label=name, ms=4)
         axis.set(title=title, xlabel=x, ylabel=y, xscale="log")
         ticks = sorted({t for line in lines.values() for t, _ in line})
         if points:
@@ -423,12 +417,9 @@ def write(root: Path = ROOT) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.tables", description=(__doc__ or "").split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m perf.tables", description=__doc__)
     parser.add_argument("--write", action="store_true", help="pages and plots (needs matplotlib)")
-    args = parser.parse_args(argv)
-    if args.write:
+    if parser.parse_args(argv).write:
         write()
     else:
         print(results_page())

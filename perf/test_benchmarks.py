@@ -2,7 +2,7 @@
 
 pytest-benchmark's own times are the host's, launch and synchronisation included. `extra_info` has
 the device's: p20, p50 and p80 of CUDA-graph replays with a cold L2, bytes, GB/s, and the share of
-the read bandwidth measured in the same session.
+the read bandwidth measured in the same session. Without a CUDA card nothing is measured.
 """
 
 from __future__ import annotations
@@ -13,8 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from perf._timing import Card
+from perf._timing import Card, NoCard
 from perf.kernels import KERNELS, measured
+
+
+@pytest.fixture(scope="session")
+def card() -> Card:
+    try:
+        return Card.current()
+    except NoCard as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", KERNELS)

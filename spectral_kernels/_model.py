@@ -1,8 +1,9 @@
 """What the adapter reads of a transformers model: which layers attend fully, and with what shapes.
 
 No list of model names decides. transformers' own `DynamicCache` says which layers keep all keys and
-values; these are ours, all others (sliding windows, convolutions, linear attention) keep the layers
-that it made for them. What metadata cannot say, `enable`'s self-check of a few tokens finds out.
+values; these are ours, and so are sliding windows beside them. All others (convolutions, linear
+attention, chunks) keep the layers that it made for them. What metadata cannot say, `enable`'s
+self-check of a few tokens finds out.
 Test: tests/test_hf.py, tests/test_families.py.
 """
 
@@ -11,14 +12,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -33,13 +34,14 @@ NAME = "spectral"  # our attention functions' names begin with it
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer that attends fully.
+    """A layer that attends fully, or to a window.
 
     Args:
         index: in the model's cache.      modules: that have it as their `layer_idx`.
         kv_heads, group, head_dim: KV heads of this process, query heads a KV head, D.
         device: where it computes.
         shard: (rank, ranks) of tensor parallelism: which of the model's heads these are.
+        window: newest tokens that it attends to; 0: all.
     """
 
     index: int
@@ -49,6 +51,7 @@ class Layer:
     head_dim: int
     device: torch.device
     shard: tuple[int, int]
+    window: int = 0
 
     def codec(self, whole: Codec) -> Codec:
         """The heads of this process out of the codec of all."""
@@ -115,6 +118,19 @@ def full_layers(config: Any) -> list[int]:
             "dense (windows and linear attention do not grow with the context)"
         )
     return full
+
+
+def windows_of(model: Any, full: Sequence[Layer]) -> list[Layer]:
+    """Layers with a sliding window that can be ours too: beside those on one device."""
+    decoder, devices = decoder_of(model), {layer.device for layer in full}
+    config, found = decoder.config, []
+    for index, own in enumerate(own_layers(config)):
+        kinds = getattr(config, "layer_types", None)
+        if type(own) is DynamicSlidingWindowLayer and kinds and kinds[index] == "sliding_attention":
+            with suppress(NotImplementedError, ValueError):  # it keeps transformers' own
+                layer = _layer(decoder, index, config._attn_implementation)
+                found.append(replace(layer, window=own.sliding_window))
+    return found if len(devices | {layer.device for layer in found}) == 1 else []
 
 
 def kv_shape(config: Any) -> tuple[int, int]:
@@ -248,8 +264,9 @@ def compare(
         return
     k, v = (torch.cat((old, x), dim=2).double() for old, x in zip(seen, (k, v), strict=True))
     new, tokens = q.shape[2], k.shape[2]
-    later = torch.ones(new, tokens, dtype=torch.bool, device=q.device).triu(tokens - new + 1)
-    mask = torch.zeros_like(later, dtype=k.dtype).masked_fill(later, float("-inf"))[None, None]
+    near = torch.ones(new, tokens, dtype=torch.bool, device=q.device).tril(tokens - new)
+    near = near.triu(tokens - new + 1 - layer.window) if layer.window else near
+    mask = torch.zeros_like(near, dtype=k.dtype).masked_fill(~near, float("-inf"))[None, None]
     own = dense_attention("eager", module)
     with torch.autocast(q.device.type, enabled=False):
         expected = own(module, q.double(), k, v, mask, **kwargs)[0].transpose(1, 2)

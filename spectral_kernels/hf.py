@@ -6,8 +6,8 @@
 What happens to one model, and to no other, until `disable()`:
 - its configuration names an attention function of this module, registered beside transformers' own;
 - `generate` fills a `ModelCache`: transformers' `Cache`, whose full-attention layers keep their
-  tokens in one `SpectralCache` a device; other layers (windows, convolutions, linear attention)
-  are transformers' own;
+  tokens in one `SpectralCache` a device; layers with a sliding window beside them keep a ring of
+  exact tokens; others (convolutions, linear attention) are transformers' own;
 - a forward of its decoder is checked, and its host work done, before anything is changed;
 - on CUDA its one-token forward is captured once a cache as a CUDA graph and then replayed.
 
@@ -49,6 +49,7 @@ from .attention import attend_spectral
 from .cache import SpectralCache, copy_tokens
 from .codec import Codec, ModelCodec, cache_path, fingerprint
 from .compress import append
+from .window import attend_window
 
 PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -64,6 +65,7 @@ _PLAIN = (
 _CROP_COUNTS = _RELEASE >= (5, 17)
 MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
 DRAFTS = 16  # tokens that can be cropped without a loss in the window
+SLACK = 64  # tokens that a ring keeps beside its window: most that can be cropped from it
 ROUND = 512  # room is a multiple of this, so that calls of like lengths share a cache
 POOLED = 2  # idle caches, of different numbers of rows, that generate() keeps for its next calls
 
@@ -100,12 +102,58 @@ def _step(
     return out
 
 
-_LIBRARY.impl("step", _step, "CompositeExplicitAutograd")
+_LIBRARY.define(
+    "window_step(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor "
+    "seq_lens, int window, float? scale, Tensor? learned=None) -> Tensor"
+)
+
+
+def _put(ring: torch.Tensor, x: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Store x [B, G, Q, D], the newest tokens, in their slots of a ring [B, G, slots, D]."""
+    slots = ring.shape[2]
+    x = x[:, :, -slots:]
+    at = (seq_lens[:, None] + torch.arange(-x.shape[2], 0, device=x.device)) % slots
+    ring.scatter_(2, at.long()[:, None, :, None].expand_as(x), x)
+
+
+def _window_step(q, k, v, keys, values, seq_lens, window, scale, learned=None):
+    """`_step` of a layer with a sliding window, whose tokens lie in rings [B, G, slots, D].
+
+    Each query has a window of its own, so each is a row for the kernel. The ring has at least
+    window + Q slots: no token that a query sees has given its slot to a later one.
+    """
+    batch, heads, queries, dim = q.shape
+    with torch.autocast(q.device.type, enabled=False):
+        _put(keys, k, seq_lens)
+        _put(values, v, seq_lens)
+        rows, ends = None, seq_lens
+        if queries > 1:
+            rows = torch.arange(batch, dtype=torch.int32, device=q.device).repeat_interleave(
+                queries
+            )
+            later = torch.arange(queries - 1, -1, -1, dtype=torch.int32, device=q.device)
+            ends = (seq_lens[:, None] - later).flatten()
+        out, lse = attend_window(
+            q.transpose(1, 2).reshape(-1, heads, dim), keys, values, ends, sinks=0, window=window,
+            seq_ids=rows, scale=scale,
+        )  # fmt: skip
+        if learned is not None:
+            out *= torch.sigmoid(lse - learned.float())[..., None]
+    return out.to(q.dtype).view(batch, queries, heads, dim).transpose(1, 2)
+
+
+for _name, _function in (("step", _step), ("window_step", _window_step)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("spectral_kernels::step", lib=_LIBRARY)
 def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.register_fake("spectral_kernels::window_step", lib=_LIBRARY)
+def _(q: torch.Tensor, *state: Any) -> torch.Tensor:
+    return torch.empty(q.transpose(1, 2).shape, dtype=q.dtype, device=q.device).transpose(1, 2)
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -142,6 +190,8 @@ class SpectralLayer(CacheLayerMixin):
     def __init__(self, cache: ModelCache, index: int, link: _Link) -> None:
         super().__init__()
         self.cache, self.index, self.link = cache, index, link
+        # Whether its tokens come before all others' in a forward.
+        self.leads = link.layer.index == min(x.layer.index for x in cache.owner().links)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: Any = None) -> None:
         """Nothing: the prompt allocates for all layers at once."""
@@ -160,18 +210,39 @@ class SpectralLayer(CacheLayerMixin):
         cache, link, new = self.cache, self.link, key_states.shape[2]
         if link.pending is not None:
             raise link.missed()
-        if torch.compiler.is_compiling():
+        compiling, step = torch.compiler.is_compiling(), cache.is_step(new)
+        if compiling and not step:
+            raise RuntimeError(f"{CACHE}: prompts run outside torch.compile, as in generate()")
+        if compiling:
             cache.stale = True
         elif not cache.busy:
             raise RuntimeError(f"{CACHE}: works only in the model it was made for, while enabled")
-        if not cache.is_step(new):
-            key_states, value_states = cache.store(self.index, key_states, value_states)
-        else:
-            part, layer = cache.places[self.index]
-            if layer == 0:
+        if step and self.leads:
+            for part in cache.parts:
                 part.advance(new)
+        elif not step:
+            autocast = torch.autocast(key_states.device.type, enabled=False)
+            with torch.no_grad(), torch.inference_mode(False), autocast:
+                if self.leads:
+                    cache.advance(new, key_states.dtype)
+                past = self.past(new) if cache.filled else None
+                self.store(key_states.detach(), value_states.detach())
+            if past is not None:
+                key_states = torch.cat((past[0], key_states), dim=2)
+                value_states = torch.cat((past[1], value_states), dim=2)
         link.pending, link.updated = self, True
         return key_states, value_states
+
+    def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the columns before the `new` ones of a prompt, for its mask."""
+        part, layer = self.cache.places[self.index]
+        return part.past(layer, new, self.cache.columns)
+
+    def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keep a prompt's keys and values [B, G, Q, D]."""
+        cache, (part, layer) = self.cache, self.cache.places[self.index]
+        first = None if cache.filled or cache.first is None else cache.first.to(k.device)
+        part.prefill(layer, k, v, first=first)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any, learned: Any
@@ -204,6 +275,74 @@ class SpectralLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.14
 
 
+class WindowLayer(SpectralLayer):
+    """A layer of a `ModelCache` with a sliding window: the newest tokens, at fixed addresses.
+
+    keys, values: [B, G, slots, D]; a row's token of position p in slot p % slots. No more slots
+        than the cache has room for, and as long as these are fewer none is used twice.
+    """
+
+    is_sliding = True
+    keys: Any
+    values: Any
+
+    @property
+    def slots(self) -> int:
+        return min(self.link.layer.window, self.cache.capacity) + SLACK
+
+    def grow(self) -> None:
+        """Slots for a larger capacity."""
+        more = self.slots - self.keys.shape[2]
+        self.keys, self.values = (
+            torch.nn.functional.pad(x, (0, 0, 0, max(more, 0))) for x in (self.keys, self.values)
+        )
+
+    def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = min(self.cache.columns, self.link.layer.window - 1)
+        at = torch.arange(-columns, 0, device=self.keys.device)
+        at = (self.cache.spectral.seq_lens - new)[:, None] + at  # [B, columns]
+        index = (at % self.keys.shape[2])[:, None, :, None].long()
+        shape, padding = (
+            (-1, *self.keys.shape[1:2], -1, self.keys.shape[3]),
+            at[:, None, :, None] < 0,
+        )
+        return tuple(
+            x.gather(2, index.expand(shape)).masked_fill(padding, 0.0)
+            for x in (self.keys, self.values)
+        )
+
+    def store(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        shape = (*k.shape[:2], self.slots, k.shape[3])
+        if self.keys is None or (self.keys.shape, self.keys.dtype) != (shape, k.dtype):
+            self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+            for x in (self.keys, self.values):
+                torch._dynamo.mark_static_address(x)
+        _put(self.keys, k, self.cache.spectral.seq_lens)
+        _put(self.values, v, self.cache.spectral.seq_lens)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any, learned: Any
+    ) -> torch.Tensor:
+        lens, window = self.cache.spectral.seq_lens, self.slots - SLACK
+        step = torch.ops.spectral_kernels.window_step
+        return step(q, k, v, self.keys, self.values, lens, window, scale, learned)
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        length, _ = super().get_mask_sizes(query_length)
+        offset = max(self.cache.columns - self.link.layer.window + 1, 0) if length else 0
+        return length - offset, offset
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        for x in (self.keys, self.values):
+            x.copy_(x[beam_idx.to(x.device)])
+
+    def check_crop(self, keep: int, highest: int) -> None:
+        """RuntimeError: of the first `keep` columns of `highest` ever its window has lost some."""
+        window = self.link.layer.window
+        if max(keep - window + 1, 0) < highest - self.keys.shape[2]:
+            raise RuntimeError(f"{CACHE}: sliding windows keep {SLACK} tokens to crop, no more")
+
+
 class ModelCache(Cache):
     """The cache of an enabled model (`cache=`; before transformers 5.24 `past_key_values=`).
 
@@ -219,13 +358,14 @@ class ModelCache(Cache):
     """
 
     def __init__(self, handle: Handle, batch: int | None, capacity: int | None) -> None:
+        self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
         layers = own_layers(handle.config)
         for i, link in enumerate(handle.links):
-            layers[link.layer.index] = SpectralLayer(self, i, link)
+            kind = WindowLayer if link.layer.window else SpectralLayer
+            layers[link.layer.index] = kind(self, i, link)
         super().__init__(layers=layers)
         self.layers: list[Any]
         self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
-        self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
         self.batch: Any = batch
         self.capacity: Any = capacity
         self.limit, self.compileable = handle.limit, not handle.graph
@@ -238,6 +378,7 @@ class ModelCache(Cache):
 
     def _forget(self) -> None:
         self.columns, self.filled = 0, False
+        self.highest = 0  # columns that there ever were, as far as cropping has to know
         self.padding: list[int] = []
         self.first: torch.Tensor | None = None  # padding as int32 [B] on the device; None: none
         self.busy = False  # a forward is under way
@@ -279,7 +420,7 @@ class ModelCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tensors of the cache."""
         held = sum(part.nbytes for part in self.parts)
-        return held + sum(x.nbytes for layer in self.others for x in _model.tensors_of(layer))
+        return held + sum(x.nbytes for layer in self.layers for x in _model.tensors_of(layer))
 
     @property
     def is_compileable(self) -> bool:
@@ -310,6 +451,9 @@ class ModelCache(Cache):
                     parts = self._allocate()
                     for old, larger in zip(self.parts, parts, strict=True):
                         copy_tokens(old, larger)
+                    for layer in self.layers:
+                        if isinstance(layer, WindowLayer):
+                            layer.grow()
                     self._take(parts)
             except BaseException:  # out of memory: the cache is as it was
                 self.capacity = before
@@ -326,27 +470,15 @@ class ModelCache(Cache):
         if any(padding):
             self.first = torch.tensor(padding, dtype=torch.int32, device=device)
 
-    def store(
-        self, layer: int, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's part of a prompt, k and v [B, G, Q, D]; returns those of all columns."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"{CACHE}: prompts run outside torch.compile, as in generate()")
-        autocast, new = torch.autocast(k.device.type, enabled=False), k.shape[2]
-        with torch.no_grad(), torch.inference_mode(False), autocast:
-            if not self.parts:
-                self.dtype = k.dtype
-                self._take(self._allocate())
-            part, layer = self.places[layer]
-            first = None if self.filled or self.first is None else self.first.to(k.device)
-            if layer == 0:
-                part.reserve(new if first is None else [new - n for n in self.padding])
-                part.advance(new if first is None else new - first)
-            past = part.past(layer, new, self.columns) if self.filled else None
-            part.prefill(layer, k.detach(), v.detach(), first=first)
-        if past is None:
-            return k, v
-        return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+    def advance(self, new: int, dtype: torch.dtype) -> None:
+        """Memory and lengths for a prompt's `new` columns."""
+        if not self.parts:
+            self.dtype = dtype
+            self._take(self._allocate())
+        for part in self.parts:
+            first = None if self.filled or self.first is None else self.first.to(part.device)
+            part.reserve(new if first is None else [new - n for n in self.padding])
+            part.advance(new if first is None else new - first)
 
     def _allocate(self) -> list[SpectralCache]:
         """The memory of so many rows and so much room: a part for each device."""
@@ -400,6 +532,10 @@ class ModelCache(Cache):
         elif keep < columns:
             if keep <= max(self.padding):
                 raise ValueError(f"tokens_to_remove: expected to keep {max(self.padding) + 1}")
+            self.highest = max(self.highest, columns)
+            for layer in self.layers:
+                if isinstance(layer, WindowLayer):
+                    layer.check_crop(keep, self.highest)
             for layer in self.others:
                 layer.crop(keep - columns)
             for part in self.parts:
@@ -422,8 +558,9 @@ class ModelCache(Cache):
         for part in self.parts:
             part.reorder(rows)
         self.hold()
-        for layer in self.others:
-            layer.reorder_cache(beam_idx)
+        for layer in self.layers:
+            if type(layer) is not SpectralLayer:
+                layer.reorder_cache(beam_idx)
         if self.first is not None:
             self.padding = [self.padding[row] for row in rows]
             self.first.copy_(self.first[beam_idx.to(self.first.device)])
@@ -492,8 +629,9 @@ class Handle:
         self._implementation: str = self.config._attn_implementation
         self.links = [_Link(layer) for layer in layers]
         devices = list(dict.fromkeys(layer.device for layer in layers))
-        # Indices of `links` on each device.
-        self.members = [[i for i, x in enumerate(layers) if x.device == d] for d in devices]
+        # Indices of the `links` that attend fully, which come first, on each device.
+        full = [(i, layer) for i, layer in enumerate(layers) if not layer.window]
+        self.members = [[i for i, layer in full if layer.device == d] for d in devices]
         self.codecs = [
             codec and replace(codec, layers=tuple(codec.layers[i] for i in some)).to(device)
             for some, device in zip(self.members, devices, strict=True)
@@ -812,6 +950,7 @@ def enable(
         raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
     found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
     name = preset if found is None else found.preset
+    layers += _model.windows_of(model, layers)
     handle = Handle(model, layers, name, found, graph, compile, max_tokens)
     if check and not model.training:
         _check(handle)
@@ -936,9 +1075,11 @@ def _register(implementation: str) -> str:
             layer, link.pending = link.pending, None
         out = None
         if layer is not None and layer.cache.is_step(query.shape[2]):
-            for name in ("softcap", "sliding_window"):
-                if kwargs.get(name) is not None:
-                    raise NotImplementedError(f"layer {layer.index}: expected no {name}, got one")
+            asked = (kwargs.get("softcap"), kwargs.get("sliding_window") or 0)
+            wanted = (None, link.layer.window)
+            if asked != wanted:
+                what = f"expected (softcap, window) {wanted}, got {asked}"
+                raise NotImplementedError(f"layer {link.layer.index}: {what}")
             out = layer.attend(query, key, value, scaling, kwargs.get("s_aux"))
         if layer is not None and link.seen is not None:
             new = (query, key, value)

@@ -16,8 +16,8 @@ beside it, a slot a running request in each layer (`SpectralImpl`).
 A request that starts on computed tokens (a prefix hit; resumed after preemption) finds them in
 pages: its window is rebuilt from these. Its sinks are copied exactly from a pool by the number of
 its first page (`SinkPool`), or if they are gone rebuilt too.
-Tested with vLLM 0.32 (CPU, model runner V1); written for the V2 of 0.33, which has not run it yet.
-Test: tests/test_vllm.py.
+For vLLM 0.32 and 0.33: model runner V2 on GPUs, V1 on CPUs.
+Test: tests/test_vllm.py; on a GPU also python -m perf.serve --check.
 """
 
 from __future__ import annotations
@@ -226,6 +226,24 @@ class Engine:
         )  # fmt: skip
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.lse = torch.empty((self.slots, impl.num_heads), dtype=torch.float32).to(self.device)
+        for impl in {x.codec.layout: x for x in self.layers}.values():
+            self._compile(impl)
+
+    def _compile(self, impl: SpectralImpl) -> None:
+        """Launch on scratch what prompts take, so that no request waits for a compiler. (What
+        decodes take is compiled when vLLM captures their graphs.)"""
+        before, past, new = impl.layer.kv_cache, PAGE_SIZE, CHUNK + 1
+        shape = 1, impl.num_kv_heads, PAGE_SIZE, impl.codec.layout.token_bytes
+        impl.layer.kv_cache = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        table = torch.zeros((1, max(self.max_pages, 4)), dtype=torch.int32, device=self.device)
+        row = Span(table, *(torch.full_like(table[:, 0], n) for n in (past + new, self.slots)))
+        options: Any = {"dtype": impl.k_exact.dtype, "device": self.device}
+        heads = impl.num_heads, impl.num_kv_heads, impl.num_kv_heads
+        q, k, v = (torch.zeros((new, n, impl.head_size), **options) for n in heads)
+        impl._short(Chunk(row, 0, QUERIES, past, self.slots, -1), q, k, v, q.clone())
+        chunks = [Chunk(row, 0, new, past, self.slots, -1)]
+        impl._prompts(SpectralMetadata(row, chunks, impl._ends(new)), q, k, v, q.clone())
+        impl.layer.kv_cache = before
 
     def start(self, rows: Rows, started: list[int], slots: Any, table: Any) -> dict[int, int]:
         """Rows that start: fill the slots of those on computed tokens. Returns the entries that the

@@ -16,7 +16,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from perf import generate as job
-from perf.generate import Run, agreement
 from spectral_kernels import calibrate
 from tests.test_hf import VOCAB, prompt, single_thread, tiny  # noqa: F401
 
@@ -71,7 +70,7 @@ def test_exact_beside_dense(
         if line.startswith(("exact: ", "dense: "))
     }
     assert texts["exact"] == texts["dense"] and len(texts["exact"].split()) == 12
-    assert "same tokens     12 of 12 (100.0 %), no difference" in out
+    assert "same tokens     12 of 12 (100.0%), no difference" in out
     table = {line[:16].strip(): line for line in out.splitlines()}
     dense, exact = cells(table["cache, MB"])
     # 2 layers, K and V, 2 heads, 64 dimensions, float32, 911 tokens; "exact" has room for 1,024.
@@ -97,101 +96,34 @@ def test_lossy_cache_is_reported_smaller(
 
 def test_alone_prints_no_dense_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--model", folder, "--preset", "exact", "--prompt", "w1 w2 w3 w4")
-    assert run(*arguments, "--prompt-tokens", 3, "--max-new-tokens", 1) == 0
+    assert run(*arguments, "--max-new-tokens", 1) == 0
     out = capsys.readouterr().out
-    assert "prompt (3 tokens): ...w1 w2 w3\n" in out
+    assert "prompt (4 tokens): ...w1 w2 w3 w4\n" in out
     assert "dense" not in out and "same tokens" not in out
 
 
-def test_sampling_repeats_with_its_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def text(seed: int) -> str:
-        arguments = (
-            "--model",
-            folder,
-            "--prompt",
-            "w1 w2 w3",
-            "--preset",
-            "exact",
-            "--temperature",
-            2.0,
-            "--seed",
-            seed,
-        )
-        assert run(*arguments, "--max-new-tokens", 12) == 0
-        return next(
-            line for line in capsys.readouterr().out.splitlines() if line.startswith("exact: ")
-        )
-
-    assert text(3) == text(3) != text(4)
-
-
-class Bar:
-    """Stands in for tqdm and remembers what was drawn."""
-
-    def __init__(self, *, total: int, desc: str, unit: str) -> None:
-        self.total, self.n, self.steps, self.closed = total, 0, 0, False
-
-    def update(self, n: int) -> None:
-        self.n, self.steps = self.n + n, self.steps + 1
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_the_bar_moves_with_every_layer_of_the_prompt(
-    folder: Path, prompt_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bars: list[Bar] = []
-
-    def draw(**options: Any) -> Bar:
-        bars.append(Bar(**options))
-        return bars[-1]
-
-    monkeypatch.setattr(job, "tqdm", draw)
-    arguments = ("--model", folder, "--preset", "exact", "--prompt-file", prompt_file)
-    assert run(*arguments, "--prompt-tokens", 31, "--max-new-tokens", 5) == 0
-    prompt_bar, new_bar = bars
-    assert (prompt_bar.n, prompt_bar.total, prompt_bar.steps, prompt_bar.closed) == (
-        31,
-        31,
-        2,
-        True,
-    )
-    assert (new_bar.n, new_bar.total, new_bar.closed) == (5, 5, True)
-
-
-def test_watching_leaves_the_model_as_it_was(folder: Path) -> None:
+def test_rates(folder: Path) -> None:
     model, tokenizer = job.load(str(folder), device="cpu", dtype="float32")
     ids = torch.tensor([[5, 6, 7]])
     result = job.generate(model, tokenizer, ids, label="x", max_new_tokens=4)
-    assert len(result.tokens) == 4 and result.prompt_tokens == 3
-    assert result.prompt_seconds > 0 and result.seconds > 0
-    assert not any(module._forward_hooks for module in model.modules())
-    model.model.layers[1].forward = lambda *args, **kwargs: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        job.generate(model, tokenizer, ids, label="x", max_new_tokens=4)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert len(result.tokens) == 4 and result.prompt_rate > 0 and result.rate > 0
+    one = job.generate(model, tokenizer, ids, label="x", max_new_tokens=1)
+    assert math.isnan(one.rate)
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "expected"),
+    ("a", "b", "words"),
     [
-        ([1, 2, 3], [1, 2, 3], (3, 3, None)),
-        ([1, 2, 3], [1, 9, 3], (2, 3, 1)),
-        ([1, 2, 3], [1, 2], (2, 3, 2)),
-        ([4], [1, 2], (0, 2, 0)),
+        ([1, 2, 3], [1, 2, 3], "3 of 3 (100.0%), no difference"),
+        ([1, 2, 3], [1, 9, 3], "2 of 3 (66.7%), first difference at new token 2"),
+        ([1, 2, 3], [1, 2], "2 of 3 (66.7%), first difference at new token 3"),
+        ([4], [1, 2], "0 of 2 (0.0%), first difference at new token 1"),
     ],
 )
-def test_agreement(a: list[int], b: list[int], expected: tuple[int, int, int | None]) -> None:
-    assert agreement(a, b) == expected
-
-
-def test_rates() -> None:
-    run = Run(
-        tokens=[1, 2, 3], text="", cache_bytes=0, prompt_tokens=100, prompt_seconds=4.0, seconds=0.5
-    )
-    assert (run.prompt_rate, run.rate) == (25.0, 4.0)
-    assert math.isnan(Run([1], "", 0, 1, 1.0, 0.0).rate)
+def test_agreement(a: list[int], b: list[int], words: str) -> None:
+    runs = {"dense": job.Run(a, "", 10, 1.0, 1.0), "small": job.Run(b, "", 4, 1.0, 1.0)}
+    assert f"same tokens     {words}\n" in job.report(runs)
+    assert job.report(runs).endswith("dense cache is  2.50 times as large")
 
 
 @pytest.mark.parametrize(
@@ -201,8 +133,7 @@ def test_rates() -> None:
         (("--model", "FOLDER", "--prompt", ""), "prompt is empty"),
         (("--model", "FOLDER", "--prompt", "w1", "--preset", "fast"), "--preset"),
         (("--model", "FOLDER", "--prompt", "w1", "--max-new-tokens", "0"), "at least 1"),
-        (("--model", "FOLDER", "--prompt", "w1", "--temperature", "-1"), "at least 0"),
-        (("--model", "FOLDER", "--prompt-file", "/nowhere/at/all"), "--prompt-file"),
+        (("--model", "FOLDER", "--prompt-file", "/nowhere/at/all"), "/nowhere/at/all"),
         (("--model", "FOLDER", "--prompt", "w1", "--codec", "/nowhere/at/all"), "nowhere"),
         (("--model", "/nowhere/at/all", "--prompt", "w1"), "nowhere"),
         (("--gguf", "/nowhere/at/all.gguf", "--prompt", "w1"), "no such file"),

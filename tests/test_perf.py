@@ -1,15 +1,14 @@
-"""What of the measurements can be tested without a card: inputs, references, budgets, percentiles,
+"""What of the measurements can be tested without a card: inputs, references, percentiles,
 tables, refusals."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import dataclasses
+import functools
 import json
 import re
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
@@ -18,14 +17,11 @@ from perf import _cases, _timing, tables
 from perf import attention as job
 from perf import compress as compress_job
 from perf import kernels as kernel_bench
-from perf._cases import Shape, check_state, expected, make_steps
-from reference import attention as attention_oracle
-from reference import rope as rope_oracle
-from reference.compress import CodecArrays, PageArrays
+from perf._cases import Shape, check_state, make_steps
+from spectral_kernels import compress
 from spectral_kernels.calibrate import PRESETS
 from spectral_kernels.layout import PAGE_SIZE
-from tests import budgets
-from tests.cases import DEVICE, kernels, to_numpy
+from tests.cases import DEVICE, kernels
 
 CPU = torch.device("cpu")
 on_cpu = pytest.mark.skipif(
@@ -33,74 +29,23 @@ on_cpu = pytest.mark.skipif(
 )
 
 
-def small_step(preset: str, dim: int = 64, batch: int = 2, tokens: int = 580) -> _cases.Step:
+def small_step(preset: str, dim: int = 64, batch: int = 2, queries: int = 1) -> _cases.Step:
     torch.manual_seed(3)
-    shape, layout = Shape(batch, 4, 2, dim, tokens), _cases.layouts(preset, dim)[0]
+    shape, layout = Shape(batch, 4, 2, dim, 580, queries), _cases.layouts(preset, dim)[0]
     return make_steps(shape, layout, preset=preset, copies=2, dtype=torch.float32, device=CPU)[1]
 
 
-def arrays_of(step: _cases.Step) -> PageArrays:
-    layout = step.codec.layout
-    names = "k_basis k_scale k_encoder k_mean v_basis v_scale v_encoder k_offset".split()
-    tensors = {name: getattr(step.codec, name).numpy() for name in names}
-    inv_freq = step.inv_freq.numpy()
-    codec = CodecArrays(
-        layout.k.bands, layout.v.bands, layout.head_dim, layout.frame, inv_freq, **tensors
-    )
-    rows = np.zeros(len(step.q), np.int32)
-    pages = (
-        step.k_pages.numpy(),
-        step.v_pages.numpy(),
-        step.block_table.numpy(),
-        step.seq_lens.numpy(),
-    )
-    return PageArrays(codec, *pages, rows)
-
-
-@pytest.mark.parametrize("preset", _cases.LOSSY)
-def test_reference_and_budget_are_those_of_the_oracle(preset):
-    """The float64 reference on the device equals the oracle over pages, over exact tokens and over
-    both; its budget of the former two is the oracle's, up to the sums that it counts: of floats
-    too, and of exact tokens these alone."""
-    step = small_step(preset)
-    arrays, q = arrays_of(step), to_numpy(step.q)[:, :, None]
-    kept = {"sinks": step.sinks, "window": step.window}
-    pages = attention_oracle.spectral(q, arrays, **kept)
-    slots = (to_numpy(step.k_exact), to_numpy(step.v_exact), step.seq_lens.numpy())
-    exact = attention_oracle.windowed(q, *slots, np.arange(2), **kept)
-    codec = arrays.codec
-    tensors = (codec.k_basis, codec.k_scale, codec.k_mean, arrays.rows, codec.inv_freq)
-    frames = -(-int(step.seq_lens.max()) // codec.frame)
-    u = rope_oracle.project_queries(q, *tensors, frame=codec.frame, max_frames=frames)
-    for parts, oracle, allowed in (
-        (("pages",), pages, budgets.attend_spectral(q, pages, arrays, u)),
-        (("exact",), exact, budgets.attend_window(q, exact)),
-    ):
-        for b, g in ((0, 0), (1, 1)):
-            heads = slice(2 * g, 2 * g + 2)
-            got = expected(step, b, g, parts)
-            np.testing.assert_allclose(got.o.numpy(), oracle.o[b, heads, 0], rtol=0, atol=1e-10)
-            np.testing.assert_allclose(got.lse.numpy(), oracle.lse[b, heads, 0], rtol=1e-11)
-            for mine, theirs in zip((got.o_budget, got.lse_budget), allowed, strict=True):
-                ratio = mine.numpy() / theirs[b, heads, 0]
-                assert (0.4 if parts == ("exact",) else 0.9) < ratio.min() and ratio.max() < 1.3
-    both = expected(step, 1, 0)
-    lse = np.logaddexp(pages.lse, exact.lse)[1, :2, 0]
-    share = np.exp(pages.lse[1, :2, 0] - lse)[:, None]
-    o = share * pages.o[1, :2, 0] + (1 - share) * exact.o[1, :2, 0]
-    np.testing.assert_allclose(both.lse.numpy(), lse, rtol=1e-11)
-    np.testing.assert_allclose(both.o.numpy(), o, rtol=0, atol=1e-10)
-
-
-def test_a_step_passes_and_wrong_ones_do_not():
-    """The twins' step lies within the budget; a step without the exact tokens, with the wrong base
-    of logarithms, with sinks counted twice or keys of another frame does not."""
-    step = small_step("balanced", dim=128)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_step_passes_and_wrong_ones_do_not(queries):
+    """Without the exact tokens, with the wrong base of logarithms, of other heads, with sinks that
+    are not exact or keys of another frame."""
+    step = small_step("balanced", dim=128, queries=queries)
     state = step.step()
-    assert 0 < check_state(step, state) <= 1
-    assert 0 < check_state(step, step.attend(("pages",)), ("pages",)) <= 1
+    assert check_state(step, state) < 1e-4
+    assert check_state(step, step.attend(("pages",)), ("pages",)) < 1e-4
+    assert check_state(step, step.attend(("exact",)), ("exact",)) < 1e-4
     o, lse = state
-    assert 0 < check_state(step, (o.half(), None)) <= 1
+    assert 0 < check_state(step, (o.half(), None)) < 1e-3
     wrong = [step.attend(("pages",)), (o, lse * 1.4427), (o.roll(1, 1), lse)]
     step.sinks = 0
     wrong.append(step.attend(("pages",)))
@@ -108,7 +53,7 @@ def test_a_step_passes_and_wrong_ones_do_not():
     wrong.append(step.attend())
     step.seq_lens[1] = 580
     for other in wrong:
-        with pytest.raises(AssertionError, match="times the budget"):
+        with pytest.raises(AssertionError, match="an error of"):
             check_state(step, other)
     with pytest.raises(AssertionError, match="not finite"):
         check_state(step, (o, lse * torch.inf))
@@ -116,10 +61,12 @@ def test_a_step_passes_and_wrong_ones_do_not():
 
 def test_scores_have_the_stated_spread():
     step = small_step("quality", dim=128)
-    scores = attention_oracle.spectral(to_numpy(step.q)[:, :, None], arrays_of(step)).scores
+    keys = compress.decode_torch(
+        step.k_pages, step.codec, step.block_table, step.seq_lens, side="k"
+    )
+    scores = torch.einsum("bgd,bgtd->bgt", step.q[:, ::2], keys[:, :, :512]) * 128**-0.5
     # The mean key of half their spread is alike for all tokens of a frame.
-    spread = np.sqrt((scores - scores[..., :512].mean(-1, keepdims=True))[..., :512].var())
-    assert 0.7 * _cases.SCORE_STD < spread < 1.4 * _cases.SCORE_STD
+    assert 0.7 * _cases.SCORE_STD < scores.std(-1).square().mean().sqrt() < 1.4 * _cases.SCORE_STD
 
 
 @pytest.mark.parametrize("preset", _cases.LOSSY)
@@ -139,8 +86,6 @@ def test_layouts_are_of_the_preset(preset, dim):
 def test_what_is_encoded_comes_back():
     """The random codec is one: values within the spread of its bases come back as far as the steps
     go."""
-    from spectral_kernels import compress
-
     torch.manual_seed(0)
     step = small_step("quality", dim=128, batch=1)
     x = compress.decode_torch(step.v_pages, step.codec, step.block_table, step.seq_lens, side="v")[
@@ -179,7 +124,8 @@ def test_copies_of_a_case_share_nothing_that_is_read():
         a, b = (getattr(step, name) for step in steps)
         assert a.shape == b.shape and a.data_ptr() != b.data_ptr()
     assert not torch.equal(steps[0].k_pages, steps[1].k_pages)
-    [wide] = make_steps(*case, copies=1, capacity=6400, **options)
+    wide_shape = dataclasses.replace(case[0], capacity=6400)
+    [wide] = make_steps(wide_shape, case[1], copies=1, **options)
     assert wide.block_table.shape == (1, 6400 // PAGE_SIZE)
 
 
@@ -219,26 +165,6 @@ def test_a_call_takes_its_share_of_a_replay(monkeypatch):
     )  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
 
 
-def test_kernel_times_are_of_one_call(monkeypatch):
-    """Two calls, five rounds; one kernel runs twice a call, and the host's records are not
-    counted."""
-    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
-
-    def event(name: str, us: float, device=cuda) -> SimpleNamespace:
-        return SimpleNamespace(
-            name=name, device_type=device, time_range=SimpleNamespace(elapsed_us=lambda: us)
-        )
-
-    events = [event("attend", 7.0)] * 9 + [event("attend", 90.0)] + [event("merge", 2.0)] * 20
-    events.append(event("launch", 5.0, cpu))
-    profiler = SimpleNamespace(events=lambda: events)
-    monkeypatch.setattr(
-        torch.profiler, "profile", lambda activities: contextlib.nullcontext(profiler)
-    )
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    assert _timing.kernel_times([lambda: None] * 2, rounds=5) == {"attend": 7.0, "merge": 4.0}
-
-
 def test_rows_go_to_their_file_and_to_out(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     _timing.write_row(_timing.rounded({"ms": 1.234567, "B": 123456}), tmp_path / "a.jsonl")
@@ -263,7 +189,7 @@ def test_the_read_only_pass_reads_everything():
 def test_jobs_without_a_card_say_so(capsys):
     with pytest.raises(_timing.NoCard, match="nothing was measured"):
         _timing.Card.current()
-    for module in (job, kernel_bench, compress_job):
+    for module in (job, compress_job):
         with pytest.raises(SystemExit, match="2"):
             module.main([])
         shown = capsys.readouterr()
@@ -344,87 +270,83 @@ def test_benchmarks_run_every_public_kernel():
 # perf.attention
 
 SHAPE = Shape(2, 4, 2, 64, 512)
+MATH = job.Peer("math", functools.partial(job.sdpa, SDPBackend.MATH, True))
 
 
-@pytest.mark.parametrize("folded", [False, True])
-def test_peers_are_checked(folded):
+def eight_bits(shape: Shape, kv: torch.Tensor):
+    """Attention as an fp8 kernel has it: weights, in units of the largest, are 8-bit floats too."""
+    k, v = kv.transpose(2, 3).double()
+
+    def attend(q, scale=None):
+        grouped = q.double().unflatten(1, (shape.kv_heads, -1))
+        scores = grouped @ k.mT * shape.dim**-0.5
+        weight = (scores - scores.amax(-1, keepdim=True)).exp()
+        o = weight.float().to(job.FP8).double() @ v / weight.sum(-1, keepdim=True)
+        return o.flatten(1, 2).bfloat16()
+
+    return attend
+
+
+@pytest.mark.parametrize("kind", ["heads first", "paged", "fp8", "fp8 queries"])
+def test_peers_are_checked(kind):
+    """On the right result, that of other inputs and of other keys, and a token that is not written.
+    Pages are read as attention over each row's tokens in order."""
     torch.manual_seed(1)
-    dense = job.Dense.random(SHAPE, copies=2, dtype=torch.bfloat16, device=CPU)
-    peer = job.sdpa_peer("math", SDPBackend.MATH, folded)
-    calls = peer.calls(dense)
-    assert len(calls) == 2
-    right = calls[0]()
-    peer.check(dense, right)
-    assert torch.equal(dense.kv[0][:, :, :, -1], dense.new[0])  # the newest token was written
-    for wrong in (calls[1](), right * 1.05):  # other inputs
-        with pytest.raises(AssertionError, match="wrong result"):
-            peer.check(dense, wrong)
+    options = {"paged": kind != "heads first", "fp8": "fp8" in kind}
 
+    def plain(shape, kv):
+        kv = kv.transpose(2, 3) if options["paged"] else kv
+        return job.sdpa(SDPBackend.MATH, False, shape, kv.bfloat16())
 
-def test_peers_that_read_pages_or_fp8_are_checked():
-    """The same memory read as pages: attention over each row's pages in order."""
-    torch.manual_seed(1)
-    dense = job.Dense.random(SHAPE, copies=1, dtype=torch.bfloat16, device=CPU)
-    pages = [x.view(2, -1, 2, job.PAGE, 64).transpose(1, 2).flatten(2, 3) for x in dense.kv[0]]
-    eight = [x.to(torch.float8_e4m3fn).bfloat16() for x in pages]
-    for (k, v), fp8 in ((pages, False), (eight, True)):
-        out = job.sdpa(SDPBackend.MATH, False, dense.q[0], k, v)
-        job.Peer("x", lambda _: [], paged=True, fp8=fp8).check(dense, out)
-        with pytest.raises(AssertionError, match="wrong result"):
-            job.Peer("x", lambda _: [], paged=True, fp8=not fp8).check(dense, out)
+    def late(shape, kv):  # what the cache holds when it is called
+        return lambda q, scale=None: plain(shape, kv)(q, scale)
+
+    peer = job.Peer("x", late, **options)
+    if kind == "fp8 queries":
+        peer = job.Peer(
+            "x", lambda s, kv: lambda q: eight_bits(s, kv)(q), fp8_queries=True, **options
+        )
+    size = (2, 2, 2, 512, 64)
+    first, second = (
+        job.PeerStep(
+            peer, SHAPE, torch.randn(size).bfloat16(), torch.randn(2, 4, 64).bfloat16(),
+            torch.randn(2, 2, 2, 64).bfloat16(),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    right = first()
+    first.check(right)
+    for wrong in (second(), right.roll(1, 1), right * 1.2):
+        with pytest.raises(AssertionError, match="wrong result: off by"):
+            first.check(wrong)
+    first.new = first.new + 1
+    with pytest.raises(AssertionError, match="newest token"):
+        first.check(right)
 
 
 def test_a_peer_that_fails_is_reported(monkeypatch):
     made_up = _timing.Times(1.0, 2.0, 3.0)
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
 
-    def broken(dense):
+    def broken(shape, kv):
         raise RuntimeError("no such kernel\nmore")
 
-    def wrong(dense):
-        return [lambda: torch.zeros(2, 4, 64)] * 2
+    def wrong(shape, kv):
+        return lambda q: torch.zeros(2, 4, 64)
 
-    peers = [
-        job.Peer("broken", broken),
-        job.Peer("wrong", wrong),
-        job.sdpa_peer("math", SDPBackend.MATH, True),
-    ]
-    found = job.time_peers(SHAPE, peers, CARD)
-    assert (
-        found["broken"] == "RuntimeError: no such kernel"
-        and "wrong result" in found["wrong"]
-        and found["math"] == 2.0
+    found = job.time_peers(
+        SHAPE, [job.Peer("broken", broken), job.Peer("wrong", wrong), MATH], CARD
     )
+    assert found["broken"] == "RuntimeError: no such kernel"
+    assert "wrong result" in found["wrong"] and found["math"] == 2.0
+    assert job.time_peers(SHAPE, [MATH], CARD, timed=False) == {"math": 0.0}
 
 
 def test_best_peers():
-    peers = {
-        "cudnn": 5.0,
-        "flash": 4.0,
-        "flashinfer fp8": 3.0,
-        "flashinfer paged": "ImportError: no",
-    }
-    assert job.best(peers, False) == ("flash", 4.0) and job.best(peers, True) == (
-        "flashinfer fp8",
-        3.0,
-    )
+    peers = {"cudnn": 5.0, "flash": 4.0, "flashinfer fp8": 3.0, "fa3 fp8": "ImportError: no"}
+    assert job.best(peers, False) == ("flash", 4.0)
+    assert job.best(peers, True) == ("flashinfer fp8", 3.0)
     assert job.best({"flash": "ImportError: no"}, False) == (None, None)
-
-
-SMALL = (
-    "--batch",
-    "1",
-    "4",
-    "--tokens",
-    "512",
-    "--heads",
-    "4/2",
-    "--dims",
-    "64",
-    "--presets",
-    "balanced",
-    "small",
-)
 
 
 def run_job(monkeypatch, *arguments: str) -> int:
@@ -433,36 +355,47 @@ def run_job(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
     made_up = _timing.Times(10.0, 20.0, 30.0)
     monkeypatch.setattr(job, "device_times", lambda calls: [call() for call in calls] and made_up)
-    monkeypatch.setattr(job, "kernel_times", lambda calls: {"_attend_spectral_kernel": 16.0})
-    monkeypatch.setattr(job, "PEERS", (job.sdpa_peer("math", SDPBackend.MATH, True),))
-    monkeypatch.setattr(job, "needed_bytes", lambda shape, card: shape.batch << 26)
-    return job.main([*SMALL, "--peers", "math", *arguments])
+    monkeypatch.setattr(job, "PEERS", (MATH,))
+    return job.main(list(arguments))
 
 
 @on_cpu
 def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
-    rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, "--json", str(rows_file), "--older-cards", "--profile") == 0
+    rows_file, small = tmp_path / "rows.jsonl", ":4/2:d64"
+    shapes = [f"1x512{small}", f"1x512{small}:old", f"2x640{small}:q4:pool1024"]
+    shapes += [f"1x1024+2x512{small}", f"4x512{small}"]
+    options = ("--presets", "balanced", "small", "--json", str(rows_file))
+    make = job.make_steps
+
+    def out_of_memory(shape, *args, **kwargs):
+        if shape.batch == 4:
+            raise torch.OutOfMemoryError
+        return make(shape, *args, **kwargs)
+
+    monkeypatch.setattr(job, "make_steps", out_of_memory)
+    assert run_job(monkeypatch, *shapes, *options) == 0
     shown = capsys.readouterr()
-    assert "B=4 H=4/2 D=64 T=512: skipped" in shown.err  # does not fit
+    assert "B=4 H=4/2 D=64 T=512 small: skipped" in shown.out  # does not fit
     rows = tables.read_rows(rows_file)
-    wanted = list(itertools.product(["balanced", "small"], ["matrix", "scalar"]))
-    assert [(r["preset"], r["path"]) for r in rows] == wanted
+    cells = [(1, 512, None, "matrix"), (1, 512, None, "scalar")]
+    cells += [(2, 640, "q4 pool1024", "matrix"), (3, 1024, "1x1024+2x512", "matrix")]
+    wanted = [(*cell, preset) for cell in cells for preset in ("balanced", "small")]
+    assert [tuple(r.get(x) for x in ("B", "T", "case", "path", "preset")) for r in rows] == wanted
     for row in rows:
-        assert [row[x] for x in "BHGDT"] == [1, 4, 2, 64, 512] and set(row) <= set(
-            job.__doc__.split()
-        ) | {"layout"}
+        assert set(row) <= set(job.__doc__.split()) and [row[x] for x in "HGD"] == [4, 2, 64]
         assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (10, 20, 30)
-        assert row["best_peer"] == "math" and row["speedup"] == 1 and row["best_fp8"] is None
-        assert 0 < row["budget_share"] <= 1 and row["kernels"] == {"_attend_spectral_kernel": 16.0}
-        layout = _cases.layouts(row["preset"], 64)
-        nbytes = Shape(1, 4, 2, 64, 512).step_bytes(layout[len(layout) // 2], 20)
-        assert row["read_share"] == pytest.approx(nbytes / 20e3, rel=1e-3)  # of 1 GB/s
+        assert row["best_peer"] == (None if "case" in row else "math") and row["best_fp8"] is None
+        assert row["speedup"] == (None if "case" in row else 1) and row["error"] < 1e-4
+    layout = _cases.layouts("balanced", 64)
+    nbytes = Shape(1, 4, 2, 64, 512).step_bytes(layout[len(layout) // 2], 20)
+    assert rows[0]["read_share"] == pytest.approx(nbytes / 20e3, rel=1e-3)  # of 1 GB/s
     assert "1.00x of 20 math" in shown.out
+    assert run_job(monkeypatch, "--check", shapes[0], "--json", str(rows_file)) == 0
+    assert "error" in capsys.readouterr().out and len(tables.read_rows(rows_file)) == 8
 
 
 @on_cpu
-@pytest.mark.parametrize("wrong", ["a result that is off", "a budget that accepts all"])
+@pytest.mark.parametrize("wrong", ["a result that is off", "a check that accepts all"])
 def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
     if wrong == "a result that is off":
         step = _cases.Step.step
@@ -470,24 +403,25 @@ def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
     else:
         monkeypatch.setattr(job, "check_state", lambda *args: 0.5)
     rows_file = tmp_path / "rows.jsonl"
-    assert run_job(monkeypatch, "--json", str(rows_file)) == 1
-    assert "budget" in capsys.readouterr().err and tables.read_rows(rows_file) == []
+    assert run_job(monkeypatch, "1x512:4/2:d64", "--json", str(rows_file)) == 1
+    assert "AssertionError" in capsys.readouterr().out and tables.read_rows(rows_file) == []
 
 
 def test_shapes():
-    quick = list(job.shapes_of(job.parse(["--quick"])))
-    assert quick == list(job.TARGETS)
-    everything = list(job.shapes_of(job.parse([])))
-    assert everything[:4] == quick and len(set(everything)) == len(everything) == 4 * 4 * 4 * 2 + 1
-    asked = list(job.shapes_of(job.parse(["--batch", "1", "--heads", "32/8", "--dims", "128"])))
-    assert {(s.batch, s.heads, s.kv_heads, s.dim) for s in asked} == {(1, 32, 8, 128)}
+    cases = [job.parse_shape(text) for text in job.SHAPES]
+    assert len(set(cases)) == len(cases) and cases[0].shape == Shape(1, 32, 8, 128, 2048)
+    case = job.parse_shape("8x1024:16/2:d256:q4:pool2048:old")
+    assert case.shape == Shape(8, 16, 2, 256, 1024, 4, 2048) and case.older_cards
+    mixed = job.parse_shape("1x1024+2x512").shape
+    assert mixed.rows == (1024, 512, 512) and mixed.batch == 3 and mixed.tokens == 1024
+    assert mixed.dense_bytes == 4 * 8 * 128 * 2048
 
 
-@pytest.mark.parametrize("wrong", [["--heads", "6/4"], ["--tokens", "100"], ["--presets", "exact"]])
-def test_arguments_are_refused(wrong, capsys):
-    with pytest.raises(SystemExit) as error:
-        job.parse(wrong)
-    assert error.value.code == 2 and wrong[0] in capsys.readouterr().err
+@pytest.mark.parametrize("wrong", ["1x512:6/4", "1x100", "512", "1x512:z3", "1x512:d"])
+def test_shapes_are_refused(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        job.parse([wrong])
+    assert wrong in capsys.readouterr().err
 
 
 # perf.end_to_end
@@ -512,47 +446,82 @@ def whole(monkeypatch):
 
     monkeypatch.setattr(SmallCard, "dtype", torch.float32)
     monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
-    monkeypatch.setattr(end_to_end, "SDPA", {"math": (SDPBackend.MATH, True)})
-    monkeypatch.setattr(end_to_end, "time_peers", lambda *args: {"math": 1.0})
+    paged = functools.partial(job.sdpa, SDPBackend.MATH, False)
+    eight = job.Peer(
+        "eight", lambda shape, kv: paged(shape, kv.transpose(2, 3).float()), paged=True, fp8=True
+    )
+    monkeypatch.setattr(job, "PEERS", (MATH, eight))
+    monkeypatch.setattr(end_to_end, "IN_MODELS", (MATH, eight))
+    monkeypatch.setattr(
+        end_to_end, "time_peers", lambda shape, peers, card: {peer.name: 1.0 for peer in peers}
+    )
     monkeypatch.setattr(end_to_end, "capture", Replays)
     monkeypatch.setattr(
-        end_to_end, "replayed", lambda graph, steps: [graph.replay() or 1.0 for _ in range(steps)]
+        end_to_end,
+        "replayed",
+        lambda graph, steps: end_to_end.percentiles([graph.replay() or 1.0 for _ in range(steps)]),
     )
     for name in ("reset_peak_memory_stats", "max_memory_allocated", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: 1 << 20)
     return end_to_end
 
 
-TINY = ("--shape", "tiny", "--tokens", "256", "--batch", "2", "--steps", "8")
+TINY = ("2x256", "--shape", "tiny", "--steps", "8")
 
 
 @on_cpu
 def test_whole_models_are_timed(whole, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    what = ("--what", "eager", "graph", "ours", "prefill", "--presets", "exact", "balanced")
-    assert whole.main([*TINY, *what, "--json", str(path)]) == 0
+    what = ("--what", "eager", "graph", "fp8", "ours", "prefill")
+    assert whole.main([*TINY, *what, "--presets", "balanced", "small", "--json", str(path)]) == 0
     rows = tables.read_rows(path)
-    asked = [("eager", None), ("graph", None), ("ours", "exact"), ("ours", "balanced")]
-    assert [(r["what"], r["preset"]) for r in rows[:4]] == asked
-    assert [(r["what"], r["preset"]) for r in rows[4:]] == [
-        ("prefill", p) for p in (None, "exact", "balanced")
-    ]
+    asked = [("eager", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
+    asked += [("ours", "small"), *(("prefill", p) for p in (None, "balanced", "small"))]
+    assert [(r["what"], r["preset"]) for r in rows] == asked
     dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
-    assert (
-        rows[0]["cache_bytes"] == rows[1]["cache_bytes"] == dense and rows[1]["backend"] == "math"
-    )
+    assert [row["cache_bytes"] for row in rows[:3]] == [dense, dense, dense // 2]
+    assert [row.get("backend") for row in rows[:3]] == [None, "math", "eight"]
     for row in rows:
-        assert set(row) <= set(whole.__doc__.replace(",", "").split()) and (row["B"], row["T"]) == (
-            2,
-            256,
-        )
-        assert (
-            row["ms"] > 0 and row["steps"] == 8
-            if row["what"] != "prefill"
-            else row["prefill_s"] > 0
-        )
-    assert rows[3]["tokens_per_s"] == pytest.approx(2e3 / rows[3]["ms"], rel=1e-3)
-    assert "| ours balanced |" in capsys.readouterr().out
+        assert set(row) <= set(whole.__doc__.replace(",", "").split())
+        assert (row["B"], row["T"]) == (2, 256)
+        timed = row["what"] != "prefill"
+        assert row["ms"] > 0 and row["steps"] == 8 if timed else row["prefill_s"] > 0
+    assert rows[4]["tokens_per_s"] == pytest.approx(2e3 / rows[4]["ms"], rel=1e-3)
+    shown = capsys.readouterr().out
+    assert "| ours balanced |" in shown and "| graph fp8 |" in shown
+    assert "balanced: layers checked" in shown  # of a run that is stuck one sees where
+
+
+@on_cpu
+def test_a_long_generation_is_timed(whole, monkeypatch, tmp_path):
+    monkeypatch.setattr(whole, "LONG_STEPS", 12)
+    path = tmp_path / "rows.jsonl"
+    assert whole.main([*TINY, "--what", "long", "--json", str(path)]) == 0
+    [row] = tables.read_rows(path)
+    assert row["steps"] == 9 and row["compiled"] == 0 and row["filled"] == "prompt"
+    assert 0 < row["ms"] <= row["p99_ms"] <= row["p999_ms"] <= row["max_ms"]
+
+
+def test_kernels_are_compiled_ahead(monkeypatch):
+    """A process for each batch size and layout, of one layer at the shortest length."""
+    pytest.importorskip("transformers")
+    from perf import end_to_end
+
+    started = []
+
+    def popen(command, env, **options):
+        started.append((command, env))
+
+    monkeypatch.setattr(end_to_end.subprocess, "Popen", popen)
+    monkeypatch.setenv("OUT", "/rows")
+    given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "eager", "bare"]
+    assert len(end_to_end.ahead(end_to_end.parse(given))) == len(started) == 6
+    for command, env in started:
+        args = end_to_end.parse(command[3:])
+        assert args.compile == (args.layout == 0) and args.layers == 1
+        assert args.what == (["graph", "bare"] if args.compile else ["bare"])
+        assert args.cells in ([(1, 8192)], [(8, 256)]) and args.layout in (0, 1, 2)
+        assert "OUT" not in env and args.json is None
 
 
 @on_cpu
@@ -560,18 +529,23 @@ def test_a_wrong_model_is_no_row(whole, monkeypatch, tmp_path, capsys):
     """Attention that is off, in ours and in the dense graph."""
     from spectral_kernels.cache import SpectralCache
 
-    attend, sdpa = SpectralCache.attend, whole.sdpa
+    attend, bind = SpectralCache.attend, MATH.bind
     # In place, as the layer writes to `out`.
     monkeypatch.setattr(
         SpectralCache, "attend", lambda *args, **kwargs: attend(*args, **kwargs).mul_(1.02)
     )
-    monkeypatch.setattr(whole, "sdpa", lambda *args: sdpa(*args).roll(1, 1))
+
+    def rolled(shape, kv):
+        attend = bind(shape, kv)
+        return lambda *args: attend(*args).roll(1, 1)
+
+    monkeypatch.setattr(whole, "IN_MODELS", (job.Peer("math", rolled),))
     path = tmp_path / "rows.jsonl"
     assert whole.main([*TINY, "--what", "graph", "ours", "--json", str(path)]) == 1
     shown = capsys.readouterr()
     assert (
-        "times the budget" in shown.err
-        and "logits: a relative error" in shown.err
+        "an error of" in shown.out
+        and "logits: a relative error" in shown.out
         and tables.read_rows(path) == []
     )
 
@@ -580,11 +554,10 @@ def test_end_to_end_refuses(capsys):
     pytest.importorskip("transformers")
     from perf import end_to_end
 
-    for wrong in (["--tokens", "100"], ["--steps", "2"], ["--what", "vllm"]):
+    for wrong in (["1x100"], ["8192"], ["--steps", "2"], ["--what", "vllm"]):
         with pytest.raises(SystemExit):
             end_to_end.parse(wrong)
         assert wrong[0] in capsys.readouterr().err
-    assert end_to_end.parse(["--long"]).tokens == [8192]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
@@ -657,13 +630,13 @@ def cells_of(text: str, start: str) -> list[str]:
 
 
 def test_the_attention_table():
-    rows = [attention_row(p50_us=77.0), attention_row(), attention_row(preset="small", speedup=3.5)]
-    rows.append(attention_row(preset="small", T=8192, best_fp8="fi fp8", best_fp8_us=30.0))
+    rows = [attention_row(p50_us=77.0), attention_row()]
+    rows.append(attention_row(T=8192, case="q4", best_fp8="fi fp8", best_fp8_us=30.0))
     text = tables.attention_table(rows)
     assert "### a card, 32/8 heads, D = 128, matrix path" in text and "77" not in text
-    small, both = "10, **3.50x**, 80%", "10, **4.20x**, 80%"
-    assert cells_of(text, "16 | 65,536") == ["16", "65,536", "42 cudnn", "-", both, small]
-    assert cells_of(text, "16 | 8,192") == ["16", "8,192", "42 cudnn", "30 fi fp8", "-", both]
+    same = ["balanced", "10", "80%", "cudnn", "42", "4.20"]
+    assert cells_of(text, "16 | 65,536") == ["16", "65,536", "-", *same, "-", "-", "-"]
+    assert cells_of(text, "16 | 8,192") == ["16", "8,192", "q4", *same, "fi fp8", "30", "3.00"]
 
 
 def test_tables_have_at_most_ten_rows():
@@ -771,7 +744,7 @@ def test_pages_are_filled(tmp_path):
     for want in (
         "| 12.34 |",
         "| 2.50 | 1,000 |",
-        "**4.20x**",
+        "| cudnn | 42 | 4.20 |",
         "| fp8 | 2.00 |",
         "| graph | 8.00 |",
     ):

@@ -56,7 +56,13 @@ def test_check_tells_a_tie_from_a_defect(lead, code, capsys):
     """A token that was nearly a tie may be missed, one that led may not."""
     tokens = [[[5, 6, 7]], [[5, 6, 7]]]
     rows: list[dict[str, Any]] = [
-        {"backend": name, "kv_dtype": kind, "tokens": tokens, "leads": [[2.0, lead, 2.0]]}
+        {
+            "backend": name,
+            "kv_dtype": kind,
+            "tokens": tokens,
+            "leads": [[2.0, lead, 2.0]],
+            "preempted": 2,
+        }
         for name, kind in (
             ("FLASH_ATTN", "bfloat16"),
             ("SPECTRAL", "exact"),
@@ -64,6 +70,7 @@ def test_check_tells_a_tie_from_a_defect(lead, code, capsys):
         )
     ]
     assert serve.report_check(rows) == 0
+    assert serve.report_check([*rows[:2], {**rows[2], "preempted": 0}]) == 1
     rows[1] = {**rows[1], "tokens": [[[5, 9, 9]], [[5, 6, 7]]]}
     assert serve.report_check(rows) == code
     assert serve.report_check(rows[:2]) == 1, "a backend is missing"

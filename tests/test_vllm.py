@@ -1,6 +1,7 @@
 """The plugin in vLLM's CPU build: its real scheduler, block manager and workers, our twins.
 
     .ci/run installs that build in an environment of its own, .ci/venv-vllm; elsewhere skipped.
+    On a GPU: test_recall, with as many ranks as there are cards, and python -m perf.serve --check.
 
 Models are small and in float32. Preset exact gives the tokens of vLLM's own backend whatever the
 scheduler does; what a coded page may lose is bounded by half a step of an 8-bit codec
@@ -22,12 +23,12 @@ import pytest
 import torch
 
 vllm = pytest.importorskip("vllm")
-if torch.cuda.is_available():
-    pytest.skip("on a GPU: python -m perf.serve --check", allow_module_level=True)
+CUDA = torch.cuda.is_available()
 
 os.environ.update(
     VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1", VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_USE_FLASHINFER_SAMPLER="0", VLLM_WORKER_MULTIPROC_METHOD="spawn",
 )  # fmt: skip
 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
@@ -48,6 +49,12 @@ LENGTHS = (70, 200, 9, 700, 1, 3, 130)
 LARGEST = 8.0  # of keys and values of the small model (tests/test_hf.py)
 DENSE = 2 * 2 * 2 * 64 * 4 * PAGE_SIZE  # bytes of a dense block: layers, K and V, heads, dimension
 EXACT = {"preset": "exact"}
+
+
+@pytest.fixture(autouse=True)
+def on_a_gpu(request: pytest.FixtureRequest) -> None:
+    if CUDA and request.function is not test_recall:
+        pytest.skip("on a GPU: python -m perf.serve --check")
 
 
 @pytest.fixture(scope="module")
@@ -304,13 +311,16 @@ def test_two_ranks(model, tmp_path):
         assert generate(engine, given, 8) == one
 
 
-def test_recall(tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recall(ranks, tmp_path):
     """The embedded model answers with preset balanced what it answers through the adapter."""
+    if ranks > (torch.cuda.device_count() if CUDA else 1):
+        pytest.skip("on the CPU: test_two_ranks; on GPUs: one a rank")
     from tests.test_recall import recalled
 
     contexts = make_recall_contexts(1, 25, distance=(2000, 4000), seed=11)
     model = LlamaForCausalLM.from_pretrained(RECALL, dtype=torch.float32).eval()
-    adapter, _ = recalled(model, contexts, "balanced")
+    adapter, _ = recalled(model.to("cuda" if CUDA else "cpu"), contexts, "balanced")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(RECALL / name, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(RECALL)
@@ -320,7 +330,10 @@ def test_recall(tmp_path):
         for q in contexts[0].questions
     ]
     codec = {"codec": str(RECALL / "codec-balanced.safetensors"), "preset": "balanced"}
-    with serving(tmp_path, codec, max_model_len=6144, max_num_batched_tokens=6144) as engine:
+    more: dict[str, Any] = {"max_model_len": 6144, "max_num_batched_tokens": 6144}
+    if CUDA:
+        more |= {"dtype": "bfloat16", "enforce_eager": False, "gpu_memory_utilization": 0.1}
+    with serving(tmp_path, codec, tensor_parallel_size=ranks, **more) as engine:
         generate(engine, given[:1], 1)
         tokens = generate(engine, given, 1)
     answers = [tokenizer.decode(x) for x in tokens]
