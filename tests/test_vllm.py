@@ -128,8 +128,17 @@ def dense(model: Path) -> list[list[int]]:
         return generate(engine, prompts(*LENGTHS))
 
 
-def test_exact_is_vllms_own_backend(model, dense):
-    """All prompts at once; and in chunks of at most 64 tokens, beside decodes."""
+def test_exact_is_vllms_own_backend(model, dense, monkeypatch):
+    """All prompts at once; and in chunks of at most 64 tokens, beside decodes. Sequences begin and
+    end where GPUs' FlashAttention is told."""
+    attend = plugin.dense
+
+    def checked(q, k, v, q_bounds, k_bounds, *args: Any, **options: Any) -> Any:
+        for x, (bounds, longest) in ((q, q_bounds), (k, k_bounds)):
+            assert (bounds[0], bounds[-1], bounds.diff().max()) == (0, len(x), longest)
+        return attend(q, k, v, q_bounds, k_bounds, *args, **options)
+
+    monkeypatch.setattr(plugin, "dense", checked)
     with serving(model, EXACT) as engine:
         assert generate(engine, prompts(*LENGTHS)) == dense
     with serving(model, EXACT, max_num_batched_tokens=64) as engine:
@@ -355,8 +364,9 @@ def test_recall(ranks, tmp_path):
     assert adapter >= 0.85 * len(given)
 
 
-def test_sliding_layers_beside(tmp_path):
-    """Layers with a sliding window stay with vLLM's own backend, in groups of their own."""
+def test_sliding_layers_beside(tmp_path, monkeypatch):
+    """Layers with a sliding window stay with vLLM's own backend, in groups of their own; ours get
+    the model's scale, which is not D**-0.5."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -370,9 +380,17 @@ def test_sliding_layers_beside(tmp_path):
     given, kinds = prompts(*LENGTHS), {"backend_per_kind": {"full_attention": "SPECTRAL"}}
     with serving(tmp_path, None) as engine:
         expected = generate(engine, given)
+    attend, scales = plugin.attend_spectral, set()
+
+    def watched(*args: Any, scale: float | None = None, **options: Any) -> Any:
+        scales.add(scale)
+        return attend(*args, scale=scale, **options)
+
+    monkeypatch.setattr(plugin, "attend_spectral", watched)
     with serving(tmp_path, EXACT, attention_backend=None, attention_config=kinds) as engine:
         assert len(plugin._ENGINES[0].layers) == 2
         assert generate(engine, given) == expected
+    assert scales == {config.query_pre_attn_scalar**-0.5}
     with pytest.raises(ValueError, match="sliding window"), serving(tmp_path, EXACT):
         pass
 
