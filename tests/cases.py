@@ -205,7 +205,7 @@ def make_codec(
     """
     layout, groups, dim = spec.layout, spec.kv_heads, spec.head_dim
     total = spec.codecs + 1
-    used = rng.permutation(total)[: max(1, spec.codecs)] if spec.codecs else np.array([0])
+    used = np.arange(min(1, spec.codecs), total)  # row 0 meets who forgets codec_ids
     tensors: dict[str, NDArray] = {}
     for side, bands in (("k", layout.k), ("v", layout.v)):
         rank = bands.rank

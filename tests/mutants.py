@@ -2,7 +2,7 @@
 
     nice python -m tests.mutants        all of them: a table; writes tests/mutants.json
     python -m tests.mutants --list      names, files, tests; says which anchors are gone
-    python -m tests.mutants --only NAME [NAME ...]      some (a name or its beginning), likewise
+    python -m tests.mutants --only NAME [NAME ...]      some: names, beginnings, files
     python -m tests.mutants --table     the table of tests/README.md, from tests/mutants.json
 
 A mutant is a file, a text that occurs in it once (its anchor), what stands there instead, and the
@@ -16,6 +16,9 @@ wrong.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
+import importlib
 import json
 import os
 import re
@@ -52,6 +55,10 @@ class Mutant:
     @property
     def path(self) -> str:
         return f"spectral_kernels/{self.file}"
+
+    @property
+    def needs_vllm(self) -> bool:
+        return self.tests.startswith("tests/test_vllm.py")
 
 
 def of(file: str, tests: str, *mutants: tuple[str, str, str] | tuple[str, str, str, str]):
@@ -510,6 +517,221 @@ MUTANTS: list[Mutant] = [
          "        self.config._attn_implementation = self._implementation\n        self._patches",
          "        self._patches", "tests/test_hf.py::test_disable_restores_the_model"),
     ),
+    *of(
+        "hf.py", "tests/test_families.py::test_tokens_over_the_borders_of_a_window[65-gemma3]",
+        ("ring: a token in the next one's slot", "torch.arange(-x.shape[2], 0, device=x.device)) %",
+         "torch.arange(1 - x.shape[2], 1, device=x.device)) %"),
+        ("ring: drafts see one another", "(queries - 1 - count % queries)",
+         "0 * (queries - 1 - count % queries)",
+         "tests/test_families.py::test_a_ring_that_grows_and_is_cropped"),
+        ("ring: a second prompt sees a window too long",
+         "count = min(self.cache.columns, self.link.layer.window - 1)",
+         "count = min(self.cache.columns, self.link.layer.window)",
+         "tests/test_families.py::test_tokens_over_the_borders_of_a_window[129-gemma3]"),
+        ("ring: not moved with the beams", "            x.copy_(x[beam_idx.to(x.device)])",
+         "            x.copy_(x)",
+         "tests/test_families.py::test_a_ring_moves_with_its_rows"),
+        ("ring: cropped beyond what it keeps", "< self.cache.highest - self.keys.shape[2]:",
+         "< self.cache.highest - self.keys.shape[2] - 2:",
+         "tests/test_families.py::test_a_ring_that_grows_and_is_cropped"),
+    ),
+    # ---- what it reads of a model
+    *of(
+        "_model.py", "tests/test_model.py::test_the_check_compares_every_new_token",
+        ("sliding layers taken for full ones", "if type(layer) is DynamicLayer]",
+         "if isinstance(layer, DynamicLayer)]", "tests/test_families.py::test_a_family_works"),
+        ("shared keys not refused", 'if getattr(config, "num_kv_shared_layers", 0) or',
+         'if getattr(config, "num_kv_shared", 0) or',
+         "tests/test_model.py::test_a_layer_whose_keys_are_another_layers_is_refused"),
+        ("MLA not refused", 'if getattr(config, "kv_lora_rank", None):',
+         'if getattr(config, "kv_lora", None):',
+         "tests/test_families.py::test_a_refusal_says_what_to_do"),
+        ("capped scores not refused", 'in ("attn_logit_softcapping", "attn_logit_softcap"):',
+         'in ("attn_logit_softcap",):', "tests/test_families.py::test_a_refusal_says_what_to_do"),
+        ("recurrent states not counted", '("conv_states", "recurrent_states")',
+         '("conv_states",)',
+         "tests/test_families.py::test_states_at_fixed_addresses_are_replayed[qwen3_next]"),
+        ("states that move in a CUDA graph", "if not layer.is_compileable})",
+         "if layer.is_compileable and False})",
+         "tests/test_families.py::test_a_cuda_graph_wants_state_that_stays"),
+        ("devices not counted", "return not moving and len(devices) == 1", "return not moving",
+         "tests/test_model.py::test_no_graph_over_two_devices"),
+        ("heads of the first rank", "whole.of_heads(rank * self.kv_heads, self.kv_heads)",
+         "whole.of_heads(0 * rank, self.kv_heads)",
+         "tests/test_parallel.py::test_each_rank_has_its_own_heads"),
+        ("head size by the hidden size", 'getattr(config, "head_dim", None) or config.hidden_size',
+         'getattr(config, "size", None) or config.hidden_size',
+         "tests/test_model.py::test_shapes_of_a_config"),
+        ("the check lets NaN pass", "if not error <= largest *", "if error > largest *"),
+        ("the check sees later tokens", ".tril(tokens - new)", ".tril(tokens - new + 1)"),
+        ("the check forgets the prompt", "seen[:] = k, v\n",
+         "seen[:] = k[:, :, 1:], v[:, :, 1:]\n"),
+        ("layers stay compiled", 'vars(layer).pop("forward", None)', 'vars(layer).get("forward")',
+         "tests/test_hf.py::test_layers_compile_for_a_step[exact]"),
+        ("attention stays opaque", "    finally:\n        config._attn_implementation = name\n",
+         "    finally:\n", "tests/test_hf.py::test_layers_compile_for_a_step[exact]"),
+    ),
+    # ---- calibration
+    *of(
+        "calibrate.py",
+        "tests/test_calibrate.py::test_query_metric_is_the_sum_over_pairs_of_query_and_frame",
+        ("queries of earlier frames", ".flip(1).cumsum(1).flip(1)", ".cumsum(1)"),
+        ("queries turned forward", "starts = -frame * torch", "starts = frame * torch"),
+        ("a metric of half turns", ".double() * (2 * math.pi / 2**64)",
+         ".double() * (math.pi / 2**64)"),
+    ),
+    *of(
+        "calibrate.py", "tests/test_calibrate.py::test_error_weights",
+        ("weights count a token of the window", "(age < window)", "(age < window - 1)"),
+        ("weights not squared", "p2 = p.square().masked_fill", "p2 = p.masked_fill"),
+        ("scale not squared", "sums = (scale**2 * (p2", "sums = (scale * (p2"),
+        ("later tokens weighed", "masked_fill(age < 0,", "masked_fill(age < -1,"),
+        ("heads of a group exchanged in weights", "own[head, at]", "own[group - 1 - head, at]"),
+    ),
+    *of(
+        "calibrate.py",
+        "tests/test_calibrate.py::test_moments_are_those_of_the_tokens_as_the_model_rotated_them",
+        ("keys turned back by their position", "turned(k, positions % FRAME - positions,",
+         "turned(k, -positions,"),
+        ("moments not centred", "k_moment - mean[:, :, None] * mean[:, None]",
+         "k_moment - 0 * mean[:, :, None] * mean[:, None]"),
+        ("sinks in the moments", "self.freqs)[:, sinks:]", "self.freqs)[:, 0 * sinks :]"),
+        ("pairs of query and frame miscounted", "sum(tokens - start for", "sum(tokens for"),
+        ("no head is floored", "by_group + HEAD_FLOOR * by_group", "by_group + 0 * by_group",
+         "tests/test_calibrate.py::test_a_head_without_weight_still_counts"),
+    ),
+    *of(
+        "calibrate.py", "tests/test_calibrate.py",
+        ("worst component first", "eigenvectors.mT.flip(-2)\n        basis = torch.linalg.solve",
+         "eigenvectors.mT\n        basis = torch.linalg.solve",
+         "tests/test_calibrate.py::test_basis_loses_least_at_every_rank"),
+        ("basis of the metric's other root", "eigh(root.mT @ moment @ root)",
+         "eigh(root @ moment @ root.mT)",
+         "tests/test_calibrate.py::test_basis_loses_least_at_every_rank"),
+        ("encoder blind to the metric", "weighted = basis @ _floored(metric)", "weighted = basis",
+         "tests/test_calibrate.py::test_encoder_of_the_int8_basis"),
+        ("codes of the middle rounded up", "code.floor_().add_(0.5)", "code.round_()",
+         "tests/test_calibrate.py::test_steps_lose_little_more_than_the_best"),
+        ("8-bit components clipped", "torch.where(top < 256, factor, HEADROOM)",
+         "torch.where(top < 256, factor, 1 / HEADROOM)",
+         "tests/test_calibrate.py::test_8_bit_components_have_room_for_what_the_sample_lacks"),
+        ("steps of zero", "widest = torch.maximum(largest, least) * 2 / top",
+         "widest = largest * 2 / top",
+         "tests/test_calibrate.py::test_a_component_without_variance_gets_a_step"),
+        ("a plan of twice the bytes", "if chosen[n] == a and more <= left:",
+         "if chosen[n] == a and more <= 2 * left:",
+         "tests/test_calibrate.py::test_share_bytes_is_near_the_best_of_all_combinations"),
+        ("choices off the hull", "if _saved(*before, sizes, losses) > _saved(*after,",
+         "if _saved(*before, sizes, losses) < _saved(*after,",
+         "tests/test_calibrate.py::test_share_bytes_is_near_the_best_of_all_combinations"),
+        ("any number of layouts", ")) > MAX_LAYOUTS:", ")) > 64 * MAX_LAYOUTS:",
+         "tests/test_calibrate.py::test_a_plan_has_few_layouts"),
+        ("bytes of one side", "full = sum(4 * layer.k.mean.numel()",
+         "full = sum(2 * layer.k.mean.numel()",
+         "tests/test_calibrate.py::test_a_plan_meets_its_bytes_and_beats_an_even_split"),
+        ("a codec without the mean's part", "offset = (mean[:, None] @ k[2])[:, 0]",
+         "offset = (0 * mean[:, None] @ k[2])[:, 0]",
+         "tests/test_calibrate.py::test_a_codec_of_full_rank_and_8_bits_reconstructs"),
+        ("steps not in the encoder", "(encoder / steps.double()[:, None])",
+         "(encoder * steps.double()[:, None])",
+         "tests/test_calibrate.py::test_a_codec_of_full_rank_and_8_bits_reconstructs"),
+        ("frequencies of another layer type", "for x in named + plain:", "for x in plain + named:",
+         "tests/test_calibrate.py::test_frequencies_are_the_models_or_a_default"),
+        ("a model left in eval mode", "module.training = True", "module.training = False",
+         "tests/test_calibrate.py::test_collecting_changes_nothing"),
+        ("a model left tapped", "            config._attn_implementation = original\n        for",
+         "            pass\n        for",
+         "tests/test_calibrate.py::test_the_model_is_as_before_after_an_exception"),
+        ("sliding layers read", '"layer_idx", None) not in full:', '"layer_idx", None) is None:',
+         "tests/test_calibrate.py::test_layers_with_a_sliding_window_are_left_out"),
+        ("sequences without their first token", "torch.tensor(first + part)", "torch.tensor(part)",
+         "tests/test_calibrate.py::test_token_sequences"),
+    ),
+    # ---- requests of an engine
+    *of(
+        "_requests.py", "tests/test_requests.py::test_no_order_of_events_finds_wrong_sinks",
+        ("kept sinks: found is not used", "self._entries.move_to_end(page)",
+         "self._entries.move_to_end(page, last=False)"),
+        ("kept sinks: the newest give way", "popitem(last=False)", "popitem()"),
+        ("kept sinks: forgotten ones are found", "self._entries.pop(page))",
+         "self._entries[page])"),
+        ("kept sinks: entries leak", "        self.forget(page)\n", ""),
+    ),
+    *of(
+        "_requests.py", "tests/test_requests.py::test_who_goes_on_finds_its_own_tokens[paged-16]",
+        ("pages but the last, unfinished one", ": -(-stop // PAGE_SIZE)]", ": stop // PAGE_SIZE]"),
+        ("a number's steps in between", "self._seen.get(slot) != expected)",
+         "self._seen.get(slot, ())[1:] != expected[1:])",
+         "tests/test_requests.py::test_a_number_that_goes_to_another_request"),
+        ("a number's other pages", "self._seen.get(slot) != expected)",
+         "self._seen.get(slot, ())[:2] != expected[:2])",
+         "tests/test_requests.py::test_a_number_that_goes_to_another_request"),
+        ("dummy rows get a request's slot", "np.where((rows.past > 0) | rows.filling, index,",
+         "np.where((rows.past >= 0) | rows.filling, index,",
+         "tests/test_requests.py::test_dummy_rows_get_the_scratch_slot"),
+        ("exact prompts start at every chunk", "(not self.exact and self._seen", "(self._seen",
+         "tests/test_requests.py::test_an_exact_prompt_goes_on"),
+        ("two requests go on in a slot", "self._owner.pop((past,", "self._owner.get((past,"),
+        ("pages written anew keep their owner", "if begun.isdisjoint(k[1])}", "if begun is not k}",
+         "tests/test_requests.py::test_a_page_that_another_wrote_past_its_end"),
+        ("a new page's old owner", "past + PAGE_SIZE - 1, length)", "past + PAGE_SIZE, length)",
+         "tests/test_requests.py::test_a_page_that_another_wrote_past_its_end"),
+        ("two requests start in a slot", "            self._used[slots[i]] = self.step\n", ""),
+        ("an owner whose slot is another's", "items() if s != slots[i]}", "items() if s >= 0}"),
+    ),
+    # ---- in vLLM
+    *of(
+        "vllm.py", "tests/test_vllm.py::test_a_prefix_hit[kept]",
+        ("a hit's window a token early", "at = past[:, None] - self.window + torch",
+         "at = past[:, None] - self.window - 1 + torch"),
+        ("a hit's window from the last page alone",
+         "first = (lens - self.window).clamp_min(0) // PAGE_SIZE",
+         "first = (lens - 1) // PAGE_SIZE", "tests/test_vllm.py::test_a_prefix_hit[wide]"),
+        ("a hit's kept sinks not taken", "torch.where(kept, pool[entry], x)", "x"),
+        ("a hit's lost sinks taken from the pool", "(entry >= 0)[:, None", "(entry >= -1)[:, None",
+         "tests/test_vllm.py::test_a_prefix_hit[lost]"),
+        ("sinks kept in another entry", "pool[chunk.entry] = exact",
+         "pool[chunk.entry - 1] = exact"),
+        ("sinks of a short first chunk kept", "if tokens >= max(self.sinks, 2):",
+         "if tokens >= 2:", "tests/test_vllm.py::test_sinks_of_two_steps_are_not_kept"),
+        ("a page's old sinks not forgotten", "self.pool.forget(page)", "self.pool.find(page)",
+         "tests/test_vllm.py::test_sinks_of_two_steps_are_not_kept"),
+    ),
+    *of(
+        "vllm.py", "tests/test_vllm.py::test_exact_is_vllms_own_backend",
+        ("metadata of the step before", "seen is None or seen[0] is not common_attn_metadata",
+         "seen is None"),
+        ("slots of the step before", "if not np.array_equal(engine.sent, ids):",
+         "if len(engine.sent) != len(ids):"),
+        ("chunks' bounds count the decodes", "live + 1] - int(bounds[first])", "live + 1]"),
+        ("few tokens attended as of the chunk's end", "lens=chunk.row.lens - (chunk.stop - stop)",
+         "lens=chunk.row.lens"),
+        ("a prompt sees a later token", "triu(s.shape[3] - s.shape[2] + 1)",
+         "triu(s.shape[3] - s.shape[2] + 2)"),
+        ("a past seen from the prompt's triangle", "one, past, self.scale, causal=False)",
+         "one, past, self.scale)", "tests/test_vllm.py::test_long_chunks_on_a_past"),
+        ("exact pages found again", "kind = ExactSpec if cls.exact", "kind = ExactSpec if not cls"),
+    ),
+    *of(
+        "vllm.py", "tests/test_vllm.py::test_long_chunks_on_a_past",
+        ("a rebuilt past without its window",
+         "max(chunk.past - engine.window, engine.sinks, start)",
+         "max(chunk.past, engine.sinks, start)"),
+        ("a rebuilt past without its sinks", "max(engine.sinks - start, 0)",
+         "max(0 * engine.sinks - start, 0)"),
+        ("all layers by the first's codec", "codec = self.codec.layers[index]",
+         "codec = self.codec.layers[0]", "tests/test_vllm.py::test_admits_by_page_bytes"),
+        ("the model's own scale not used", "seq_ids=rows.ids, scale=self.scale,",
+         "seq_ids=rows.ids,", "tests/test_vllm.py::test_sliding_layers_beside"),
+        ("heads of the first rank in vLLM", "first = rank * codec.kv_heads // ranks",
+         "first = 0 * rank", "tests/test_vllm.py::test_two_ranks"),
+        ("a codec of other heads taken", "if got != {(heads, dim)}:", "if not got:",
+         "tests/test_vllm.py::test_refuses"),
+        ("memory for any number of requests", "if self.slots > most:", "if self.slots > 4096:",
+         "tests/test_vllm.py::test_too_many_requests"),
+        ("registered twice", "    if NAME in AttentionBackendEnum.__members__:\n        return\n",
+         "", "tests/test_vllm.py::test_registers_once_and_travels"),
+    ),
 ]
 # fmt: on
 
@@ -529,25 +751,32 @@ def copy_tree(target: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            skipped = shutil.ignore_patterns("__pycache__", "*.safetensors")
+            skipped = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, target / name, ignore=skipped, symlinks=True)
         else:
             shutil.copy(source, target / name)
 
 
-OPTIONS = ("-x", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "ignore", "-rf", "--tb=short")
+OPTIONS = (
+    "-x", "-q", "--no-header", "-W", "ignore", "-rf", "--tb=short", "--assert=plain",
+    "-p", "no:cacheprovider", "-p", "no:unraisableexception", "-p", "no:threadexception",
+)  # fmt: skip
+# What tests import besides the package, which each process imports anew.
+IMPORTED = ("torch._dynamo.testing", "transformers.models.llama.modeling_llama", "triton", "vllm")
 
 
 def serve() -> None:
-    """Run pytest on trees, in forked children that share what this process imports (the package is
-    none of that): a JSON line {tree, tests} in, a JSON line {code, output} out."""
+    """Run pytest on trees, in forked children that share what this process imports: a JSON line
+    {tree, tests} in, a JSON line {code, output} out."""
     sys.path.pop(0)  # of this file
     import pytest
     import torch
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    import triton  # noqa: F401
 
+    for name in IMPORTED:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     torch.set_num_threads(1)
+    gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
         with tempfile.TemporaryFile("w+") as output:
@@ -571,18 +800,19 @@ def serve() -> None:
 
 
 class Tree:
-    """A copy of the tree, and a process that runs tests on it."""
+    """A copy of the tree, and a process of this Python that runs tests on it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, python: str = sys.executable) -> None:
+        self.folder, self.count = folder, 0
         copy_tree(folder)
         environment = {
-            **os.environ, "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1",
+            **os.environ, "TRITON_INTERPRET": "1", "PYTHONPYCACHEPREFIX": f"{folder}/pyc",
             "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "COLUMNS": "200",
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "VLLM_LOGGING_LEVEL": "ERROR",
         }  # fmt: skip
         environment.pop("PYTHONPATH", None)
         self.server = subprocess.Popen(
-            [sys.executable, __file__, "--serve"], cwd=folder, env=environment, text=True,
+            [python, __file__, "--serve"], cwd=folder, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -602,12 +832,15 @@ class Tree:
     def try_one(self, mutant: Mutant) -> dict[str, object]:
         """Run the mutant's tests with the mutant in the tree, which is put back afterwards."""
         path, begin = self.folder / mutant.path, time.time()
-        text = path.read_text()
+        text, written = path.read_text(), path.stat().st_mtime
         try:
             path.write_text(mutated(mutant, text))
+            self.count += 1  # Python knows compiled files by the second
+            os.utime(path, (written + self.count, written + self.count))
             verdict, by = judge(*self.run(mutant.tests))
         finally:
             path.write_text(text)
+            os.utime(path, (written, written))
         seconds = round(time.time() - begin)
         return {"file": mutant.file, "verdict": verdict, "by": by, "seconds": seconds}
 
@@ -627,11 +860,13 @@ def judge(code: int, output: str) -> tuple[str, str]:
     return "killed", test
 
 
-def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]]:
+def run_all(
+    mutants: Sequence[Mutant], jobs: int, python: str = sys.executable
+) -> dict[str, dict[str, object]]:
     """Verdicts by name."""
     results: dict[str, dict[str, object]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        every = [Tree(Path(folder) / str(i)) for i in range(jobs)]
+        every = [Tree(Path(folder) / str(i), python) for i in range(jobs)]
         trees: Queue[Tree] = Queue()
         for tree in every:
             trees.put(tree)
@@ -643,9 +878,11 @@ def run_all(mutants: Sequence[Mutant], jobs: int) -> dict[str, dict[str, object]
             finally:
                 trees.put(tree)
 
-        code, output = on_a_tree(lambda tree: tree.run(*sorted({m.tests for m in mutants})))
-        if code != 0:
-            raise SystemExit(f"without a mutant: exit code {code}\n{output[-3000:]}")
+        selections = sorted({m.tests for m in mutants})
+        parts = filter(None, [selections[i::jobs] for i in range(jobs)])
+        for code, output in pool.map(lambda x: on_a_tree(lambda tree: tree.run(*x)), parts):
+            if code != 0:
+                raise SystemExit(f"without a mutant: exit code {code}\n{output[-3000:]}")
         work = [(m, pool.submit(on_a_tree, lambda tree, m=m: tree.try_one(m))) for m in mutants]
         for mutant, future in work:
             results[mutant.name] = found = future.result()
@@ -677,6 +914,11 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=1, help="at a time (default 1)")
+    beside = ROOT / ".ci" / "venv-vllm" / "bin" / "python"
+    parser.add_argument(
+        "--vllm", metavar="PYTHON", default=str(beside) if beside.exists() else "",
+        help="one that has vLLM, for the mutants of vllm.py (default: what .ci/run vllm made)",
+    )  # fmt: skip
     options = parser.parse_args()
     if options.serve:
         serve()
@@ -693,13 +935,20 @@ def main() -> int:
         )
         return 1 if gone else 0
     chosen = [
-        m for m in MUTANTS if not options.only or any(m.name.startswith(x) for x in options.only)
-    ]
+        m for m in MUTANTS
+        if not options.only or any(m.name.startswith(x) or m.file == x for x in options.only)
+    ]  # fmt: skip
     if gone or not chosen:
         print("\n".join(gone) or "no such mutant")
         return 1
     begin = time.time()
-    results = run_all(chosen, options.jobs)
+    here = [m for m in chosen if not m.needs_vllm]
+    results = run_all(here, options.jobs) if here else {}
+    if there := [m for m in chosen if m.needs_vllm]:
+        if options.vllm:
+            results |= run_all(there, options.jobs, options.vllm)
+        else:
+            print(f"skipped, as they need vLLM (--vllm PYTHON): {len(there)} of vllm.py")
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     kept = {m.name: {**known, **results}[m.name] for m in MUTANTS if m.name in {**known, **results}}
     RESULTS.write_text(json.dumps(kept, indent=1) + "\n")

@@ -178,6 +178,17 @@ def test_error_weights(rng, heads, kv_heads):
         rejects(swapped, expected, budget, "KV heads exchanged")
 
 
+def test_a_head_without_weight_still_counts(rng):
+    """Few queries told its weight: its metric has an eighth of the mean weight of its KV head's."""
+    q, k, v = (torch.from_numpy(rng.standard_normal((n, 90, 64))) for n in (2, 1, 1))
+    layer = calibrate._Layer(q[None], k[None], v[None], torch.zeros(0, dtype=torch.int64), 1)
+    layer.add(q, k, v, scale=0.125, sinks=0, window=1)
+    layer.weights[0] = torch.tensor([1.0, 0.0])
+    one, other = (q.mT @ q / 90).numpy()
+    expected = ((1 + 1 / 16) * one + 1 / 16 * other) / (1 + 2 / 16)
+    check(layer.stats().k.metric[0], expected, 1e-12 * np.abs(expected).max())
+
+
 # Bases, encoders, steps.
 
 
@@ -637,6 +648,7 @@ def test_frequencies_are_the_models_or_a_default(tiny):
     kinds.register_buffer("sliding_attention_inv_freq", torch.ones(4))
     kinds.register_buffer("full_attention_inv_freq", torch.full((4,), 0.5))
     kinds.register_buffer("full_attention_original_inv_freq", torch.ones(4))
+    kinds.register_buffer("inv_freq", torch.ones(4))
     assert torch.equal(
         calibrate.layer_freqs(kinds, layer, 64), freqs_from_inv_freq(torch.full((4,), 0.5))
     )

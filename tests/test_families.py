@@ -253,7 +253,7 @@ def test_a_ring_that_grows_and_is_cropped(mixed: Any) -> None:
     dense = model(ids, use_cache=False).logits
     with enable(model, "exact") as handle, torch.no_grad():
         cache, seen = handle.new_cache(1, 512), []
-        for part in ids.split([500, 20, 1, 1, 300, 78], dim=1):
+        for part in ids.split([500, 20, 1, 3, 298, 78], dim=1):
             seen.append(model(part, **{CACHE: cache}).logits)
         assert cache.layers[0].keys.shape[2] == 600 + SLACK and cache.capacity == 1024
         torch.testing.assert_close(torch.cat(seen, dim=1), dense, rtol=1e-4, atol=1e-4)
@@ -290,6 +290,18 @@ def test_the_operator_of_a_window_is_what_it_says() -> None:
     rings = torch.zeros(2, 2, 40, 64), torch.zeros(2, 2, 40, 64)
     arguments = (x[:, :4], x[:, 4:], x[:, 4:] + 1, *rings, lengths, 16, 0.125, scores)
     torch.library.opcheck(torch.ops.spectral_kernels.window_step.default, arguments)
+
+
+def test_a_ring_moves_with_its_rows(mixed: Any) -> None:
+    """After a reorder both rows go on as the second: with its tokens, in windows too."""
+    model, ids = build("gemma3"), prompt(100, 0)["input_ids"]
+    dense = model(ids[1:], use_cache=False).logits[:, -1]
+    with enable(model, "exact") as handle, torch.no_grad():
+        cache = handle.new_cache(2, 512)
+        model(ids[:, :99], **{CACHE: cache})
+        cache.reorder_cache(torch.tensor([1, 1]))
+        for row in model(ids[1:, 99:].expand(2, 1), **{CACHE: cache}).logits[:, -1]:
+            torch.testing.assert_close(row[None], dense, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cuda_graph_wants_state_that_stays(mixed: Any) -> None:

@@ -83,6 +83,12 @@ def test_a_failing_chunk_is_counted(monkeypatch) -> None:
     assert failures[0].startswith("pytest tests/test_fuzz.py --fuzz-case merge:0:1\n")
 
 
+def test_fewer_cases_than_asked_fail(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["fuzz", "--minutes", "0", "--cases", "5"])
+    assert fuzz.main() == 1
+    assert "expected 5 in all, got 0" in capsys.readouterr().out
+
+
 def test_layouts_cover_what_is_supported() -> None:
     """Every head dimension, number of heads a group that the library promises, several frames,
     every kind of band."""
