@@ -229,6 +229,19 @@ def test_a_prefix_hit(kept, model, coded):
         assert sinks == 0 if kept else 0 < sinks <= bound
 
 
+@pytest.mark.parametrize("budget", [2048, 500])
+def test_a_prefix_of_the_same_step(budget, model, coded):
+    """vLLM finds pages again that are computed in the same step, and what starts on these: all get
+    the tokens that they get one after another."""
+    (whole,) = (x["prompt_token_ids"] for x in prompts(500))
+    given = [{"prompt_token_ids": whole[:n]} for n in (200, 193, 180, 460, 400)]
+    with serving(model, coded) as engine:
+        alone = [generate(engine, [x])[0] for x in given]
+    with serving(model, coded, max_num_seqs=5, max_num_batched_tokens=budget) as engine:
+        assert generate(engine, given) == alone
+        assert plugin._ENGINES[0].lost == 0
+
+
 def test_a_hit_is_a_miss_but_for_the_windows_coding(model, coded, monkeypatch):
     """A prompt cut where the hit is, whose window is coded there, too: the same tokens."""
     given = prompts(200, 130)
