@@ -37,7 +37,7 @@ import vllm
 
 from ._requests import IndexedSlots, PagedSlots, Rows, SinkPool
 from .attention import attend_spectral, attend_workspace
-from .codec import ModelCodec
+from .codec import _TENSORS, ModelCodec
 from .compress import append, decode, encode
 from .layout import HEAD_DIMS, PAGE_SIZE
 from .merge import merge_states
@@ -139,6 +139,7 @@ def _check_config(config: VllmConfig) -> None:
         or parallel.prefill_context_parallel_size > 1,
         "microbatches": parallel.use_ubatching,
         f"kv_cache_dtype {kind}": kind not in ("auto", "bfloat16", "float16"),
+        "a model with state layers": config.model_config.is_hybrid,
         "model runner V1 on a GPU": not current_platform.is_cpu()
         and not config.use_v2_model_runner,
     }
@@ -179,7 +180,7 @@ class Engine:
                 "of the memory"
             )
         log.info("%s: preset %s, %s, %d requests", NAME, self.codec.preset, text, self.slots)
-        self.max_pages = -(-model.max_model_len // PAGE_SIZE) + 1
+        self.max_pages = max(-(-model.max_model_len // PAGE_SIZE) + 1, 4)  # 4: for `_compile`
         self.layers: list[SpectralImpl] = []
         self.pool, self.lost = SinkPool(self.entries), 0
         exact = self.codec.preset == "exact"
@@ -207,17 +208,10 @@ class Engine:
                 first = rank * codec.kv_heads // ranks
                 parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
             impl.layer, impl.codec = layer, parts[id(codec)]
+            kept = {n: getattr(impl.codec, n) for n in _TENSORS} | {"seq_ids": self.seq_ids}
+            for tensor in kept:  # buffers are what vLLM keeps when it sleeps
+                layer.register_buffer(f"spectral_{tensor}", kept[tensor], persistent=False)
             layer.attn_backend = _backend(codec.layout.token_bytes, self.codec.preset == "exact")
-        # Groups of layers have block tables of their own; a step here has one.
-        others = [
-            x for x in self.context.values() if hasattr(x, "impl") and x not in found.values()
-        ]
-        sizes = {x.layout.token_bytes for x in parts.values()}
-        if others and (len(sizes) > 1 or len(found) > len(others)):
-            raise NotImplementedError(
-                f"{NAME}: {len(found)} layers with {sorted(sizes)} bytes a token beside "
-                f"{len(others)} of another backend: expected no more, and of one size"
-            )
         size = max(
             attend_workspace(
                 codec, batch=batch, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
@@ -237,7 +231,7 @@ class Engine:
         before, past, new = impl.layer.kv_cache, PAGE_SIZE, CHUNK + 1
         shape = 1, impl.num_kv_heads, PAGE_SIZE, impl.codec.layout.token_bytes
         impl.layer.kv_cache = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        table = torch.zeros((1, max(self.max_pages, 4)), dtype=torch.int32, device=self.device)
+        table = torch.zeros((1, self.max_pages), dtype=torch.int32, device=self.device)
         row = Span(table, *(torch.full_like(table[:, 0], n) for n in (past + new, self.slots)))
         options: Any = {"dtype": impl.k_exact.dtype, "device": self.device}
         heads = impl.num_heads, impl.num_kv_heads, impl.num_kv_heads
@@ -326,7 +320,8 @@ class ExactSpec(FullAttentionSpec):
 class SpectralBackend(base.AttentionBackend):
     """Full attention of decoders over spectral pages."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
+    supported_dtypes = [torch.float16, torch.bfloat16]  # noqa: RUF012
+    supported_dtypes += [torch.float32] * current_platform.is_cpu()  # not of FlashAttention
     token_bytes = 0  # of a token and KV head: of `_backend`'s subclasses
     exact = False
 
@@ -349,6 +344,10 @@ class SpectralBackend(base.AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(HEAD_DIMS)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= 8  # FlashAttention's, for prompts
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -428,6 +427,9 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
         """One for all layers of a step: their builders differ by bytes alone."""
         seen = self.engine.seen
         if seen is None or seen[0] is not common_attn_metadata:
+            step = common_attn_metadata.query_start_loc_cpu  # one for all groups of layers
+            if seen is not None and seen[0].query_start_loc_cpu is step:
+                raise NotImplementedError(f"{NAME}: expected all its layers in one group of vLLM's")
             seen = common_attn_metadata, self._build(common_attn_metadata)
             self.engine.seen = seen
         return seen[1]
