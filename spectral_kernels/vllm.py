@@ -427,9 +427,10 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
         """One for all layers of a step: their builders differ by bytes alone."""
         seen = self.engine.seen
         if seen is None or seen[0] is not common_attn_metadata:
-            step = common_attn_metadata.query_start_loc_cpu  # one for all groups of layers
+            # Another group of layers, or blocks that vLLM splits for each kind of our pages.
+            step = common_attn_metadata.query_start_loc_cpu
             if seen is not None and seen[0].query_start_loc_cpu is step:
-                raise NotImplementedError(f"{NAME}: expected all its layers in one group of vLLM's")
+                raise NotImplementedError(f"{NAME}: expected layers in one group, and blocks of 64")
             seen = common_attn_metadata, self._build(common_attn_metadata)
             self.engine.seen = seen
         return seen[1]

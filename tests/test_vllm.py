@@ -352,7 +352,7 @@ def test_layers_in_more_than_one_group(tmp_path, model):
     options = {"attention_config": {"backend_per_kind": {"full_attention": "SPECTRAL"}}}
     with (
         serving(tmp_path, EXACT, attention_backend=None, **options) as engine,
-        pytest.raises(NotImplementedError, match="in one group"),
+        pytest.raises(NotImplementedError, match="layers in one group"),
     ):
         generate(engine, prompts(70))
 
