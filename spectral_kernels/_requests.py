@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,16 @@ class Rows:
         """Pages of row i for positions start .. stop - 1."""
         return tuple(self.pages[i][max(start, 0) // PAGE_SIZE : -(-stop // PAGE_SIZE)].tolist())
 
+    @cached_property
+    def late(self) -> list[int]:
+        """Rows that start on tokens that others compute in this very step (vLLM finds a page again
+        as soon as it is scheduled), in an order in which these come first."""
+        begun = {p: i for i in self.pages for p in self.of(i, self.past[i], self.length[i])}
+        found = (
+            i for i in self.pages if any(begun.get(p, i) != i for p in self.of(i, 0, self.past[i]))
+        )
+        return sorted(found, key=lambda i: self.past[i])
+
 
 class IndexedSlots:
     """Slots where vLLM numbers its requests (model runner V2): the number is the slot.
@@ -84,7 +95,8 @@ class IndexedSlots:
         for i in np.flatnonzero(rows.filling).tolist():
             (before, now), slot = (rows.past[i], rows.length[i]), int(slots[i])
             expected = self.step - 1, before, rows.of(i, before - self.window, before)
-            if not before or (not self.exact and self._seen.get(slot) != expected):
+            known = self._seen.get(slot) == expected and i not in rows.late
+            if not before or not (self.exact or known):
                 started.append(i)
             self._seen[slot] = self.step, now, rows.of(i, now - self.window, now)
         return slots, started
@@ -104,7 +116,7 @@ class PagedSlots:
         started, begun = [], set()
         for i, (past, length) in enumerate(spans):
             slot = self._owner.pop((past, rows.of(i, 0, past)), -1)
-            if slot < 0:
+            if slot < 0 or i in rows.late:
                 started.append(i)
             else:
                 slots[i], self._used[slot] = slot, self.step

@@ -26,6 +26,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ import vllm
 
 from ._requests import IndexedSlots, PagedSlots, Rows, SinkPool
 from .attention import attend_spectral, attend_workspace
-from .codec import ModelCodec
+from .codec import _TENSORS, ModelCodec
 from .compress import append, decode, encode
 from .layout import HEAD_DIMS, PAGE_SIZE
 from .merge import merge_states
@@ -59,6 +60,7 @@ QUERIES = 16  # of them at once
 PIECE = 8192  # tokens of a past that are rebuilt at once
 SHARE = 0.25  # of the device's memory that exact tokens and kept sinks may take
 KEPT = 4  # sinks that are kept for each request that may run
+Fill = Callable[["SpectralImpl"], None]
 log = logging.getLogger("vllm.spectral")  # vLLM shows what loggers below its own say
 
 
@@ -137,6 +139,7 @@ def _check_config(config: VllmConfig) -> None:
         or parallel.prefill_context_parallel_size > 1,
         "microbatches": parallel.use_ubatching,
         f"kv_cache_dtype {kind}": kind not in ("auto", "bfloat16", "float16"),
+        "a model with state layers": config.model_config.is_hybrid,
         "model runner V1 on a GPU": not current_platform.is_cpu()
         and not config.use_v2_model_runner,
     }
@@ -177,7 +180,7 @@ class Engine:
                 "of the memory"
             )
         log.info("%s: preset %s, %s, %d requests", NAME, self.codec.preset, text, self.slots)
-        self.max_pages = -(-model.max_model_len // PAGE_SIZE) + 1
+        self.max_pages = max(-(-model.max_model_len // PAGE_SIZE) + 1, 4)  # 4: for `_compile`
         self.layers: list[SpectralImpl] = []
         self.pool, self.lost = SinkPool(self.entries), 0
         exact = self.codec.preset == "exact"
@@ -205,17 +208,10 @@ class Engine:
                 first = rank * codec.kv_heads // ranks
                 parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
             impl.layer, impl.codec = layer, parts[id(codec)]
+            kept = {n: getattr(impl.codec, n) for n in _TENSORS} | {"seq_ids": self.seq_ids}
+            for tensor in kept:  # buffers are what vLLM keeps when it sleeps
+                layer.register_buffer(f"spectral_{tensor}", kept[tensor], persistent=False)
             layer.attn_backend = _backend(codec.layout.token_bytes, self.codec.preset == "exact")
-        # Groups of layers have block tables of their own; a step here has one.
-        others = [
-            x for x in self.context.values() if hasattr(x, "impl") and x not in found.values()
-        ]
-        sizes = {x.layout.token_bytes for x in parts.values()}
-        if others and (len(sizes) > 1 or len(found) > len(others)):
-            raise NotImplementedError(
-                f"{NAME}: {len(found)} layers with {sorted(sizes)} bytes a token beside "
-                f"{len(others)} of another backend: expected no more, and of one size"
-            )
         size = max(
             attend_workspace(
                 codec, batch=batch, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
@@ -235,30 +231,34 @@ class Engine:
         before, past, new = impl.layer.kv_cache, PAGE_SIZE, CHUNK + 1
         shape = 1, impl.num_kv_heads, PAGE_SIZE, impl.codec.layout.token_bytes
         impl.layer.kv_cache = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        table = torch.zeros((1, max(self.max_pages, 4)), dtype=torch.int32, device=self.device)
+        table = torch.zeros((1, self.max_pages), dtype=torch.int32, device=self.device)
         row = Span(table, *(torch.full_like(table[:, 0], n) for n in (past + new, self.slots)))
         options: Any = {"dtype": impl.k_exact.dtype, "device": self.device}
         heads = impl.num_heads, impl.num_kv_heads, impl.num_kv_heads
         q, k, v = (torch.zeros((new, n, impl.head_size), **options) for n in heads)
-        impl._short(Chunk(row, 0, QUERIES, past, self.slots, -1), q, k, v, q.clone())
-        chunks = [Chunk(row, 0, new, past, self.slots, -1)]
-        impl._prompts(SpectralMetadata(row, chunks, impl._ends(new)), q, k, v, q.clone())
+        for stop in QUERIES, new:
+            chunk = Chunk(row, 0, stop, past, self.slots, -1)
+            impl._chunks([chunk], impl._ends(stop), q, k, v, q.clone())
         impl.layer.kv_cache = before
 
-    def start(self, rows: Rows, started: list[int], slots: Any, table: Any) -> dict[int, int]:
+    def start(self, rows: Rows, started: list[int], slots: Any, table: Any) -> tuple[dict, dict]:
         """Rows that start: fill the slots of those on computed tokens. Returns the entries that the
-        sinks of others are to be kept in. table: int32 [B, max_pages]."""
-        found = []
-        for i in started:  # before entries are given away
-            if rows.past[i]:
-                entry = self.pool.find(int(rows.pages[i][0]))
-                if entry < 0 < self.entries:
-                    if not self.lost:
-                        log.warning("%s: sinks of a prefix are no longer kept, but rebuilt", NAME)
-                    self.lost += 1
-                found.append((i, int(slots[i]), int(rows.past[i]), entry))
-        if found:
-            self._refill(table, found)
+        sinks of others are to be kept in, and by late row (`Rows.late`) what fills its slot in a
+        layer. table: int32 [B, max_pages]."""
+
+        def found(i: int) -> tuple[int, int, int, int]:
+            entry = self.pool.find(int(rows.pages[i][0]))
+            if entry < 0 < self.entries:
+                if not self.lost:
+                    log.warning("%s: sinks of a prefix are no longer kept, but rebuilt", NAME)
+                self.lost += 1
+            return i, int(slots[i]), int(rows.past[i]), entry
+
+        known = [found(i) for i in started if rows.past[i] and i not in rows.late]
+        if known:  # before entries are given away
+            fill = self._refill(table, known)
+            for impl in self.layers:
+                fill(impl)
         entries = {}
         for i in started:
             if self.entries and not rows.past[i]:
@@ -267,10 +267,10 @@ class Engine:
                     entries[i] = self.pool.write(page)
                 else:  # sinks that take several steps are not kept
                     self.pool.forget(page)
-        return entries
+        return entries, {i: self._refill(table, [found(i)]) for i in rows.late}
 
-    def _refill(self, table: torch.Tensor, found: list[tuple[int, int, int, int]]) -> None:
-        """Window and sinks of (row, slot, past, entry), in all layers: launches only."""
+    def _refill(self, table: torch.Tensor, found: list[tuple[int, int, int, int]]) -> Fill:
+        """What fills window and sinks of (row, slot, past, entry) in a layer: launches only."""
         numbers = torch.tensor(found).to(self.device, non_blocking=True)
         row, slot, past, entry = numbers.unbind(1)
         lens, table = past.int(), table[row]
@@ -284,7 +284,8 @@ class Engine:
         local = (at - PAGE_SIZE * first[:, None]).clamp_min(0)
         each = torch.arange(len(found), device=self.device)[:, None]
         few, kept = lens.clamp_max(self.sinks), (entry >= 0)[:, None, None, None]
-        for impl in self.layers:
+
+        def fill(impl: SpectralImpl) -> None:
             for side, pages, exact, pool in impl.sides():
                 x = decode(pages, impl.codec, tail, lens, side=side, first_page=first)
                 exact[target, :, ring] = x[each, :, local].to(exact.dtype)
@@ -292,6 +293,8 @@ class Engine:
                     x = decode(pages, impl.codec, table[:, :1], few, side=side)
                     x = x[:, :, : self.sinks].to(exact.dtype)
                     exact[slot, :, : self.sinks] = torch.where(kept, pool[entry], x)
+
+        return fill
 
 
 _ENGINES: list[Engine] = []  # of this process: the last one
@@ -317,7 +320,8 @@ class ExactSpec(FullAttentionSpec):
 class SpectralBackend(base.AttentionBackend):
     """Full attention of decoders over spectral pages."""
 
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]  # noqa: RUF012
+    supported_dtypes = [torch.float16, torch.bfloat16]  # noqa: RUF012
+    supported_dtypes += [torch.float32] * current_platform.is_cpu()  # not of FlashAttention
     token_bytes = 0  # of a token and KV head: of `_backend`'s subclasses
     exact = False
 
@@ -340,6 +344,10 @@ class SpectralBackend(base.AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(HEAD_DIMS)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        return capability is None or capability.major >= 8  # FlashAttention's, for prompts
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
@@ -376,7 +384,7 @@ class Span:
 @dataclass
 class Chunk:
     """New tokens start .. stop - 1 of the step, all of one request, `past` tokens before them; its
-    row, its slot, and the entry that its sinks are to be kept in, -1: none."""
+    row, its slot, the entry that its sinks are to be kept in, -1: none; late: comes later."""
 
     row: Span
     start: int
@@ -384,6 +392,7 @@ class Chunk:
     past: int
     slot: int
     entry: int
+    late: bool = False
 
     @property
     def new(self) -> int:
@@ -396,11 +405,13 @@ class Chunk:
 
 @dataclass
 class SpectralMetadata(base.AttentionMetadata):
-    """A step: rows of one token, then chunks, which begin at bounds, int32, from the first on."""
+    """A step: rows of one token, then chunks, which begin at bounds, int32, from the first on; last
+    late rows, one after another, with what fills their slots."""
 
     decodes: Span
     chunks: list[Chunk]
-    bounds: torch.Tensor | None = None
+    bounds: torch.Tensor | None
+    late: list[tuple[Chunk, Fill]]
 
 
 class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
@@ -416,6 +427,10 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
         """One for all layers of a step: their builders differ by bytes alone."""
         seen = self.engine.seen
         if seen is None or seen[0] is not common_attn_metadata:
+            # Another group of layers, or blocks that vLLM splits for each kind of our pages.
+            step = common_attn_metadata.query_start_loc_cpu
+            if seen is not None and seen[0].query_start_loc_cpu is step:
+                raise NotImplementedError(f"{NAME}: expected layers in one group, and blocks of 64")
             seen = common_attn_metadata, self._build(common_attn_metadata)
             self.engine.seen = seen
         return seen[1]
@@ -433,7 +448,7 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
             pages = table[torch.from_numpy(known).to(table.device)].cpu().numpy()
             rows.pages = dict(zip(known.tolist(), pages, strict=True))
         slots, started = engine.placing.place(rows, given.req_idx)
-        entries = engine.start(rows, started, slots, table)
+        entries, late = engine.start(rows, started, slots, table)
         ids = np.full(count, engine.slots, np.int32)  # padded rows, of no tokens: scratch
         ids[:live] = slots
         if not np.array_equal(engine.sent, ids):
@@ -441,15 +456,17 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
             engine.seq_ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
         first = int(np.argmax(new > 1)) if (new > 1).any() else count
         rows_of = table, given.seq_lens[:count], engine.seq_ids[:count]
-        meta = SpectralMetadata(Span(*(x[:first] for x in rows_of)), [])
-        if first < count:
-            meta.bounds = given.query_start_loc[first : live + 1] - int(bounds[first])
-            for i in range(first, live):
-                # Copies: kernels are compiled for the alignment of what they are given.
-                row = Span(*(x[i : i + 1].clone() for x in rows_of))
-                span, entry = (int(bounds[i]), int(bounds[i + 1])), entries.get(i, -1)
-                meta.chunks.append(Chunk(row, *span, int(rows.past[i]), int(slots[i]), entry))
-        return meta
+
+        def chunk(i: int) -> Chunk:
+            # Copies: kernels are compiled for the alignment of what they are given.
+            row = Span(*(x[i : i + 1].clone() for x in rows_of))
+            span, entry = (int(bounds[i]), int(bounds[i + 1])), entries.get(i, -1)
+            return Chunk(row, *span, int(rows.past[i]), int(slots[i]), entry)
+
+        chunks = [replace(chunk(i), late=i in late) for i in range(first, live)]
+        begin = given.query_start_loc[first : live + 1] - int(bounds[first]) if chunks else None
+        last = [(chunk(i), fill) for i, fill in late.items()]
+        return SpectralMetadata(Span(*(x[:first] for x in rows_of)), chunks, begin, last)
 
 
 class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
@@ -510,12 +527,18 @@ class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
         if count:
             q, k, v, out = (x[:count] for x in (query, key, value, output))
             self._step(meta.decodes, q, k[:, :, None], v[:, :, None], out)
-        for chunk in meta.chunks:
-            if chunk.short:
-                self._short(chunk, query, key, value, output)
-        if not all(chunk.short for chunk in meta.chunks):
-            self._prompts(meta, query, key, value, output)
+        self._chunks(meta.chunks, meta.bounds, query, key, value, output)
+        for chunk, fill in meta.late:
+            fill(self)
+            self._chunks([chunk], self._ends(chunk.new), query, key, value, output)
         return output
+
+    def _chunks(self, chunks: list[Chunk], bounds: Any, *tensors: torch.Tensor) -> None:
+        for chunk in chunks:
+            if chunk.short and not chunk.late:
+                self._short(chunk, *tensors)
+        if not all(chunk.short or chunk.late for chunk in chunks):
+            self._prompts(chunks, bounds, *tensors)
 
     def _step(
         self, rows: Span, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor
@@ -552,14 +575,14 @@ class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
             self._step(row, q, k, v, out)
             output[first:stop] = out[0, :, first - start :].transpose(0, 1)
 
-    def _prompts(self, meta: SpectralMetadata, query, key, value, output) -> None:
+    def _prompts(self, chunks: list[Chunk], bounds: Any, query, key, value, output) -> None:
         """Chunks whose tokens attend to one another as they are."""
-        begin, end = meta.chunks[0].start, meta.chunks[-1].stop
+        begin, end = chunks[0].start, chunks[-1].stop
         q, k, v = (x[begin:end] for x in (query, key, value))
-        bounds = meta.bounds, max(chunk.new for chunk in meta.chunks)
+        bounds = bounds, max(chunk.new for chunk in chunks)
         o, lse = dense(q, k, v, bounds, bounds, self.scale)
-        for chunk in meta.chunks:
-            if chunk.short:
+        for chunk in chunks:
+            if chunk.short or chunk.late:
                 continue
             tokens = slice(chunk.start, chunk.stop)
             at = slice(chunk.start - begin, chunk.stop - begin)

@@ -52,7 +52,7 @@ class Request:
     past: int = 0
     pages: list[int] = field(default_factory=list)
     index: int = -1
-    last: int = -1  # step in which it ran
+    last: int = -2  # step in which it ran
 
     def content(self, page: int) -> tuple[int, ...]:
         return tuple(self.chain[: page + 1])
@@ -82,7 +82,7 @@ class Requests:
                 self.free_pages.remove(page)
             request.pages.append(page)
             request.past += PAGE_SIZE
-        request.index, request.last = self.free_numbers.pop(), -1
+        request.index, request.last = self.free_numbers.pop(), -2
         self.running.append(request)
 
     def run(self, request: Request, new: int) -> bool:
@@ -94,12 +94,9 @@ class Requests:
             page = self.free_pages.pop(0)
             self.content.pop(page, None)
             request.pages.append(page)
-        return True
-
-    def computed(self, request: Request, new: int) -> None:
         for number in range(request.past // PAGE_SIZE, (request.past + new) // PAGE_SIZE):
             self.content.setdefault(request.pages[number], request.content(number))
-        request.past += new
+        return True  # full pages are found again from now on, before they are computed
 
     def stop(self, request: Request) -> None:
         self.running.remove(request)
@@ -111,18 +108,23 @@ class Requests:
 def simulate(placing: Any, window: int, rng: np.random.Generator, steps: int, slots: int) -> int:
     """Returns how many rows were counted as new without being new."""
     engine, held, again = Requests(slots), {}, 0
+    memory: dict[int, tuple[int, ...]] = {}  # pages as they are on the device
     for step in range(steps):
-        if engine.free_numbers and rng.random() < 0.5:
-            chain = [int(x) for x in rng.integers(0, 2, 8)]
-            engine.start(Request(chain, prompt=int(rng.choice([3, 64, 65, 128, 129, 200, 300]))))
         for request in list(engine.running):
             if rng.random() < 0.1 or request.past > 400:
                 engine.stop(request)
                 if rng.random() < 0.3 and request.past:  # preempted, and back in the same step
                     request.prompt = request.past + 1
                     engine.start(request)
-        rows = []
-        for request in engine.running:
+        rows, coming = [], int(rng.choice([0, 0, 1, 3]))
+        for number in range(len(engine.running) + coming):
+            if number >= len(engine.running):  # those that come see what was scheduled before
+                if not engine.free_numbers:
+                    break
+                chain = [int(x) for x in rng.integers(0, 2, 8)]
+                prompt = int(rng.choice([3, 64, 65, 128, 129, 200, 300]))
+                engine.start(Request(chain, prompt))
+            request = engine.running[number]
             if rng.random() < 0.1:  # no budget left
                 continue
             left = request.prompt - request.past
@@ -142,7 +144,8 @@ def simulate(placing: Any, window: int, rng: np.random.Generator, steps: int, sl
             if filling[i] or not indexed
         }
         index = np.array([r.index for r, _ in rows]) if indexed else None
-        got, started = placing.place(Rows(past, length, filling, pages), index)
+        given = Rows(past, length, filling, pages)
+        got, started = placing.place(given, index)
         assert len(set(got.tolist())) == len(rows), "a slot for each"
         for i, (request, _) in enumerate(rows):
             if i not in started:
@@ -155,9 +158,16 @@ def simulate(placing: Any, window: int, rng: np.random.Generator, steps: int, sl
                 assert chain[:last] == request.chain[:last], "the sinks are its own, too"
             again += i in started and request.last == step - 1 and request.past > 0
             request.last = step
-        for i, (request, new) in enumerate(rows):
+        for i in sorted(set(range(len(rows))) - set(given.late)) + given.late:
+            request, new = rows[i]
+            for at in range(request.past // PAGE_SIZE):
+                assert memory[request.pages[at]] == request.content(at), (
+                    "computed before it is read"
+                )
+            for at in range(request.past // PAGE_SIZE, -(-(request.past + new) // PAGE_SIZE)):
+                memory[request.pages[at]] = request.content(at)
             held[int(got[i])] = request.chain, request.past + new
-            engine.computed(request, new)
+            request.past += new
     return again
 
 
@@ -200,6 +210,17 @@ def test_a_number_that_goes_to_another_request(pages, between, new):
     for _ in range(between):
         slots.place(rows_of((0, 64, [5])), np.array([3]))
     assert slots.place(rows_of((128, 130, [*pages, 11])), number)[1] == [0] * new
+
+
+@pytest.mark.parametrize("kind", ["indexed", "paged"])
+def test_late_rows(kind):
+    """Pages 7 to 9 held a request that has ended; now one writes them anew, another starts behind
+    it with that request's number, and writes the page that a third starts on."""
+    slots = IndexedSlots(4, 16) if kind == "indexed" else PagedSlots(4)
+    slots.place(rows_of((0, 128, [7, 8])), np.array([2]))
+    rows = rows_of((192, 193, [7, 8, 9, 5]), (128, 200, [7, 8, 9, 6]), (0, 128, [7, 8]))
+    assert rows.late == [1, 0]
+    assert slots.place(rows, np.array([1, 2, 3]))[1] == [0, 1, 2]
 
 
 def test_a_page_that_was_written_anew():

@@ -244,6 +244,19 @@ def test_a_prefix_hit(kept, window, model, tmp_path):
         assert sinks == 0 if kept else 0 < sinks <= bound
 
 
+@pytest.mark.parametrize("budget", [2048, 500])
+def test_a_prefix_of_the_same_step(budget, model, coded):
+    """vLLM finds pages again that are computed in the same step, and what starts on these: all get
+    the tokens that they get one after another."""
+    (whole,) = (x["prompt_token_ids"] for x in prompts(500))
+    given = [{"prompt_token_ids": whole[:n]} for n in (200, 193, 180, 460, 400)]
+    with serving(model, coded) as engine:
+        alone = [generate(engine, [x])[0] for x in given]
+    with serving(model, coded, max_num_seqs=5, max_num_batched_tokens=budget) as engine:
+        assert generate(engine, given) == alone
+        assert plugin._ENGINES[0].lost == 0
+
+
 @pytest.mark.parametrize(
     ("lengths", "cuts", "chunk"), [((200, 130), (192, 128), 2048), ((300,), (128,), 128)],
     ids=["few new tokens", "many"],
@@ -395,6 +408,43 @@ def test_sliding_layers_beside(tmp_path, monkeypatch):
         pass
 
 
+def test_layers_in_more_than_one_group(tmp_path, model):
+    """Three full layers and a sliding one: vLLM makes groups of one, with tables of their own."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, vocab_size=512, max_position_embeddings=1024,
+        sliding_window=64, layer_types=kinds,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    options = {"attention_config": {"backend_per_kind": {"full_attention": "SPECTRAL"}}}
+    with (
+        serving(tmp_path, EXACT, attention_backend=None, **options) as engine,
+        pytest.raises(NotImplementedError, match="layers in one group"),
+    ):
+        generate(engine, prompts(70))
+
+
+def test_what_vllm_keeps_when_it_sleeps(model, coded):
+    """Level 2 keeps buffers alone: our codecs and slots are buffers of their layers."""
+    with serving(model, coded) as engine:
+        (first, *_) = layers = plugin._ENGINES[0].layers
+        generate(engine, prompts(9), 1)
+        expected = [x.clone() for i in layers for x in i.layer.buffers()]
+        codec, ids = first.codec.k_encoder, plugin._ENGINES[0].seq_ids
+        before, slots = codec.clone(), ids.clone()
+        for impl in layers:
+            for x in impl.layer.buffers():
+                x.zero_()
+        assert not codec.any()
+        for x, kept in zip((x for i in layers for x in i.layer.buffers()), expected, strict=True):
+            x.copy_(kept)
+        assert torch.equal(codec, before)
+        assert torch.equal(ids, slots)
+
+
 def settings(**changes: Any) -> SimpleNamespace:
     """What `Engine` reads first of vLLM's configuration."""
     config = SimpleNamespace(
@@ -405,7 +455,7 @@ def settings(**changes: Any) -> SimpleNamespace:
         cache_config=SimpleNamespace(cache_dtype="auto"),
         model_config=SimpleNamespace(
             model="NAME", max_model_len=64, get_total_num_kv_heads=lambda: 2,
-            get_head_size=lambda: 64,
+            get_head_size=lambda: 64, is_hybrid=False,
         ),
     )  # fmt: skip
     for name, value in changes.items():
@@ -420,6 +470,8 @@ def test_refuses(coded, monkeypatch):
         plugin._check_config(settings(speculative_config=object()))
     with pytest.raises(NotImplementedError, match="fp8"):
         plugin._check_config(settings(cache_config=SimpleNamespace(cache_dtype="fp8")))
+    with pytest.raises(NotImplementedError, match="state layers"):
+        plugin._check_config(settings(model_config=SimpleNamespace(is_hybrid=True)))
     command = "python -m spectral_kernels.calibrate --model NAME --preset balanced"
     with pytest.raises(ValueError, match=command):
         plugin._load_codec(settings(), 2)
