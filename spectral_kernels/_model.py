@@ -4,7 +4,7 @@ No list of model names decides. transformers' own `DynamicCache` says which laye
 values; these are ours, and so are sliding windows beside them. All others (convolutions, linear
 attention, chunks) keep the layers that it made for them. What metadata cannot say, `enable`'s
 self-check of a few tokens finds out.
-Test: tests/test_hf.py, tests/test_families.py.
+Test: tests/test_model.py, tests/test_families.py.
 """
 
 from __future__ import annotations
