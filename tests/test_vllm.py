@@ -408,7 +408,7 @@ def test_sliding_layers_beside(tmp_path, monkeypatch):
         pass
 
 
-def test_layers_in_more_than_one_group(tmp_path, model):
+def test_layers_in_more_than_one_group(tmp_path):
     """Three full layers and a sliding one: vLLM makes groups of one, with tables of their own."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -419,6 +419,7 @@ def test_layers_in_more_than_one_group(tmp_path, model):
         sliding_window=64, layer_types=kinds,
     )  # fmt: skip
     Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    plugin.register()  # a configuration is read before vLLM loads its plugins
     options = {"attention_config": {"backend_per_kind": {"full_attention": "SPECTRAL"}}}
     with (
         serving(tmp_path, EXACT, attention_backend=None, **options) as engine,
