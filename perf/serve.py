@@ -266,17 +266,16 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
         say(f"warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
-    with (logs(folder) / "turn").open("w") as turn:
+    results.with_suffix(".up").touch()
+    while args.kv_gb and len(list(folder.glob("*.up"))) < len(args.backends):
+        time.sleep(0.2)  # no engine starts while another is timed
+    with (folder / "turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # engines side by side are timed in turns
         for batch, tokens in args.cells:
             done(served.time(batch, tokens, args))
         if args.full:
             done(served.fill(args))
     return None
-
-
-def logs(folder: Path) -> Path:
-    return Path(os.environ.get("OUT", folder))
 
 
 def append(path: Path, row: Row) -> None:
@@ -345,10 +344,11 @@ def run_backend(
             compile_kernels(args, codec, env)
     results.write_text("")
     begin = time.perf_counter()
-    log = logs(folder) / f"{name}.log"
+    log = Path(os.environ.get("OUT", folder)) / f"{name}.log"
     with log.open("w") as file:
         command = [sys.executable, "-m", "perf.serve", *argv, *extra]
         done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
+    results.with_suffix(".up").touch()  # others do not wait for one that failed
     lines = log.read_text().splitlines()
     print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
     rows = [json.loads(x) for x in results.read_text().splitlines()]

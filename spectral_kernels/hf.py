@@ -357,7 +357,8 @@ class ModelCache(Cache):
         self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
         self.batch: Any = batch
         self.capacity: Any = capacity
-        self.limit, self.compileable = handle.limit, not handle.graph
+        self.limit = handle.limit
+        self.compileable = not handle.graph and len(handle.members) == 1  # of one device
         self.parts: list[SpectralCache] = []
         self.places: list[tuple[SpectralCache, int]] = []  # a layer's part, and where in it
         self.codecs: list[int] = []  # ids of the layers' codecs
@@ -413,7 +414,7 @@ class ModelCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        return self.compileable and len(self.parts) < 2 and self.static
+        return self.compileable and self.static
 
     def is_step(self, new: int) -> bool:
         """Whether a forward of so many new tokens is a step, not a prompt."""
