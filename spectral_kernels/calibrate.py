@@ -47,13 +47,13 @@ from .rope import freqs_from_inv_freq
 
 FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
-QUERIES = 32  # queries a head and sequence that costs of errors are estimated from
+QUERIES = 64  # queries a head and sequence that costs of errors are estimated from
 LENGTH = 4096  # tokens of a sequence
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
-MARGIN = 1.25  # of steps over the sample's best: clipping errors do not cancel as others do
+MARGIN = {2: 1.25, 4: 1.1}  # of steps, by bits: clipping errors do not cancel as others do
 HEADROOM = 1.25  # of 8-bit components over the sample's range: clipping one loses a token's key
 NAME = "spectral_calibration"  # of the attention function, while a model is read
 
@@ -551,7 +551,7 @@ def fit_side(side: Side, bands: Bands) -> tuple[Tensor, Tensor, Tensor]:
     rows, scale = quantise_basis(side.basis[:, : bands.rank])
     encoder = fit_encoder(rows, scale, side.metric)
     steps = fit_steps(side.coefficients(encoder), bands.bits)[0].cpu()
-    steps = steps * torch.where(torch.tensor(bands.bits) < 8, MARGIN, 1.0)
+    steps = steps * torch.tensor([MARGIN.get(bits, 1.0) for bits in bands.bits])
     return rows, scale * steps, (encoder / steps.double()[:, None]).float().contiguous()
 
 

@@ -383,7 +383,7 @@ def test_predicted_losses_are_those_of_the_codec(rng, bands, monkeypatch):
     """The plan takes the encoder of all components and steps without the margin; the codec's
     encoder is of those that are kept.
     """
-    monkeypatch.setattr(calibrate, "MARGIN", 1.0)
+    monkeypatch.setattr(calibrate, "MARGIN", {})
     side, bands = random_side(rng), Bands.parse(bands)
     rows, scale, encoder = calibrate.fit_side(side, bands)
     lost = 0.0
@@ -734,8 +734,8 @@ def test_real_keys_and_values_keep_their_outputs():
     ), lost
 
 
-# Half as much again as was measured: .0041, .0181 and .0408.
-LIMITS = (0.0062, 0.027, 0.061)
+# Half as much again as was measured: .0032, .0151 and .0405.
+LIMITS = (0.0048, 0.0227, 0.061)
 
 
 def coded(x, codec, side):

@@ -397,8 +397,8 @@ def test_answers_come_from_each_cache(embedded):
 
 
 def test_streams_are_what_single_steps_write(embedded, case):
-    """Given tokens, several a step, have the logits of one token a step; the exact cache's are the
-    model's own."""
+    """Given tokens, several a step, have the logits of one token a step, but for which tokens are
+    in the window then, which costs less than the codec; the exact cache's are the model's own."""
     model, ids = embedded[0], case.ids[:, : case.context]
     for preset in ("exact", "quality"):
         with quality.enabled(model, preset, TINY_MODEL) as handle:
@@ -407,9 +407,9 @@ def test_streams_are_what_single_steps_write(embedded, case):
             _, several = quality.stream(model, caches[1], ids[:, -1:], 40, seed=0, given=tokens)
         single, several = (torch.cat(x, dim=1) for x in (single, several))
         assert several.shape == single.shape == (1, 40, model.config.vocab_size)
-        gap = quality.divergence(single.log_softmax(-1), several.log_softmax(-1)).abs().max()
-        assert gap < (1e-6 if preset == "exact" else 1e-3)
+        gap = quality.divergence(single.log_softmax(-1), several.log_softmax(-1)).abs()
         own = quality.stream_kl(model, ids, tokens, [single])
+        assert gap.max() < 1e-6 if preset == "exact" else gap.mean() < own.mean()
         assert own.shape == (1, 40) and (own.abs().max() < 1e-6) == (preset == "exact")
 
 
