@@ -87,7 +87,7 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-READ = 200_000  # tokens of prompts that are answered at once
+READ = 100_000  # tokens of prompts that are answered at once
 
 
 class Question(NamedTuple):
@@ -570,46 +570,37 @@ def answers(
         yield name, greedy(model, cache, tasks, tokenizer), size
 
 
-def task_rows(tasks: Sequence[Task], found: dict[str, tuple[list[float], Row]]) -> list[Row]:
-    """A row a kind of task and scheme, from scores of each task and sizes by scheme; flips against
-    "dense"."""
-    rows = []
-    for kind in dict.fromkeys(task.name for task in tasks):
-        at = [i for i, task in enumerate(tasks) if task.name == kind]
-        dense = [found["dense"][0][i] for i in at]
-        for scheme, (scores, size) in found.items():
-            own = [scores[i] for i in at]
-            lost = sum(a == 1 > b for a, b in zip(dense, own, strict=True))
-            won = sum(b == 1 > a for a, b in zip(dense, own, strict=True))
-            means = {"score": sum(own) / len(at), "dense_score": sum(dense) / len(at)}
-            flips = {"flips": [lost, won], "mcnemar": mcnemar(lost, won)}
-            solved = {"prompts": len(at), "dense_solved": sum(a == 1 for a in dense)}
-            rows.append({"task": kind, "scheme": scheme, **size, **solved, **means, **flips})
-    return rows
+def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[Row]:
+    """A row a scheme, from scores of a kind of task's prompts and sizes; flips against "dense"."""
+    dense = found["dense"][0]
+    for scheme, (scores, size) in found.items():
+        lost = sum(a == 1 > b for a, b in zip(dense, scores, strict=True))
+        won = sum(b == 1 > a for a, b in zip(dense, scores, strict=True))
+        means = {"score": sum(scores) / len(dense), "dense_score": sum(dense) / len(dense)}
+        solved = {"prompts": len(dense), "dense_solved": sum(a == 1 for a in dense)}
+        flips = {"flips": [lost, won], "mcnemar": mcnemar(lost, won)}
+        yield {"task": name, "scheme": scheme, **size, **solved, **means, **flips}
 
 
 def measure_tasks(
     model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
-) -> list[Row]:
-    """Rows of all tasks of one length."""
-    tasks: list[Task] = []
+) -> Iterator[Row]:
+    """Rows of tasks of one length, a kind at a time as it is done."""
+    batch = max(1, READ // length)
     for name in TASKS if args.tasks == ["all"] else args.tasks:
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
         count = args.problems if name == "humaneval" else args.count
-        tasks += make_tasks(name, tokenizer, length, count, args.seed)
-    tasks.sort(key=lambda task: task.new)  # those of a batch end together
-    scores: dict[str, list[float]] = {}
-    size: dict[str, Row] = {}
-    batch = max(1, READ // length)
-    for first in range(0, len(tasks), batch):
-        part = tasks[first : first + batch]
-        for scheme, texts, sized in answers(model, part, tokenizer, schemes):
-            size[scheme] = sized
-            with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes
-                scores.setdefault(scheme, []).extend(pool.map(score, part, texts))
-    found = {scheme: (scores[scheme], size[scheme]) for scheme in scores}
-    return [{"context": length, **row} for row in task_rows(tasks, found)]
+        tasks = make_tasks(name, tokenizer, length, count, args.seed)
+        found: dict[str, tuple[list[float], Row]] = {}
+        for first in range(0, len(tasks), batch):
+            part = tasks[first : first + batch]
+            for scheme, texts, size in answers(model, part, tokenizer, schemes):
+                with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes
+                    scores = list(pool.map(score, part, texts))
+                found[scheme] = (found.get(scheme, ([], {}))[0] + scores, size)
+        for row in task_rows(name, found):
+            yield {"context": length, **row}
 
 
 @torch.no_grad()

@@ -33,22 +33,6 @@ def turned_back(x: ArrayLike, inv_freq: ArrayLike, frame: int) -> F64:
     return out
 
 
-def query_metric(q: ArrayLike, inv_freq: ArrayLike, frame: int) -> F64:
-    """Sum of y y^T over all pairs of a query and a frame that starts at or before it; q [H, T, D]
-    -> [H, D, D].
-    """
-    q = np.asarray(q, np.float64)
-    heads, tokens, dim = q.shape
-    total = np.zeros((heads, dim, dim))
-    for start in range(0, tokens, frame):
-        turn = rotation(-start, inv_freq, dim)
-        for h in range(heads):
-            for m in range(start, tokens):
-                y = turn @ q[h, m]
-                total[h] += np.outer(y, y)
-    return total
-
-
 def query_positions(tokens: int, count: int, group: int) -> list[list[int]]:
     """Where the `count` queries of each of a KV head's `group` heads are: evenly over the second
     half, heads in turns.
@@ -58,32 +42,41 @@ def query_positions(tokens: int, count: int, group: int) -> list[list[int]]:
     return [at[h::group] for h in range(group)]
 
 
-def error_weights(
+def error_costs(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    inv_freq: ArrayLike,
     at: Sequence[Sequence[int]],
     *,
     scale: float,
     sinks: int,
     window: int,
-) -> F64:
-    """[3, H]: sums over queries m in at[h] of scale^2 p_i^2 |v_i - o|^2 and of p_i^2, over i in
-    sinks .. m - window, and of |o|^2. q [H, T, D], k and v [G, T, D]; at [H]."""
+    frame: int,
+) -> tuple[F64, F64]:
+    """What errors of the older tokens i = sinks .. m - window cost the outputs o of the queries m
+    in at[h] of each head; q [H, T, D], k and v [G, T, D]; at [H].
+
+    Returns the sum over m, i of scale^2 p_i^2 |v_i - o|^2 y y^T, y = R(-t0) q_m with t0 the start
+    of i's frame [G, D, D]; the sums of p_i^2 and of |o|^2 [2, G].
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros((3, len(q)))
+    kv_heads, tokens, dim = k.shape
+    turns = [rotation(-start, inv_freq, dim) for start in range(0, tokens, frame)]
+    metric, sums = np.zeros((kv_heads, dim, dim)), np.zeros((2, kv_heads))
     for h in range(len(q)):
-        g = h * len(k) // len(q)
+        g = h * kv_heads // len(q)
         for m in at[h]:
             scores = scale * (k[g, : m + 1] @ q[h, m])
             p = np.exp(scores - scores.max())
             p /= p.sum()
             o = p @ v[g, : m + 1]
             for i in range(sinks, m - window + 1):
-                out[0, h] += scale**2 * p[i] ** 2 * np.sum((v[g, i] - o) ** 2)
-                out[1, h] += p[i] ** 2
-            out[2, h] += o @ o
-    return out
+                y = turns[i // frame] @ q[h, m]
+                metric[g] += scale**2 * p[i] ** 2 * np.sum((v[g, i] - o) ** 2) * np.outer(y, y)
+                sums[0, g] += p[i] ** 2
+            sums[1, g] += o @ o
+    return metric, sums
 
 
 def root(metric: ArrayLike) -> F64:

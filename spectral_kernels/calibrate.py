@@ -2,20 +2,21 @@
 
 With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV head at a time:
 
-    metric    M = mean of w_h y y^T over the KV head's query heads h, y = R(-t0) q, over all queries
-              q and the frames t0 at or before them: an error dk costs ds^2 = scale^2 dk M dk^T
-    weights   E |do|^2 = sum_i p_i^2 (scale^2 E ds_i^2 |v_i - o|^2 + E |dv_i|^2) to first order,
-              p the softmax weights: w_h, and how layers compare
+    costs     errors dk of keys i and dv of values add to the outputs o of queries q, with softmax
+              weights p, to first order E |do|^2 = sum_qi p_i^2 (scale^2 (y_q . dk_i)^2 |v_i - o|^2
+              + |dv_i|^2), y = R(-t0) q
+    metric    of K: sum of scale^2 p_i^2 |v_i - o|^2 y y^T over queries and the frames of the keys
+              they meet; of V: sum of p_i^2, in all directions alike; both in units of sum |o|^2
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
-    steps     of least squared error on sampled rows
+    steps     of least squared error on sampled rows, a little wider
     plan      bands of every layer: least sum of relative output errors under one byte budget
 
     stats = collect(model, token_sequences(tokenizer, 65536))
     codec = fit_codec(stats, plan(stats, "balanced"), "balanced")
 
-or calibrate(model, tokenizer, "balanced"). V has the identity for a metric, and no mean.
+or calibrate(model, tokenizer, "balanced"). V has no mean.
 
 Oracle: reference/calibrate.py.   Test: tests/test_calibrate.py.
 """
@@ -46,13 +47,13 @@ from .rope import freqs_from_inv_freq
 
 FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
-QUERIES = 32  # queries a head and sequence that the weights of heads are estimated from
+QUERIES = 64  # queries a head and sequence that costs of errors are estimated from
 LENGTH = 4096  # tokens of a sequence
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
-METRIC_FLOOR = 1e-3  # of the mean eigenvalue, added to a metric: no direction is free
-HEAD_FLOOR = 1 / 8  # of the mean weight, added to a query head's: few queries told it
+METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
+MARGIN = {2: 1.25, 4: 1.1}  # of steps, by bits: clipping errors do not cancel as others do
 HEADROOM = 1.25  # of 8-bit components over the sample's range: clipping one loses a token's key
 NAME = "spectral_calibration"  # of the attention function, while a model is read
 
@@ -134,25 +135,23 @@ class Side:
 
     Args:
         moment: [G, D, D], mean of (x - mean)^T (x - mean) over tokens x [D].
-        metric: [G, D, D], what a squared error costs, or None: the identity.
+        metric: [G, D, D], M: an error e [D] of each token, independent of the others', adds e M e^T
+            to the layer's relative output error.
         mean: [G, D] (zeros: not centred).
         rows: float32 [G, N, D] on the CPU: a sample of tokens x.
-        cost: [G], what a mean squared error in the metric adds to the layer's relative output
-            error.
         device: where much is computed.
     """
 
     moment: Tensor
-    metric: Tensor | None
+    metric: Tensor
     mean: Tensor
     rows: Tensor
-    cost: Tensor
     device: torch.device
 
     @cached_property
-    def basis(self) -> tuple[Tensor, Tensor]:
-        """All D components, best first: int8 rows [G, D, D], scales float32 [G, D]."""
-        return quantise_basis(fit_basis(self.moment, self.metric))
+    def basis(self) -> Tensor:
+        """All D components, best first: [G, D, D]."""
+        return fit_basis(self.moment, self.metric)
 
     def coefficients(self, encoder: Tensor) -> Tensor:
         """Of the sampled rows, float32 [G, N, R] on `device`; encoder [G, D, R]."""
@@ -161,21 +160,17 @@ class Side:
 
     @cached_property
     def errors(self) -> dict[int, Tensor]:
-        """Mean squared errors of components in the metric, [G, D], by bits (0: not stored)."""
-        rows, scale = self.basis
-        vectors = rows.double() * scale.double()[..., None]
-        weighted = vectors if self.metric is None else vectors @ self.metric
-        weight = (weighted * vectors).sum(-1)
-        c = self.coefficients(fit_encoder(rows, scale))
+        """What components add to the output error, all heads together, [D], by bits (0: none)."""
+        weight = ((self.basis @ self.metric) * self.basis).sum(-1)
+        c = self.coefficients(torch.linalg.inv(self.basis))
         lost = {bits: fit_steps(c, [bits] * c.shape[-1])[1] for bits in (8, 4, 2)}
         lost[0] = c.square().mean(-2)
-        return {bits: x.double().cpu() * weight for bits, x in lost.items()}
+        return {bits: (x.double().cpu() * weight).sum(0) for bits, x in lost.items()}
 
     def loss(self, bands: Bands) -> float:
         """What storing this side in these bands adds to the layer's relative output error."""
         bits = (*bands.bits, *[0] * (self.moment.shape[-1] - bands.rank))
-        lost = torch.stack([self.errors[b][:, r] for r, b in enumerate(bits)]).sum(0)  # [G]
-        return float((self.cost * lost).sum())
+        return sum(float(self.errors[b][r]) for r, b in enumerate(bits))
 
 
 @dataclass(frozen=True)
@@ -213,47 +208,31 @@ def turned(x: Tensor, positions: Tensor, freqs: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
 
 
-def query_metric(q: Tensor, freqs: Tensor, frame: int = FRAME) -> Tensor:
-    """Sum of y y^T over y = R(-t0) q_m, all frame starts t0 at or before position m, all m.
-
-    Args:
-        q: [H, T, D] as the model rotated them, floating point, of positions 0 .. T-1.      freqs:
-            int64 [pairs].
-    Returns:
-        float64 [H, D, D]: the Gram of each frame's queries, cumulated from the last frame on,
-        turned back on both sides.
-    """
-    padded = torch.nn.functional.pad(q.double(), (0, 0, 0, -q.shape[1] % frame))
-    x = padded.unflatten(1, (-1, frame))
-    seen = (x.mT @ x).flip(1).cumsum(1).flip(1)  # [H, frames, D, D]: of this frame and later ones
-    starts = -frame * torch.arange(seen.shape[1], device=q.device)
-    half = turned(seen.movedim(1, 2), starts, freqs)  # [H, D, frames, D]: S R^T
-    return turned(half.movedim(1, 3).movedim(2, 1), starts, freqs).sum(2)
-
-
-def error_weights(
+def error_costs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    freqs: Tensor,
     *,
     scale: float,
     sinks: int,
     window: int,
     queries: int = QUERIES,
-) -> Tensor:
-    """What errors of older keys and values cost in each query head's outputs.
+    frame: int = FRAME,
+) -> tuple[Tensor, Tensor]:
+    """What errors of older keys and values cost the outputs of some queries.
 
     The heads of a KV head take turns with queries of the second half, so that few meet many
-    positions. Heads that look at few old tokens count, those that look at many (errors cancel) or
-    at exact ones do not.
+    positions. With p the softmax weights and o the output of a query m:
 
     Args:
         q: [H, T, D]; k, v: [G, T, D], q and k as the model rotated them; floating point.
-        scale: of scores.      sinks, window: first tokens and newest ones that are exact, and have
-            no errors.
+        freqs: int64 [pairs].      scale: of scores.
+        sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
-        float64 [3, H]: sums over queries of scale^2 sum_i p_i^2 |v_i - o|^2, of sum_i p_i^2, and of
-        |o|^2.
+        metric: float64 [G, D, D], sum over queries m and frames that start at t0 of y y^T scale^2
+            sum_i p_i^2 |v_i - o|^2, y = R(-t0) q_m, over older tokens i of the frame.
+        sums: float64 [2, G], of sum_i p_i^2 over older tokens, and of |o|^2.
     """
     heads, tokens, _ = q.shape
     group, count = heads // k.shape[0], min(queries, tokens)
@@ -262,22 +241,25 @@ def error_weights(
     at = first + row * (tokens - 1 - first) // max(1, rows - 1)
     head = row % group
     positions = torch.arange(tokens, device=q.device)
-    found = []
-    for own, keys, values in zip(q.split(group), k.float(), v.float(), strict=True):
+    starts = -frame * torch.arange(-(-tokens // frame), device=q.device)
+    metric = q.new_zeros(*k.shape[:1], *k.shape[2:], k.shape[2], dtype=torch.float64)
+    sums = torch.zeros(2, len(k), dtype=torch.float64, device=q.device)
+    for g, (own, keys, values) in enumerate(zip(q.split(group), k.float(), v.float(), strict=True)):
         square = values.square().sum(-1)
-        parts = []
         for some, asked in zip(at.split(64), own[head, at].float().split(64), strict=True):
             age = some[:, None] - positions
             scores = scale * (asked @ keys.mT)  # [64, T]
             p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
             o = p @ values
             power = o.square().sum(-1, keepdim=True)
+            p = p.masked_fill((positions < sinks) | (age < window), 0.0)
             off = (square - 2 * (o @ values.mT) + power).clamp_min(0)  # |v_i - o|^2
-            p2 = p.square().masked_fill((positions < sinks) | (age < window), 0.0)
-            sums = (scale**2 * (p2 * off).sum(-1), p2.sum(-1), power[:, 0])
-            parts.append(torch.stack(sums).double())
-        found.append(torch.cat(parts, dim=-1).unflatten(-1, (count, group)).sum(1))
-    return torch.cat(found, dim=-1)
+            cost = scale**2 * p.square() * off
+            cost = torch.nn.functional.pad(cost, (0, -tokens % frame)).unflatten(-1, (-1, frame))
+            y = turned(asked[:, None].expand(-1, len(starts), -1), starts, freqs)
+            metric[g] += ((y * cost.sum(-1, keepdim=True)).flatten(0, 1).mT) @ y.flatten(0, 1)
+            sums[:, g] += torch.stack((p.square().sum(), power.sum())).double()
+    return metric, sums
 
 
 class _Layer:
@@ -294,41 +276,41 @@ class _Layer:
             raise ValueError(f"model: expected a multiple of {kv_heads} query heads, got {heads}")
         zeros = partial(torch.zeros, dtype=torch.float64, device=q.device)
         self.freqs, self.every = freqs.to(q.device), every
-        self.count = self.pairs = 0
+        self.count = 0
         self.k_sum, self.moments = zeros(kv_heads, dim), zeros(2, kv_heads, dim, dim)
-        self.metric, self.weights = zeros(heads, dim, dim), zeros(3, heads)
+        self.metric, self.sums = zeros(kv_heads, dim, dim), zeros(2, kv_heads)
         self.rows: list[Tensor] = []
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
-        """One sequence's tokens, arguments as of `error_weights`."""
-        tokens, sinks = k.shape[1], options["sinks"]
-        positions = torch.arange(tokens, device=k.device)
+    def add(self, q: Tensor, k: Tensor, v: Tensor, *, sinks: int, **options: Any) -> None:
+        """One sequence's tokens, arguments as of `error_costs`."""
+        metric, sums = error_costs(q, k, v, self.freqs, sinks=sinks, **options)
+        self.metric += metric
+        self.sums += sums
+        self.add_tokens(k, v, sinks)
+
+    def add_tokens(self, k: Tensor, v: Tensor, sinks: int) -> None:
+        """A sequence's keys and values [G, T, D]."""
+        positions = torch.arange(k.shape[1], device=k.device)
         kappa = turned(k, positions % FRAME - positions, self.freqs)[:, sinks:]
         values = v[:, sinks:].double()
         self.count += kappa.shape[1]
         self.k_sum += kappa.sum(1)
         self.moments += torch.stack((kappa.mT @ kappa, values.mT @ values))
         self.rows.append(torch.stack((kappa, values))[:, :, :: self.every].float().cpu())
-        self.metric += query_metric(q, self.freqs)
-        self.pairs += sum(tokens - start for start in range(0, tokens, FRAME))
-        self.weights += error_weights(q, k, v, **options)
 
     def stats(self) -> LayerStats:
-        kv_heads = len(self.k_sum)
         mean, device = (self.k_sum / self.count).cpu(), self.k_sum.device
         k_moment, v_moment = (self.moments / self.count).cpu().unbind()
-        w_k, w_v, power = self.weights.cpu().unbind()
+        squares, power = self.sums.cpu()
         total = power.sum().clamp_min(1e-300)
-        by_group = w_k.unflatten(0, (kv_heads, -1))  # [G, H/G]
-        shares = by_group + HEAD_FLOOR * by_group.mean(-1, keepdim=True) + 1e-300
-        shares = shares / shares.sum(-1, keepdim=True)
-        metric = self.metric.cpu().unflatten(0, (kv_heads, -1)) / self.pairs
-        metric = torch.einsum("gh,ghde->gde", shares, metric)
         k_rows, v_rows = torch.cat(self.rows, dim=2).unbind()
         k_moment = k_moment - mean[:, :, None] * mean[:, None]
-        k = Side(k_moment, metric, mean, k_rows, by_group.sum(-1) / total, device)
-        v_cost = w_v.unflatten(0, (kv_heads, -1)).sum(-1) / total
-        v = Side(v_moment, None, torch.zeros_like(mean), v_rows, v_cost, device)
+        eye = torch.eye(mean.shape[-1], dtype=torch.float64)
+        metric = self.metric.cpu() / total
+        floor = METRIC_FLOOR * metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        k = Side(k_moment, metric + floor * eye, mean, k_rows, device)
+        v_metric = eye * (squares / total)[:, None, None]
+        v = Side(v_moment, v_metric, torch.zeros_like(mean), v_rows, device)
         return LayerStats(k, v, self.freqs.cpu())
 
 
@@ -483,32 +465,28 @@ def collect(
 # Fitting a codec.
 
 
-def _floored(metric: Tensor) -> Tensor:
-    """A metric [..., D, D] of mean eigenvalue 1, plus METRIC_FLOOR; the identity for zeros."""
+def _unit(metric: Tensor) -> Tensor:
+    """A metric [..., D, D] scaled to mean eigenvalue 1; the identity for zeros."""
     metric = (metric + metric.mT) / 2
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(metric.shape[-1], dtype=metric.dtype)
-    return torch.where(mean > 0, metric / mean.clamp_min(1e-300), 1.0 * eye) + METRIC_FLOOR * eye
+    return torch.where(mean > 0, metric / mean.clamp_min(1e-300), eye)
 
 
-def fit_basis(moment: Tensor, metric: Tensor | None = None) -> Tensor:
+def fit_basis(moment: Tensor, metric: Tensor) -> Tensor:
     """The basis whose first R rows have the least M-weighted error of all of rank R, for every R.
 
     Args:
-        moment: float64 [..., D, D], second moment of rows x.      metric: likewise, or None for the
-            identity.
+        moment: float64 [..., D, D], second moment of rows x.      metric: likewise.
     Returns:
         float64 [..., D, D], best component first: V^T L^(-1), orthonormal in the metric
-        (`_floored`); the largest entry of each row is positive.
+        (`_unit`); the largest entry of each row is positive.
     """
-    if metric is None:
-        basis = torch.linalg.eigh(moment).eigenvectors.mT.flip(-2)
-    else:
-        root = torch.linalg.cholesky(_floored(metric))
-        vectors = torch.linalg.eigh(root.mT @ moment @ root).eigenvectors.mT.flip(-2)
-        basis = torch.linalg.solve_triangular(root, vectors, upper=False, left=False)
+    root = torch.linalg.cholesky(_unit(metric))
+    vectors = torch.linalg.eigh(root.mT @ moment @ root).eigenvectors.mT.flip(-2)
+    basis = torch.linalg.solve_triangular(root, vectors, upper=False, left=False)
     largest = basis.gather(-1, basis.abs().argmax(-1, keepdim=True))
-    return basis * largest.sign()
+    return (basis * largest.sign()).contiguous()
 
 
 def quantise_basis(basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -518,19 +496,17 @@ def quantise_basis(basis: Tensor) -> tuple[Tensor, Tensor]:
     return (basis / scale.double()[..., None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def fit_encoder(rows: Tensor, scale: Tensor, metric: Tensor | None = None) -> Tensor:
+def fit_encoder(rows: Tensor, scale: Tensor, metric: Tensor) -> Tensor:
     """The encoder of a basis as int8 holds it: coefficients x @ encoder of least M-weighted error.
 
     Args:
         rows: int8 [..., R, D], R at most D.      scale: float32 [..., R].
-        metric: float64 [..., D, D], or None for plain least squares. Of no effect when R = D.
+        metric: float64 [..., D, D].
     Returns:
         float64 [..., D, R].
     """
     basis = rows.double()
-    weighted = basis
-    if metric is not None and rows.shape[-2] < rows.shape[-1]:
-        weighted = basis @ _floored(metric)
+    weighted = basis @ _unit(metric)
     inner = basis @ weighted.mT
     length = inner.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
     inner = inner / (length[..., :, None] * length[..., None, :])
@@ -572,9 +548,10 @@ def fit_side(side: Side, bands: Bands) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(
             f"bands: expected a rank of at most D = {side.moment.shape[-1]}, got {bands}"
         )
-    rows, scale = (x[:, : bands.rank].contiguous() for x in side.basis)
+    rows, scale = quantise_basis(side.basis[:, : bands.rank])
     encoder = fit_encoder(rows, scale, side.metric)
     steps = fit_steps(side.coefficients(encoder), bands.bits)[0].cpu()
+    steps = steps * torch.tensor([MARGIN.get(bits, 1.0) for bits in bands.bits])
     return rows, scale * steps, (encoder / steps.double()[:, None]).float().contiguous()
 
 

@@ -358,9 +358,8 @@ def test_mcnemar_by_hand():
 
 
 def test_rows_of_tasks_count_flips():
-    tasks = [_tasks.Task("a", [], (), 1)] * 4
     found = {"dense": ([1, 1, 0.5, 0], {}), "x": ([1, 0.5, 1, 1], {"ratio": 2.0})}
-    row = quality.task_rows(tasks, found)[1]
+    _, row = quality.task_rows("a", found)
     assert (row["score"], row["dense_score"], row["flips"]) == (0.875, 0.625, [1, 2])
     assert row["mcnemar"] == 1 and row["dense_solved"] == 2 and row["ratio"] == 2
 
@@ -398,8 +397,8 @@ def test_answers_come_from_each_cache(embedded):
 
 
 def test_streams_are_what_single_steps_write(embedded, case):
-    """Given tokens, several a step, have the logits of one token a step; the exact cache's are the
-    model's own."""
+    """Given tokens, several a step, have the logits of one token a step, but for which tokens are
+    in the window then, which costs less than the codec; the exact cache's are the model's own."""
     model, ids = embedded[0], case.ids[:, : case.context]
     for preset in ("exact", "quality"):
         with quality.enabled(model, preset, TINY_MODEL) as handle:
@@ -408,9 +407,9 @@ def test_streams_are_what_single_steps_write(embedded, case):
             _, several = quality.stream(model, caches[1], ids[:, -1:], 40, seed=0, given=tokens)
         single, several = (torch.cat(x, dim=1) for x in (single, several))
         assert several.shape == single.shape == (1, 40, model.config.vocab_size)
-        gap = quality.divergence(single.log_softmax(-1), several.log_softmax(-1)).abs().max()
-        assert gap < (1e-6 if preset == "exact" else 1e-3)
+        gap = quality.divergence(single.log_softmax(-1), several.log_softmax(-1)).abs()
         own = quality.stream_kl(model, ids, tokens, [single])
+        assert gap.max() < 1e-6 if preset == "exact" else gap.mean() < own.mean()
         assert own.shape == (1, 40) and (own.abs().max() < 1e-6) == (preset == "exact")
 
 
