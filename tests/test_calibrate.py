@@ -132,17 +132,6 @@ def test_costs_are_what_errors_of_keys_and_values_cost_the_outputs(rng):
     assert abs(float(sums[0, 0]) * (error @ error) - cost[1]) <= 1e-4 * cost[1]
 
 
-def test_a_head_without_weight_still_counts(rng):
-    """Few queries told its weight: its metric has an eighth of the mean weight of its KV head's."""
-    q, k, v = (torch.from_numpy(rng.standard_normal((n, 90, 64))) for n in (2, 1, 1))
-    layer = calibrate._Layer(q[None], k[None], v[None], torch.zeros(0, dtype=torch.int64), 1)
-    layer.add(q, k, v, scale=0.125, sinks=0, window=1)
-    layer.weights[0] = torch.tensor([1.0, 0.0])
-    one, other = (q.mT @ q / 90).numpy()
-    expected = ((1 + 1 / 16) * one + 1 / 16 * other) / (1 + 2 / 16)
-    check(layer.stats().k.metric[0], expected, 1e-12 * np.abs(expected).max())
-
-
 # Bases, encoders, steps.
 
 
