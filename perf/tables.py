@@ -1,5 +1,5 @@
 """Tables and plots from the rows of perf/results. `python -m perf.tables` prints perf/RESULTS.md;
-with `--write` it writes that page, README's headline table and perf/plots/*.svg.
+with `--write` it writes that page, README's tables of figures and perf/plots/*.svg.
 
 Rows are appended by the measurements; of rows about the same thing the last one counts. A plot
 carries what it shows as JSON in its metadata, which tests compare with the rows.
@@ -32,7 +32,8 @@ PRESETS = ("exact", "quality", "balanced", "small")
 PLOTTED = (32, 8, 128, "matrix", None)  # H, G, D, path, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
-MARKED = re.compile(r"(<!-- headline -->\n).*?(<!-- end of headline -->)", re.DOTALL)
+LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
+MARKED = re.compile(r"(<!-- (headline|losses) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 Rows = Iterable[Row]
 Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
 
@@ -299,9 +300,29 @@ def headline(results: Path = RESULTS) -> str:
     return text
 
 
+def losses(results: Path = RESULTS) -> str:
+    """README's table of what a scheme loses: of the model and context with the most texts."""
+    rows = [row for row in newest("quality", results) if "kl" in row]
+    if not rows:
+        return "No row yet: `python -m perf.quality --json FILE`, then `perf.tables --write`.\n"
+    panels = grouped(rows, ("model", "context"))
+    model, context = max(panels, key=lambda x: len({row["text"] for row in panels[x]}))
+    found = grouped(panels[model, context], ("scheme",))
+    schemes = [name for name in LOSSES if (name,) in found]
+    count = len({row["text"] for row in panels[model, context]})
+    lines = []
+    forms = {"times smaller": ("ratio", "{:.2f}x"), "likeliest token as dense": ("top1", "{:.1%}")}
+    forms |= {"perplexity": ("perplexity", "{:+.2%}"), "KL, nats": ("kl", "{:.4f}")}
+    for title, (name, form) in forms.items():
+        values = (mean(found[scheme,], name) for scheme in schemes)
+        lines.append([title, *("-" if x is None else form.format(x) for x in values)])
+    return markdown([f"{model}, {context:,} tokens, mean of {count} texts", *schemes], lines)
+
+
 def fill(text: str, results: Path = RESULTS) -> str:
-    """A page's text with the headline table between its marks."""
-    return MARKED.sub(lambda match: f"{match[1]}\n{headline(results)}\n{match[2]}", text)
+    """A page's text with the tables between their marks."""
+    make = {"headline": headline, "losses": losses}
+    return MARKED.sub(lambda match: f"{match[1]}\n{make[match[2]](results)}\n{match[3]}", text)
 
 
 # ---- plots ---------------------------------------------------------------------------------------

@@ -95,10 +95,10 @@ def report(config: Any, memory: int | None, batch: int) -> None:
     longest = getattr(text, "max_position_embeddings", None) or CONTEXTS[-1]
     contexts = [tokens for tokens in CONTEXTS if tokens <= longest] or [longest]
     print(f"cache of {batch} row{'s' * (batch > 1)}; the model's context is {longest:,} tokens")
-    print(f"{'tokens':>10}" + "".join(f"{name:>10}" for name in sizes))
+    print(f"{'tokens':>10}" + "".join(f" {name:>10}" for name in sizes))
     for tokens in contexts:
         cells = (show_bytes(batch * size(tokens)) for size in sizes.values())
-        print(f"{tokens:>10,}" + "".join(f"{cell:>10}" for cell in cells))
+        print(f"{tokens:>10,}" + "".join(f" {cell:>10}" for cell in cells))
     if memory is None:
         print("with --gpu-memory: how many tokens fit")
         return
@@ -108,7 +108,7 @@ def report(config: Any, memory: int | None, batch: int) -> None:
         f"{show_bytes(memory)} less {show_bytes(weights)} of{quantised} weights hold, tokens a row:"
     )
     counts = (fits(size, (memory - weights) / batch) for size in sizes.values())
-    print(f"{'':>10}" + "".join(f"{count:>10,}" for count in counts))
+    print(f"{'':>10}" + "".join(f" {count:>10,}" for count in counts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -42,16 +42,10 @@ def has_large_shared_memory(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-# Whether launches overlap where they can; perf times each kernel by itself without.
-OVERLAP = True
-
-
 def overlaps_launches(device: torch.device) -> bool:
     """Whether a kernel may start before the one ahead of it has ended (programmatic dependent
     launch): from sm_90."""
-    if not OVERLAP or device.type != "cuda":
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def check_bf16(name: str, x: torch.Tensor) -> None:

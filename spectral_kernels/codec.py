@@ -90,19 +90,19 @@ class Codec:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(getattr(self, name).nbytes for name in _TENSORS)
+        return sum(getattr(self, name).nbytes for name in TENSORS)
 
     def of_heads(self, first: int, count: int) -> Codec:
         """The codec of the KV heads first .. first + count - 1, in memory of its own."""
         heads = slice(first, first + count)
-        return replace(self, **{n: getattr(self, n)[:, heads].contiguous() for n in _TENSORS[1:]})
+        return replace(self, **{n: getattr(self, n)[:, heads].contiguous() for n in TENSORS[1:]})
 
     def to(self, device: torch.device | str) -> Codec:
         """The same on another device."""
-        return replace(self, **{n: getattr(self, n).to(device) for n in _TENSORS})
+        return replace(self, **{n: getattr(self, n).to(device) for n in TENSORS})
 
 
-_TENSORS = tuple(field.name for field in fields(Codec))[1:]  # freqs first
+TENSORS = tuple(field.name for field in fields(Codec))[1:]  # freqs first
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class ModelCodec:
 
         tensors: dict[str, torch.Tensor] = {}
         for i, codec in enumerate(self.layers):
-            tensors |= {f"{i}.{name}": getattr(codec, name).cpu() for name in _TENSORS}
+            tensors |= {f"{i}.{name}": getattr(codec, name).cpu() for name in TENSORS}
         layouts = [
             (str(c.layout.k), str(c.layout.v), c.layout.head_dim, c.layout.frame)
             for c in self.layers
@@ -193,7 +193,7 @@ class ModelCodec:
             layers = []
             for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
                 layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
-                tensors = (file.get_tensor(f"{i}.{name}") for name in _TENSORS)
+                tensors = (file.get_tensor(f"{i}.{name}") for name in TENSORS)
                 layers.append(Codec(layout, *tensors))
         return cls(tuple(layers), **head)
 

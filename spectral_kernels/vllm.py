@@ -37,7 +37,7 @@ import vllm
 
 from ._requests import IndexedSlots, PagedSlots, Rows, SinkPool
 from .attention import attend_spectral, attend_workspace
-from .codec import _TENSORS, ModelCodec
+from .codec import TENSORS, ModelCodec
 from .compress import append, decode, encode
 from .layout import HEAD_DIMS, PAGE_SIZE
 from .merge import merge_states
@@ -208,7 +208,7 @@ class Engine:
                 first = rank * codec.kv_heads // ranks
                 parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
             impl.layer, impl.codec = layer, parts[id(codec)]
-            kept = {n: getattr(impl.codec, n) for n in _TENSORS} | {"seq_ids": self.seq_ids}
+            kept = {n: getattr(impl.codec, n) for n in TENSORS} | {"seq_ids": self.seq_ids}
             for tensor in kept:  # buffers are what vLLM keeps when it sleeps
                 layer.register_buffer(f"spectral_{tensor}", kept[tensor], persistent=False)
             layer.attn_backend = _backend(codec.layout.token_bytes, self.codec.preset == "exact")

@@ -1,6 +1,6 @@
 """Put a realistic defect into the package, one at a time, and run the test that should catch it.
 
-    nice python -m tests.mutants        all of them: a table; writes tests/mutants.json
+    nice python -m tests.mutants --jobs 2      all of them: a table; writes tests/mutants.json
     python -m tests.mutants --list      names, files, tests; says which anchors are gone
     python -m tests.mutants --only NAME [NAME ...]      some: names, beginnings, files
     python -m tests.mutants --table     the table of tests/README.md, from tests/mutants.json

@@ -734,6 +734,19 @@ def test_the_headline(tmp_path):
     assert len(lines) == tables.HEADLINE and "90,112" in lines[-1]
 
 
+def test_the_losses(tmp_path):
+    """Of the model and context with the most texts; schemes in their order, means over texts."""
+    rows = [quality_row("small", 12.0, 0.4, top1=0.5), quality_row("fp8", 2.0, 0.1)]
+    rows.append(quality_row("small", 12.0, 0.1, top1=0.8, text="b"))
+    rows += [quality_row("small", 11.0, 9.0, context=9000), quality_row("other", 3.0, 0.5)]
+    write_rows(tmp_path, quality=rows)
+    text = tables.losses(tmp_path)
+    assert cells_of(text, "m, 4,000") == ["m, 4,000 tokens, mean of 2 texts", "fp8", "small"]
+    assert cells_of(text, "times smaller") == ["times smaller", "2.00x", "12.00x"]
+    assert cells_of(text, "likeliest")[1:] == ["90.0%", "65.0%"]
+    assert cells_of(text, "KL")[1:] == ["0.1000", "0.2000"]
+
+
 def test_pages_are_filled(tmp_path):
     text = "a\n<!-- headline -->\nold\n<!-- end of headline -->\nb\n"
     filled = tables.fill(text, tmp_path)
@@ -760,7 +773,7 @@ def test_pages_are_filled(tmp_path):
 def test_pages_and_plots_are_of_the_newest_rows():
     """What `python -m perf.tables --write` writes, and nothing else, is in the checkout."""
     readme, hint = (tables.ROOT / "README.md").read_text(), "run python -m perf.tables --write"
-    assert len(tables.MARKED.findall(readme)) == 1
+    assert [name for _, name, _ in tables.MARKED.findall(readme)] == ["headline", "losses"]
     assert tables.fill(readme) == readme, hint
     page = tables.results_page()
     assert (tables.ROOT / "perf" / "RESULTS.md").read_text() == page, hint
