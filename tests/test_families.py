@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from spectral_kernels.hf import (  # noqa: E402
 )
 from tests import cases, families  # noqa: E402
 from tests.families import VERSION, build, examine, generate, prompt  # noqa: E402
-from tests.test_hf import single_thread  # noqa: E402, F401
+from tests.test_hf import check_one_graph, single_thread  # noqa: E402, F401
 
 pytestmark = pytest.mark.skipif(cases.DEVICE.type == "cuda", reason="a table of CPU models")
 # One of each kind: plain, windows, learned sinks, convolution, linear attention, chunks.
@@ -273,15 +274,7 @@ def test_steps_with_windows_compile_as_one_graph(name: str, mixed: Any) -> None:
     if name == "gpt_oss" and VERSION < (5, 0):
         pytest.skip("its experts are a loop over what the device says")
     model, codec = made(mixed, name)
-    inputs = prompt(90)
-    config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
-    config._compile_all_devices = True
-    with enable(model, codec=codec, graph=False):
-        expected = generate(model, inputs, disable_compile=True)
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        assert torch.equal(generate(model, inputs, compile_config=config), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    check_one_graph(model, codec, partial(generate, inputs=prompt(90)), times=1)
 
 
 def test_the_operator_of_a_window_is_what_it_says() -> None:

@@ -620,18 +620,22 @@ def test_steps_compile_as_one_graph_once(preset: str, codec: ModelCodec) -> None
         assert cache.spectral.lengths == [59, 70]
 
 
-def test_generate_compiles_its_steps_where_it_does(codec: ModelCodec) -> None:
-    """As on CUDA with graph=False."""
-    model, inputs = tiny(), prompt(70, rows=2, padding=(11, 0))
+def check_one_graph(model: Any, codec: Any, generate: Callable[..., Any], times: int) -> None:
+    """generate(model, **options) compiles its steps, once, as on CUDA with graph=False."""
     config = transformers.CompileConfig(fullgraph=True, backend="eager", mode=None)
     config._compile_all_devices = True
     with enable(model, codec=codec, graph=False):
-        expected = generate(model, inputs, disable_compile=True)
+        expected = generate(model, disable_compile=True)
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        for _ in range(2):
-            assert torch.equal(generate(model, inputs, compile_config=config), expected)
+        for _ in range(times):
+            assert torch.equal(generate(model, compile_config=config), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_generate_compiles_its_steps_where_it_does(codec: ModelCodec) -> None:
+    model, inputs = tiny(), prompt(70, rows=2, padding=(11, 0))
+    check_one_graph(model, codec, functools.partial(generate, inputs=inputs), times=2)
 
 
 def test_a_prompt_is_not_compiled() -> None:
