@@ -4,6 +4,7 @@ adapters of PEFT. As far as a machine without GPUs has them; two GPUs are used w
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def worker(folder: str, path: str) -> None:
         enable(model, "small")
     if rank == 0:
         print("tokens", dense.tolist(), coded.tolist(), flush=True)
+    del out  # with the graph that it holds: NCCL waits for its graphs to be gone
+    gc.collect()
     torch.distributed.destroy_process_group()
 
 
