@@ -178,9 +178,13 @@ class SpectralLayer(CacheLayerMixin):
 
     def __init__(self, cache: ModelCache, index: int, link: _Link) -> None:
         super().__init__()
-        self.cache, self.index, self.link = cache, index, link
+        self.of, self.index, self.link = weakref.ref(cache), index, link
         # Whether its tokens come before all others' in a forward.
         self.leads = link.layer.index == min(x.layer.index for x in cache.owner().links)
+
+    @property
+    def cache(self) -> ModelCache:
+        return self.of()  # type: ignore[return-value]  # weak: memory goes with the last user
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: Any = None) -> None:
         """Nothing: the prompt allocates for all layers at once."""
@@ -555,6 +559,9 @@ class ModelCache(Cache):
         memo |= {id(part.codec): part.codec for part in self.parts}  # constants
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        for layer in new.layers:
+            if isinstance(layer, SpectralLayer):
+                layer.of = weakref.ref(new)
         return new
 
 
@@ -581,7 +588,8 @@ class _StepGraph:
                     torch._foreach_copy_(moved, before)
             settings = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
             with torch.cuda.graph(self.graph, **settings):
-                self.output = forward(self.ids, self.positions)
+                output = forward(self.ids, self.positions)
+            self.kind, self.logits = type(output), output.logits
         finally:
             main.wait_stream(stream)
             torch._foreach_copy_(moved, before)
@@ -590,7 +598,7 @@ class _StepGraph:
         self.ids.copy_(ids, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
         self.graph.replay()
-        return type(self.output)(logits=self.output.logits.clone(), **{CACHE: cache})
+        return self.kind(logits=self.logits.clone(), **{CACHE: cache})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied cache has other addresses: it captures anew."""

@@ -12,7 +12,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -422,6 +424,35 @@ def test_a_generation_does_not_leak_into_the_next(preset: str, codec: ModelCodec
         assert torch.equal(tokens, first.sequences)
     assert first[CACHE] is not third[CACHE]  # which the caller has
     assert first[CACHE].spectral.lengths == third[CACHE].spectral.lengths == [141, 161]
+
+
+def test_memory_goes_with_its_last_user(codec: ModelCodec) -> None:
+    """At once, not at the next collection of cycles, of which a GPU's memory knows nothing."""
+    model, inputs = tiny(), prompt(40)
+
+    def pages(cache: ModelCache) -> weakref.ref:
+        return weakref.ref(cache.spectral.k_pages[0])
+
+    with enable(model, codec=codec) as handle:
+        out = generate(model, inputs, return_dict_in_generate=True)
+        twin = copy.deepcopy(out[CACHE])
+        gc.collect()
+        gc.disable()
+        try:
+            dropped = [pages(out[CACHE])]
+            del out
+            assert dropped[0]() is None and twin.layers[0].cache is twin
+            generate(model, inputs)
+            dropped.append(pages(handle._pool[1]))
+            generate(model, prompt(600))  # which it is too small for
+            dropped.append(pages(handle._pool[1]))
+            for rows in (2, 3):  # two are kept
+                generate(model, prompt(6, rows=rows))
+            dropped.append(pages(handle._pool[3]))
+            handle.disable()
+            assert [x() for x in dropped] == [None] * 4
+        finally:
+            gc.enable()
 
 
 def test_a_row_of_a_padded_batch_is_the_row_alone(codec: ModelCodec) -> None:
