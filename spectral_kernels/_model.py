@@ -90,11 +90,21 @@ def stays(config: Any, ours: Sequence[Layer]) -> bool:
 
 
 def weights_of(model: nn.Module) -> int:
-    """Stands for what a captured step has fixed: where weights lie, which adapters PEFT adds."""
-    state: list[Any] = [parameter.data_ptr() for parameter in model.parameters()]
+    """Stands for what a captured step has fixed: where weights lie, which adapters PEFT adds,
+    autocast."""
+    state: list[Any] = [torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")]
     names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-    adapters = (x for x in map(vars, model.modules()) if "merged_adapters" in x)
-    return hash((*state, *(str(x.get(name)) for x in adapters for name in names)))
+    for x in map(vars, model.modules()):
+        state += [p.data_ptr() for p in x["_parameters"].values() if p is not None]
+        if "merged_adapters" in x:
+            state += [str(x.get(name)) for name in names]
+    return hash(tuple(state))
+
+
+def uncached_autocast() -> torch.autocast:
+    """Autocast as it is, but no weight cast before: a graph would go on reading that copy."""
+    on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False)
 
 
 def full_layers(config: Any) -> list[int]:

@@ -165,7 +165,7 @@ class _Link:
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
-        return self
+        raise RuntimeError("model: disable() before a copy, which would run the original's weights")
 
 
 class SpectralLayer(CacheLayerMixin):
@@ -201,6 +201,9 @@ class SpectralLayer(CacheLayerMixin):
                 the last update never came.
         """
         cache, link, new = self.cache, self.link, key_states.shape[2]
+        # Autocast leaves keys, which are turned in float32, in another dtype than values.
+        dtype = cache.dtype if cache.filled else value_states.dtype
+        key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if link.pending is not None:
             raise link.missed()
         compiling, step = torch.compiler.is_compiling(), cache.is_step(new)
@@ -214,10 +217,9 @@ class SpectralLayer(CacheLayerMixin):
             for part in cache.parts:
                 part.advance(new)
         elif not step:
-            autocast = torch.autocast(key_states.device.type, enabled=False)
-            with torch.no_grad(), torch.inference_mode(False), autocast:
+            with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
                 if self.leads:
-                    cache.advance(new, key_states.dtype)
+                    cache.advance(new, dtype)
                 past = self.past(new) if cache.filled else None
                 self.store(key_states.detach(), value_states.detach())
             if past is not None:
@@ -441,7 +443,7 @@ class ModelCache(Cache):
         before, self.capacity, self.graph = self.capacity, -(-wanted // ROUND) * ROUND, None
         if self.filled:
             try:
-                with torch.no_grad(), torch.inference_mode(False):
+                with torch.no_grad():
                     parts = self._allocate()
                     for old, larger in zip(self.parts, parts, strict=True):
                         copy_tokens(old, larger)
@@ -466,8 +468,8 @@ class ModelCache(Cache):
 
     def advance(self, new: int, dtype: torch.dtype) -> None:
         """Memory and lengths for a prompt's `new` columns."""
-        if not self.parts:
-            self.dtype = dtype
+        if not self.parts or self.dtype != dtype:
+            self.dtype, self.parts, self.graph = dtype, [], None
             self._take(self._allocate())
         for part in self.parts:
             first = None if self.filled or self.first is None else self.first.to(part.device)
@@ -556,7 +558,8 @@ class ModelCache(Cache):
             self.first.copy_(self.first[beam_idx.to(self.first.device)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
-        memo |= {id(part.codec): part.codec for part in self.parts}  # constants
+        links = {id(link): link for link in self.owner().links}
+        memo |= links | {id(part.codec): part.codec for part in self.parts}  # constants
         memo[id(self)] = new = type(self).__new__(type(self))
         new.__dict__ = copy.deepcopy(self.__dict__, memo)
         for layer in new.layers:
@@ -655,6 +658,10 @@ class Handle:
 
         @functools.wraps(original)
         def patched(*args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                # States that are made now will be written in other modes too.
+                with torch.inference_mode(False), torch.no_grad():
+                    return patched(*args, **kwargs)
             if not self._stock:
                 return wrapper(original, *args, **kwargs)
             ours = name != "forward" or any(isinstance(x, ModelCache) for x in kwargs.values())
@@ -765,8 +772,9 @@ class Handle:
         """Rows, padding, positions and room of a forward; returns its new tokens a row."""
         ids, embeds, mask = map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         inputs = embeds if ids is None else ids
-        if inputs is None:
-            raise ValueError("forward: expected input_ids or inputs_embeds, got neither")
+        if inputs is None or inputs.shape[1] < 1:
+            got = "neither" if inputs is None else "no new token"
+            raise ValueError(f"forward: expected input_ids or inputs_embeds, got {got}")
         batch, new = inputs.shape[:2]
         past, filled, full = cache.sync(), cache.filled, not cache.others
         if filled and batch != cache.batch:
@@ -784,11 +792,16 @@ class Handle:
         if cache.first is not None and mask is None and not (cache.is_step(new) and full):
             column = torch.arange(past + new, device=inputs.device)
             kwargs["attention_mask"] = (column >= cache.first[:, None]).long()
-        if self.graph and new > 1:
+        if new > 1 and not (filled and getattr(self._local, "generating", False)):
+            self._renew_graph(cache)  # generate() has done so for a filled one, not for each draft
+        return new
+
+    def _renew_graph(self, cache: ModelCache) -> None:
+        """Drop a graph of other weights, adapters or autocast."""
+        if self.graph:
             weights = _model.weights_of(self.model)
             cache.graph = cache.graph if cache.weights == weights else None
             cache.weights = weights
-        return new
 
     def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the model: a step of one token that asks for logits alone is replayed."""
@@ -840,7 +853,7 @@ class Handle:
             decoder, fused = decoder_of(self.model), None
             if self.compile and not cache.others:
                 fused = compiled_layers(decoder, cache)
-            with device, torch.inference_mode(False), torch.no_grad(), fused or nullcontext():
+            with device, torch.no_grad(), _model.uncached_autocast(), fused or nullcontext():
                 cache.graph = _StepGraph(forward, cache, self._graph_pool)
         except RuntimeError as error:
             self.graph = cache.failed = False
@@ -879,6 +892,7 @@ class Handle:
         if given is not None or config.use_cache is False:
             if isinstance(given, ModelCache) and given.owner() is self:
                 given.room(max(0, tokens - given.sync()))
+                self._renew_graph(given)
             return original(config, model_kwargs, generation_mode, batch_size, max_cache_length)
         kind = config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
@@ -1078,12 +1092,12 @@ def _register(implementation: str) -> str:
             if asked != wanted:
                 what = f"expected (softcap, window) {wanted}, got {asked}"
                 raise NotImplementedError(f"layer {link.layer.index}: {what}")
-            out = layer.attend(query, key, value, scaling, kwargs.get("s_aux"))
+            out = layer.attend(query.to(key.dtype), key, value, scaling, kwargs.get("s_aux"))
         if layer is not None and link.seen is not None:
             new = (query, key, value)
             _model.compare(link.layer, module, link.seen, *new, out, scaling=scaling, **kwargs)
         if out is not None:
-            return out.transpose(1, 2), None
+            return out.transpose(1, 2).to(query.dtype), None
         # A prompt, no cache, or a model that shares its config object with an enabled one.
         dense = dense_attention(implementation, module)
         return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
