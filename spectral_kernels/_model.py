@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -99,6 +100,29 @@ def weights_of(model: nn.Module) -> int:
         if "merged_adapters" in x:
             state += [str(x.get(name)) for name in names]
     return hash(tuple(state))
+
+
+class NoWaits(TorchDispatchMode):
+    """Raises RuntimeError where this thread would wait for a device of this kind.
+
+    A wait inside a capture ends it, but leaves PyTorch's generator and allocator capturing.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        on_device = bool(args) and getattr(getattr(args[0], "device", None), "type", 0) == self.kind
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}
+        masks = (torch.bool, torch.uint8)
+        if func is torch.ops.aten.index.Tensor and not any(
+            x is not None and x.dtype in masks for x in args[1]
+        ):
+            waits = set()  # by numbers
+        if on_device and waits:
+            raise RuntimeError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
 
 
 def uncached_autocast() -> torch.autocast:

@@ -173,7 +173,9 @@ class SpectralCache:
             for exact in (self.k_exact, self.v_exact):
                 sizes = (max_seqs, heads, slots, layout.head_dim)
                 exact.append(torch.zeros(sizes, dtype=dtype, device=self.device))
-        self.block_table = torch.zeros((max_seqs, max_pages), dtype=torch.int32, device=self.device)
+        # Rows of whole 64 bytes: Triton compiles anew for a stride that is no multiple of 16.
+        table = torch.zeros((max_seqs, -(-max_pages // 16) * 16), dtype=torch.int32)
+        self.block_table = table.to(self.device)[:, :max_pages]
         self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=self.device)
         self.codec_ids = torch.zeros(max_seqs, dtype=torch.int32, device=self.device)
         self.lengths = [0] * max_seqs

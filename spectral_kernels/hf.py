@@ -368,6 +368,7 @@ class ModelCache(Cache):
         self.parts: list[SpectralCache] = []
         self.places: list[tuple[SpectralCache, int]] = []  # a layer's part, and where in it
         self.codecs: list[int] = []  # ids of the layers' codecs
+        self.dtype: Any = None  # of exact tokens
         self.graph: Any = None  # a _StepGraph
         self.weights = 0  # stands for the addresses at which the graph reads the model
         self._forget()
@@ -575,23 +576,26 @@ class _StepGraph:
     same states of other layers: the runs write where the replay that follows writes.
     """
 
-    def __init__(self, forward: Callable[..., Any], cache: ModelCache, pool: Any) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], cache: ModelCache, pool: Any, stream: Any, watched: bool
+    ) -> None:
         seq_lens = cache.spectral.seq_lens
         moved = [seq_lens, *(x for layer in cache.others for x in _model.tensors_of(layer))]
         before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
         self.positions = seq_lens[:, None].long()
-        self.graph, device = torch.cuda.CUDAGraph(), seq_lens.device
-        stream, main = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        self.graph, main = torch.cuda.CUDAGraph(), torch.cuda.current_stream(seq_lens.device)
+        settings = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
         stream.wait_stream(main)
         try:
+            # Around the capture too: one that fails does not go back to the stream before.
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    forward(self.ids, self.positions)
+                for watch in (nullcontext(), _model.NoWaits("cuda") if watched else nullcontext()):
+                    with watch:
+                        forward(self.ids, self.positions)
                     torch._foreach_copy_(moved, before)
-            settings = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(self.graph, **settings):
-                output = forward(self.ids, self.positions)
+                with torch.cuda.graph(self.graph, **settings):
+                    output = forward(self.ids, self.positions)
             self.kind, self.logits = type(output), output.logits
         finally:
             main.wait_stream(stream)
@@ -636,6 +640,8 @@ class Handle:
         self.graph = graph and model.device.type == "cuda" and _model.stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
         self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
+        # One for all captures: cuBLAS keeps a workspace for every stream that it has seen.
+        self._stream = torch.cuda.Stream(model.device) if self.graph else None
         self._capturing = False
         self._lock, self._local = threading.RLock(), threading.local()
         self._patches: list[tuple[nn.Module, str, Any]] = []
@@ -850,11 +856,13 @@ class Handle:
         lengths = cache.spectral.lengths
         cache.spectral.reserve(1)
         try:
-            decoder, fused = decoder_of(self.model), None
-            if self.compile and not cache.others:
-                fused = compiled_layers(decoder, cache)
-            with device, torch.no_grad(), _model.uncached_autocast(), fused or nullcontext():
-                cache.graph = _StepGraph(forward, cache, self._graph_pool)
+            fused = self.compile and not cache.others
+            layers = compiled_layers(decoder_of(self.model), cache) if fused else nullcontext()
+            # As generate() decodes: experts by a product that needs no numbers on the host.
+            decoding = getattr(self.model, "_optimize_model_for_decode", nullcontext)()
+            with device, torch.no_grad(), _model.uncached_autocast(), decoding, layers:
+                capture = (self._graph_pool, self._stream, not fused)
+                cache.graph = _StepGraph(forward, cache, *capture)
         except RuntimeError as error:
             self.graph = cache.failed = False
             what = "this model's step cannot be captured as a CUDA graph, and runs without, slower"

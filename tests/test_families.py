@@ -177,7 +177,7 @@ def test_a_mixed_cache_counts_all_its_bytes(mixed: Any) -> None:
 class FakeGraph(hf._StepGraph):
     """Stands in for a captured graph where there is no GPU: the forward as it was captured."""
 
-    def __init__(self, forward: Any, cache: ModelCache, pool: Any) -> None:
+    def __init__(self, forward: Any, cache: ModelCache, *_: Any) -> None:
         self.forward, self.handle = forward, cache.owner()
         self.moved = [cache.spectral.seq_lens, *(x for y in cache.others for x in tensors_of(y))]
         self.kept = [x for y in cache.layers for x in tensors_of(y)]
@@ -283,6 +283,16 @@ def test_the_operator_of_a_window_is_what_it_says() -> None:
     rings = torch.zeros(2, 2, 40, 64), torch.zeros(2, 2, 40, 64)
     arguments = (x[:, :4], x[:, 4:], x[:, 4:] + 1, *rings, lengths, 16, 0.125, scores)
     torch.library.opcheck(torch.ops.spectral_kernels.window_step.default, arguments)
+
+
+def test_states_made_in_inference_mode_are_written_outside_it() -> None:
+    needs("lfm2")
+    model, inputs = build("lfm2"), prompt(40)
+    dense = generate(model, inputs)
+    with enable(model, "exact"):
+        with torch.inference_mode():
+            assert torch.equal(generate(model, inputs), dense)
+        assert torch.equal(generate(model, inputs), dense)
 
 
 def test_a_ring_moves_with_its_rows(mixed: Any) -> None:

@@ -45,6 +45,23 @@ def test_no_graph_over_two_devices() -> None:
         assert not _model.stays(model.config, [first, other])
 
 
+def test_waits_are_seen_before_a_capture() -> None:
+    """Where the host would read a tensor of the device; a CPU stands in for it."""
+    x, at = torch.arange(6), torch.tensor([4, 2])
+    for wait in (
+        lambda: bool(x.max() > 3), lambda: x.tolist()[0] + x[1].item(), lambda: x.nonzero(),
+        lambda: x[x > 2], lambda: torch.equal(x, x), lambda: x.repeat_interleave(x),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="waits for the device"), _model.NoWaits("cpu"):
+            wait()
+        with _model.NoWaits("cuda"):  # not that device
+            wait()
+    with _model.NoWaits("cpu"):
+        x[at] = x[at] + x.gather(0, at)
+        torch.where(x > 2, x, 0).sort()
+    assert x.tolist() == [0, 1, 4, 3, 8, 5]
+
+
 def test_the_check_compares_every_new_token() -> None:
     """Against softmax attention in float64: what a query must not see, a value that is off, NaN."""
     layer = _model.layers_of(build("llama"))[0]

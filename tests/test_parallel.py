@@ -4,6 +4,7 @@ adapters of PEFT. As far as a machine without GPUs has them; two GPUs are used w
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import os
 import subprocess
@@ -153,13 +154,17 @@ def worker(folder: str, path: str) -> None:
     ).eval()
     inputs = {key: x.to(model.device) for key, x in prompt(100, rows=2, padding=(20, 0)).items()}
     rank, dense = torch.distributed.get_rank(), generate(model, inputs)
+    say = functools.partial(print, f"rank {rank}:", file=sys.stderr, flush=True)
+    say("dense")
     with enable(model, "exact"):
         out = generate(model, inputs, return_dict_in_generate=True)
     assert out[CACHE].spectral.k_exact[0].shape[1] == 1  # of two KV heads
     assert torch.equal(out.sequences, dense)
+    say("exact, replayed:", out[CACHE].graph is not None)
     with enable(model, codec=path) as handle:  # whose fingerprint is the whole model's
         assert handle.links[0].layer.shard == (rank, 2)
         coded = generate(model, inputs)
+    say("balanced")
     os.environ["XDG_CACHE_HOME"] = folder  # where no codec is
     with pytest.raises(ValueError, match="made before the model was sharded"):
         enable(model, "small")
@@ -167,6 +172,7 @@ def worker(folder: str, path: str) -> None:
         print("tokens", dense.tolist(), coded.tolist(), flush=True)
     del out  # with the graph that it holds: NCCL waits for its graphs to be gone
     gc.collect()
+    say("done")
     torch.distributed.destroy_process_group()
 
 
@@ -182,11 +188,15 @@ def test_each_rank_has_its_own_heads(codec: ModelCodec, tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     places = [str(tmp_path / "model"), str(tmp_path / "codec.safetensors")]
-    done = subprocess.run(
-        [sys.executable, *launch, "-m", "tests.test_parallel", *places],
-        cwd=root, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
+    path = f"{root}:{os.environ.get('PYTHONPATH', '')}"
+    try:
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "tests.test_parallel", *places],
+            cwd=root, capture_output=True, text=True, timeout=120,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"two ranks did not end: {str(error.stderr)[-3000:]}")
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = (line for line in done.stdout.splitlines() if line.startswith("tokens"))
     assert line == f"tokens {generate(model, inputs).tolist()} {expected.tolist()}"
