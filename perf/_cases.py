@@ -134,20 +134,6 @@ class Shape:
         """Of K and V in 16 bits."""
         return 4 * self.kv_heads * sum(self.rows) * self.dim
 
-    def page_bytes(self, layout: PageLayout, exact: int = 0) -> int:
-        """Of the coefficients of all but `exact` tokens a row, and table entries."""
-        token = self.kv_heads * layout.token_bytes
-        return sum((n - exact) * token + 4 * -(-n // PAGE_SIZE) for n in self.rows)
-
-    def step_bytes(self, layout: PageLayout, exact: int) -> int:
-        """Of all that a step must read: pages, bases and encoders once a batch, exact tokens,
-        queries."""
-        ranks = layout.k.rank + layout.v.rank
-        codec = self.kv_heads * (ranks * (5 * self.dim + 4) + 4 * self.dim + 4 * layout.k.rank)
-        small = 4 * self.kv_heads * self.dim * exact
-        small += 2 * self.dim * self.queries * (self.heads + 2 * self.kv_heads)
-        return self.page_bytes(layout, exact) + codec + self.batch * small
-
 
 @dataclass
 class Step:
@@ -168,8 +154,18 @@ class Step:
     window: int
     matrix_units: bool | None = None
 
-    def append(self) -> None:
-        compress.append(
+    @property
+    def nbytes(self) -> int:
+        """Of all that a step must read: pages but for tokens that are exact, their table entries,
+        bases and encoders once a batch, exact and new tokens, queries."""
+        exact, codec = self.k_exact[:, :, :, 0].numel(), self.codec
+        pages = self.k_pages.nbytes + self.v_pages.nbytes - exact * codec.layout.token_bytes
+        small = (self.q, self.k, self.v, self.k_exact, self.v_exact)
+        table = self.block_table.element_size() * len(self.k_pages)
+        return pages + table + codec.nbytes - codec.freqs.nbytes + sum(x.nbytes for x in small)
+
+    def append(self, twin: bool = False) -> None:
+        (compress.append_torch if twin else compress.append)(
             self.k, self.v, self.codec, self.k_pages, self.v_pages, self.k_exact, self.v_exact,
             self.block_table, self.seq_lens, sinks=self.sinks,
         )  # fmt: skip
@@ -239,46 +235,39 @@ def check_state(
 
 
 def make_steps(
-    shape: Shape,
-    layout: PageLayout,
-    *,
-    preset: str,
-    copies: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    older_cards: bool = False,
+    shape: Shape, preset: str, card: Any, copies: int | None = None, *, older_cards: bool = False
 ) -> list[Step]:
-    """Random steps of one shape, of no memory in common."""
+    """Random steps of one shape and the middle layout of a preset, of no memory in common; as many
+    as keep their inputs out of the L2 cache (`Card.copies`), unless told."""
     batch, groups, dim, new = shape.batch, shape.kv_heads, shape.dim, shape.queries
-    sinks, recent = PRESETS[preset].sinks, PRESETS[preset].window
+    sinks, recent, plan = PRESETS[preset].sinks, PRESETS[preset].window, layouts(preset, dim)
     inv_freq = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    freqs = freqs_from_inv_freq(inv_freq, device=device)
+    freqs = freqs_from_inv_freq(inv_freq, device=card.device)
     used = [-(-n // PAGE_SIZE) for n in shape.rows]
     entries = max(*used, -(-shape.capacity // PAGE_SIZE))
-    i32: Any = {"dtype": torch.int32, "device": device}
-    codec = random_codec(layout, groups, freqs)
+    i32: Any = {"dtype": torch.int32, "device": card.device}
+    codec = random_codec(plan[len(plan) // 2], groups, freqs)
 
     def normal(*size: int, std: float = 1.0) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device).normal_(std=std)
+        return torch.empty(size, dtype=card.dtype, device=card.device).normal_(std=std)
 
     def pages(bands: Bands) -> torch.Tensor:
         size = (sum(used), groups, PAGE_SIZE * bands.bytes)
-        return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=card.device)
 
-    steps = []
-    for _ in range(copies):
+    def step() -> Step:
         table = torch.zeros(batch, entries, **i32)
         for row, own in zip(table, torch.randperm(sum(used), **i32).split(used), strict=True):
             row[: len(own)] = own
         q = normal(batch, shape.heads, new, dim)
         slots = (batch, groups, sinks + recent, dim)
-        step = Step(
+        return Step(
             q if new > 1 else q[:, :, 0],
             normal(batch, groups, new, dim, std=SCORE_STD),
             normal(batch, groups, new, dim),
             copy_of(codec),
-            pages(layout.k),
-            pages(layout.v),
+            pages(codec.layout.k),
+            pages(codec.layout.v),
             normal(*slots, std=SCORE_STD),
             normal(*slots),
             table,
@@ -287,5 +276,6 @@ def make_steps(
             recent,
             matrix_units=False if older_cards else None,
         )
-        steps.append(step)
-    return steps
+
+    first = step()
+    return [first, *(step() for _ in range(1, copies or card.copies(first.nbytes)))]

@@ -197,6 +197,14 @@ def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     parser.add_argument("--commit", help="what rows say is measured; default: git's word")
 
 
+def parser_of(job: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of perf.JOB, with --json and --commit; its help is the module's text."""
+    parser = argparse.ArgumentParser(prog=f"python -m perf.{job}", description=doc)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    common_arguments(parser, f"{job}.jsonl")
+    return parser
+
+
 START = time.perf_counter()
 
 
@@ -248,6 +256,16 @@ def write_row(row: Row, path: Path | None) -> Row:
         with target.open("a") as file:
             file.write(json.dumps(row) + "\n")
     return row
+
+
+def record(own: Row, same: Row, path: Path | None) -> Row:
+    """Write and return a row: what all rows of a run share, and what is its own, which is said."""
+    say(text_of(own))
+    return write_row({**same, **own}, path)
+
+
+def text_of(row: Row) -> str:
+    return "  ".join(f"{name} {x}" for name, x in rounded(row).items() if x is not None)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -40,9 +40,19 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
-from perf._timing import Card, Row, begin, common_arguments, device_times, fail, say, write_row
-from spectral_kernels.calibrate import PRESETS
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, make_steps
+from perf._timing import (
+    Card,
+    Row,
+    begin,
+    device_times,
+    fail,
+    parser_of,
+    reason,
+    record,
+    say,
+    text_of,
+)
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
 SHAPES = (
@@ -242,7 +252,7 @@ def time_peers(
             calls[0].check(calls[0]())
             found[peer.name] = device_times(calls).p50 if timed else 0.0
         except Exception as error:  # whatever its library raises: it is reported, the others go on
-            found[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            found[peer.name] = reason(error)
         calls = []
     return found
 
@@ -272,20 +282,17 @@ def check(step: Step) -> float:
 
 def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
     """A row without what all rows of a run share, and without peers."""
-    own, plan = case.shape, layouts(preset, case.shape.dim)
-    layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
-    nbytes = own.step_bytes(layout, exact)
-    options: Any = {"dtype": card.dtype, "device": card.device, "older_cards": case.older_cards}
-    copies = card.copies(nbytes) if timed else 1
-    steps = make_steps(own, layout, preset=preset, copies=copies, **options)
-    row: Row = {"B": own.batch, "H": own.heads, "G": own.kv_heads, "D": own.dim}
-    row |= {"T": own.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
-    row |= {"layout": f"{layout.k} {layout.v}", "path": "scalar" if case.older_cards else "matrix"}
-    row["error"] = check(steps[0])
+    own, copies = case.shape, None if timed else 1
+    steps = make_steps(own, preset, card, copies, older_cards=case.older_cards)
+    layout = steps[0].codec.layout
+    row: Row = {"B": own.batch, "H": own.heads, "G": own.kv_heads, "D": own.dim, "T": own.tokens}
+    row |= {"case": case.words} if case.words else {}
+    row |= {"preset": preset, "layout": f"{layout.k} {layout.v}"}
+    row |= {"path": "scalar" if case.older_cards else "matrix", "error": check(steps[0])}
     if timed:
         times = device_times([step.step for step in steps])
-        row |= {"p20_us": times.p20, "p50_us": times.p50, "p80_us": times.p80}
-        row["read_share"] = nbytes / times.p50 * 1e6 / card.read_bandwidth
+        row |= {f"{name}_us": x for name, x in times._asdict().items()}
+        row["read_share"] = steps[0].nbytes / times.p50 * 1e6 / card.read_bandwidth
     return row
 
 
@@ -299,31 +306,14 @@ def beside(row: Row, peers: dict[str, float | str]) -> Row:
     }
 
 
-def line(row: Row) -> str:
-    """A row as text."""
-    text = f"B={row['B']} H={row['H']}/{row['G']} D={row['D']} T={row['T']} {row.get('case', '')}"
-    text = f"{text:34} {row['preset']:9} {row['path']:6} "
-    if "p50_us" in row:
-        text += " ".join(f"{row[name]:8.4g}" for name in ("p20_us", "p50_us", "p80_us"))
-        text += f" us {row['read_share']:4.0%} of reads  "
-    text += f"error {row['error']:.1g}  "
-    for name in ("best_peer", "best_fp8"):
-        if row.get(name):
-            us = row[f"{name}_us"]
-            text += f"{us / row['p50_us']:.2f}x of {us:.4g} {row[name]}  "
-    return text
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m perf.attention", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("attention", __doc__)
     parser.add_argument("shapes", nargs="*", type=parse_shape, metavar="SHAPE", help="see above")
     text = "default balanced, and of the first shapes quality too"
     parser.add_argument("--presets", nargs="*", choices=LOSSY, help=text)
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="*", choices=names, default=names, help="default all")
     parser.add_argument("--check", action="store_true", help="no times and no rows")
-    common_arguments(parser, "attention.jsonl")
     args = parser.parse_args(argv)
     args.shapes = args.shapes or [parse_shape(text) for text in SHAPES]
     return args
@@ -342,13 +332,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed += fail(f"{case.shape} {preset}", error)
         chosen = [peer for peer in PEERS if peer.name in args.peers and not case.words]
         peers = time_peers(case.shape, chosen, card, not args.check)
-        for name, time in peers.items():
-            if isinstance(time, str) or args.check:
-                say(f"{case.shape}: {name}: {time if isinstance(time, str) else 'right'}")
         for row in rows:
-            if not args.check:
-                row = write_row({**same, **row, **beside(row, peers)}, args.json)
-            say(line(row))
+            if args.check:
+                say(text_of({**row, "peers": peers}))
+            else:
+                record({**row, **beside(row, peers)}, same, args.json)
     return 1 if failed else 0
 
 
