@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,56 +41,44 @@ def layouts(preset: str, dim: int, count: int = 3) -> list[PageLayout]:
     return [PageLayout(k, v, dim) for k, v in dict.fromkeys(chosen)]
 
 
+def codec_of(layout: PageLayout, freqs: torch.Tensor, mean: torch.Tensor, *sides: Any) -> Codec:
+    """From the mean key [1, G, D] and, of K and of V, orthonormal directions [G, R, D] and the
+    steps [R] of their coefficients; the encoder is the transpose in steps."""
+    tensors: dict[str, torch.Tensor] = {}
+    for side, (directions, step) in zip("kv", sides, strict=True):
+        rows, lengths = quantise_basis(directions)
+        encoder = (directions.float() / step[:, None]).mT.contiguous()
+        tensors |= {f"{side}_basis": rows[None], f"{side}_scale": (lengths * step)[None]}
+        tensors[f"{side}_encoder"] = encoder[None]
+    offset = (mean[..., None, :] @ tensors["k_encoder"])[..., 0, :].contiguous()
+    return Codec(layout, freqs, k_mean=mean, k_offset=offset, **tensors)
+
+
 def random_codec(layout: PageLayout, kv_heads: int, freqs: torch.Tensor) -> Codec:
     """Random orthogonal bases. Uniform codes rebuild keys and values of standard deviations
-    SCORE_STD and 1 a dimension; the encoder is the bases' transpose in steps, so that what it
-    encodes comes back as far as the rank goes.
-    """
+    SCORE_STD and 1 a dimension; what is encoded comes back as far as the rank goes."""
     dim, device = layout.head_dim, freqs.device
-    sides: list[list[torch.Tensor]] = []
+    sides = []
     for bands, std in ((layout.k, SCORE_STD), (layout.v, 1.0)):
         x = torch.randn(kv_heads, dim, dim, dtype=torch.float64, device=device)
-        frames = torch.linalg.qr(x)[0]
-        directions = frames[:, : bands.rank].contiguous()
-        rows, lengths = quantise_basis(directions)
         # Codes are uniform: 2**bits values a step apart.
         spread = torch.tensor([((4.0**bits - 1) / 12) ** 0.5 for bits in bands.bits], device=device)
         fall = torch.exp(-3 * torch.arange(bands.rank, device=device) / bands.rank)
         step = fall * std * (dim / fall.square().sum()) ** 0.5 / spread
-        encoder = (directions.float() / step[:, None]).mT.contiguous()
-        sides.append([x[None] for x in (rows, lengths * step, encoder)])
+        sides.append((torch.linalg.qr(x)[0][:, : bands.rank].contiguous(), step))
     mean = torch.randn(1, kv_heads, dim, device=device) * SCORE_STD / 2
-    k, v = sides
-    offset = (mean[..., None, :] @ k[2])[..., 0, :].contiguous()
-    return Codec(layout, freqs, k[0], k[1], k[2], mean, offset, v[0], v[1], v[2])
-
-
-def tensors_of(codec: Codec) -> dict[str, torch.Tensor]:
-    names = (field.name for field in dataclasses.fields(codec) if field.name != "layout")
-    return {name: getattr(codec, name) for name in names}
-
-
-def copy_of(codec: Codec) -> Codec:
-    """Of memory of its own."""
-    return Codec(codec.layout, **{name: x.clone() for name, x in tensors_of(codec).items()})
+    return codec_of(layout, freqs, mean, *sides)
 
 
 def eight_bit_codec(
     layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, largest: float
 ) -> ModelCodec:
     """Every dimension of K and V in 255 steps from -largest to largest: nearly lossless."""
-    bands, step = Bands.parse(f"{dim}x8"), largest / 127
-    eye = torch.eye(dim, dtype=torch.float32).expand(1, kv_heads, -1, -1)
-
-    def codec() -> Codec:
-        x = {"k_mean": torch.zeros(1, kv_heads, dim), "k_offset": torch.zeros(1, kv_heads, dim)}
-        for side in ("k", "v"):
-            x[f"{side}_basis"] = (127 * eye).to(torch.int8).contiguous()
-            x[f"{side}_scale"] = torch.full((1, kv_heads, dim), step / 127)
-            x[f"{side}_encoder"] = (eye / step).contiguous()
-        return Codec(PageLayout(bands, bands, dim), freqs=freqs.clone(), **x)
-
-    codecs = tuple(codec() for _ in range(layers))
+    bands, mean = Bands.parse(f"{dim}x8"), torch.zeros(1, kv_heads, dim)
+    eye = torch.eye(dim, dtype=torch.float64).expand(kv_heads, -1, -1)
+    side = eye, torch.full((dim,), largest / 127)
+    codec = codec_of(PageLayout(bands, bands, dim), freqs, mean, side, side)
+    codecs = tuple(deepcopy(codec) for _ in range(layers))
     return ModelCodec(codecs, sinks=4, window=16, preset="8 bits")
 
 
@@ -99,7 +88,7 @@ def random_model_codec(
     """A codec of so many layers, of memory of their own, whose layouts take turns from number
     `first` on."""
     known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
-    codecs = tuple(copy_of(known[(first + i) % len(known)]) for i in range(layers))
+    codecs = tuple(deepcopy(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 
 
@@ -195,11 +184,10 @@ class Step:
     def part(self, b: int, g: int) -> Step:
         """One row and one KV head."""
         row, head, group = slice(b, b + 1), slice(g, g + 1), self.q.shape[1] // self.codec.kv_heads
-        own = {name: x[:, head] for name, x in tensors_of(self.codec).items() if name != "freqs"}
         return dataclasses.replace(
             self,
             q=self.q[row, g * group : (g + 1) * group],
-            codec=Codec(self.codec.layout, self.codec.freqs, **own),
+            codec=self.codec.of_heads(g, 1),
             **{name: getattr(self, name)[:, head] for name in ("k_pages", "v_pages")},
             **{name: getattr(self, name)[row, head] for name in ("k", "v", "k_exact", "v_exact")},
             **{name: getattr(self, name)[row] for name in ("block_table", "seq_lens")},
@@ -265,7 +253,7 @@ def make_steps(
             q if new > 1 else q[:, :, 0],
             normal(batch, groups, new, dim, std=SCORE_STD),
             normal(batch, groups, new, dim),
-            copy_of(codec),
+            deepcopy(codec),
             pages(codec.layout.k),
             pages(codec.layout.v),
             normal(*slots, std=SCORE_STD),

@@ -27,11 +27,19 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
 Row = dict[str, Any]
 Call = Callable[[], Any]
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Of models: bf16 on a GPU from sm_80 on, fp16 on older ones, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 @dataclass(frozen=True)
@@ -58,8 +66,7 @@ class Card:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The 16-bit float that the card's models use: fp16 before sm_80, bf16 from there on."""
-        return torch.bfloat16 if self.properties.major >= 8 else torch.float16
+        return usual_dtype(self.device)
 
     @property
     def free(self) -> int:
@@ -114,15 +121,19 @@ class Times(NamedTuple):
 
 
 class Clock:
-    """A streamer that notes when tokens come; `generate` calls `put` for the prompt first."""
+    """A streamer that notes when tokens come, with a progress bar if it has a label; `generate`
+    calls `put` for the prompt first."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str | None = None, tokens: int | None = None) -> None:
         self.times: list[float] = []
+        self.bar = tqdm(total=tokens, desc=label, unit="tok", disable=label is None)
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
+        self.bar.update(len(self.times) > 1)
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        self.bar.close()
 
     @property
     def prefill_s(self) -> float:

@@ -149,10 +149,9 @@ class Cell:
 # ---- generate ------------------------------------------------------------------------------------
 
 
-def generate(cell: Cell, ids: Any, new: int, cache: Any = None, clock: Any = None) -> Clock:
+def generate(cell: Cell, ids: Any, new: int, cache: Any = None) -> Clock:
     """Greedy decoding of so many new tokens."""
-    clock = clock or Clock()
-    given = {} if cache is None else {CACHE: cache}
+    clock, given = Clock(), {} if cache is None else {CACHE: cache}
     cell.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
         do_sample=False, pad_token_id=0, streamer=clock, **given,
