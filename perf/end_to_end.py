@@ -22,13 +22,18 @@ bases). Caches are filled with T random tokens ("filled": "random"). What is mea
 
 With --compile the layers of graph, fp8, ours and bare are fused by torch.compile before they are
 captured (`hf.compiled_layers`): "graph compiled" and so on. What Triton and torch.compile make is
-made ahead, in processes side by side. ms, p99_ms: of steps; those of generate as the streamer sees
-them, of graphs by events. Rows are checked first: a graph against PyTorch's attention over the same
-cache; ours: a layer's attention against its twin; every step must run.
+made ahead, in processes side by side (not with several GPUs). Several GPUs, each its heads of every
+layer (tensor parallel, `tp_plan="auto"`), are a process each:
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m perf.end_to_end 1x32768
+
+Rows are the first one's, and so are bytes. ms, p99_ms: of steps; those of generate as the streamer
+sees them, of graphs by events. Rows are checked first: a graph against PyTorch's attention over the
+same cache; ours: a layer's attention against its twin; every step must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
 cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
-(and of long: p999_ms max_ms compiled).
+(and of long: p999_ms max_ms compiled; gpus: of several).
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
@@ -79,6 +84,7 @@ STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
 WARM = 8  # steps of a generate that are not counted
 LONG_STEPS = 2000
 PROMPTS = 1 << 15  # the most tokens of prompts of all rows together
+GPUS, RANK = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 
 def make_model(shape: str, device: torch.device, dtype: torch.dtype, layers: Any = None) -> Any:
@@ -94,14 +100,23 @@ def make_model(shape: str, device: torch.device, dtype: torch.dtype, layers: Any
     with torch.device("meta"):
         auto = transformers.AutoModelForCausalLM
         model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if GPUS > 1:
+        parallel = transformers.distributed.DistributedConfig(tp_plan="auto", tp_size=GPUS)
+        parallel, _, mesh = model.prepare_distribute_model(parallel)
+        model = model.maybe_distribute_model(model, parallel, mesh)
     model = model.to_empty(device=device).eval()
-    for x in model.parameters():
+    for x in map(local, model.parameters()):
         x.requires_grad_(False)
         x.fill_(1.0) if x.dim() == 1 else x.normal_(std=x.shape[1] ** -0.5)
     rotary = model.model.rotary_emb  # to_empty left its frequencies empty
     model.model.rotary_emb = type(rotary)(config).to(device)
     model.generation_config.eos_token_id = None
     return model
+
+
+def local(x: torch.Tensor) -> torch.Tensor:
+    """This GPU's share of a weight."""
+    return getattr(x, "_local_tensor", x)
 
 
 @dataclass
@@ -119,8 +134,8 @@ class Cell:
     @property
     def layer(self) -> Shape:
         config = self.model.config
-        heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        return Shape(self.batch, *heads, self.tokens)
+        heads = config.num_attention_heads // GPUS, config.num_key_value_heads // GPUS
+        return Shape(self.batch, *heads, config.head_dim, self.tokens)
 
     @property
     def dense_bytes(self) -> int:
@@ -139,7 +154,7 @@ class Cell:
         """enable() without its own check, which compiles for one row: rows are checked here."""
         shape, inv_freq = self.layer, self.model.model.rotary_emb.inv_freq
         codec = random_model_codec(
-            preset, layers=self.model.config.num_hidden_layers, kv_heads=shape.kv_heads,
+            preset, layers=self.model.config.num_hidden_layers, kv_heads=shape.kv_heads * GPUS,
             dim=shape.dim, first=self.layout,
             freqs=freqs_from_inv_freq(inv_freq.float().cpu(), device=self.model.device),
         )  # fmt: skip
@@ -449,10 +464,12 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
     whole = args.layout is None
     card, same = begin(args.commit, reads=whole)
     warnings.filterwarnings("ignore", module="transformers")
-    compiling = ahead(args) if whole and card.device.type == "cuda" else []
+    compiling = ahead(args) if whole and GPUS == 1 and card.device.type == "cuda" else []
     model = make_model(args.shape, card.device, card.dtype, None if whole else 1)
-    weights = sum(p.nbytes for p in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    embedding = local(model.get_input_embeddings().weight)
+    weights = sum(local(p).nbytes for p in model.parameters()) - embedding.nbytes
     same |= {"transformers": transformers.__version__, "shape": args.shape}
+    same |= {"gpus": GPUS} if GPUS > 1 else {}
     same["weight_bytes"] = weights
     say(f"model made; {len(compiling)} processes compile")
     for future in compiling:
@@ -483,8 +500,17 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    rows, failed = run(parse(argv))
-    print(end_to_end_table(rows))
+    args = parse(argv)
+    if GPUS > 1:
+        torch.cuda.set_device(RANK)
+    if RANK:  # the first one speaks
+        args.json, failed = None, len(alone(args))
+    else:
+        rows, failed = run(args)
+        print(end_to_end_table(rows))
+    if GPUS > 1:
+        free_memory()  # graphs, for which the end of NCCL would wait
+        torch.distributed.destroy_process_group()
     return 1 if failed else 0
 
 

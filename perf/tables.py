@@ -24,7 +24,7 @@ from perf._timing import RESULTS, ROOT, Row, read_rows
 KEYS = {
     "attention": ("gpu", "H", "G", "D", "path", "case", "B", "T", "preset"),
     "compress": ("gpu", "T"),
-    "end_to_end": ("gpu", "shape", "B", "what", "preset", "T"),
+    "end_to_end": ("gpu", "gpus", "shape", "B", "what", "preset", "T"),
     "quality": ("model", "context", "task", "text", "scheme"),
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
 }
@@ -130,7 +130,7 @@ def end_to_end_table(rows: Rows) -> str:
     rows = latest(rows, KEYS["end_to_end"])
     timed = [{"compiled": row["what"].endswith(" compiled"), **row} for row in rows if "ms" in row]
     text = ""
-    for title, own in grouped(timed, ("gpu", "shape", "B", "compiled")).items():
+    for title, own in grouped(timed, ("gpu", "shape", "B", "compiled", "gpus")).items():
         base, lines = "graph compiled" if title[3] else "graph", []
         lengths = sorted({row["T"] for row in own})
         graph = {row["T"]: row for row in own if row["what"] == base and not row["preset"]}
@@ -150,7 +150,8 @@ def end_to_end_table(rows: Rows) -> str:
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
-        text += f"\n### {title[0]}, {title[1]}, B = {title[2]}{', compiled' * title[3]}\n\n"
+        card = f"{title[4]} x {title[0]}" if title[4] else title[0]
+        text += f"\n### {card}, {title[1]}, B = {title[2]}{', compiled' * title[3]}\n\n"
         text += markdown([*header, "break-even T", "ceiling of the longest"], lines)
     if any(row.get("shared") for row in timed):
         text += "\n\\* keys and values of all layers do not fit: layers share memory.\n"
@@ -251,7 +252,7 @@ def steps(results: Path) -> list[Row]:
     found = []
     for row in newest("end_to_end", results):
         what, _, compiled = row["what"].partition(" ")
-        if what in ("graph", "bare"):
+        if what in ("graph", "bare") and not row.get("gpus"):
             same = {"engine": f"transformers{', ' * bool(compiled)}{compiled}"}
             same |= {"kind": row["preset"] or "bf16", "size": row["cache_bytes"]}
             found.append(row | same)
