@@ -75,9 +75,9 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from perf._tasks import PLACES, TASKS, Task, answer_of, interval, make_tasks, mcnemar, score
-from perf._timing import Card, Row, common_arguments, versions
+from perf._timing import Row, common_arguments, usual_dtype, versions
 from perf.generate import DTYPES, TINY_MODEL, load
-from perf.tables import columns, grouped, quality_table
+from perf.tables import quality_table, sections
 from spectral_kernels.calibrate import _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -672,12 +672,10 @@ def measure_stream(
 
 def table(rows: Sequence[Row]) -> str:
     """A block a text."""
-    forms = {"scheme": "", "ratio": ".2f", "ratio_long": ".2f", "kl": ".5f", "kl_median": ".5f"}
-    forms |= {"kl_p99": ".3f", "kl_p999": ".3f", "top1": ".3f", "perplexity": "+.2%"}
-    forms |= {"recalled": "", "needles": ""}
-    own = grouped((row for row in rows if "kl" in row), ("model", "text", "context"))
-    titles = {key: "{}, {}, {:,} tokens of context".format(*key) for key in own}
-    return "".join(f"\n### {titles[key]}\n\n{columns(own[key], forms)}" for key in own)
+    spec = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f"
+    spec += " perplexity:+.2% recalled needles"
+    own = [row for row in rows if "kl" in row]
+    return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -766,8 +764,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in cases:
             for row in measure(model, case, schemes):
                 keep(row)
-        native = Card(model.device).dtype if model.device.type == "cuda" else torch.float32
-        model.to(DTYPES[args.dtype] if args.dtype else native)
+        model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
         answering: dict[str, Scheme] = {
             **stored,
             **{name: YARDSTICKS[name] for name in args.task_yardsticks},
