@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def random_model_codec(
 class Shape:
     """B rows of T tokens, of which the newest Q are a step's; H query heads, G KV heads, head
     dimension D. lengths: of the rows, where they differ (T: of the longest). capacity: tokens of a
-    row that the block table has entries for, at least T."""
+    row that the block table has entries for, at least T. older_cards: their path."""
 
     batch: int
     heads: int
@@ -106,12 +107,21 @@ class Shape:
     queries: int = 1
     capacity: int = 0
     lengths: tuple[int, ...] = ()
+    older_cards: bool = False
 
     def __str__(self) -> str:
         text = f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
-        text += f" Q={self.queries}" if self.queries > 1 else ""
-        text += f" of {self.capacity}" if self.capacity else ""
-        return text + " mixed" * bool(self.lengths)
+        return f"{text} {self.case}".rstrip()
+
+    @property
+    def case(self) -> str:
+        """Rows that differ, queries and capacity, as perf.attention's command line has them."""
+        rows = "+".join(f"{len([*same])}x{tokens}" for tokens, same in groupby(self.lengths))
+        words = (
+            f"q{self.queries}" * (self.queries > 1),
+            f"pool{self.capacity}" * bool(self.capacity),
+        )
+        return " ".join(filter(None, (rows, *words)))
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -222,9 +232,7 @@ def check_state(
     return worst
 
 
-def make_steps(
-    shape: Shape, preset: str, card: Any, copies: int | None = None, *, older_cards: bool = False
-) -> list[Step]:
+def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) -> list[Step]:
     """Random steps of one shape and the middle layout of a preset, of no memory in common; as many
     as keep their inputs out of the L2 cache (`Card.copies`), unless told."""
     batch, groups, dim, new = shape.batch, shape.kv_heads, shape.dim, shape.queries
@@ -262,7 +270,7 @@ def make_steps(
             torch.tensor(shape.rows, **i32),
             sinks,
             recent,
-            matrix_units=False if older_cards else None,
+            matrix_units=False if shape.older_cards else None,
         )
 
     first = step()

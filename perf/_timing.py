@@ -113,12 +113,6 @@ class Times(NamedTuple):
     p50: float
     p80: float
 
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Times:
-        """By linear interpolation of at least two samples."""
-        cuts = statistics.quantiles(samples, n=10, method="inclusive")
-        return cls(cuts[1], cuts[4], cuts[7])
-
 
 class Clock:
     """A streamer that notes when tokens come, with a progress bar if it has a label; `generate`
@@ -181,7 +175,8 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
     replays = max(1, round(500 / max(once, 1.0)))
     sample(max(1, round(2e4 / max(once, 1.0))))  # 20 ms: clocks rise
     count = min(100, max(5, round(seconds * 1e6 / (once * replays))))
-    return Times.of([sample(replays) / len(calls) for _ in range(count)])
+    samples = [sample(replays) / len(calls) for _ in range(count)]
+    return Times(*statistics.quantiles(samples, n=10, method="inclusive")[1::3])
 
 
 def versions(commit: str | None = None) -> Row:

@@ -34,7 +34,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -65,15 +65,7 @@ PAGE = 64  # tokens of a page of peers
 FP8 = torch.float8_e4m3fn
 
 
-class Case(NamedTuple):
-    """A shape as the command line has it."""
-
-    shape: Shape
-    words: str = ""  # what neither B, T, heads nor D says
-    older_cards: bool = False
-
-
-def parse_shape(text: str) -> Case:
+def parse_shape(text: str) -> Shape:
     """See the module. Raises ValueError."""
     first, *words = text.split(":")
     parts = [[int(x) for x in part.split("x")] for part in first.split("+")]
@@ -85,14 +77,14 @@ def parse_shape(text: str) -> Case:
             heads, kv_heads = map(int, word.split("/"))
         elif word.startswith("d"):
             dim = int(word[1:])
-        elif word != "old":
+        elif word == "old":
+            found["older_cards"] = True
+        else:
             name = "capacity" if word.startswith("pool") else "queries"
             found[name] = int(word.removeprefix("pool").removeprefix("q"))
     if heads % kv_heads or any(n < 128 or n % PAGE for n in rows):
         raise ValueError(f"{text}: expected H a multiple of G, T one of {PAGE} from 128 on")
-    others = [first] * (len(parts) > 1) + [word for word in words if word[0] in "qp"]
-    shape = Shape(len(rows), heads, kv_heads, dim, max(rows), **found)
-    return Case(shape, " ".join(others), "old" in words)
+    return Shape(len(rows), heads, kv_heads, dim, max(rows), **found)
 
 
 @dataclass(frozen=True)
@@ -280,15 +272,14 @@ def check(step: Step) -> float:
     raise AssertionError("the check accepts heads that are exchanged")
 
 
-def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
+def measure(shape: Shape, preset: str, card: Card, timed: bool = True) -> Row:
     """A row without what all rows of a run share, and without peers."""
-    own, copies = case.shape, None if timed else 1
-    steps = make_steps(own, preset, card, copies, older_cards=case.older_cards)
+    steps = make_steps(shape, preset, card, None if timed else 1)
     layout = steps[0].codec.layout
-    row: Row = {"B": own.batch, "H": own.heads, "G": own.kv_heads, "D": own.dim, "T": own.tokens}
-    row |= {"case": case.words} if case.words else {}
+    row: Row = {"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim}
+    row |= {"T": shape.tokens} | ({"case": shape.case} if shape.case else {})
     row |= {"preset": preset, "layout": f"{layout.k} {layout.v}"}
-    row |= {"path": "scalar" if case.older_cards else "matrix", "error": check(steps[0])}
+    row |= {"path": "scalar" if shape.older_cards else "matrix", "error": check(steps[0])}
     if timed:
         times = device_times([step.step for step in steps])
         row |= {f"{name}_us": x for name, x in times._asdict().items()}
@@ -323,15 +314,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     card, same = begin(args.commit, reads=not args.check)
     table, failed = [parse_shape(text) for text in TABLE], 0
-    for case in args.shapes:
-        rows, several = [], ("balanced", "quality") if case in table else ("balanced",)
+    for shape in args.shapes:
+        rows, several = [], ("balanced", "quality") if shape in table else ("balanced",)
         for preset in several if args.presets is None else args.presets:
             try:
-                rows.append(measure(case, preset, card, not args.check))
+                rows.append(measure(shape, preset, card, not args.check))
             except Exception as error:
-                failed += fail(f"{case.shape} {preset}", error)
-        chosen = [peer for peer in PEERS if peer.name in args.peers and not case.words]
-        peers = time_peers(case.shape, chosen, card, not args.check)
+                failed += fail(f"{shape} {preset}", error)
+        chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
+        peers = time_peers(shape, chosen, card, not args.check)
         for row in rows:
             if args.check:
                 say(text_of({**row, "peers": peers}))

@@ -450,7 +450,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
     add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
     args = parser.parse_args(argv)
-    shapes = [x.shape for x in args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))]
+    shapes = args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))
     args.cells = [(x.batch, x.tokens) for x in shapes]
     args.layout = None  # of `ahead`: the number of the first layer's, and there is but one layer
     if args.steps < 8:

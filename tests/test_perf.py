@@ -133,10 +133,6 @@ def test_perf_is_small():
 # perf._timing
 
 
-def test_percentiles():
-    assert _timing.Times.of(range(101)) == _timing.Times(20.0, 50.0, 80.0)
-
-
 class FakeDevice:
     """A clock that only replays move, by 120 microseconds each, and the events and graphs that go
     with it."""
@@ -408,11 +404,13 @@ def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
 
 
 def test_shapes():
-    cases = [job.parse_shape(text) for text in job.SHAPES]
-    assert len(set(cases)) == len(cases) and cases[0].shape == Shape(1, 32, 8, 128, 2048)
-    case = job.parse_shape("8x1024:16/2:d256:q4:pool2048:old")
-    assert case.shape == Shape(8, 16, 2, 256, 1024, 4, 2048) and case.older_cards
-    mixed = job.parse_shape("1x1024+2x512").shape
+    shapes = [job.parse_shape(text) for text in job.SHAPES]
+    assert len(set(shapes)) == len(shapes) and shapes[0] == Shape(1, 32, 8, 128, 2048)
+    shape = job.parse_shape("8x1024:16/2:d256:q4:pool2048:old")
+    assert shape == Shape(8, 16, 2, 256, 1024, 4, 2048, older_cards=True)
+    assert shape.case == "q4 pool2048" and not shapes[0].case
+    mixed = job.parse_shape("1x1024+2x512")
+    assert mixed.case == "1x1024+2x512"
     assert mixed.rows == (1024, 512, 512) and mixed.batch == 3 and mixed.tokens == 1024
     assert mixed.dense_bytes == 4 * 8 * 128 * 2048
 
