@@ -117,11 +117,9 @@ class Shape:
     def case(self) -> str:
         """Rows that differ, queries and capacity, as perf.attention's command line has them."""
         rows = "+".join(f"{len([*same])}x{tokens}" for tokens, same in groupby(self.lengths))
-        words = (
-            f"q{self.queries}" * (self.queries > 1),
-            f"pool{self.capacity}" * bool(self.capacity),
-        )
-        return " ".join(filter(None, (rows, *words)))
+        queries = f"q{self.queries}" if self.queries > 1 else ""
+        room = f"pool{self.capacity}" if self.capacity else ""
+        return " ".join(filter(None, (rows, queries, room)))
 
     @property
     def rows(self) -> tuple[int, ...]:

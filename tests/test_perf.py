@@ -134,14 +134,14 @@ def test_perf_is_small():
 
 
 class FakeDevice:
-    """A clock that only replays move, by 120 microseconds each, and the events and graphs that go
-    with it."""
+    """A clock that only replays move, by 120 microseconds and `drift` more each, and the events and
+    graphs that go with it."""
 
-    def __init__(self) -> None:
-        self.now, self.replays = 0.0, 0
+    def __init__(self, drift: float) -> None:
+        self.now, self.replays, self.drift = 0.0, 0, drift
 
     def replay(self) -> None:
-        self.now += 120.0
+        self.now += 120.0 + self.drift * self.replays
         self.replays += 1
 
     def event(self, enable_timing: bool) -> SimpleNamespace:
@@ -151,15 +151,17 @@ class FakeDevice:
         return event
 
 
-def test_a_call_takes_its_share_of_a_replay(monkeypatch):
-    device = FakeDevice()
+@pytest.mark.parametrize("drift", [0, 1])
+def test_a_call_takes_its_share_of_a_replay(monkeypatch, drift):
+    device = FakeDevice(drift)
     monkeypatch.setattr(_timing, "capture", lambda calls: device)
     monkeypatch.setattr(torch.cuda, "Event", device.event)
     times = _timing.device_times([lambda: None] * 3, seconds=0.01)
-    assert (times.p20, times.p50, times.p80) == pytest.approx((40.0, 40.0, 40.0))
-    assert (
-        device.replays == 3 + 167 + 4 * 21
-    )  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
+    # Three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond.
+    assert device.replays == 3 + 167 + 4 * 21
+    # Of samples 0 to 20, numbers 4, 10 and 16: of replays 170 + 4 j to 173 + 4 j.
+    wanted = [(120 + drift * (171.5 + 4 * j)) / 3 for j in (4, 10, 16)]
+    assert list(times) == pytest.approx(wanted)
 
 
 def test_rows_go_to_their_file_and_to_out(monkeypatch, tmp_path):
