@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,10 +61,6 @@ class Card:
         return torch.cuda.get_device_properties(self.device)
 
     @property
-    def name(self) -> str:
-        return self.properties.name
-
-    @property
     def dtype(self) -> torch.dtype:
         return usual_dtype(self.device)
 
@@ -85,11 +81,8 @@ class Card:
         sizes."""
         size = min(4 << 30, self.free // 4) >> 20 << 20
         x = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device=self.device)
-        best = 0.0
-        for block, warps in ((2048, 4), (4096, 4), (8192, 8), (16384, 16)):
-            times = device_times([lambda block=block, warps=warps: read_sum(x, block, warps)])  # type: ignore[misc]
-            best = max(best, size / times.p50 * 1e6)
-        return best
+        tiles = ((2048, 4), (4096, 4), (8192, 8), (16384, 16))
+        return max(size / device_times([partial(read_sum, x, *tile)]).p50 * 1e6 for tile in tiles)
 
 
 @triton.jit
@@ -182,18 +175,9 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
 def versions(commit: str | None = None) -> Row:
     """What ran: commit (git's, with "+" where files differ from it, unless given; "unknown" without
     git), torch, triton."""
-
-    def git(*args: str) -> str:
-        try:
-            return subprocess.check_output(
-                ["git", *args], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
-            ).strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    if commit is None and (commit := git("rev-parse", "--short", "HEAD")):
-        commit += "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {"commit": commit or "unknown", "torch": torch.__version__, "triton": triton.__version__}
+    describe = f"git -C '{ROOT}' describe --always --exclude='*' --dirty=+ 2> /dev/null"
+    commit = commit or subprocess.getoutput(describe) or "unknown"
+    return {"commit": commit, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
@@ -225,8 +209,8 @@ def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
     card = Card.current()
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
-    same = {"gpu": card.name, **versions(commit), "date": date}
-    text = f"{card.name}, commit {same['commit']}, {card.dtype}"
+    same = {"gpu": card.properties.name, **versions(commit), "date": date}
+    text = f"{same['gpu']}, commit {same['commit']}, {card.dtype}"
     if reads:
         same["read_gbs"] = round(card.read_bandwidth / 1e9)
         text += f", reads {same['read_gbs']} GB/s"
@@ -264,14 +248,10 @@ def write_row(row: Row, path: Path | None) -> Row:
     return row
 
 
-def record(own: Row, same: Row, path: Path | None) -> Row:
-    """Write and return a row: what all rows of a run share, and what is its own, which is said."""
-    say(text_of(own))
-    return write_row({**same, **own}, path)
-
-
-def text_of(row: Row) -> str:
-    return "  ".join(f"{name} {x}" for name, x in rounded(row).items() if x is not None)
+def record(own: Row, same: Row, path: Path | None, *, keep: bool = True) -> Row:
+    """A row of what a run's rows share and of its own, which is said; written if it is kept."""
+    say("  ".join(f"{name} {x}" for name, x in rounded(own).items() if x is not None))
+    return write_row({**same, **own}, path) if keep else own
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -41,18 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, make_steps
-from perf._timing import (
-    Card,
-    Row,
-    begin,
-    device_times,
-    fail,
-    parser_of,
-    reason,
-    record,
-    say,
-    text_of,
-)
+from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
 SHAPES = (
@@ -324,10 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
         peers = time_peers(shape, chosen, card, not args.check)
         for row in rows:
-            if args.check:
-                say(text_of({**row, "peers": peers}))
-            else:
-                record({**row, **beside(row, peers)}, same, args.json)
+            row |= {"peers": peers} if args.check else beside(row, peers)
+            record(row, same, args.json, keep=not args.check)
     return 1 if failed else 0
 
 

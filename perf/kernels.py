@@ -217,7 +217,7 @@ def measured(kernel: Kernel, card: Card) -> Row:
     """Device time, bytes and bandwidth of a kernel, which is checked first."""
     kernel.check()
     times = device_times(kernel.calls)
-    row = {"gpu": card.name, "dtype": str(card.dtype), "shape": kernel.shape}
+    row = {"gpu": card.properties.name, "dtype": str(card.dtype), "shape": kernel.shape}
     row |= {f"device_us_{name}": x for name, x in times._asdict().items()}
     gbs, reads = kernel.nbytes / 1e3 / times.p50, card.read_bandwidth / 1e9
     return {**row, "bytes": kernel.nbytes, "gbs": gbs, "read_gbs": reads, "share": gbs / reads}
