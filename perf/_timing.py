@@ -248,10 +248,10 @@ def write_row(row: Row, path: Path | None) -> Row:
     return row
 
 
-def record(own: Row, same: Row, path: Path | None, *, keep: bool = True) -> Row:
-    """A row of what a run's rows share and of its own, which is said; written if it is kept."""
+def record(own: Row, same: Row, path: Path | None) -> Row:
+    """Write and return a row of what a run's rows share and of its own, which is said."""
     say("  ".join(f"{name} {x}" for name, x in rounded(own).items() if x is not None))
-    return write_row({**same, **own}, path) if keep else own
+    return write_row({**same, **own}, path)
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -2,7 +2,6 @@
 
     python -m perf.attention --json         the shapes of SHAPES; rows: perf/results/attention.jsonl
     python -m perf.attention 8x32768 1x32768:16/2:d256 --presets balanced
-    python -m perf.attention --check        every step and peer once, without times
 
 A shape is BxT, or several joined by + (rows of different lengths), and after colons: query heads /
 KV heads (default 32/8), dD (head dimension, default 128), qQ (queries a row, default 1), poolT
@@ -209,10 +208,8 @@ PEERS = (
 )
 
 
-def time_peers(
-    shape: Shape, peers: Sequence[Peer], card: Card, timed: bool = True
-) -> dict[str, float | str]:
-    """Microseconds of each peer (0 untimed), or why there is no figure."""
+def time_peers(shape: Shape, peers: Sequence[Peer], card: Card) -> dict[str, float | str]:
+    """Microseconds of each peer, or why there is no figure."""
 
     def normal(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=card.dtype, device=card.device).normal_()
@@ -227,11 +224,10 @@ def time_peers(
     copies: list[tuple[torch.Tensor, ...]] = []
     for peer in peers:
         try:
-            count = card.copies(shape.dense_bytes) if timed else 1
-            copies = copies or [memory() for _ in range(count)]
+            copies = copies or [memory() for _ in range(card.copies(shape.dense_bytes))]
             calls = [PeerStep(peer, shape, *copy) for copy in copies]
             calls[0].check(calls[0]())
-            found[peer.name] = device_times(calls).p50 if timed else 0.0
+            found[peer.name] = device_times(calls).p50
         except Exception as error:  # whatever its library raises: it is reported, the others go on
             found[peer.name] = reason(error)
         calls = []
@@ -261,19 +257,20 @@ def check(step: Step) -> float:
     raise AssertionError("the check accepts heads that are exchanged")
 
 
-def measure(shape: Shape, preset: str, card: Card, timed: bool = True) -> Row:
+def measure(shape: Shape, preset: str, card: Card) -> Row:
     """A row without what all rows of a run share, and without peers."""
-    steps = make_steps(shape, preset, card, None if timed else 1)
+    steps = make_steps(shape, preset, card)
+    error, times = check(steps[0]), device_times([step.step for step in steps])
     layout = steps[0].codec.layout
-    row: Row = {"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim}
-    row |= {"T": shape.tokens} | ({"case": shape.case} if shape.case else {})
-    row |= {"preset": preset, "layout": f"{layout.k} {layout.v}"}
-    row |= {"path": "scalar" if shape.older_cards else "matrix", "error": check(steps[0])}
-    if timed:
-        times = device_times([step.step for step in steps])
-        row |= {f"{name}_us": x for name, x in times._asdict().items()}
-        row["read_share"] = steps[0].nbytes / times.p50 * 1e6 / card.read_bandwidth
-    return row
+    return {
+        **{"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim},
+        **{"T": shape.tokens, **({"case": shape.case} if shape.case else {}), "preset": preset},
+        "layout": f"{layout.k} {layout.v}",
+        "path": "scalar" if shape.older_cards else "matrix",
+        **{f"{name}_us": x for name, x in times._asdict().items()},
+        "read_share": steps[0].nbytes / times.p50 * 1e6 / card.read_bandwidth,
+        "error": error,
+    }
 
 
 def beside(row: Row, peers: dict[str, float | str]) -> Row:
@@ -293,7 +290,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--presets", nargs="*", choices=LOSSY, help=text)
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="*", choices=names, default=names, help="default all")
-    parser.add_argument("--check", action="store_true", help="no times and no rows")
     args = parser.parse_args(argv)
     args.shapes = args.shapes or [parse_shape(text) for text in SHAPES]
     return args
@@ -301,20 +297,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    card, same = begin(args.commit, reads=not args.check)
+    card, same = begin(args.commit)
     table, failed = [parse_shape(text) for text in TABLE], 0
     for shape in args.shapes:
         rows, several = [], ("balanced", "quality") if shape in table else ("balanced",)
         for preset in several if args.presets is None else args.presets:
             try:
-                rows.append(measure(shape, preset, card, not args.check))
+                rows.append(measure(shape, preset, card))
             except Exception as error:
                 failed += fail(f"{shape} {preset}", error)
         chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
-        peers = time_peers(shape, chosen, card, not args.check)
+        peers = time_peers(shape, chosen, card)
         for row in rows:
-            row |= {"peers": peers} if args.check else beside(row, peers)
-            record(row, same, args.json, keep=not args.check)
+            record({**row, **beside(row, peers)}, same, args.json)
     return 1 if failed else 0
 
 

@@ -34,6 +34,7 @@ OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
 MARKED = re.compile(r"(<!-- (headline|losses) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+NO_ROW = "No row yet: `python -m perf.{} --json`, then `perf.tables --write`.\n"
 Rows = Iterable[Row]
 Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
 
@@ -234,12 +235,9 @@ def results_page(results: Path = RESULTS) -> str:
         text += f"\n![{y}](plots/{name}.svg)\n" if make(results) else ""
     for name, (table, title) in SECTIONS.items():
         rows = newest(name, results)
-        text += f"\n## {title}\n"
-        if rows:
-            commits = ", ".join(sorted({row["commit"] for row in rows}))
-            text += f"\n{table(rows).lstrip()}\n`perf.{name}`, measured at {commits}.\n"
-        else:
-            text += f"\nNo row yet: `python -m perf.{name} --json`, then `perf.tables --write`.\n"
+        commits = ", ".join(sorted({row["commit"] for row in rows}))
+        measured = f"{table(rows).lstrip()}\n`perf.{name}`, measured at {commits}.\n"
+        text += f"\n## {title}\n\n{measured if rows else NO_ROW.format(name)}"
     return text
 
 
@@ -290,7 +288,7 @@ def headline(results: Path = RESULTS) -> str:
             line += [f"{dense[name] / ours[name]:.2f}x" for name in ("ms", "size")]
             cells[gpu, batch, tokens] = line
     if not cells:
-        return "No row yet: `python -m perf.end_to_end --json`, then `perf.tables --write`.\n"
+        return NO_ROW.format("end_to_end")
     # Of more cells than fit, those of the most tokens.
     chosen = sorted(sorted(cells, key=lambda x: x[1] * x[2])[-HEADLINE:])
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
@@ -305,7 +303,7 @@ def losses(results: Path = RESULTS) -> str:
     """README's table of what a scheme loses: of the model and context with the most texts."""
     rows = means(newest("quality", results), "kl")
     if not rows:
-        return "No row yet: `python -m perf.quality --json FILE`, then `perf.tables --write`.\n"
+        return NO_ROW.format("quality")
     top = max(rows, key=lambda row: row["texts"])
     same = [row for row in rows if (row["model"], row["context"]) == (top["model"], top["context"])]
     found = {row["scheme"]: row for row in same}

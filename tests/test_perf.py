@@ -338,7 +338,6 @@ def test_a_peer_that_fails_is_reported(monkeypatch):
     )
     assert found["broken"] == "RuntimeError: no such kernel"
     assert "wrong result" in found["wrong"] and found["math"] == 2.0
-    assert job.time_peers(SHAPE, [MATH], CARD, timed=False) == {"math": 0.0}
 
 
 def test_best_peers():
@@ -388,8 +387,6 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
     [step] = make(Shape(1, 4, 2, 64, 512), "balanced", CARD, 1)
     assert rows[0]["read_share"] == pytest.approx(step.nbytes / 20e3, rel=1e-3)  # of 1 GB/s
     assert "best_peer math  best_peer_us 20.0" in shown.out
-    assert run_job(monkeypatch, "--check", shapes[0], "--json", str(rows_file)) == 0
-    assert "error" in capsys.readouterr().out and len(tables.read_rows(rows_file)) == 8
 
 
 @on_cpu
