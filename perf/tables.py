@@ -269,22 +269,24 @@ def steps(results: Path) -> list[Row]:
     return found
 
 
-def fastest(rows: Rows) -> dict[str, Row]:
-    """Of each kind."""
-    return {row["kind"]: row for row in sorted(rows, key=lambda row: -row["ms"])}
+def compared(results: Path) -> dict[tuple, dict[str, Row]]:
+    """(gpu, engine, B, T) that dense bf16 has -> the fastest step of each kind."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in steps(results):
+        own = found.setdefault(tuple(map(row.get, ("gpu", "engine", "B", "T"))), {})
+        own[row["kind"]] = min(row, own.get(row["kind"], row), key=lambda x: x["ms"])
+    return {key: own for key, own in found.items() if "bf16" in own}
 
 
 def headline(results: Path = RESULTS) -> str:
     """README's table: a line a cell of whole models; vLLM's where it has both sides, else that of
     compiled layers."""
     cells: dict[tuple, list[str]] = {}
-    whole = [row for row in steps(results) if "size" in row]
-    for (gpu, engine, batch, tokens), own in grouped(whole, ("gpu", "engine", "B", "T")).items():
-        best = fastest(own)
-        if "bf16" in best and OURS in best:
-            dense, ours, star = best["bf16"], best[OURS], "*" if best["bf16"].get("shared") else ""
+    for (gpu, engine, batch, tokens), own in compared(results).items():
+        if OURS in own and "size" in own[OURS]:
+            dense, ours, star = own["bf16"], own[OURS], "*" if own["bf16"].get("shared") else ""
             line = [gpu, engine, str(batch), f"{tokens:,}", f"{dense['ms']:.2f}{star}"]
-            line += [cell(best.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]
+            line += [cell(own.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]
             line += [f"{dense[name] / ours[name]:.2f}x" for name in ("ms", "size")]
             cells[gpu, batch, tokens] = line
     if not cells:
@@ -328,18 +330,15 @@ def against_length(value: Callable[[Row, Row], float | None], results: Path) -> 
     """value(row, dense bf16 row of the same cell) against T: a panel an engine and batch size with
     two lengths or more, a line a kind. Of more than four panels those with fp8 come first."""
     panels: Plot = {}
-    for (gpu, engine, batch), own in grouped(steps(results), ("gpu", "engine", "B")).items():
-        lines: dict[str, list[list[float]]] = {}
-        for (tokens,), same in sorted(grouped(own, ("T",)).items()):
-            best = fastest(same)
-            for kind in sorted(best, key=rank) if "bf16" in best else ():
-                y = value(best[kind], best["bf16"])
-                if y is not None:
-                    name = f"dense {kind}" if kind in ("bf16", "fp8") else kind
-                    lines.setdefault(name, []).append([tokens, float(f"{y:.4g}")])
-        if max(map(len, lines.values()), default=0) > 1:
-            panels[f"{gpu}, {engine}, B = {batch}"] = lines
-    return dict(sorted(panels.items(), key=lambda x: "dense fp8" not in x[1])[:4])
+    for (gpu, engine, batch, tokens), own in compared(results).items():
+        lines = panels.setdefault(f"{gpu}, {engine}, B = {batch}", {})
+        for kind in sorted(own, key=rank):
+            y = value(own[kind], own["bf16"])
+            if y is not None:
+                name = f"dense {kind}" if kind in ("bf16", "fp8") else kind
+                lines.setdefault(name, []).append([tokens, float(f"{y:.4g}")])
+    shown = {name: x for name, x in panels.items() if max(map(len, x.values()), default=0) > 1}
+    return dict(sorted(shown.items(), key=lambda x: "dense fp8" not in x[1])[:4])
 
 
 def speed(row: Row, dense: Row) -> float:
