@@ -60,8 +60,8 @@ SHAPE = {
 # Short documents first: with two or three facts among 64 tokens, looking a name up is learned in
 # under 1,000 steps; it did not come within 170 s of training that began with 256 tokens.
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 5120)
-TOKENS, WINDOW = 32768, 40  # of a step; steps of which PROMOTE of the answers must be right
-PROMOTE = 0.9
+TOKENS = 32768  # of a step
+WINDOW, PROMOTE = 40, 0.9  # of so many steps that share of the answers must be right
 RATE, WARMUP, DECAY = 1e-3, 100, 0.05  # learning rate, its first steps, weight decay
 FALL = 0.6  # share of the time after which the rate falls, linearly, to a fiftieth
 
@@ -84,8 +84,8 @@ class Documents(IterableDataset):
 def loss_of(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss on documents [B, T], and [answers right, answers] without a synchronisation.
 
-    Half of it is the answers', half as much that of all else, where names and values, which nothing
-    foretells, count little.
+    It is the answers' and half of that of all else, where names and values, which nothing foretells,
+    count little.
     """
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     target = tokens[:, 1:]
