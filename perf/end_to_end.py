@@ -48,7 +48,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
@@ -58,6 +58,7 @@ from typing import Any
 import torch
 import transformers
 import triton
+from torch._inductor import config as inductor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
@@ -231,7 +232,9 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     [peer] = [peer for peer in known if peer.name == backend]
     steps = [PeerStep(peer, shape, cell.random_kv()) for _ in range(held)]
     ids = cell.ids(1)
-    positions = torch.full_like(ids, cell.tokens - 1)
+    given = {"input_ids": ids, "position_ids": torch.full_like(ids, cell.tokens - 1)}
+    # Without a mask transformers would look for several texts in a row.
+    given["attention_mask"] = torch.ones_like(ids, dtype=torch.bool)
 
     def plain(own: PeerStep, q: torch.Tensor, scale: float) -> torch.Tensor:
         k, v = own.kv.to(q.dtype)
@@ -244,7 +247,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         return attend(own, q[:, :, 0], options["scaling"])[:, None], None
 
     def step() -> torch.Tensor:
-        return model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        return model(**given, use_cache=False).logits
 
     before = model.config._attn_implementation
     try:
@@ -415,9 +418,9 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
         yield "long", preset, partial(long_generation, cell, preset)
 
 
-def ahead(args: argparse.Namespace) -> list[Future[str]]:
-    """Measure one layer of each batch size and layout in processes side by side, which leave what
-    they compile in the caches of Triton and torch.compile. Results: what went wrong."""
+def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Runs of one layer, for each batch size and layout, which leave what they compile in the
+    caches of Triton and torch.compile."""
     jobs, batches = [], sorted({batch for batch, _ in args.cells})
     count = max(len(layouts(preset, SHAPES[args.shape][5])) for preset in args.presets)
     for batch, layout in product(batches, range(count)):
@@ -427,9 +430,7 @@ def ahead(args: argparse.Namespace) -> list[Future[str]]:
         own["cells"] = [(batch, min(tokens for b, tokens in args.cells if b == batch))]
         own["compile"] = args.compile and not layout
         jobs += [argparse.Namespace(**{**vars(args), **own})] * bool(own["what"])
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    pool = ProcessPoolExecutor(max(1, len(jobs)), get_context("spawn"))
-    return [pool.submit(alone, job) for job in jobs]
+    return jobs
 
 
 def alone(args: argparse.Namespace) -> str:
@@ -464,18 +465,22 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
     whole = args.layout is None
     card, same = begin(args.commit, reads=whole)
     warnings.filterwarnings("ignore", module="transformers")
-    compiling = ahead(args) if whole and GPUS == 1 and card.device.type == "cuda" else []
-    model = make_model(args.shape, card.device, card.dtype, None if whole else 1)
+    jobs = ahead(args) if whole and GPUS == 1 and card.device.type == "cuda" else []
+    if not whole:
+        inductor.compile_threads = 1  # there are processes enough
+    with ProcessPoolExecutor(max(1, len(jobs)), get_context("spawn")) as pool:
+        compiling = [pool.submit(alone, job) for job in jobs]
+        model = make_model(args.shape, card.device, card.dtype, None if whole else 1)
+        say(f"model made; {len(jobs)} processes compile")
+        for future in compiling:
+            if wrong := future.exception() or future.result():
+                say(f"a process that compiles failed: {wrong}")
+    say("compiled")
     embedding = local(model.get_input_embeddings().weight)
     weights = sum(local(p).nbytes for p in model.parameters()) - embedding.nbytes
     same |= {"transformers": transformers.__version__, "shape": args.shape}
     same |= {"gpus": GPUS} if GPUS > 1 else {}
     same["weight_bytes"] = weights
-    say(f"model made; {len(compiling)} processes compile")
-    for future in compiling:
-        if wrong := future.exception() or future.result():
-            say(f"a process that compiles failed: {wrong}")
-    say("compiled")
     rows: list[Row] = []
     failed = 0
     for batch, tokens in args.cells:
