@@ -2,7 +2,7 @@
 
     python -m perf.quality --needles 10                                 the embedded model
     python -m perf.quality --model M --codecs FOLDER --text a.py b.txt --needles 10 \\
-        --tasks all --lengths 4096 8192 --generate 2000 --json perf/results/quality.jsonl
+        --tasks all --lengths 4096 8192 --generate 2000 --json
 
 Texts. The model reads the first `context` tokens once, exactly. Each scheme stores those keys and
 values, and the model predicts the rest (256 tokens of the text, then with --needles questions about
@@ -18,15 +18,16 @@ several presets), or what `enable` finds or calibrates; judge no text that it kn
 costs.
 
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back and exact
-new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's.
+new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's;
+`change` is where the mean change of a prompt's score lies with 95 %.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
                 tables, exact tokens. A model's codec is not a sequence's.
-    long        the same in the limit of long contexts: without window and sinks
-    KL          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
-    top-1       share of them whose likeliest token is the exact cache's
-    ppl         change of the perplexity of them
+    ratio_long  the same in the limit of long contexts: without window and sinks
+    kl          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
+    top1        share of them whose likeliest token is the exact cache's
+    perplexity  its change over them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 64 to 191 tokens
@@ -73,10 +74,10 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from perf._tasks import PLACES, TASKS, Task, make_tasks, mcnemar, score
-from perf._timing import versions
+from perf._tasks import PLACES, TASKS, Task, answer_of, interval, make_tasks, mcnemar, score
+from perf._timing import Row, common_arguments, usual_dtype, versions
 from perf.generate import DTYPES, TINY_MODEL, load
-from perf.tables import quality_table
+from perf.tables import quality_table, sections
 from spectral_kernels.calibrate import _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -87,7 +88,6 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-READ = 100_000  # tokens of prompts that are answered at once
 
 
 class Question(NamedTuple):
@@ -151,7 +151,6 @@ class Stored(NamedTuple):
 
 
 Scheme = Callable[[Prefix], Stored]
-Row = dict[str, Any]
 
 
 # ---- cases ---------------------------------------------------------------------------------------
@@ -504,22 +503,16 @@ YARDSTICKS: dict[str, Yardstick] = {
 # ---- measurements --------------------------------------------------------------------------------
 
 
-def measure(
-    model: Any, case: Case, schemes: dict[str, Scheme], *, model_name: str, bar: Any = None
-) -> Iterator[Row]:
+def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
     """All schemes on one case, as they come; the context is read once."""
     prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
     exact = predict(model, case, list(zip(prefix.k, prefix.v, strict=True)))
-    if bar is not None:
-        bar.update(1)
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
-        head = {"model": model_name, "text": case.name, "context": case.context, "scheme": name}
+        head = {"text": case.name, "context": case.context, "scheme": name}
         size = sizes(stored.nbytes, stored.token_bytes, prefix)
         yield {**head, **size, **result, "needles": len(case.answers)}
-        if bar is not None:
-            bar.update(1)
 
 
 def sizes(nbytes: float, token_bytes: float, prefix: Prefix) -> Row:
@@ -534,22 +527,20 @@ def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> lis
     """What the model writes after prompts whose last token the cache has not seen."""
     token = torch.tensor([task.ids[-1:] for task in tasks], device=model.device)
     written: list[torch.Tensor] = []
-    texts = [""] * len(tasks)
-    for step in range(max(task.new for task in tasks)):
+    texts: list[str] = []
+    for step in range(1, 1 + (most := max(task.new for task in tasks))):
         logits = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         written.append(token)
-        if step % 16 == 15 or step + 1 == max(task.new for task in tasks):
-            rows = torch.cat(written, dim=1).tolist()
-            texts = [
-                tokenizer.decode(row[: task.new]) for row, task in zip(rows, tasks, strict=True)
-            ]
-            ended = (
-                step + 1 >= task.new or any(stop in text for stop in task.stop)
-                for task, text in zip(tasks, texts, strict=True)
-            )
-            if all(ended):
-                break
+        if step % 16 and step < most:
+            continue
+        rows = zip(torch.cat(written, dim=1).tolist(), tasks, strict=True)
+        texts = [tokenizer.decode(row[: task.new]) for row, task in rows]
+        if all(
+            step >= task.new or answer_of(task, text) != text
+            for task, text in zip(tasks, texts, strict=True)
+        ):
+            break
     return texts
 
 
@@ -579,14 +570,15 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[
         means = {"score": sum(scores) / len(dense), "dense_score": sum(dense) / len(dense)}
         solved = {"prompts": len(dense), "dense_solved": sum(a == 1 for a in dense)}
         flips = {"flips": [lost, won], "mcnemar": mcnemar(lost, won)}
-        yield {"task": name, "scheme": scheme, **size, **solved, **means, **flips}
+        change = {"change": interval([b - a for a, b in zip(dense, scores, strict=True)])}
+        yield {"task": name, "scheme": scheme, **size, **solved, **means, **change, **flips}
 
 
 def measure_tasks(
     model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
-    batch = max(1, READ // length)
+    batch = max(1, args.batch // length)
     for name in TASKS if args.tasks == ["all"] else args.tasks:
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
@@ -652,9 +644,7 @@ def measure_stream(
     text = None
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
-        for given in (text, None):
-            if text is None and given is None and kl:
-                continue  # the dense text is the exact cache's own
+        for given in (None,) if text is None else (text, None):
             with enabled(model, preset, codecs) as handle:
                 cache = filled_cache(model, handle, ids[:, :-1], count)
                 tokens, logits = stream(model, cache, last, count, args.seed, given)
@@ -682,22 +672,10 @@ def measure_stream(
 
 def table(rows: Sequence[Row]) -> str:
     """A block a text."""
-    lines: list[str] = []
-    texts = [row for row in rows if "kl" in row]
-    heads = {"ratio": 7, "long": 7, "KL": 10, "median": 10, "99 %": 9, "99.9 %": 9}
-    heads |= {"top-1": 8, "ppl": 9, "recalled": 10}
-    for name, context in dict.fromkeys((row["text"], row["context"]) for row in texts):
-        lines.append(f"\n{texts[0]['model']}, {name}, {context} tokens of context")
-        lines.append(f"{'scheme':<12}" + "".join(f"{x:>{width}}" for x, width in heads.items()))
-        for row in (x for x in texts if (x["text"], x["context"]) == (name, context)):
-            recalled = f"{row['recalled']}/{row['needles']}" if row["needles"] else "-"
-            lines.append(
-                f"{row['scheme']:<12}{row['ratio']:>7.2f}{row['ratio_long']:>7.2f}"
-                f"{row['kl']:>10.5f}{row['kl_median']:>10.5f}{row['kl_p99']:>9.3f}"
-                f"{row['kl_p999']:>9.3f}{row['top1']:>8.3f}{100 * row['perplexity']:>+8.2f}%"
-                f"{recalled:>10}"
-            )
-    return "\n".join(lines)
+    spec = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f"
+    spec += " perplexity:+.2% recalled needles"
+    own = [row for row in rows if "kl" in row]
+    return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
 
 
 def parser_of() -> argparse.ArgumentParser:
@@ -720,9 +698,10 @@ def parser_of() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
     add("--count", type=int, default=16, help="prompts a task and length (16)")
+    add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
     add("--problems", type=int, default=164, help="of humaneval (164)")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
-    add("--json", type=Path, metavar="OUT", help="append one JSON row a line")
+    common_arguments(parser, "quality.jsonl")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
@@ -769,22 +748,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     schemes: dict[str, Scheme] = {**stored, **{name: YARDSTICKS[name] for name in args.yardsticks}}
     head = {"model": Path(name).name, "codec": codec_notes(codecs, args.presets)}
-    ran, rows = versions(), []  # now: the tree may change while this runs
+    ran, rows = versions(args.commit), []  # now: the tree may change while this runs
     with (
-        tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar,
+        tqdm(desc="quality", unit="row") as bar,
         args.json.open("a") if args.json else nullcontext() as out,
     ):
 
         def keep(row: Row) -> None:
             rows.append({**head, **row, **ran})
+            bar.update()
             if out is not None:  # at once: a run may take long
                 out.write(json.dumps(rows[-1]) + "\n")
                 out.flush()
 
         for case in cases:
-            for row in measure(model, case, schemes, model_name=head["model"], bar=bar):
+            for row in measure(model, case, schemes):
                 keep(row)
-        model.to(DTYPES[args.dtype] if args.dtype else half_of(model.device))
+        model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
         answering: dict[str, Scheme] = {
             **stored,
             **{name: YARDSTICKS[name] for name in args.task_yardsticks},
@@ -796,15 +776,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             first = [case for case in cases if case.context == args.context[0]]
             for row in measure_stream(model, first, args, codecs):
                 keep(row)
-    print(f"{table(rows)}\n\n{quality_table(rows)}")
+    print(f"{table(rows)}\n{quality_table(rows)}")
     return 0
-
-
-def half_of(device: torch.device) -> torch.dtype:
-    """What models run in there."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def codec_notes(codecs: Path | None, presets: Sequence[str]) -> str:
