@@ -4,7 +4,8 @@ A family is a tiny random model of its own config class. With two rows (the shor
 the left), prompts of 40 and of 700 tokens and 24 new ones: preset exact gives the dense model's
 tokens; lossy presets, calibrated on random tokens, run with finite logits; afterwards the model is
 as it was. Or `enable` refuses, with a message that says what to do. With --device cuda both ways to
-run a step are tried, replayed from a CUDA graph and eager: the same tokens are asked of them.
+run a step are tried, replayed from a CUDA graph and eager: the same tokens are asked of them. The
+last column says so, or why no step was captured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -210,7 +214,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class Row:
-    """What was found of a family: `why` it is refused, or what is true of it."""
+    """What was found of a family: `why` it is refused or `broke`, or what is true of it."""
 
     name: str
     ours: int = 0
@@ -221,6 +225,7 @@ class Row:
     restored: bool = False
     steps: str = ""  # on a GPU
     why: str = ""
+    broke: str = ""
     seconds: float = 0.0
 
     @property
@@ -229,8 +234,8 @@ class Row:
         return whole and "differ" not in self.steps
 
     def __str__(self) -> str:
-        if self.why:
-            return f"{self.name:22} {self.why}"
+        if self.why or self.broke:
+            return f"{self.name:22} {self.why or self.broke}"
         marks = ["no", "yes"]
         return (
             f"{self.name:22} {self.ours:3} of {self.layers:<3} {marks[self.equal]:6} "
@@ -298,36 +303,54 @@ def examine(name: str, lossy: Sequence[str] = LOSSY, device: str = "cpu") -> Row
     before = state(model)  # rope of some families keeps what it computed
     try:
         row.equal, ways = True, (False,) if device == "cpu" else (False, True)
-        replayed, same = False, True
+        asked = {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+        replayed, same, said = len(ways) > 1, True, ""
         for graph in ways:
-            with enable(model, "exact", graph=graph) as handle:
-                row.ours, row.layers = len(handle.links), model.config.num_hidden_layers
-                ours = [generate(model, x, disable_compile=True) for x in inputs]
-                replayed = handle.graph
-            row.equal &= all(map(torch.equal, dense, ours))
+            with warnings.catch_warnings(record=True) as texts:
+                warnings.simplefilter("always")
+                with enable(model, "exact", graph=graph) as handle:
+                    row.ours, row.layers = len(handle.links), model.config.num_hidden_layers
+                    ours = [generate(model, x, **asked) for x in inputs]
+            row.equal &= all(map(torch.equal, dense, (out.sequences for out in ours)))
+            if graph:
+                replayed &= all(out[CACHE].graph is not None for out in ours)
+                own = [str(x.message) for x in texts if "spectral_kernels" in str(x.message)]
+                said = own[-1].rpartition("spectral_kernels: ")[2] if own else ""
         stats = calibrate.read(model, [inputs[1]["input_ids"][1].cpu()], progress=False)
         for preset in lossy:
             layouts = calibrate.plan(stats, preset)
             if device != "cpu":
-                layouts = [shared_layout(preset)] * row.ours
+                layouts = [shared_layout(preset)] * len(layouts)
             codec, found = calibrate.fit_codec(stats, layouts, preset), []
             for graph in ways:
-                with enable(model, codec=codec, graph=graph, check=not graph) as handle:
-                    asked = {"return_dict_in_generate": True, "output_logits": True}
-                    out = generate(model, inputs[1], **asked, disable_compile=True)
-                    replayed &= handle.graph
+                with enable(model, codec=codec, graph=graph, check=not graph):
+                    out = generate(model, inputs[1], **asked)
                 found.append(out.sequences)
                 finite = all(bool(x.isfinite().all()) for x in out.logits)
                 finite &= out[CACHE].spectral.codec.preset == preset
+            replayed &= out[CACHE].graph is not None
             row.lossy += finite
             same &= torch.equal(found[0], found[-1])
         if len(ways) > 1:
-            row.steps = "eager" if not replayed else "replayed = eager" if same else "differ"
+            done = "replayed = eager" if replayed else f"eager: {said or 'no step was captured'}"
+            row.steps = done if same else f"differ ({done})"
     except (NotImplementedError, ValueError) as error:
         row.why = f"refused: {error}"
     row.restored = state(model) == before and torch.equal(generate(model, inputs[0]), dense[0])
     row.seconds = time.perf_counter() - start
     return row
+
+
+def attempt(name: str, lossy: Sequence[str], device: str) -> Row:
+    """`examine`; what breaks it is a row too."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    try:
+        return examine(name, lossy, device)
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        return Row(name, broke=f"broke: {type(error).__name__}: {text}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -336,17 +359,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     add = parser.add_argument
     add("--presets", nargs="*", choices=LOSSY, default=list(LOSSY), help="lossy ones (all)")
+    add("--jobs", type=int, default=1, help="processes (default 1)")
     args = parser.parse_args(argv)
     names = args.names or list(FAMILIES)
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    warnings.simplefilter("ignore")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     print(f"{'family':22} {'ours of all':11}{'equal':7}lossy   restored time")
-    rows = []
-    for name in names:
-        rows.append(examine(name, args.presets, args.device))
-        print(rows[-1], flush=True)
+    rows, one = [], partial(attempt, lossy=args.presets, device=args.device)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for row in pool.map(one, names) if args.jobs > 1 else map(one, names):
+            rows.append(row)
+            print(row, flush=True)
     refused = sum(bool(row.why) for row in rows)
     works = sum(row.works for row in rows)
     print(f"{works} work, {refused} refused, {len(rows) - works - refused} fail")

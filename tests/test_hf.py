@@ -798,6 +798,78 @@ def test_a_replayed_step_neither_waits_nor_allocates(codec: ModelCodec) -> None:
 
 
 @on_cuda
+def test_ten_thousand_replays_are_eager_steps_to_the_bit(codec: ModelCodec) -> None:
+    """One layer, so that eager steps take seconds; over 156 pages and 19 frames."""
+    steps, first = 10_000, prompt(100, rows=2, padding=(11, 0))
+    model = tiny(num_hidden_layers=1, max_position_embeddings=16384).half()
+    one = ModelCodec(codec.layers[:1], codec.sinks, codec.window).to(cases.DEVICE)
+    found = []
+    for graph in (False, True):
+        with enable(model, codec=one, graph=graph) as handle, torch.inference_mode():
+            logits, cache = feed(model, first, [100], handle.new_cache(2, 100 + steps))
+            seen = torch.zeros(steps, 2, dtype=torch.int64, device=cases.DEVICE)
+            for i in range(steps):
+                seen[i] = logits[:, -1].argmax(-1)
+                logits = model(seen[i][:, None], **{CACHE: cache}).logits
+            assert (cache.graph is not None) == graph
+            spectral = cache.spectral
+            kept = (*spectral.k_pages, *spectral.v_pages, *spectral.k_exact, *spectral.v_exact)
+            found.append((seen, logits, spectral.seq_lens, *kept))
+    assert found[0][2].tolist() == [100 - 11 + steps, 100 + steps]
+    assert len(found[0][0].unique()) > 4  # it does not repeat one token
+    assert all(map(torch.equal, *found))
+
+
+@on_cuda
+def test_the_first_prompt_compiles_for_all(codec: ModelCodec) -> None:
+    """Prompts and steps of other lengths after it compile no kernel of ours."""
+    import triton
+
+    (model, codec), compiled = half(codec), []
+    knobs = triton.knobs.runtime
+    with enable(model, codec=codec) as handle, pytest.MonkeyPatch.context() as patch:
+        generate(model, prompt(200))
+        hook = lambda **kernel: compiled.append(kernel["fn"].name)  # noqa: E731
+        patch.setattr(knobs, "jit_post_compile_hook", hook)
+        for tokens in (1, 16, 63, 100, 333, 511, 640, 1000):
+            generate(model, prompt(tokens))
+            generate(model, prompt(tokens), **{CACHE: handle.new_cache()})
+        assert compiled == []
+        handle.disable()
+        with enable(model, "exact"):  # other kernels: the hook sees them
+            generate(model, prompt(200))
+        assert compiled
+
+
+@on_cuda
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_peak_memory_is_what_nbytes_claims(preset: str) -> None:
+    """Over the peak of the same prompt without a cache, which is weights and activations."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+    model = tiny(**sizes, **heads, max_position_embeddings=32768).half()
+    made = calibrate.calibrate(model, prompt(600)["input_ids"], "balanced", progress=False)
+    inputs, options = prompt(16000, rows=2), {"max_new_tokens": 20, "min_new_tokens": 20}
+
+    def peak() -> float:
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated()
+
+    with torch.no_grad():
+        model(**inputs, use_cache=False, logits_to_keep=1)  # workspaces of libraries
+        torch.cuda.reset_peak_memory_stats()
+        model(**inputs, use_cache=False, logits_to_keep=1)
+    dense = peak()
+    with enable(model, preset, codec=made):
+        torch.cuda.reset_peak_memory_stats()
+        out = generate(model, inputs, **options, return_dict_in_generate=True)
+        assert 0.95 < (peak() - dense) / out[CACHE].nbytes < 1.05
+    del out
+    torch.cuda.reset_peak_memory_stats()
+    assert peak() < dense  # disable() frees it all
+
+
+@on_cuda
 def test_generate_reuses_the_graph_of_its_pooled_cache(codec: ModelCodec) -> None:
     model, codec = half(codec)
     with enable(model, codec=codec) as handle:
