@@ -57,7 +57,6 @@ Test: tests/test_quality.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -75,7 +74,7 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from perf._tasks import PLACES, TASKS, Task, answer_of, interval, make_tasks, mcnemar, score
-from perf._timing import Row, common_arguments, usual_dtype, versions
+from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table, sections
 from spectral_kernels.calibrate import _tapped
@@ -414,10 +413,6 @@ def code_kivi(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix, bits: i
     return in_groups(x, -2 if is_key else -1, bits)
 
 
-def kivi_bits(bits: int, dim: int) -> tuple[float, float]:
-    return bits + 32 / GROUP, bits + 32 / GROUP
-
-
 def code_fp8(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
     most = torch.finfo(torch.float8_e4m3fn).max
     scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(1e-20) / most
@@ -489,9 +484,9 @@ YARDSTICKS: dict[str, Yardstick] = {
     "fp8": Yardstick(code_fp8, lambda dim: (8, 8)),
     "nvfp4": Yardstick(code_nvfp4, lambda dim: (4.5, 4.5)),
     "saw-int4": Yardstick(code_saw, lambda dim: (4 + 32 / dim,) * 2, centred=True),
-    **{
-        f"kivi-{n}": Yardstick(partial(code_kivi, bits=n), partial(kivi_bits, n)) for n in (4, 3, 2)
-    },
+    "kivi-4": Yardstick(partial(code_kivi, bits=4), lambda dim: (4 + 32 / GROUP,) * 2),
+    "kivi-3": Yardstick(partial(code_kivi, bits=3), lambda dim: (3 + 32 / GROUP,) * 2),
+    "kivi-2": Yardstick(partial(code_kivi, bits=2), lambda dim: (2 + 32 / GROUP,) * 2),
     "kvarn-k4v2": Yardstick(
         code_kvarn, lambda dim: (4 + 32 / TILE + 16 / dim, 2 + 32 / dim + 16 / TILE), TILE, True
     ),
@@ -511,15 +506,14 @@ def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
         head = {"text": case.name, "context": case.context, "scheme": name}
-        size = sizes(stored.nbytes, stored.token_bytes, prefix)
-        yield {**head, **size, **result, "needles": len(case.answers)}
+        yield {**head, **sizes(stored, prefix), **result, "needles": len(case.answers)}
 
 
-def sizes(nbytes: float, token_bytes: float, prefix: Prefix) -> Row:
+def sizes(stored: Stored, prefix: Prefix) -> Row:
     """Ratios to a dense 16-bit cache, and the bytes of a token and of what does not grow."""
-    tokens, dense = prefix.tokens, prefix.token_bytes
-    ratios = {"ratio": tokens * dense / nbytes, "ratio_long": dense / token_bytes}
-    return {**ratios, "token_bytes": token_bytes, "fixed_bytes": nbytes - tokens * token_bytes}
+    (_, nbytes, token), dense, tokens = stored, prefix.token_bytes, prefix.tokens
+    ratios = {"ratio": tokens * dense / nbytes, "ratio_long": dense / token}
+    return {**ratios, "token_bytes": token, "fixed_bytes": nbytes - tokens * token}
 
 
 @torch.no_grad()
@@ -556,7 +550,7 @@ def answers(
     )
     for name, store in {"dense": lambda _: exact, **schemes}.items():
         given = store(prefix)
-        size, cache = sizes(given.nbytes, given.token_bytes, prefix), dense_cache(model, given[0])
+        size, cache = sizes(given, prefix), dense_cache(model, given.layers)
         del given
         yield name, greedy(model, cache, tasks, tokenizer), size
 
@@ -648,23 +642,17 @@ def measure_stream(
             with enabled(model, preset, codecs) as handle:
                 cache = filled_cache(model, handle, ids[:, :-1], count)
                 tokens, logits = stream(model, cache, last, count, args.seed, given)
-                size = handle.codec
+                token_bytes = handle.codec and handle.codec.token_bytes
                 del cache
             kl.append(stream_kl(model, ids, tokens, logits))
             text = tokens if text is None else text
             del logits
-        for i, case in enumerate(cases):
-            head = {"text": case.name, "context": case.context, "task": "generate"}
-            forced, free = kl[0][i], kl[-1][i]
-            yield {
-                **head,
-                "scheme": preset,
-                "generated": count,
-                "token_bytes": None if size is None else size.token_bytes,
-                "teacher_forced_kl": forced.mean().item(),
-                "free_running_kl": free.mean().item(),
-                "free_running_kl_last": free[-count // 4 :].mean().item(),
-            }
+        for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
+            row: Row = {"text": case.name, "context": case.context, "task": "generate"}
+            row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
+            row |= {"teacher_forced_kl": float(forced.mean())}
+            row |= {"free_running_kl": float(free.mean())}
+            yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
 
 
 # ---- output --------------------------------------------------------------------------------------
@@ -678,11 +666,7 @@ def table(rows: Sequence[Row]) -> str:
     return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
 
 
-def parser_of() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.quality", description=(__doc__ or "").split("\n")[0]
-    )
-    add = parser.add_argument
+def add_arguments(add: Callable[..., Any]) -> None:
     add("--model", help="path or id of a model (default: the embedded model)")
     add("--gguf", help="GGUF file of such a model; a name alone is looked for in --model")
     add("--text", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8")
@@ -701,11 +685,9 @@ def parser_of() -> argparse.ArgumentParser:
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
     add("--problems", type=int, default=164, help="of humaneval (164)")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
-    common_arguments(parser, "quality.jsonl")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
-    return parser
 
 
 def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Case]:
@@ -725,8 +707,29 @@ def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Cas
     return cases
 
 
+def measured(
+    model: Any, tokenizer: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Any
+) -> Iterator[Row]:
+    """Rows of all that is asked for; the model is float32."""
+
+    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
+        options = {"model": model, "codecs": codecs}
+        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
+        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
+
+    for case in cases:
+        yield from measure(model, case, schemes(args.yardsticks))
+    model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    for length in args.lengths if args.tasks else ():
+        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+    if args.generate:
+        first = [case for case in cases if case.context == args.context[0]]
+        yield from measure_stream(model, first, args, codecs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of()
+    parser = parser_of("quality", __doc__)
+    add_arguments(parser.add_argument)
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
@@ -743,39 +746,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
     codecs = args.codecs or (TINY_MODEL if embedded else None)
-    stored = {
-        p: partial(store_spectral, model=model, preset=p, codecs=codecs) for p in args.presets
-    }
-    schemes: dict[str, Scheme] = {**stored, **{name: YARDSTICKS[name] for name in args.yardsticks}}
     head = {"model": Path(name).name, "codec": codec_notes(codecs, args.presets)}
-    ran, rows = versions(args.commit), []  # now: the tree may change while this runs
-    with (
-        tqdm(desc="quality", unit="row") as bar,
-        args.json.open("a") if args.json else nullcontext() as out,
-    ):
-
-        def keep(row: Row) -> None:
-            rows.append({**head, **row, **ran})
-            bar.update()
-            if out is not None:  # at once: a run may take long
-                out.write(json.dumps(rows[-1]) + "\n")
-                out.flush()
-
-        for case in cases:
-            for row in measure(model, case, schemes):
-                keep(row)
-        model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
-        answering: dict[str, Scheme] = {
-            **stored,
-            **{name: YARDSTICKS[name] for name in args.task_yardsticks},
-        }
-        for length in args.lengths if args.tasks else ():
-            for row in measure_tasks(model, tokenizer, args, answering, length):
-                keep(row)
-        if args.generate:
-            first = [case for case in cases if case.context == args.context[0]]
-            for row in measure_stream(model, first, args, codecs):
-                keep(row)
+    same, rows = versions(args.commit), []  # now: the tree may change while this runs
+    found = measured(model, tokenizer, cases, args, codecs)
+    for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
+        rows.append(write_row({**head, **row, **same}, args.json))
     print(f"{table(rows)}\n{quality_table(rows)}")
     return 0
 

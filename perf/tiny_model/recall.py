@@ -96,17 +96,10 @@ _FILLER = [
         "nobody near the PLACE VERB the OBJECT .",
     )
 ]
-
-
-def _vocabulary() -> tuple[str, ...]:
-    plain = [w for text in _FILLER for w in text if w not in (*_CLASSES, *_TIMES)]
-    classes = [word for topic in (_TIMES, *_TOPICS) for words in topic.values() for word in words]
-    return tuple(
-        dict.fromkeys((*SPECIAL, *NAMES, *VALUES, *plain, "note", ":", "recall", *classes))
-    )
-
-
-VOCABULARY = _vocabulary()
+_PLAIN = [word for text in _FILLER for word in text if word not in (*_CLASSES, *_TIMES)]
+_CHOSEN = [word for topic in (_TIMES, *_TOPICS) for words in topic.values() for word in words]
+_WORDS = (*SPECIAL, *NAMES, *VALUES, *_PLAIN, "note", ":", "recall", *_CHOSEN)
+VOCABULARY = tuple(dict.fromkeys(_WORDS))
 
 
 def write_document(rng: random.Random, length: int, facts: int, ask: bool = True) -> list[str]:
