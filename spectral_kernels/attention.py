@@ -662,13 +662,14 @@ def plan_launch(
         warps = WARPS
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
+        # Programs a multiprocessor: what its registers hold.
+        resident = 2 if large else 4 if rows <= 8 else 3
         # Three stages ask for a turn's pages at the end of the turn before, five a turn earlier, so
-        # that they are there in time. That takes twice the shared memory, and registers.
-        deep = rows <= 8 and not large and _launch.has_large_shared_memory(device)
+        # that they are there in time. That takes twice the shared memory.
+        deep = resident == 4 and _launch.has_large_shared_memory(device)
         options = {"num_stages": 5 if deep else 3, "num_warps": warps}
-        resident = 2 if large else 3  # programs a multiprocessor: what its registers hold
         if not large:
-            options["maxnreg"] = 168
+            options["maxnreg"] = 128 if resident == 4 else 168
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, m, resident = 4, 1, 4, 16
         options = {"num_stages": 1, "num_warps": 1}
