@@ -128,7 +128,7 @@ class Served:
             attention_backend=name,
             gpu_memory_utilization=args.utilization, max_model_len=longest(args),
             max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk, seed=0,
-            tensor_parallel_size=args.tp, enable_prefix_caching=True,
+            tensor_parallel_size=args.tp, enable_prefix_caching=kind != "exact",
             enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sizes(args)}, **more,
         )  # fmt: skip
