@@ -94,8 +94,7 @@ class IndexedSlots:
         return np.flatnonzero((filling | (length % PAGE_SIZE == 0)) & filling.any())
 
     def place(self, rows: Rows, index: np.ndarray | None) -> tuple[np.ndarray, list[int]]:
-        """Slots [n], and the rows that start now. vLLM's dummy rows, index None, get the scratch
-        slot."""
+        """Slots [n], scratch where vLLM numbers none (dummy rows); and the rows that start now."""
         slots = np.full(len(rows.past), self.scratch) if index is None else index
         self.step, started = self.step + 1, []
         for i in np.flatnonzero(rows.filling).tolist():

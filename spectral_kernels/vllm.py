@@ -170,8 +170,7 @@ class Engine:
         count = min(model.get_num_layers(config.parallel_config), len(self.codec.layers))
         self.of_all = len(self.codec.layers) == model.get_total_num_hidden_layers()
         self.hybrid = model.is_hybrid  # beside layers with a state, as vLLM calls it
-        if config.use_v2_model_runner:
-            _watch_runner()
+        (_watch_runner if config.use_v2_model_runner else _zero_whole_blocks)()
         self.sinks, self.window = self.codec.sinks, self.codec.window
         self.slots = config.scheduler_config.max_num_seqs
         self.entries = KEPT * self.slots if self.sinks else 0
@@ -222,7 +221,8 @@ class Engine:
             kept = {n: getattr(impl.codec, n) for n in TENSORS} | {"seq_ids": self.seq_ids}
             for tensor in kept:  # buffers are what vLLM keeps when it sleeps
                 layer.register_buffer(f"spectral_{tensor}", kept[tensor], persistent=False)
-            # Pages of all kinds are as large as a state, or lie side by side in a block.
+            # vLLM makes states as large as a page, of which it knows one size then; pages of
+            # windows and ours, if packed, lie side by side in a block, each of its own size.
             width = widest if self.hybrid else codec.layout.token_bytes
             layer.attn_backend = _backend(width, len(attending) > len(found) and not self.hybrid)
         size = max(
@@ -323,9 +323,9 @@ def _engine(config: VllmConfig) -> Engine:
 
 @functools.cache
 def _watch_runner() -> None:
-    """What model runner V2 does not tell: the requests of a step beside state layers. What it must
-    not do: replay a graph of decodes for rows of a prompt's last token. Such a row may start on a
-    token of this very step (`Rows.late`), which no graph waits for."""
+    """Have model runner V2 tell a step's requests (beside state layers it does not), and replay no
+    graph of decodes for a row that is the last token of a prompt: it may start on a token of this
+    very step (`Rows.late`), and a graph knows no order of rows."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Runner
 
     gather = Runner.gather_batch_req_state
@@ -338,6 +338,21 @@ def _watch_runner() -> None:
         return batch, None if batch is not None and batch.has_prefill else uniform
 
     Runner.gather_batch_req_state = watched
+
+
+@functools.cache
+def _zero_whole_blocks() -> None:
+    """Beside windows and states vLLM zeroes new blocks (one's codes may be another's NaN); on CPUs
+    it takes their numbers for those of pages, of which a block may hold several."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as Runner
+
+    def zero(self: Any, block_ids: list[int]) -> None:
+        for layer in self.compilation_config.static_forward_context.values():
+            cache = getattr(layer, "kv_cache", None)
+            if isinstance(cache, torch.Tensor) and cache.numel():
+                cache.unflatten(0, (self.kv_cache_config.num_blocks, -1))[block_ids] = 0
+
+    Runner._zero_block_ids = zero
 
 
 # ---- what vLLM calls -----------------------------------------------------------------------------
@@ -468,7 +483,7 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
         index, filling = None, given.is_prefilling.numpy()  # of runner V1; of V2's dummy rows
         if batch is not None:
             index, filling = batch.idx_mapping_np, batch.is_prefilling_np
-        live = count if index is None else len(index)
+        live = min(count, len(filling))
         bounds = given.query_start_loc_cpu.numpy()
         new = np.diff(bounds[: live + 1])
         length = given.seq_lens_cpu_upper_bound.numpy()[:live].astype(np.int64)

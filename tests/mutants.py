@@ -722,6 +722,8 @@ MUTANTS: list[Mutant] = [
          "tests/test_vllm.py::test_windows_beside_leave_pages_small"),
         ("a prompt's last token in a graph", "batch.has_prefill else uniform", "False else uniform",
          "tests/test_vllm.py::test_model_runner_v2"),
+        ("blocks zeroed by pages' numbers", ".unflatten(0, (self.kv_cache_config.num_blocks, -1))",
+         "", "tests/test_vllm.py::test_new_blocks_are_zeroed_whole"),
         ("beside states pages of any width", "width = widest if self.hybrid else ", "width = ",
          "tests/test_vllm.py::test_state_layers_beside"),
     ),

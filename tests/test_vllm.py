@@ -444,7 +444,10 @@ def test_sliding_layers_beside(tmp_path, coded, monkeypatch):
         assert generate(engine, given) == expected
     assert scales == {config.query_pre_attn_scalar**-0.5}
     with serving(tmp_path, coded, attention_backend=None, attention_config=kinds) as engine:
-        found_again(engine, given, 4 * PAGE_SIZE)  # as many of ours as a page of a window
+        alone = found_again(engine, given, 4 * PAGE_SIZE)  # as many of ours as a window's page
+        for _ in range(3):  # blocks go from one kind of layers to another
+            engine.reset_prefix_cache()
+            assert generate(engine, given, 8) == alone
     with pytest.raises(ValueError, match="sliding window"), serving(tmp_path, EXACT):
         pass
 
@@ -510,15 +513,34 @@ def test_windows_beside_leave_pages_small(full, windows, heads, dim, least):
     assert got > least * dense
 
 
-def found_again(engine: LLM, given: list[dict[str, Any]], block: int) -> None:
+def found_again(engine: LLM, given: list[dict[str, Any]], block: int) -> list[list[int]]:
     """Prompts one by one, and once more: their blocks are found, and give the same tokens."""
     sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     runs = [[engine.generate(x, sampling, use_tqdm=False)[0] for x in given] for _ in range(2)]
-    miss, hit = ([x.outputs[0].token_ids for x in run] for run in runs)
+    miss, hit = ([list(x.outputs[0].token_ids) for x in run] for run in runs)
     for prompt, out in zip(given, runs[1], strict=True):
         known = (len(prompt["prompt_token_ids"]) - 1) // block * block
         assert out.num_cached_tokens == known
     assert hit == miss
+    return miss
+
+
+def test_new_blocks_are_zeroed_whole(monkeypatch):
+    """Three blocks of four of our pages each: the last one's, and no other."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as Runner
+
+    monkeypatch.setattr(Runner, "_zero_block_ids", None)
+    plugin._zero_whole_blocks.__wrapped__()
+    caches = {"ours": torch.ones(12, 2), "window": torch.ones(3, 8), "state": (torch.ones(3),)}
+    layers = {name: SimpleNamespace(kv_cache=x) for name, x in caches.items()}
+    runner = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        kv_cache_config=SimpleNamespace(num_blocks=3),
+    )
+    Runner._zero_block_ids(runner, [2])
+    assert caches["ours"].sum(1).tolist() == [2.0] * 8 + [0.0] * 4
+    assert caches["window"].sum(1).tolist() == [8.0, 8.0, 0.0]
+    assert caches["state"][0].all()
 
 
 def test_state_layers_beside(tmp_path, coded):
