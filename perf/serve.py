@@ -40,9 +40,7 @@ from typing import Any
 import torch
 
 from perf._cases import LOSSY, THETA, eight_bit_codec, random_model_codec
-from perf._timing import ROOT, Row, common_arguments, rounded, versions, write_row
-from spectral_kernels.codec import ModelCodec
-from spectral_kernels.layout import PAGE_SIZE
+from perf._timing import ROOT, Row, common_arguments, versions, write_row
 from spectral_kernels.rope import freqs_from_inv_freq
 
 # hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
@@ -53,7 +51,6 @@ SHAPES = {
 CHECK = (60, 190, 9, 700, 1, 1530, 890, 560)  # prompt lengths of the check
 BLOCKS = 44  # of its pool: too few for all of them at once
 GROUP = "vllm.general_plugins"
-PARTS = 6  # of the work of compiling for a layout: see perf/_serve_kernels.py
 
 
 def cell(text: str) -> tuple[int, int]:
@@ -95,12 +92,9 @@ def make_codec(shape: str, preset: str, path: Path) -> None:
 
 def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[dict[str, Any]]:
     """Prompts number first, first + 1, ..: a longer one starts as a shorter one of its number."""
-    found = []
-    for i in range(first, first + batch):
-        generator = torch.Generator().manual_seed(1000 + i)
-        ids = torch.randint(10, vocabulary - 300, (tokens,), generator=generator)
-        found.append({"prompt_token_ids": ids.tolist()})
-    return found
+    seeds = (torch.Generator().manual_seed(1000 + i) for i in range(first, first + batch))
+    ids = (torch.randint(10, vocabulary - 300, (tokens,), generator=x) for x in seeds)
+    return [{"prompt_token_ids": x.tolist()} for x in ids]
 
 
 # ---- one backend, in a process of its own --------------------------------------------------------
@@ -128,7 +122,7 @@ class Served:
             attention_backend=name,
             gpu_memory_utilization=args.utilization, max_model_len=longest(args),
             max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk, seed=0,
-            tensor_parallel_size=args.tp, enable_prefix_caching=True,
+            tensor_parallel_size=args.tp, enable_prefix_caching=kind != "exact",
             enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sizes(args)}, **more,
         )  # fmt: skip
@@ -252,15 +246,17 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
 
     def done(row: Row) -> None:
         row = {**served.row, **row}
-        append(results, row)
         if not args.check:
-            write_row(rounded(row), args.json)
+            row = write_row(row, args.json)
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         say(f"{row.get('B', 'check')}x{row.get('T', '')}")
 
     served = Served(args, backend, folder)
     say("engine started")
     if args.check:
-        return done(served.check())
+        done(served.check())
+        return
     warm = min(args.chunk + 1024, longest(args) - 8)
     for batch, tokens in ((1, warm), (1, warm), (2, 300)):
         served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
@@ -275,12 +271,6 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
             done(served.time(batch, tokens, args))
         if args.full:
             done(served.fill(args))
-    return None
-
-
-def append(path: Path, row: Row) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row if "tokens" in row else rounded(row)) + "\n")
 
 
 # ---- all backends --------------------------------------------------------------------------------
@@ -292,40 +282,20 @@ def environment(folder: Path) -> dict[str, str]:
     if not any("spectral_kernels" in x.value for x in importlib.metadata.entry_points(group=GROUP)):
         about = folder / "spectral_kernels-0.dist-info"
         about.mkdir()
-        (about / "METADATA").write_text(
-            "Metadata-Version: 2.1\nName: spectral-kernels\nVersion: 0\n"
-        )
-        (about / "entry_points.txt").write_text(
-            f"[{GROUP}]\nspectral = spectral_kernels.vllm:register\n"
-        )
+        (about / "METADATA").write_text("Name: spectral-kernels\nVersion: 0\n")
+        entry = f"[{GROUP}]\nspectral = spectral_kernels.vllm:register\n"
+        (about / "entry_points.txt").write_text(entry)
         path.append(str(folder))
     path += filter(None, [os.environ.get("PYTHONPATH")])
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
-    # Without the second every engine start on Hopper wants FlashInfer.
-    quiet["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
-    # vLLM keeps Triton's cache by model unless told where: `compile_kernels` fills this one.
-    quiet["TRITON_CACHE_DIR"] = str(Path.home() / ".triton" / "cache")
-    quiet["PYTHONFAULTHANDLER"] = "1"
-    quiet["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA may be in use before an engine starts
-    return {**quiet, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
-
-
-def compile_kernels(args: argparse.Namespace, codec: Path, env: dict[str, str]) -> None:
-    """What an engine would compile one by one, at once."""
-    begin, spec = time.perf_counter(), codec.with_suffix(".json")
-    width = -(-longest(args) // (2 * PAGE_SIZE)) * 2
-    about = {"codec": str(codec), "heads": SHAPES[args.shape][3], "ranks": args.tp}
-    spec.write_text(json.dumps({**about, "width": width, "seqs": args.seqs}))
-    layouts = {x.layout for x in ModelCodec.load(codec).layers}
-    command = [sys.executable, "-m", "perf._serve_kernels", str(spec)]
-    with open(os.devnull if "OUT" not in os.environ else f"{env['OUT']}/compile.log", "w") as log:
-        running = [
-            subprocess.Popen([*command, str(i)], env=env, cwd=ROOT, stdout=log, stderr=log)
-            for i in range(PARTS * len(layouts))
-        ]
-        failed = sum(process.wait() != 0 for process in running)
-    took = time.perf_counter() - begin
-    print(f"{len(running)} compilers, {failed} failed, {took:.0f} s", flush=True)
+    settings = {
+        "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",  # or every engine start on Hopper wants FlashInfer
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # CUDA may be in use before an engine starts
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it wants a NUMA node for each rank
+        # Else by model: what one engine has compiled, the next one finds.
+        "TRITON_CACHE_DIR": str(Path.home() / ".triton" / "cache"),
+    }  # fmt: skip
+    return {**settings, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 def run_backend(
@@ -340,8 +310,6 @@ def run_backend(
         codec = folder / f"{name}.safetensors"
         make_codec(args.shape, kind, codec)
         extra += ["--codec", str(codec)]
-        if torch.cuda.is_available():
-            compile_kernels(args, codec, env)
     results.write_text("")
     begin = time.perf_counter()
     log = Path(os.environ.get("OUT", folder)) / f"{name}.log"
@@ -372,8 +340,8 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """Cells of all backends, and their ratios to the first backend's."""
-    lines = [f"{'backend':24}{'cell':>12}{'ttft ms':>10}{'tpot ms':>16}{'KV tokens':>18}"]
-    lines[0] += f"{'tokens/s':>18}"
+    columns = {"ttft_ms": ".0f", "tpot_ms": ".3f", "kv_tokens": "d", "throughput": ".1f"}
+    lines = [f"{'backend':24}{'cell':>12}" + "".join(f"{x:>18}" for x in columns)]
 
     def kind_of(row: Row) -> tuple[str, str]:
         return row["backend"], row["kv_dtype"]
@@ -381,16 +349,10 @@ def table(rows: list[Row]) -> str:
     first = [x for x in rows if kind_of(x) == kind_of(rows[0])]
     for row in rows:
         # The full pool has as many prompts as a backend takes: the last row of each.
-        alike = [x for x in rows if (x["B"], x["T"]) == (row["B"], row["T"])]
-        base = (alike if kind_of(alike[0]) == kind_of(rows[0]) else first[-1:])[0]
-        values = [f"{row['ttft_ms']:.0f}"]
-        for name, form in (("tpot_ms", ".3f"), ("kv_tokens", "d"), ("throughput", ".1f")):
-            values.append(f"{row[name]:{form}} ({row[name] / base[name]:.2f}x)")
-        at = f"{row['B']}x{row['T']}"
-        label = f"{row['backend']} {row['kv_dtype']}"
-        lines.append(
-            f"{label:24}{at:>12}{values[0]:>10}{values[1]:>16}{values[2]:>18}{values[3]:>18}"
-        )
+        base = next((x for x in first if (x["B"], x["T"]) == (row["B"], row["T"])), first[-1])
+        values = (f"{row[x]:{form}} ({row[x] / base[x]:.2f}x)" for x, form in columns.items())
+        label, at = " ".join(kind_of(row)), f"{row['B']}x{row['T']}"
+        lines.append(f"{label:24}{at:>12}" + "".join(f"{x:>18}" for x in values))
     return "\n".join(lines)
 
 

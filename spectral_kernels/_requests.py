@@ -88,9 +88,14 @@ class IndexedSlots:
         self.exact = exact  # pages hold nothing to start on: what is computed already goes on
         self._seen: dict[int, tuple[Any, ...]] = {}  # slot: step, length, pages of the window
 
-    def place(self, rows: Rows, index: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Slots [n], and the rows that start now. vLLM's dummy rows get the scratch slot."""
-        slots = np.where((rows.past > 0) | rows.filling, index, self.scratch)
+    def needed(self, length: np.ndarray, filling: np.ndarray) -> np.ndarray:
+        """Rows whose pages are to be known: those that fill their prompts, and where there are any,
+        those that end a page: one of these may start on it."""
+        return np.flatnonzero((filling | (length % PAGE_SIZE == 0)) & filling.any())
+
+    def place(self, rows: Rows, index: np.ndarray | None) -> tuple[np.ndarray, list[int]]:
+        """Slots [n], scratch where vLLM numbers none (dummy rows); and the rows that start now."""
+        slots = np.full(len(rows.past), self.scratch) if index is None else index
         self.step, started = self.step + 1, []
         for i in np.flatnonzero(rows.filling).tolist():
             (before, now), slot = (rows.past[i], rows.length[i]), int(slots[i])
@@ -108,6 +113,10 @@ class PagedSlots:
     def __init__(self, slots: int) -> None:
         self._used, self.step = np.zeros(slots, np.int64), 0
         self._owner: dict[tuple[int, tuple[int, ...]], int] = {}  # length, pages: slot
+
+    def needed(self, length: np.ndarray, filling: np.ndarray) -> np.ndarray:
+        """As `IndexedSlots.needed`: all."""
+        return np.arange(len(length))
 
     def place(self, rows: Rows, index: None = None) -> tuple[np.ndarray, list[int]]:
         """As `IndexedSlots.place`."""

@@ -16,6 +16,7 @@ beside it, a slot a running request in each layer (`SpectralImpl`).
 A request that starts on computed tokens (a prefix hit; resumed after preemption) finds them in
 pages: its window is rebuilt from these. Its sinks are copied exactly from a pool by the number of
 its first page (`SinkPool`), or if they are gone rebuilt too.
+Layers with a window or a state (Mamba, convolutions) may stand beside ours, in vLLM's own groups.
 For vLLM 0.32 and 0.33: model runner V2 on GPUs, V1 on CPUs.
 Test: tests/test_vllm.py; on a GPU also python -m perf.serve --check.
 """
@@ -52,7 +53,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention import backend as base
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, replace_as
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 NAME, PATH = "SPECTRAL", "spectral_kernels.vllm.SpectralBackend"
 CHUNK = 128  # most new tokens on a past that are attended by the decode kernel
@@ -99,7 +100,7 @@ def _choose_on_cpu(platform: Any) -> None:
 # ---- what the layers of a worker share -----------------------------------------------------------
 
 
-def _load_codec(config: VllmConfig, layers: int) -> ModelCodec:
+def _load_codec(config: VllmConfig) -> ModelCodec:
     """The whole model's codec, on the CPU: --additional-config '{"spectral": {...}}', with "codec",
     a file, and "preset"; else the environment, SPECTRAL_CODEC and SPECTRAL_PRESET.
 
@@ -113,7 +114,10 @@ def _load_codec(config: VllmConfig, layers: int) -> ModelCodec:
     path = more.get("codec", os.environ.get("SPECTRAL_CODEC"))
     preset = more.get("preset", os.environ.get("SPECTRAL_PRESET"))
     heads, dim = model.get_total_num_kv_heads(), model.get_head_size()
-    if preset == "exact":
+    if preset == "exact":  # whose pages hold nothing that another request could use
+        if config.cache_config.enable_prefix_caching:
+            raise ValueError("preset exact: expected --no-enable-prefix-caching")
+        layers = model.get_total_num_hidden_layers()
         return ModelCodec.exact(layers, heads, dim, model.max_model_len)
     if path is None or not Path(path).is_file():
         raise ValueError(
@@ -139,7 +143,6 @@ def _check_config(config: VllmConfig) -> None:
         or parallel.prefill_context_parallel_size > 1,
         "microbatches": parallel.use_ubatching,
         f"kv_cache_dtype {kind}": kind not in ("auto", "bfloat16", "float16"),
-        "a model with state layers": config.model_config.is_hybrid,
         "model runner V1 on a GPU": not current_platform.is_cpu()
         and not config.use_v2_model_runner,
     }
@@ -162,8 +165,12 @@ class Engine:
         _check_config(config)
         self.context, model = config.compilation_config.static_forward_context, config.model_config
         self.device = torch.device(current_platform.device_type)
-        count = model.get_num_layers(config.parallel_config)
-        self.codec = _load_codec(config, count)
+        self.codec = _load_codec(config)
+        # Fewer in a stage of a pipeline, or beside layers of other kinds.
+        count = min(model.get_num_layers(config.parallel_config), len(self.codec.layers))
+        self.of_all = len(self.codec.layers) == model.get_total_num_hidden_layers()
+        self.hybrid = model.is_hybrid  # beside layers with a state, as vLLM calls it
+        (_watch_runner if config.use_v2_model_runner else _zero_whole_blocks)()
         self.sinks, self.window = self.codec.sinks, self.codec.window
         self.slots = config.scheduler_config.max_num_seqs
         self.entries = KEPT * self.slots if self.sinks else 0
@@ -186,6 +193,7 @@ class Engine:
         exact = self.codec.preset == "exact"
         numbered = IndexedSlots(self.slots, self.window, exact), PagedSlots(self.slots)
         self.placing: Any = numbered[not config.use_v2_model_runner]
+        self.batch: Any = None  # of runner V2's step: `_watch_runner`
         self.seen: Any = None  # vLLM's metadata of this step, and ours
         self.sent = np.zeros(0, np.int32)  # what seq_ids holds
         self.seq_ids = torch.zeros(self.slots + 8, dtype=torch.int32, device=self.device)
@@ -194,15 +202,17 @@ class Engine:
         """All layers exist: each gets its codec, and a backend of its pages' bytes."""
         if self.layers[0].codec is not None:
             return
-        found = {n: x for n, x in self.context.items() if isinstance(x.impl, SpectralImpl)}
+        attending = {n: x for n, x in self.context.items() if hasattr(x, "impl")}
+        found = {n: x for n, x in attending.items() if isinstance(x.impl, SpectralImpl)}
         rank = distributed.get_tensor_model_parallel_rank()
         ranks = distributed.get_tensor_model_parallel_world_size()
-        whole = len(found) == len(self.codec.layers)  # else a stage of a pipeline
+        whole, known = len(found) == len(self.codec.layers), len(self.codec.layers)
+        if not whole and not self.of_all:
+            raise ValueError(f"codec: expected {len(found)} layers, got {known}")
         parts: dict[int, Any] = {}
+        widest = max(x.layout.token_bytes for x in self.codec.layers)
         for at, (name, layer) in enumerate(found.items()):
             index, impl = at if whole else extract_layer_index(name), layer.impl
-            if index >= (known := len(self.codec.layers)):
-                raise ValueError(f"codec: expected {index + 1} layers, got {known}")
             codec = self.codec.layers[index]
             if id(codec) not in parts:
                 first = rank * codec.kv_heads // ranks
@@ -211,7 +221,10 @@ class Engine:
             kept = {n: getattr(impl.codec, n) for n in TENSORS} | {"seq_ids": self.seq_ids}
             for tensor in kept:  # buffers are what vLLM keeps when it sleeps
                 layer.register_buffer(f"spectral_{tensor}", kept[tensor], persistent=False)
-            layer.attn_backend = _backend(codec.layout.token_bytes, self.codec.preset == "exact")
+            # vLLM makes states as large as a page, of which it knows one size then; pages of
+            # windows and ours, if packed, lie side by side in a block, each of its own size.
+            width = widest if self.hybrid else codec.layout.token_bytes
+            layer.attn_backend = _backend(width, len(attending) > len(found) and not self.hybrid)
         size = max(
             attend_workspace(
                 codec, batch=batch, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
@@ -308,13 +321,41 @@ def _engine(config: VllmConfig) -> Engine:
     return _ENGINES[0]
 
 
+@functools.cache
+def _watch_runner() -> None:
+    """Have model runner V2 tell a step's requests (beside state layers it does not), and replay no
+    graph of decodes for a row that is the last token of a prompt: it may start on a token of this
+    very step (`Rows.late`), and a graph knows no order of rows."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Runner
+
+    gather = Runner.gather_batch_req_state
+
+    def watched(self: Any, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
+        batch, uniform = gather(self, scheduler_output, dummy_run)
+        if not _ENGINES:
+            return batch, uniform
+        _ENGINES[0].batch = batch
+        return batch, None if batch is not None and batch.has_prefill else uniform
+
+    Runner.gather_batch_req_state = watched
+
+
+@functools.cache
+def _zero_whole_blocks() -> None:
+    """Beside windows and states vLLM zeroes new blocks (one's codes may be another's NaN); on CPUs
+    it takes their numbers for those of pages, of which a block may hold several."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as Runner
+
+    def zero(self: Any, block_ids: list[int]) -> None:
+        for layer in self.compilation_config.static_forward_context.values():
+            cache = getattr(layer, "kv_cache", None)
+            if isinstance(cache, torch.Tensor) and cache.numel():
+                cache.unflatten(0, (self.kv_cache_config.num_blocks, -1))[block_ids] = 0
+
+    Runner._zero_block_ids = zero
+
+
 # ---- what vLLM calls -----------------------------------------------------------------------------
-
-
-class ExactSpec(FullAttentionSpec):
-    """Of preset exact, whose pages hold nothing that another request could use."""
-
-    prefix_cacheable = False
 
 
 class SpectralBackend(base.AttentionBackend):
@@ -322,8 +363,7 @@ class SpectralBackend(base.AttentionBackend):
 
     supported_dtypes = [torch.float16, torch.bfloat16]  # noqa: RUF012
     supported_dtypes += [torch.float32] * current_platform.is_cpu()  # not of FlashAttention
-    token_bytes = 0  # of a token and KV head: of `_backend`'s subclasses
-    exact = False
+    token_bytes, packed = 0, False  # of `_backend`'s subclasses
 
     @staticmethod
     def get_name() -> str:
@@ -355,20 +395,21 @@ class SpectralBackend(base.AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        return (KVCacheLayout.LBHNC,)  # a page's bytes of one head lie together
+        # A page's bytes of one head lie together; packed: a block's pages of all layers, too.
+        return (KVCacheLayout.BLHNC,) * cls.packed + (KVCacheLayout.LBHNC,)
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         if cls.token_bytes == 0:
             return spec
-        kind = ExactSpec if cls.exact else FullAttentionSpec
-        return replace_as(spec, kind, dtype=torch.uint8, state_content_bytes=cls.token_bytes)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=cls.token_bytes)
 
 
 @functools.cache
-def _backend(token_bytes: int, exact: bool) -> type[SpectralBackend]:
-    """vLLM asks a layer's backend for its pages' bytes: a class for each number."""
-    fields = {"token_bytes": token_bytes, "exact": exact}
+def _backend(token_bytes: int, packed: bool) -> type[SpectralBackend]:
+    """vLLM asks a layer's backend for its pages' bytes, of a token and KV head, and for where they
+    lie: a class for each answer."""
+    fields = {"token_bytes": token_bytes, "packed": packed}
     return type(f"SpectralBackend{token_bytes}", (SpectralBackend,), fields)
 
 
@@ -438,16 +479,20 @@ class SpectralBuilder(base.AttentionMetadataBuilder[SpectralMetadata]):
     def _build(self, given: base.CommonAttentionMetadata) -> SpectralMetadata:
         engine, count = self.engine, given.num_reqs
         table = given.block_table_tensor[:count, : engine.max_pages]
-        live = count if given.req_idx is None else min(count, len(given.req_idx))
+        batch, engine.batch = engine.batch, None
+        index, filling = None, given.is_prefilling.numpy()  # of runner V1; of V2's dummy rows
+        if batch is not None:
+            index, filling = batch.idx_mapping_np, batch.is_prefilling_np
+        live = min(count, len(filling))
         bounds = given.query_start_loc_cpu.numpy()
         new = np.diff(bounds[: live + 1])
         length = given.seq_lens_cpu_upper_bound.numpy()[:live].astype(np.int64)
-        rows = Rows(length - new, length, given.is_prefilling.numpy()[:live], {})
-        known = np.arange(live) if given.req_idx is None else np.flatnonzero(rows.filling)
+        rows = Rows(length - new, length, filling[:live], {})
+        known = engine.placing.needed(rows.length, rows.filling)
         if len(known):  # waits for the device, in steps with prompts only
             pages = table[torch.from_numpy(known).to(table.device)].cpu().numpy()
             rows.pages = dict(zip(known.tolist(), pages, strict=True))
-        slots, started = engine.placing.place(rows, given.req_idx)
+        slots, started = engine.placing.place(rows, index)
         entries, late = engine.start(rows, started, slots, table)
         ids = np.full(count, engine.slots, np.int32)  # padded rows, of no tokens: scratch
         ids[:live] = slots
@@ -508,9 +553,10 @@ class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
         """(side, pages uint8 [B, G, 64 * bytes], exact tokens, kept sinks) of K and of V."""
         cache = self.layer.kv_cache  # [B, G, 64, bytes of K and V]
         cache = cache.view(*cache.shape[:2], -1)  # in another layout an error, not a copy
-        at = PAGE_SIZE * self.codec.layout.k.bytes
+        layout = self.codec.layout
+        at, end = (PAGE_SIZE * n for n in (layout.k.bytes, layout.token_bytes))
         k = "k", cache[..., :at], self.k_exact, self.k_pool
-        return k, ("v", cache[..., at:], self.v_exact, self.v_pool)
+        return k, ("v", cache[..., at:end], self.v_exact, self.v_pool)
 
     def forward(
         self, layer: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,

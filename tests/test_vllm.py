@@ -10,6 +10,7 @@ scheduler does; what a coded page may lose is bounded by half a step of an 8-bit
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import shutil
@@ -19,7 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,7 +38,9 @@ os.environ.update(
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory  # noqa: E402
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 
 from perf._cases import eight_bit_codec, random_codec  # noqa: E402
@@ -94,6 +99,7 @@ def serving(
         "max_model_len": 1024, "max_num_seqs": 4, "max_num_batched_tokens": 2048,
         "enforce_eager": True, "kv_cache_memory_bytes": (blocks or 256) * DENSE,
         "attention_backend": "CPU_ATTN" if spectral is None else "SPECTRAL",
+        "enable_prefix_caching": spectral != EXACT,
         "additional_config": {"spectral": spectral} if spectral else {}, **options,
     }  # fmt: skip
     engine = LLM(model=str(model), **settings)
@@ -195,19 +201,25 @@ def test_fifty_that_come_and_go(kind, model, coded, monkeypatch):
 
 def test_admits_by_page_bytes(model, tmp_path):
     """Layers of different bands have pages of different bytes, in one group."""
-    layers = tuple(
-        random_codec(PageLayout(Bands.parse(k), Bands.parse(v), 64), 2, freqs())
-        for k, v in (("16x8+16x4+32x2", "64x4"), ("16x4", "32x2"))
-    )
-    path = tmp_path / "codec.safetensors"
-    ModelCodec(layers, sinks=4, window=16).save(path)
+    codec = mixed_codec(tmp_path / "codec.safetensors")
+    layers = ModelCodec.load(codec["codec"]).layers
     page = sum(2 * PAGE_SIZE * x.layout.token_bytes for x in layers)
     assert DENSE / page > 12
-    with serving(model, {"codec": str(path)}) as engine:
+    with serving(model, codec) as engine:
         assert blocks_of(engine) == 256 * DENSE // page
         found = [impl.layer.kv_cache for impl in plugin._ENGINES[0].layers]
         assert [x.shape[-1] for x in found] == [x.layout.token_bytes for x in layers]
         generate(engine, prompts(70, 200))
+
+
+def mixed_codec(path: Path) -> dict[str, str]:
+    """The settings with a codec of two layers of different bands."""
+    layers = tuple(
+        random_codec(PageLayout(Bands.parse(k), Bands.parse(v), 64), 2, freqs())
+        for k, v in (("16x8+16x4+32x2", "64x4"), ("16x4", "32x2"))
+    )
+    ModelCodec(layers, sinks=4, window=16).save(path)
+    return {"codec": str(path)}
 
 
 def exact_tokens(length: int) -> list[torch.Tensor]:
@@ -255,6 +267,33 @@ def test_a_prefix_of_the_same_step(budget, model, coded):
     with serving(model, coded, max_num_seqs=5, max_num_batched_tokens=budget) as engine:
         assert generate(engine, given) == alone
         assert plugin._ENGINES[0].lost == 0
+
+
+def test_a_prefix_of_one_token_of_the_same_step(model, coded, monkeypatch):
+    """A request that starts on 64 tokens with its 65th, in the step that computes the 64th as a
+    token that another has generated. (Not a graph's step: `test_model_runner_v2`.)"""
+    with serving(model, coded) as engine:
+        (prompt,) = prompts(60)
+        (new,) = generate(engine, [prompt])
+        start = {"prompt_token_ids": [*prompt["prompt_token_ids"], *new[:4], 7]}
+        (expected,) = generate(engine, [start])
+    seen, place = [], plugin.PagedSlots.place
+
+    def watched(self: Any, rows: Any, index: Any) -> Any:
+        seen.append((rows.late, (rows.length - rows.past).tolist()))
+        return place(self, rows, index)
+
+    monkeypatch.setattr(plugin.PagedSlots, "place", watched)
+    sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, detokenize=False)
+    with serving(model, coded) as engine:
+        core, tokens = engine.llm_engine, {}
+        core.add_request("first", prompt, sampling)
+        while core.has_unfinished_requests():
+            if len(seen) == 4:  # the next step computes token 63, counted from 0
+                core.add_request("second", start, sampling)
+            tokens |= {x.request_id: list(x.outputs[0].token_ids) for x in core.step()}
+    assert seen[4] == ([1], [1, 1])
+    assert tokens == {"first": new, "second": expected}
 
 
 @pytest.mark.parametrize(
@@ -377,9 +416,9 @@ def test_recall(ranks, tmp_path):
     assert adapter >= 0.85 * len(given)
 
 
-def test_sliding_layers_beside(tmp_path, monkeypatch):
-    """Layers with a sliding window stay with vLLM's own backend, in groups of their own; ours get
-    the model's scale, which is not D**-0.5."""
+def test_sliding_layers_beside(tmp_path, coded, monkeypatch):
+    """Layers with a sliding window stay with vLLM's own backend, in groups of their own, whose
+    pages are found again with ours; ours get the model's scale, which is not D**-0.5."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -404,8 +443,172 @@ def test_sliding_layers_beside(tmp_path, monkeypatch):
         assert len(plugin._ENGINES[0].layers) == 2
         assert generate(engine, given) == expected
     assert scales == {config.query_pre_attn_scalar**-0.5}
+    with serving(tmp_path, coded, attention_backend=None, attention_config=kinds) as engine:
+        alone = found_again(engine, given, 4 * PAGE_SIZE)  # as many of ours as a window's page
+        for _ in range(3):  # blocks go from one kind of layers to another
+            engine.reset_prefix_cache()
+            assert generate(engine, given, 8) == alone
     with pytest.raises(ValueError, match="sliding window"), serving(tmp_path, EXACT):
         pass
+
+
+def test_pages_beside_others(model, tmp_path, monkeypatch):
+    """As they lie beside windows, those of a block in a row, or beside states, all as wide as the
+    widest: the same tokens. (vLLM's own backend for CPUs takes no blocks in rows.)"""
+    codec, original, given = mixed_codec(tmp_path / "codec"), plugin._backend, prompts(200, 70)
+    widths = [x.layout.token_bytes for x in ModelCodec.load(codec["codec"]).layers]
+    with serving(model, codec) as engine:
+        expected = generate(engine, given)
+    for packed, width in ((True, lambda n: n), (False, lambda n: max(widths))):
+        beside = functools.partial(
+            lambda n, _, packed, width: original(width(n), packed), packed=packed, width=width
+        )
+        monkeypatch.setattr(plugin, "_backend", beside)
+        with serving(model, codec) as engine:
+            found = [impl.layer.kv_cache for impl in plugin._ENGINES[0].layers]
+            assert [x.shape[-1] for x in found] == [width(n) for n in widths]
+            block = 2 * PAGE_SIZE * (sum(widths) if packed else max(widths))
+            assert [x.stride(0) for x in found] == [block, block]
+            assert generate(engine, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("full", "windows", "heads", "dim", "least"), [(10, 52, 16, 128, 3.9), (8, 40, 8, 256, 3.9)],
+    ids=["Gemma 3 27B", "Gemma 3 12B"],
+)  # fmt: skip
+def test_windows_beside_leave_pages_small(full, windows, heads, dim, least):
+    """Requests of 128K tokens that vLLM's planning admits, of those with its own pages: pages of
+    layers in turn of three sizes, windows in the model's dtype."""
+    from vllm.v1.core import kv_cache_utils as planning
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    shape: dict[str, Any] = {"num_kv_heads": heads, "head_size": dim, "dtype": torch.bfloat16}
+    widths = [dim // 2 + 8 * (i % 3 - 1) for i in range(full)]
+
+    def admitted(customize: Any, backends: list[Any]) -> float:
+        (layout, *_) = get_supported_kv_cache_layouts(backends)
+        config = MagicMock(speculative_config=None, kv_transfer_config=None)
+        config.scheduler_config.disable_hybrid_kv_cache_manager = False
+        config.attention_config.hisparse_config = None
+        config.cache_config.num_gpu_blocks_override = None
+        config.cache_config.get_resolved_kv_cache_layout = lambda: layout
+        specs = {
+            f"ours.{i}": customize(FullAttentionSpec(block_size=64, **shape), i)
+            for i in range(full)
+        }
+        specs |= {
+            f"window.{i}": SlidingWindowSpec(block_size=64, sliding_window=1024, **shape)
+            for i in range(windows)
+        }
+        groups = planning.get_kv_cache_groups(config, specs)
+        plan = planning.get_kv_cache_config_from_groups(config, groups, 40 * 2**30)
+        ours = [x for x in groups if x.layer_names[0].startswith("ours")]
+        assert len(ours) == 1
+        assert ours[0].kv_cache_spec.block_size == 64
+        return plan.num_blocks / (2048 + (len(groups) - 1) * (1024 // 64 + 1))
+
+    dense = admitted(lambda spec, _: spec, [CPUAttentionBackend])
+    backends = [plugin._backend(n, True) for n in sorted(set(widths))]
+    got = admitted(lambda spec, i: plugin._backend(widths[i], True).customize_spec(spec), backends)
+    assert got > least * dense
+
+
+def found_again(engine: LLM, given: list[dict[str, Any]], block: int) -> list[list[int]]:
+    """Prompts one by one, and once more: their blocks are found, and give the same tokens."""
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+    runs = [[engine.generate(x, sampling, use_tqdm=False)[0] for x in given] for _ in range(2)]
+    miss, hit = ([list(x.outputs[0].token_ids) for x in run] for run in runs)
+    for prompt, out in zip(given, runs[1], strict=True):
+        known = (len(prompt["prompt_token_ids"]) - 1) // block * block
+        assert out.num_cached_tokens == known
+    assert hit == miss
+    return miss
+
+
+def test_new_blocks_are_zeroed_whole(monkeypatch):
+    """Three blocks of four of our pages each: the last one's, and no other."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as Runner
+
+    monkeypatch.setattr(Runner, "_zero_block_ids", None)
+    plugin._zero_whole_blocks.__wrapped__()
+    caches = {"ours": torch.ones(12, 2), "window": torch.ones(3, 8), "state": (torch.ones(3),)}
+    layers = {name: SimpleNamespace(kv_cache=x) for name, x in caches.items()}
+    runner = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        kv_cache_config=SimpleNamespace(num_blocks=3),
+    )
+    Runner._zero_block_ids(runner, [2])
+    assert caches["ours"].sum(1).tolist() == [2.0] * 8 + [0.0] * 4
+    assert caches["window"].sum(1).tolist() == [8.0, 8.0, 0.0]
+    assert caches["state"][0].all()
+
+
+def test_state_layers_beside(tmp_path, coded):
+    """LFM2: convolutions' states lie in the same pool, in groups of their own. Where a state is
+    larger than a page of 64 tokens, vLLM makes blocks of several. (One request at a time: vLLM's
+    convolutions on CPUs give other tokens in a batch, and with states that are kept.)"""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        hidden_size=256, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, max_position_embeddings=1024, initializer_range=0.1, conv_L_cache=4,
+        layer_types=["conv", "full_attention", "conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False, block_ff_dim=128,
+        block_dim=256, conv_dim=256, block_multiple_of=64, block_ffn_dim_multiplier=1.0,
+    )  # fmt: skip
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path)
+    given, alone = prompts(70, 200, 9), {"max_num_seqs": 1}
+    with serving(tmp_path, None, enable_prefix_caching=False, **alone) as engine:
+        expected = generate(engine, given)
+    with serving(tmp_path, EXACT, **alone) as engine:
+        assert engine.llm_engine.vllm_config.cache_config.block_size == 2 * PAGE_SIZE
+        assert len(plugin._ENGINES[0].layers) == 2
+        assert generate(engine, given) == expected
+    with serving(tmp_path, coded, **alone) as engine:
+        found_again(engine, given, PAGE_SIZE)
+        assert plugin._ENGINES[0].lost == 0
+    with serving(tmp_path, mixed_codec(tmp_path / "mixed"), **alone) as engine:
+        generate(engine, given)
+        found = [impl.layer.kv_cache for impl in plugin._ENGINES[0].layers]
+        assert len({x.shape[-1] for x in found}) == 1
+
+
+def test_model_runner_v2(monkeypatch):
+    """It runs on GPUs only; here how it gathers a step's rows, 0 a request that decodes, 1 one that
+    starts behind 64 tokens: with one new token each it would replay a graph of decodes."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as Runner
+
+    engine = SimpleNamespace(batch=None)
+    monkeypatch.setattr(plugin, "_ENGINES", [engine])
+    original = Runner.gather_batch_req_state
+    monkeypatch.setattr(Runner, "gather_batch_req_state", original)
+    plugin._watch_runner.__wrapped__()
+    states = SimpleNamespace(
+        req_id_to_index={"0": 3, "1": 1}, num_computed_prefill_tokens=np.array([0, 64, 0, 60]),
+        prefill_len=SimpleNamespace(np=np.array([0, 65, 0, 60])),
+    )  # fmt: skip
+    runner = SimpleNamespace(
+        req_states=states, decode_query_len=1, use_pp=False, pcp_manager=None,
+        adaptive_verification=None,
+    )  # fmt: skip
+
+    def gathered(gather: Any, new: dict[str, int], dummy: bool = False) -> int | None:
+        step = SimpleNamespace(
+            num_scheduled_tokens=new, total_num_scheduled_tokens=sum(new.values()),
+            scheduled_spec_decode_tokens={},
+        )  # fmt: skip
+        return gather(runner, step, dummy)[1]
+
+    watched = Runner.gather_batch_req_state
+    assert gathered(original, {"0": 1, "1": 1}) == 1, "no graph would be replayed"
+    assert gathered(watched, {"0": 1, "1": 1}) is None
+    assert engine.batch.idx_mapping_np.tolist() == [3, 1]
+    assert engine.batch.is_prefilling_np.tolist() == [False, True]
+    assert gathered(watched, {"0": 1}) == 1
+    assert engine.batch.idx_mapping_np.tolist() == [3]
+    assert gathered(watched, {"0": 1}, dummy=True) == 1
+    assert engine.batch is None
 
 
 def test_layers_in_more_than_one_group(tmp_path):
@@ -453,10 +656,10 @@ def settings(**changes: Any) -> SimpleNamespace:
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto"),
+        cache_config=SimpleNamespace(cache_dtype="auto", enable_prefix_caching=True),
         model_config=SimpleNamespace(
             model="NAME", max_model_len=64, get_total_num_kv_heads=lambda: 2,
-            get_head_size=lambda: 64, is_hybrid=False,
+            get_head_size=lambda: 64, get_total_num_hidden_layers=lambda: 2,
         ),
     )  # fmt: skip
     for name, value in changes.items():
@@ -471,23 +674,23 @@ def test_refuses(coded, monkeypatch):
         plugin._check_config(settings(speculative_config=object()))
     with pytest.raises(NotImplementedError, match="fp8"):
         plugin._check_config(settings(cache_config=SimpleNamespace(cache_dtype="fp8")))
-    with pytest.raises(NotImplementedError, match="state layers"):
-        plugin._check_config(settings(model_config=SimpleNamespace(is_hybrid=True)))
+    with pytest.raises(ValueError, match="expected --no-enable-prefix-caching"):
+        plugin._load_codec(settings(additional_config={"spectral": EXACT}))
     command = "python -m spectral_kernels.calibrate --model NAME --preset balanced"
     with pytest.raises(ValueError, match=command):
-        plugin._load_codec(settings(), 2)
+        plugin._load_codec(settings())
     with pytest.raises(ValueError, match="expected codec and preset"):
-        plugin._load_codec(settings(additional_config={"spectral": {"window": 3}}), 2)
+        plugin._load_codec(settings(additional_config={"spectral": {"window": 3}}))
     with pytest.raises(ValueError, match="expected the codec's, 8 bits, got small"):
         given = {"spectral": {**coded, "preset": "small"}}
-        plugin._load_codec(settings(additional_config=given), 2)
+        plugin._load_codec(settings(additional_config=given))
     monkeypatch.setenv("SPECTRAL_CODEC", coded["codec"])
-    assert plugin._load_codec(settings(), 2).preset == "8 bits"
+    assert plugin._load_codec(settings()).preset == "8 bits"
     other = SimpleNamespace(
         model="NAME", get_total_num_kv_heads=lambda: 4, get_head_size=lambda: 64
     )
     with pytest.raises(ValueError, match="expected 4 KV heads of 64"):
-        plugin._load_codec(settings(model_config=other), 2)
+        plugin._load_codec(settings(model_config=other))
 
 
 def test_too_many_requests(model, coded, monkeypatch):
