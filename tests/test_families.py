@@ -36,7 +36,7 @@ MIXED = ("gemma3", "gpt_oss", "lfm2", "qwen3_next")
 REFUSED = {
     "gemma2": "softcapping; it stays dense",
     "gemma3n": "keys of its own in every layer; it stays dense",
-    "mistral, windows": "layers with full attention and nothing else.*; it stays dense",
+    "mistral, windows": "layers with full attention and no more.*; it stays dense",
     "deepseek_v3": r"MLA.*; it stays dense",
     "diffllama": "it does more than softmax; it stays dense|attention function 'spectral' did not"
     "|does not call transformers' attention interface",
