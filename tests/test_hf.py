@@ -29,15 +29,15 @@ transformers = pytest.importorskip("transformers")
 import torch._dynamo.testing  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
-from spectral_kernels import _launch, calibrate, hf  # noqa: E402
+from spectral_kernels import _launch, _model, calibrate, hf  # noqa: E402
 from spectral_kernels.cache import copy_tokens  # noqa: E402
 from spectral_kernels.codec import Codec, ModelCodec  # noqa: E402
 from spectral_kernels.hf import CACHE, MAX_STEP, ModelCache, enable  # noqa: E402
 from spectral_kernels.layout import Bands, PageLayout  # noqa: E402
 from spectral_kernels.rope import freqs_from_inv_freq  # noqa: E402
+from tests.families import VERSION, VOCAB, generate, prompt  # noqa: E402
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -47,7 +47,6 @@ ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "longrope": {**ORIGINAL, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32},
 }
-VOCAB = 512
 on_cuda = pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
 
 
@@ -89,24 +88,6 @@ def tiny(architecture: str = "llama", rope: str = "default", **changes: Any) -> 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
     return model.eval().to(cases.DEVICE)
-
-
-def prompt(
-    tokens: int, *, rows: int = 1, padding: tuple[int, ...] = (), seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [rows, tokens]; `padding` is the left padding of the rows."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, count in enumerate(padding):
-        ids[row, :count], mask[row, :count] = 0, 0
-    return {"input_ids": ids.to(cases.DEVICE), "attention_mask": mask.to(cases.DEVICE)}
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-    torch.manual_seed(1)
-    defaults = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    return model.generate(**inputs, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -681,11 +662,13 @@ class FakeGraph(hf._StepGraph):
     """Stands in for a captured graph where there is no GPU: the forward as it was captured."""
 
     def __init__(self, forward: Callable[..., Any], cache: ModelCache, *_: Any) -> None:
-        before = cache.spectral.seq_lens.clone()
+        states = (x for layer in cache.others for x in _model.tensors_of(layer))
+        moved = [cache.spectral.seq_lens, *states]
+        before = [x.clone() for x in moved]
         self.forward, self.handle = forward, cache.owner()
         for _ in range(3):
-            self.output = forward(torch.zeros(cache.batch, 1).long(), before[:, None].long())
-            cache.spectral.seq_lens.copy_(before)
+            self.output = forward(torch.zeros(cache.batch, 1).long(), before[0][:, None].long())
+            torch._foreach_copy_(moved, before)
 
     def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
         self.handle._capturing = True
