@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -40,56 +42,44 @@ def layouts(preset: str, dim: int, count: int = 3) -> list[PageLayout]:
     return [PageLayout(k, v, dim) for k, v in dict.fromkeys(chosen)]
 
 
+def codec_of(layout: PageLayout, freqs: torch.Tensor, mean: torch.Tensor, *sides: Any) -> Codec:
+    """From the mean key [1, G, D] and, of K and of V, orthonormal directions [G, R, D] and the
+    steps [R] of their coefficients; the encoder is the transpose in steps."""
+    tensors: dict[str, torch.Tensor] = {}
+    for side, (directions, step) in zip("kv", sides, strict=True):
+        rows, lengths = quantise_basis(directions)
+        encoder = (directions.float() / step[:, None]).mT.contiguous()
+        tensors |= {f"{side}_basis": rows[None], f"{side}_scale": (lengths * step)[None]}
+        tensors[f"{side}_encoder"] = encoder[None]
+    offset = (mean[..., None, :] @ tensors["k_encoder"])[..., 0, :].contiguous()
+    return Codec(layout, freqs, k_mean=mean, k_offset=offset, **tensors)
+
+
 def random_codec(layout: PageLayout, kv_heads: int, freqs: torch.Tensor) -> Codec:
     """Random orthogonal bases. Uniform codes rebuild keys and values of standard deviations
-    SCORE_STD and 1 a dimension; the encoder is the bases' transpose in steps, so that what it
-    encodes comes back as far as the rank goes.
-    """
+    SCORE_STD and 1 a dimension; what is encoded comes back as far as the rank goes."""
     dim, device = layout.head_dim, freqs.device
-    sides: list[list[torch.Tensor]] = []
+    sides = []
     for bands, std in ((layout.k, SCORE_STD), (layout.v, 1.0)):
         x = torch.randn(kv_heads, dim, dim, dtype=torch.float64, device=device)
-        frames = torch.linalg.qr(x)[0]
-        directions = frames[:, : bands.rank].contiguous()
-        rows, lengths = quantise_basis(directions)
         # Codes are uniform: 2**bits values a step apart.
         spread = torch.tensor([((4.0**bits - 1) / 12) ** 0.5 for bits in bands.bits], device=device)
         fall = torch.exp(-3 * torch.arange(bands.rank, device=device) / bands.rank)
         step = fall * std * (dim / fall.square().sum()) ** 0.5 / spread
-        encoder = (directions.float() / step[:, None]).mT.contiguous()
-        sides.append([x[None] for x in (rows, lengths * step, encoder)])
+        sides.append((torch.linalg.qr(x)[0][:, : bands.rank].contiguous(), step))
     mean = torch.randn(1, kv_heads, dim, device=device) * SCORE_STD / 2
-    k, v = sides
-    offset = (mean[..., None, :] @ k[2])[..., 0, :].contiguous()
-    return Codec(layout, freqs, k[0], k[1], k[2], mean, offset, v[0], v[1], v[2])
-
-
-def tensors_of(codec: Codec) -> dict[str, torch.Tensor]:
-    names = (field.name for field in dataclasses.fields(codec) if field.name != "layout")
-    return {name: getattr(codec, name) for name in names}
-
-
-def copy_of(codec: Codec) -> Codec:
-    """Of memory of its own."""
-    return Codec(codec.layout, **{name: x.clone() for name, x in tensors_of(codec).items()})
+    return codec_of(layout, freqs, mean, *sides)
 
 
 def eight_bit_codec(
     layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, largest: float
 ) -> ModelCodec:
     """Every dimension of K and V in 255 steps from -largest to largest: nearly lossless."""
-    bands, step = Bands.parse(f"{dim}x8"), largest / 127
-    eye = torch.eye(dim, dtype=torch.float32).expand(1, kv_heads, -1, -1)
-
-    def codec() -> Codec:
-        x = {"k_mean": torch.zeros(1, kv_heads, dim), "k_offset": torch.zeros(1, kv_heads, dim)}
-        for side in ("k", "v"):
-            x[f"{side}_basis"] = (127 * eye).to(torch.int8).contiguous()
-            x[f"{side}_scale"] = torch.full((1, kv_heads, dim), step / 127)
-            x[f"{side}_encoder"] = (eye / step).contiguous()
-        return Codec(PageLayout(bands, bands, dim), freqs=freqs.clone(), **x)
-
-    codecs = tuple(codec() for _ in range(layers))
+    bands, mean = Bands.parse(f"{dim}x8"), torch.zeros(1, kv_heads, dim)
+    eye = torch.eye(dim, dtype=torch.float64).expand(kv_heads, -1, -1)
+    side = eye, torch.full((dim,), largest / 127)
+    codec = codec_of(PageLayout(bands, bands, dim), freqs, mean, side, side)
+    codecs = tuple(deepcopy(codec) for _ in range(layers))
     return ModelCodec(codecs, sinks=4, window=16, preset="8 bits")
 
 
@@ -99,7 +89,7 @@ def random_model_codec(
     """A codec of so many layers, of memory of their own, whose layouts take turns from number
     `first` on."""
     known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
-    codecs = tuple(copy_of(known[(first + i) % len(known)]) for i in range(layers))
+    codecs = tuple(deepcopy(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 
 
@@ -107,7 +97,7 @@ def random_model_codec(
 class Shape:
     """B rows of T tokens, of which the newest Q are a step's; H query heads, G KV heads, head
     dimension D. lengths: of the rows, where they differ (T: of the longest). capacity: tokens of a
-    row that the block table has entries for, at least T."""
+    row that the block table has entries for, at least T. older_cards: their path."""
 
     batch: int
     heads: int
@@ -117,12 +107,19 @@ class Shape:
     queries: int = 1
     capacity: int = 0
     lengths: tuple[int, ...] = ()
+    older_cards: bool = False
 
     def __str__(self) -> str:
         text = f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
-        text += f" Q={self.queries}" if self.queries > 1 else ""
-        text += f" of {self.capacity}" if self.capacity else ""
-        return text + " mixed" * bool(self.lengths)
+        return f"{text} {self.case}".rstrip()
+
+    @property
+    def case(self) -> str:
+        """Rows that differ, queries and capacity, as perf.attention's command line has them."""
+        rows = "+".join(f"{len([*same])}x{tokens}" for tokens, same in groupby(self.lengths))
+        queries = f"q{self.queries}" if self.queries > 1 else ""
+        room = f"pool{self.capacity}" if self.capacity else ""
+        return " ".join(filter(None, (rows, queries, room)))
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -133,20 +130,6 @@ class Shape:
     def dense_bytes(self) -> int:
         """Of K and V in 16 bits."""
         return 4 * self.kv_heads * sum(self.rows) * self.dim
-
-    def page_bytes(self, layout: PageLayout, exact: int = 0) -> int:
-        """Of the coefficients of all but `exact` tokens a row, and table entries."""
-        token = self.kv_heads * layout.token_bytes
-        return sum((n - exact) * token + 4 * -(-n // PAGE_SIZE) for n in self.rows)
-
-    def step_bytes(self, layout: PageLayout, exact: int) -> int:
-        """Of all that a step must read: pages, bases and encoders once a batch, exact tokens,
-        queries."""
-        ranks = layout.k.rank + layout.v.rank
-        codec = self.kv_heads * (ranks * (5 * self.dim + 4) + 4 * self.dim + 4 * layout.k.rank)
-        small = 4 * self.kv_heads * self.dim * exact
-        small += 2 * self.dim * self.queries * (self.heads + 2 * self.kv_heads)
-        return self.page_bytes(layout, exact) + codec + self.batch * small
 
 
 @dataclass
@@ -168,8 +151,18 @@ class Step:
     window: int
     matrix_units: bool | None = None
 
-    def append(self) -> None:
-        compress.append(
+    @property
+    def nbytes(self) -> int:
+        """Of all that a step must read: pages but for tokens that are exact, their table entries,
+        bases and encoders once a batch, exact and new tokens, queries."""
+        exact, codec = self.k_exact[:, :, :, 0].numel(), self.codec
+        pages = self.k_pages.nbytes + self.v_pages.nbytes - exact * codec.layout.token_bytes
+        small = (self.q, self.k, self.v, self.k_exact, self.v_exact)
+        table = self.block_table.element_size() * len(self.k_pages)
+        return pages + table + codec.nbytes - codec.freqs.nbytes + sum(x.nbytes for x in small)
+
+    def append(self, twin: bool = False) -> None:
+        (compress.append_torch if twin else compress.append)(
             self.k, self.v, self.codec, self.k_pages, self.v_pages, self.k_exact, self.v_exact,
             self.block_table, self.seq_lens, sinks=self.sinks,
         )  # fmt: skip
@@ -199,11 +192,10 @@ class Step:
     def part(self, b: int, g: int) -> Step:
         """One row and one KV head."""
         row, head, group = slice(b, b + 1), slice(g, g + 1), self.q.shape[1] // self.codec.kv_heads
-        own = {name: x[:, head] for name, x in tensors_of(self.codec).items() if name != "freqs"}
         return dataclasses.replace(
             self,
             q=self.q[row, g * group : (g + 1) * group],
-            codec=Codec(self.codec.layout, self.codec.freqs, **own),
+            codec=self.codec.of_heads(g, 1),
             **{name: getattr(self, name)[:, head] for name in ("k_pages", "v_pages")},
             **{name: getattr(self, name)[row, head] for name in ("k", "v", "k_exact", "v_exact")},
             **{name: getattr(self, name)[row] for name in ("block_table", "seq_lens")},
@@ -238,54 +230,46 @@ def check_state(
     return worst
 
 
-def make_steps(
-    shape: Shape,
-    layout: PageLayout,
-    *,
-    preset: str,
-    copies: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    older_cards: bool = False,
-) -> list[Step]:
-    """Random steps of one shape, of no memory in common."""
+def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) -> list[Step]:
+    """Random steps of one shape and the middle layout of a preset, of no memory in common; as many
+    as keep their inputs out of the L2 cache (`Card.copies`), unless told."""
     batch, groups, dim, new = shape.batch, shape.kv_heads, shape.dim, shape.queries
-    sinks, recent = PRESETS[preset].sinks, PRESETS[preset].window
+    sinks, recent, plan = PRESETS[preset].sinks, PRESETS[preset].window, layouts(preset, dim)
     inv_freq = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    freqs = freqs_from_inv_freq(inv_freq, device=device)
+    freqs = freqs_from_inv_freq(inv_freq, device=card.device)
     used = [-(-n // PAGE_SIZE) for n in shape.rows]
     entries = max(*used, -(-shape.capacity // PAGE_SIZE))
-    i32: Any = {"dtype": torch.int32, "device": device}
-    codec = random_codec(layout, groups, freqs)
+    i32: Any = {"dtype": torch.int32, "device": card.device}
+    codec = random_codec(plan[len(plan) // 2], groups, freqs)
 
     def normal(*size: int, std: float = 1.0) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device).normal_(std=std)
+        return torch.empty(size, dtype=card.dtype, device=card.device).normal_(std=std)
 
     def pages(bands: Bands) -> torch.Tensor:
         size = (sum(used), groups, PAGE_SIZE * bands.bytes)
-        return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=card.device)
 
-    steps = []
-    for _ in range(copies):
+    def step() -> Step:
         table = torch.zeros(batch, entries, **i32)
         for row, own in zip(table, torch.randperm(sum(used), **i32).split(used), strict=True):
             row[: len(own)] = own
         q = normal(batch, shape.heads, new, dim)
         slots = (batch, groups, sinks + recent, dim)
-        step = Step(
+        return Step(
             q if new > 1 else q[:, :, 0],
             normal(batch, groups, new, dim, std=SCORE_STD),
             normal(batch, groups, new, dim),
-            copy_of(codec),
-            pages(layout.k),
-            pages(layout.v),
+            deepcopy(codec),
+            pages(codec.layout.k),
+            pages(codec.layout.v),
             normal(*slots, std=SCORE_STD),
             normal(*slots),
             table,
             torch.tensor(shape.rows, **i32),
             sinks,
             recent,
-            matrix_units=False if older_cards else None,
+            matrix_units=False if shape.older_cards else None,
         )
-        steps.append(step)
-    return steps
+
+    first = step()
+    return [first, *(step() for _ in range(1, copies or card.copies(first.nbytes)))]

@@ -22,12 +22,14 @@ from __future__ import annotations
 import math
 import random
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 PLACES = (
@@ -131,6 +133,16 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
+def interval(changes: Sequence[float]) -> list[float]:
+    """Bounds of the mean of paired differences of scores, by its standard error: 95 % of large
+    samples."""
+    if len(changes) < 2:
+        return [-1.0, 1.0]
+    middle = statistics.fmean(changes)
+    half = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes))
+    return [middle - half, middle + half]
+
+
 # ---- prompts of an exact length ------------------------------------------------------------------
 
 
@@ -164,21 +176,13 @@ def prompt(
     if need < 0:
         raise ValueError(f"length: expected at least {length - need} for this task, got {length}")
     between: list[list[int]] = []
-    while sum(map(len, between)) < need:
-        between += tokens_of(tokenizer, [more() for _ in range(32)])
-    while sum(map(len, between[:-1])) >= need:
-        between.pop()
-    cut = sum(map(len, between)) - need  # from the start, so that the length is exact
-    while between and cut >= len(between[0]):
-        cut -= len(between.pop(0))
-    between[:1] = [part[cut:] for part in between[:1]]
-    ids = list(first)
-    places = [round((j + 0.5) / len(hidden) * len(between)) for j in range(len(hidden))]
-    for i in range(len(between) + 1):
-        for place, fact in zip(places, hidden, strict=True):
-            ids += fact if place == i else []
-        ids += between[i] if i < len(between) else []
-    return ids + last
+    while (short := need - sum(map(len, between))) > 0:
+        between += tokens_of(tokenizer, [more()])
+    between = [part[-short:] for part in between[-1:]] + between[:-1]  # the first is cut
+    count = len(between)
+    for j, fact in reversed([*enumerate(hidden)]):
+        between.insert(round((j + 0.5) / len(hidden) * count), fact)
+    return [*first, *chain.from_iterable(between), *last]
 
 
 def digits(rng: random.Random, count: int = 6) -> str:
@@ -211,15 +215,14 @@ def _codes(name: str, tokenizer: Any, length: int, rng: random.Random) -> Task:
 
 def _tracking(tokenizer: Any, length: int, rng: random.Random) -> Task:
     names = [a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"]
-    chains = [rng.sample(names, 4) for _ in range(3)]
-    while len({name for chain in chains for name in chain}) < 12:
-        chains = [rng.sample(names, 4) for _ in range(3)]
+    drawn = rng.sample(names, 12)
+    chains = [drawn[i : i + 4] for i in (0, 4, 8)]
     values = [digits(rng, 5) for _ in chains]
     facts = []
     for step in range(4):  # chains take turns: each step comes after the one it names
-        for chain, value in zip(chains, values, strict=True):
-            source = value if step == 0 else f"VAR {chain[step - 1]}"
-            facts.append(f"VAR {chain[step]} = {source}.\n")
+        for own, value in zip(chains, values, strict=True):
+            source = value if step == 0 else f"VAR {own[step - 1]}"
+            facts.append(f"VAR {own[step]} = {source}.\n")
     question = (
         f"\nQuestion: Which four variables were assigned the value {values[0]}, directly or through"
         f" other variables?\nAnswer: The variables with the value {values[0]} are {chains[0][0]},"
@@ -267,7 +270,7 @@ def _extraction(tokenizer: Any, length: int, rng: random.Random) -> Task:
 
 
 def _arithmetic(tokenizer: Any, length: int, rng: random.Random) -> Task:
-    def chain() -> tuple[str, str]:
+    def worked() -> tuple[str, str]:
         total = rng.randrange(10, 60)
         parts = [f"Start with {total}."]
         for _ in range(4):
@@ -279,8 +282,8 @@ def _arithmetic(tokenizer: Any, length: int, rng: random.Random) -> Task:
         asked = re.sub(r": -?\d+", "", " ".join(parts))
         return f"Problem: {asked}\n", f"Solution: {' '.join(parts)} Result: {total}\n\n"
 
-    problem, solution = chain()
-    ids = prompt(tokenizer, [], f"{problem}Solution:", length, lambda: "".join(chain()))
+    problem, solution = worked()
+    ids = prompt(tokenizer, [], f"{problem}Solution:", length, lambda: "".join(worked()))
     return Task("arithmetic", ids, (solution.split()[-1],), 64)
 
 

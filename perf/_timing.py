@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,11 +27,19 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
 Row = dict[str, Any]
 Call = Callable[[], Any]
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """Of models: bf16 on a GPU from sm_80 on, fp16 on older ones, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 @dataclass(frozen=True)
@@ -53,13 +61,8 @@ class Card:
         return torch.cuda.get_device_properties(self.device)
 
     @property
-    def name(self) -> str:
-        return self.properties.name
-
-    @property
     def dtype(self) -> torch.dtype:
-        """The 16-bit float that the card's models use: fp16 before sm_80, bf16 from there on."""
-        return torch.bfloat16 if self.properties.major >= 8 else torch.float16
+        return usual_dtype(self.device)
 
     @property
     def free(self) -> int:
@@ -78,11 +81,8 @@ class Card:
         sizes."""
         size = min(4 << 30, self.free // 4) >> 20 << 20
         x = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device=self.device)
-        best = 0.0
-        for block, warps in ((2048, 4), (4096, 4), (8192, 8), (16384, 16)):
-            times = device_times([lambda block=block, warps=warps: read_sum(x, block, warps)])  # type: ignore[misc]
-            best = max(best, size / times.p50 * 1e6)
-        return best
+        tiles = ((2048, 4), (4096, 4), (8192, 8), (16384, 16))
+        return max(size / device_times([partial(read_sum, x, *tile)]).p50 * 1e6 for tile in tiles)
 
 
 @triton.jit
@@ -106,23 +106,21 @@ class Times(NamedTuple):
     p50: float
     p80: float
 
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> Times:
-        """By linear interpolation of at least two samples."""
-        cuts = statistics.quantiles(samples, n=10, method="inclusive")
-        return cls(cuts[1], cuts[4], cuts[7])
-
 
 class Clock:
-    """A streamer that notes when tokens come; `generate` calls `put` for the prompt first."""
+    """A streamer that notes when tokens come, with a progress bar if it has a label; `generate`
+    calls `put` for the prompt first."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str | None = None, tokens: int | None = None) -> None:
         self.times: list[float] = []
+        self.bar = tqdm(total=tokens, desc=label, unit="tok", disable=label is None)
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())  # `value` is on the CPU: the device has finished it
+        self.bar.update(len(self.times) > 1)
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        self.bar.close()
 
     @property
     def prefill_s(self) -> float:
@@ -170,24 +168,16 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
     replays = max(1, round(500 / max(once, 1.0)))
     sample(max(1, round(2e4 / max(once, 1.0))))  # 20 ms: clocks rise
     count = min(100, max(5, round(seconds * 1e6 / (once * replays))))
-    return Times.of([sample(replays) / len(calls) for _ in range(count)])
+    samples = [sample(replays) / len(calls) for _ in range(count)]
+    return Times(*statistics.quantiles(samples, n=10, method="inclusive")[1::3])
 
 
 def versions(commit: str | None = None) -> Row:
     """What ran: commit (git's, with "+" where files differ from it, unless given; "unknown" without
     git), torch, triton."""
-
-    def git(*args: str) -> str:
-        try:
-            return subprocess.check_output(
-                ["git", *args], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
-            ).strip()
-        except (OSError, subprocess.CalledProcessError):
-            return ""
-
-    if commit is None and (commit := git("rev-parse", "--short", "HEAD")):
-        commit += "+" * bool(git("status", "--porcelain", "--untracked-files=no"))
-    return {"commit": commit or "unknown", "torch": torch.__version__, "triton": triton.__version__}
+    describe = f"git -C '{ROOT}' describe --always --exclude='*' --dirty=+ 2> /dev/null"
+    commit = commit or subprocess.getoutput(describe) or "unknown"
+    return {"commit": commit, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
@@ -195,6 +185,14 @@ def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
     path, text = RESULTS / results, f"append rows (default file: {RESULTS / results})"
     parser.add_argument("--json", type=Path, nargs="?", const=path, help=text)
     parser.add_argument("--commit", help="what rows say is measured; default: git's word")
+
+
+def parser_of(job: str, doc: str | None) -> argparse.ArgumentParser:
+    """Of perf.JOB, with --json and --commit; its help is the module's text."""
+    parser = argparse.ArgumentParser(prog=f"python -m perf.{job}", description=doc)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    common_arguments(parser, f"{job}.jsonl")
+    return parser
 
 
 START = time.perf_counter()
@@ -211,8 +209,8 @@ def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
     card = Card.current()
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
-    same = {"gpu": card.name, **versions(commit), "date": date}
-    text = f"{card.name}, commit {same['commit']}, {card.dtype}"
+    same = {"gpu": card.properties.name, **versions(commit), "date": date}
+    text = f"{same['gpu']}, commit {same['commit']}, {card.dtype}"
     if reads:
         same["read_gbs"] = round(card.read_bandwidth / 1e9)
         text += f", reads {same['read_gbs']} GB/s"
@@ -248,6 +246,12 @@ def write_row(row: Row, path: Path | None) -> Row:
         with target.open("a") as file:
             file.write(json.dumps(row) + "\n")
     return row
+
+
+def record(own: Row, same: Row, path: Path | None) -> Row:
+    """Write and return a row of what a run's rows share and of its own, which is said."""
+    say("  ".join(f"{name} {x}" for name, x in rounded(own).items() if x is not None))
+    return write_row({**same, **own}, path)
 
 
 def read_rows(path: Path) -> list[Row]:

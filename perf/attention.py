@@ -2,7 +2,6 @@
 
     python -m perf.attention --json         the shapes of SHAPES; rows: perf/results/attention.jsonl
     python -m perf.attention 8x32768 1x32768:16/2:d256 --presets balanced
-    python -m perf.attention --check        every step and peer once, without times
 
 A shape is BxT, or several joined by + (rows of different lengths), and after colons: query heads /
 KV heads (default 32/8), dD (head dimension, default 128), qQ (queries a row, default 1), poolT
@@ -34,15 +33,14 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
-from perf._timing import Card, Row, begin, common_arguments, device_times, fail, say, write_row
-from spectral_kernels.calibrate import PRESETS
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, make_steps
+from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
 SHAPES = (
@@ -55,15 +53,7 @@ PAGE = 64  # tokens of a page of peers
 FP8 = torch.float8_e4m3fn
 
 
-class Case(NamedTuple):
-    """A shape as the command line has it."""
-
-    shape: Shape
-    words: str = ""  # what neither B, T, heads nor D says
-    older_cards: bool = False
-
-
-def parse_shape(text: str) -> Case:
+def parse_shape(text: str) -> Shape:
     """See the module. Raises ValueError."""
     first, *words = text.split(":")
     parts = [[int(x) for x in part.split("x")] for part in first.split("+")]
@@ -75,14 +65,14 @@ def parse_shape(text: str) -> Case:
             heads, kv_heads = map(int, word.split("/"))
         elif word.startswith("d"):
             dim = int(word[1:])
-        elif word != "old":
+        elif word == "old":
+            found["older_cards"] = True
+        else:
             name = "capacity" if word.startswith("pool") else "queries"
             found[name] = int(word.removeprefix("pool").removeprefix("q"))
     if heads % kv_heads or any(n < 128 or n % PAGE for n in rows):
         raise ValueError(f"{text}: expected H a multiple of G, T one of {PAGE} from 128 on")
-    others = [first] * (len(parts) > 1) + [word for word in words if word[0] in "qp"]
-    shape = Shape(len(rows), heads, kv_heads, dim, max(rows), **found)
-    return Case(shape, " ".join(others), "old" in words)
+    return Shape(len(rows), heads, kv_heads, dim, max(rows), **found)
 
 
 @dataclass(frozen=True)
@@ -218,10 +208,8 @@ PEERS = (
 )
 
 
-def time_peers(
-    shape: Shape, peers: Sequence[Peer], card: Card, timed: bool = True
-) -> dict[str, float | str]:
-    """Microseconds of each peer (0 untimed), or why there is no figure."""
+def time_peers(shape: Shape, peers: Sequence[Peer], card: Card) -> dict[str, float | str]:
+    """Microseconds of each peer, or why there is no figure."""
 
     def normal(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=card.dtype, device=card.device).normal_()
@@ -236,13 +224,12 @@ def time_peers(
     copies: list[tuple[torch.Tensor, ...]] = []
     for peer in peers:
         try:
-            count = card.copies(shape.dense_bytes) if timed else 1
-            copies = copies or [memory() for _ in range(count)]
+            copies = copies or [memory() for _ in range(card.copies(shape.dense_bytes))]
             calls = [PeerStep(peer, shape, *copy) for copy in copies]
             calls[0].check(calls[0]())
-            found[peer.name] = device_times(calls).p50 if timed else 0.0
+            found[peer.name] = device_times(calls).p50
         except Exception as error:  # whatever its library raises: it is reported, the others go on
-            found[peer.name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+            found[peer.name] = reason(error)
         calls = []
     return found
 
@@ -270,23 +257,20 @@ def check(step: Step) -> float:
     raise AssertionError("the check accepts heads that are exchanged")
 
 
-def measure(case: Case, preset: str, card: Card, timed: bool = True) -> Row:
+def measure(shape: Shape, preset: str, card: Card) -> Row:
     """A row without what all rows of a run share, and without peers."""
-    own, plan = case.shape, layouts(preset, case.shape.dim)
-    layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
-    nbytes = own.step_bytes(layout, exact)
-    options: Any = {"dtype": card.dtype, "device": card.device, "older_cards": case.older_cards}
-    copies = card.copies(nbytes) if timed else 1
-    steps = make_steps(own, layout, preset=preset, copies=copies, **options)
-    row: Row = {"B": own.batch, "H": own.heads, "G": own.kv_heads, "D": own.dim}
-    row |= {"T": own.tokens, **({"case": case.words} if case.words else {}), "preset": preset}
-    row |= {"layout": f"{layout.k} {layout.v}", "path": "scalar" if case.older_cards else "matrix"}
-    row["error"] = check(steps[0])
-    if timed:
-        times = device_times([step.step for step in steps])
-        row |= {"p20_us": times.p20, "p50_us": times.p50, "p80_us": times.p80}
-        row["read_share"] = nbytes / times.p50 * 1e6 / card.read_bandwidth
-    return row
+    steps = make_steps(shape, preset, card)
+    error, times = check(steps[0]), device_times([step.step for step in steps])
+    layout = steps[0].codec.layout
+    return {
+        **{"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim},
+        **{"T": shape.tokens, **({"case": shape.case} if shape.case else {}), "preset": preset},
+        "layout": f"{layout.k} {layout.v}",
+        "path": "scalar" if shape.older_cards else "matrix",
+        **{f"{name}_us": x for name, x in times._asdict().items()},
+        "read_share": steps[0].nbytes / times.p50 * 1e6 / card.read_bandwidth,
+        "error": error,
+    }
 
 
 def beside(row: Row, peers: dict[str, float | str]) -> Row:
@@ -299,31 +283,13 @@ def beside(row: Row, peers: dict[str, float | str]) -> Row:
     }
 
 
-def line(row: Row) -> str:
-    """A row as text."""
-    text = f"B={row['B']} H={row['H']}/{row['G']} D={row['D']} T={row['T']} {row.get('case', '')}"
-    text = f"{text:34} {row['preset']:9} {row['path']:6} "
-    if "p50_us" in row:
-        text += " ".join(f"{row[name]:8.4g}" for name in ("p20_us", "p50_us", "p80_us"))
-        text += f" us {row['read_share']:4.0%} of reads  "
-    text += f"error {row['error']:.1g}  "
-    for name in ("best_peer", "best_fp8"):
-        if row.get(name):
-            us = row[f"{name}_us"]
-            text += f"{us / row['p50_us']:.2f}x of {us:.4g} {row[name]}  "
-    return text
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m perf.attention", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("attention", __doc__)
     parser.add_argument("shapes", nargs="*", type=parse_shape, metavar="SHAPE", help="see above")
     text = "default balanced, and of the first shapes quality too"
     parser.add_argument("--presets", nargs="*", choices=LOSSY, help=text)
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="*", choices=names, default=names, help="default all")
-    parser.add_argument("--check", action="store_true", help="no times and no rows")
-    common_arguments(parser, "attention.jsonl")
     args = parser.parse_args(argv)
     args.shapes = args.shapes or [parse_shape(text) for text in SHAPES]
     return args
@@ -331,24 +297,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    card, same = begin(args.commit, reads=not args.check)
+    card, same = begin(args.commit)
     table, failed = [parse_shape(text) for text in TABLE], 0
-    for case in args.shapes:
-        rows, several = [], ("balanced", "quality") if case in table else ("balanced",)
+    for shape in args.shapes:
+        rows, several = [], ("balanced", "quality") if shape in table else ("balanced",)
         for preset in several if args.presets is None else args.presets:
             try:
-                rows.append(measure(case, preset, card, not args.check))
+                rows.append(measure(shape, preset, card))
             except Exception as error:
-                failed += fail(f"{case.shape} {preset}", error)
-        chosen = [peer for peer in PEERS if peer.name in args.peers and not case.words]
-        peers = time_peers(case.shape, chosen, card, not args.check)
-        for name, time in peers.items():
-            if isinstance(time, str) or args.check:
-                say(f"{case.shape}: {name}: {time if isinstance(time, str) else 'right'}")
+                failed += fail(f"{shape} {preset}", error)
+        chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
+        peers = time_peers(shape, chosen, card)
         for row in rows:
-            if not args.check:
-                row = write_row({**same, **row, **beside(row, peers)}, args.json)
-            say(line(row))
+            record({**row, **beside(row, peers)}, same, args.json)
     return 1 if failed else 0
 
 

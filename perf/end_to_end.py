@@ -27,10 +27,9 @@ layer (tensor parallel, `tp_plan="auto"`), are a process each:
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m perf.end_to_end 1x32768
 
-Rows are the first one's, and so are bytes. ms, p99_ms: of steps; those of generate
-as the streamer sees them, of graphs by events. Rows are checked first: a graph against
-transformers' own attention over the same cache; ours: a layer's attention against its twin; every
-step must run.
+Rows are the first one's, and so are bytes. ms, p99_ms: of steps; those of generate as the streamer
+sees them, of graphs by events. Rows are checked first: a graph against PyTorch's attention over the
+same cache; ours: a layer's attention against its twin; every step must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
 cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
@@ -43,22 +42,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import io
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise, product
-from pathlib import Path
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 import transformers
 import triton
+from torch._inductor import config as inductor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -66,10 +67,9 @@ from transformers import (
     DynamicCache,
     StaticCache,
 )
-from transformers.cache_utils import CacheLayerMixin
 
 from perf._cases import LOSSY, THETA, Shape, Step, check_state, layouts, random_model_codec
-from perf._timing import ROOT, Clock, Row, begin, capture, common_arguments, fail, say, write_row
+from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
@@ -165,10 +165,9 @@ class Cell:
 # ---- generate ------------------------------------------------------------------------------------
 
 
-def generate(cell: Cell, ids: Any, new: int, cache: Any = None, clock: Any = None) -> Clock:
+def generate(cell: Cell, ids: Any, new: int, cache: Any = None) -> Clock:
     """Greedy decoding of so many new tokens."""
-    clock = clock or Clock()
-    given = {} if cache is None else {CACHE: cache}
+    clock, given = Clock(), {} if cache is None else {CACHE: cache}
     cell.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
         do_sample=False, pad_token_id=0, streamer=clock, **given,
@@ -202,56 +201,6 @@ def transformers_cache(cell: Cell, fixed: bool) -> Row:
 # ---- dense attention as one graph ----------------------------------------------------------------
 
 
-class FixedLayer(CacheLayerMixin):
-    """T tokens, the step's among them, in a peer's memory: its attention writes and reads them."""
-
-    is_compileable = True
-
-    def __init__(self, step: PeerStep) -> None:
-        super().__init__()
-        self.step, self.is_initialized, self.attends = step, True, False
-
-    def update(self, k: Any, v: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        self.step.write(torch.stack((k[:, :, 0], v[:, :, 0])))
-        whole = self.step.kv if self.attends else self.step.kv.to(k.dtype)
-        return whole[0], whole[1]
-
-    def lazy_initialization(self, *args: Any) -> None: ...
-
-    def get_max_length(self) -> int:
-        return self.step.shape.tokens
-
-    def get_seq_length(self) -> int:
-        return self.get_max_length() - 1
-
-    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
-        return self.get_max_length(), 0
-
-    get_max_cache_shape = get_max_length
-
-
-@contextlib.contextmanager
-def attention_of(model: Any, layers: Sequence[FixedLayer]) -> Iterator[None]:
-    """The model's attention by the peer that holds the cache, without a mask."""
-
-    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, scaling: Any = None, **_: Any):
-        return layers[module.layer_idx].step.attend(q[:, :, 0], scaling)[:, None], None
-
-    def use(name: str, attends: bool) -> None:
-        model.config._attn_implementation = name
-        for layer in layers:
-            layer.attends = attends
-
-    AttentionInterface.register("perf_dense", attention)
-    AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    use("perf_dense", True)
-    try:
-        yield
-    finally:
-        use(before, False)
-
-
 def replayed(graph: Any, steps: int) -> Row:
     """Of the milliseconds of replays, by events on the device."""
     for _ in range(WARM):
@@ -266,38 +215,56 @@ def replayed(graph: Any, steps: int) -> Row:
 
 
 def dense_graph(cell: Cell, fp8: bool = False) -> Row:
+    """The model without a cache of transformers': each layer's attention writes the new token to a
+    peer's memory of T tokens and reads it."""
     model, shape, layers = cell.model, cell.layer, cell.model.config.num_hidden_layers
     known = [peer for peer in IN_MODELS if peer.fp8 == fp8]
     peers = time_peers(shape, known, cell.card)
     backend, _ = best(peers, fp8)
     if backend is None:
         raise RuntimeError(f"no backend ran: {peers}")
-    [peer] = [peer for peer in known if peer.name == backend]
     say(f"attention by {backend}")
     # Room for the same in 16 bits, which the reference and an fp8 copy take.
     size = shape.dense_bytes // (2 if fp8 else 1)
     held = min(layers, int(0.85 * cell.card.free - 2 * shape.dense_bytes) // size)
     if held < 1:
         raise torch.OutOfMemoryError("not even one layer's keys and values fit")
-    kv = [PeerStep(peer, shape, cell.random_kv()) for _ in range(held)]
-    fixed = [FixedLayer(kv[i % held]) for i in range(layers)]
-    cache, ids = Cache(layers=fixed), cell.ids(1)
-    positions = torch.full_like(ids, cell.tokens - 1)
+    [peer] = [peer for peer in known if peer.name == backend]
+    steps = [PeerStep(peer, shape, cell.random_kv()) for _ in range(held)]
+    ids = cell.ids(1)
+    given = {"input_ids": ids, "position_ids": torch.full_like(ids, cell.tokens - 1)}
+    # Without a mask transformers would look for several texts in a row.
+    given["attention_mask"] = torch.ones_like(ids, dtype=torch.bool)
+
+    def plain(own: PeerStep, q: torch.Tensor, scale: float) -> torch.Tensor:
+        k, v = own.kv.to(q.dtype)
+        q = q[:, :, None]
+        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)[:, :, 0]
+
+    def attention(attend: Any, module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any):
+        own = steps[module.layer_idx % held]
+        own.write(torch.stack((k[:, :, 0], v[:, :, 0])))
+        return attend(own, q[:, :, 0], options["scaling"])[:, None], None
 
     def step() -> torch.Tensor:
-        return model(input_ids=ids, position_ids=positions, use_cache=True, **{CACHE: cache}).logits
+        return model(**given, use_cache=False).logits
 
+    before = model.config._attn_implementation
     try:
-        with attention_of(model, fixed):
-            logits = step()
-            with compiled_layers(model.model, cache) if cell.compile else contextlib.nullcontext():
-                graph = capture([step])
+        for name, attend in (("perf_plain", plain), ("perf_dense", lambda own, *x: own.attend(*x))):
+            AttentionInterface.register(name, partial(attention, attend))
+            AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+        model.config._attn_implementation = "perf_plain"
         want = step().double()
+        model.config._attn_implementation = "perf_dense"
+        logits, nothing = step(), Cache(layers=[])
+        with compiled_layers(model.model, nothing) if cell.compile else contextlib.nullcontext():
+            graph = capture([step])
         say("step captured")
         row = replayed(graph, cell.steps)
     finally:
-        for layer in fixed:  # which torch.compile and transformers' list of functions hold on to
-            del layer.step
+        model.config._attn_implementation = before
+        steps.clear()  # torch.compile and transformers' list of functions hold on to it
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
     off, allowed = float((logits.double() - want).norm() / want.norm()), 0.1 + fp8 * 2**-3
@@ -414,26 +381,20 @@ def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
 
 def long_generation(cell: Cell, preset: str) -> Row:
     """LONG_STEPS tokens from a real prompt: how even steps are, and how many kernels Triton
-    compiles or loads after the first token."""
+    compiles or loads for them after a short generation in the same cache."""
     compiled: list[Any] = []
-
-    class LateKernels(Clock):
-        def put(self, value: torch.Tensor) -> None:
-            super().put(value)
-            if len(self.times) == 2:
-                compiled.clear()
-
     with cell.enabled(preset) as handle:
-        generate(cell, cell.ids(cell.tokens), 4)  # the first prompt of a process compiles
         cache = handle.new_cache(cell.batch, cell.tokens + LONG_STEPS)
+        generate(cell, cell.ids(cell.tokens), 4, cache)
+        cache.reset()
         knobs = triton.knobs.runtime
         before = knobs.jit_post_compile_hook
         knobs.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
         try:
-            clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, cache, LateKernels())
+            clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, cache)
         finally:
             knobs.jit_post_compile_hook = before
-    steps = sorted(clock.steps_ms[2:])  # the first ones capture the graph
+    steps = sorted(clock.steps_ms)
     row = {"p999_ms": steps[len(steps) * 999 // 1000], "max_ms": steps[-1], "steps": len(steps)}
     row |= {"compiled": len(compiled), "prefill_s": clock.prefill_s, "cache_bytes": cache.nbytes}
     return {**percentiles(steps), **row}
@@ -457,32 +418,31 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
         yield "long", preset, partial(long_generation, cell, preset)
 
 
-def ahead(args: argparse.Namespace) -> list[tuple[subprocess.Popen[bytes], Path]]:
-    """Start a process for each batch size and layout that measures one layer of it, and so leaves
-    what it compiles in the caches of Triton and torch.compile: (process, its log)."""
-    folder, running = Path(tempfile.mkdtemp()), []
-    env = {name: x for name, x in os.environ.items() if name != "OUT"}  # no rows
-    env["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """Runs of one layer, for each batch size and layout, which leave what they compile in the
+    caches of Triton and torch.compile."""
+    jobs, batches = [], sorted({batch for batch, _ in args.cells})
     count = max(len(layouts(preset, SHAPES[args.shape][5])) for preset in args.presets)
-    for batch, layout in product(sorted({batch for batch, _ in args.cells}), range(count)):
+    for batch, layout in product(batches, range(count)):
         # What torch.compile makes is the same for all layouts, and dense steps have none.
         known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")
-        if not (what := [x for x in args.what if x in known]):
-            continue
-        tokens = min(tokens for b, tokens in args.cells if b == batch)
-        command = [sys.executable, "-m", "perf.end_to_end", f"{batch}x{tokens}", "--layout"]
-        command += [str(layout), "--shape", args.shape, "--steps", str(args.steps), "--presets"]
-        command += [*args.presets, "--what", *what, *["--compile"] * (args.compile and not layout)]
-        log = folder / f"{batch}-{layout}.txt"
-        with log.open("wb") as out:
-            options: Any = {"cwd": ROOT, "env": env, "stdout": out, "stderr": subprocess.STDOUT}
-            running.append((subprocess.Popen(command, **options), log))
-    return running
+        own = {"what": [x for x in args.what if x in known], "layout": layout, "json": None}
+        own["cells"] = [(batch, min(tokens for b, tokens in args.cells if b == batch))]
+        own["compile"] = args.compile and not layout
+        jobs += [argparse.Namespace(**{**vars(args), **own})] * bool(own["what"])
+    return jobs
+
+
+def alone(args: argparse.Namespace) -> str:
+    """`run` without rows and lines but those that say what failed."""
+    os.environ.pop("OUT", None)
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        run(args)
+    return "\n".join(x for x in said.getvalue().splitlines() if "FAILED" in x)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m perf.end_to_end", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = parser_of("end_to_end", __doc__)
     add = parser.add_argument
     add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
     add("--shape", choices=list(SHAPES), default="8b")
@@ -490,39 +450,37 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
     add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
-    add("--layout", type=int, help="compile alone, one layer of this layout: no rows")
-    common_arguments(parser, "end_to_end.jsonl")
     args = parser.parse_args(argv)
-    shapes = [x.shape for x in args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))]
+    shapes = args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))
     args.cells = [(x.batch, x.tokens) for x in shapes]
+    args.layout = None  # of `ahead`: the number of the first layer's, and there is but one layer
     if args.steps < 8:
         parser.error(f"--steps: expected at least 8, got {args.steps}")
     return args
 
 
 @torch.no_grad()
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    alone = args.layout is not None
-    if GPUS > 1:
-        torch.cuda.set_device(RANK)
-        if RANK:  # the first one speaks
-            sys.stdout, args.json = Path(os.devnull).open("w"), None  # noqa: SIM115
-            os.environ.pop("OUT", None)
-    card, same = begin(args.commit, reads=not alone)
+def run(args: argparse.Namespace) -> tuple[list[Row], int]:
+    """The rows, and how many measurements failed."""
+    whole = args.layout is None
+    card, same = begin(args.commit, reads=whole)
     warnings.filterwarnings("ignore", module="transformers")
-    compiling = [] if alone or GPUS > 1 or card.device.type != "cuda" else ahead(args)
-    model = make_model(args.shape, card.device, card.dtype, 1 if alone else None)
+    jobs = ahead(args) if whole and GPUS == 1 and card.device.type == "cuda" else []
+    if not whole:
+        inductor.compile_threads = 1  # there are processes enough
+    with ProcessPoolExecutor(max(1, len(jobs)), get_context("spawn")) as pool:
+        compiling = [pool.submit(alone, job) for job in jobs]
+        model = make_model(args.shape, card.device, card.dtype, None if whole else 1)
+        say(f"model made; {len(jobs)} processes compile")
+        for future in compiling:
+            if wrong := future.exception() or future.result():
+                say(f"a process that compiles failed: {wrong}")
+    say("compiled")
     embedding = local(model.get_input_embeddings().weight)
     weights = sum(local(p).nbytes for p in model.parameters()) - embedding.nbytes
     same |= {"transformers": transformers.__version__, "shape": args.shape}
     same |= {"gpus": GPUS} if GPUS > 1 else {}
     same["weight_bytes"] = weights
-    say(f"model made; {len(compiling)} processes compile")
-    for process, log in compiling:
-        if process.wait():
-            say(f"a process that compiles failed: {log.read_text().splitlines()[-1:]}")
-    say("compiled")
     rows: list[Row] = []
     failed = 0
     for batch, tokens in args.cells:
@@ -530,35 +488,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         for what, preset, measure in jobs_of(args, cell):
             say(f"{batch}x{tokens} {what} {preset or ''}")
             free_memory()
-            head = {**same, "B": batch, "T": tokens, "what": what, "preset": preset}
             try:
                 found = measure()
                 for row in [found] if isinstance(found, dict) else found:
-                    row = {**head, "peak_bytes": torch.cuda.max_memory_allocated(), **row}
+                    row = {"B": batch, "T": tokens, "what": what, "preset": preset, **row}
+                    row["peak_bytes"] = row.get("peak_bytes", torch.cuda.max_memory_allocated())
                     if "ms" in row:
                         row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
                         row["filled"] = "prompt" if what == "long" else "random"
                     if args.compile and what in (*STEPS, "bare, ours"):
                         row["what"] += " compiled"
-                    rows.append(row if alone else write_row(row, args.json))
-                    say(line(rows[-1]))
+                    rows.append(record(row, same, args.json))
             except Exception as error:
                 failed += fail(f"{batch}x{tokens} {what} {preset or ''}", error)
-    print("" if alone else end_to_end_table(rows))
+    return rows, failed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    if GPUS > 1:
+        torch.cuda.set_device(RANK)
+    if RANK:  # the first one speaks
+        args.json, failed = None, len(alone(args))
+    else:
+        rows, failed = run(args)
+        print(end_to_end_table(rows))
     if GPUS > 1:
         free_memory()  # graphs, for which the end of NCCL would wait
         torch.distributed.destroy_process_group()
     return 1 if failed else 0
-
-
-def line(row: Row) -> str:
-    """A row as text."""
-    words = [f"{row['B']}x{row['T']}", row["what"], row.get("preset"), row.get("backend")]
-    text = " ".join(filter(None, words)) + ":"
-    names = ("ms", "p99_ms", "p999_ms", "max_ms", "compiled", "tokens_per_s", "prefill_s")
-    text += "".join(f" {name} {row[name]:.4g}" for name in (*names, "prefill_ratio") if name in row)
-    text += f", cache {row['cache_bytes'] / 1e9:.2f} GB, peak {row['peak_bytes'] / 1e9:.2f} GB"
-    return text + (f", {row['shared']}" if row.get("shared") else "")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perf._timing import Clock
+from perf._timing import Clock, usual_dtype
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 TINY_MODEL = Path(__file__).parent / "tiny_model"
@@ -43,21 +42,6 @@ class Run:
     rate: float  # new tokens a second, the first not counted; NaN if there was no second one
 
 
-class _Watch(Clock):
-    """With a progress bar."""
-
-    def __init__(self, label: str, max_new_tokens: int) -> None:
-        super().__init__()
-        self.bar = tqdm(total=max_new_tokens, desc=label, unit="tok")
-
-    def put(self, value: torch.Tensor) -> None:
-        super().put(value)
-        self.bar.update(len(self.times) > 1)
-
-    def end(self) -> None:
-        self.bar.close()
-
-
 def load(
     model: str | None = None, *, gguf: str | None = None, device: Any = None, dtype: Any = None
 ) -> tuple[Any, Any]:
@@ -68,11 +52,7 @@ def load(
     Raises:
         FileNotFoundError, ImportError: there is no such GGUF file, or no package gguf.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        on_gpu = device.startswith("cuda")
-        native = on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
-        dtype = "bfloat16" if native else "float16" if on_gpu else "float32"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: dict[str, Any] = {}
     source = model or str(TINY_MODEL)
     if gguf is not None:
@@ -90,7 +70,8 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         except ImportError:
             pass
-    network: Any = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype], **options)
+    options["dtype"] = DTYPES[dtype] if dtype else usual_dtype(device)
+    network: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     return network.to(device).eval(), tokenizer
 
 
@@ -100,7 +81,7 @@ def generate(
 ) -> Run:  # fmt: skip
     """Continue one prompt [1, T] greedily, watched; cache: an empty one to fill, default what
     generate makes."""
-    watch = _Watch(label, max_new_tokens)
+    watch = Clock(label, max_new_tokens)
     out = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens,
         do_sample=False, return_dict_in_generate=True, streamer=watch,

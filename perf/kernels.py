@@ -18,15 +18,13 @@ from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, layouts, make_steps
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, make_steps
 from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
-from spectral_kernels.calibrate import PRESETS
 from spectral_kernels.layout import unpack_pages
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
 PRESET = "balanced"  # where a kernel needs bands and does not run once for each preset
-MODULES = {"rope": rope, "compress": compress, "merge": merge}
 CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 
@@ -65,12 +63,10 @@ def check_close(got: Any, want: Any, allowed: float = CLOSE) -> None:
 
 
 def beside_twin(
-    operation: str, inputs: Sequence[tuple], nbytes: int, shape: str, allowed: float = CLOSE,
-    **options: Any,
+    module: Any, name: str, inputs: Sequence[tuple], nbytes: int, shape: str,
+    allowed: float = CLOSE, **options: Any,
 ) -> Kernel:  # fmt: skip
-    """ "module.name", called with each of `inputs` and checked against its twin."""
-    stem, name = operation.split(".")
-    module = MODULES[stem]
+    """An operation called with each of `inputs` and checked against its twin."""
     calls = [partial(getattr(module, name), *x, **options) for x in inputs]
 
     def check() -> None:
@@ -78,16 +74,6 @@ def beside_twin(
         check_close(calls[0](), want, allowed)
 
     return Kernel(calls, nbytes, check, shape)
-
-
-def steps_of(
-    card: Card, shape: Shape, preset: str = PRESET, copies: int | None = None
-) -> list[Step]:
-    plan = layouts(preset, shape.dim)
-    layout, exact = plan[len(plan) // 2], PRESETS[preset].sinks + PRESETS[preset].window
-    copies = copies or card.copies(shape.step_bytes(layout, exact))
-    options: Any = {"dtype": card.dtype, "device": card.device}
-    return make_steps(shape, layout, preset=preset, copies=copies, **options)
 
 
 def rows_of(card: Card, tokens: int) -> torch.Tensor:
@@ -107,85 +93,64 @@ def turned(card: Card, name: str) -> Kernel:
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
     nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return beside_twin(f"rope.{name}", [(x, positions, freqs)], nbytes, words, allowed, **options)
+    return beside_twin(rope, name, [(x, positions, freqs)], nbytes, words, allowed, **options)
 
 
 # compress.py
 
 
-def gram(card: Card, tokens: int | None = None) -> Kernel:
-    x = rows_of(card, tokens or tokens_of(card, 2 * KV_HEADS * DIM))
-    nbytes, words = x.nbytes + 4 * KV_HEADS * DIM**2, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-
-    def check() -> None:
-        check_close(compress.gram(x)[:, -1], x[:, -1].double().mT @ x[:, -1].double())
-
-    return Kernel([partial(compress.gram, x)], nbytes, check, words)
-
-
-def check_codes(got: torch.Tensor, want: torch.Tensor, step: Step, side: str) -> None:
-    """Pages hold the codes of the twin; where a coefficient lies at the boundary of two codes,
-    either (one in 1,000)."""
-    bands = step.codec.layout.side(side)
-    off = (unpack_pages(got, bands, side=side) - unpack_pages(want, bands, side=side)).abs()
-    share = float((off > 0).float().mean())
-    if float(off.max()) > 1 or share > 1e-3:
-        raise AssertionError(f"codes: {share:.2g} of them differ, by up to {float(off.max())}")
+def check_stored(step: Step, run: Call, twin: Call) -> None:
+    """Raise AssertionError unless both store the same into pages and exact slots, and do; where a
+    coefficient lies at the boundary of two codes, either (one in 1,000)."""
+    tensors = (step.k_pages, step.v_pages, step.k_exact, step.v_exact)
+    before = [x.clone() for x in tensors]
+    run()
+    got = [x.clone() for x in tensors]
+    for x, old in zip(tensors, before, strict=True):
+        x.copy_(old)
+    twin()
+    if all(map(torch.equal, got[:2], before[:2])):
+        raise AssertionError("nothing was stored")
+    for side, *pages in zip(("k", "v"), got, tensors, strict=False):
+        codes = [unpack_pages(x, step.codec.layout.side(side), side=side) for x in pages]
+        off = (codes[0] - codes[1]).abs()
+        share = float((off > 0).float().mean())
+        if float(off.max()) > 1 or share > 1e-3:
+            raise AssertionError(f"codes: {share:.2g} of them differ, by up to {float(off.max())}")
+    if not all(map(torch.equal, got[2:], tensors[2:])):
+        raise AssertionError("exact slots differ")
 
 
 def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 2 * KV_HEADS * DIM)
-    [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
+    [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
     x, pages = rows_of(card, tokens), step.k_pages if side == "k" else step.v_pages
     exact = step.k_exact if side == "k" else step.v_exact
     given = (x, step.codec, pages, step.block_table, step.seq_lens)
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
     call = partial(compress.encode, *given, **options)
-
-    def check() -> None:
-        call()
-        got, kept = pages.clone(), exact.clone()
-        pages.random_(0, 256)
-        compress.encode_torch(*given, **options)
-        check_codes(got, pages, step, side)
-        check_close(kept, exact, 0.0)
-
+    check = partial(check_stored, step, call, partial(compress.encode_torch, *given, **options))
     words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
     return Kernel([call], x.nbytes + pages.nbytes, check, words)
 
 
 def append(card: Card, batch: int = 4) -> Kernel:
-    steps = steps_of(card, Shape(batch, HEADS, KV_HEADS, DIM, 512), copies=card.copies(1 << 22))
-    step, codec = steps[0], steps[0].codec
-
-    def check() -> None:
-        tensors = (step.k_pages, step.v_pages, step.k_exact, step.v_exact)
-        before = [x.clone() for x in tensors]
-        step.append()
-        got = [x.clone() for x in tensors]
-        for x, old in zip(tensors, before, strict=True):
-            x.copy_(old)
-        tables = (step.block_table, step.seq_lens)
-        compress.append_torch(step.k, step.v, codec, *tensors, *tables, sinks=step.sinks)
-        if not any((x != old).any() for x, old in zip(tensors[:2], before[:2], strict=True)):
-            raise AssertionError("nothing was stored")
-        check_codes(got[0], tensors[0], step, "k")
-        check_codes(got[1], tensors[1], step, "v")
-        for a, b in zip(got[2:], tensors[2:], strict=True):
-            check_close(a, b, 0.0)
-
-    nbytes = 6 * step.k.nbytes + codec.k_encoder.nbytes + codec.v_encoder.nbytes
+    shape = Shape(batch, HEADS, KV_HEADS, DIM, 512)
+    steps = make_steps(shape, PRESET, card, card.copies(1 << 22))
+    codec = steps[0].codec
+    check = partial(check_stored, steps[0], steps[0].append, partial(steps[0].append, twin=True))
+    nbytes = 6 * steps[0].k.nbytes + codec.k_encoder.nbytes + codec.v_encoder.nbytes
     return Kernel([s.append for s in steps], nbytes, check, f"B={batch} G={KV_HEADS} D={DIM}")
 
 
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
-    [step] = steps_of(card, Shape(1, HEADS, KV_HEADS, DIM, tokens), copies=1)
+    [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
     pages = step.k_pages if side == "k" else step.v_pages
     given = (pages, step.codec, step.block_table, step.seq_lens)
     words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
     nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM
-    return beside_twin("compress.decode", [given], nbytes, words, side=side)
+    return beside_twin(compress, "decode", [given], nbytes, words, side=side)
 
 
 # attention.py, window.py
@@ -193,19 +158,19 @@ def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
 
 def attend_spectral(card: Card, preset: str) -> Kernel:
     shape = Shape(4, HEADS, KV_HEADS, DIM, context_of(card))
-    steps = steps_of(card, shape, preset)
+    steps = make_steps(shape, preset, card)
 
     def check() -> None:
         check_state(steps[0], steps[0].attend())
         check_state(steps[0], steps[0].attend(("pages",)), ("pages",))
 
-    layout, exact = steps[0].codec.layout, steps[0].k_exact.shape[2]
-    nbytes, words = shape.step_bytes(layout, exact), f"{shape} {layout.token_bytes} bytes"
-    return Kernel([s.attend for s in steps], nbytes, check, words)
+    words = f"{shape} {steps[0].codec.layout.token_bytes} bytes"
+    return Kernel([s.attend for s in steps], steps[0].nbytes, check, words)
 
 
 def attend_window(card: Card) -> Kernel:
-    steps = steps_of(card, Shape(4, HEADS, KV_HEADS, DIM, 512), copies=card.copies(1 << 20))
+    shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
+    steps = make_steps(shape, PRESET, card, card.copies(1 << 20))
     first = steps[0]
 
     def check() -> None:
@@ -232,13 +197,12 @@ def merge_states(card: Card, count: int) -> Kernel:
         return tuple(x[:, i].contiguous() for i in (0, 1) for x in (o, lse))
 
     inputs = [states() for _ in range(card.copies(nbytes))]
-    return beside_twin(f"merge.{name}", inputs, nbytes, f"{rows} x {count} states of {DIM}")
+    return beside_twin(merge, name, inputs, nbytes, f"{rows} x {count} states of {DIM}")
 
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
     "rotate": partial(turned, name="rotate"),
     "turn_back": partial(turned, name="turn_back"),
-    "gram": gram,
     **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
     "append": append,
     **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
@@ -250,9 +214,10 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
 
 
 def measured(kernel: Kernel, card: Card) -> Row:
-    """Device time, bytes and bandwidth of a kernel that has been checked."""
+    """Device time, bytes and bandwidth of a kernel, which is checked first."""
+    kernel.check()
     times = device_times(kernel.calls)
-    row = {"gpu": card.name, "dtype": str(card.dtype), "shape": kernel.shape}
-    row |= {f"device_us_{name}": getattr(times, name) for name in ("p20", "p50", "p80")}
+    row = {"gpu": card.properties.name, "dtype": str(card.dtype), "shape": kernel.shape}
+    row |= {f"device_us_{name}": x for name, x in times._asdict().items()}
     gbs, reads = kernel.nbytes / 1e3 / times.p50, card.read_bandwidth / 1e9
     return {**row, "bytes": kernel.nbytes, "gbs": gbs, "read_gbs": reads, "share": gbs / reads}

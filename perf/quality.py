@@ -2,7 +2,7 @@
 
     python -m perf.quality --needles 10                                 the embedded model
     python -m perf.quality --model M --codecs FOLDER --text a.py b.txt --needles 10 \\
-        --tasks all --lengths 4096 8192 --generate 2000 --json perf/results/quality.jsonl
+        --tasks all --lengths 4096 8192 --generate 2000 --json
 
 Texts. The model reads the first `context` tokens once, exactly. Each scheme stores those keys and
 values, and the model predicts the rest (256 tokens of the text, then with --needles questions about
@@ -18,15 +18,16 @@ several presets), or what `enable` finds or calibrates; judge no text that it kn
 costs.
 
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back and exact
-new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's.
+new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's;
+`change` is where the mean change of a prompt's score lies with 95 %.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
                 tables, exact tokens. A model's codec is not a sequence's.
-    long        the same in the limit of long contexts: without window and sinks
-    KL          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
-    top-1       share of them whose likeliest token is the exact cache's
-    ppl         change of the perplexity of them
+    ratio_long  the same in the limit of long contexts: without window and sinks
+    kl          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
+    top1        share of them whose likeliest token is the exact cache's
+    perplexity  its change over them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 64 to 191 tokens
@@ -56,7 +57,6 @@ Test: tests/test_quality.py.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -73,10 +73,10 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from perf._tasks import PLACES, TASKS, Task, make_tasks, mcnemar, score
-from perf._timing import versions
+from perf._tasks import PLACES, TASKS, Task, answer_of, interval, make_tasks, mcnemar, score
+from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
-from perf.tables import quality_table
+from perf.tables import quality_table, sections
 from spectral_kernels.calibrate import _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -87,7 +87,6 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-READ = 100_000  # tokens of prompts that are answered at once
 
 
 class Question(NamedTuple):
@@ -151,7 +150,6 @@ class Stored(NamedTuple):
 
 
 Scheme = Callable[[Prefix], Stored]
-Row = dict[str, Any]
 
 
 # ---- cases ---------------------------------------------------------------------------------------
@@ -415,10 +413,6 @@ def code_kivi(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix, bits: i
     return in_groups(x, -2 if is_key else -1, bits)
 
 
-def kivi_bits(bits: int, dim: int) -> tuple[float, float]:
-    return bits + 32 / GROUP, bits + 32 / GROUP
-
-
 def code_fp8(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
     most = torch.finfo(torch.float8_e4m3fn).max
     scale = x.abs().amax((-2, -1), keepdim=True).clamp_min(1e-20) / most
@@ -490,9 +484,9 @@ YARDSTICKS: dict[str, Yardstick] = {
     "fp8": Yardstick(code_fp8, lambda dim: (8, 8)),
     "nvfp4": Yardstick(code_nvfp4, lambda dim: (4.5, 4.5)),
     "saw-int4": Yardstick(code_saw, lambda dim: (4 + 32 / dim,) * 2, centred=True),
-    **{
-        f"kivi-{n}": Yardstick(partial(code_kivi, bits=n), partial(kivi_bits, n)) for n in (4, 3, 2)
-    },
+    "kivi-4": Yardstick(partial(code_kivi, bits=4), lambda dim: (4 + 32 / GROUP,) * 2),
+    "kivi-3": Yardstick(partial(code_kivi, bits=3), lambda dim: (3 + 32 / GROUP,) * 2),
+    "kivi-2": Yardstick(partial(code_kivi, bits=2), lambda dim: (2 + 32 / GROUP,) * 2),
     "kvarn-k4v2": Yardstick(
         code_kvarn, lambda dim: (4 + 32 / TILE + 16 / dim, 2 + 32 / dim + 16 / TILE), TILE, True
     ),
@@ -504,29 +498,22 @@ YARDSTICKS: dict[str, Yardstick] = {
 # ---- measurements --------------------------------------------------------------------------------
 
 
-def measure(
-    model: Any, case: Case, schemes: dict[str, Scheme], *, model_name: str, bar: Any = None
-) -> Iterator[Row]:
+def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
     """All schemes on one case, as they come; the context is read once."""
     prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
     exact = predict(model, case, list(zip(prefix.k, prefix.v, strict=True)))
-    if bar is not None:
-        bar.update(1)
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
-        head = {"model": model_name, "text": case.name, "context": case.context, "scheme": name}
-        size = sizes(stored.nbytes, stored.token_bytes, prefix)
-        yield {**head, **size, **result, "needles": len(case.answers)}
-        if bar is not None:
-            bar.update(1)
+        head = {"text": case.name, "context": case.context, "scheme": name}
+        yield {**head, **sizes(stored, prefix), **result, "needles": len(case.answers)}
 
 
-def sizes(nbytes: float, token_bytes: float, prefix: Prefix) -> Row:
+def sizes(stored: Stored, prefix: Prefix) -> Row:
     """Ratios to a dense 16-bit cache, and the bytes of a token and of what does not grow."""
-    tokens, dense = prefix.tokens, prefix.token_bytes
-    ratios = {"ratio": tokens * dense / nbytes, "ratio_long": dense / token_bytes}
-    return {**ratios, "token_bytes": token_bytes, "fixed_bytes": nbytes - tokens * token_bytes}
+    (_, nbytes, token), dense, tokens = stored, prefix.token_bytes, prefix.tokens
+    ratios = {"ratio": tokens * dense / nbytes, "ratio_long": dense / token}
+    return {**ratios, "token_bytes": token, "fixed_bytes": nbytes - tokens * token}
 
 
 @torch.no_grad()
@@ -534,22 +521,20 @@ def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> lis
     """What the model writes after prompts whose last token the cache has not seen."""
     token = torch.tensor([task.ids[-1:] for task in tasks], device=model.device)
     written: list[torch.Tensor] = []
-    texts = [""] * len(tasks)
-    for step in range(max(task.new for task in tasks)):
+    texts: list[str] = []
+    for step in range(1, 1 + (most := max(task.new for task in tasks))):
         logits = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
         written.append(token)
-        if step % 16 == 15 or step + 1 == max(task.new for task in tasks):
-            rows = torch.cat(written, dim=1).tolist()
-            texts = [
-                tokenizer.decode(row[: task.new]) for row, task in zip(rows, tasks, strict=True)
-            ]
-            ended = (
-                step + 1 >= task.new or any(stop in text for stop in task.stop)
-                for task, text in zip(tasks, texts, strict=True)
-            )
-            if all(ended):
-                break
+        if step % 16 and step < most:
+            continue
+        rows = zip(torch.cat(written, dim=1).tolist(), tasks, strict=True)
+        texts = [tokenizer.decode(row[: task.new]) for row, task in rows]
+        if all(
+            step >= task.new or answer_of(task, text) != text
+            for task, text in zip(tasks, texts, strict=True)
+        ):
+            break
     return texts
 
 
@@ -565,7 +550,7 @@ def answers(
     )
     for name, store in {"dense": lambda _: exact, **schemes}.items():
         given = store(prefix)
-        size, cache = sizes(given.nbytes, given.token_bytes, prefix), dense_cache(model, given[0])
+        size, cache = sizes(given, prefix), dense_cache(model, given.layers)
         del given
         yield name, greedy(model, cache, tasks, tokenizer), size
 
@@ -579,14 +564,15 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[
         means = {"score": sum(scores) / len(dense), "dense_score": sum(dense) / len(dense)}
         solved = {"prompts": len(dense), "dense_solved": sum(a == 1 for a in dense)}
         flips = {"flips": [lost, won], "mcnemar": mcnemar(lost, won)}
-        yield {"task": name, "scheme": scheme, **size, **solved, **means, **flips}
+        change = {"change": interval([b - a for a, b in zip(dense, scores, strict=True)])}
+        yield {"task": name, "scheme": scheme, **size, **solved, **means, **change, **flips}
 
 
 def measure_tasks(
     model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
-    batch = max(1, READ // length)
+    batch = max(1, args.batch // length)
     for name in TASKS if args.tasks == ["all"] else args.tasks:
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
@@ -652,29 +638,21 @@ def measure_stream(
     text = None
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
-        for given in (text, None):
-            if text is None and given is None and kl:
-                continue  # the dense text is the exact cache's own
+        for given in (None,) if text is None else (text, None):
             with enabled(model, preset, codecs) as handle:
                 cache = filled_cache(model, handle, ids[:, :-1], count)
                 tokens, logits = stream(model, cache, last, count, args.seed, given)
-                size = handle.codec
+                token_bytes = handle.codec and handle.codec.token_bytes
                 del cache
             kl.append(stream_kl(model, ids, tokens, logits))
             text = tokens if text is None else text
             del logits
-        for i, case in enumerate(cases):
-            head = {"text": case.name, "context": case.context, "task": "generate"}
-            forced, free = kl[0][i], kl[-1][i]
-            yield {
-                **head,
-                "scheme": preset,
-                "generated": count,
-                "token_bytes": None if size is None else size.token_bytes,
-                "teacher_forced_kl": forced.mean().item(),
-                "free_running_kl": free.mean().item(),
-                "free_running_kl_last": free[-count // 4 :].mean().item(),
-            }
+        for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
+            row: Row = {"text": case.name, "context": case.context, "task": "generate"}
+            row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
+            row |= {"teacher_forced_kl": float(forced.mean())}
+            row |= {"free_running_kl": float(free.mean())}
+            yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
 
 
 # ---- output --------------------------------------------------------------------------------------
@@ -682,29 +660,13 @@ def measure_stream(
 
 def table(rows: Sequence[Row]) -> str:
     """A block a text."""
-    lines: list[str] = []
-    texts = [row for row in rows if "kl" in row]
-    heads = {"ratio": 7, "long": 7, "KL": 10, "median": 10, "99 %": 9, "99.9 %": 9}
-    heads |= {"top-1": 8, "ppl": 9, "recalled": 10}
-    for name, context in dict.fromkeys((row["text"], row["context"]) for row in texts):
-        lines.append(f"\n{texts[0]['model']}, {name}, {context} tokens of context")
-        lines.append(f"{'scheme':<12}" + "".join(f"{x:>{width}}" for x, width in heads.items()))
-        for row in (x for x in texts if (x["text"], x["context"]) == (name, context)):
-            recalled = f"{row['recalled']}/{row['needles']}" if row["needles"] else "-"
-            lines.append(
-                f"{row['scheme']:<12}{row['ratio']:>7.2f}{row['ratio_long']:>7.2f}"
-                f"{row['kl']:>10.5f}{row['kl_median']:>10.5f}{row['kl_p99']:>9.3f}"
-                f"{row['kl_p999']:>9.3f}{row['top1']:>8.3f}{100 * row['perplexity']:>+8.2f}%"
-                f"{recalled:>10}"
-            )
-    return "\n".join(lines)
+    spec = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f"
+    spec += " perplexity:+.2% recalled needles"
+    own = [row for row in rows if "kl" in row]
+    return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
 
 
-def parser_of() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.quality", description=(__doc__ or "").split("\n")[0]
-    )
-    add = parser.add_argument
+def add_arguments(add: Callable[..., Any]) -> None:
     add("--model", help="path or id of a model (default: the embedded model)")
     add("--gguf", help="GGUF file of such a model; a name alone is looked for in --model")
     add("--text", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8")
@@ -720,13 +682,12 @@ def parser_of() -> argparse.ArgumentParser:
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
     add("--count", type=int, default=16, help="prompts a task and length (16)")
+    add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
     add("--problems", type=int, default=164, help="of humaneval (164)")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
-    add("--json", type=Path, metavar="OUT", help="append one JSON row a line")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
-    return parser
 
 
 def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Case]:
@@ -746,8 +707,29 @@ def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Cas
     return cases
 
 
+def measured(
+    model: Any, tokenizer: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Any
+) -> Iterator[Row]:
+    """Rows of all that is asked for; the model is float32."""
+
+    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
+        options = {"model": model, "codecs": codecs}
+        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
+        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
+
+    for case in cases:
+        yield from measure(model, case, schemes(args.yardsticks))
+    model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    for length in args.lengths if args.tasks else ():
+        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+    if args.generate:
+        first = [case for case in cases if case.context == args.context[0]]
+        yield from measure_stream(model, first, args, codecs)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of()
+    parser = parser_of("quality", __doc__)
+    add_arguments(parser.add_argument)
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
@@ -764,47 +746,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
     codecs = args.codecs or (TINY_MODEL if embedded else None)
-    stored = {
-        p: partial(store_spectral, model=model, preset=p, codecs=codecs) for p in args.presets
-    }
-    schemes: dict[str, Scheme] = {**stored, **{name: YARDSTICKS[name] for name in args.yardsticks}}
     head = {"model": Path(name).name, "codec": codec_notes(codecs, args.presets)}
-    ran, rows = versions(), []  # now: the tree may change while this runs
-    with (
-        tqdm(total=len(cases) * (len(schemes) + 1), desc="quality", unit="scheme") as bar,
-        args.json.open("a") if args.json else nullcontext() as out,
-    ):
-
-        def keep(row: Row) -> None:
-            rows.append({**head, **row, **ran})
-            if out is not None:  # at once: a run may take long
-                out.write(json.dumps(rows[-1]) + "\n")
-                out.flush()
-
-        for case in cases:
-            for row in measure(model, case, schemes, model_name=head["model"], bar=bar):
-                keep(row)
-        model.to(DTYPES[args.dtype] if args.dtype else half_of(model.device))
-        answering: dict[str, Scheme] = {
-            **stored,
-            **{name: YARDSTICKS[name] for name in args.task_yardsticks},
-        }
-        for length in args.lengths if args.tasks else ():
-            for row in measure_tasks(model, tokenizer, args, answering, length):
-                keep(row)
-        if args.generate:
-            first = [case for case in cases if case.context == args.context[0]]
-            for row in measure_stream(model, first, args, codecs):
-                keep(row)
-    print(f"{table(rows)}\n\n{quality_table(rows)}")
+    same, rows = versions(args.commit), []  # now: the tree may change while this runs
+    found = measured(model, tokenizer, cases, args, codecs)
+    for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
+        rows.append(write_row({**head, **row, **same}, args.json))
+    print(f"{table(rows)}\n{quality_table(rows)}")
     return 0
-
-
-def half_of(device: torch.device) -> torch.dtype:
-    """What models run in there."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
 def codec_notes(codecs: Path | None, presets: Sequence[str]) -> str:

@@ -34,6 +34,7 @@ OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
 MARKED = re.compile(r"(<!-- (headline|losses) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+NO_ROW = "No row yet: `python -m perf.{} --json`, then `perf.tables --write`.\n"
 Rows = Iterable[Row]
 Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
 
@@ -74,34 +75,37 @@ def cell(value: Any, form: str = "") -> str:
     return "-" if value is None else format(value, form)
 
 
-def columns(rows: Rows, forms: dict[str, str]) -> str:
-    """A line a row: the named fields in their formats."""
-    return markdown([*forms], [[cell(row.get(x), f) for x, f in forms.items()] for row in rows])
+def columns(rows: Rows, spec: str) -> str:
+    """A line a row: the named fields, each in the format after its colon."""
+    fields = [word.partition(":")[::2] for word in spec.split()]
+    lines = [[cell(row.get(name), form) for name, form in fields] for row in rows]
+    return markdown([name for name, _ in fields], lines)
+
+
+def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
+    """A titled table of each group of rows with the same values of `names`."""
+    parts = grouped(rows, names).items()
+    return "".join(f"\n### {title.format(*x)}\n\n{columns(own, spec)}" for x, own in parts)
 
 
 def attention_table(rows: Rows) -> str:
     """A table a kind of layer: microseconds, share of the bandwidth, the best dense peers of bf16
     and fp8, and how many times as fast."""
-    forms = {"B": "", "T": ",", "case": "", "preset": "", "p50_us": ".4g", "read_share": ".0%"}
+    spec, rows = "B T:, case preset p50_us:.4g read_share:.0%", latest(rows, KEYS["attention"])
     for peer in ("peer", "fp8"):
-        forms |= {f"best_{peer}": "", f"best_{peer}_us": ".4g", f"against_{peer}": ".2f"}
-    text = ""
-    for title, own in grouped(latest(rows, KEYS["attention"]), KEYS["attention"][:5]).items():
-        for row in own:
-            for peer in ("peer", "fp8"):
-                us = row.get(f"best_{peer}_us")
-                row[f"against_{peer}"] = us and us / row["p50_us"]
-        gpu, heads, groups, dim, path = title
-        text += f"\n### {gpu}, {heads}/{groups} heads, D = {dim}, {path} path\n\n"
-        text += columns(own, forms)
-    return text
+        spec += f" best_{peer} best_{peer}_us:.4g against_{peer}:.2f"
+        for row in rows:
+            us = row.get(f"best_{peer}_us")
+            row[f"against_{peer}"] = us and us / row["p50_us"]
+    title = "{}, {}/{} heads, D = {}, {} path"
+    return sections(rows, ("gpu", "H", "G", "D", "path"), title, spec)
 
 
-def fit_line(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
-    """(intercept, slope) of the least squares line; None of fewer than two points."""
-    if len({x for x, _ in points}) < 2:
+def fit_line(rows: dict[int, Row]) -> tuple[float, float] | None:
+    """(intercept, slope) of the least squares line of ms against T; None of fewer than two rows."""
+    if len(rows) < 2:
         return None
-    slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
+    slope, intercept = statistics.linear_regression([*rows], [x["ms"] for x in rows.values()])
     return intercept, slope
 
 
@@ -131,7 +135,7 @@ def end_to_end_table(rows: Rows) -> str:
         base, lines = "graph compiled" if title[3] else "graph", []
         lengths = sorted({row["T"] for row in own})
         graph = {row["T"]: row for row in own if row["what"] == base and not row["preset"]}
-        dense = fit_line([(t, row["ms"]) for t, row in graph.items()])
+        dense = fit_line(graph)
         for (what, preset), series in grouped(own, ("what", "preset")).items():
             found, cells = {row["T"]: row for row in series}, [f"{what} {preset or ''}".strip()]
             for t in lengths:
@@ -140,7 +144,7 @@ def end_to_end_table(rows: Rows) -> str:
                     cells[-1] = f"{found[t]['ms']:.2f}{'*' if found[t].get('shared') else ''}"
                     if t in graph and found[t] is not graph[t]:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
-            line = fit_line([(t, row["ms"]) for t, row in found.items()])
+            line = fit_line(found)
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
             alike = what == base and not preset
             cells.append("-" if alike else break_even(dense, line))
@@ -154,9 +158,8 @@ def end_to_end_table(rows: Rows) -> str:
         text += "\n\\* keys and values of all layers do not fit: layers share memory.\n"
     prompts = [row for row in rows if row.get("prefill_ratio")]
     if prompts:
-        forms = {"gpu": "", "B": "", "T": ",", "preset": "", "prefill_s": ".3f"}
-        forms |= {"prefill_ratio": ".3f", "cache_bytes": ",", "peak_bytes": ","}
-        text += f"\n### Prompts\n\n{columns(prompts, forms)}"
+        spec = "gpu B T:, preset prefill_s:.3f prefill_ratio:.3f cache_bytes:, peak_bytes:,"
+        text += f"\n### Prompts\n\n{columns(prompts, spec)}"
     return text
 
 
@@ -176,25 +179,32 @@ def mean(rows: Rows, name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def means(rows: Rows, needed: str) -> list[Row]:
+    """A row a model, context and scheme, of means over the texts of rows that have the field
+    `needed`; texts: how many the model and context have."""
+    found: list[Row] = []
+    own = [row for row in rows if needed in row]
+    for (model, context), panel in grouped(own, ("model", "context")).items():
+        head = {"model": model, "context": context, "texts": len({row["text"] for row in panel})}
+        for (scheme,), alike in grouped(panel, ("scheme",)).items():
+            names = {name for row in alike for name, x in row.items() if isinstance(x, int | float)}
+            found.append({name: mean(alike, name) for name in names} | head | {"scheme": scheme})
+    return found
+
+
 def quality_table(rows: Rows) -> str:
     """Means over texts of each scheme, of predicted and of generated tokens; then the share of
     tasks' prompts that are solved, with those that only dense attention or the scheme solves."""
     text, rows = "", latest(rows, KEYS["quality"])
-    forms = {"scheme": "", "ratio": ".2f", "ratio_long": ".2f", "kl": ".5f", "kl_median": ".5f"}
-    forms |= {"kl_p999": ".3f", "top1": ".3f", "perplexity": "+.2%", "recalled": ".1f"}
-    generated = {"scheme": "", "generated": ".0f", "teacher_forced_kl": ".5f"}
-    generated |= {"free_running_kl": ".5f", "free_running_kl_last": ".5f"}
-    for names, needed in ((forms, "kl"), (generated, "free_running_kl")):
-        own = [row for row in rows if needed in row]
-        for (model, context), same in grouped(own, ("model", "context")).items():
-            found: list[Row] = []
-            for (scheme,), alike in grouped(same, ("scheme",)).items():
-                means = {name: mean(alike, name) for name in names if name != "scheme"}
-                found.append({"scheme": scheme, **means})
-            found.sort(key=lambda row: row.get("ratio") or 0)
-            count = len({row["text"] for row in same})
-            text += f"\n### {model}, {context:,} tokens, {needed} over {count} text(s)\n\n"
-            text += columns(found, names)
+    predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
+    predicted += " perplexity:+.2% recalled:.1f"
+    generated = "scheme generated:.0f teacher_forced_kl:.5f free_running_kl:.5f"
+    generated += " free_running_kl_last:.5f"
+    for needed, spec in (("kl", predicted), ("free_running_kl", generated)):
+        found = means(rows, needed)
+        found.sort(key=lambda x: (x["model"], x["context"], x.get("ratio") or 0))
+        title = "{}, {:,} tokens, " + needed + " over {} text(s)"
+        text += sections(found, ("model", "context", "texts"), title, spec)
     tasks = [row for row in rows if "score" in row]
     for (model, context), own in grouped(tasks, ("model", "context")).items():
         kinds, lines = sorted({row["task"] for row in own}), []
@@ -206,22 +216,13 @@ def quality_table(rows: Rows) -> str:
     return text
 
 
-def serve_table(rows: Rows) -> str:
-    forms = {"gpu": "", "gpus": "", "vllm": "", "B": "", "T": ",", "backend": "", "kv_dtype": ""}
-    forms |= {"ttft_ms": ".0f", "tpot_ms": ".2f", "kv_tokens": ",", "throughput": ".4g"}
-    return "\n" + columns(rows, forms)
-
-
-def compress_table(rows: Rows) -> str:
-    forms = {"gpu": "", "T": ",", "encode_us": ".4g", "append_us": ".3g", "decode_us": ".4g"}
-    return "\n" + columns(rows, {**forms, "gram_us": ".4g", "encode_share": ".0%"})
-
-
+SERVE = "gpu gpus vllm B T:, backend kv_dtype ttft_ms:.0f tpot_ms:.2f kv_tokens:, throughput:.4g"
+COMPRESS = "gpu T:, encode_us:.4g append_us:.3g decode_us:.4g encode_share:.0%"
 SECTIONS: dict[str, tuple[Callable[[Rows], str], str]] = {
     "end_to_end": (end_to_end_table, "Whole models in transformers, a token at a time"),
-    "serve": (serve_table, "Whole models in vLLM"),
+    "serve": (partial(columns, spec=SERVE), "Whole models in vLLM"),
     "attention": (attention_table, "One layer's append and attention"),
-    "compress": (compress_table, "What storing tokens takes"),
+    "compress": (partial(columns, spec=COMPRESS), "What storing tokens takes"),
     "quality": (quality_table, "Loss per byte"),
 }
 
@@ -234,12 +235,9 @@ def results_page(results: Path = RESULTS) -> str:
         text += f"\n![{y}](plots/{name}.svg)\n" if make(results) else ""
     for name, (table, title) in SECTIONS.items():
         rows = newest(name, results)
-        text += f"\n## {title}\n"
-        if rows:
-            commits = ", ".join(sorted({row["commit"] for row in rows}))
-            text += f"{table(rows)}\n`perf.{name}`, measured at {commits}.\n"
-        else:
-            text += f"\nNo row yet: `python -m perf.{name} --json`, then `perf.tables --write`.\n"
+        commits = ", ".join(sorted({row["commit"] for row in rows}))
+        measured = f"{table(rows).lstrip()}\n`perf.{name}`, measured at {commits}.\n"
+        text += f"\n## {title}\n\n{measured if rows else NO_ROW.format(name)}"
     return text
 
 
@@ -271,26 +269,28 @@ def steps(results: Path) -> list[Row]:
     return found
 
 
-def fastest(rows: Rows) -> dict[str, Row]:
-    """Of each kind."""
-    return {row["kind"]: row for row in sorted(rows, key=lambda row: -row["ms"])}
+def compared(results: Path) -> dict[tuple, dict[str, Row]]:
+    """(gpu, engine, B, T) that dense bf16 has -> the fastest step of each kind."""
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in steps(results):
+        own = found.setdefault(tuple(map(row.get, ("gpu", "engine", "B", "T"))), {})
+        own[row["kind"]] = min(row, own.get(row["kind"], row), key=lambda x: x["ms"])
+    return {key: own for key, own in found.items() if "bf16" in own}
 
 
 def headline(results: Path = RESULTS) -> str:
     """README's table: a line a cell of whole models; vLLM's where it has both sides, else that of
     compiled layers."""
     cells: dict[tuple, list[str]] = {}
-    whole = [row for row in steps(results) if "size" in row]
-    for (gpu, engine, batch, tokens), own in grouped(whole, ("gpu", "engine", "B", "T")).items():
-        best = fastest(own)
-        if "bf16" in best and OURS in best:
-            dense, ours, star = best["bf16"], best[OURS], "*" if best["bf16"].get("shared") else ""
+    for (gpu, engine, batch, tokens), own in compared(results).items():
+        if OURS in own and "size" in own[OURS]:
+            dense, ours, star = own["bf16"], own[OURS], "*" if own["bf16"].get("shared") else ""
             line = [gpu, engine, str(batch), f"{tokens:,}", f"{dense['ms']:.2f}{star}"]
-            line += [cell(best.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]
+            line += [cell(own.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]
             line += [f"{dense[name] / ours[name]:.2f}x" for name in ("ms", "size")]
             cells[gpu, batch, tokens] = line
     if not cells:
-        return "No row yet: `python -m perf.end_to_end --json`, then `perf.tables --write`.\n"
+        return NO_ROW.format("end_to_end")
     # Of more cells than fit, those of the most tokens.
     chosen = sorted(sorted(cells, key=lambda x: x[1] * x[2])[-HEADLINE:])
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
@@ -303,21 +303,18 @@ def headline(results: Path = RESULTS) -> str:
 
 def losses(results: Path = RESULTS) -> str:
     """README's table of what a scheme loses: of the model and context with the most texts."""
-    rows = [row for row in newest("quality", results) if "kl" in row]
+    rows = means(newest("quality", results), "kl")
     if not rows:
-        return "No row yet: `python -m perf.quality --json FILE`, then `perf.tables --write`.\n"
-    panels = grouped(rows, ("model", "context"))
-    model, context = max(panels, key=lambda x: len({row["text"] for row in panels[x]}))
-    found = grouped(panels[model, context], ("scheme",))
-    schemes = [name for name in LOSSES if (name,) in found]
-    count = len({row["text"] for row in panels[model, context]})
-    lines = []
+        return NO_ROW.format("quality")
+    top = max(rows, key=lambda row: row["texts"])
+    same = [row for row in rows if (row["model"], row["context"]) == (top["model"], top["context"])]
+    found = {row["scheme"]: row for row in same}
+    schemes = [name for name in LOSSES if name in found]
     forms = {"times smaller": ("ratio", "{:.2f}x"), "likeliest token as dense": ("top1", "{:.1%}")}
     forms |= {"perplexity": ("perplexity", "{:+.2%}"), "KL, nats": ("kl", "{:.4f}")}
-    for title, (name, form) in forms.items():
-        values = (mean(found[scheme,], name) for scheme in schemes)
-        lines.append([title, *("-" if x is None else form.format(x) for x in values)])
-    return markdown([f"{model}, {context:,} tokens, mean of {count} texts", *schemes], lines)
+    header = f"{top['model']}, {top['context']:,} tokens, mean of {top['texts']} texts"
+    lines = [[x, *(f.format(found[s][n]) for s in schemes)] for x, (n, f) in forms.items()]
+    return markdown([header, *schemes], lines)
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
@@ -333,18 +330,15 @@ def against_length(value: Callable[[Row, Row], float | None], results: Path) -> 
     """value(row, dense bf16 row of the same cell) against T: a panel an engine and batch size with
     two lengths or more, a line a kind. Of more than four panels those with fp8 come first."""
     panels: Plot = {}
-    for (gpu, engine, batch), own in grouped(steps(results), ("gpu", "engine", "B")).items():
-        lines: dict[str, list[list[float]]] = {}
-        for (tokens,), same in sorted(grouped(own, ("T",)).items()):
-            best = fastest(same)
-            for kind in sorted(best, key=rank) if "bf16" in best else ():
-                y = value(best[kind], best["bf16"])
-                if y is not None:
-                    name = f"dense {kind}" if kind in ("bf16", "fp8") else kind
-                    lines.setdefault(name, []).append([tokens, float(f"{y:.4g}")])
-        if max(map(len, lines.values()), default=0) > 1:
-            panels[f"{gpu}, {engine}, B = {batch}"] = lines
-    return dict(sorted(panels.items(), key=lambda x: "dense fp8" not in x[1])[:4])
+    for (gpu, engine, batch, tokens), own in compared(results).items():
+        lines = panels.setdefault(f"{gpu}, {engine}, B = {batch}", {})
+        for kind in sorted(own, key=rank):
+            y = value(own[kind], own["bf16"])
+            if y is not None:
+                name = f"dense {kind}" if kind in ("bf16", "fp8") else kind
+                lines.setdefault(name, []).append([tokens, float(f"{y:.4g}")])
+    shown = {name: x for name, x in panels.items() if max(map(len, x.values()), default=0) > 1}
+    return dict(sorted(shown.items(), key=lambda x: "dense fp8" not in x[1])[:4])
 
 
 def speed(row: Row, dense: Row) -> float:
@@ -360,10 +354,10 @@ def reads(row: Row, _: Row) -> float | None:
 def pareto(results: Path) -> Plot:
     """KL (over texts) against the ratio of bytes, a panel a model and context."""
     panels: Plot = {}
-    rows = [row for row in newest("quality", results) if "kl" in row and row["scheme"] != "exact"]
-    for (model, context, scheme), own in grouped(rows, ("model", "context", "scheme")).items():
-        panel = panels.setdefault(f"{model}, {context:,} tokens", {})
-        panel[scheme] = [[float(f"{mean(own, name):.4g}") for name in ("ratio", "kl")]]
+    for row in means(newest("quality", results), "kl"):
+        if row["scheme"] != "exact":
+            panel = panels.setdefault(f"{row['model']}, {row['context']:,} tokens", {})
+            panel[row["scheme"]] = [[float(f"{row[name]:.4g}") for name in ("ratio", "kl")]]
     return dict(list(panels.items())[-4:])
 
 

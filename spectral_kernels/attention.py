@@ -613,7 +613,6 @@ def _finish_spectral_kernel(
 
 
 WARPS = 4  # of a program of `_attend_spectral_kernel`
-RESIDENT = 3  # such programs a multiprocessor: what its registers hold
 MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
 
@@ -660,19 +659,18 @@ def plan_launch(
     large = layout.head_dim > 128 or layout.k.rank > 128 or layout.v.rank > 128
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
-        warps = 2 * WARPS if large else WARPS  # a large basis, in registers of all of them
+        warps = WARPS
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
-        if large:
-            # Two stages of pages of more than 128 components do not fit in shared memory.
-            few = max(layout.k.rank, layout.v.rank) <= 128
-            options = {"num_stages": 2 if few and _launch.has_large_shared_memory(device) else 1}
-        else:
-            options = {"num_stages": 3, "maxnreg": 168}  # RESIDENT programs a multiprocessor
-        options["num_warps"] = warps
-        resident = RESIDENT * WARPS // warps
+        # Three stages ask for a turn's pages at the end of the turn before, five a turn earlier, so
+        # that they are there in time. That takes twice the shared memory, and registers.
+        deep = rows <= 8 and not large and _launch.has_large_shared_memory(device)
+        options = {"num_stages": 5 if deep else 3, "num_warps": warps}
+        resident = 2 if large else 3  # programs a multiprocessor: what its registers hold
+        if not large:
+            options["maxnreg"] = 168
     else:  # attention_sm75.py: a warp and 4 queries a program
-        rows, warps, m, resident = 4, 1, 4, 12
+        rows, warps, m, resident = 4, 1, 4, 16
         options = {"num_stages": 1, "num_warps": 1}
     blocks = _launch.cdiv(group * queries, rows)
     turns, cores = _launch.cdiv(max_pages, warps), _launch.multiprocessors(device)

@@ -703,7 +703,8 @@ def _text_files() -> list[list[Path]]:
             for name in sorted(names)
             if name.endswith(ends)
         )
-        files = [path for path in islice(found, 2000) if path.stat().st_size > 500]
+        there = islice(filter(Path.is_file, found), 2000)  # links may lead nowhere
+        files = [path for path in there if path.stat().st_size > 500]
         random.Random(0).shuffle(files)
         kinds.append(files)
     return kinds

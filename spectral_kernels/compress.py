@@ -377,59 +377,73 @@ def encode_torch(
 
 
 @triton.jit
-def _append_side(
+def _append_group(
     x_ptr,  # the token, [D]
-    exact_ptr,  # its slot, [D]
-    page_ptr,  # its page's bytes of the head
-    encoder_ptr,  # [D, R]
-    offset_ptr,  # [R], or None
-    freqs_ptr,
-    position,
+    exact_ptr,  # row of exact slots, [S, D]
+    pages_ptr,  # pages of the head
+    codec,  # of the head: encoder [D, R]; of K offset [R] and freqs, else None
+    table_ptr,  # of the row
+    seq_len_ptr,
+    ahead,  # tokens that are newer, and this one
+    max_pages,
+    stride_page,
+    stride_slot,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
     FRAME: tl.constexpr,
     GROUPS: tl.constexpr,
-    IS_K: tl.constexpr,
+    n: tl.constexpr,
+    SINKS: tl.constexpr,
+    RING: tl.constexpr,
 ):
-    """One token of one side: copy it to its slot, project, quantise and pack it into its page."""
+    """One group of one side of one token: project, quantise and pack it into its page; with the
+    first group the token is copied to its slot."""
+    encoder_ptr, offset_ptr, freqs_ptr = codec
+    IS_K: tl.constexpr = offset_ptr is not None
     R: tl.constexpr = _bits.rank_of(GROUPS)
+    FIELDS: tl.constexpr = _bits.fields_of(GROUPS, n)
+    BLOCKS: tl.constexpr = triton.next_power_of_2(FIELDS)
+    local = tl.arange(0, 16 * BLOCKS)
+    r = _bits.first_block(GROUPS, n) * 16 + local
     d = tl.arange(0, triton.next_power_of_2(D))
-    live = d < D
-    tl.store(exact_ptr + d, tl.load(x_ptr + d, mask=live, other=0.0), mask=live)
+    mask = (d < D)[:, None] & (local < 16 * FIELDS)[None, :]
+    encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)
+    token = tl.load(x_ptr + d, mask=d < D, other=0.0)
+    position = tl.load(seq_len_ptr) - ahead
+    tl.debug_barrier()  # no load is put off until registers are free: all of them are on their way
+    live = (position >= 0) & (position // 64 < max_pages)
+    position = tl.maximum(position, 0)
+    page = tl.load(table_ptr + position // 64, mask=live, other=0).to(tl.int64)
     if IS_K:
         start = (position // FRAME * FRAME).to(tl.int64)
-        x = _turned_back(x_ptr, d, start, freqs_ptr, live, PAIRS, D).to(tl.float32)
+        x = _turned_back(x_ptr, d, start, freqs_ptr, d < D, PAIRS, D)
     else:
-        x = tl.load(x_ptr + d, mask=live, other=0.0).to(tl.float32)
-    sums = ()  # of all groups before the first store, which no load may pass
-    for n in tl.static_range(len(GROUPS)):
-        # A group at a time: the encoder of a large rank would not fit in registers.
-        local = tl.arange(0, 16 * triton.next_power_of_2(_bits.fields_of(GROUPS, n)))
-        r = _bits.first_block(GROUPS, n) * 16 + local
-        mask = live[:, None] & (local < 16 * _bits.fields_of(GROUPS, n))[None, :]
-        encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)
-        c = tl.sum(x[:, None] * encoder, 0)  # of [D, 16 fields]
-        if offset_ptr is not None:
-            c -= tl.load(offset_ptr + r, mask=local < 16 * _bits.fields_of(GROUPS, n), other=0.0)
-        sums = sums + (tl.reshape(c, [triton.next_power_of_2(_bits.fields_of(GROUPS, n)), 16]),)
-    column = tl.arange(0, 16)
-    at = byte_in_page(position % 64, column, IS_K)
-    for n in tl.static_range(len(GROUPS)):
-        block = tl.arange(0, triton.next_power_of_2(_bits.fields_of(GROUPS, n)))
-        c = sums[n]
-        byte = tl.zeros([16], dtype=tl.int32)
-        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
-            part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]
-            byte |= _field(part, GROUPS, _bits.first_block(GROUPS, n) + f)
-        if _bits.bits_of(GROUPS, n) == 8:
-            byte ^= 128
-        group_ptr = page_ptr + _bits.group_offset(GROUPS, n)
-        if _bits.is_half_group(GROUPS, n):
-            shift = at // 512 * 4
-            old = tl.load(group_ptr + at % 512).to(tl.int32) & (15 << (4 - shift))
-            tl.store(group_ptr + at % 512, (old | (byte << shift)).to(tl.uint8))
-        else:
-            tl.store(group_ptr + at, byte.to(tl.uint8))
+        x = token
+    c = tl.sum(x.to(tl.float32)[:, None] * encoder, 0)
+    if IS_K:
+        c -= tl.load(offset_ptr + r, mask=local < 16 * FIELDS, other=0.0)
+    c = tl.reshape(c, [BLOCKS, 16])
+    block = tl.arange(0, BLOCKS)
+    byte = tl.zeros([16], dtype=tl.int32)
+    for f in tl.static_range(FIELDS):
+        part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]
+        byte |= _field(part, GROUPS, _bits.first_block(GROUPS, n) + f)
+    if _bits.bits_of(GROUPS, n) == 8:
+        byte ^= 128
+    at = byte_in_page(position % 64, tl.arange(0, 16), IS_K)
+    stored = at < tl.where(live, 1024, 0)
+    group_ptr = pages_ptr + page * stride_page + _bits.group_offset(GROUPS, n)
+    if _bits.is_half_group(GROUPS, n):
+        # Another new token may have the other half of the byte: these four bits change alone.
+        low = at % 4 * 8 + at // 512 * 4
+        word = (group_ptr + at % 512 // 4 * 4).to(tl.pointer_type(tl.int32))
+        tl.atomic_and(word, ~(15 << low), mask=stored, sem="relaxed")
+        tl.atomic_or(word, byte << low, mask=stored, sem="relaxed")
+    else:
+        tl.store(group_ptr + at, byte.to(tl.uint8), mask=stored)
+    if n == 0:
+        slot = slot_of(position, SINKS, RING).to(tl.int64)
+        tl.store(exact_ptr + slot * stride_slot + d, token, mask=d < tl.where(live, D, 0))
 
 
 @triton.jit(do_not_specialize=["Q", "max_pages", "stride_table_b"])
@@ -459,46 +473,39 @@ def _append_kernel(
     RING: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """The new tokens of one row, head and side, one after another: tokens may share a byte."""
+    """One group of K's or V's components of one new token of one row and head."""
     k_encoder_ptr, k_offset_ptr, v_encoder_ptr, freqs_ptr = codec
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     if OVERLAP:  # the attention kernel may start: what it reads of this one's work it waits for
         tl.extra.cuda.gdc_launch_dependents()
-    side = tl.program_id(0)
-    g = tl.program_id(1).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
-    seq_len = tl.load(seq_lens_ptr + b)
-    row = row_of(seq_ids_ptr, b, b)
-    codec_row = row_of(codec_ids_ptr, b, 0) * G + g
     RK: tl.constexpr = _bits.rank_of(K_GROUPS)
     RV: tl.constexpr = _bits.rank_of(V_GROUPS)
-    for i in range(0, Q):
-        position = seq_len - Q + i
-        if (position >= 0) & (position // 64 < max_pages):
-            page = tl.load(block_table_ptr + b * stride_table_b + position // 64).to(tl.int64)
-            slot = slot_of(position, SINKS, RING).to(tl.int64)
-            if side == 0:
-                exact_at = row * strides_exact[0] + g * strides_exact[1] + slot * strides_exact[2]
-                _append_side(
-                    k_ptr + b * strides_k[0] + g * strides_k[1] + i * strides_k[2],
-                    k_exact_ptr + exact_at,
-                    k_pages_ptr + page * strides_pages[0] + g * strides_pages[1],
-                    k_encoder_ptr + codec_row * (D * RK),
-                    k_offset_ptr + codec_row * RK,
-                    freqs_ptr, position, D, PAIRS, FRAME, K_GROUPS, True,
-                )  # fmt: skip
-            else:
-                exact_at = row * strides_exact[3] + g * strides_exact[4] + slot * strides_exact[5]
-                _append_side(
-                    v_ptr + b * strides_v[0] + g * strides_v[1] + i * strides_v[2],
-                    v_exact_ptr + exact_at,
-                    v_pages_ptr + page * strides_pages[2] + g * strides_pages[3],
-                    v_encoder_ptr + codec_row * (D * RV),
-                    None,
-                    freqs_ptr, position, D, PAIRS, FRAME, V_GROUPS, False,
-                )  # fmt: skip
-        if i + 1 < Q:
-            tl.debug_barrier()  # the next token's threads read bytes that others wrote
+    i = tl.program_id(0) % Q
+    b = (tl.program_id(0) // Q).to(tl.int64)
+    g = tl.program_id(1).to(tl.int64)
+    row = row_of(seq_ids_ptr, b, b)
+    codec_row = row_of(codec_ids_ptr, b, 0) * G + g
+    table_ptr = block_table_ptr + b * stride_table_b
+    for n in tl.static_range(len(K_GROUPS)):
+        if tl.program_id(2) == n:
+            _append_group(
+                k_ptr + b * strides_k[0] + g * strides_k[1] + i * strides_k[2],
+                k_exact_ptr + row * strides_exact[0] + g * strides_exact[1],
+                k_pages_ptr + g * strides_pages[1],
+                (k_encoder_ptr + codec_row * (D * RK), k_offset_ptr + codec_row * RK, freqs_ptr),
+                table_ptr, seq_lens_ptr + b, Q - i, max_pages, strides_pages[0], strides_exact[2],
+                D, PAIRS, FRAME, K_GROUPS, n, SINKS, RING,
+            )  # fmt: skip
+    for n in tl.static_range(len(V_GROUPS)):
+        if tl.program_id(2) == len(K_GROUPS) + n:
+            _append_group(
+                v_ptr + b * strides_v[0] + g * strides_v[1] + i * strides_v[2],
+                v_exact_ptr + row * strides_exact[3] + g * strides_exact[4],
+                v_pages_ptr + g * strides_pages[3],
+                (v_encoder_ptr + codec_row * (D * RV), None, None),
+                table_ptr, seq_lens_ptr + b, Q - i, max_pages, strides_pages[2], strides_exact[5],
+                D, PAIRS, FRAME, V_GROUPS, n, SINKS, RING,
+            )  # fmt: skip
 
 
 def append(
@@ -549,7 +556,8 @@ def append(
     if k.numel() == 0:
         return None
     with torch.cuda.device_of(k):
-        _append_kernel[(2, heads, batch)](
+        parts = len(codec.layout.k.groups) + len(codec.layout.v.groups)
+        _append_kernel[(batch * queries, heads, parts)](
             k, v, (codec.k_encoder, codec.k_offset, codec.v_encoder, codec.freqs),
             k_pages, v_pages, k_exact, v_exact, (block_table, seq_lens, codec_ids, seq_ids),
             queries, heads, block_table.shape[1], k.stride()[:3], v.stride()[:3],

@@ -635,6 +635,13 @@ def test_default_texts_are_broad_and_the_same_each_time():
     assert first(3, exclude=(os.sep,)) != texts[:3]  # no file: the manual alone
 
 
+def test_dangling_links_are_no_texts(tmp_path, monkeypatch):
+    (tmp_path / "kept.py").write_text("x = 1\n" * 200)
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert calibrate._text_files()[0] == [tmp_path / "kept.py"]
+
+
 def test_token_sequences(tiny):
     _, tokenizer = tiny
     text = "the farmer planted apples . " * 500

@@ -23,7 +23,7 @@ from spectral_kernels.calibrate import PRESETS
 from spectral_kernels.layout import PAGE_SIZE
 from tests.cases import DEVICE, kernels
 
-CPU = torch.device("cpu")
+CPU, PERF = torch.device("cpu"), tables.ROOT / "perf"
 on_cpu = pytest.mark.skipif(
     DEVICE.type == "cuda", reason="with twins on the CPU; perf itself runs on the card"
 )
@@ -31,8 +31,8 @@ on_cpu = pytest.mark.skipif(
 
 def small_step(preset: str, dim: int = 64, batch: int = 2, queries: int = 1) -> _cases.Step:
     torch.manual_seed(3)
-    shape, layout = Shape(batch, 4, 2, dim, 580, queries), _cases.layouts(preset, dim)[0]
-    return make_steps(shape, layout, preset=preset, copies=2, dtype=torch.float32, device=CPU)[1]
+    card = SimpleNamespace(dtype=torch.float32, device=CPU)
+    return make_steps(Shape(batch, 4, 2, dim, 580, queries), preset, card, 2)[1]
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -100,58 +100,46 @@ def test_what_is_encoded_comes_back():
     assert (back - x).norm() < 0.1 * x.norm()
 
 
-def test_bytes_are_those_of_the_tensors():
-    """What a step must read, against the tensors that hold it."""
-    shape, layout = Shape(3, 4, 2, 64, 640), _cases.layouts("balanced", 64)[0]
-    step = make_steps(shape, layout, preset="balanced", copies=1, dtype=torch.float16, device=CPU)[
-        0
-    ]
-    assert shape.page_bytes(layout) == sum(
-        x.nbytes for x in (step.k_pages, step.v_pages, step.block_table)
-    )
-    slots = step.k_exact.shape[2]
-    codec = step.codec.nbytes - step.codec.freqs.nbytes
-    exact = sum(x.nbytes for x in (step.k_exact, step.v_exact, step.q, step.k, step.v))
-    skipped = 3 * 2 * slots * layout.token_bytes
-    assert shape.step_bytes(layout, slots) == shape.page_bytes(layout) - skipped + codec + exact
+def test_bytes_are_those_of_a_step():
+    """By hand: two rows of 640 and 128 tokens in a table with room for more."""
+    shape = Shape(2, 4, 2, 64, 640, capacity=1024, lengths=(640, 128))
+    [step] = make_steps(shape, "balanced", CARD, 1)
+    layout, exact = step.codec.layout, PRESETS["balanced"].sinks + PRESETS["balanced"].window
+    pages = 2 * (768 - 2 * exact) * layout.token_bytes + 4 * (10 + 2)
+    bases = 2 * ((layout.k.rank + layout.v.rank) * (64 + 4 * 64 + 4) + 4 * layout.k.rank + 4 * 64)
+    slots, new = 2 * 2 * 2 * exact * 64 * 2, 2 * (4 + 2 * 2) * 64 * 2
+    assert step.nbytes == pages + bases + slots + new
 
 
 def test_copies_of_a_case_share_nothing_that_is_read():
-    options = {"preset": "small", "dtype": torch.float16, "device": CPU}
-    case = Shape(1, 2, 1, 64, 192), _cases.layouts("small", 64)[0]
-    steps = make_steps(*case, copies=2, **options)
+    shape = Shape(1, 2, 1, 64, 192)
+    steps = make_steps(shape, "small", CARD, 2)
     for name in ("k_pages", "v_pages", "k_exact", "block_table"):
         a, b = (getattr(step, name) for step in steps)
         assert a.shape == b.shape and a.data_ptr() != b.data_ptr()
     assert not torch.equal(steps[0].k_pages, steps[1].k_pages)
-    wide_shape = dataclasses.replace(case[0], capacity=6400)
-    [wide] = make_steps(wide_shape, case[1], copies=1, **options)
+    [wide] = make_steps(dataclasses.replace(shape, capacity=6400), "small", CARD, 1)
     assert wide.block_table.shape == (1, 6400 // PAGE_SIZE)
+    assert len(make_steps(shape, "small", CARD)) == CARD.copies(wide.nbytes) > 2
 
 
 def test_perf_is_small():
-    """What is not of perf.quality and perf.serve."""
-    others = ("quality", "_tasks", "serve", "_serve_kernels")
-    paths = [path for path in (tables.ROOT / "perf").glob("*.py") if path.stem not in others]
-    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2450
+    lines = {path.name: len(path.read_text().splitlines()) for path in PERF.rglob("*.py")}
+    assert sum(lines.values()) <= 4350, lines
 
 
 # perf._timing
 
 
-def test_percentiles():
-    assert _timing.Times.of(range(101)) == _timing.Times(20.0, 50.0, 80.0)
-
-
 class FakeDevice:
-    """A clock that only replays move, by 120 microseconds each, and the events and graphs that go
-    with it."""
+    """A clock that only replays move, by 120 microseconds and `drift` more each, and the events and
+    graphs that go with it."""
 
-    def __init__(self) -> None:
-        self.now, self.replays = 0.0, 0
+    def __init__(self, drift: float) -> None:
+        self.now, self.replays, self.drift = 0.0, 0, drift
 
     def replay(self) -> None:
-        self.now += 120.0
+        self.now += 120.0 + self.drift * self.replays
         self.replays += 1
 
     def event(self, enable_timing: bool) -> SimpleNamespace:
@@ -161,15 +149,17 @@ class FakeDevice:
         return event
 
 
-def test_a_call_takes_its_share_of_a_replay(monkeypatch):
-    device = FakeDevice()
+@pytest.mark.parametrize("drift", [0, 1])
+def test_a_call_takes_its_share_of_a_replay(monkeypatch, drift):
+    device = FakeDevice(drift)
     monkeypatch.setattr(_timing, "capture", lambda calls: device)
     monkeypatch.setattr(torch.cuda, "Event", device.event)
     times = _timing.device_times([lambda: None] * 3, seconds=0.01)
-    assert (times.p20, times.p50, times.p80) == pytest.approx((40.0, 40.0, 40.0))
-    assert (
-        device.replays == 3 + 167 + 4 * 21
-    )  # three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond
+    # Three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond.
+    assert device.replays == 3 + 167 + 4 * 21
+    # Of samples 0 to 20, numbers 4, 10 and 16: of replays 170 + 4 j to 173 + 4 j.
+    wanted = [(120 + drift * (171.5 + 4 * j)) / 3 for j in (4, 10, 16)]
+    assert list(times) == pytest.approx(wanted)
 
 
 def test_rows_go_to_their_file_and_to_out(monkeypatch, tmp_path):
@@ -257,12 +247,31 @@ def test_benchmarks_check_what_they_time(name, monkeypatch):
         kernel_bench.KERNELS[name](CARD).check()
 
 
+@on_cpu
+def test_storing_is_timed(monkeypatch, tmp_path):
+    """Both sides of what is encoded and decoded count."""
+    monkeypatch.setattr(_timing.Card, "current", classmethod(lambda cls: CARD))
+    made_up = _timing.Times(10.0, 20.0, 30.0)
+    monkeypatch.setattr(
+        kernel_bench, "device_times", lambda calls: [call() for call in calls] and made_up
+    )
+    path = tmp_path / "rows.jsonl"
+    assert compress_job.main(["--tokens", "1024", "--json", str(path)]) == 0
+    [row] = tables.read_rows(path)
+    assert set(row) <= set(compress_job.__doc__.split()) and row["T"] == 1024
+    assert [row[f"{name}_us"] for name in ("encode", "append", "decode")] == [40, 20, 40]
+    kernels = [kernel_bench.encode(CARD, side, 1024) for side in "kv"]
+    share = sum(kernel.nbytes for kernel in kernels) / 40e-6 / CARD.read_bandwidth
+    assert row["encode_share"] == pytest.approx(share, rel=1e-3)
+
+
 def test_benchmarks_run_every_public_kernel():
     import spectral_kernels as sk
 
     launchers = {name for name in sk.__all__ if name.islower()}
     no_kernel = {
         "attend_workspace",
+        "gram",
         "freqs_from_inv_freq",
         "lse_from_log2",
         "lse_to_log2",
@@ -345,7 +354,6 @@ def test_a_peer_that_fails_is_reported(monkeypatch):
     )
     assert found["broken"] == "RuntimeError: no such kernel"
     assert "wrong result" in found["wrong"] and found["math"] == 2.0
-    assert job.time_peers(SHAPE, [MATH], CARD, timed=False) == {"math": 0.0}
 
 
 def test_best_peers():
@@ -392,12 +400,9 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
         assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (10, 20, 30)
         assert row["best_peer"] == (None if "case" in row else "math") and row["best_fp8"] is None
         assert row["speedup"] == (None if "case" in row else 1) and row["error"] < 1e-4
-    layout = _cases.layouts("balanced", 64)
-    nbytes = Shape(1, 4, 2, 64, 512).step_bytes(layout[len(layout) // 2], 20)
-    assert rows[0]["read_share"] == pytest.approx(nbytes / 20e3, rel=1e-3)  # of 1 GB/s
-    assert "1.00x of 20 math" in shown.out
-    assert run_job(monkeypatch, "--check", shapes[0], "--json", str(rows_file)) == 0
-    assert "error" in capsys.readouterr().out and len(tables.read_rows(rows_file)) == 8
+    [step] = make(Shape(1, 4, 2, 64, 512), "balanced", CARD, 1)
+    assert rows[0]["read_share"] == pytest.approx(step.nbytes / 20e3, rel=1e-3)  # of 1 GB/s
+    assert "best_peer math  best_peer_us 20.0" in shown.out
 
 
 @on_cpu
@@ -414,11 +419,13 @@ def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
 
 
 def test_shapes():
-    cases = [job.parse_shape(text) for text in job.SHAPES]
-    assert len(set(cases)) == len(cases) and cases[0].shape == Shape(1, 32, 8, 128, 2048)
-    case = job.parse_shape("8x1024:16/2:d256:q4:pool2048:old")
-    assert case.shape == Shape(8, 16, 2, 256, 1024, 4, 2048) and case.older_cards
-    mixed = job.parse_shape("1x1024+2x512").shape
+    shapes = [job.parse_shape(text) for text in job.SHAPES]
+    assert len(set(shapes)) == len(shapes) and shapes[0] == Shape(1, 32, 8, 128, 2048)
+    shape = job.parse_shape("8x1024:16/2:d256:q4:pool2048:old")
+    assert shape == Shape(8, 16, 2, 256, 1024, 4, 2048, older_cards=True)
+    assert shape.case == "q4 pool2048" and not shapes[0].case
+    mixed = job.parse_shape("1x1024+2x512")
+    assert mixed.case == "1x1024+2x512"
     assert mixed.rows == (1024, 512, 512) and mixed.batch == 3 and mixed.tokens == 1024
     assert mixed.dense_bytes == 4 * 8 * 128 * 2048
 
@@ -504,30 +511,32 @@ def test_a_long_generation_is_timed(whole, monkeypatch, tmp_path):
     path = tmp_path / "rows.jsonl"
     assert whole.main([*TINY, "--what", "long", "--json", str(path)]) == 0
     [row] = tables.read_rows(path)
-    assert row["steps"] == 9 and row["compiled"] == 0 and row["filled"] == "prompt"
+    assert row["steps"] == 11 and row["compiled"] == 0 and row["filled"] == "prompt"
     assert 0 < row["ms"] <= row["p99_ms"] <= row["p999_ms"] <= row["max_ms"]
 
 
-def test_kernels_are_compiled_ahead(monkeypatch):
+def test_kernels_are_compiled_ahead():
     """A process for each batch size and layout, of one layer at the shortest length."""
     pytest.importorskip("transformers")
     from perf import end_to_end
 
-    started = []
-
-    def popen(command, env, **options):
-        started.append((command, env))
-
-    monkeypatch.setattr(end_to_end.subprocess, "Popen", popen)
-    monkeypatch.setenv("OUT", "/rows")
     given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "eager", "bare"]
-    assert len(end_to_end.ahead(end_to_end.parse(given))) == len(started) == 6
-    for command, env in started:
-        args = end_to_end.parse(command[3:])
-        assert args.compile == (args.layout == 0)
+    runs = end_to_end.ahead(end_to_end.parse([*given, "--json"]))
+    assert [args.layout for args in runs] == [0, 1, 2] * 2
+    assert [args.cells for args in runs] == [[(1, 8192)]] * 3 + [[(8, 256)]] * 3
+    for args in runs:
+        assert args.compile == (args.layout == 0) and args.json is None
         assert args.what == (["graph", "bare"] if args.compile else ["bare"])
-        assert args.cells in ([(1, 8192)], [(8, 256)]) and args.layout in (0, 1, 2)
-        assert "OUT" not in env and args.json is None
+
+
+@on_cpu
+def test_a_layer_compiled_ahead_leaves_no_rows(whole, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    args = whole.parse([*TINY, "--what", "ours"])
+    args.layout = 1
+    assert whole.alone(args) == "" and capsys.readouterr().out == ""
+    monkeypatch.setattr(whole, "check_state", lambda *args: 1 / 0)
+    assert "ZeroDivisionError" in whole.alone(args) and not list(tmp_path.iterdir())
 
 
 @on_cpu

@@ -61,9 +61,7 @@ def rows(embedded, case) -> dict[str, quality.Row]:
     schemes = {
         p: lambda x, p=p: quality.store_spectral(x, embedded[0], p, TINY_MODEL) for p in LOSSY
     }
-    found = quality.measure(
-        embedded[0], case, {**schemes, **quality.YARDSTICKS}, model_name="embedded"
-    )
+    found = quality.measure(embedded[0], case, {**schemes, **quality.YARDSTICKS})
     return {row["scheme"]: row for row in found}
 
 
@@ -187,7 +185,8 @@ def test_main_writes_rows(tmp_path, capsys):
     exact, lossy = ((x["teacher_forced_kl"], x["free_running_kl"]) for x in streams)
     assert max(exact) < 1e-6 < min(lossy) < max(lossy) < 0.1
     printed = capsys.readouterr().out
-    assert "kivi-3      " in printed and "### embedded, 700 tokens, kl over 1 text(s)" in printed
+    assert "| kivi-3 |" in printed and "### embedded, built-in, 700 tokens" in printed
+    assert "### embedded, 700 tokens, kl over 1 text(s)" in printed
 
 
 def test_texts_go_with_a_model(capsys):
@@ -360,8 +359,11 @@ def test_mcnemar_by_hand():
 def test_rows_of_tasks_count_flips():
     found = {"dense": ([1, 1, 0.5, 0], {}), "x": ([1, 0.5, 1, 1], {"ratio": 2.0})}
     _, row = quality.task_rows("a", found)
+    error = math.sqrt((0.25**2 + 0.75**2 + 0.25**2 + 0.75**2) / 3 / 4)  # of 0, -0.5, 0.5, 1
     assert (row["score"], row["dense_score"], row["flips"]) == (0.875, 0.625, [1, 2])
     assert row["mcnemar"] == 1 and row["dense_solved"] == 2 and row["ratio"] == 2
+    assert row["change"] == pytest.approx([0.25 - 1.96 * error, 0.25 + 1.96 * error])
+    assert _tasks.interval([0.5]) == [-1, 1]
 
 
 def test_answers_come_from_each_cache(embedded):

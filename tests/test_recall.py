@@ -1,5 +1,6 @@
 """The embedded model must look thousands of tokens back; the compressed cache must let it."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.cases import DEVICE
 
 transformers = pytest.importorskip("transformers")
 
+from perf.tiny_model import recall, train  # noqa: E402
 from perf.tiny_model.recall import RecallContext, make_recall_contexts  # noqa: E402
 from spectral_kernels.hf import CACHE, enable  # noqa: E402
 from tests.test_hf import single_thread  # noqa: E402, F401
@@ -87,3 +89,51 @@ def test_recall_needs_the_old_tokens(
     assert len(lost) >= 10
     right, _ = recalled(model, [RecallContext(near.text, tuple(lost))], "exact")
     assert right <= 0.2 * len(lost)
+
+
+# How it was made
+
+
+def test_documents_answer_what_they_ask() -> None:
+    """Questions follow their facts, each has the stated value, and about half of the documents
+    state all facts first."""
+    rng, first = random.Random(5), 0
+    for _ in range(40):
+        words = recall.write_document(rng, 600, 12)
+        assert len(words) == 600 and {*words} <= {*recall.VOCABULARY}
+        stated: dict[str, str] = {}
+        asked: list[int] = []
+        notes = [i for i, word in enumerate(words) if word == "note"]
+        for i, word in enumerate(words[:-3]):
+            if word == "note":
+                stated[words[i + 2]] = words[i + 3]
+            if word == "recall":
+                asked.append(i)
+                assert stated[words[i + 2]] == words[i + 3]
+        assert 8 <= len(stated) <= 12 and len(asked) >= 5
+        first += max(notes) < min(asked)
+    assert 10 <= first <= 30
+
+
+@torch.no_grad()
+def test_training_counts_answers_and_writes_what_is_here(tmp_path: Path) -> None:
+    """The model of a training step is right about its answers; what is written is what is here."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    mine = load(MODEL, dtype=torch.float32)
+    documents = iter(train.Documents(512))
+    tokens = torch.stack([next(documents) for _ in range(4)])
+    loss, (right, asked) = train.loss_of(mine, tokens)
+    questions = (tokens[:, :-3] == train.IDS["recall"]).sum()
+    assert asked == questions > 20 and right >= 0.95 * asked and loss < 1
+    answers = tokens.clone()  # another value as the answer of one question
+    row, place = (tokens[:, :-3] == train.IDS["recall"]).nonzero()[0].tolist()
+    answers[row, place + 3] = train.IDS["100"] + train.IDS["355"] - tokens[row, place + 3]
+    assert train.loss_of(mine, answers)[1].tolist() == [right - 1, asked]
+    train.export(mine, tmp_path)
+    text = "note : belen 217 . unheard recall : belen"
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(x) for x in (MODEL, tmp_path)]
+    ids, again = (x(text, return_tensors="pt").input_ids for x in tokenizers)
+    assert torch.equal(ids, again) and ids[0, 6] == recall.UNK
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab() == train.IDS
+    here, written = (load(x, dtype=torch.float32)(ids).logits for x in (MODEL, tmp_path))
+    assert torch.equal(here, written)
