@@ -540,10 +540,10 @@ class ModelCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         ours = [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
-        constants = (*(layer.link for layer in ours), *(part.codec for part in self.parts))
-        memo |= {id(x): x for x in constants}
+        memo |= {id(x): x for x in (*(y.link for y in ours), *(y.codec for y in self.parts))}
         memo[id(self)] = new = type(self).__new__(type(self))
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        with torch.inference_mode(False):
+            new.__dict__ = copy.deepcopy(self.__dict__, memo)
         for layer in ours:
             memo[id(layer)].of = weakref.ref(new)
         return new
@@ -675,8 +675,7 @@ class Handle(AbstractContextManager["Handle"]):
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
         """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep
         between calls (chat). batch: rows; default those of the first prompt. max_tokens: of a row
-        to have room for; default the handle's, else by the prompt.
-        """
+        to have room for; default the handle's, else by the prompt."""
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -799,9 +798,11 @@ class Handle(AbstractContextManager["Handle"]):
             positions = cache.spectral.seq_lens[:, None] if positions is None else positions
             if not self._captured(original, cache):
                 return original(*args, **kwargs)
+            cache.failed = True  # unless all of this is done
             cache.spectral.reserve(1)
-            cache.columns += 1
-            return cache.graph.replay(cache, ids, positions)
+            out = cache.graph.replay(cache, ids, positions)
+            cache.columns, cache.failed = cache.columns + 1, False
+            return out
 
     def _captured(self, original: Callable[..., Any], cache: ModelCache) -> bool:
         """Whether there is a graph of a step; captured now if one can run. What cannot be captured
@@ -877,7 +878,6 @@ class Handle(AbstractContextManager["Handle"]):
         if getattr(config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
             cache.activate_past_recording()
         self._local.taken = model_kwargs[CACHE] = cache
-        return None
 
 
 def enable(

@@ -710,7 +710,7 @@ def test_states_made_in_inference_mode_serve_outside_it() -> None:
     dense = generate(model, inputs, num_beams=2)
     with enable(model, "exact") as handle:
         with torch.inference_mode():
-            cache = feed(model, inputs, [40], handle.new_cache())[1]
+            cache = copy.deepcopy(feed(model, inputs, [40], handle.new_cache())[1])
             assert torch.equal(generate(model, inputs, num_beams=2), dense)
         assert torch.equal(generate(model, inputs, num_beams=2), dense)
         tensors = (cache.first, *cache.spectral.k_pages, cache.spectral.seq_lens)
@@ -752,6 +752,14 @@ def test_what_surrounds_a_replay(
         assert cache.graph is graph and copy.deepcopy(cache).graph is None
         hidden = model(ids[:, :1], **{CACHE: cache}, output_hidden_states=True).hidden_states
         assert len(hidden) == 3  # asks for more than a replay gives
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeGraph, "replay", lambda *args: 1 / 0)
+            twin = copy.deepcopy(cache)
+            twin.graph = graph
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, :1], **{CACHE: twin})
+        with pytest.raises(ValueError, match="half-way"):
+            model(ids[:, :1], **{CACHE: twin})
 
         def fails(*args: Any) -> None:
             raise RuntimeError("not while capturing")
