@@ -470,8 +470,7 @@ class ModelCache(Cache):
                 codec, drafts = codec.to(some[0].device), 0
             own: dict[str, Any] = {"dtype": self.dtype, "device": some[0].device, "drafts": drafts}
             own |= {"max_seqs": self.batch, "max_tokens": self.capacity}
-            heads = some[0].kv_heads * some[0].group
-            parts.append(SpectralCache(codec, query_heads=heads, **own))
+            parts.append(SpectralCache(codec, query_heads=some[0].kv_heads * some[0].group, **own))
         return parts
 
     def _take(self, parts: list[SpectralCache]) -> None:
@@ -785,6 +784,7 @@ class Handle(AbstractContextManager["Handle"]):
         more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
         more |= any(x is not False for x in asked.values())
         step = isinstance(cache, ModelCache) and cache.filled and cache.static
+        more |= getattr(given.get("position_ids"), "ndim", 2) != 2  # M-RoPE
         if more or not step or ids.shape[1] != 1:
             out = original(*args, **kwargs)
             if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):

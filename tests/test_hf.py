@@ -752,6 +752,8 @@ def test_what_surrounds_a_replay(
         assert cache.graph is graph and copy.deepcopy(cache).graph is None
         hidden = model(ids[:, :1], **{CACHE: cache}, output_hidden_states=True).hidden_states
         assert len(hidden) == 3  # asks for more than a replay gives
+        with pytest.raises(ValueError, match="expected shape"):  # the model's own error, no replay
+            model(ids[:, :1], position_ids=ids[:, :1, None], **{CACHE: copy.deepcopy(cache)})
         with monkeypatch.context() as patch:
             patch.setattr(FakeGraph, "replay", lambda *args: 1 / 0)
             twin = copy.deepcopy(cache)
