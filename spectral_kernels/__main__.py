@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -43,7 +43,7 @@ def show_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
-def cache_sizes(config: Any) -> dict[str, Callable[[int], float]]:
+def cache_sizes(config: Any) -> Mapping[str, Callable[[int], float]]:
     """By kind of cache: bytes of a row of so many tokens, by the text config of a model.
 
     Raises:
@@ -62,11 +62,9 @@ def cache_sizes(config: Any) -> dict[str, Callable[[int], float]]:
         kept = sum(min(window, tokens) for window in windows)
         return token * (full * (coded * tokens + 2 * exact) + beside * kept)
 
-    found: dict[str, Callable[[int], float]] = {"dense": partial(size, 2, 2, 0)}
-    found["fp8"] = partial(size, 1, 1, 0)
-    for name, x in PRESETS.items():
-        found[name] = partial(size, 2 / x.ratio, 2, x.sinks + x.window + DRAFTS)
-    return found
+    dense = {"dense": partial(size, 2, 2, 0), "fp8": partial(size, 1, 1, 0)}
+    exact = {name: x.sinks + x.window + DRAFTS for name, x in PRESETS.items()}
+    return dense | {n: partial(size, 2 / x.ratio, 2, exact[n]) for n, x in PRESETS.items()}
 
 
 def weight_bytes(config: Any) -> int:
@@ -107,8 +105,8 @@ def report(config: Any, memory: int | None, batch: int) -> None:
     print(
         f"{show_bytes(memory)} less {show_bytes(weights)} of{quantised} weights hold, tokens a row:"
     )
-    counts = (fits(size, (memory - weights) / batch) for size in sizes.values())
-    print(f"{'':>10}" + "".join(f" {count:>10,}" for count in counts))
+    counts = [fits(size, (memory - weights) / batch) for size in sizes.values()]
+    print(f"{'':>10}", *(f"{count:>10,}" for count in counts))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

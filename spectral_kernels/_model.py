@@ -91,8 +91,7 @@ def stays(config: Any, ours: Sequence[Layer]) -> bool:
 
 
 def weights_of(model: nn.Module) -> int:
-    """Stands for what a captured step has fixed: where weights lie, which adapters PEFT adds,
-    autocast."""
+    """Stands for what a captured step has fixed: autocast, where weights lie, PEFT's adapters."""
     state: list[Any] = [torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")]
     names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
     for x in map(vars, model.modules()):
@@ -103,32 +102,17 @@ def weights_of(model: nn.Module) -> int:
 
 
 class NoWaits(TorchDispatchMode):
-    """Raises RuntimeError where this thread would wait for a device of this kind.
-
-    A wait inside a capture ends it, but leaves PyTorch's generator and allocator capturing.
-    """
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
+    """Raises RuntimeError where this thread would wait for a GPU. A wait inside a capture ends it,
+    and leaves PyTorch's generator and allocator capturing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        on_device = bool(args) and getattr(getattr(args[0], "device", None), "type", 0) == self.kind
         waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}
-        masks = (torch.bool, torch.uint8)
-        if func is torch.ops.aten.index.Tensor and not any(
-            x is not None and x.dtype in masks for x in args[1]
-        ):
-            waits = set()  # by numbers
-        if on_device and waits:
+        if func is torch.ops.aten.index.Tensor:  # by masks, not by numbers
+            masks = [x for x in args[1] if x is not None and x.dtype in (torch.bool, torch.uint8)]
+            waits = waits if masks else set()
+        if waits and isinstance(args[0], torch.Tensor) and args[0].device.type != "cpu":
             raise RuntimeError(f"{func} waits for the device")
         return func(*args, **(kwargs or {}))
-
-
-def uncached_autocast() -> torch.autocast:
-    """Autocast as it is, but no weight cast before: a graph would go on reading that copy."""
-    on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    return torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False)
 
 
 def full_layers(config: Any) -> list[int]:
@@ -156,8 +140,7 @@ def full_layers(config: Any) -> list[int]:
     if not full:
         found = sorted({type(layer).__name__ for layer in layers})
         raise NotImplementedError(
-            f"model: expected layers with full attention and nothing else, got {found}; it stays "
-            "dense (windows and linear attention do not grow with the context)"
+            f"model: expected layers with full attention and no more, got {found}; it stays dense"
         )
     return full
 

@@ -38,7 +38,7 @@ class PageTable:
     """
 
     def __init__(self, rows: int, max_pages: int) -> None:
-        self.table = torch.zeros((rows, max_pages), dtype=torch.int32)
+        self.table = torch.zeros((rows, max_pages), dtype=torch.int32, device="cpu")
         self.rows: list[list[int]] = [[] for _ in range(rows)]
         self.references = [0] * (rows * max_pages)
         self._free = list(range(rows * max_pages - 1, -1, -1))
@@ -129,7 +129,7 @@ class PageTable:
 
     def _set(self, row: int, pages: list[int]) -> None:
         self.rows[row] = pages
-        self.table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self.table[row, : len(pages)] = torch.tensor(pages, dtype=torch.int32, device="cpu")
 
 
 class SpectralCache:
@@ -174,8 +174,8 @@ class SpectralCache:
                 sizes = (max_seqs, heads, slots, layout.head_dim)
                 exact.append(torch.zeros(sizes, dtype=dtype, device=self.device))
         # Rows of whole 64 bytes: Triton compiles anew for a stride that is no multiple of 16.
-        table = torch.zeros((max_seqs, -(-max_pages // 16) * 16), dtype=torch.int32)
-        self.block_table = table.to(self.device)[:, :max_pages]
+        table = torch.zeros((max_seqs, -(-max_pages // 16) * 16), dtype=torch.int32, device=device)
+        self.block_table = table[:, :max_pages]
         self.seq_lens = torch.zeros(max_seqs, dtype=torch.int32, device=self.device)
         self.codec_ids = torch.zeros(max_seqs, dtype=torch.int32, device=self.device)
         self.lengths = [0] * max_seqs

@@ -16,7 +16,6 @@ model's attention runs as before (on a filled cache over keys and values rebuilt
 tokens are stored. Any other forward on a filled cache is a *step*: a layer appends its tokens and
 attends to the cache by one registered operator. Queries and keys come as the model rotated them:
 nothing here depends on its kind of RoPE.
-Works with transformers 4.57 to 5.24; no other module imports it.
 Test: tests/test_hf.py.
 """
 
@@ -31,7 +30,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -57,10 +56,8 @@ _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _OLD_CACHE = "past_key_values"
 CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
 # What a forward may be given and still be replayed.
-_PLAIN = (
-    "input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position",
-    "logits_to_keep", CACHE, _OLD_CACHE,
-)  # fmt: skip
+_TENSORS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position")
+_PLAIN = (*_TENSORS, "logits_to_keep", CACHE, _OLD_CACHE)
 # Cache.crop(0) empties the cache before this release and removes no token since.
 _CROP_COUNTS = _RELEASE >= (5, 17)
 MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
@@ -192,13 +189,8 @@ class SpectralLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the new tokens' keys and values [B, G, Q, D].
-
-        Returns:
-            Those that the attention call is to see: all columns' for a prompt, the new for a step.
-        Raises:
-            RuntimeError: no forward of the enabled model is under way, or the attention call after
-                the last update never came.
+        """Take the new tokens' keys and values [B, G, Q, D]; returns those that the attention call
+        is to see: all columns' for a prompt, the new for a step. RuntimeError: outside a forward.
         """
         cache, link, new = self.cache, self.link, key_states.shape[2]
         # Autocast leaves keys, which are turned in float32, in another dtype than values.
@@ -239,9 +231,7 @@ class SpectralLayer(CacheLayerMixin):
         first = None if cache.filled or cache.first is None else cache.first.to(k.device)
         part.prefill(layer, k, v, first=first)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any, learned: Any
-    ) -> torch.Tensor:
+    def attend(self, q, k, v, scale, learned):
         """A step: q [B, H, Q, D], k and v of the new tokens [B, G, Q, D]; returns [B, H, Q, D]."""
         (x, i), codec = self.cache.places[self.index], self.cache.codecs[self.index]
         workspace = x.workspace if q.shape[2] == 1 else None
@@ -260,8 +250,7 @@ class SpectralLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         # Before transformers 5.4 a tensor of positions comes in. A step has no mask, so no keys.
-        tensor = isinstance(query_length, torch.Tensor)
-        new = query_length.shape[0] if tensor else query_length
+        new = query_length.shape[0] if isinstance(query_length, torch.Tensor) else query_length
         return (0 if self.cache.is_step(new) else self.cache.columns + new), 0
 
     def get_max_length(self) -> int:
@@ -272,8 +261,7 @@ class SpectralLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Nothing: the cache does it for all layers, and `reorder_cache` as well."""
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        pass
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None: ...
 
 
 class WindowLayer(SpectralLayer):
@@ -311,14 +299,11 @@ class WindowLayer(SpectralLayer):
         shape = (*k.shape[:2], self.span + SLACK, k.shape[3])
         if self.keys is None or (self.keys.shape, self.keys.dtype) != (shape, k.dtype):
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
-            torch._dynamo.mark_static_address(self.keys)
-            torch._dynamo.mark_static_address(self.values)
-        _put(self.keys, k, self.cache.spectral.seq_lens)
-        _put(self.values, v, self.cache.spectral.seq_lens)
+        for ring, x in ((self.keys, k), (self.values, v)):
+            torch._dynamo.mark_static_address(ring)
+            _put(ring, x, self.cache.spectral.seq_lens)
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: Any, learned: Any
-    ) -> torch.Tensor:
+    def attend(self, q, k, v, scale, learned):
         state = (self.keys, self.values, self.cache.spectral.seq_lens, self.span)
         return torch.ops.spectral_kernels.window_step(q, k, v, *state, scale, learned)
 
@@ -352,7 +337,7 @@ class ModelCache(Cache):
     A copy.deepcopy goes on by itself: one prompt, many continuations.
     """
 
-    def __init__(self, handle: Handle, batch: int | None, capacity: int | None) -> None:
+    def __init__(self, handle: Handle, batch: Any, capacity: Any) -> None:
         self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
         layers = own_layers(handle.config)
         for i, link in enumerate(handle.links):
@@ -361,9 +346,7 @@ class ModelCache(Cache):
         super().__init__(layers=layers)
         self.layers: list[Any]
         self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
-        self.batch: Any = batch
-        self.capacity: Any = capacity
-        self.limit = handle.limit
+        self.batch, self.capacity, self.limit = batch, capacity, handle.limit
         self.compileable = not handle.graph and len(handle.members) == 1  # of one device
         self.parts: list[SpectralCache] = []
         self.places: list[tuple[SpectralCache, int]] = []  # a layer's part, and where in it
@@ -410,8 +393,7 @@ class ModelCache(Cache):
     @property
     def static(self) -> bool:
         """Whether other layers keep what they hold at the same addresses."""
-        still = (x.is_compileable and not getattr(x, "record_past", False) for x in self.others)
-        return all(still)
+        return all(x.is_compileable and not getattr(x, "record_past", 0) for x in self.others)
 
     @property
     def nbytes(self) -> int:
@@ -486,12 +468,9 @@ class ModelCache(Cache):
                 exact = [ModelCodec.exact(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
                 codec = replace(exact[0], layers=tuple(x.layers[0] for x in exact))
                 codec, drafts = codec.to(some[0].device), 0
-            part = SpectralCache(
-                codec, max_seqs=self.batch, max_tokens=self.capacity, drafts=drafts,
-                query_heads=some[0].kv_heads * some[0].group, dtype=self.dtype,
-                device=some[0].device,
-            )  # fmt: skip
-            parts.append(part)
+            own: dict[str, Any] = {"dtype": self.dtype, "device": some[0].device, "drafts": drafts}
+            own |= {"max_seqs": self.batch, "max_tokens": self.capacity}
+            parts.append(SpectralCache(codec, query_heads=some[0].kv_heads * some[0].group, **own))
         return parts
 
     def _take(self, parts: list[SpectralCache]) -> None:
@@ -559,13 +538,13 @@ class ModelCache(Cache):
             self.first.copy_(self.first[beam_idx.to(self.first.device)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
-        links = {id(link): link for link in self.owner().links}
-        memo |= links | {id(part.codec): part.codec for part in self.parts}  # constants
+        ours = [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
+        memo |= {id(x): x for x in (*(y.link for y in ours), *(y.codec for y in self.parts))}
         memo[id(self)] = new = type(self).__new__(type(self))
-        new.__dict__ = copy.deepcopy(self.__dict__, memo)
-        for layer in new.layers:
-            if isinstance(layer, SpectralLayer):
-                layer.of = weakref.ref(new)
+        with torch.inference_mode(False):
+            new.__dict__ = copy.deepcopy(self.__dict__, memo)
+        for layer in ours:
+            memo[id(layer)].of = weakref.ref(new)
         return new
 
 
@@ -576,9 +555,7 @@ class _StepGraph:
     same states of other layers: the runs write where the replay that follows writes.
     """
 
-    def __init__(
-        self, forward: Callable[..., Any], cache: ModelCache, pool: Any, stream: Any, watched: bool
-    ) -> None:
+    def __init__(self, forward: Any, cache: ModelCache, pool: Any, stream: Any, watched: bool):
         seq_lens = cache.spectral.seq_lens
         moved = [seq_lens, *(x for layer in cache.others for x in _model.tensors_of(layer))]
         before = [x.clone() for x in moved]
@@ -590,7 +567,7 @@ class _StepGraph:
         try:
             # Around the capture too: one that fails does not go back to the stream before.
             with torch.cuda.stream(stream):
-                for watch in (nullcontext(), _model.NoWaits("cuda") if watched else nullcontext()):
+                for watch in (nullcontext(), _model.NoWaits() if watched else nullcontext()):
                     with watch:
                         forward(self.ids, self.positions)
                     torch._foreach_copy_(moved, before)
@@ -614,7 +591,7 @@ class _StepGraph:
 # ---- the model -----------------------------------------------------------------------------------
 
 
-class Handle:
+class Handle(AbstractContextManager["Handle"]):
     """What `enable` returns: `disable()` it, or leave its `with` block. Not made by hand.
 
     Attributes: model, preset, codec (None: exact), graph (steps are replayed), compile, max_tokens.
@@ -676,10 +653,6 @@ class Handle:
 
         setattr(owner, name, patched)
 
-    @property
-    def enabled(self) -> bool:
-        return bool(self._patches)
-
     def disable(self) -> None:
         """Give the model its attention back and free idle caches. A second call does nothing."""
         if not self._patches:
@@ -695,20 +668,13 @@ class Handle:
         self.config._attn_implementation = self._implementation
         self._patches, self._pool = [], {}
 
-    def __enter__(self) -> Handle:
-        return self
-
     def __exit__(self, *error: Any) -> None:
         self.disable()
 
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
         """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep
-        between calls (chat).
-
-        Args:
-            batch: rows; default those of the first prompt.
-            max_tokens: tokens a row to have room for; default the handle's, else by the prompt.
-        """
+        between calls (chat). batch: rows; default those of the first prompt. max_tokens: of a row
+        to have room for; default the handle's, else by the prompt."""
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -755,12 +721,9 @@ class Handle:
         if cache is None and not (self.config.use_cache if use is None else use):
             return None
         if cache is not None and not isinstance(cache, ModelCache):
-            kind = type(cache).__name__
-            raise TypeError(f"{CACHE}: expected None or one of Handle.new_cache(), got {kind}")
+            raise TypeError(f"{CACHE}: expected one of new_cache(), got {type(cache).__name__}")
         if self.model.training:
-            raise ValueError(
-                "model: expected evaluation mode or use_cache=False, got training mode"
-            )
+            raise ValueError("model: expected evaluation mode or use_cache=False, got training")
         outputs = kwargs.get("output_attentions")
         if self.config.output_attentions if outputs is None else outputs:
             raise ValueError("output_attentions: expected False, got True; no weights are formed")
@@ -815,15 +778,14 @@ class Handle:
             return original(*args, **kwargs)
         given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
         ids: Any = given.get("input_ids")
-        cache = given.get(CACHE, given.get(_OLD_CACHE))
+        cache: Any = given.get(CACHE, given.get(_OLD_CACHE))
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
         more = len(args) > 1 or ids is None or given.get("inputs_embeds") is not None
         more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
         more |= any(x is not False for x in asked.values())
-        if (
-            more or not isinstance(cache, ModelCache) or ids.shape[1] != 1
-            or not (cache.filled and cache.static)
-        ):  # fmt: skip
+        step = isinstance(cache, ModelCache) and cache.filled and cache.static
+        more |= getattr(given.get("position_ids"), "ndim", 2) != 2  # M-RoPE
+        if more or not step or ids.shape[1] != 1:
             out = original(*args, **kwargs)
             if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):
                 with self._lock:  # so that no step has to
@@ -836,9 +798,11 @@ class Handle:
             positions = cache.spectral.seq_lens[:, None] if positions is None else positions
             if not self._captured(original, cache):
                 return original(*args, **kwargs)
+            cache.failed = True  # unless all of this is done
             cache.spectral.reserve(1)
-            cache.columns += 1
-            return cache.graph.replay(cache, ids, positions)
+            out = cache.graph.replay(cache, ids, positions)
+            cache.columns, cache.failed = cache.columns + 1, False
+            return out
 
     def _captured(self, original: Callable[..., Any], cache: ModelCache) -> bool:
         """Whether there is a graph of a step; captured now if one can run. What cannot be captured
@@ -860,9 +824,11 @@ class Handle:
             layers = compiled_layers(decoder_of(self.model), cache) if fused else nullcontext()
             # As generate() decodes: experts by a product that needs no numbers on the host.
             decoding = getattr(self.model, "_optimize_model_for_decode", nullcontext)()
-            with device, torch.no_grad(), _model.uncached_autocast(), decoding, layers:
-                capture = (self._graph_pool, self._stream, not fused)
-                cache.graph = _StepGraph(forward, cache, *capture)
+            on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+            # A graph would go on reading weights that were cast before.
+            cast = torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False)
+            with device, torch.no_grad(), cast, decoding, layers:
+                cache.graph = _StepGraph(forward, cache, self._graph_pool, self._stream, not fused)
         except RuntimeError as error:
             self.graph = cache.failed = False
             what = "this model's step cannot be captured as a CUDA graph, and runs without, slower"
@@ -882,18 +848,16 @@ class Handle:
         finally:
             cache, self._local.taken = self._local.taken, outer
             self._local.generating = nested
-            if cache is not None and not (isinstance(out, dict) and out.get(CACHE) is cache):
+            returned = isinstance(out, dict) and out.get(CACHE) is cache
+            if cache is not None and self._patches and not returned:
                 with self._lock:
                     self._pool[cache.batch] = cache
                     while len(self._pool) > POOLED:
                         del self._pool[next(iter(self._pool))]
 
-    def _prepare_cache(
-        self, original: Callable[..., Any], generation_config: Any, model_kwargs: dict[str, Any],
-        generation_mode: Any, batch_size: int, max_cache_length: int,
-    ) -> Any:  # fmt: skip
+    def _prepare_cache(self, original, config, model_kwargs, mode, batch_size, max_cache_length):
         """Where generate() makes its cache: it takes one with the rows and the room."""
-        config, tokens = generation_config, max(max_cache_length + 1, self.max_tokens or 0)
+        tokens = max(max_cache_length + 1, self.max_tokens or 0)
         if self.graph or config.prefill_chunk_size is not None:  # chunks are prompts
             config.disable_compile = True
         given = model_kwargs.get(CACHE)
@@ -901,13 +865,12 @@ class Handle:
             if isinstance(given, ModelCache) and given.owner() is self:
                 given.room(max(0, tokens - given.sync()))
                 self._renew_graph(given)
-            return original(config, model_kwargs, generation_mode, batch_size, max_cache_length)
+            return original(config, model_kwargs, mode, batch_size, max_cache_length)
         kind = config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise ValueError(f"cache_implementation: expected None while enabled, got {kind!r}")
         rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
-        with self._lock:
-            cache = self._pool.pop(rows, None)
+        cache = self._pool.pop(rows, None)
         if cache is None or cache.capacity < tokens:
             cache = None  # freed before its successor is allocated
             cache = ModelCache(self, rows, -(-tokens // ROUND) * ROUND)
@@ -915,7 +878,6 @@ class Handle:
         if getattr(config, "is_assistant", False) and hasattr(cache, "activate_past_recording"):
             cache.activate_past_recording()
         self._local.taken = model_kwargs[CACHE] = cache
-        return None
 
 
 def enable(
@@ -957,9 +919,8 @@ def enable(
         A Handle: a context manager with `disable()` and `new_cache()`.
     Raises:
         TypeError, ValueError, NotImplementedError: the model or an argument is not as above, and
-            nothing was changed. They also come from forwards with a cache, before these change
-            anything: training mode, output_attentions, foreign caches, masks that are not 2-D left
-            padding, gradients through a filled cache.
+            nothing was changed. So do forwards with a cache: training mode, output_attentions,
+            foreign caches, masks other than 2-D left padding, gradients through a filled cache.
     """
     layers = _model.layers_of(model)
     if preset not in PRESETS:
@@ -978,13 +939,8 @@ def enable(
 
 
 def _check(handle: Handle) -> None:
-    """A prompt of five tokens and a step of one through our attention and the model's own.
-
-    Of one, as kernels for more are compiled for nothing where nobody drafts.
-
-    Raises:
-        NotImplementedError: they differ, or something failed; the handle is disabled.
-    """
+    """A prompt of five tokens and a step of one (kernels for more are for drafts) through our
+    attention and the model's own. NotImplementedError: they differ; the handle is disabled."""
     room, decoder = handle.new_cache(1, ROUND), decoder_of(handle.model)
     ids = torch.arange(1, 7, device=handle.model.device)[None] % handle.config.vocab_size
     try:

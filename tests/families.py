@@ -29,9 +29,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from spectral_kernels import calibrate
 from spectral_kernels.hf import CACHE, enable
 from spectral_kernels.layout import PageLayout
+from tests import cases
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-VOCAB, PROMPTS, NEW, PADDING = 512, (40, 700), 24, 11
+VOCAB, PROMPTS, NEW = 512, (40, 700), 24
 LOSSY = tuple(calibrate.PRESETS)
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -259,17 +260,22 @@ def build(name: str, **changes: Any) -> Any:
     return model.eval()
 
 
-def prompt(tokens: int, padding: int = PADDING) -> dict[str, torch.Tensor]:
-    """Two rows, the first with so much left padding."""
-    ids = torch.randint(3, VOCAB, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+def prompt(
+    tokens: int, *, rows: int = 1, padding: tuple[int, ...] = (), seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask [rows, tokens]; `padding` is the left padding of the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
     mask = torch.ones_like(ids)
-    ids[0, :padding], mask[0, :padding] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
+    for row, count in enumerate(padding):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return {"input_ids": ids.to(cases.DEVICE), "attention_mask": mask.to(cases.DEVICE)}
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **options}
-    return model.generate(**inputs, **options)
+    torch.manual_seed(1)
+    defaults = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    return model.generate(**inputs, **{**defaults, **options})
 
 
 def state(model: Any) -> Any:
@@ -296,14 +302,17 @@ def examine(name: str, lossy: Sequence[str] = LOSSY, device: str = "cpu") -> Row
             raise
         row.why = f"not in transformers {transformers.__version__}"
         return row
-    inputs = [{k: x.to(device) for k, x in prompt(tokens).items()} for tokens in PROMPTS]
-    dense = [generate(model, x) for x in inputs]
+    two = [prompt(tokens, rows=2, padding=(11, 0), seed=tokens) for tokens in PROMPTS]
+    inputs = [{k: x.to(device) for k, x in some.items()} for some in two]
+    whole = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    dense = [generate(model, x, **whole) for x in inputs]
     for found in (tokens for x in dense for tokens in x[:, -NEW:].tolist()):
         assert len(set(found)) > 4, f"{name} repeats {set(found)}, which shows nothing"
     before = state(model)  # rope of some families keeps what it computed
     try:
         row.equal, ways = True, (False,) if device == "cpu" else (False, True)
-        asked = {"return_dict_in_generate": True, "output_logits": True, "disable_compile": True}
+        asked: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True, **whole}
+        asked["disable_compile"] = True
         replayed, same, said = len(ways) > 1, True, ""
         for graph in ways:
             with warnings.catch_warnings(record=True) as texts:
@@ -336,7 +345,8 @@ def examine(name: str, lossy: Sequence[str] = LOSSY, device: str = "cpu") -> Row
             row.steps = done if same else f"differ ({done})"
     except (NotImplementedError, ValueError) as error:
         row.why = f"refused: {error}"
-    row.restored = state(model) == before and torch.equal(generate(model, inputs[0]), dense[0])
+    again = generate(model, inputs[0], **whole)
+    row.restored = state(model) == before and torch.equal(again, dense[0])
     row.seconds = time.perf_counter() - start
     return row
 

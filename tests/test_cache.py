@@ -591,6 +591,18 @@ def test_page_allocator():
     assert pages.free == 3
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """Of the user's script; meta shows what would follow it. Rows of the table have one stride."""
+    with torch.device("meta"):
+        cache = make_cache(max_tokens=200)
+        cache.reserve(70)
+        cache.advance(70)
+        cache.rollback(3)
+    assert cache.pages.table.device.type == "cpu" and cache.block_table.device == cache.device
+    assert torch.equal(cache.block_table.cpu(), cache.pages.table)
+    assert cache.seq_lens.tolist() == cache.lengths and cache.block_table.stride() == (16, 1)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 def test_a_step_is_one_graph():
     """10,000 replays give the bits of eager steps; within a step nothing is allocated and nothing

@@ -29,15 +29,15 @@ transformers = pytest.importorskip("transformers")
 import torch._dynamo.testing  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache  # noqa: E402
 
-from spectral_kernels import _launch, calibrate, hf  # noqa: E402
+from spectral_kernels import _launch, _model, calibrate, hf  # noqa: E402
 from spectral_kernels.cache import copy_tokens  # noqa: E402
 from spectral_kernels.codec import Codec, ModelCodec  # noqa: E402
 from spectral_kernels.hf import CACHE, MAX_STEP, ModelCache, enable  # noqa: E402
 from spectral_kernels.layout import Bands, PageLayout  # noqa: E402
 from spectral_kernels.rope import freqs_from_inv_freq  # noqa: E402
+from tests.families import VERSION, VOCAB, generate, prompt  # noqa: E402
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 64}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -47,7 +47,6 @@ ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 4.0},
     "longrope": {**ORIGINAL, "short_factor": [1.0] * 32, "long_factor": [4.0] * 32},
 }
-VOCAB = 512
 on_cuda = pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
 
 
@@ -89,24 +88,6 @@ def tiny(architecture: str = "llama", rope: str = "default", **changes: Any) -> 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **settings))
     return model.eval().to(cases.DEVICE)
-
-
-def prompt(
-    tokens: int, *, rows: int = 1, padding: tuple[int, ...] = (), seed: int = 0
-) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask [rows, tokens]; `padding` is the left padding of the rows."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, VOCAB, (rows, tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    for row, count in enumerate(padding):
-        ids[row, :count], mask[row, :count] = 0, 0
-    return {"input_ids": ids.to(cases.DEVICE), "attention_mask": mask.to(cases.DEVICE)}
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
-    torch.manual_seed(1)
-    defaults = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
-    return model.generate(**inputs, **{**defaults, **options})
 
 
 @pytest.fixture(scope="module")
@@ -681,11 +662,13 @@ class FakeGraph(hf._StepGraph):
     """Stands in for a captured graph where there is no GPU: the forward as it was captured."""
 
     def __init__(self, forward: Callable[..., Any], cache: ModelCache, *_: Any) -> None:
-        before = cache.spectral.seq_lens.clone()
+        states = (x for layer in cache.others for x in _model.tensors_of(layer))
+        moved = [cache.spectral.seq_lens, *states]
+        before = [x.clone() for x in moved]
         self.forward, self.handle = forward, cache.owner()
         for _ in range(3):
-            self.output = forward(torch.zeros(cache.batch, 1).long(), before[:, None].long())
-            cache.spectral.seq_lens.copy_(before)
+            self.output = forward(torch.zeros(cache.batch, 1).long(), before[0][:, None].long())
+            torch._foreach_copy_(moved, before)
 
     def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
         self.handle._capturing = True
@@ -727,7 +710,7 @@ def test_states_made_in_inference_mode_serve_outside_it() -> None:
     dense = generate(model, inputs, num_beams=2)
     with enable(model, "exact") as handle:
         with torch.inference_mode():
-            cache = feed(model, inputs, [40], handle.new_cache())[1]
+            cache = copy.deepcopy(feed(model, inputs, [40], handle.new_cache())[1])
             assert torch.equal(generate(model, inputs, num_beams=2), dense)
         assert torch.equal(generate(model, inputs, num_beams=2), dense)
         tensors = (cache.first, *cache.spectral.k_pages, cache.spectral.seq_lens)
@@ -769,6 +752,16 @@ def test_what_surrounds_a_replay(
         assert cache.graph is graph and copy.deepcopy(cache).graph is None
         hidden = model(ids[:, :1], **{CACHE: cache}, output_hidden_states=True).hidden_states
         assert len(hidden) == 3  # asks for more than a replay gives
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeGraph, "replay", lambda *args: 1 / 0)
+            twin, odd = copy.deepcopy(cache), copy.deepcopy(cache)
+            twin.graph = odd.graph = graph
+            with pytest.raises((ValueError, RuntimeError)):  # the model's own: it is not replayed
+                model(ids[:, :1], position_ids=ids[:, :1, None], **{CACHE: odd})
+            with pytest.raises(ZeroDivisionError):
+                model(ids[:, :1], **{CACHE: twin})
+        with pytest.raises(ValueError, match="half-way"):
+            model(ids[:, :1], **{CACHE: twin})
 
         def fails(*args: Any) -> None:
             raise RuntimeError("not while capturing")
@@ -1018,10 +1011,8 @@ def test_disable_restores_the_model(implementation: str) -> None:
     model, inputs = tiny(attn_implementation=implementation), prompt(20)
     before, dense = state(model), model(**inputs).logits
     handle = enable(model, "exact")
-    assert handle.enabled
     assert state(model) != before
     handle.disable()
-    assert not handle.enabled
     assert state(model) == before
     handle.disable()
     assert state(model) == before
