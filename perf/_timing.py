@@ -175,8 +175,10 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
 def versions(commit: str | None = None) -> Row:
     """What ran: commit (git's, with "+" where files differ from it, unless given; "unknown" without
     git), torch, triton."""
-    describe = f"git -C '{ROOT}' describe --always --exclude='*' --dirty=+ 2> /dev/null"
-    commit = commit or subprocess.getoutput(describe) or "unknown"
+    if not commit:
+        describe = "git describe --always --exclude='*' --dirty=+"
+        done = subprocess.run(describe, shell=True, cwd=ROOT, capture_output=True, text=True)
+        commit = done.stdout.strip() or "unknown"
     return {"commit": commit, "torch": torch.__version__, "triton": triton.__version__}
 
 

@@ -231,7 +231,7 @@ class SpectralLayer(CacheLayerMixin):
         first = None if cache.filled or cache.first is None else cache.first.to(k.device)
         part.prefill(layer, k, v, first=first)
 
-    def attend(self, q, k, v, scale, learned):
+    def attend(self, q: Any, k: Any, v: Any, scale: Any, learned: Any) -> torch.Tensor:
         """A step: q [B, H, Q, D], k and v of the new tokens [B, G, Q, D]; returns [B, H, Q, D]."""
         (x, i), codec = self.cache.places[self.index], self.cache.codecs[self.index]
         workspace = x.workspace if q.shape[2] == 1 else None
@@ -299,11 +299,11 @@ class WindowLayer(SpectralLayer):
         shape = (*k.shape[:2], self.span + SLACK, k.shape[3])
         if self.keys is None or (self.keys.shape, self.keys.dtype) != (shape, k.dtype):
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
-        for ring, x in ((self.keys, k), (self.values, v)):
+        for ring, x in ((self.keys, k), (self.values, v)):  # also those that grew or were copied
             torch._dynamo.mark_static_address(ring)
             _put(ring, x, self.cache.spectral.seq_lens)
 
-    def attend(self, q, k, v, scale, learned):
+    def attend(self, q: Any, k: Any, v: Any, scale: Any, learned: Any) -> torch.Tensor:
         state = (self.keys, self.values, self.cache.spectral.seq_lens, self.span)
         return torch.ops.spectral_kernels.window_step(q, k, v, *state, scale, learned)
 
@@ -855,7 +855,10 @@ class Handle(AbstractContextManager["Handle"]):
                     while len(self._pool) > POOLED:
                         del self._pool[next(iter(self._pool))]
 
-    def _prepare_cache(self, original, config, model_kwargs, mode, batch_size, max_cache_length):
+    def _prepare_cache(
+        self, original: Callable[..., Any], config: Any, model_kwargs: dict[str, Any], mode: Any,
+        batch_size: int, max_cache_length: int,
+    ) -> Any:  # fmt: skip
         """Where generate() makes its cache: it takes one with the rows and the room."""
         tokens = max(max_cache_length + 1, self.max_tokens or 0)
         if self.graph or config.prefill_chunk_size is not None:  # chunks are prompts
@@ -870,7 +873,8 @@ class Handle(AbstractContextManager["Handle"]):
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise ValueError(f"cache_implementation: expected None while enabled, got {kind!r}")
         rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
-        cache = self._pool.pop(rows, None)
+        with self._lock:
+            cache = self._pool.pop(rows, None)
         if cache is None or cache.capacity < tokens:
             cache = None  # freed before its successor is allocated
             cache = ModelCache(self, rows, -(-tokens // ROUND) * ROUND)
