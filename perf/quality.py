@@ -152,9 +152,6 @@ class Stored(NamedTuple):
 Scheme = Callable[[Prefix], Stored]
 
 
-# ---- cases ---------------------------------------------------------------------------------------
-
-
 def needle_questions(count: int, seed: int) -> list[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
@@ -228,9 +225,6 @@ def _with_questions(
     return Case(name, torch.tensor([ids]), context, answers)
 
 
-# ---- the model -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
     """Contexts int64 [B, N] but their last token, which is the first to predict from; read once, by
@@ -301,9 +295,6 @@ def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, f
     }
 
 
-# ---- the presets ---------------------------------------------------------------------------------
-
-
 def enabled(model: Any, preset: str, codecs: Path | None) -> Any:
     """The product's handle, with the codec of a folder if there is one."""
     known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
@@ -336,8 +327,6 @@ def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None 
             layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
         return Stored(layers, *preset_bytes(handle.codec, prefix.tokens, prefix.token_bytes))
 
-
-# ---- yardsticks ----------------------------------------------------------------------------------
 
 Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
 
@@ -495,9 +484,6 @@ YARDSTICKS: dict[str, Yardstick] = {
 }
 
 
-# ---- measurements --------------------------------------------------------------------------------
-
-
 def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
     """All schemes on one case, as they come; the context is read once."""
     prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
@@ -653,9 +639,6 @@ def measure_stream(
             row |= {"teacher_forced_kl": float(forced.mean())}
             row |= {"free_running_kl": float(free.mean())}
             yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
-
-
-# ---- output --------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Row]) -> str:

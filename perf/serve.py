@@ -39,15 +39,10 @@ from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, THETA, eight_bit_codec, random_model_codec
-from perf._timing import ROOT, Row, common_arguments, versions, write_row
-from spectral_kernels.rope import freqs_from_inv_freq
+from perf._cases import LOSSY, SHAPES, eight_bit_codec, frequencies, llama, random_model_codec
+from perf._timing import ROOT, Row, parser_of, versions, write_row
+from perf.tables import SERVE, columns
 
-# hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
-SHAPES = {
-    "8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "tiny": (1024, 2816, 4, 8, 2, 128, 2048),
-}
 CHECK = (60, 190, 9, 700, 1, 1530, 890, 560)  # prompt lengths of the check
 BLOCKS = 44  # of its pool: too few for all of them at once
 GROUP = "vllm.general_plugins"
@@ -60,33 +55,24 @@ def cell(text: str) -> tuple[int, int]:
 
 def make_model(shape: str, folder: Path, weights: bool = False) -> None:
     """A configuration, and random weights if vLLM is not to make them (which gives dull tokens)."""
-    hidden, inner, layers, heads, kv_heads, dim, vocabulary = SHAPES[shape]
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": dim, "vocab_size": vocabulary,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "rope_theta": THETA,
-        "hidden_act": "silu", "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    if weights:
-        from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
+    config = llama(shape, initializer_range=0.06)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    if weights:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**config, initializer_range=0.06))
-        model.to(torch.bfloat16).save_pretrained(folder)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_codec(shape: str, preset: str, path: Path) -> None:
-    _, _, layers, _, kv_heads, dim, _ = SHAPES[shape]
     torch.manual_seed(0)
-    freqs = freqs_from_inv_freq(THETA ** (-torch.arange(0, dim, 2).double() / dim))
+    config = llama(shape)
     if preset == "8 bits":
-        codec = eight_bit_codec(layers, kv_heads, dim, freqs, largest=12.0)
+        layers, groups, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+        codec = eight_bit_codec(layers, groups, dim, frequencies(dim), largest=12.0)
     else:
-        codec = random_model_codec(preset, layers=layers, kv_heads=kv_heads, dim=dim, freqs=freqs)
+        codec = random_model_codec(preset, config)
     codec.save(path)
 
 
@@ -95,9 +81,6 @@ def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[di
     seeds = (torch.Generator().manual_seed(1000 + i) for i in range(first, first + batch))
     ids = (torch.randint(10, vocabulary - 300, (tokens,), generator=x) for x in seeds)
     return [{"prompt_token_ids": x.tolist()} for x in ids]
-
-
-# ---- one backend, in a process of its own --------------------------------------------------------
 
 
 class Served:
@@ -273,9 +256,6 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
             done(served.fill(args))
 
 
-# ---- all backends --------------------------------------------------------------------------------
-
-
 def environment(folder: Path) -> dict[str, str]:
     """For the engines' processes: the plugin is found where this package is not installed, too."""
     path = [str(ROOT)]
@@ -338,29 +318,9 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
             return [row for rows in found for row in rows]
 
 
-def table(rows: list[Row]) -> str:
-    """Cells of all backends, and their ratios to the first backend's."""
-    columns = {"ttft_ms": ".0f", "tpot_ms": ".3f", "kv_tokens": "d", "throughput": ".1f"}
-    lines = [f"{'backend':24}{'cell':>12}" + "".join(f"{x:>18}" for x in columns)]
-
-    def kind_of(row: Row) -> tuple[str, str]:
-        return row["backend"], row["kv_dtype"]
-
-    first = [x for x in rows if kind_of(x) == kind_of(rows[0])]
-    for row in rows:
-        # The full pool has as many prompts as a backend takes: the last row of each.
-        base = next((x for x in first if (x["B"], x["T"]) == (row["B"], row["T"])), first[-1])
-        values = (f"{row[x]:{form}} ({row[x] / base[x]:.2f}x)" for x, form in columns.items())
-        label, at = " ".join(kind_of(row)), f"{row['B']}x{row['T']}"
-        lines.append(f"{label:24}{at:>12}" + "".join(f"{x:>18}" for x in values))
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.serve", description=__doc__.split("\n")[0]
-    )
+    parser = parser_of("serve", __doc__)
     add = parser.add_argument
     add("--cells", type=cell, nargs="+", default=[(1, 8192), (1, 32768), (8, 32768), (1, 131072)])
     add("--backends", nargs="+", default=["FLASH_ATTN", "FLASH_ATTN:fp8", "SPECTRAL:balanced"])
@@ -381,7 +341,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
-    common_arguments(parser, "serve.jsonl")
     for name in ("--one", "--folder", "--results"):
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -396,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = run_all(args, argv)
     if args.check:
         return report_check(rows)
-    print(table(rows))
+    print(columns(rows, SERVE))
     return 0 if len(rows) == len(args.backends) * (len(args.cells) + args.full) else 1
 
 

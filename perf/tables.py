@@ -241,9 +241,6 @@ def results_page(results: Path = RESULTS) -> str:
     return text
 
 
-# ---- dense and ours beside each other ------------------------------------------------------------
-
-
 def steps(results: Path) -> list[Row]:
     """Decode steps of whole models and of layers alike: gpu, engine, B, T, kind ("bf16", "fp8" or a
     preset), ms, and of whole models the bytes of the cache, up to a factor of the engine."""
@@ -321,9 +318,6 @@ def fill(text: str, results: Path = RESULTS) -> str:
     """A page's text with the tables between their marks."""
     make = {"headline": headline, "losses": losses}
     return MARKED.sub(lambda match: f"{match[1]}\n{make[match[2]](results)}\n{match[3]}", text)
-
-
-# ---- plots ---------------------------------------------------------------------------------------
 
 
 def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:

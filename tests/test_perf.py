@@ -77,8 +77,8 @@ def test_layouts_are_of_the_preset(preset, dim):
     assert len({str(x) for x in chosen}) == len(chosen) and (dim == 64 or len(chosen) == 3)
     for layout in chosen:
         assert 0.75 < layout.token_bytes * PRESETS[preset].ratio / (4 * dim) <= 1
-    freqs = torch.arange(dim // 2)
-    codec = _cases.random_model_codec(preset, layers=5, kv_heads=2, dim=dim, freqs=freqs)
+    config = SimpleNamespace(num_hidden_layers=5, num_key_value_heads=2, head_dim=dim)
+    codec = _cases.random_model_codec(preset, config)
     assert [layer.layout for layer in codec.layers] == [chosen[i % len(chosen)] for i in range(5)]
     assert len({layer.k_basis.data_ptr() for layer in codec.layers}) == 5
 
@@ -491,7 +491,7 @@ def test_whole_models_are_timed(whole, tmp_path, capsys):
     asked = [("eager", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
     asked += [("ours", "small"), *(("prefill", p) for p in (None, "balanced", "small"))]
     assert [(r["what"], r["preset"]) for r in rows] == asked
-    dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
+    dense = 4 * 2 * 2 * 2 * 256 * 128 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
     assert [row["cache_bytes"] for row in rows[:3]] == [dense, dense, dense // 2]
     assert [row.get("backend") for row in rows[:3]] == [None, "math", "eight"]
     for row in rows:
