@@ -31,7 +31,8 @@ LOSSY = tuple(PRESETS)
 # hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "tiny": (1024, 2816, 4, 8, 2, 128, 2048),
+    "check": (1024, 2816, 4, 8, 2, 128, 2048),  # of perf.serve --check
+    "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
 
 

@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.check:
-        args.shape, args.cells, args.full = "tiny", [(1, 2048)], False
+        args.shape, args.cells, args.full = "check", [(1, 2048)], False
         args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, 1
         reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
         args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]

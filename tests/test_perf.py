@@ -491,7 +491,7 @@ def test_whole_models_are_timed(whole, tmp_path, capsys):
     asked = [("eager", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
     asked += [("ours", "small"), *(("prefill", p) for p in (None, "balanced", "small"))]
     assert [(r["what"], r["preset"]) for r in rows] == asked
-    dense = 4 * 2 * 2 * 2 * 256 * 128 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
+    dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
     assert [row["cache_bytes"] for row in rows[:3]] == [dense, dense, dense // 2]
     assert [row.get("backend") for row in rows[:3]] == [None, "math", "eight"]
     for row in rows:

@@ -28,10 +28,10 @@ def test_what_an_engine_is_asked_for():
 
 def test_model_and_codec_are_of_one_shape(tmp_path: Path):
     pytest.importorskip("transformers")
-    serve.make_model("tiny", tmp_path / "model")
+    serve.make_model("check", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for kind in ("balanced", "8 bits"):
-        serve.make_codec("tiny", kind, tmp_path / "codec.safetensors")
+        serve.make_codec("check", kind, tmp_path / "codec.safetensors")
         codec = ModelCodec.load(tmp_path / "codec.safetensors")
         assert len(codec.layers) == config["num_hidden_layers"]
         assert {x.kv_heads for x in codec.layers} == {config["num_key_value_heads"]}
