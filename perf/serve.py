@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ class Served:
             enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sizes(args)}, **more,
         )  # fmt: skip
-        self.sampling = vllm.SamplingParams
+        greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        self.sampling = partial(vllm.SamplingParams, **greedy)
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
         self.kv_tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
@@ -119,24 +121,23 @@ class Served:
             "vllm": vllm.__version__, "backend": name, "kv_dtype": kind or args.dtype,
         }  # fmt: skip
 
-    def generate(self, given: list[dict[str, Any]], new: int) -> tuple[float, list[list[int]]]:
-        """(seconds, tokens of each)."""
-        sampling = self.sampling(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
+    def seconds(self, given: list[dict[str, Any]], new: int) -> float:
+        """That so many new tokens of each prompt take."""
         begin = time.perf_counter()
-        outs = self.llm.generate(given, sampling, use_tqdm=False)
+        outs = self.llm.generate(given, self.sampling(max_tokens=new), use_tqdm=False)
         taken = time.perf_counter() - begin
-        tokens = [list(x.outputs[0].token_ids) for x in outs]
-        if any(len(x) != new for x in tokens):
-            raise AssertionError(f"expected {new} tokens each, got {[len(x) for x in tokens]}")
-        return taken, tokens
+        counts = {len(x.outputs[0].token_ids) for x in outs}
+        if counts != {new}:
+            raise AssertionError(f"expected {new} tokens of each prompt, got {counts}")
+        return taken
 
     def time(self, batch: int, tokens: int, args: argparse.Namespace) -> Row:
         given = prompts(batch, tokens, self.vocabulary)
-        first, _ = self.generate(given, 1)
-        self.generate(given, args.few)
+        first = self.seconds(given, 1)
+        self.seconds(given, args.few)
         steps = []
         for _ in range(args.repeat):
-            few, many = (self.generate(given, n)[0] for n in (args.few, args.many))
+            few, many = (self.seconds(given, n) for n in (args.few, args.many))
             steps.append(1e3 * (many - few) / (args.many - args.few))
         self.llm.reset_prefix_cache()
         tpot = statistics.median(steps)
@@ -158,10 +159,7 @@ class Served:
         engine = self.llm.llm_engine
         started: set[str] = set()
         counts: list[int] = []
-        sampling = self.sampling(
-            max_tokens=sum(lengths) // args.chunk + args.many + 512, temperature=0,
-            ignore_eos=True, detokenize=False,
-        )  # fmt: skip
+        sampling = self.sampling(max_tokens=sum(lengths) // args.chunk + args.many + 512)
         names = [f"full-{i}" for i in range(len(lengths))]
         begin = time.perf_counter()
         for i, (name, tokens) in enumerate(zip(names, lengths, strict=True)):
@@ -191,9 +189,7 @@ class Served:
         given = [prompts(1, n, self.vocabulary, first=i)[0] for i, n in enumerate(CHECK)]
         for prompt in given[5:]:
             prompt["prompt_token_ids"][:500] = given[3]["prompt_token_ids"][:500]
-        sampling = self.sampling(
-            max_tokens=32, temperature=0, ignore_eos=True, detokenize=False, logprobs=2
-        )
+        sampling = self.sampling(max_tokens=32, logprobs=2)
         runs = [self.llm.generate(given, sampling, use_tqdm=False) for _ in range(2)]
         completions = [[x.outputs[0] for x in run] for run in runs]
 
@@ -242,7 +238,7 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         return
     warm = min(args.chunk + 1024, longest(args) - 8)
     for batch, tokens in ((1, warm), (1, warm), (2, 300)):
-        served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
+        served.seconds(prompts(batch, tokens, served.vocabulary, first=9000), 4)
         say(f"warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
     results.with_suffix(".up").touch()
