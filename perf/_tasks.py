@@ -17,8 +17,6 @@ the share of the answers found in it; of `extraction` F1 over records; 1 or 0 fo
 number, or a program that passes its tests.   Test: tests/test_quality.py.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re

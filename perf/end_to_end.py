@@ -37,8 +37,6 @@ cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weigh
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

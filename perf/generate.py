@@ -10,8 +10,6 @@ captured on the clock. The embedded model ships its codecs; another model is cal
 --codec names the file.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

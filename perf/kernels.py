@@ -9,8 +9,6 @@ Checks: the twin of plain PyTorch on the same inputs (tests/ hold twins to the o
 perf/_cases.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -54,8 +54,6 @@ perf/results/quality.jsonl holds, as a baseline, rows of the first version of th
 Test: tests/test_quality.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

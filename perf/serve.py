@@ -19,8 +19,6 @@ Row: gpu gpus commit vllm backend kv_dtype B T ttft_ms tpot_ms kv_tokens through
 Test: tests/test_serve.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import importlib.metadata

@@ -6,8 +6,6 @@ carries what it shows as JSON in its metadata, which tests compare with the rows
 Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

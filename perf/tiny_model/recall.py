@@ -11,8 +11,6 @@ Training:  perf/tiny_model/train.py  (`write_document`)
 Tests:     `make_recall_contexts`, `make_recall_prompts`  (text; the same for the same seed)
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from pathlib import Path
