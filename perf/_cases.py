@@ -108,14 +108,13 @@ def eight_bit_codec(
     return ModelCodec(codecs, sinks=4, window=16, preset="8 bits")
 
 
-def random_model_codec(preset: str, config: Any, device: Any = "cpu", first: int = 0) -> ModelCodec:
-    """A codec for a model's configuration: layers have memory of their own, and their layouts take
-    turns from number `first` on."""
-    dim, groups = config.head_dim, config.num_key_value_heads
-    freqs = frequencies(dim, device)
-    known = [random_codec(layout, groups, freqs) for layout in layouts(preset, dim)]
-    layers = range(first, first + config.num_hidden_layers)
-    codecs = tuple(deepcopy(known[i % len(known)]) for i in layers)
+def random_model_codec(
+    preset: str, *, layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, first: int = 0
+) -> ModelCodec:
+    """A codec of so many layers, of memory of their own, whose layouts take turns from number
+    `first` on."""
+    known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
+    codecs = tuple(deepcopy(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 
 

@@ -65,6 +65,7 @@ from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, sa
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
+from spectral_kernels.rope import freqs_from_inv_freq
 
 WHAT = ("eager", "static", "graph", "fp8", "ours", "bare", "prefill", "long")
 STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
@@ -133,8 +134,12 @@ class Cell:
 
     def enabled(self, preset: str, compile: bool = False) -> Any:
         """enable() without its own check, which compiles for one row: rows are checked here."""
-        config, device = self.model.config, self.model.device
-        codec = random_model_codec(preset, config, device, self.layout)
+        shape, inv_freq = self.layer, self.model.model.rotary_emb.inv_freq
+        codec = random_model_codec(
+            preset, layers=self.model.config.num_hidden_layers, kv_heads=shape.kv_heads * GPUS,
+            dim=shape.dim, first=self.layout,
+            freqs=freqs_from_inv_freq(inv_freq.float().cpu(), device=self.model.device),
+        )  # fmt: skip
         return enable(self.model, preset, codec=codec, compile=compile, check=False)
 
 

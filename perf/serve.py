@@ -66,12 +66,12 @@ def make_model(shape: str, folder: Path, weights: bool = False) -> None:
 
 def make_codec(shape: str, preset: str, path: Path) -> None:
     torch.manual_seed(0)
-    config = llama(shape)
+    _, _, layers, _, kv_heads, dim, _ = SHAPES[shape]
+    sizes: Any = {"layers": layers, "kv_heads": kv_heads, "dim": dim, "freqs": frequencies(dim)}
     if preset == "8 bits":
-        layers, groups, dim = config.num_hidden_layers, config.num_key_value_heads, config.head_dim
-        codec = eight_bit_codec(layers, groups, dim, frequencies(dim), largest=12.0)
+        codec = eight_bit_codec(**sizes, largest=12.0)
     else:
-        codec = random_model_codec(preset, config)
+        codec = random_model_codec(preset, **sizes)
     codec.save(path)
 
 

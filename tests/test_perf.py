@@ -77,8 +77,8 @@ def test_layouts_are_of_the_preset(preset, dim):
     assert len({str(x) for x in chosen}) == len(chosen) and (dim == 64 or len(chosen) == 3)
     for layout in chosen:
         assert 0.75 < layout.token_bytes * PRESETS[preset].ratio / (4 * dim) <= 1
-    config = SimpleNamespace(num_hidden_layers=5, num_key_value_heads=2, head_dim=dim)
-    codec = _cases.random_model_codec(preset, config)
+    freqs = torch.arange(dim // 2)
+    codec = _cases.random_model_codec(preset, layers=5, kv_heads=2, dim=dim, freqs=freqs)
     assert [layer.layout for layer in codec.layers] == [chosen[i % len(chosen)] for i in range(5)]
     assert len({layer.k_basis.data_ptr() for layer in codec.layers}) == 5
 
