@@ -793,8 +793,7 @@ def read(
     """`collect` over texts, for any presets; arguments and defaults as of `calibrate`."""
     on_cpu = torch.device(model.device).type == "cpu"
     tokens = (CPU_TOKENS if on_cpu else GPU_TOKENS) if tokens is None else tokens
-    if tokens < 512:
-        raise ValueError(f"tokens: expected at least 512, got {tokens}")
+    check_least(tokens=(tokens, 512))
     if source is None:
         from transformers import AutoTokenizer
 
