@@ -6,8 +6,6 @@ carries what it shows as JSON in its metadata, which tests compare with the rows
 Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -241,9 +239,6 @@ def results_page(results: Path = RESULTS) -> str:
     return text
 
 
-# ---- dense and ours beside each other ------------------------------------------------------------
-
-
 def steps(results: Path) -> list[Row]:
     """Decode steps of whole models and of layers alike: gpu, engine, B, T, kind ("bf16", "fp8" or a
     preset), ms, and of whole models the bytes of the cache, up to a factor of the engine."""
@@ -321,9 +316,6 @@ def fill(text: str, results: Path = RESULTS) -> str:
     """A page's text with the tables between their marks."""
     make = {"headline": headline, "losses": losses}
     return MARKED.sub(lambda match: f"{match[1]}\n{make[match[2]](results)}\n{match[3]}", text)
-
-
-# ---- plots ---------------------------------------------------------------------------------------
 
 
 def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:

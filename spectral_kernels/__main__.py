@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -79,11 +80,7 @@ def weight_bytes(config: Any) -> int:
 
 def fits(size: Callable[[int], float], room: float) -> int:
     """The most tokens of a row whose cache fits, a multiple of 64."""
-    low, high = 0, 2**24
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(64 * middle) <= room else (low, middle - 1)
-    return 64 * low
+    return 64 * bisect_right(range(1, 2**24 + 1), room, key=lambda n: size(64 * n))
 
 
 def report(config: Any, memory: int | None, batch: int) -> None:
