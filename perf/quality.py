@@ -231,6 +231,12 @@ def _with_questions(
 # ---- the model -----------------------------------------------------------------------------------
 
 
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """The weights alone: `model.to` would round the frequencies of the rotation too."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
     """Contexts int64 [B, N] but their last token, which is the first to predict from; read once, by
@@ -719,7 +725,7 @@ def measured(
 
     for case in cases:
         yield from measure(model, case, schemes(args.yardsticks))
-    model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
     for length in args.lengths if args.tasks else ():
         yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
     if args.generate:

@@ -1,5 +1,6 @@
 """What perf.quality measures is what it says, and what the embedded model's codec loses, held."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -96,6 +97,18 @@ def test_what_is_measured_is_what_a_step_attends_to(embedded, case, prefix, exac
     lost = kl(exact[:1], rebuilt)
     assert lost > 1e-8, "the preset loses nothing: nothing is tested"
     assert kl(decoded, rebuilt) < 1e-3 * lost + 1e-9
+
+
+def test_a_model_in_another_dtype_turns_as_before(embedded):
+    """To the bit what transformers loads in bfloat16; `Module.to` rounds the frequencies of the
+    rotation too, which no codec was calibrated with."""
+    model, tokenizer = copy.deepcopy(embedded[0]), embedded[1]
+    ids = torch.arange(900)[None] % tokenizer.vocab_size
+    quality.cast(model, torch.bfloat16)
+    loaded = load(device="cpu", dtype="bfloat16")[0]
+    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    rounded = loaded.to(torch.bfloat16)(input_ids=ids).logits
+    assert not torch.equal(model(input_ids=ids).logits, rounded)
 
 
 def test_compare():
