@@ -30,9 +30,9 @@ Columns:
     perplexity  its change over them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
-Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 64 to 191 tokens
-exact, which is no fewer than the presets keep; what they calibrate is calibrated on the judged text
-itself, which favours them. H is the Hadamard matrix, keys are as rotated.
+Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
+exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrated on the judged
+text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
     fp8         e4m3, one scale for a head's keys and one for its values
     nvfp4       e2m1 in blocks of 16 along a token with an e4m3 scale, one scale a head
     kivi-4/3/2  groups of 32: keys per channel over 32 tokens, values per token over 32 channels
@@ -76,12 +76,12 @@ from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table, sections
-from spectral_kernels.calibrate import _tapped
+from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 PREDICTED = 256  # tokens of the text after the context
-SINKS, WINDOW, GROUP = 4, 64, 32  # of the yardsticks
+SINKS, GROUP = 4, 32  # of the yardsticks
 TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
@@ -220,6 +220,12 @@ def _with_questions(
     return Case(name, torch.tensor([ids]), context, answers)
 
 
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """The weights alone: `model.to` would round the frequencies of the rotation too."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+
+
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
     """Contexts int64 [B, N] but their last token, which is the first to predict from; read once, by
@@ -339,7 +345,7 @@ class Yardstick:
 
     code: Code
     bits: Callable[[int], tuple[float, float]]
-    run: int = WINDOW
+    run: int = GROUP
     centred: bool = False
 
     @torch.no_grad()
@@ -557,12 +563,16 @@ def measure_tasks(
         count = args.problems if name == "humaneval" else args.count
         tasks = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
         found: dict[str, tuple[list[float], Row]] = {}
-        for first in range(0, len(tasks), batch):
-            part = tasks[first : first + batch]
-            for scheme, texts, size in answers(model, part, tokenizer, schemes):
-                with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes
-                    scores = list(pool.map(_tasks.score, part, texts))
-                found[scheme] = (found.get(scheme, ([], {}))[0] + scores, size)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for first in range(0, len(tasks), batch):
+                part = tasks[first : first + batch]
+                # Programs run in processes, while the next scheme answers.
+                scored = [
+                    (scheme, pool.map(_tasks.score, part, texts), size)
+                    for scheme, texts, size in answers(model, part, tokenizer, schemes)
+                ]
+                for scheme, scores, size in scored:
+                    found[scheme] = (found.get(scheme, ([], {}))[0] + [*scores], size)
         for row in task_rows(name, found):
             yield {"context": length, **row}
 
@@ -685,7 +695,7 @@ def measured(
 
     for case in cases:
         yield from measure(model, case, schemes(args.yardsticks))
-    model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
     for length in args.lengths if args.tasks else ():
         yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
     if args.generate:

@@ -49,6 +49,7 @@ FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
 QUERIES = 64  # queries a head and sequence that costs of errors are estimated from
 LENGTH = 4096  # tokens of a sequence
+WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
@@ -69,7 +70,7 @@ class Preset:
     """
 
     ratio: float
-    window: int
+    window: int = WINDOW
     sinks: int = 4
 
     def __post_init__(self) -> None:
@@ -78,7 +79,7 @@ class Preset:
         check_least(window=(self.window, 1), sinks=(self.sinks, 0))
 
 
-PRESETS = {"quality": Preset(5.28, 32), "balanced": Preset(8.0, 16), "small": Preset(12.1, 16)}
+PRESETS = {"quality": Preset(5.28), "balanced": Preset(8.0), "small": Preset(12.1)}
 
 
 def preset_of(preset: str | Preset) -> tuple[str, Preset]:
@@ -402,7 +403,7 @@ def collect(
     sequences: Iterable[Tensor],
     *,
     sinks: int = 4,
-    window: int = 16,
+    window: int = WINDOW,
     progress: bool = False,
 ) -> ModelStats:
     """Read sequences of tokens; note what full-attention layers' keys, values, queries are like.
@@ -413,7 +414,7 @@ def collect(
             before afterwards, also after an exception.
         sequences: integer [T] or [B, T], token ids without padding, of more than sinks + window
             tokens.
-        sinks, window: first and newest tokens that a cache keeps exact; presets differ little here.
+        sinks, window: first and newest tokens that a cache keeps exact.
         progress: a bar.
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
