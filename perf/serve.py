@@ -8,7 +8,8 @@ second with the pool full, a backend after another.
 
 An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
 each backend, one after another with the same share of the card's memory, or with --kv-gb side by
-side with as many bytes of pages, timed in turns; one that fails leaves the others alone.
+side, timed in the order of --backends; one that fails leaves the others alone. GB of pages may
+differ: tokens admitted, and the full pool, are those of the smallest.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
 cached. tpot_ms: the time of --many new tokens over that of --few, by the tokens between; the median
@@ -20,7 +21,6 @@ Test: tests/test_serve.py.
 """
 
 import argparse
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -91,11 +91,13 @@ class Served:
         name, _, kind = backend.partition(":")
         spectral = name == "SPECTRAL"
         more: dict[str, Any] = {"kv_cache_dtype": "auto" if spectral or not kind else kind}
+        share = 1.0  # of its pages that are counted
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
             more["additional_config"] = {"spectral": given}
         if args.kv_gb:  # of engines side by side none can measure the memory
-            more["kv_cache_memory_bytes"] = int(args.kv_gb * 2**30)
+            size = args.kv_gb[args.backends.index(backend)]
+            more["kv_cache_memory_bytes"], share = int(size * 2**30), min(args.kv_gb) / size
         if args.check:
             more |= {"num_gpu_blocks_override": BLOCKS, "disable_log_stats": False}
         self.llm = vllm.LLM(
@@ -112,7 +114,8 @@ class Served:
         self.sampling = partial(vllm.SamplingParams, **greedy)
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
-        self.kv_tokens = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+        blocks = int(config.cache_config.num_gpu_blocks * share)
+        self.kv_tokens = blocks * config.cache_config.block_size
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         self.row: Row = {
             "gpu": card, "gpus": args.tp, "commit": versions(args.commit)["commit"],
@@ -215,6 +218,10 @@ def longest(args: argparse.Namespace) -> int:
     return tokens + args.many + 576
 
 
+def file_of(folder: Path, backend: str, ending: str) -> Path:
+    return folder / (re.sub(r"\W+", "-", backend) + ending)
+
+
 def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path) -> None:
     begin = time.perf_counter()
 
@@ -240,14 +247,15 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         say(f"warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
     results.with_suffix(".up").touch()
-    while args.kv_gb and len(list(folder.glob("*.up"))) < len(args.backends):
-        time.sleep(0.2)  # no engine starts while another is timed
-    with (folder / "turn").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # engines side by side are timed in turns
-        for batch, tokens in args.cells:
-            done(served.time(batch, tokens, args))
-        if args.full:
-            done(served.fill(args))
+    earlier = args.backends[: args.backends.index(backend)]
+    signs = [file_of(folder, x, ".up") for x in args.backends]
+    signs += [file_of(folder, x, ".ended") for x in earlier]
+    while args.kv_gb and not all(x.exists() for x in signs):
+        time.sleep(0.2)  # no engine starts or ends while another is timed
+    for batch, tokens in args.cells:
+        done(served.time(batch, tokens, args))
+    if args.full:
+        done(served.fill(args))
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -275,22 +283,22 @@ def environment(folder: Path) -> dict[str, str]:
 def run_backend(
     args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str
 ) -> list[Row]:
-    kind, name = backend.partition(":")[2], re.sub(r"\W+", "-", backend)
-    results = folder / f"{name}.jsonl"
+    kind, results = backend.partition(":")[2], file_of(folder, backend, ".jsonl")
     extra = ["--one", backend, "--folder", str(folder), "--results", str(results)]
     if args.check and backend == args.backends[0]:
         extra += ["--tp", "1"]  # what others are compared with
     if kind in (*LOSSY, "8 bits") and not args.codec:
-        codec = folder / f"{name}.safetensors"
+        codec = results.with_suffix(".safetensors")
         make_codec(args.shape, kind, codec)
         extra += ["--codec", str(codec)]
     results.write_text("")
     begin = time.perf_counter()
-    log = Path(os.environ.get("OUT", folder)) / f"{name}.log"
+    log = file_of(Path(os.environ.get("OUT", folder)), backend, ".log")
     with log.open("w") as file:
         command = [sys.executable, "-m", "perf.serve", *argv, *extra]
         done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
-    results.with_suffix(".up").touch()  # others do not wait for one that failed
+    for sign in (".up", ".ended"):  # others do not wait for one that failed
+        results.with_suffix(sign).touch()
     lines = log.read_text().splitlines()
     print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
     rows = [json.loads(x) for x in results.read_text().splitlines()]
@@ -324,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16")
     add("--tp", type=int, default=1, help="tensor parallel ranks")
     add("--utilization", type=float, default=0.45, help="share of the card's memory")
-    add("--kv-gb", type=float, help="GB of pages a rank, of engines side by side")
+    add("--kv-gb", type=float, nargs="+", help="GB of pages a rank, of engines side by side")
     add("--seqs", type=int, default=160, help="max_num_seqs")
     add("--chunk", type=int, default=16384, help="max_num_batched_tokens")
     add("--few", type=int, default=16)
@@ -340,9 +348,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.check:
         args.shape, args.cells, args.full = "check", [(1, 2048)], False
-        args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, 1
+        args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, [1]
         reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
         args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]
+    if args.kv_gb:
+        args.kv_gb = (args.kv_gb * len(args.backends))[: len(args.backends)]
     if args.one:
         run_one(args, args.one, Path(args.folder), Path(args.results))
         return 0

@@ -38,7 +38,7 @@ import vllm
 
 from ._requests import IndexedSlots, PagedSlots, Rows, SinkPool
 from .attention import attend_spectral, attend_workspace
-from .codec import TENSORS, ModelCodec
+from .codec import TENSORS, Codec, ModelCodec
 from .compress import append, decode, encode
 from .layout import HEAD_DIMS, PAGE_SIZE
 from .merge import merge_states
@@ -59,7 +59,8 @@ NAME, PATH = "SPECTRAL", "spectral_kernels.vllm.SpectralBackend"
 CHUNK = 128  # most new tokens on a past that are attended by the decode kernel
 QUERIES = 16  # of them at once
 PIECE = 8192  # tokens of a past that are rebuilt at once
-SHARE = 0.25  # of the device's memory that exact tokens and kept sinks may take
+SHARE = 0.2  # of the memory that weights leave: what exact tokens and kept sinks may take
+LEAST = 16  # newest tokens that stay exact where the codec's window is larger than that
 KEPT = 4  # sinks that are kept for each request that may run
 Fill = Callable[["SpectralImpl"], None]
 log = logging.getLogger("vllm.spectral")  # vLLM shows what loggers below its own say
@@ -88,9 +89,8 @@ def _choose_on_cpu(platform: Any) -> None:
     def choose(backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
         if backend is not AttentionBackendEnum[NAME]:
             return original(backend, attn_selector_config, num_heads)
-        given = attn_selector_config._asdict()
-        reasons = SpectralBackend.validate_configuration(device_capability=None, **given)
-        if reasons:
+        given = {"device_capability": None, **attn_selector_config._asdict()}
+        if reasons := SpectralBackend.validate_configuration(**given):
             raise ValueError(f"{NAME} is not valid for this configuration: {reasons}")
         return PATH
 
@@ -163,30 +163,14 @@ class Engine:
 
     def __init__(self, config: VllmConfig) -> None:
         _check_config(config)
-        self.context, model = config.compilation_config.static_forward_context, config.model_config
+        self.config, model = config, config.model_config
+        self.context = config.compilation_config.static_forward_context
         self.device = torch.device(current_platform.device_type)
         self.codec = _load_codec(config)
-        # Fewer in a stage of a pipeline, or beside layers of other kinds.
-        count = min(model.get_num_layers(config.parallel_config), len(self.codec.layers))
-        self.of_all = len(self.codec.layers) == model.get_total_num_hidden_layers()
-        self.hybrid = model.is_hybrid  # beside layers with a state, as vLLM calls it
         (_watch_runner if config.use_v2_model_runner else _zero_whole_blocks)()
-        self.sinks, self.window = self.codec.sinks, self.codec.window
+        self.sinks, self.window = self.codec.sinks, self.codec.window  # or fewer: `_fit`
         self.slots = config.scheduler_config.max_num_seqs
         self.entries = KEPT * self.slots if self.sinks else 0
-        token = 2 * model.get_num_kv_heads(config.parallel_config) * model.get_head_size()
-        token *= count * model.dtype.itemsize
-        size = token * (self.sinks + self.window + KEPT * self.sinks)
-        text = f"{size / 1e6:.2f} MB a request for exact tokens and kept sinks"
-        memory = current_platform.get_device_total_memory()
-        memory *= config.cache_config.gpu_memory_utilization
-        most = int(SHARE * memory) // size - 1
-        if self.slots > most:
-            raise ValueError(
-                f"max_num_seqs: expected at most {most}, got {self.slots}: {text}, in {SHARE:.0%} "
-                "of the memory"
-            )
-        log.info("%s: preset %s, %s, %d requests", NAME, self.codec.preset, text, self.slots)
         self.max_pages = max(-(-model.max_model_len // PAGE_SIZE) + 1, 4)  # 4: for `_compile`
         self.layers: list[SpectralImpl] = []
         self.pool, self.lost = SinkPool(self.entries), 0
@@ -198,41 +182,63 @@ class Engine:
         self.sent = np.zeros(0, np.int32)  # what seq_ids holds
         self.seq_ids = torch.zeros(self.slots + 8, dtype=torch.int32, device=self.device)
 
+    def _fit(self) -> None:
+        """The window: the codec's, or as much of it, at least LEAST, as fits beside the pages."""
+        cache, dtype = self.config.cache_config, self.config.model_config.dtype
+        memory = current_platform.get_device_total_memory() * cache.gpu_memory_utilization
+        memory = max(memory - torch.cuda.memory_allocated(), cache.kv_cache_memory_bytes or 0)
+        token = 2 * dtype.itemsize * sum(x.num_kv_heads * x.head_size for x in self.layers)
+        most, kept = int(SHARE * memory) // token, (1 + KEPT) * self.sinks  # in tokens
+        room = min(most // (self.slots + 1) - kept, self.window)
+        least = self.window if self.codec.preset == "exact" else min(self.window, LEAST)
+        if room < least:
+            raise ValueError(
+                f"max_num_seqs: expected at most {most // (least + kept) - 1}, got {self.slots}: "
+                f"{token * (least + kept) / 1e6:.2f} MB each, in {SHARE:.0%} of what weights leave"
+            )
+        self.window = room if room == self.window else room // LEAST * LEAST
+        each = f"{token * (self.window + kept) / 1e6:.2f} MB for each of {self.slots} requests"
+        log.info("%s: %s, newest %d exact, %s", NAME, self.codec.preset, self.window, each)
+
     def bind(self) -> None:
-        """All layers exist: each gets its codec, and a backend of its pages' bytes."""
+        """All layers have their weights: each gets its codec, its exact tokens, and a backend of
+        its pages' bytes."""
         if self.layers[0].codec is not None:
             return
+        self._fit()
+        model = self.config.model_config
+        hybrid = model.is_hybrid  # beside layers with a state, as vLLM calls it
         attending = {n: x for n, x in self.context.items() if hasattr(x, "impl")}
         found = {n: x for n, x in attending.items() if isinstance(x.impl, SpectralImpl)}
         rank = distributed.get_tensor_model_parallel_rank()
         ranks = distributed.get_tensor_model_parallel_world_size()
         whole, known = len(found) == len(self.codec.layers), len(self.codec.layers)
-        if not whole and not self.of_all:
+        if not whole and known != model.get_total_num_hidden_layers():
             raise ValueError(f"codec: expected {len(found)} layers, got {known}")
         parts: dict[int, Any] = {}
         widest = max(x.layout.token_bytes for x in self.codec.layers)
         for at, (name, layer) in enumerate(found.items()):
             index, impl = at if whole else extract_layer_index(name), layer.impl
+            if layer.attn_backend is not SpectralBackend or layer.head_size_v != impl.head_size:
+                raise NotImplementedError(f"{NAME}: {name} is not full causal attention")
             codec = self.codec.layers[index]
             if id(codec) not in parts:
                 first = rank * codec.kv_heads // ranks
                 parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
-            impl.layer, impl.codec = layer, parts[id(codec)]
+            impl.bind(layer, parts[id(codec)])
             kept = {n: getattr(impl.codec, n) for n in TENSORS} | {"seq_ids": self.seq_ids}
             for tensor in kept:  # buffers are what vLLM keeps when it sleeps
                 layer.register_buffer(f"spectral_{tensor}", kept[tensor], persistent=False)
             # vLLM makes states as large as a page, of which it knows one size then; pages of
             # windows and ours, if packed, lie side by side in a block, each of its own size.
-            width = widest if self.hybrid else codec.layout.token_bytes
-            layer.attn_backend = _backend(width, len(attending) > len(found) and not self.hybrid)
-        size = max(
-            attend_workspace(
-                codec, batch=batch, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
-                slots=self.sinks + self.window, device=self.device,
-            )
-            for codec in {x.layout: x for x in parts.values()}.values()
-            for batch in range(1, self.slots + 1)
+            width = widest if hybrid else codec.layout.token_bytes
+            layer.attn_backend = _backend(width, len(attending) > len(found) and not hybrid)
+        sized = functools.partial(
+            attend_workspace, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
+            slots=self.sinks + self.window, device=self.device,
         )  # fmt: skip
+        layouts = {x.layout: x for x in parts.values()}.values()
+        size = max(sized(x, batch=n) for x in layouts for n in range(1, self.slots + 1))
         self.workspace = torch.empty(size, dtype=torch.uint8, device=self.device)
         self.lse = torch.empty((self.slots, impl.num_heads), dtype=torch.float32).to(self.device)
         for impl in {x.codec.layout: x for x in self.layers}.values():
@@ -332,10 +338,10 @@ def _watch_runner() -> None:
 
     def watched(self: Any, scheduler_output: Any, dummy_run: bool) -> tuple[Any, int | None]:
         batch, uniform = gather(self, scheduler_output, dummy_run)
-        if not _ENGINES:
-            return batch, uniform
-        _ENGINES[0].batch = batch
-        return batch, None if batch is not None and batch.has_prefill else uniform
+        if _ENGINES:
+            _ENGINES[0].batch = batch
+            uniform = None if batch is not None and batch.has_prefill else uniform
+        return batch, uniform
 
     Runner.gather_batch_req_state = watched
 
@@ -535,19 +541,21 @@ class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
                 raise NotImplementedError(f"{NAME}: {name} is not supported, got {value}")
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads, self.kv_cache_dtype = num_kv_heads or num_heads, kv_cache_dtype
-        config = get_current_vllm_config()
-        self.engine = engine = _engine(config)
+        self.engine = _engine(get_current_vllm_config())
         self.layer: Any = None  # this and the codec: from `Engine.bind`
         self.codec: Any = None
-        options: Any = {"dtype": config.model_config.dtype, "device": engine.device}
-        exact = engine.slots + 1, self.num_kv_heads, engine.sinks + engine.window, head_size
-        kept = engine.entries, self.num_kv_heads, engine.sinks, head_size
-        self.k_exact, self.v_exact = (torch.zeros(exact, **options) for _ in "kv")
-        self.k_pool, self.v_pool = (torch.zeros(kept, **options) for _ in "kv")
-        engine.layers.append(self)
+        self.engine.layers.append(self)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self.engine.bind()
+
+    def bind(self, layer: Any, codec: Codec) -> None:
+        engine, self.layer, self.codec = self.engine, layer, codec
+        options: Any = {"dtype": engine.config.model_config.dtype, "device": engine.device}
+        exact = engine.slots + 1, self.num_kv_heads, engine.sinks + engine.window, self.head_size
+        kept = engine.entries, self.num_kv_heads, engine.sinks, self.head_size
+        self.k_exact, self.v_exact = (torch.zeros(exact, **options) for _ in "kv")
+        self.k_pool, self.v_pool = (torch.zeros(kept, **options) for _ in "kv")
 
     def sides(self) -> tuple[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor], ...]:
         """(side, pages uint8 [B, G, 64 * bytes], exact tokens, kept sinks) of K and of V."""
@@ -614,9 +622,6 @@ class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
             stop = start + size
             row = replace(chunk.row, lens=chunk.row.lens - (chunk.stop - stop))
             q, k, v = (x[start:stop].transpose(0, 1)[None] for x in (query, key, value))
-            if size == 1:
-                self._step(row, q[:, :, 0], k, v, output[start:stop])
-                continue
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
             self._step(row, q, k, v, out)
             output[first:stop] = out[0, :, first - start :].transpose(0, 1)
@@ -689,13 +694,12 @@ def dense(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_bounds: tuple[Any, int],
     k_bounds: tuple[Any, int], scale: float, causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Attention of q [N, H, D] over k, v [T, G, D], sequence by sequence.
+    """Attention of q [N, H, D] over k, v [T, G, D], sequence by sequence: (o [N, H, D] in the dtype
+    of q, lse float32 [N, H], natural log), contiguous.
 
     Args:
         q_bounds, k_bounds: int32 [sequences + 1], where they begin; tokens of the longest.
         causal: a sequence's last query is at its last key.
-    Returns:
-        (o [N, H, D] in the dtype of q, lse float32 [N, H], natural log), contiguous.
     """
     if q.is_cuda:
         flash, version = _flash(q.shape[-1])
@@ -705,17 +709,13 @@ def dense(
             fa_version=version,
         )  # fmt: skip
         return o.contiguous(), lse.transpose(0, 1).contiguous()
-    parts = []
-    sections = [x.diff().tolist() for x, _ in (q_bounds, k_bounds)]
-    for q1, k1, v1 in zip(
-        q.float().split(sections[0]), k.float().split(sections[1]), v.float().split(sections[1]),
-        strict=True,
-    ):  # fmt: skip
+    parts, of = [], ((q, q_bounds), (k, k_bounds), (v, k_bounds))
+    split = (x.float().split(bounds[0].diff().tolist()) for x, bounds in of)
+    for q1, k1, v1 in zip(*split, strict=True):
         grouped = q1.unflatten(1, (k.shape[1], -1))  # [Q, G, H/G, D]
         s = torch.einsum("qghd,tgd->ghqt", grouped, k1) * scale
         if causal:
-            future = torch.ones(s.shape[2:], dtype=torch.bool).triu(s.shape[3] - s.shape[2] + 1)
-            s = s.masked_fill(future, float("-inf"))
+            s += torch.full(s.shape[2:], float("-inf")).triu(s.shape[3] - s.shape[2] + 1)
         out = torch.einsum("ghqt,tgd->qghd", s.softmax(-1), v1)
         parts.append((out.flatten(1, 2), s.logsumexp(-1).flatten(0, 1).T))
     o, lse = (torch.cat(x) for x in zip(*parts, strict=True))

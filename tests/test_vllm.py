@@ -426,7 +426,7 @@ def test_sliding_layers_beside(tmp_path, coded, monkeypatch):
         hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, vocab_size=512, max_position_embeddings=1024,
         sliding_window=64, initializer_range=0.1,
-        layer_types=["sliding_attention", "full_attention"] * 2,
+        layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=False,
     )  # fmt: skip
     Gemma3ForCausalLM(config).save_pretrained(tmp_path)
     given, kinds = prompts(*LENGTHS), {"backend_per_kind": {"full_attention": "SPECTRAL"}}
@@ -553,6 +553,7 @@ def test_state_layers_beside(tmp_path, coded):
     config = Lfm2Config(
         hidden_size=256, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=512, max_position_embeddings=1024, initializer_range=0.1, conv_L_cache=4,
+        tie_word_embeddings=False,
         layer_types=["conv", "full_attention", "conv", "full_attention", "conv"],
         block_auto_adjust_ff_dim=False, block_ff_dim=128,
         block_dim=256, conv_dim=256, block_multiple_of=64, block_ffn_dim_multiplier=1.0,
@@ -631,6 +632,27 @@ def test_layers_in_more_than_one_group(tmp_path):
         generate(engine, prompts(70))
 
 
+def test_layers_that_attend_otherwise(tmp_path):
+    """vLLM wraps the backend for Llama 4's chunks, and for prompts that attend both ways."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        hidden_size=256, intermediate_size=128, intermediate_size_mlp=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=512,
+        max_position_embeddings=1024, attention_chunk_size=64, moe_layers=[],
+        interleave_moe_layer_step=0, num_local_experts=0,
+        no_rope_layers=[1, 1, 1, 0],
+        layer_types=["chunked_attention"] * 3 + ["full_attention"],
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(tmp_path)
+    text = r"layers\.0\..* is not full causal attention"
+    with (
+        pytest.raises(NotImplementedError, match=text),
+        serving(tmp_path, EXACT, load_format="dummy"),
+    ):
+        pass
+
+
 def test_what_vllm_keeps_when_it_sleeps(model, coded):
     """Level 2 keeps buffers alone: our codecs and slots are buffers of their layers."""
     with serving(model, coded) as engine:
@@ -693,11 +715,66 @@ def test_refuses(coded, monkeypatch):
         plugin._load_codec(settings(model_config=other))
 
 
-def test_too_many_requests(model, coded, monkeypatch):
-    """Exact tokens lie beside the pool: more than a share of the memory is refused."""
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("card", "weights", "requests", "window"),
+    [
+        (150, 16, 1024, 128),
+        (85, 16, 1024, 64),
+        (85, 16, 256, 128),
+        (25, 16, 256, 16),
+        (25, 16, 16, 128),
+    ],
+)
+def test_newest_tokens_fit_beside_pages(card, weights, requests, window, monkeypatch):
+    """An 8B model in 16 bits, codec's window 128: exact tokens take at most a fifth of what weights
+    leave, the newest of each request fewer if need be."""
+    platform = SimpleNamespace(get_device_total_memory=lambda: card * GB)
+    monkeypatch.setattr(plugin, "current_platform", platform)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: weights * GB)
+    layers = [SimpleNamespace(num_kv_heads=8, head_size=128)] * 32
+    memory = SimpleNamespace(gpu_memory_utilization=0.92, kv_cache_memory_bytes=None)
+    engine = SimpleNamespace(
+        codec=SimpleNamespace(preset="balanced", window=128), window=128, sinks=4, slots=requests,
+        layers=layers,
+        config=SimpleNamespace(
+            cache_config=memory, model_config=SimpleNamespace(dtype=torch.bfloat16)
+        ),
+    )  # fmt: skip
+    plugin.Engine._fit(engine)
+    assert engine.window == window
+    left, token = 0.92 * card * GB - weights * GB, 2 * 2 * 32 * 8 * 128
+    assert (requests + 1) * (4 + window + 16) * token <= left / 5
+    engine.window, engine.slots = 128, int(left / 5 / (36 * token))
+    with pytest.raises(
+        ValueError, match=f"at most {engine.slots - 1}, got {engine.slots}: 4.72 MB"
+    ):
+        plugin.Engine._fit(engine)
+    engine.slots -= 1
+    plugin.Engine._fit(engine)
+    assert engine.window == 16
+
+
+def test_a_window_that_does_not_fit(model, tmp_path, monkeypatch):
+    """The tokens of a codec whose window is as long as what fits."""
+    windows = {}
+    for window in (48, 128):
+        path = tmp_path / f"{window}"
+        replace(eight_bit_codec(2, 2, 64, freqs(), LARGEST), window=window).save(path)
+        if window == 128:  # 5 slots of 4 + 50 + 16 tokens of 2048 bytes
+            memory = 0.92 * plugin.current_platform.get_device_total_memory()
+            monkeypatch.setattr(plugin, "SHARE", 5 * 70 * 2048 / memory)
+        with serving(model, {"codec": str(path)}, max_num_batched_tokens=256) as engine:
+            windows[window] = generate(engine, prompts(*LENGTHS))
+            assert [x.k_exact.shape[2] for x in plugin._ENGINES[0].layers] == [52, 52]
+    assert windows[48] == windows[128]
     monkeypatch.setattr(plugin, "SHARE", 1e-6)
-    with pytest.raises(ValueError, match="max_num_seqs: expected at most"), serving(model, coded):
-        pass
+    for given, least in (({"codec": str(path)}, 36), (EXACT, 1024)):
+        text = f"max_num_seqs: expected at most .* got 4: {least * 2048 / 1e6:.2f} MB each"
+        with pytest.raises(ValueError, match=text), serving(model, given):
+            pass
 
 
 def test_registers_once_and_travels():
