@@ -64,6 +64,8 @@ MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
 DRAFTS = 16  # tokens that can be cropped without a loss in the window
 SLACK = 64  # tokens that a ring keeps beside its window: most that can be cropped from it
 ROUND = 512  # room is a multiple of this, so that calls of like lengths share a cache
+_EAGER = "prompts run outside torch.compile, as in generate()"
+_OUTSIDE = f"{CACHE}: works only in the model it was made for, while enabled"
 POOLED = 2  # idle caches, of different numbers of rows, that generate() keeps for its next calls
 
 # ---- one layer's step, as an operator that torch.compile and opcheck understand ------------------
@@ -198,27 +200,33 @@ class SpectralLayer(CacheLayerMixin):
         key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if link.pending is not None:
             raise link.missed()
-        compiling, step = torch.compiler.is_compiling(), cache.is_step(new)
-        if compiling and not step:
-            raise RuntimeError(f"{CACHE}: prompts run outside torch.compile, as in generate()")
-        if compiling:
-            cache.stale = True
-        elif not cache.busy:
-            raise RuntimeError(f"{CACHE}: works only in the model it was made for, while enabled")
-        if step and self.leads:
-            for part in cache.parts:
+        if not cache.is_step(new):
+            key_states, value_states = self.prompt(key_states, value_states)
+        else:
+            if torch.compiler.is_compiling():
+                cache.stale = True
+            elif not cache.busy:
+                raise RuntimeError(_OUTSIDE)
+            for part in cache.parts if self.leads else ():
                 part.advance(new)
-        elif not step:
-            with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
-                if self.leads:
-                    cache.advance(new, dtype)
-                past = self.past(new) if cache.filled else None
-                self.store(key_states.detach(), value_states.detach())
-            if past is not None:
-                key_states = torch.cat((past[0], key_states), dim=2)
-                value_states = torch.cat((past[1], value_states), dim=2)
         link.pending, link.updated = self, True
         return key_states, value_states
+
+    @torch.compiler.disable(reason=_EAGER)
+    def prompt(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a prompt's k, v [B, G, Q, D]; returns those of all columns."""
+        cache, new, past = self.cache, k.shape[2], None
+        if not cache.busy:
+            raise RuntimeError(_OUTSIDE)
+        with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+            if self.leads:
+                cache.advance(new, v.dtype)
+            if cache.filled:
+                past = self.past(new)
+            self.store(k.detach(), v.detach())
+        if past is None:
+            return k, v
+        return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
 
     def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the columns before the `new` ones of a prompt, for its mask."""
@@ -339,10 +347,11 @@ class ModelCache(Cache):
 
     def __init__(self, handle: Handle, batch: Any, capacity: Any) -> None:
         self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
-        layers = own_layers(handle.config)
+        layers, self.depth = own_layers(handle.config), handle.config.num_hidden_layers
         for i, link in enumerate(handle.links):
-            kind = WindowLayer if link.layer.window else SpectralLayer
-            layers[link.layer.index] = kind(self, i, link)
+            if link.layer.index < self.depth:  # all, but where a model drafts by its first layers
+                kind = WindowLayer if link.layer.window else SpectralLayer
+                layers[link.layer.index] = kind(self, i, link)
         super().__init__(layers=layers)
         self.layers: list[Any]
         self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
@@ -678,9 +687,21 @@ class Handle(AbstractContextManager["Handle"]):
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of the decoder. A compiled step is left alone: nothing asks the host."""
+        if torch.compiler.is_compiling():
+            given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
+            cache, ids = given.get(CACHE), given.get("input_ids")
+            new = (given["inputs_embeds"] if ids is None else ids).shape[1]
+            dense = cache is None and given.get("use_cache") is False
+            if not dense and not (isinstance(cache, ModelCache) and cache.is_step(new)):
+                return self._eager_forward(original, *args, **kwargs)
+        elif not self._capturing:
+            return self._eager_forward(original, *args, **kwargs)
+        return original(*args, **kwargs)
+
+    @torch.compiler.disable(reason=_EAGER)
+    def _eager_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
-        if torch.compiler.is_compiling() or self._capturing:
-            return original(*args, **kwargs)
         kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
         with self._lock:
             cache = self._cache_of(kwargs)
@@ -699,18 +720,19 @@ class Handle(AbstractContextManager["Handle"]):
     @contextmanager
     def _running(self, cache: ModelCache) -> Iterator[None]:
         """Around a forward: every layer must have taken its tokens and have attended."""
-        for link in self.links:
+        links = [link for link in self.links if link.layer.index < cache.depth]
+        for link in links:
             link.pending, link.updated = None, False
         cache.busy = cache.failed = True
         try:
             yield
-            for link in self.links:
+            for link in links:
                 if link.pending is not None or not link.updated:
                     raise link.missed()
             cache.failed = False
         finally:
             cache.busy = False
-            for link in self.links:
+            for link in links:
                 link.pending = None
 
     def _cache_of(self, kwargs: dict[str, Any]) -> ModelCache | None:
@@ -860,8 +882,11 @@ class Handle(AbstractContextManager["Handle"]):
         batch_size: int, max_cache_length: int,
     ) -> Any:  # fmt: skip
         """Where generate() makes its cache: it takes one with the rows and the room."""
-        tokens = max(max_cache_length + 1, self.max_tokens or 0)
-        if self.graph or config.prefill_chunk_size is not None:  # chunks are prompts
+        # No more at once than the model was made to read; compiled steps could not grow it.
+        longest = getattr(self.config, "max_position_embeddings", None) or max_cache_length
+        tokens = max(min(max_cache_length + 1, longest), self.max_tokens or 0)
+        grows = tokens <= max_cache_length
+        if self.graph or grows or config.prefill_chunk_size is not None:  # chunks are prompts
             config.disable_compile = True
         given = model_kwargs.get(CACHE)
         if given is not None or config.use_cache is False:
@@ -875,7 +900,7 @@ class Handle(AbstractContextManager["Handle"]):
         rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
         with self._lock:
             cache = self._pool.pop(rows, None)
-        if cache is None or cache.capacity < tokens:
+        if cache is None or cache.capacity < tokens or cache.depth != self.config.num_hidden_layers:
             cache = None  # freed before its successor is allocated
             cache = ModelCache(self, rows, -(-tokens // ROUND) * ROUND)
         cache.reset()

@@ -4,6 +4,7 @@ preset exact, and one generation leaves nothing to the next. `tests/test_hf.py` 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,6 +69,45 @@ def test_options_of_generate(name: str) -> None:
             assert len(dense.get(kept) or ()) == len(ours.get(kept) or ())
         dense, ours = dense.sequences, ours.sequences
     assert torch.equal(ours, dense)
+
+
+def compile_forward(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+COMPILED: dict[str, tuple[Callable[[Any], Any], bool]] = {  # and whether before enable()
+    "model": (lambda model: model.compile(backend="eager"), True),
+    "forward": (compile_forward, False),
+    "decoder": (lambda model: compile_forward(model.model), True),
+    "layers": (lambda model: [x.compile(backend="eager") for x in model.model.layers], False),
+}
+
+
+@pytest.mark.parametrize("name", list(COMPILED))
+def test_what_a_caller_has_compiled(name: str, codec: ModelCodec) -> None:
+    """torch.compile of the whole or of parts: prompts break its graphs, steps are in them."""
+    compile, before = COMPILED[name]
+    model, first, more = tiny(), prompt(40, rows=2, padding=(7, 0)), prompt(50, rows=2, seed=3)
+    longer = {key: torch.cat((first[key], more[key]), dim=1) for key in first}
+
+    def chat(handle: Any) -> list[torch.Tensor]:
+        cache, options = handle.new_cache(), {"max_new_tokens": 6, "min_new_tokens": 6}
+        said = [generate(model, first, **options, **{CACHE: cache})]
+        assert cache.get_seq_length() == 45 and cache.spectral.lengths == [38, 45]
+        assert cache.spectral.seq_lens.tolist() == [38, 45]
+        cache.crop(-5)  # and a prompt on a filled cache
+        said.append(generate(model, longer, **options, **{CACHE: cache}))
+        return said
+
+    with enable(model, codec=codec, graph=False) as handle:
+        expected = chat(handle)
+    torch._dynamo.reset()
+    if before:
+        compile(model)
+    with enable(model, codec=codec, graph=False) as handle:
+        if not before:
+            compile(model)
+        assert all(map(torch.equal, chat(handle), expected))
 
 
 @pytest.mark.parametrize("tokens", BORDERS)
@@ -203,6 +243,43 @@ def test_drafts_over_borders(way: str, codec: ModelCodec) -> None:
         kept = handle.new_cache()
         assert generate(model, inputs, **options, **drafts, **{CACHE: kept}).shape == dense.shape
         assert kept.spectral.lengths == kept.spectral.seq_lens.tolist() == [109]
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_a_model_that_drafts_with_its_first_layers(preset: str, codec: ModelCodec) -> None:
+    """Its drafts' cache has fewer layers, and is none for the whole model later."""
+    model, inputs = tiny(), prompt(40)
+    options: dict[str, Any] = {"assistant_early_exit": 1, "min_new_tokens": None}
+    dense = generate(model, inputs, **options)
+    with enable(model, preset, codec=codec) as handle:
+        plain = generate(model, inputs)
+        for _ in range(2):
+            drafted = generate(model, inputs, **options, num_assistant_tokens=1)
+            assert drafted.shape == dense.shape
+            assert preset == "balanced" or torch.equal(drafted, dense)
+            assert torch.equal(generate(model, inputs), plain)
+        assert handle.config.num_hidden_layers == 2
+
+
+def test_room_for_no_more_than_a_model_reads() -> None:
+    """A limit beyond all memory is fine for a dense cache, which grows; ours grows too."""
+    model, inputs = tiny(max_position_embeddings=128), prompt(40)
+    free = {"max_new_tokens": 10**9, "min_new_tokens": None}
+    stop = int(generate(model, inputs)[0, 45])
+    for more in (free, {**free, "max_new_tokens": None, "max_length": 10**30}):
+        dense = generate(model, inputs, **more, eos_token_id=stop)
+        with enable(model, "exact") as handle:
+            assert torch.equal(generate(model, inputs, **more, eos_token_id=stop), dense)
+            assert handle._pool[1].capacity == 512
+            kept = handle.new_cache()
+            generate(model, inputs, **more, eos_token_id=stop, **{CACHE: kept})
+            assert kept.capacity == 1024
+    inputs, longer = prompt(500), {"max_new_tokens": 20, "min_new_tokens": 20}
+    dense = generate(model, inputs, **longer)
+    with enable(model, "exact"):
+        out = generate(model, inputs, **longer, return_dict_in_generate=True)
+    assert out[CACHE].spectral.lengths == out[CACHE].spectral.seq_lens.tolist() == [519]
+    assert torch.equal(out.sequences, dense)
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
