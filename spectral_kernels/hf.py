@@ -56,7 +56,7 @@ _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _OLD_CACHE = "past_key_values"
 CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
 # What a forward may be given and still be replayed.
-_TENSORS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position")
+_TENSORS = ("input_ids", "attention_mask", "position_ids", "cache_position")
 _PLAIN = (*_TENSORS, "logits_to_keep", CACHE, _OLD_CACHE)
 # Cache.crop(0) empties the cache before this release and removes no token since.
 _CROP_COUNTS = _RELEASE >= (5, 17)
@@ -215,18 +215,17 @@ class SpectralLayer(CacheLayerMixin):
     @torch.compiler.disable(reason=_EAGER)
     def prompt(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep a prompt's k, v [B, G, Q, D]; returns those of all columns."""
-        cache, new, past = self.cache, k.shape[2], None
+        cache, new = self.cache, k.shape[2]
         if not cache.busy:
             raise RuntimeError(_OUTSIDE)
         with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
             if self.leads:
                 cache.advance(new, v.dtype)
-            if cache.filled:
-                past = self.past(new)
+            past = self.past(new) if cache.filled else None
             self.store(k.detach(), v.detach())
-        if past is None:
-            return k, v
-        return torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)
+            if past is not None:
+                k, v = (torch.cat(x, dim=2) for x in zip(past, (k, v), strict=True))
+        return k, v
 
     def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the columns before the `new` ones of a prompt, for its mask."""
@@ -336,7 +335,7 @@ class ModelCache(Cache):
 
     Attributes:
         parts: SpectralCaches, one a device, empty until the first prompt.
-        others: layers that transformers made: of convolutions, linear attention, chunks.
+        others: layers of transformers' own: convolutions, linear attention, chunks.
         batch: rows, once known.
         capacity: tokens a row that it has room for. More make it grow: a copy, and a new capture.
         columns: tokens seen, padding included (transformers' sequence length).
@@ -354,7 +353,6 @@ class ModelCache(Cache):
                 layers[link.layer.index] = kind(self, i, link)
         super().__init__(layers=layers)
         self.layers: list[Any]
-        self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
         self.batch, self.capacity, self.limit = batch, capacity, handle.limit
         self.compileable = not handle.graph and len(handle.members) == 1  # of one device
         self.parts: list[SpectralCache] = []
@@ -392,7 +390,10 @@ class ModelCache(Cache):
             layer if isinstance(layer, SpectralLayer) else new
             for layer, new in zip(self.layers, fresh, strict=True)
         ]
-        self.others = [layer for layer in self.layers if not isinstance(layer, SpectralLayer)]
+
+    @property
+    def others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, SpectralLayer)]
 
     @property
     def spectral(self) -> Any:
@@ -549,6 +550,7 @@ class ModelCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         ours = [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
         memo |= {id(x): x for x in (*(y.link for y in ours), *(y.codec for y in self.parts))}
+        memo[id(self.graph)] = None  # it has other addresses
         memo[id(self)] = new = type(self).__new__(type(self))
         with torch.inference_mode(False):
             new.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -564,8 +566,8 @@ class _StepGraph:
     same states of other layers: the runs write where the replay that follows writes.
     """
 
-    def __init__(self, forward: Any, cache: ModelCache, pool: Any, stream: Any, watched: bool):
-        seq_lens = cache.spectral.seq_lens
+    def __init__(self, forward: Any, cache: ModelCache, shared: Any, watched: bool):
+        seq_lens, (pool, stream, self.last) = cache.spectral.seq_lens, shared
         moved = [seq_lens, *(x for layer in cache.others for x in _model.tensors_of(layer))]
         before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
@@ -590,14 +592,22 @@ class _StepGraph:
     def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
         self.ids.copy_(ids, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
+        stream = torch.cuda.current_stream(self.ids.device)
+        stream.wait_event(self.last)  # on another thread's stream: graphs share their memory
         self.graph.replay()
-        return self.kind(logits=self.logits.clone(), **{CACHE: cache})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied cache has other addresses: it captures anew."""
+        logits = self.logits.clone()
+        self.last.record(stream)
+        return self.kind(logits=logits, **{CACHE: cache})
 
 
 # ---- the model -----------------------------------------------------------------------------------
+
+
+class _Local(threading.local):
+    """What a thread is doing: captures a step, generates, with the cache that it took."""
+
+    capturing = generating = False
+    taken: ModelCache | None = None
 
 
 class Handle(AbstractContextManager["Handle"]):
@@ -625,11 +635,12 @@ class Handle(AbstractContextManager["Handle"]):
         ]
         self.graph = graph and model.device.type == "cuda" and _model.stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
-        self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
-        # One for all captures: cuBLAS keeps a workspace for every stream that it has seen.
-        self._stream = torch.cuda.Stream(model.device) if self.graph else None
-        self._capturing = False
-        self._lock, self._local = threading.RLock(), threading.local()
+        self._shared: Any = None
+        if self.graph:
+            # Memory, stream (cuBLAS keeps a workspace for each) and last replay of all graphs.
+            stream = torch.cuda.Stream(model.device)
+            self._shared = torch.cuda.graph_pool_handle(), stream, torch.cuda.Event()
+        self._lock, self._local = threading.RLock(), _Local()
         self._patches: list[tuple[nn.Module, str, Any]] = []
         self._stock = stock
         for link in self.links:
@@ -646,6 +657,8 @@ class Handle(AbstractContextManager["Handle"]):
         original = getattr(owner, name)
         if name == "generate":  # what Unsloth wraps: its own forces caches of other kinds
             original = getattr(owner, "_old_generate", original)
+        if self.graph:  # a capture takes no graphs that a caller's torch.compile has made
+            original = getattr(original, "_torchdynamo_orig_callable", original)
         self._patches.append((owner, name, vars(owner).get(name)))
 
         @functools.wraps(original)
@@ -681,23 +694,32 @@ class Handle(AbstractContextManager["Handle"]):
         self.disable()
 
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
-        """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep
-        between calls (chat). batch: rows; default those of the first prompt. max_tokens: of a row
-        to have room for; default the handle's, else by the prompt."""
+        """An empty cache to keep between calls (chat).
+
+        Args:
+            batch: rows; default those of the first prompt.
+            max_tokens: of a row, to have room for; default the handle's, else by the prompt.
+        Returns:
+            What forwards and generate() take as `cache`, before transformers 5.24 as
+            `past_key_values`.
+        Raises:
+            ValueError: a number is no integer of at least 1.
+        """
+        _check_counts(batch=batch, max_tokens=max_tokens)
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the decoder. A compiled step is left alone: nothing asks the host."""
         if torch.compiler.is_compiling():
             given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
-            cache, ids = given.get(CACHE), given.get("input_ids")
-            new = (given["inputs_embeds"] if ids is None else ids).shape[1]
-            dense = cache is None and given.get("use_cache") is False
-            if not dense and not (isinstance(cache, ModelCache) and cache.is_step(new)):
-                return self._eager_forward(original, *args, **kwargs)
-        elif not self._capturing:
-            return self._eager_forward(original, *args, **kwargs)
-        return original(*args, **kwargs)
+            cache, ids, embeds = map(given.get, (CACHE, "input_ids", "inputs_embeds"))
+            if isinstance(cache, ModelCache):
+                alone = cache.is_step((embeds if ids is None else ids).shape[1])
+            else:
+                alone = cache is None and given.get("use_cache") is False
+        else:
+            alone = self._local.capturing
+        return (original if alone else functools.partial(self._eager_forward, original))(*args, **kwargs)
 
     @torch.compiler.disable(reason=_EAGER)
     def _eager_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -714,7 +736,7 @@ class Handle(AbstractContextManager["Handle"]):
                 out = original(**kwargs)
             if not cache.is_step(new):
                 cache.hold()
-            cache.columns, cache.filled = cache.columns + new, True
+            cache.columns, cache.filled, cache.stale = cache.columns + new, True, False
             return out
 
     @contextmanager
@@ -783,7 +805,7 @@ class Handle(AbstractContextManager["Handle"]):
         if cache.first is not None and mask is None and not (cache.is_step(new) and full):
             column = torch.arange(past + new, device=inputs.device)
             kwargs["attention_mask"] = (column >= cache.first[:, None]).long()
-        if new > 1 and not (filled and getattr(self._local, "generating", False)):
+        if new > 1 and not (filled and self._local.generating):
             self._renew_graph(cache)  # generate() has done so for a filled one, not for each draft
         return new
 
@@ -796,20 +818,20 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the model: a step of one token that asks for logits alone is replayed."""
-        if torch.compiler.is_compiling() or not self.graph or self._capturing:
+        if torch.compiler.is_compiling() or not self.graph or self._local.capturing:
             return original(*args, **kwargs)
         given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
         ids: Any = given.get("input_ids")
         cache: Any = given.get(CACHE, given.get(_OLD_CACHE))
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
-        more = len(args) > 1 or ids is None or given.get("inputs_embeds") is not None
+        more = len(args) > 1 or ids is None
         more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
         more |= any(x is not False for x in asked.values())
         step = isinstance(cache, ModelCache) and cache.filled and cache.static
         more |= getattr(given.get("position_ids"), "ndim", 2) != 2  # M-RoPE
         if more or not step or ids.shape[1] != 1:
             out = original(*args, **kwargs)
-            if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):
+            if isinstance(cache, ModelCache) and self._local.generating:
                 with self._lock:  # so that no step has to
                     self._captured(original, cache)
             return out
@@ -838,7 +860,7 @@ class Handle(AbstractContextManager["Handle"]):
             with self._running(cache):
                 return original(input_ids=ids, position_ids=positions, **options)
 
-        self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
+        self._local.capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
         lengths = cache.spectral.lengths
         cache.spectral.reserve(1)
         try:
@@ -850,19 +872,19 @@ class Handle(AbstractContextManager["Handle"]):
             # A graph would go on reading weights that were cast before.
             cast = torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False)
             with device, torch.no_grad(), cast, decoding, layers:
-                cache.graph = _StepGraph(forward, cache, self._graph_pool, self._stream, not fused)
+                cache.graph = _StepGraph(forward, cache, self._shared, not fused)
         except RuntimeError as error:
             self.graph = cache.failed = False
             what = "this model's step cannot be captured as a CUDA graph, and runs without, slower"
             warnings.warn(f"spectral_kernels: {what}: {str(error).splitlines()[0]}", stacklevel=2)
         finally:
-            self._capturing, cache.spectral.lengths = False, lengths
+            self._local.capturing, cache.spectral.lengths = False, lengths
         return cache.graph is not None
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate(): the cache that it took from the pool goes back, unless it is returned."""
-        outer, self._local.taken = getattr(self._local, "taken", None), None
-        nested, self._local.generating = getattr(self._local, "generating", False), True
+        outer, self._local.taken = self._local.taken, None
+        nested, self._local.generating = self._local.generating, True
         out = None
         try:
             out = original(*args, **kwargs)
@@ -954,8 +976,7 @@ def enable(
     layers = _model.layers_of(model)
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    _check_counts(max_tokens=max_tokens)
     stock = _model.stock_parts(model)
     with _model.using(stock):
         found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
@@ -965,6 +986,12 @@ def enable(
     if check and not model.training:
         _check(handle)
     return handle
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, count in counts.items():
+        if count is not None and not (isinstance(count, int) and count > 0):
+            raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
 
 
 def _check(handle: Handle) -> None:
@@ -1002,11 +1029,8 @@ def _codec(
                 raise ValueError(f"codec: expected {codec}, made before the model was sharded")
             print(f"spectral_kernels: calibrating {preset!r} for this model, once", file=sys.stderr)
             path, codec = codec, calibrate.calibrate(model, tokenizer, preset)
-            try:  # whole or not at all
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.{os.getpid()}")
-                codec.save(part)
-                part.replace(path)
+            try:
+                codec.save(path)
             except OSError as error:
                 warnings.warn(f"spectral_kernels: the codec was not kept: {error}", stacklevel=3)
     if not isinstance(codec, ModelCodec):
@@ -1043,22 +1067,20 @@ def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int]
     """Left padding of each row of a 2-D mask (1 = a token): one read of the device, or none."""
     if mask is None:
         return None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected a 2-D tensor [batch, tokens], got {got}")
-    if mask.shape != shape:
-        wanted, got = f"{list(shape)} (cached and new tokens)", list(mask.shape)
-        raise ValueError(f"attention_mask: expected shape {wanted}, got {got}")
+    got: Any = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if got != list(shape):
+        wanted = f"a 2-D tensor of shape {list(shape)} (cached and new tokens)"
+        raise ValueError(f"attention_mask: expected {wanted} or use_cache=False, got {got}")
     if not read:
         return None
     columns, seen = shape[1], mask.bool()
     padding = columns - seen.sum(dim=1)
     holes = (seen != (torch.arange(columns, device=seen.device) >= padding[:, None])).any()
     *counts, has_holes = torch.cat((padding, holes[None])).tolist()
-    if has_holes:
-        raise ValueError("attention_mask: expected left padding, got holes or right padding")
-    if max(counts) >= columns:
-        raise ValueError(f"attention_mask: expected a token in every row, got padding {counts}")
+    if has_holes or max(counts) >= columns:
+        got = "holes or right padding" if has_holes else f"padding {counts}"
+        wanted = "left padding, a token in every row, or use_cache=False"
+        raise ValueError(f"attention_mask: expected {wanted}, got {got}")
     return counts
 
 

@@ -245,6 +245,22 @@ def test_drafts_over_borders(way: str, codec: ModelCodec) -> None:
         assert kept.spectral.lengths == kept.spectral.seq_lens.tolist() == [109]
 
 
+@pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_forward_is_captured_without(mode: Any, codec: ModelCodec) -> None:
+    """A capture takes no graphs of torch.compile's."""
+    model, inputs = tiny(), prompt(40, rows=2, padding=(7, 0))
+    with enable(model, codec=codec):
+        expected = generate(model, inputs)
+    plain = model.forward
+    model.forward = torch.compile(model.forward, mode=mode)
+    with enable(model, codec=codec) as handle:
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs), expected)
+        assert handle._pool[2].graph is not None
+    assert model.forward is not plain  # as the caller left it
+
+
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
 def test_a_model_that_drafts_with_its_first_layers(preset: str, codec: ModelCodec) -> None:
     """Its drafts' cache has fewer layers, and is none for the whole model later."""
@@ -323,6 +339,30 @@ def test_ten_threads_of_chat_do_not_mix(preset: str, codec: ModelCodec) -> None:
         together = [*pool.map(chat, [handle] * 10, range(10)), *pool.map(single, range(10))]
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
+def test_threads_on_streams_of_their_own(codec: ModelCodec) -> None:
+    """Graphs share the memory of a pool: replays on several streams take turns."""
+    model = tiny(num_hidden_layers=8).half()
+    whole = ModelCodec(codec.layers * 4, codec.sinks, codec.window).to(cases.DEVICE)
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+
+    def chat(handle: Any, cache: Any, seed: int) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            inputs = prompt(20 + seed, seed=seed)
+            return model.generate(**inputs, **options, **{CACHE: cache})
+
+    with enable(model, codec=whole) as handle, ThreadPoolExecutor(4) as pool:
+        caches = [handle.new_cache(1, 512) for _ in range(4)]
+        alone = [chat(handle, cache, seed) for seed, cache in enumerate(caches)]
+        graphs = [cache.graph for cache in caches]
+        for cache in caches:
+            cache.reset()
+        torch.cuda.synchronize()  # it ran on this stream
+        together = list(pool.map(chat, [handle] * 4, caches, range(4)))
+        assert all(graphs) and graphs == [cache.graph for cache in caches]
+    assert all(map(torch.equal, alone, together))
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])
