@@ -43,12 +43,13 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from . import _model
+from ._checks import check_counts
 from ._model import NAME, Layer, compiled_layers, decoder_of, dense_attention, own_layers
 from .attention import attend_spectral
 from .cache import SpectralCache, copy_tokens
 from .codec import Codec, ModelCodec, cache_path, fingerprint
 from .compress import append
-from .window import attend_window
+from .window import attend_window, put
 
 PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -96,14 +97,6 @@ def _step(
     return out
 
 
-def _put(ring: torch.Tensor, x: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Store x [B, G, Q, D], the newest tokens, in their slots of a ring [B, G, slots, D]."""
-    slots = ring.shape[2]
-    x = x[:, :, -slots:]
-    at = (seq_lens[:, None] + torch.arange(-x.shape[2], 0, device=x.device)) % slots
-    ring.scatter_(2, at.long()[:, None, :, None].expand_as(x), x)
-
-
 def _window_step(q, k, v, keys, values, seq_lens, window, scale, learned=None):
     """`_step` of a layer with a sliding window, whose tokens lie in rings [B, G, slots, D].
 
@@ -112,8 +105,8 @@ def _window_step(q, k, v, keys, values, seq_lens, window, scale, learned=None):
     """
     batch, heads, queries, dim = q.shape
     with torch.autocast(q.device.type, enabled=False):
-        _put(keys, k, seq_lens)
-        _put(values, v, seq_lens)
+        put(keys, k, seq_lens)
+        put(values, v, seq_lens)
         rows, ends = None, seq_lens
         if queries > 1:
             count = torch.arange(batch * queries, dtype=torch.int32, device=q.device)
@@ -170,9 +163,7 @@ class _Link:
 class SpectralLayer(CacheLayerMixin):
     """A full-attention layer of a `ModelCache`, which keeps the tokens; index: among these."""
 
-    is_compileable = False  # the cache answers; transformers 4 refuses drafts where a layer says so
     is_croppable = True
-    is_sliding = False
     supports_early_init = False
 
     def __init__(self, cache: ModelCache, index: int, link: _Link) -> None:
@@ -308,7 +299,7 @@ class WindowLayer(SpectralLayer):
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         for ring, x in ((self.keys, k), (self.values, v)):  # also those that grew or were copied
             torch._dynamo.mark_static_address(ring)
-            _put(ring, x, self.cache.spectral.seq_lens)
+            put(ring, x, self.cache.spectral.seq_lens)
 
     def attend(self, q: Any, k: Any, v: Any, scale: Any, learned: Any) -> torch.Tensor:
         state = (self.keys, self.values, self.cache.spectral.seq_lens, self.span)
@@ -352,7 +343,6 @@ class ModelCache(Cache):
                 kind = WindowLayer if link.layer.window else SpectralLayer
                 layers[link.layer.index] = kind(self, i, link)
         super().__init__(layers=layers)
-        self.layers: list[Any]
         self.batch, self.capacity, self.limit = batch, capacity, handle.limit
         self.compileable = not handle.graph and len(handle.members) == 1  # of one device
         self.parts: list[SpectralCache] = []
@@ -381,15 +371,13 @@ class ModelCache(Cache):
 
     def _renew(self, keep: bool) -> None:
         """Other layers: emptied where they are, or new ones."""
-        if keep or not self.others:
-            for layer in self.others:
+        fresh = None if keep else own_layers(self.owner().config)
+        for layer in self.others:
+            if fresh is None:
                 layer.reset()
-            return
-        fresh, self.graph = own_layers(self.owner().config), None
-        self.layers = [
-            layer if isinstance(layer, SpectralLayer) else new
-            for layer, new in zip(self.layers, fresh, strict=True)
-        ]
+            else:
+                at, self.graph = self.layers.index(layer), None
+                self.layers[at] = fresh[at]
 
     @property
     def others(self) -> list[Any]:
@@ -426,6 +414,24 @@ class ModelCache(Cache):
                 part.read_lengths()
             self.columns, self.stale = self.spectral.lengths[0] + self.padding[0], False
         return self.columns
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a forward: every layer must have taken its tokens and have attended."""
+        links = [layer.link for layer in self.layers if isinstance(layer, SpectralLayer)]
+        for link in links:
+            link.pending, link.updated = None, False
+        self.busy = self.failed = True
+        try:
+            yield
+            for link in links:
+                if link.pending is not None or not link.updated:
+                    raise link.missed()
+            self.failed = False
+        finally:
+            self.busy = False
+            for link in links:
+                link.pending = None
 
     def room(self, new: int) -> None:
         """Make room for so many more columns."""
@@ -478,9 +484,9 @@ class ModelCache(Cache):
                 exact = [ModelCodec.exact(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
                 codec = replace(exact[0], layers=tuple(x.layers[0] for x in exact))
                 codec, drafts = codec.to(some[0].device), 0
-            own: dict[str, Any] = {"dtype": self.dtype, "device": some[0].device, "drafts": drafts}
-            own |= {"max_seqs": self.batch, "max_tokens": self.capacity}
-            parts.append(SpectralCache(codec, query_heads=some[0].kv_heads * some[0].group, **own))
+            shape = {"max_seqs": self.batch, "max_tokens": self.capacity, "drafts": drafts}
+            shape["query_heads"] = some[0].kv_heads * some[0].group
+            parts.append(SpectralCache(codec, dtype=self.dtype, device=some[0].device, **shape))
         return parts
 
     def _take(self, parts: list[SpectralCache]) -> None:
@@ -495,11 +501,6 @@ class ModelCache(Cache):
         codecs = [part.codec.layers[i] for part, i in self.places]
         self.codecs = [id(codec) for codec in codecs]
         _CODECS.update(zip(self.codecs, codecs, strict=True))
-
-    def hold(self) -> None:
-        """Pages for all that it has room for: no later step asks for one."""
-        for part in self.parts:
-            part.hold(self.capacity)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -523,8 +524,8 @@ class ModelCache(Cache):
                 layer.crop(keep - columns)
             for part in self.parts:
                 part.rollback(columns - keep)
+                part.hold(self.capacity)
             self.columns = keep
-            self.hold()
         else:
             for layer in self.others:  # those that record the past forget it
                 if getattr(layer, "record_past", False):
@@ -540,7 +541,7 @@ class ModelCache(Cache):
         rows = beam_idx.tolist()
         for part in self.parts:
             part.reorder(rows)
-        self.hold()
+            part.hold(self.capacity)
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
         if self.first is not None:
@@ -620,8 +621,8 @@ class Handle(AbstractContextManager["Handle"]):
         self, model: Any, layers: Sequence[Layer], preset: str, codec: ModelCodec | None,
         graph: bool, compiles: bool, max_tokens: int | None, stock: Sequence[Any],
     ) -> None:  # fmt: skip
-        self.model, self.preset, self.max_tokens, self.compile = model, preset, max_tokens, compiles
-        self.config, self.codec = decoder_of(model).config, codec
+        self.model, self.codec, self.max_tokens, self.compile = model, codec, max_tokens, compiles
+        self.config, self.preset = decoder_of(model).config, codec.preset if codec else preset
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
         self._implementation: str = self.config._attn_implementation
         self.links = [_Link(layer) for layer in layers]
@@ -635,9 +636,8 @@ class Handle(AbstractContextManager["Handle"]):
         ]
         self.graph = graph and model.device.type == "cuda" and _model.stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
-        self._shared: Any = None
-        if self.graph:
-            # Memory, stream (cuBLAS keeps a workspace for each) and last replay of all graphs.
+        self._shared: Any = None  # by all graphs: memory, stream of captures, last replay
+        if self.graph:  # cuBLAS keeps a workspace for every stream
             stream = torch.cuda.Stream(model.device)
             self._shared = torch.cuda.graph_pool_handle(), stream, torch.cuda.Event()
         self._lock, self._local = threading.RLock(), _Local()
@@ -694,32 +694,29 @@ class Handle(AbstractContextManager["Handle"]):
         self.disable()
 
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
-        """An empty cache to keep between calls (chat).
+        """An empty `cache` (`past_key_values` before transformers 5.24) to keep between calls.
 
         Args:
             batch: rows; default those of the first prompt.
-            max_tokens: of a row, to have room for; default the handle's, else by the prompt.
-        Returns:
-            What forwards and generate() take as `cache`, before transformers 5.24 as
-            `past_key_values`.
+            max_tokens: of a row to have room for; default the handle's, else by the prompt.
         Raises:
             ValueError: a number is no integer of at least 1.
         """
-        _check_counts(batch=batch, max_tokens=max_tokens)
+        check_counts(batch=batch, max_tokens=max_tokens)
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the decoder. A compiled step is left alone: nothing asks the host."""
-        if torch.compiler.is_compiling():
-            given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
-            cache, ids, embeds = map(given.get, (CACHE, "input_ids", "inputs_embeds"))
-            if isinstance(cache, ModelCache):
-                alone = cache.is_step((embeds if ids is None else ids).shape[1])
-            else:
-                alone = cache is None and given.get("use_cache") is False
-        else:
+        alone, cache = False, kwargs.get(CACHE)
+        if not torch.compiler.is_compiling():
             alone = self._local.capturing
-        return (original if alone else functools.partial(self._eager_forward, original))(*args, **kwargs)
+        elif isinstance(cache, ModelCache):
+            ids = args[0] if args else kwargs.get("input_ids")
+            alone = cache.is_step((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
+        elif cache is None:
+            alone = kwargs.get("use_cache") is False
+        forward = original if alone else functools.partial(self._eager_forward, original)
+        return forward(*args, **kwargs)
 
     @torch.compiler.disable(reason=_EAGER)
     def _eager_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -730,32 +727,15 @@ class Handle(AbstractContextManager["Handle"]):
             if cache is None:
                 return original(**kwargs)
             new = self._begin(cache, kwargs)
-            for part in cache.parts if cache.is_step(new) else ():
+            step = cache.is_step(new)
+            for part in cache.parts if step else ():
                 part.reserve(new)
-            with self._running(cache):
+            with cache.running():
                 out = original(**kwargs)
-            if not cache.is_step(new):
-                cache.hold()
+            for part in () if step else cache.parts:  # pages for all: no later step asks for one
+                part.hold(cache.capacity)
             cache.columns, cache.filled, cache.stale = cache.columns + new, True, False
             return out
-
-    @contextmanager
-    def _running(self, cache: ModelCache) -> Iterator[None]:
-        """Around a forward: every layer must have taken its tokens and have attended."""
-        links = [link for link in self.links if link.layer.index < cache.depth]
-        for link in links:
-            link.pending, link.updated = None, False
-        cache.busy = cache.failed = True
-        try:
-            yield
-            for link in links:
-                if link.pending is not None or not link.updated:
-                    raise link.missed()
-            cache.failed = False
-        finally:
-            cache.busy = False
-            for link in links:
-                link.pending = None
 
     def _cache_of(self, kwargs: dict[str, Any]) -> ModelCache | None:
         """The cache of a forward, put into kwargs, or None. Checked; nothing is changed."""
@@ -824,12 +804,11 @@ class Handle(AbstractContextManager["Handle"]):
         ids: Any = given.get("input_ids")
         cache: Any = given.get(CACHE, given.get(_OLD_CACHE))
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
-        more = len(args) > 1 or ids is None
-        more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
-        more |= any(x is not False for x in asked.values())
+        plain = len(args) < 2 and asked.pop("use_cache", True) and asked.pop("return_dict", True)
+        plain &= getattr(given.get("position_ids"), "ndim", 2) == 2  # of M-RoPE 3
         step = isinstance(cache, ModelCache) and cache.filled and cache.static
-        more |= getattr(given.get("position_ids"), "ndim", 2) != 2  # M-RoPE
-        if more or not step or ids.shape[1] != 1:
+        step = step and ids is not None and ids.shape[1] == 1
+        if not (step and plain and all(x is False for x in asked.values())):
             out = original(*args, **kwargs)
             if isinstance(cache, ModelCache) and self._local.generating:
                 with self._lock:  # so that no step has to
@@ -857,7 +836,7 @@ class Handle(AbstractContextManager["Handle"]):
 
         def forward(ids: torch.Tensor, positions: torch.Tensor) -> Any:
             options = {"use_cache": True, "return_dict": True, CACHE: cache}
-            with self._running(cache):
+            with cache.running():
                 return original(input_ids=ids, position_ids=positions, **options)
 
         self._local.capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
@@ -883,15 +862,13 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate(): the cache that it took from the pool goes back, unless it is returned."""
-        outer, self._local.taken = self._local.taken, None
-        nested, self._local.generating = self._local.generating, True
-        out = None
+        local, out = self._local, None
+        outer, local.taken, local.generating = (local.taken, local.generating), None, True
         try:
             out = original(*args, **kwargs)
             return out
         finally:
-            cache, self._local.taken = self._local.taken, outer
-            self._local.generating = nested
+            cache, (local.taken, local.generating) = local.taken, outer
             returned = isinstance(out, dict) and out.get(CACHE) is cache
             if cache is not None and self._patches and not returned:
                 with self._lock:
@@ -904,11 +881,10 @@ class Handle(AbstractContextManager["Handle"]):
         batch_size: int, max_cache_length: int,
     ) -> Any:  # fmt: skip
         """Where generate() makes its cache: it takes one with the rows and the room."""
-        # No more at once than the model was made to read; compiled steps could not grow it.
-        longest = getattr(self.config, "max_position_embeddings", None) or max_cache_length
-        tokens = max(min(max_cache_length + 1, longest), self.max_tokens or 0)
-        grows = tokens <= max_cache_length
-        if self.graph or grows or config.prefill_chunk_size is not None:  # chunks are prompts
+        asked, longest = max_cache_length + 1, getattr(self.config, "max_position_embeddings", None)
+        tokens = max(min(asked, longest or asked), self.max_tokens or 0)
+        # Compiled steps could not make more room later; chunks are prompts.
+        if self.graph or tokens < asked or config.prefill_chunk_size is not None:
             config.disable_compile = True
         given = model_kwargs.get(CACHE)
         if given is not None or config.use_cache is False:
@@ -951,19 +927,19 @@ def enable(
             128 or 256. Layers with a sliding window keep its tokens, others what transformers
             gives them. Several devices: a state on each, and windows as in transformers.
         preset: "exact" (every token stays as it is), "quality", "balanced" or "small".
-        codec: file or ModelCodec of this model; its preset counts then. Without one: the file in
-            the user's cache folder, or one made here (calibrate.py; minutes on a CPU) and kept.
+        codec: file or ModelCodec of this model; its preset counts then. Without one: that of the
+            user's cache folder, or one made here (minutes on a CPU) and kept.
         tokenizer: to calibrate with; default by the model's name.
         graph: on CUDA, capture the one-token forward once a cache as a CUDA graph and replay it; no
             Python runs in it, and hooks on its layers are silent. False: steps run eagerly, or
             compiled: by generate() on CUDA, by torch.compile(fullgraph=True) anywhere.
         compile: have torch.compile fuse what lies between the matrix products of a captured step:
             tokens come faster, the first one of a process and batch size up to a minute later, and
-            results are rounded elsewhere (preset "exact" may part from the dense tokens at a tie).
-            Models with other layers than ours run as without.
+            results are rounded elsewhere ("exact" may part from the dense tokens at a tie). Not
+            where other layers than ours are.
         max_tokens: the least room of a cache, tokens a row. generate() takes what its call needs,
-            other forwards half as much again as the prompt, at least 512 more. A full cache is
-            doubled; compiled steps cannot grow theirs.
+            up to max_position_embeddings, other forwards half as much again as the prompt, at
+            least 512 more. A full cache is doubled; compiled steps cannot grow theirs.
         check: run six tokens through the model and compare each layer's attention with the model's
             own (milliseconds). False, or a model in training mode: not.
     Returns:
@@ -976,22 +952,15 @@ def enable(
     layers = _model.layers_of(model)
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
-    _check_counts(max_tokens=max_tokens)
+    check_counts(max_tokens=max_tokens)
     stock = _model.stock_parts(model)
     with _model.using(stock):
         found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
-    name = preset if found is None else found.preset
     layers += _model.windows_of(model, layers)
-    handle = Handle(model, layers, name, found, graph, compile, max_tokens, stock)
+    handle = Handle(model, layers, preset, found, graph, compile, max_tokens, stock)
     if check and not model.training:
         _check(handle)
     return handle
-
-
-def _check_counts(**counts: Any) -> None:
-    for name, count in counts.items():
-        if count is not None and not (isinstance(count, int) and count > 0):
-            raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
 
 
 def _check(handle: Handle) -> None:
@@ -1103,10 +1072,9 @@ def _register(implementation: str) -> str:
         out = None
         if layer is not None and layer.cache.is_step(query.shape[2]):
             asked = (kwargs.get("softcap"), kwargs.get("sliding_window") or 0)
-            wanted = (None, link.layer.window)
-            if asked != wanted:
-                what = f"expected (softcap, window) {wanted}, got {asked}"
-                raise NotImplementedError(f"layer {link.layer.index}: {what}")
+            if asked != (None, link.layer.window):
+                what = f"(softcap, window) {(None, link.layer.window)}, got {asked}"
+                raise NotImplementedError(f"layer {link.layer.index}: expected {what}")
             out = layer.attend(query.to(key.dtype), key, value, scaling, kwargs.get("s_aux"))
         if layer is not None and link.seen is not None:
             new = (query, key, value)
@@ -1119,10 +1087,8 @@ def _register(implementation: str) -> str:
 
     def mask(*args: Any, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
         """transformers' mask for a prompt, none for a step (`SpectralLayer.get_mask_sizes`)."""
-        if kv_length == 0:
-            return None
         make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        return make(*args, kv_length=kv_length, **kwargs)
+        return make(*args, kv_length=kv_length, **kwargs) if kv_length else None
 
     AttentionInterface.register(f"{NAME}_{implementation}", attention)
     AttentionMaskInterface.register(f"{NAME}_{implementation}", mask)
