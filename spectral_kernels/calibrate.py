@@ -846,7 +846,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = args.out or cache_path(stats.fingerprint, preset)
             if args.out and len(args.preset) > 1:
                 path = args.out / f"codec-{preset}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
             codec.save(path)
             print(f"{path}: {path.stat().st_size:,} bytes, {codec.token_bytes} bytes a token")
     except (OSError, ImportError, ValueError) as error:
