@@ -39,8 +39,8 @@ text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
                 (arXiv 2402.02750)
     saw-int4    H, then 4 bits a token and head, from least to greatest (2604.19157)
     oscar-2     K: H after the eigenvectors of the queries' covariance; V: of the values', weighted
-                by the scores; 2 bits a token and head, range clipped (2605.17757). Fails on
-                Qwen2.5 as written here, perhaps by our fault: run only where asked for
+                by the scores; 2 bits a token and head, range clipped (2605.17757). Loses more than
+                kivi-2 on Qwen2.5, perhaps by our fault: run only where asked for
     kvarn-k4v2  tiles of 128 tokens: H, standard deviations of rows and columns evened out in turns;
                 K 4 bits per channel, V 2 bits per token (2606.03458)
     turbo-3     a token's norm, then a random rotation and the 3-bit Lloyd-Max levels of a normal
