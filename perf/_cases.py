@@ -28,6 +28,31 @@ SCORE_STD = 2.0  # of real models: 1 to 3
 CLOSE = 2.0**-7  # relative, in norm: a unit in the last place of bf16
 THETA = 5e5
 LOSSY = tuple(PRESETS)
+# hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
+SHAPES = {
+    "8b": (4096, 14336, 32, 32, 8, 128, 128256),
+    "check": (1024, 2816, 4, 8, 2, 128, 2048),  # of perf.serve --check
+    "tiny": (128, 256, 2, 4, 2, 64, 512),
+}
+
+
+def llama(shape: str, **more: Any) -> Any:
+    """transformers' configuration of a model of one of SHAPES."""
+    from transformers import LlamaConfig
+
+    hidden, inner, layers, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+        vocab_size=vocabulary, max_position_embeddings=1 << 20, rope_theta=THETA,
+        tie_word_embeddings=False, **more,
+    )  # fmt: skip
+
+
+def frequencies(dim: int, device: Any = "cpu") -> torch.Tensor:
+    """Of RoPE with the base THETA, as a codec has them."""
+    inv_freq = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return freqs_from_inv_freq(inv_freq, device=device)
 
 
 def layouts(preset: str, dim: int, count: int = 3) -> list[PageLayout]:
@@ -235,12 +260,10 @@ def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) 
     as keep their inputs out of the L2 cache (`Card.copies`), unless told."""
     batch, groups, dim, new = shape.batch, shape.kv_heads, shape.dim, shape.queries
     sinks, recent, plan = PRESETS[preset].sinks, PRESETS[preset].window, layouts(preset, dim)
-    inv_freq = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    freqs = freqs_from_inv_freq(inv_freq, device=card.device)
     used = [-(-n // PAGE_SIZE) for n in shape.rows]
     entries = max(*used, -(-shape.capacity // PAGE_SIZE))
     i32: Any = {"dtype": torch.int32, "device": card.device}
-    codec = random_codec(plan[len(plan) // 2], groups, freqs)
+    codec = random_codec(plan[len(plan) // 2], groups, frequencies(dim, card.device))
 
     def normal(*size: int, std: float = 1.0) -> torch.Tensor:
         return torch.empty(size, dtype=card.dtype, device=card.device).normal_(std=std)

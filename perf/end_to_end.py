@@ -37,8 +37,6 @@ cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weigh
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc
@@ -60,26 +58,15 @@ import transformers
 import triton
 from torch._inductor import config as inductor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    Cache,
-    DynamicCache,
-    StaticCache,
-)
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
-from perf._cases import LOSSY, THETA, Shape, Step, check_state, layouts, random_model_codec
+from perf._cases import LOSSY, SHAPES, Shape, Step, check_state, layouts, llama, random_model_codec
 from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
 
-# hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
-SHAPES = {
-    "8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "tiny": (128, 256, 2, 4, 2, 64, 512),
-}
 WHAT = ("eager", "static", "graph", "fp8", "ours", "bare", "prefill", "long")
 STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
 WARM = 8  # steps of a generate that are not counted
@@ -90,14 +77,8 @@ GPUS, RANK = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("
 
 def make_model(shape: str, device: torch.device, dtype: torch.dtype, layers: Any = None) -> Any:
     """A Llama with random weights, made on the device without the usual initialisation."""
-    hidden, inner, depth, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
-    config = transformers.LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers or depth,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-        vocab_size=vocabulary, max_position_embeddings=1 << 20, rope_theta=THETA,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+    config = llama(shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
         auto = transformers.AutoModelForCausalLM
         model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -162,9 +143,6 @@ class Cell:
         return enable(self.model, preset, codec=codec, compile=compile, check=False)
 
 
-# ---- generate ------------------------------------------------------------------------------------
-
-
 def generate(cell: Cell, ids: Any, new: int, cache: Any = None) -> Clock:
     """Greedy decoding of so many new tokens."""
     clock, given = Clock(), {} if cache is None else {CACHE: cache}
@@ -196,9 +174,6 @@ def transformers_cache(cell: Cell, fixed: bool) -> Row:
         cache.update(*cell.random_kv(), layer)
     size = cell.dense_bytes * (room if fixed else cell.tokens) // cell.tokens
     return {"cache_bytes": size, **timed_generate(cell, cache)}
-
-
-# ---- dense attention as one graph ----------------------------------------------------------------
 
 
 def replayed(graph: Any, steps: int) -> Row:
@@ -257,7 +232,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         model.config._attn_implementation = "perf_plain"
         want = step().double()
         model.config._attn_implementation = "perf_dense"
-        logits, nothing = step(), Cache(layers=[])
+        logits, nothing = step(), transformers.Cache(layers=[])
         with compiled_layers(model.model, nothing) if cell.compile else contextlib.nullcontext():
             graph = capture([step])
         say("step captured")
@@ -273,9 +248,6 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
     row |= {"what": "graph", "preset": "fp8" if fp8 else None, "backend": backend, "shared": shared}
     return {"cache_bytes": layers * size, **row}
-
-
-# ---- the spectral cache --------------------------------------------------------------------------
 
 
 def filled_cache(cell: Cell, handle: Any, room: int) -> Any:
@@ -341,9 +313,6 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
             yield {"what": "ours", "cache_bytes": cache.nbytes, **row}
 
 
-# ---- prompts and long generations ----------------------------------------------------------------
-
-
 def free_memory() -> None:
     gc.collect()
     torch.cuda.empty_cache()
@@ -400,9 +369,6 @@ def long_generation(cell: Cell, preset: str) -> Row:
     return {**percentiles(steps), **row}
 
 
-# ---- a run ---------------------------------------------------------------------------------------
-
-
 def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | None, Any]]:
     """(what, preset, a function that gives a row or rows)."""
     for what in args.what:
@@ -422,7 +388,7 @@ def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
     """Runs of one layer, for each batch size and layout, which leave what they compile in the
     caches of Triton and torch.compile."""
     jobs, batches = [], sorted({batch for batch, _ in args.cells})
-    count = max(len(layouts(preset, SHAPES[args.shape][5])) for preset in args.presets)
+    count = max(len(layouts(preset, llama(args.shape).head_dim)) for preset in args.presets)
     for batch, layout in product(batches, range(count)):
         # What torch.compile makes is the same for all layouts, and dense steps have none.
         known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")

@@ -10,10 +10,7 @@ captured on the clock. The embedded model ships its codecs; another model is cal
 --codec names the file.
 """
 
-from __future__ import annotations
-
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import quantization_config
 
 from perf._timing import Clock, usual_dtype
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -50,26 +48,18 @@ def load(
     there is one, in bfloat16 if it has that, else float16; float32 on a CPU.
 
     Raises:
-        FileNotFoundError, ImportError: there is no such GGUF file, or no package gguf.
+        OSError, ImportError: there is no such file, or no package gguf.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    options: dict[str, Any] = {}
-    source = model or str(TINY_MODEL)
+    source, options = model or str(TINY_MODEL), dict[str, Any]()
     if gguf is not None:
         path = Path(gguf).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"gguf: no such file: {path}")
-        if importlib.util.find_spec("gguf") is None:
-            raise ImportError("gguf: reading GGUF files needs the package gguf: pip install gguf")
+        path.stat()  # or transformers would ask the hub for a file that is not there
         source, options = str(path.parent), {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    if gguf is not None:
-        try:  # newer releases keep the weights quantised unless told otherwise
-            from transformers.utils.quantization_config import GgufConfig
-
-            options["quantization_config"] = GgufConfig(dequantize=True)
-        except ImportError:
-            pass
+    if gguf is not None and hasattr(quantization_config, "GgufConfig"):
+        # Newer releases keep the weights quantised unless told otherwise.
+        options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
     options["dtype"] = DTYPES[dtype] if dtype else usual_dtype(device)
     network: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     return network.to(device).eval(), tokenizer

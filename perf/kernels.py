@@ -9,8 +9,6 @@ Checks: the twin of plain PyTorch on the same inputs (tests/ hold twins to the o
 perf/_cases.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, make_steps
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, frequencies, make_steps
 from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.layout import unpack_pages
@@ -88,12 +86,18 @@ def rows_of(card: Card, tokens: int) -> torch.Tensor:
 def turned(card: Card, name: str) -> Kernel:
     x = rows_of(card, tokens_of(card, 2 * KV_HEADS * DIM))
     positions = torch.arange(x.shape[2], device=card.device)[None].int()
-    inv_freq = 1e6 ** -(torch.arange(0, DIM, 2).double() / DIM)
-    freqs = rope.freqs_from_inv_freq(inv_freq, device=card.device)
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
     nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return beside_twin(rope, name, [(x, positions, freqs)], nbytes, words, allowed, **options)
+    return beside_twin(
+        rope,
+        name,
+        [(x, positions, frequencies(DIM, card.device))],
+        nbytes,
+        words,
+        allowed,
+        **options,
+    )
 
 
 # compress.py

@@ -30,9 +30,9 @@ Columns:
     perplexity  its change over them
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
-Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 64 to 191 tokens
-exact, which is no fewer than the presets keep; what they calibrate is calibrated on the judged text
-itself, which favours them. H is the Hadamard matrix, keys are as rotated.
+Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
+exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrated on the judged
+text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
     fp8         e4m3, one scale for a head's keys and one for its values
     nvfp4       e2m1 in blocks of 16 along a token with an e4m3 scale, one scale a head
     kivi-4/3/2  groups of 32: keys per channel over 32 tokens, values per token over 32 channels
@@ -54,8 +54,6 @@ perf/results/quality.jsonl holds, as a baseline, rows of the first version of th
 Test: tests/test_quality.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -73,16 +71,17 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from perf._tasks import PLACES, TASKS, Task, answer_of, interval, make_tasks, mcnemar, score
+from perf import _tasks
+from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table, sections
-from spectral_kernels.calibrate import _tapped
+from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 PREDICTED = 256  # tokens of the text after the context
-SINKS, WINDOW, GROUP = 4, 64, 32  # of the yardsticks
+SINKS, GROUP = 4, 32  # of the yardsticks
 TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
@@ -152,9 +151,6 @@ class Stored(NamedTuple):
 Scheme = Callable[[Prefix], Stored]
 
 
-# ---- cases ---------------------------------------------------------------------------------------
-
-
 def needle_questions(count: int, seed: int) -> list[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
@@ -167,10 +163,6 @@ def needle_questions(count: int, seed: int) -> list[Question]:
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
         questions.append(Question(f"The {what} is {code}.", asked, f" {code}"))
     return questions
-
-
-def tokens_of(tokenizer: Any, text: str, *, first: bool = False) -> list[int]:
-    return tokenizer(text, add_special_tokens=first).input_ids
 
 
 def text_case(
@@ -228,7 +220,10 @@ def _with_questions(
     return Case(name, torch.tensor([ids]), context, answers)
 
 
-# ---- the model -----------------------------------------------------------------------------------
+def cast(model: Any, dtype: torch.dtype) -> None:
+    """The weights alone: `model.to` would round the frequencies of the rotation too."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 @torch.no_grad()
@@ -301,22 +296,16 @@ def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, f
     }
 
 
-# ---- the presets ---------------------------------------------------------------------------------
+def store_dense(prefix: Prefix) -> Stored:
+    """All as it is, in 16 bits."""
+    layers, token = list(zip(prefix.k, prefix.v, strict=True)), prefix.token_bytes
+    return Stored(layers, prefix.tokens * token, token)
 
 
 def enabled(model: Any, preset: str, codecs: Path | None) -> Any:
     """The product's handle, with the codec of a folder if there is one."""
     known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
     return enable(model, preset, codec=known)
-
-
-def preset_bytes(codec: Any, tokens: int, dense: int) -> tuple[float, float]:
-    """(all bytes of a row of so many tokens, a token's); dense: of a token. codec None: exact."""
-    if codec is None:
-        return tokens * dense, dense
-    # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
-    token = codec.token_bytes + 4 / 64
-    return tokens * token + min(tokens, codec.sinks + codec.window) * dense, token
 
 
 @torch.no_grad()
@@ -330,14 +319,16 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
 def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
     """Through the product: the prompt as `generate` stores it, and what a prompt after it would
     attend to."""
-    with enabled(model, preset, codecs) as handle:
+    with enabled(model, preset, codecs) as handle, torch.no_grad():
         spectral = filled_cache(model, handle, prefix.ids, 0).spectral
-        with torch.no_grad():
-            layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
-        return Stored(layers, *preset_bytes(handle.codec, prefix.tokens, prefix.token_bytes))
+        layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
+        codec, tokens = handle.codec, prefix.tokens
+    if codec is None:
+        return Stored(layers, *store_dense(prefix)[1:])
+    # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
+    token, exact = codec.token_bytes + 4 / 64, min(tokens, codec.sinks + codec.window)
+    return Stored(layers, tokens * token + exact * prefix.token_bytes, token)
 
-
-# ---- yardsticks ----------------------------------------------------------------------------------
 
 Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
 
@@ -354,7 +345,7 @@ class Yardstick:
 
     code: Code
     bits: Callable[[int], tuple[float, float]]
-    run: int = WINDOW
+    run: int = GROUP
     centred: bool = False
 
     @torch.no_grad()
@@ -495,13 +486,10 @@ YARDSTICKS: dict[str, Yardstick] = {
 }
 
 
-# ---- measurements --------------------------------------------------------------------------------
-
-
 def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
     """All schemes on one case, as they come; the context is read once."""
     prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
-    exact = predict(model, case, list(zip(prefix.k, prefix.v, strict=True)))
+    exact = predict(model, case, store_dense(prefix).layers)
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
@@ -544,11 +532,7 @@ def answers(
     """(scheme, text of each task, sizes) for tasks of one length: "dense" first."""
     ids = torch.tensor([task.ids for task in tasks])
     prefix = read_prefix(model, ids, moments="oscar-2" in schemes)
-    exact = Stored(
-        list(zip(prefix.k, prefix.v, strict=True)),
-        *preset_bytes(None, prefix.tokens, prefix.token_bytes),
-    )
-    for name, store in {"dense": lambda _: exact, **schemes}.items():
+    for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
         del given
@@ -563,8 +547,8 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[
         won = sum(b == 1 > a for a, b in zip(dense, scores, strict=True))
         means = {"score": sum(scores) / len(dense), "dense_score": sum(dense) / len(dense)}
         solved = {"prompts": len(dense), "dense_solved": sum(a == 1 for a in dense)}
-        flips = {"flips": [lost, won], "mcnemar": mcnemar(lost, won)}
-        change = {"change": interval([b - a for a, b in zip(dense, scores, strict=True)])}
+        flips = {"flips": [lost, won], "mcnemar": _tasks.mcnemar(lost, won)}
+        change = {"change": _tasks.interval([b - a for a, b in zip(dense, scores, strict=True)])}
         yield {"task": name, "scheme": scheme, **size, **solved, **means, **change, **flips}
 
 
@@ -577,14 +561,18 @@ def measure_tasks(
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
         count = args.problems if name == "humaneval" else args.count
-        tasks = make_tasks(name, tokenizer, length, count, args.seed)
+        tasks = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
         found: dict[str, tuple[list[float], Row]] = {}
-        for first in range(0, len(tasks), batch):
-            part = tasks[first : first + batch]
-            for scheme, texts, size in answers(model, part, tokenizer, schemes):
-                with ThreadPoolExecutor(os.cpu_count()) as pool:  # programs run in processes
-                    scores = list(pool.map(score, part, texts))
-                found[scheme] = (found.get(scheme, ([], {}))[0] + scores, size)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for first in range(0, len(tasks), batch):
+                part = tasks[first : first + batch]
+                # Programs run in processes, while the next scheme answers.
+                scored = [
+                    (scheme, pool.map(_tasks.score, part, texts), size)
+                    for scheme, texts, size in answers(model, part, tokenizer, schemes)
+                ]
+                for scheme, scores, size in scored:
+                    found[scheme] = (found.get(scheme, ([], {}))[0] + [*scores], size)
         for row in task_rows(name, found):
             yield {"context": length, **row}
 
@@ -593,22 +581,15 @@ def measure_tasks(
 def stream(
     model: Any, cache: ModelCache, token: torch.Tensor, count: int, seed: int, given: Any = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Tokens [B, count] after `token` [B, 1] and their logits, a list of [B, n, V].
-
-    Sampled with random numbers of `seed`, one token a step; or `given` ones, as many at a time as a
-    step takes.
-    """
-    if given is not None:
-        ids = torch.cat((token, given[:, :-1]), dim=1)
-        limit = cache.owner().limit
-        steps = ids.split(limit, dim=1)
-        return given, [model(input_ids=x, **{CACHE: cache}).logits for x in steps]
+    """Tokens [B, count] after `token` [B, 1], and the logits [B, 1, V] of each, step by step: given
+    ones, else sampled with random numbers of `seed`."""
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens, logits = [], []
-    for _ in range(count):
+    for i in range(count):
         logits.append(model(input_ids=token, **{CACHE: cache}).logits)
         noise = torch.empty_like(logits[-1], dtype=torch.float32).exponential_(generator=generator)
         token = (logits[-1].float() / TEMPERATURE - noise.log())[:, -1].argmax(-1, keepdim=True)
+        token = token if given is None else given[:, i : i + 1]
         tokens.append(token)
     return torch.cat(tokens, dim=1), logits
 
@@ -621,11 +602,9 @@ def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) 
     for i, (context, row) in enumerate(zip(ids, tokens, strict=True)):
         x = torch.cat((context, row[:-1]))[None]
         exact = model(input_ids=x, logits_to_keep=len(row), use_cache=False).logits[0]
-        own = torch.cat([part[i] for part in logits])
-        parts = zip(exact.split(256), own.split(256), strict=True)
-        found.append(
-            torch.cat([divergence(*(y.float().log_softmax(-1) for y in pair)) for pair in parts])
-        )
+        pairs = zip(exact, (step[i, 0] for step in logits), strict=True)
+        kl = [divergence(*(y.float().log_softmax(-1) for y in pair)) for pair in pairs]
+        found.append(torch.stack(kl))
     return torch.stack(found)
 
 
@@ -653,9 +632,6 @@ def measure_stream(
             row |= {"teacher_forced_kl": float(forced.mean())}
             row |= {"free_running_kl": float(free.mean())}
             yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
-
-
-# ---- output --------------------------------------------------------------------------------------
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -719,7 +695,7 @@ def measured(
 
     for case in cases:
         yield from measure(model, case, schemes(args.yardsticks))
-    model.to(DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
     for length in args.lengths if args.tasks else ():
         yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
     if args.generate:

@@ -20,8 +20,6 @@ Row: gpu gpus commit vllm backend kv_dtype B T ttft_ms tpot_ms kv_tokens through
 Test: tests/test_serve.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.metadata
 import json
@@ -34,20 +32,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, THETA, eight_bit_codec, random_model_codec
-from perf._timing import ROOT, Row, common_arguments, versions, write_row
-from spectral_kernels.rope import freqs_from_inv_freq
+from perf._cases import LOSSY, SHAPES, eight_bit_codec, frequencies, llama, random_model_codec
+from perf._timing import ROOT, Row, parser_of, versions, write_row
+from perf.tables import SERVE, columns
 
-# hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
-SHAPES = {
-    "8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "tiny": (1024, 2816, 4, 8, 2, 128, 2048),
-}
 CHECK = (60, 190, 9, 700, 1, 1530, 890, 560)  # prompt lengths of the check
 BLOCKS = 44  # of its pool: too few for all of them at once
 GROUP = "vllm.general_plugins"
@@ -60,33 +54,24 @@ def cell(text: str) -> tuple[int, int]:
 
 def make_model(shape: str, folder: Path, weights: bool = False) -> None:
     """A configuration, and random weights if vLLM is not to make them (which gives dull tokens)."""
-    hidden, inner, layers, heads, kv_heads, dim, vocabulary = SHAPES[shape]
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": dim, "vocab_size": vocabulary,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 262144, "rope_theta": THETA,
-        "hidden_act": "silu", "torch_dtype": "bfloat16", "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    if weights:
-        from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
+    config = llama(shape, initializer_range=0.06)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    if weights:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**config, initializer_range=0.06))
-        model.to(torch.bfloat16).save_pretrained(folder)
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_codec(shape: str, preset: str, path: Path) -> None:
-    _, _, layers, _, kv_heads, dim, _ = SHAPES[shape]
     torch.manual_seed(0)
-    freqs = freqs_from_inv_freq(THETA ** (-torch.arange(0, dim, 2).double() / dim))
+    _, _, layers, _, kv_heads, dim, _ = SHAPES[shape]
+    sizes: Any = {"layers": layers, "kv_heads": kv_heads, "dim": dim, "freqs": frequencies(dim)}
     if preset == "8 bits":
-        codec = eight_bit_codec(layers, kv_heads, dim, freqs, largest=12.0)
+        codec = eight_bit_codec(**sizes, largest=12.0)
     else:
-        codec = random_model_codec(preset, layers=layers, kv_heads=kv_heads, dim=dim, freqs=freqs)
+        codec = random_model_codec(preset, **sizes)
     codec.save(path)
 
 
@@ -95,9 +80,6 @@ def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[di
     seeds = (torch.Generator().manual_seed(1000 + i) for i in range(first, first + batch))
     ids = (torch.randint(10, vocabulary - 300, (tokens,), generator=x) for x in seeds)
     return [{"prompt_token_ids": x.tolist()} for x in ids]
-
-
-# ---- one backend, in a process of its own --------------------------------------------------------
 
 
 class Served:
@@ -128,7 +110,8 @@ class Served:
             enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sizes(args)}, **more,
         )  # fmt: skip
-        self.sampling = vllm.SamplingParams
+        greedy = {"temperature": 0, "ignore_eos": True, "detokenize": False}
+        self.sampling = partial(vllm.SamplingParams, **greedy)
         config = self.llm.llm_engine.vllm_config
         self.vocabulary = config.model_config.get_vocab_size()
         blocks = int(config.cache_config.num_gpu_blocks * share)
@@ -139,24 +122,23 @@ class Served:
             "vllm": vllm.__version__, "backend": name, "kv_dtype": kind or args.dtype,
         }  # fmt: skip
 
-    def generate(self, given: list[dict[str, Any]], new: int) -> tuple[float, list[list[int]]]:
-        """(seconds, tokens of each)."""
-        sampling = self.sampling(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
+    def seconds(self, given: list[dict[str, Any]], new: int) -> float:
+        """That so many new tokens of each prompt take."""
         begin = time.perf_counter()
-        outs = self.llm.generate(given, sampling, use_tqdm=False)
+        outs = self.llm.generate(given, self.sampling(max_tokens=new), use_tqdm=False)
         taken = time.perf_counter() - begin
-        tokens = [list(x.outputs[0].token_ids) for x in outs]
-        if any(len(x) != new for x in tokens):
-            raise AssertionError(f"expected {new} tokens each, got {[len(x) for x in tokens]}")
-        return taken, tokens
+        counts = {len(x.outputs[0].token_ids) for x in outs}
+        if counts != {new}:
+            raise AssertionError(f"expected {new} tokens of each prompt, got {counts}")
+        return taken
 
     def time(self, batch: int, tokens: int, args: argparse.Namespace) -> Row:
         given = prompts(batch, tokens, self.vocabulary)
-        first, _ = self.generate(given, 1)
-        self.generate(given, args.few)
+        first = self.seconds(given, 1)
+        self.seconds(given, args.few)
         steps = []
         for _ in range(args.repeat):
-            few, many = (self.generate(given, n)[0] for n in (args.few, args.many))
+            few, many = (self.seconds(given, n) for n in (args.few, args.many))
             steps.append(1e3 * (many - few) / (args.many - args.few))
         self.llm.reset_prefix_cache()
         tpot = statistics.median(steps)
@@ -178,10 +160,7 @@ class Served:
         engine = self.llm.llm_engine
         started: set[str] = set()
         counts: list[int] = []
-        sampling = self.sampling(
-            max_tokens=sum(lengths) // args.chunk + args.many + 512, temperature=0,
-            ignore_eos=True, detokenize=False,
-        )  # fmt: skip
+        sampling = self.sampling(max_tokens=sum(lengths) // args.chunk + args.many + 512)
         names = [f"full-{i}" for i in range(len(lengths))]
         begin = time.perf_counter()
         for i, (name, tokens) in enumerate(zip(names, lengths, strict=True)):
@@ -211,9 +190,7 @@ class Served:
         given = [prompts(1, n, self.vocabulary, first=i)[0] for i, n in enumerate(CHECK)]
         for prompt in given[5:]:
             prompt["prompt_token_ids"][:500] = given[3]["prompt_token_ids"][:500]
-        sampling = self.sampling(
-            max_tokens=32, temperature=0, ignore_eos=True, detokenize=False, logprobs=2
-        )
+        sampling = self.sampling(max_tokens=32, logprobs=2)
         runs = [self.llm.generate(given, sampling, use_tqdm=False) for _ in range(2)]
         completions = [[x.outputs[0] for x in run] for run in runs]
 
@@ -266,7 +243,7 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         return
     warm = min(args.chunk + 1024, longest(args) - 8)
     for batch, tokens in ((1, warm), (1, warm), (2, 300)):
-        served.generate(prompts(batch, tokens, served.vocabulary, first=9000), 4)
+        served.seconds(prompts(batch, tokens, served.vocabulary, first=9000), 4)
         say(f"warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
     results.with_suffix(".up").touch()
@@ -279,9 +256,6 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path)
         done(served.time(batch, tokens, args))
     if args.full:
         done(served.fill(args))
-
-
-# ---- all backends --------------------------------------------------------------------------------
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -346,29 +320,9 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
             return [row for rows in found for row in rows]
 
 
-def table(rows: list[Row]) -> str:
-    """Cells of all backends, and their ratios to the first backend's."""
-    columns = {"ttft_ms": ".0f", "tpot_ms": ".3f", "kv_tokens": "d", "throughput": ".1f"}
-    lines = [f"{'backend':24}{'cell':>12}" + "".join(f"{x:>18}" for x in columns)]
-
-    def kind_of(row: Row) -> tuple[str, str]:
-        return row["backend"], row["kv_dtype"]
-
-    first = [x for x in rows if kind_of(x) == kind_of(rows[0])]
-    for row in rows:
-        # The full pool has as many prompts as a backend takes: the last row of each.
-        base = next((x for x in first if (x["B"], x["T"]) == (row["B"], row["T"])), first[-1])
-        values = (f"{row[x]:{form}} ({row[x] / base[x]:.2f}x)" for x, form in columns.items())
-        label, at = " ".join(kind_of(row)), f"{row['B']}x{row['T']}"
-        lines.append(f"{label:24}{at:>12}" + "".join(f"{x:>18}" for x in values))
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.serve", description=__doc__.split("\n")[0]
-    )
+    parser = parser_of("serve", __doc__)
     add = parser.add_argument
     add("--cells", type=cell, nargs="+", default=[(1, 8192), (1, 32768), (8, 32768), (1, 131072)])
     add("--backends", nargs="+", default=["FLASH_ATTN", "FLASH_ATTN:fp8", "SPECTRAL:balanced"])
@@ -389,12 +343,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
-    common_arguments(parser, "serve.jsonl")
     for name in ("--one", "--folder", "--results"):
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.check:
-        args.shape, args.cells, args.full = "tiny", [(1, 2048)], False
+        args.shape, args.cells, args.full = "check", [(1, 2048)], False
         args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, [1]
         reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
         args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]
@@ -406,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = run_all(args, argv)
     if args.check:
         return report_check(rows)
-    print(table(rows))
+    print(columns(rows, SERVE))
     return 0 if len(rows) == len(args.backends) * (len(args.cells) + args.full) else 1
 
 

@@ -6,8 +6,6 @@ carries what it shows as JSON in its metadata, which tests compare with the rows
 Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -193,14 +191,17 @@ def means(rows: Rows, needed: str) -> list[Row]:
 
 
 def quality_table(rows: Rows) -> str:
-    """Means over texts of each scheme, of predicted and of generated tokens; then the share of
-    tasks' prompts that are solved, with those that only dense attention or the scheme solves."""
+    """Means over texts of each scheme, of predicted and of generated tokens, and of codecs without
+    a part of theirs; then the share of tasks' prompts that are solved, with those that only dense
+    attention or the scheme solves."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
     predicted += " perplexity:+.2% recalled:.1f"
     generated = "scheme generated:.0f teacher_forced_kl:.5f free_running_kl:.5f"
     generated += " free_running_kl_last:.5f"
-    for needed, spec in (("kl", predicted), ("free_running_kl", generated)):
+    ablated = "scheme ratio:.2f ratio_long:.2f ablated_kl:.5f top1:.3f recalled:.1f"
+    fields = {"kl": predicted, "free_running_kl": generated, "ablated_kl": ablated}
+    for needed, spec in fields.items():
         found = means(rows, needed)
         found.sort(key=lambda x: (x["model"], x["context"], x.get("ratio") or 0))
         title = "{}, {:,} tokens, " + needed + " over {} text(s)"
@@ -239,9 +240,6 @@ def results_page(results: Path = RESULTS) -> str:
         measured = f"{table(rows).lstrip()}\n`perf.{name}`, measured at {commits}.\n"
         text += f"\n## {title}\n\n{measured if rows else NO_ROW.format(name)}"
     return text
-
-
-# ---- dense and ours beside each other ------------------------------------------------------------
 
 
 def steps(results: Path) -> list[Row]:
@@ -321,9 +319,6 @@ def fill(text: str, results: Path = RESULTS) -> str:
     """A page's text with the tables between their marks."""
     make = {"headline": headline, "losses": losses}
     return MARKED.sub(lambda match: f"{match[1]}\n{make[match[2]](results)}\n{match[3]}", text)
-
-
-# ---- plots ---------------------------------------------------------------------------------------
 
 
 def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:

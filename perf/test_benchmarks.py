@@ -5,8 +5,6 @@ the device's: p20, p50 and p80 of CUDA-graph replays with a cold L2, bytes, GB/s
 the read bandwidth measured in the same session. Without a CUDA card nothing is measured.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

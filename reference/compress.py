@@ -56,16 +56,6 @@ class PageArrays:
         return self.k_pages if side == "k" else self.v_pages
 
 
-def gram(x: ArrayLike) -> F64:
-    """sum_t x_t x_t^T: x [B, G, T, D] -> [B, G, D, D]."""
-    x = np.asarray(x, np.float64)
-    batch, groups, tokens, dim = x.shape
-    total = np.zeros((batch, groups, dim, dim))
-    for b, g, t in np.ndindex(batch, groups, tokens):
-        total[b, g] += np.outer(x[b, g, t], x[b, g, t])
-    return total
-
-
 def coefficients(
     x: ArrayLike, positions: ArrayLike, codec: CodecArrays, row: int, side: str
 ) -> F64:

@@ -27,8 +27,3 @@ def merge(o: ArrayLike, lse: ArrayLike) -> tuple[F64, F64]:
         for share, n in zip(mass, live, strict=True):
             out[index] += share / math.fsum(mass) * o[index][n]
     return out, total
-
-
-def to_log2(lse: ArrayLike) -> F64:
-    """log2 of the sum whose natural log is lse."""
-    return np.asarray(lse, np.float64) / math.log(2.0)

@@ -8,16 +8,16 @@ the scaled scores, [B, H, (Q,) D] and [B, H, (Q,)]; a set without keys is (0, -i
 joins states.
 
 A function f here launches its Triton kernel on CUDA tensors and runs its plain-PyTorch twin f_torch
-on CPU tensors; what is on no token's path (gram, project_queries, pack_pages, unpack_pages) is
-PyTorch on any device. Importing this package touches no device and needs neither a GPU nor
+on CPU tensors; what is on no token's path (project_queries, pack_pages, unpack_pages) is PyTorch on
+any device. Importing this package touches no device and needs neither a GPU nor
 transformers; `spectral_kernels.hf` needs the latter."""
 
 from .attention import attend_spectral, attend_workspace
 from .cache import SpectralCache
 from .codec import Codec, ModelCodec
-from .compress import append, decode, encode, gram
+from .compress import append, decode, encode
 from .layout import PAGE_SIZE, Bands, PageLayout, pack_pages, unpack_pages
-from .merge import lse_from_log2, lse_to_log2, merge_many_states, merge_states
+from .merge import merge_many_states, merge_states
 from .rope import freqs_from_inv_freq, project_queries, rotate, turn_back
 from .window import attend_window
 
@@ -36,9 +36,6 @@ __all__ = [
     "decode",
     "encode",
     "freqs_from_inv_freq",
-    "gram",
-    "lse_from_log2",
-    "lse_to_log2",
     "merge_many_states",
     "merge_states",
     "pack_pages",

@@ -14,24 +14,24 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 CONTEXTS = [2**n for n in range(12, 21)]  # 4K .. 1M tokens a row
 
 
 def parse_bytes(text: str) -> int:
     """Bytes of "16GB" (10**9), "16GiB" (2**30), "16G" or a plain number."""
-    found = re.fullmatch(r"([\d.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a size like 16GB, got {text!r}")
     number, unit, binary = found.groups()
-    size = UNITS[unit.upper()]
-    return int(float(number) * (2 ** (10 * list(UNITS).index(unit.upper())) if binary else size))
+    power = " KMGT".index(unit.upper() or " ")
+    return int(float(number) * (1024 if binary else 1000) ** power)
 
 
 def show_bytes(count: float) -> str:
@@ -79,11 +79,7 @@ def weight_bytes(config: Any) -> int:
 
 def fits(size: Callable[[int], float], room: float) -> int:
     """The most tokens of a row whose cache fits, a multiple of 64."""
-    low, high = 0, 2**24
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if size(64 * middle) <= room else (low, middle - 1)
-    return 64 * low
+    return 64 * bisect_right(range(1, 2**24 + 1), room, key=lambda n: size(64 * n))
 
 
 def report(config: Any, memory: int | None, batch: int) -> None:
@@ -102,9 +98,8 @@ def report(config: Any, memory: int | None, batch: int) -> None:
         return
     weights = weight_bytes(config)
     quantised = " unquantised" if getattr(config, "quantization_config", None) else ""
-    print(
-        f"{show_bytes(memory)} less {show_bytes(weights)} of{quantised} weights hold, tokens a row:"
-    )
+    held = f"{show_bytes(weights)} of{quantised} weights"
+    print(f"{show_bytes(memory)} less {held} hold, tokens a row:")
     counts = [fits(size, (memory - weights) / batch) for size in sizes.values()]
     print(f"{'':>10}", *(f"{count:>10,}" for count in counts))
 

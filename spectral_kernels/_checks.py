@@ -84,6 +84,13 @@ def check_least(**values: tuple[int, int]) -> None:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
+def check_counts(**counts: int | None) -> None:
+    """name=count: None, or an integer of at least 1."""
+    for name, count in counts.items():
+        if count is not None and not (isinstance(count, int) and count > 0):
+            raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}")
+
+
 def check_in(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")

@@ -126,22 +126,17 @@ def full_layers(config: Any) -> list[int]:
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in shared:
         raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
     if getattr(config, "kv_lora_rank", None):
-        raise NotImplementedError(
-            "model: expected keys and values of one size, got config.kv_lora_rank (MLA); it stays "
-            "dense"
-        )
+        what = "keys and values of one size, got config.kv_lora_rank (MLA)"
+        raise NotImplementedError(f"model: expected {what}; it stays dense")
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     odd = {kinds[i] for i in full if kinds} - {"full_attention"}
     if odd:
-        raise NotImplementedError(
-            f"model: this release of transformers keeps the state of {sorted(odd)} layers outside "
-            "its Cache; a newer one (5.17 or later) may do"
-        )
+        what = f"this release of transformers keeps the state of {sorted(odd)} outside its Cache"
+        raise NotImplementedError(f"model: {what}; a newer one (5.17 or later) may do")
     if not full:
         found = sorted({type(layer).__name__ for layer in layers})
-        raise NotImplementedError(
-            f"model: expected layers with full attention and no more, got {found}; it stays dense"
-        )
+        what = f"layers with full attention and no more, got {found}"
+        raise NotImplementedError(f"model: expected {what}; it stays dense")
     return full
 
 
@@ -195,16 +190,13 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         raise ValueError("model.config.output_attentions: expected False, got True")
     for cap in ("attn_logit_softcapping", "attn_logit_softcap"):
         if getattr(config, cap, None):
-            raise NotImplementedError(
-                f"model: expected plain softmax attention, got config.{cap}; it stays dense "
-                "(None there changes what the model computes)"
-            )
+            what = f"plain softmax attention, got config.{cap}"
+            why = "(None there changes what the model computes)"
+            raise NotImplementedError(f"model: expected {what}; it stays dense {why}")
     if not model._supports_default_dynamic_cache():
         kind = type(model).__name__
-        raise NotImplementedError(
-            f"model: this release of transformers gives {kind} a cache of its own kind; a newer "
-            "one (5.17 or later) may do"
-        )
+        what = f"this release of transformers gives {kind} a cache of its own kind"
+        raise NotImplementedError(f"model: {what}; a newer one (5.17 or later) may do")
     if model.dtype not in FLOATS:
         raise ValueError(f"model: expected dtype {', '.join(map(str, FLOATS))}, got {model.dtype}")
     for parameter in model.parameters():
@@ -296,10 +288,8 @@ def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any
     """
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
-        raise NotImplementedError(
-            f"model: {type(module).__name__} does not call transformers' attention interface; it "
-            "stays dense"
-        )
+        what = f"{type(module).__name__} does not call transformers' attention interface"
+        raise NotImplementedError(f"model: {what}; it stays dense")
     return eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
 
 

@@ -33,14 +33,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_in, check_tensor
+from ._checks import check_in, check_least, check_tensor
 from .codec import Codec, ModelCodec, cache_path, fingerprint
 from .layout import HEAD_DIMS, Bands, PageLayout
 from .rope import freqs_from_inv_freq
@@ -49,6 +49,7 @@ FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
 QUERIES = 64  # queries a head and sequence that costs of errors are estimated from
 LENGTH = 4096  # tokens of a sequence
+WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
@@ -69,18 +70,16 @@ class Preset:
     """
 
     ratio: float
-    window: int
+    window: int = WINDOW
     sinks: int = 4
 
     def __post_init__(self) -> None:
         if not self.ratio > 0:
             raise ValueError(f"ratio: expected a positive number, got {self.ratio}")
-        for name, least in (("window", 1), ("sinks", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least(window=(self.window, 1), sinks=(self.sinks, 0))
 
 
-PRESETS = {"quality": Preset(5.28, 32), "balanced": Preset(8.0, 16), "small": Preset(12.1, 16)}
+PRESETS = {"quality": Preset(5.28), "balanced": Preset(8.0), "small": Preset(12.1)}
 
 
 def preset_of(preset: str | Preset) -> tuple[str, Preset]:
@@ -404,7 +403,7 @@ def collect(
     sequences: Iterable[Tensor],
     *,
     sinks: int = 4,
-    window: int = 16,
+    window: int = WINDOW,
     progress: bool = False,
 ) -> ModelStats:
     """Read sequences of tokens; note what full-attention layers' keys, values, queries are like.
@@ -415,7 +414,7 @@ def collect(
             before afterwards, also after an exception.
         sequences: integer [T] or [B, T], token ids without padding, of more than sinks + window
             tokens.
-        sinks, window: first and newest tokens that a cache keeps exact; presets differ little here.
+        sinks, window: first and newest tokens that a cache keeps exact.
         progress: a bar.
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
@@ -632,48 +631,31 @@ def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayou
 def share_bytes(
     total: float, sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
 ) -> list[int]:
-    """The choice of each item for which the sum of losses is least, as far as these are whole.
+    """The choice of each item for which the sum of losses is least (a knapsack, byte by byte).
 
     Args:
         total: bytes of all; at least those of the smallest choices.
-        sizes, losses: of each item, of each of its choices.
+        sizes, losses: of each item, of each of its choices; sizes are positive.
     Returns:
-        For each item the index of its choice, on the lower convex hull of its losses over bytes:
-        the steps on these that save most a byte are taken, as long as they fit.
+        For each item the index of its choice.
     """
-    hulls = [_hull(size, loss) for size, loss in zip(sizes, losses, strict=True)]
-    steps = [
-        (_saved(a, b, sizes[n], losses[n]), n, a, b)
-        for n, hull in enumerate(hulls)
-        for a, b in pairwise(hull)
-    ]
-    chosen = [hull[0] for hull in hulls]
-    left = total - sum(size[i] for size, i in zip(sizes, chosen, strict=True))
-    for _, n, a, b in sorted(steps, key=lambda step: -step[0]):
-        more = sizes[n][b] - sizes[n][a]
-        if chosen[n] == a and more <= left:  # else an earlier step of this item did not fit
-            chosen[n], left = b, left - more
-    return chosen
-
-
-def _hull(sizes: Sequence[int], losses: Sequence[float]) -> list[int]:
-    """Choices on the lower convex hull of loss over bytes, smallest first."""
-    hull: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i], losses[i])):
-        if hull and (losses[i] >= losses[hull[-1]] or sizes[i] == sizes[hull[-1]]):
-            continue
-        while len(hull) > 1:
-            before, after = ((hull[-2], hull[-1]), (hull[-1], i))
-            if _saved(*before, sizes, losses) > _saved(*after, sizes, losses):
-                break
-            hull.pop()
-        hull.append(i)
-    return hull
-
-
-def _saved(a: int, b: int, sizes: Sequence[int], losses: Sequence[float]) -> float:
-    """What a byte saves between two choices, a the smaller."""
-    return (losses[a] - losses[b]) / (sizes[b] - sizes[a])
+    unit = math.gcd(*(size for own in sizes for size in own))
+    room = int(total // unit)
+    least = torch.zeros(
+        room + 1, dtype=torch.float64
+    )  # loss of the items so far, by units for them
+    picks = []
+    for own, lost in zip(sizes, losses, strict=True):
+        tries = torch.full((len(own), room + 1), math.inf, dtype=torch.float64)
+        for row, size, loss in zip(tries, own, lost, strict=True):
+            row[size // unit :] = least[: max(0, room + 1 - size // unit)] + loss
+        least, pick = tries.min(0)
+        picks.append(pick)
+    chosen = []
+    for own, pick in zip(reversed(sizes), reversed(picks), strict=True):
+        chosen.append(int(pick[room]))
+        room -= own[chosen[-1]] // unit
+    return chosen[::-1]
 
 
 def _text_files() -> list[list[Path]]:
@@ -812,8 +794,7 @@ def read(
     """`collect` over texts, for any presets; arguments and defaults as of `calibrate`."""
     on_cpu = torch.device(model.device).type == "cpu"
     tokens = (CPU_TOKENS if on_cpu else GPU_TOKENS) if tokens is None else tokens
-    if tokens < 512:
-        raise ValueError(f"tokens: expected at least 512, got {tokens}")
+    check_least(tokens=(tokens, 512))
     if source is None:
         from transformers import AutoTokenizer
 
@@ -865,7 +846,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             path = args.out or cache_path(stats.fingerprint, preset)
             if args.out and len(args.preset) > 1:
                 path = args.out / f"codec-{preset}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
             codec.save(path)
             print(f"{path}: {path.stat().st_size:,} bytes, {codec.token_bytes} bytes a token")
     except (OSError, ImportError, ValueError) as error:

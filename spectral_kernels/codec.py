@@ -156,9 +156,13 @@ class ModelCodec:
         return replace(self, layers=tuple(codec.to(device) for codec in self.layers))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: tensors by layer, the rest in its metadata."""
+        """Write one safetensors file, whole or not at all, and its folder: tensors by layer, the
+        rest in its metadata."""
         from safetensors.torch import save_file
 
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
         tensors: dict[str, torch.Tensor] = {}
         for i, codec in enumerate(self.layers):
             tensors |= {f"{i}.{name}": getattr(codec, name).cpu() for name in TENSORS}
@@ -169,7 +173,8 @@ class ModelCodec:
         names = ("sinks", "window", "preset", "fingerprint", "notes")
         head = {name: getattr(self, name) for name in names}
         metadata = {"format": FORMAT, "codec": json.dumps({**head, "layouts": layouts})}
-        save_file(tensors, str(path), metadata=metadata)
+        save_file(tensors, str(part), metadata=metadata)
+        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ModelCodec:

@@ -31,26 +31,6 @@ from .layout import PAGE_SIZE, pack_pages, unpack_pages
 from .rope import codec_rows, turn_back, turn_back_torch
 from .window import check_exact, slot_of, slots_torch
 
-GRAM_RUN = 4096  # tokens that are converted to float64 at once
-
-
-def gram(x: torch.Tensor) -> torch.Tensor:
-    """Second moment over tokens, X^T X; PyTorch on any device.
-
-    Args:
-        x: [B, G, T, D] fp16, bf16 or fp32, any strides.
-    Returns:
-        float32 [B, G, D, D], contiguous: sums in float64, rounded once.
-    Raises:
-        TypeError, ValueError: an argument is not as above.
-    """
-    check_tensor("x", x, shape=(None,) * 4, dtype=FLOATS)
-    total = x.new_zeros((*x.shape[:2], x.shape[3], x.shape[3]), dtype=torch.float64)
-    for run in x.split(GRAM_RUN, dim=2):
-        run = run.double()
-        total += run.mT @ run
-    return total.float()
-
 
 @triton.jit
 def byte_in_page(token, column, IS_K: tl.constexpr):

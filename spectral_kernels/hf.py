@@ -43,12 +43,13 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from . import _model
+from ._checks import check_counts
 from ._model import NAME, Layer, compiled_layers, decoder_of, dense_attention, own_layers
 from .attention import attend_spectral
 from .cache import SpectralCache, copy_tokens
 from .codec import Codec, ModelCodec, cache_path, fingerprint
 from .compress import append
-from .window import attend_window
+from .window import attend_window, put
 
 PRESETS = ("exact", "quality", "balanced", "small")
 _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -56,7 +57,7 @@ _RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _OLD_CACHE = "past_key_values"
 CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
 # What a forward may be given and still be replayed.
-_TENSORS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position")
+_TENSORS = ("input_ids", "attention_mask", "position_ids", "cache_position")
 _PLAIN = (*_TENSORS, "logits_to_keep", CACHE, _OLD_CACHE)
 # Cache.crop(0) empties the cache before this release and removes no token since.
 _CROP_COUNTS = _RELEASE >= (5, 17)
@@ -64,6 +65,8 @@ MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
 DRAFTS = 16  # tokens that can be cropped without a loss in the window
 SLACK = 64  # tokens that a ring keeps beside its window: most that can be cropped from it
 ROUND = 512  # room is a multiple of this, so that calls of like lengths share a cache
+_EAGER = "prompts run outside torch.compile, as in generate()"
+_OUTSIDE = f"{CACHE}: works only in the model it was made for, while enabled"
 POOLED = 2  # idle caches, of different numbers of rows, that generate() keeps for its next calls
 
 # ---- one layer's step, as an operator that torch.compile and opcheck understand ------------------
@@ -94,14 +97,6 @@ def _step(
     return out
 
 
-def _put(ring: torch.Tensor, x: torch.Tensor, seq_lens: torch.Tensor) -> None:
-    """Store x [B, G, Q, D], the newest tokens, in their slots of a ring [B, G, slots, D]."""
-    slots = ring.shape[2]
-    x = x[:, :, -slots:]
-    at = (seq_lens[:, None] + torch.arange(-x.shape[2], 0, device=x.device)) % slots
-    ring.scatter_(2, at.long()[:, None, :, None].expand_as(x), x)
-
-
 def _window_step(q, k, v, keys, values, seq_lens, window, scale, learned=None):
     """`_step` of a layer with a sliding window, whose tokens lie in rings [B, G, slots, D].
 
@@ -110,8 +105,8 @@ def _window_step(q, k, v, keys, values, seq_lens, window, scale, learned=None):
     """
     batch, heads, queries, dim = q.shape
     with torch.autocast(q.device.type, enabled=False):
-        _put(keys, k, seq_lens)
-        _put(values, v, seq_lens)
+        put(keys, k, seq_lens)
+        put(values, v, seq_lens)
         rows, ends = None, seq_lens
         if queries > 1:
             count = torch.arange(batch * queries, dtype=torch.int32, device=q.device)
@@ -168,9 +163,7 @@ class _Link:
 class SpectralLayer(CacheLayerMixin):
     """A full-attention layer of a `ModelCache`, which keeps the tokens; index: among these."""
 
-    is_compileable = False  # the cache answers; transformers 4 refuses drafts where a layer says so
     is_croppable = True
-    is_sliding = False
     supports_early_init = False
 
     def __init__(self, cache: ModelCache, index: int, link: _Link) -> None:
@@ -198,27 +191,32 @@ class SpectralLayer(CacheLayerMixin):
         key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if link.pending is not None:
             raise link.missed()
-        compiling, step = torch.compiler.is_compiling(), cache.is_step(new)
-        if compiling and not step:
-            raise RuntimeError(f"{CACHE}: prompts run outside torch.compile, as in generate()")
-        if compiling:
-            cache.stale = True
-        elif not cache.busy:
-            raise RuntimeError(f"{CACHE}: works only in the model it was made for, while enabled")
-        if step and self.leads:
-            for part in cache.parts:
+        if not cache.is_step(new):
+            key_states, value_states = self.prompt(key_states, value_states)
+        else:
+            if torch.compiler.is_compiling():
+                cache.stale = True
+            elif not cache.busy:
+                raise RuntimeError(_OUTSIDE)
+            for part in cache.parts if self.leads else ():
                 part.advance(new)
-        elif not step:
-            with torch.no_grad(), torch.autocast(key_states.device.type, enabled=False):
-                if self.leads:
-                    cache.advance(new, dtype)
-                past = self.past(new) if cache.filled else None
-                self.store(key_states.detach(), value_states.detach())
-            if past is not None:
-                key_states = torch.cat((past[0], key_states), dim=2)
-                value_states = torch.cat((past[1], value_states), dim=2)
         link.pending, link.updated = self, True
         return key_states, value_states
+
+    @torch.compiler.disable(reason=_EAGER)
+    def prompt(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep a prompt's k, v [B, G, Q, D]; returns those of all columns."""
+        cache, new = self.cache, k.shape[2]
+        if not cache.busy:
+            raise RuntimeError(_OUTSIDE)
+        with torch.no_grad(), torch.autocast(k.device.type, enabled=False):
+            if self.leads:
+                cache.advance(new, v.dtype)
+            past = self.past(new) if cache.filled else None
+            self.store(k.detach(), v.detach())
+            if past is not None:
+                k, v = (torch.cat(x, dim=2) for x in zip(past, (k, v), strict=True))
+        return k, v
 
     def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the columns before the `new` ones of a prompt, for its mask."""
@@ -301,7 +299,7 @@ class WindowLayer(SpectralLayer):
             self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         for ring, x in ((self.keys, k), (self.values, v)):  # also those that grew or were copied
             torch._dynamo.mark_static_address(ring)
-            _put(ring, x, self.cache.spectral.seq_lens)
+            put(ring, x, self.cache.spectral.seq_lens)
 
     def attend(self, q: Any, k: Any, v: Any, scale: Any, learned: Any) -> torch.Tensor:
         state = (self.keys, self.values, self.cache.spectral.seq_lens, self.span)
@@ -328,7 +326,7 @@ class ModelCache(Cache):
 
     Attributes:
         parts: SpectralCaches, one a device, empty until the first prompt.
-        others: layers that transformers made: of convolutions, linear attention, chunks.
+        others: layers of transformers' own: convolutions, linear attention, chunks.
         batch: rows, once known.
         capacity: tokens a row that it has room for. More make it grow: a copy, and a new capture.
         columns: tokens seen, padding included (transformers' sequence length).
@@ -339,13 +337,12 @@ class ModelCache(Cache):
 
     def __init__(self, handle: Handle, batch: Any, capacity: Any) -> None:
         self.owner: Any = weakref.ref(handle)  # weak: a cache that a caller keeps keeps no model
-        layers = own_layers(handle.config)
+        layers, self.depth = own_layers(handle.config), handle.config.num_hidden_layers
         for i, link in enumerate(handle.links):
-            kind = WindowLayer if link.layer.window else SpectralLayer
-            layers[link.layer.index] = kind(self, i, link)
+            if link.layer.index < self.depth:  # all, but where a model drafts by its first layers
+                kind = WindowLayer if link.layer.window else SpectralLayer
+                layers[link.layer.index] = kind(self, i, link)
         super().__init__(layers=layers)
-        self.layers: list[Any]
-        self.others = [layer for layer in layers if not isinstance(layer, SpectralLayer)]
         self.batch, self.capacity, self.limit = batch, capacity, handle.limit
         self.compileable = not handle.graph and len(handle.members) == 1  # of one device
         self.parts: list[SpectralCache] = []
@@ -374,16 +371,17 @@ class ModelCache(Cache):
 
     def _renew(self, keep: bool) -> None:
         """Other layers: emptied where they are, or new ones."""
-        if keep or not self.others:
-            for layer in self.others:
+        fresh = None if keep else own_layers(self.owner().config)
+        for layer in self.others:
+            if fresh is None:
                 layer.reset()
-            return
-        fresh, self.graph = own_layers(self.owner().config), None
-        self.layers = [
-            layer if isinstance(layer, SpectralLayer) else new
-            for layer, new in zip(self.layers, fresh, strict=True)
-        ]
-        self.others = [layer for layer in self.layers if not isinstance(layer, SpectralLayer)]
+            else:
+                at, self.graph = self.layers.index(layer), None
+                self.layers[at] = fresh[at]
+
+    @property
+    def others(self) -> list[Any]:
+        return [layer for layer in self.layers if not isinstance(layer, SpectralLayer)]
 
     @property
     def spectral(self) -> Any:
@@ -416,6 +414,24 @@ class ModelCache(Cache):
                 part.read_lengths()
             self.columns, self.stale = self.spectral.lengths[0] + self.padding[0], False
         return self.columns
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a forward: every layer must have taken its tokens and have attended."""
+        links = [layer.link for layer in self.layers if isinstance(layer, SpectralLayer)]
+        for link in links:
+            link.pending, link.updated = None, False
+        self.busy = self.failed = True
+        try:
+            yield
+            for link in links:
+                if link.pending is not None or not link.updated:
+                    raise link.missed()
+            self.failed = False
+        finally:
+            self.busy = False
+            for link in links:
+                link.pending = None
 
     def room(self, new: int) -> None:
         """Make room for so many more columns."""
@@ -468,9 +484,9 @@ class ModelCache(Cache):
                 exact = [ModelCodec.exact(1, x.kv_heads, x.head_dim, self.capacity) for x in some]
                 codec = replace(exact[0], layers=tuple(x.layers[0] for x in exact))
                 codec, drafts = codec.to(some[0].device), 0
-            own: dict[str, Any] = {"dtype": self.dtype, "device": some[0].device, "drafts": drafts}
-            own |= {"max_seqs": self.batch, "max_tokens": self.capacity}
-            parts.append(SpectralCache(codec, query_heads=some[0].kv_heads * some[0].group, **own))
+            shape = {"max_seqs": self.batch, "max_tokens": self.capacity, "drafts": drafts}
+            shape["query_heads"] = some[0].kv_heads * some[0].group
+            parts.append(SpectralCache(codec, dtype=self.dtype, device=some[0].device, **shape))
         return parts
 
     def _take(self, parts: list[SpectralCache]) -> None:
@@ -485,11 +501,6 @@ class ModelCache(Cache):
         codecs = [part.codec.layers[i] for part, i in self.places]
         self.codecs = [id(codec) for codec in codecs]
         _CODECS.update(zip(self.codecs, codecs, strict=True))
-
-    def hold(self) -> None:
-        """Pages for all that it has room for: no later step asks for one."""
-        for part in self.parts:
-            part.hold(self.capacity)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens.
@@ -513,8 +524,8 @@ class ModelCache(Cache):
                 layer.crop(keep - columns)
             for part in self.parts:
                 part.rollback(columns - keep)
+                part.hold(self.capacity)
             self.columns = keep
-            self.hold()
         else:
             for layer in self.others:  # those that record the past forget it
                 if getattr(layer, "record_past", False):
@@ -530,7 +541,7 @@ class ModelCache(Cache):
         rows = beam_idx.tolist()
         for part in self.parts:
             part.reorder(rows)
-        self.hold()
+            part.hold(self.capacity)
         for layer in self.layers:
             layer.reorder_cache(beam_idx)
         if self.first is not None:
@@ -540,6 +551,7 @@ class ModelCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         ours = [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
         memo |= {id(x): x for x in (*(y.link for y in ours), *(y.codec for y in self.parts))}
+        memo[id(self.graph)] = None  # it has other addresses
         memo[id(self)] = new = type(self).__new__(type(self))
         with torch.inference_mode(False):
             new.__dict__ = copy.deepcopy(self.__dict__, memo)
@@ -555,8 +567,8 @@ class _StepGraph:
     same states of other layers: the runs write where the replay that follows writes.
     """
 
-    def __init__(self, forward: Any, cache: ModelCache, pool: Any, stream: Any, watched: bool):
-        seq_lens = cache.spectral.seq_lens
+    def __init__(self, forward: Any, cache: ModelCache, shared: Any, watched: bool):
+        seq_lens, (pool, stream, self.last) = cache.spectral.seq_lens, shared
         moved = [seq_lens, *(x for layer in cache.others for x in _model.tensors_of(layer))]
         before = [x.clone() for x in moved]
         self.ids = seq_lens.new_zeros((cache.batch, 1), dtype=torch.int64)
@@ -581,14 +593,22 @@ class _StepGraph:
     def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
         self.ids.copy_(ids, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
+        stream = torch.cuda.current_stream(self.ids.device)
+        stream.wait_event(self.last)  # on another thread's stream: graphs share their memory
         self.graph.replay()
-        return self.kind(logits=self.logits.clone(), **{CACHE: cache})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied cache has other addresses: it captures anew."""
+        logits = self.logits.clone()
+        self.last.record(stream)
+        return self.kind(logits=logits, **{CACHE: cache})
 
 
 # ---- the model -----------------------------------------------------------------------------------
+
+
+class _Local(threading.local):
+    """What a thread is doing: captures a step, generates, with the cache that it took."""
+
+    capturing = generating = False
+    taken: ModelCache | None = None
 
 
 class Handle(AbstractContextManager["Handle"]):
@@ -601,8 +621,8 @@ class Handle(AbstractContextManager["Handle"]):
         self, model: Any, layers: Sequence[Layer], preset: str, codec: ModelCodec | None,
         graph: bool, compiles: bool, max_tokens: int | None, stock: Sequence[Any],
     ) -> None:  # fmt: skip
-        self.model, self.preset, self.max_tokens, self.compile = model, preset, max_tokens, compiles
-        self.config, self.codec = decoder_of(model).config, codec
+        self.model, self.codec, self.max_tokens, self.compile = model, codec, max_tokens, compiles
+        self.config, self.preset = decoder_of(model).config, codec.preset if codec else preset
         self.limit = MAX_STEP if codec is None else min(codec.window, MAX_STEP)
         self._implementation: str = self.config._attn_implementation
         self.links = [_Link(layer) for layer in layers]
@@ -616,11 +636,11 @@ class Handle(AbstractContextManager["Handle"]):
         ]
         self.graph = graph and model.device.type == "cuda" and _model.stays(self.config, layers)
         self._pool: dict[int, ModelCache] = {}  # idle caches by rows, the newest last
-        self._graph_pool = torch.cuda.graph_pool_handle() if self.graph else None
-        # One for all captures: cuBLAS keeps a workspace for every stream that it has seen.
-        self._stream = torch.cuda.Stream(model.device) if self.graph else None
-        self._capturing = False
-        self._lock, self._local = threading.RLock(), threading.local()
+        self._shared: Any = None  # by all graphs: memory, stream of captures, last replay
+        if self.graph:  # cuBLAS keeps a workspace for every stream
+            stream = torch.cuda.Stream(model.device)
+            self._shared = torch.cuda.graph_pool_handle(), stream, torch.cuda.Event()
+        self._lock, self._local = threading.RLock(), _Local()
         self._patches: list[tuple[nn.Module, str, Any]] = []
         self._stock = stock
         for link in self.links:
@@ -637,6 +657,8 @@ class Handle(AbstractContextManager["Handle"]):
         original = getattr(owner, name)
         if name == "generate":  # what Unsloth wraps: its own forces caches of other kinds
             original = getattr(owner, "_old_generate", original)
+        if self.graph:  # a capture takes no graphs that a caller's torch.compile has made
+            original = getattr(original, "_torchdynamo_orig_callable", original)
         self._patches.append((owner, name, vars(owner).get(name)))
 
         @functools.wraps(original)
@@ -672,46 +694,48 @@ class Handle(AbstractContextManager["Handle"]):
         self.disable()
 
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
-        """An empty cache, to pass as `cache` (before transformers 5.24 `past_key_values`) and keep
-        between calls (chat). batch: rows; default those of the first prompt. max_tokens: of a row
-        to have room for; default the handle's, else by the prompt."""
+        """An empty `cache` (`past_key_values` before transformers 5.24) to keep between calls.
+
+        Args:
+            batch: rows; default those of the first prompt.
+            max_tokens: of a row to have room for; default the handle's, else by the prompt.
+        Raises:
+            ValueError: a number is no integer of at least 1.
+        """
+        check_counts(batch=batch, max_tokens=max_tokens)
         return ModelCache(self, batch, max_tokens or self.max_tokens)
 
     def _decoder_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A forward of the decoder. A compiled step is left alone: nothing asks the host."""
+        alone, cache = False, kwargs.get(CACHE)
+        if not torch.compiler.is_compiling():
+            alone = self._local.capturing
+        elif isinstance(cache, ModelCache):
+            ids = args[0] if args else kwargs.get("input_ids")
+            alone = cache.is_step((kwargs["inputs_embeds"] if ids is None else ids).shape[1])
+        elif cache is None:
+            alone = kwargs.get("use_cache") is False
+        forward = original if alone else functools.partial(self._eager_forward, original)
+        return forward(*args, **kwargs)
+
+    @torch.compiler.disable(reason=_EAGER)
+    def _eager_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the decoder: checked, prepared, run, and looked at afterwards."""
-        if torch.compiler.is_compiling() or self._capturing:
-            return original(*args, **kwargs)
         kwargs = {**inspect.signature(original).bind_partial(*args).arguments, **kwargs}
         with self._lock:
             cache = self._cache_of(kwargs)
             if cache is None:
                 return original(**kwargs)
             new = self._begin(cache, kwargs)
-            for part in cache.parts if cache.is_step(new) else ():
+            step = cache.is_step(new)
+            for part in cache.parts if step else ():
                 part.reserve(new)
-            with self._running(cache):
+            with cache.running():
                 out = original(**kwargs)
-            if not cache.is_step(new):
-                cache.hold()
-            cache.columns, cache.filled = cache.columns + new, True
+            for part in () if step else cache.parts:  # pages for all: no later step asks for one
+                part.hold(cache.capacity)
+            cache.columns, cache.filled, cache.stale = cache.columns + new, True, False
             return out
-
-    @contextmanager
-    def _running(self, cache: ModelCache) -> Iterator[None]:
-        """Around a forward: every layer must have taken its tokens and have attended."""
-        for link in self.links:
-            link.pending, link.updated = None, False
-        cache.busy = cache.failed = True
-        try:
-            yield
-            for link in self.links:
-                if link.pending is not None or not link.updated:
-                    raise link.missed()
-            cache.failed = False
-        finally:
-            cache.busy = False
-            for link in self.links:
-                link.pending = None
 
     def _cache_of(self, kwargs: dict[str, Any]) -> ModelCache | None:
         """The cache of a forward, put into kwargs, or None. Checked; nothing is changed."""
@@ -761,7 +785,7 @@ class Handle(AbstractContextManager["Handle"]):
         if cache.first is not None and mask is None and not (cache.is_step(new) and full):
             column = torch.arange(past + new, device=inputs.device)
             kwargs["attention_mask"] = (column >= cache.first[:, None]).long()
-        if new > 1 and not (filled and getattr(self._local, "generating", False)):
+        if new > 1 and not (filled and self._local.generating):
             self._renew_graph(cache)  # generate() has done so for a filled one, not for each draft
         return new
 
@@ -774,20 +798,19 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the model: a step of one token that asks for logits alone is replayed."""
-        if torch.compiler.is_compiling() or not self.graph or self._capturing:
+        if torch.compiler.is_compiling() or not self.graph or self._local.capturing:
             return original(*args, **kwargs)
         given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
         ids: Any = given.get("input_ids")
         cache: Any = given.get(CACHE, given.get(_OLD_CACHE))
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
-        more = len(args) > 1 or ids is None or given.get("inputs_embeds") is not None
-        more |= not (asked.pop("use_cache", True) and asked.pop("return_dict", True))
-        more |= any(x is not False for x in asked.values())
+        plain = len(args) < 2 and asked.pop("use_cache", True) and asked.pop("return_dict", True)
+        plain &= getattr(given.get("position_ids"), "ndim", 2) == 2  # of M-RoPE 3
         step = isinstance(cache, ModelCache) and cache.filled and cache.static
-        more |= getattr(given.get("position_ids"), "ndim", 2) != 2  # M-RoPE
-        if more or not step or ids.shape[1] != 1:
+        step = step and ids is not None and ids.shape[1] == 1
+        if not (step and plain and all(x is False for x in asked.values())):
             out = original(*args, **kwargs)
-            if isinstance(cache, ModelCache) and getattr(self._local, "generating", False):
+            if isinstance(cache, ModelCache) and self._local.generating:
                 with self._lock:  # so that no step has to
                     self._captured(original, cache)
             return out
@@ -813,10 +836,10 @@ class Handle(AbstractContextManager["Handle"]):
 
         def forward(ids: torch.Tensor, positions: torch.Tensor) -> Any:
             options = {"use_cache": True, "return_dict": True, CACHE: cache}
-            with self._running(cache):
+            with cache.running():
                 return original(input_ids=ids, position_ids=positions, **options)
 
-        self._capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
+        self._local.capturing, device = True, torch.cuda.device(cache.spectral.seq_lens.device)
         lengths = cache.spectral.lengths
         cache.spectral.reserve(1)
         try:
@@ -828,26 +851,24 @@ class Handle(AbstractContextManager["Handle"]):
             # A graph would go on reading weights that were cast before.
             cast = torch.autocast("cuda", dtype=dtype, enabled=on, cache_enabled=False)
             with device, torch.no_grad(), cast, decoding, layers:
-                cache.graph = _StepGraph(forward, cache, self._graph_pool, self._stream, not fused)
+                cache.graph = _StepGraph(forward, cache, self._shared, not fused)
         except RuntimeError as error:
             self.graph = cache.failed = False
             what = "this model's step cannot be captured as a CUDA graph, and runs without, slower"
             warnings.warn(f"spectral_kernels: {what}: {str(error).splitlines()[0]}", stacklevel=2)
         finally:
-            self._capturing, cache.spectral.lengths = False, lengths
+            self._local.capturing, cache.spectral.lengths = False, lengths
         return cache.graph is not None
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """generate(): the cache that it took from the pool goes back, unless it is returned."""
-        outer, self._local.taken = getattr(self._local, "taken", None), None
-        nested, self._local.generating = getattr(self._local, "generating", False), True
-        out = None
+        local, out = self._local, None
+        outer, local.taken, local.generating = (local.taken, local.generating), None, True
         try:
             out = original(*args, **kwargs)
             return out
         finally:
-            cache, self._local.taken = self._local.taken, outer
-            self._local.generating = nested
+            cache, (local.taken, local.generating) = local.taken, outer
             returned = isinstance(out, dict) and out.get(CACHE) is cache
             if cache is not None and self._patches and not returned:
                 with self._lock:
@@ -860,8 +881,10 @@ class Handle(AbstractContextManager["Handle"]):
         batch_size: int, max_cache_length: int,
     ) -> Any:  # fmt: skip
         """Where generate() makes its cache: it takes one with the rows and the room."""
-        tokens = max(max_cache_length + 1, self.max_tokens or 0)
-        if self.graph or config.prefill_chunk_size is not None:  # chunks are prompts
+        asked, longest = max_cache_length + 1, getattr(self.config, "max_position_embeddings", None)
+        tokens = max(min(asked, longest or asked), self.max_tokens or 0)
+        # Compiled steps could not make more room later; chunks are prompts.
+        if self.graph or tokens < asked or config.prefill_chunk_size is not None:
             config.disable_compile = True
         given = model_kwargs.get(CACHE)
         if given is not None or config.use_cache is False:
@@ -875,7 +898,7 @@ class Handle(AbstractContextManager["Handle"]):
         rows = batch_size * max(config.num_beams or 1, config.num_return_sequences or 1)
         with self._lock:
             cache = self._pool.pop(rows, None)
-        if cache is None or cache.capacity < tokens:
+        if cache is None or cache.capacity < tokens or cache.depth != self.config.num_hidden_layers:
             cache = None  # freed before its successor is allocated
             cache = ModelCache(self, rows, -(-tokens // ROUND) * ROUND)
         cache.reset()
@@ -904,19 +927,19 @@ def enable(
             128 or 256. Layers with a sliding window keep its tokens, others what transformers
             gives them. Several devices: a state on each, and windows as in transformers.
         preset: "exact" (every token stays as it is), "quality", "balanced" or "small".
-        codec: file or ModelCodec of this model; its preset counts then. Without one: the file in
-            the user's cache folder, or one made here (calibrate.py; minutes on a CPU) and kept.
+        codec: file or ModelCodec of this model; its preset counts then. Without one: that of the
+            user's cache folder, or one made here (minutes on a CPU) and kept.
         tokenizer: to calibrate with; default by the model's name.
         graph: on CUDA, capture the one-token forward once a cache as a CUDA graph and replay it; no
             Python runs in it, and hooks on its layers are silent. False: steps run eagerly, or
             compiled: by generate() on CUDA, by torch.compile(fullgraph=True) anywhere.
         compile: have torch.compile fuse what lies between the matrix products of a captured step:
             tokens come faster, the first one of a process and batch size up to a minute later, and
-            results are rounded elsewhere (preset "exact" may part from the dense tokens at a tie).
-            Models with other layers than ours run as without.
+            results are rounded elsewhere ("exact" may part from the dense tokens at a tie). Not
+            where other layers than ours are.
         max_tokens: the least room of a cache, tokens a row. generate() takes what its call needs,
-            other forwards half as much again as the prompt, at least 512 more. A full cache is
-            doubled; compiled steps cannot grow theirs.
+            up to max_position_embeddings, other forwards half as much again as the prompt, at
+            least 512 more. A full cache is doubled; compiled steps cannot grow theirs.
         check: run six tokens through the model and compare each layer's attention with the model's
             own (milliseconds). False, or a model in training mode: not.
     Returns:
@@ -929,14 +952,12 @@ def enable(
     layers = _model.layers_of(model)
     if preset not in PRESETS:
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens: expected at least 1, got {max_tokens}")
+    check_counts(max_tokens=max_tokens)
     stock = _model.stock_parts(model)
     with _model.using(stock):
         found = None if preset == "exact" else _codec(model, layers, preset, codec, tokenizer)
-    name = preset if found is None else found.preset
     layers += _model.windows_of(model, layers)
-    handle = Handle(model, layers, name, found, graph, compile, max_tokens, stock)
+    handle = Handle(model, layers, preset, found, graph, compile, max_tokens, stock)
     if check and not model.training:
         _check(handle)
     return handle
@@ -977,11 +998,8 @@ def _codec(
                 raise ValueError(f"codec: expected {codec}, made before the model was sharded")
             print(f"spectral_kernels: calibrating {preset!r} for this model, once", file=sys.stderr)
             path, codec = codec, calibrate.calibrate(model, tokenizer, preset)
-            try:  # whole or not at all
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.{os.getpid()}")
-                codec.save(part)
-                part.replace(path)
+            try:
+                codec.save(path)
             except OSError as error:
                 warnings.warn(f"spectral_kernels: the codec was not kept: {error}", stacklevel=3)
     if not isinstance(codec, ModelCodec):
@@ -1018,22 +1036,20 @@ def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int]
     """Left padding of each row of a 2-D mask (1 = a token): one read of the device, or none."""
     if mask is None:
         return None
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask: expected a 2-D tensor [batch, tokens], got {got}")
-    if mask.shape != shape:
-        wanted, got = f"{list(shape)} (cached and new tokens)", list(mask.shape)
-        raise ValueError(f"attention_mask: expected shape {wanted}, got {got}")
+    got: Any = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+    if got != list(shape):
+        wanted = f"a 2-D tensor of shape {list(shape)} (cached and new tokens)"
+        raise ValueError(f"attention_mask: expected {wanted} or use_cache=False, got {got}")
     if not read:
         return None
     columns, seen = shape[1], mask.bool()
     padding = columns - seen.sum(dim=1)
     holes = (seen != (torch.arange(columns, device=seen.device) >= padding[:, None])).any()
     *counts, has_holes = torch.cat((padding, holes[None])).tolist()
-    if has_holes:
-        raise ValueError("attention_mask: expected left padding, got holes or right padding")
-    if max(counts) >= columns:
-        raise ValueError(f"attention_mask: expected a token in every row, got padding {counts}")
+    if has_holes or max(counts) >= columns:
+        got = "holes or right padding" if has_holes else f"padding {counts}"
+        wanted = "left padding, a token in every row, or use_cache=False"
+        raise ValueError(f"attention_mask: expected {wanted}, got {got}")
     return counts
 
 
@@ -1056,10 +1072,9 @@ def _register(implementation: str) -> str:
         out = None
         if layer is not None and layer.cache.is_step(query.shape[2]):
             asked = (kwargs.get("softcap"), kwargs.get("sliding_window") or 0)
-            wanted = (None, link.layer.window)
-            if asked != wanted:
-                what = f"expected (softcap, window) {wanted}, got {asked}"
-                raise NotImplementedError(f"layer {link.layer.index}: {what}")
+            if asked != (None, link.layer.window):
+                what = f"(softcap, window) {(None, link.layer.window)}, got {asked}"
+                raise NotImplementedError(f"layer {link.layer.index}: expected {what}")
             out = layer.attend(query.to(key.dtype), key, value, scaling, kwargs.get("s_aux"))
         if layer is not None and link.seen is not None:
             new = (query, key, value)
@@ -1072,10 +1087,8 @@ def _register(implementation: str) -> str:
 
     def mask(*args: Any, kv_length: int, **kwargs: Any) -> torch.Tensor | None:
         """transformers' mask for a prompt, none for a step (`SpectralLayer.get_mask_sizes`)."""
-        if kv_length == 0:
-            return None
         make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        return make(*args, kv_length=kv_length, **kwargs)
+        return make(*args, kv_length=kv_length, **kwargs) if kv_length else None
 
     AttentionInterface.register(f"{NAME}_{implementation}", attention)
     AttentionMaskInterface.register(f"{NAME}_{implementation}", mask)

@@ -12,8 +12,6 @@ attention states.
 Oracle: reference/merge.py.   Test: tests/test_merge.py.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -185,13 +183,3 @@ def merge_many_states_torch(
     weights = torch.where(lse == float("-inf"), 0.0, (lse - total[..., None]).exp())[..., None]
     values = torch.where(weights > 0, o.float(), 0.0)
     return (weights * values).sum(dim=-2).to(o.dtype), total
-
-
-def lse_to_log2(lse: torch.Tensor) -> torch.Tensor:
-    """Natural-log to base-2 log-sum-exp (FlashInfer's convention); -inf stays."""
-    return lse * math.log2(math.e)
-
-
-def lse_from_log2(lse: torch.Tensor) -> torch.Tensor:
-    """Base-2 to natural-log log-sum-exp; -inf stays."""
-    return lse * math.log(2)

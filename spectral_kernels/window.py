@@ -232,6 +232,14 @@ def _launch_window(
     )  # fmt: skip
 
 
+def put(ring: torch.Tensor, x: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Store x [B, G, Q, D], the newest tokens, in their slots of a ring [B, G, slots, D]."""
+    slots = ring.shape[2]
+    x = x[:, :, -slots:]
+    at = (seq_lens[:, None] + torch.arange(-x.shape[2], 0, device=x.device)) % slots
+    ring.scatter_(2, at.long()[:, None, :, None].expand_as(x), x)
+
+
 def attend_window(
     q: torch.Tensor,
     k_exact: torch.Tensor,

@@ -360,12 +360,6 @@ def joined(
 # compress.py
 
 
-def gram(x: ArrayLike) -> F64:
-    """Sums in float64 over T tokens, rounded to float32 once."""
-    x = np.abs(np.asarray(x, np.float64))
-    return (ACC + x.shape[2] * 2.0**-52) * (x.mT @ x) + SMALLEST[torch.float32]
-
-
 def coefficients(
     x: ArrayLike, expected: F64, codec: CodecArrays, row: int, side: str, dtype: torch.dtype
 ) -> F64:

@@ -6,6 +6,8 @@ import os
 # Oracles multiply small matrices: threads would only fight for the cores. Read when NumPy is
 # imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# PyTorch before 2.13 may wait 300 s at its end for processes that compile (pytorch#162199).
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import torch
 

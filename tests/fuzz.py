@@ -53,7 +53,7 @@ from tests.cases import (
 )
 from tests.test_attention import check_spectral
 from tests.test_cache import play
-from tests.test_compress import check_append, check_decode, check_encode, check_gram
+from tests.test_compress import check_append, check_decode, check_encode
 from tests.test_merge import check_many, check_two
 from tests.test_rope import check_project, check_turn
 from tests.test_window import check_window
@@ -220,18 +220,6 @@ def fuzz_project_queries(draw: Draw) -> None:
     check_project(queries, codec, rows, draw.int("frames", 0, 4))
 
 
-def fuzz_gram(draw: Draw) -> None:
-    dtype = draw.shape("dtype", *DTYPES)
-    shape = (
-        draw.int("batch", 1, 2),
-        draw.int("heads", 1, 2),
-        draw.int("tokens", 0, 80),
-        draw.shape("dim", 64, 80, 96, 128, 256),
-    )
-    x = rounded(draw.rng.standard_normal(shape) * draw.of("size", 1e-3, 1.0, 1e2), dtype)
-    check_gram(strided(x, draw.shape("strides", *STRIDES)))
-
-
 def fuzz_encode(draw: Draw) -> None:
     layout, implementation = draw.shape("layout", *LAYOUTS), draw_implementation(draw)
     spec = draw_spec(draw, layout, is_slow(implementation))
@@ -335,9 +323,8 @@ def fuzz_history(draw: Draw) -> None:
 FUZZERS: dict[str, tuple[Callable[[Draw], None], float]] = {
     "rotate": (fuzz_rotate, 0.07),
     "project_queries": (fuzz_project_queries, 0.07),
-    "gram": (fuzz_gram, 0.04),
-    "encode": (fuzz_encode, 0.11),
-    "append": (fuzz_append, 0.11),
+    "encode": (fuzz_encode, 0.13),
+    "append": (fuzz_append, 0.13),
     "decode": (fuzz_decode, 0.06),
     "attend_window": (fuzz_attend_window, 0.13),
     "attend_spectral": (fuzz_attend_spectral, 0.27),

@@ -38,50 +38,6 @@ SIDES = ("k", "v")
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
 
-# gram
-
-
-def check_gram(x: torch.Tensor) -> None:
-    got = compress.gram(x)
-    budgets.check(got, oracle.gram(to_numpy(x)), budgets.gram(to_numpy(x)))
-    assert got.dtype == torch.float32 and got.is_contiguous()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "stride"),
-    [
-        ((1, 2, 70, 64), "swapped"),
-        ((2, 1, 33, 80), "odd"),
-        ((1, 1, 1, 128), "plain"),
-        ((1, 2, 0, 64), "plain"),
-    ],
-)
-def test_gram(rng, dtype, shape, stride):
-    check_gram(strided(rounded(rng.standard_normal(shape), dtype), stride))
-
-
-def test_gram_of_several_runs(rng, monkeypatch):
-    """More tokens than are added up at once."""
-    monkeypatch.setattr(compress, "GRAM_RUN", 64)
-    check_gram(rounded(rng.standard_normal((1, 1, 400, 64)), F32).to(DEVICE))
-
-
-def test_gram_budget_has_teeth(rng):
-    x = to_numpy(rounded(rng.standard_normal((1, 2, 60, 64)) + 0.1, F16))
-    expected, budget = oracle.gram(x), budgets.gram(x)
-    for mistake, mutant in {
-        "zeros": np.zeros_like(expected),
-        "the last token left out": oracle.gram(x[:, :, :-1]),
-        "centred": oracle.gram(x - x.mean(2, keepdims=True)),
-        "the mean": expected / x.shape[2],
-        "other heads": expected[:, ::-1],
-        "half precision": np.float16(expected),
-        "tf32 operands": oracle.gram(np.float16(np.float32(x) * 1.0003)),
-    }.items():
-        budgets.check_rejects(mutant, expected, budget, mistake)
-
-
 # encode and append
 
 

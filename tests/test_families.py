@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -87,7 +88,8 @@ def made(mixed: dict[str, tuple[Any, ModelCodec]], name: str) -> tuple[Any, Mode
     if name not in mixed:
         model = build(name)
         ids = prompt(600, rows=2, padding=(11, 0))["input_ids"][1:]
-        mixed[name] = model, calibrate.calibrate(model, ids, "balanced", progress=False)
+        made = calibrate.calibrate(model, ids, "balanced", progress=False)
+        mixed[name] = model, replace(made, window=16)
     return mixed[name]
 
 

@@ -136,7 +136,7 @@ def test_agreement(a: list[int], b: list[int], words: str) -> None:
         (("--model", "FOLDER", "--prompt-file", "/nowhere/at/all"), "/nowhere/at/all"),
         (("--model", "FOLDER", "--prompt", "w1", "--codec", "/nowhere/at/all"), "nowhere"),
         (("--model", "/nowhere/at/all", "--prompt", "w1"), "nowhere"),
-        (("--gguf", "/nowhere/at/all.gguf", "--prompt", "w1"), "no such file"),
+        (("--gguf", "/nowhere/at/all.gguf", "--prompt", "w1"), "No such file"),
         (("--gguf", "a", "--model", "b", "--prompt", "w1"), "not allowed with"),
     ],
 )

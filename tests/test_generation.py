@@ -4,6 +4,7 @@ preset exact, and one generation leaves nothing to the next. `tests/test_hf.py` 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,6 +69,45 @@ def test_options_of_generate(name: str) -> None:
             assert len(dense.get(kept) or ()) == len(ours.get(kept) or ())
         dense, ours = dense.sequences, ours.sequences
     assert torch.equal(ours, dense)
+
+
+def compile_forward(module: Any) -> None:
+    module.forward = torch.compile(module.forward, backend="eager")
+
+
+COMPILED: dict[str, tuple[Callable[[Any], Any], bool]] = {  # and whether before enable()
+    "model": (lambda model: model.compile(backend="eager"), True),
+    "forward": (compile_forward, False),
+    "decoder": (lambda model: compile_forward(model.model), True),
+    "layers": (lambda model: [x.compile(backend="eager") for x in model.model.layers], False),
+}
+
+
+@pytest.mark.parametrize("name", list(COMPILED))
+def test_what_a_caller_has_compiled(name: str, codec: ModelCodec) -> None:
+    """torch.compile of the whole or of parts: prompts break its graphs, steps are in them."""
+    compile, before = COMPILED[name]
+    model, first, more = tiny(), prompt(40, rows=2, padding=(7, 0)), prompt(50, rows=2, seed=3)
+    longer = {key: torch.cat((first[key], more[key]), dim=1) for key in first}
+
+    def chat(handle: Any) -> list[torch.Tensor]:
+        cache, options = handle.new_cache(), {"max_new_tokens": 6, "min_new_tokens": 6}
+        said = [generate(model, first, **options, **{CACHE: cache})]
+        assert cache.get_seq_length() == 45 and cache.spectral.lengths == [38, 45]
+        assert cache.spectral.seq_lens.tolist() == [38, 45]
+        cache.crop(-5)  # and a prompt on a filled cache
+        said.append(generate(model, longer, **options, **{CACHE: cache}))
+        return said
+
+    with enable(model, codec=codec, graph=False) as handle:
+        expected = chat(handle)
+    torch._dynamo.reset()
+    if before:
+        compile(model)
+    with enable(model, codec=codec, graph=False) as handle:
+        if not before:
+            compile(model)
+        assert all(map(torch.equal, chat(handle), expected))
 
 
 @pytest.mark.parametrize("tokens", BORDERS)
@@ -205,6 +245,59 @@ def test_drafts_over_borders(way: str, codec: ModelCodec) -> None:
         assert kept.spectral.lengths == kept.spectral.seq_lens.tolist() == [109]
 
 
+@pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_forward_is_captured_without(mode: Any, codec: ModelCodec) -> None:
+    """A capture takes no graphs of torch.compile's."""
+    model, inputs = tiny(), prompt(40, rows=2, padding=(7, 0))
+    with enable(model, codec=codec):
+        expected = generate(model, inputs)
+    plain = model.forward
+    model.forward = torch.compile(model.forward, mode=mode)
+    with enable(model, codec=codec) as handle:
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs), expected)
+        assert handle._pool[2].graph is not None
+    assert model.forward is not plain  # as the caller left it
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced"])
+def test_a_model_that_drafts_with_its_first_layers(preset: str, codec: ModelCodec) -> None:
+    """Its drafts' cache has fewer layers, and is none for the whole model later."""
+    model, inputs = tiny(), prompt(40)
+    options: dict[str, Any] = {"assistant_early_exit": 1, "min_new_tokens": None}
+    dense = generate(model, inputs, **options)
+    with enable(model, preset, codec=codec) as handle:
+        plain = generate(model, inputs)
+        for _ in range(2):
+            drafted = generate(model, inputs, **options, num_assistant_tokens=1)
+            assert drafted.shape == dense.shape
+            assert preset == "balanced" or torch.equal(drafted, dense)
+            assert torch.equal(generate(model, inputs), plain)
+        assert handle.config.num_hidden_layers == 2
+
+
+def test_room_for_no_more_than_a_model_reads() -> None:
+    """A limit beyond all memory is fine for a dense cache, which grows; ours grows too."""
+    model, inputs = tiny(max_position_embeddings=128), prompt(40)
+    free = {"max_new_tokens": 10**30, "min_new_tokens": None}
+    stop = int(generate(model, inputs)[0, 45])
+    for more in (free, {**free, "max_new_tokens": None, "max_length": 10**30}):
+        dense = generate(model, inputs, **more, eos_token_id=stop)
+        with enable(model, "exact") as handle:
+            assert torch.equal(generate(model, inputs, **more, eos_token_id=stop), dense)
+            assert handle._pool[1].capacity == 512
+            kept = handle.new_cache()
+            generate(model, inputs, **more, eos_token_id=stop, **{CACHE: kept})
+            assert kept.capacity == 1024
+    inputs, longer = prompt(500), {"max_new_tokens": 20, "min_new_tokens": 20}
+    dense = generate(model, inputs, **longer)
+    with enable(model, "exact"):
+        out = generate(model, inputs, **longer, return_dict_in_generate=True)
+    assert out[CACHE].spectral.lengths == out[CACHE].spectral.seq_lens.tolist() == [519]
+    assert torch.equal(out.sequences, dense)
+
+
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
 def test_fifty_generations_are_fifty_fresh_ones(preset: str, codec: ModelCodec) -> None:
     model, generator = tiny(), torch.Generator().manual_seed(7)
@@ -246,6 +339,30 @@ def test_ten_threads_of_chat_do_not_mix(preset: str, codec: ModelCodec) -> None:
         together = [*pool.map(chat, [handle] * 10, range(10)), *pool.map(single, range(10))]
     for a, b in zip(alone, together, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(cases.DEVICE.type != "cuda", reason="no GPU")
+def test_threads_on_streams_of_their_own(codec: ModelCodec) -> None:
+    """Graphs share the memory of a pool: replays on several streams take turns."""
+    model = tiny(num_hidden_layers=8).half()
+    whole = ModelCodec(codec.layers * 4, codec.sinks, codec.window).to(cases.DEVICE)
+    options = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+
+    def chat(handle: Any, cache: Any, seed: int) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()), torch.no_grad():
+            inputs = prompt(20 + seed, seed=seed)
+            return model.generate(**inputs, **options, **{CACHE: cache})
+
+    with enable(model, codec=whole) as handle, ThreadPoolExecutor(4) as pool:
+        caches = [handle.new_cache(1, 512) for _ in range(4)]
+        alone = [chat(handle, cache, seed) for seed, cache in enumerate(caches)]
+        graphs = [cache.graph for cache in caches]
+        for cache in caches:
+            cache.reset()
+        torch.cuda.synchronize()  # it ran on this stream
+        together = list(pool.map(chat, [handle] * 4, caches, range(4)))
+        assert all(graphs) and graphs == [cache.graph for cache in caches]
+    assert all(map(torch.equal, alone, together))
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])

@@ -13,9 +13,12 @@ import contextlib
 import copy
 import functools
 import gc
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +95,10 @@ def tiny(architecture: str = "llama", rope: str = "default", **changes: Any) -> 
 
 @pytest.fixture(scope="module")
 def codec() -> ModelCodec:
-    """A codec of `tiny()`, balanced: 64 bytes of 512 a token and head, window of 16, 4 sinks."""
+    """A codec of `tiny()`, balanced: 64 bytes of 512 a token and head, 4 sinks; a window of 16,
+    whatever the preset's, so that short rows have coded tokens."""
     ids = prompt(600)["input_ids"]
-    return calibrate.calibrate(tiny(), ids, "balanced", progress=False)
+    return replace(calibrate.calibrate(tiny(), ids, "balanced", progress=False), window=16)
 
 
 def float64_twin(model: Any) -> Any:
@@ -582,8 +586,8 @@ def test_sizes_that_transformers_asks_for(codec: ModelCodec) -> None:
         assert (cache.get_seq_length(), cache.nbytes, len(cache)) == (0, 0, 2)
         feed(model, inputs, [40], cache)
         assert (cache.get_seq_length(), cache.is_compileable) == (40, not handle.graph)
-        assert cache.get_mask_sizes(codec.window, 0) == (0, 0)  # a step
-        new = codec.window + 1  # a prompt
+        assert cache.get_mask_sizes(cache.limit, 0) == (0, 0)  # a step
+        new = cache.limit + 1  # a prompt
         for asked in (new, torch.arange(new)):
             assert cache.get_mask_sizes(asked, 0) == (40 + new, 0)
         assert cache.layers[0].get_max_length() == cache.layers[0].get_max_cache_shape() == -1
@@ -671,11 +675,11 @@ class FakeGraph(hf._StepGraph):
             torch._foreach_copy_(moved, before)
 
     def replay(self, cache: ModelCache, ids: torch.Tensor, positions: torch.Tensor) -> Any:
-        self.handle._capturing = True
+        self.handle._local.capturing = True
         try:
             self.output = self.forward(ids.clone(), positions.long().expand(len(ids), 1))
         finally:
-            self.handle._capturing = False
+            self.handle._local.capturing = False
         return type(self.output)(logits=self.output.logits.clone(), **{CACHE: cache})
 
 
@@ -771,6 +775,29 @@ def test_what_surrounds_a_replay(
         with pytest.warns(UserWarning, match="cannot be captured .* not while capturing"):
             model(ids[:, :1], **{CACHE: cache})
         assert not handle.graph and cache.spectral.lengths == [511, 522]
+
+
+@pytest.mark.skipif(cases.DEVICE.type == "cuda", reason="its graph is none")
+def test_a_capture_is_no_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread's prompt waits for it, and is not taken for what is captured."""
+    model, inputs, began, done = tiny(), prompt(40), threading.Event(), threading.Event()
+    expected = generate(model, inputs)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+
+    class Slow(FakeGraph):
+        def __init__(self, *args: Any) -> None:
+            began.set()
+            done.wait(0.3)
+            super().__init__(*args)
+
+    monkeypatch.setattr(hf, "_StepGraph", Slow)
+    with enable(model, "exact") as handle, ThreadPoolExecutor(1) as pool:
+        handle.graph = True
+        first = pool.submit(generate, model, inputs)
+        assert began.wait(60)
+        assert torch.equal(generate(model, inputs), expected)
+        done.set()
+        assert torch.equal(first.result(), expected)
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
@@ -1229,6 +1256,14 @@ def test_forward_refuses(case: str) -> None:
         with pytest.raises(error, match=message):
             model(inputs["input_ids"], **arguments)
         assert torch.equal(model(inputs["input_ids"]).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["batch", "max_tokens"])
+def test_a_cache_of_no_rows_or_no_room_is_refused(name: str) -> None:
+    with enable(tiny(), "exact") as handle:
+        for count in (0, -3, 2.5, "2"):
+            with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1"):
+                handle.new_cache(**{name: count})
 
 
 def test_forward_refuses_on_a_filled_cache_and_leaves_it() -> None:

@@ -168,22 +168,3 @@ def test_budget_has_teeth(rng):
         "half precision": expected[1].astype(np.float16),
     }.items():
         budgets.check_rejects(mutant, expected[1], lse_budget, mistake)
-
-
-def test_log2_conversion(rng):
-    lse = torch.from_numpy((rng.standard_normal(100) * 20).astype(np.float32))
-    lse[3] = -INF
-    expected = oracle.to_log2(to_numpy(lse))
-    budget = (
-        3 * budgets.ACC * np.where(np.isfinite(expected), np.abs(expected), 0.0)
-    )  # the factor and the product
-    budgets.check(merge.lse_to_log2(lse), expected, budget)
-    back = merge.lse_from_log2(merge.lse_to_log2(lse))
-    budgets.check(
-        back,
-        to_numpy(lse),
-        6 * budgets.ACC * np.where(np.isfinite(expected), np.abs(to_numpy(lse)), 0.0),
-    )
-    budgets.check_rejects(
-        to_numpy(merge.lse_from_log2(lse))[:3], expected[:3], budget[:3], "the inverse"
-    )

@@ -1,9 +1,11 @@
 """What perf.quality measures is what it says, and what the embedded model's codec loses, held."""
 
+import copy
 import json
 import math
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,15 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
+def codecs(tmp_path_factory) -> Path:
+    """The shipped codecs with a window of 16: most tokens of a short context are coded."""
+    folder = tmp_path_factory.mktemp("codecs")
+    for path in TINY_MODEL.glob("codec-*.safetensors"):
+        replace(ModelCodec.load(path), window=16).save(folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def case(embedded) -> Case:
     return quality.embedded_case(embedded[1], context=CONTEXT, needles=6, seed=3)
 
@@ -50,17 +61,13 @@ def exact(embedded, case, prefix) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def stored(embedded, prefix) -> dict[str, quality.Stored]:
-    return {
-        p: quality.store_spectral(prefix, embedded[0], p, TINY_MODEL) for p in ("exact", *LOSSY)
-    }
+def stored(embedded, prefix, codecs) -> dict[str, quality.Stored]:
+    return {p: quality.store_spectral(prefix, embedded[0], p, codecs) for p in ("exact", *LOSSY)}
 
 
 @pytest.fixture(scope="module")
-def rows(embedded, case) -> dict[str, quality.Row]:
-    schemes = {
-        p: lambda x, p=p: quality.store_spectral(x, embedded[0], p, TINY_MODEL) for p in LOSSY
-    }
+def rows(embedded, case, codecs) -> dict[str, quality.Row]:
+    schemes = {p: lambda x, p=p: quality.store_spectral(x, embedded[0], p, codecs) for p in LOSSY}
     found = quality.measure(embedded[0], case, {**schemes, **quality.YARDSTICKS})
     return {row["scheme"]: row for row in found}
 
@@ -81,12 +88,14 @@ def test_the_exact_prefix_predicts_like_the_model(embedded, case, exact, stored)
 
 
 @pytest.mark.parametrize("preset", LOSSY)
-def test_what_is_measured_is_what_a_step_attends_to(embedded, case, prefix, exact, stored, preset):
+def test_what_is_measured_is_what_a_step_attends_to(
+    embedded, codecs, case, prefix, exact, stored, preset
+):
     """The cache's decode step, over the window that is exact then (a token longer, as its newest
     token is in it), predicts as the rebuilt prefix does, a thousand times nearer than the exact
     cache."""
     model = embedded[0]
-    codec = ModelCodec.load(TINY_MODEL / f"codec-{preset}.safetensors")
+    codec = ModelCodec.load(codecs / f"codec-{preset}.safetensors")
     with enable(model, preset, codec=replace(codec, window=codec.window + 1)) as handle:
         cache = handle.new_cache(1, CONTEXT)
         model(input_ids=prefix.ids, logits_to_keep=1, **{CACHE: cache})
@@ -96,6 +105,18 @@ def test_what_is_measured_is_what_a_step_attends_to(embedded, case, prefix, exac
     lost = kl(exact[:1], rebuilt)
     assert lost > 1e-8, "the preset loses nothing: nothing is tested"
     assert kl(decoded, rebuilt) < 1e-3 * lost + 1e-9
+
+
+def test_a_model_in_another_dtype_turns_as_before(embedded):
+    """To the bit what transformers loads in bfloat16; `Module.to` rounds the frequencies of the
+    rotation too, which no codec was calibrated with."""
+    model, tokenizer = copy.deepcopy(embedded[0]), embedded[1]
+    ids = torch.arange(900)[None] % tokenizer.vocab_size
+    quality.cast(model, torch.bfloat16)
+    loaded = load(device="cpu", dtype="bfloat16")[0]
+    assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
+    rounded = loaded.to(torch.bfloat16)(input_ids=ids).logits
+    assert not torch.equal(model(input_ids=ids).logits, rounded)
 
 
 def test_compare():
@@ -137,10 +158,10 @@ def test_yardsticks_count_their_bytes(prefix):
     )  # fmt: skip
 
 
-def test_presets_count_their_bytes(prefix, stored):
+def test_presets_count_their_bytes(prefix, codecs, stored):
     """All pages, their table, the exact tokens."""
     for preset in LOSSY:
-        codec = ModelCodec.load(TINY_MODEL / f"codec-{preset}.safetensors")
+        codec = ModelCodec.load(codecs / f"codec-{preset}.safetensors")
         layers = [layer.layout.token_bytes * layer.kv_heads for layer in codec.layers]
         token = sum(layers) + 4 / 64
         exact = (codec.sinks + codec.window) * prefix.token_bytes
@@ -183,7 +204,7 @@ def test_main_writes_rows(tmp_path, capsys):
     assert all({*wanted.split()} <= row.keys() and row["context"] == 700 for row in texts)
     assert all(row["needles"] == 2 and "calibrated on" in row["codec"] for row in texts)
     exact, lossy = ((x["teacher_forced_kl"], x["free_running_kl"]) for x in streams)
-    assert max(exact) < 1e-6 < min(lossy) < max(lossy) < 0.1
+    assert max(exact) < 1e-6 < min(lossy) <= max(lossy) < 0.1
     printed = capsys.readouterr().out
     assert "| kivi-3 |" in printed and "### embedded, built-in, 700 tokens" in printed
     assert "### embedded, 700 tokens, kl over 1 text(s)" in printed
@@ -398,21 +419,18 @@ def test_answers_come_from_each_cache(embedded):
     assert _tasks.score(other, written[0]) == 0
 
 
-def test_streams_are_what_single_steps_write(embedded, case):
-    """Given tokens, several a step, have the logits of one token a step, but for which tokens are
-    in the window then, which costs less than the codec; the exact cache's are the model's own."""
+def test_streams_are_steps_of_the_cache(embedded, case):
+    """Given tokens have the logits of sampled ones; the exact cache's are the model's own."""
     model, ids = embedded[0], case.ids[:, : case.context]
     for preset in ("exact", "quality"):
         with quality.enabled(model, preset, TINY_MODEL) as handle:
             caches = [quality.filled_cache(model, handle, ids[:, :-1], 40) for _ in range(2)]
             tokens, single = quality.stream(model, caches[0], ids[:, -1:], 40, seed=0)
-            _, several = quality.stream(model, caches[1], ids[:, -1:], 40, seed=0, given=tokens)
-        single, several = (torch.cat(x, dim=1) for x in (single, several))
-        assert several.shape == single.shape == (1, 40, model.config.vocab_size)
-        gap = quality.divergence(single.log_softmax(-1), several.log_softmax(-1)).abs()
-        own = quality.stream_kl(model, ids, tokens, [single])
-        assert gap.max() < 1e-6 if preset == "exact" else gap.mean() < own.mean()
-        assert own.shape == (1, 40) and (own.abs().max() < 1e-6) == (preset == "exact")
+            same, given = quality.stream(model, caches[1], ids[:, -1:], 40, seed=1, given=tokens)
+        assert torch.equal(same, tokens) and len({*tokens[0].tolist()}) > 5
+        assert torch.equal(torch.cat(single), torch.cat(given))
+        kl = quality.stream_kl(model, ids, tokens, single)
+        assert kl.shape == (1, 40) and (kl.abs().max() < 1e-6) == (preset == "exact")
 
 
 # ---- what it loses -------------------------------------------------------------------------------
@@ -435,9 +453,9 @@ def test_needles_through_the_presets(rows, case):
 
 
 @pytest.mark.parametrize("damage", ["k_scale", "k_mean", "v_scale"])
-def test_the_limits_have_teeth(embedded, case, prefix, exact, damage, tmp_path):
+def test_the_limits_have_teeth(embedded, codecs, case, prefix, exact, damage, tmp_path):
     """A codec with one part half as large again does not pass."""
-    codec = ModelCodec.load(TINY_MODEL / "codec-quality.safetensors")
+    codec = ModelCodec.load(codecs / "codec-quality.safetensors")
     layers = tuple(
         replace(layer, **{damage: 1.5 * getattr(layer, damage)}) for layer in codec.layers
     )

@@ -215,8 +215,10 @@ def test_the_readme_states_the_presets_and_requirements():
 
     text = (ROOT / "README.md").read_text()
     for name, preset in PRESETS.items():
-        assert f"| `{name}` | {preset.ratio:g} | {preset.window} |" in text
-        assert f"The first {preset.sinks} tokens stay exact" in text
+        exact = preset.sinks + preset.window
+        short, long = (1 / (1 / preset.ratio + exact / tokens) for tokens in (4096, 32768))
+        assert f"| `{name}` | {preset.ratio:g} | {short:.2f} | {long:.2f} |" in text
+        assert f"first {preset.sinks} tokens and the newest {preset.window} stay exact" in text
     ratios = [preset.ratio for preset in PRESETS.values()]
     assert f"{min(ratios):g} to {max(ratios):g}" in text
     needed = " ".join([PROJECT["requires-python"], *PROJECT["dependencies"]])

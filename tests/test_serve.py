@@ -17,11 +17,6 @@ ARGS = argparse.Namespace(
 )
 
 
-def row(backend: str, kind: str, tpot: float, batch: int = 1) -> dict[str, Any]:
-    about = {"backend": backend, "kv_dtype": kind, "B": batch, "T": 512, "ttft_ms": 10.0}
-    return {**about, "tpot_ms": tpot, "kv_tokens": 1000, "throughput": 1000 * batch / tpot}
-
-
 def test_what_an_engine_is_asked_for():
     assert serve.sizes(ARGS) == [1, 8, 40]
     assert serve.longest(ARGS) >= 900 + ARGS.many
@@ -32,23 +27,15 @@ def test_what_an_engine_is_asked_for():
 
 
 def test_model_and_codec_are_of_one_shape(tmp_path: Path):
-    serve.make_model("tiny", tmp_path / "model")
+    pytest.importorskip("transformers")
+    serve.make_model("check", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     for kind in ("balanced", "8 bits"):
-        serve.make_codec("tiny", kind, tmp_path / "codec.safetensors")
+        serve.make_codec("check", kind, tmp_path / "codec.safetensors")
         codec = ModelCodec.load(tmp_path / "codec.safetensors")
         assert len(codec.layers) == config["num_hidden_layers"]
         assert {x.kv_heads for x in codec.layers} == {config["num_key_value_heads"]}
         assert {x.layout.head_dim for x in codec.layers} == {config["head_dim"]}
-
-
-def test_table_compares_with_the_first_backend():
-    rows = [row("FLASH_ATTN", "bfloat16", 5.0), row("FLASH_ATTN", "bfloat16", 8.0, batch=8)]
-    rows += [row("SPECTRAL", "balanced", 4.0), row("SPECTRAL", "balanced", 6.0, batch=8)]
-    lines = serve.table(rows).splitlines()
-    assert len(lines) == 5
-    assert "(0.80x)" in lines[3]
-    assert "(0.75x)" in lines[4]
 
 
 @pytest.mark.parametrize(("lead", "code"), [(0.01, 0), (1.0, 1)])

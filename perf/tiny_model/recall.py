@@ -5,16 +5,15 @@ A document is a run of sentences of a small grammar. Most are filler ("the patie
 the maps ."), some state a fact ("note : belen 217 .") and some ask for one stated earlier ("recall
 : belen 217 ."). Which name gets which value is drawn anew for each document, so only the document
 itself can answer a question. Every word is one token; the id of a word is its index in
-`VOCABULARY`.
+`VOCABULARY`; those of its sentences' topics are in topics.txt.
 
 Training:  perf/tiny_model/train.py  (`write_document`)
 Tests:     `make_recall_contexts`, `make_recall_prompts`  (text; the same for the same seed)
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS, EOS, UNK = range(4)
@@ -31,57 +30,9 @@ _TIMES = {
     "HOUR": "noon dawn dusk midnight sunrise sunset".split(),
 }
 _CLASSES = ("PERSON", "ADJECTIVE", "VERB", "OBJECT", "PLACE")
-# A line a class; neighbouring sentences mostly share their topic.
-_TOPICS = [
+_TOPICS = [  # a line a class; neighbouring sentences mostly share their topic
     dict(zip(_CLASSES, (line.split() for line in topic.splitlines()), strict=True))
-    for topic in """\
-farmer shepherd miller gardener beekeeper dairymaid
-muddy golden ripe wooden sunny dusty
-planted watered gathered carried fed counted
-apples sheep pumpkins hens turnips sunflowers
-field barn orchard meadow stable mill
-
-sailor captain fisherman pilot diver admiral
-salty stormy silver wet deep calm
-hauled steered mended caught painted anchored
-nets sails oars ropes lanterns barrels
-harbour pier island lighthouse beach reef
-
-teacher pupil librarian scholar headmaster student
-clever careful curious patient quiet neat
-read copied explained studied wrote corrected
-books letters maps poems lessons riddles
-classroom library hall courtyard museum academy
-
-cook baker waiter butcher grocer innkeeper
-warm sweet spicy fresh crisp hungry
-baked tasted stirred served sliced cooled
-loaves soups pies cakes onions dumplings
-kitchen tavern cellar pantry bakery inn
-
-hunter ranger woodcutter hermit trapper wanderer
-green mossy shady wild ancient tall
-followed tracked chopped found hid watched
-foxes owls logs mushrooms footprints badgers
-forest clearing cave valley cabin stream
-
-mayor merchant driver porter watchman banker
-busy narrow crowded noisy bright famous
-sold bought crossed opened guarded rented
-wagons coins houses carpets windows bridges
-market square station tower avenue gate
-
-singer drummer fiddler dancer composer piper
-gentle loud merry slow cheerful solemn
-played sang hummed practised tuned rehearsed
-songs drums flutes waltzes tunes violins
-theatre stage ballroom garden festival chapel
-
-smith carpenter potter weaver tailor clockmaker
-sharp heavy polished iron broken tiny
-repaired forged carved sewed sharpened measured
-clocks hammers chairs pots coats locks
-workshop forge shed attic loft yard""".split("\n\n")
+    for topic in Path(__file__).with_name("topics.txt").read_text().split("\n\n")
 ]
 _FILLER = [
     text.split()

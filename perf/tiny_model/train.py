@@ -19,8 +19,6 @@ The codecs beside it (codec-PRESET.safetensors), from documents of other seeds t
         --device cpu --preset quality balanced small --out perf/tiny_model
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
