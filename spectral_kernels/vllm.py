@@ -24,7 +24,6 @@ Test: tests/test_vllm.py; on a GPU also python -m perf.serve --check.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import re
 from collections.abc import Callable
@@ -49,6 +48,7 @@ if not (0, 32) <= tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) <= (
 
 from vllm import distributed
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention import backend as base
@@ -63,7 +63,7 @@ SHARE = 0.2  # of the memory that weights leave: what exact tokens and kept sink
 LEAST = 16  # newest tokens that stay exact where the codec's window is larger than that
 KEPT = 4  # sinks that are kept for each request that may run
 Fill = Callable[["SpectralImpl"], None]
-log = logging.getLogger("vllm.spectral")  # vLLM shows what loggers below its own say
+log = init_logger("vllm.spectral")  # vLLM shows what loggers below its own say
 
 
 def register() -> None:
@@ -142,9 +142,9 @@ def _check_config(config: VllmConfig) -> None:
         "context parallel": parallel.decode_context_parallel_size > 1
         or parallel.prefill_context_parallel_size > 1,
         "microbatches": parallel.use_ubatching,
+        "prefix_match_unit": config.cache_config.prefix_match_unit is not None,  # copies of pages
         f"kv_cache_dtype {kind}": kind not in ("auto", "bfloat16", "float16"),
-        "model runner V1 on a GPU": not current_platform.is_cpu()
-        and not config.use_v2_model_runner,
+        "model runner V1 on a GPU": not (current_platform.is_cpu() or config.use_v2_model_runner),
     }
     for what, given in refused.items():
         if given:
@@ -188,7 +188,10 @@ class Engine:
         memory = current_platform.get_device_total_memory() * cache.gpu_memory_utilization
         memory = max(memory - torch.cuda.memory_allocated(), cache.kv_cache_memory_bytes or 0)
         token = 2 * dtype.itemsize * sum(x.num_kv_heads * x.head_size for x in self.layers)
-        most, kept = int(SHARE * memory) // token, (1 + KEPT) * self.sinks  # in tokens
+        tokens = torch.tensor(int(SHARE * memory) // token, device="cpu")
+        for group in (distributed.get_tp_group(), distributed.get_pp_group()):  # ranks agree
+            torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, group.cpu_group)
+        most, kept = int(tokens), (1 + KEPT) * self.sinks
         room = min(most // (self.slots + 1) - kept, self.window)
         least = self.window if self.codec.preset == "exact" else min(self.window, LEAST)
         if room < least:
@@ -210,8 +213,7 @@ class Engine:
         hybrid = model.is_hybrid  # beside layers with a state, as vLLM calls it
         attending = {n: x for n, x in self.context.items() if hasattr(x, "impl")}
         found = {n: x for n, x in attending.items() if isinstance(x.impl, SpectralImpl)}
-        rank = distributed.get_tensor_model_parallel_rank()
-        ranks = distributed.get_tensor_model_parallel_world_size()
+        ranks = distributed.get_tp_group()
         whole, known = len(found) == len(self.codec.layers), len(self.codec.layers)
         if not whole and known != model.get_total_num_hidden_layers():
             raise ValueError(f"codec: expected {len(found)} layers, got {known}")
@@ -223,7 +225,7 @@ class Engine:
                 raise NotImplementedError(f"{NAME}: {name} is not full causal attention")
             codec = self.codec.layers[index]
             if id(codec) not in parts:
-                first = rank * codec.kv_heads // ranks
+                first = ranks.rank_in_group * codec.kv_heads // ranks.world_size
                 parts[id(codec)] = codec.of_heads(first, impl.num_kv_heads).to(self.device)
             impl.bind(layer, parts[id(codec)])
             kept = {n: getattr(impl.codec, n) for n in TENSORS} | {"seq_ids": self.seq_ids}
@@ -268,8 +270,7 @@ class Engine:
         def found(i: int) -> tuple[int, int, int, int]:
             entry = self.pool.find(int(rows.pages[i][0]))
             if entry < 0 < self.entries:
-                if not self.lost:
-                    log.warning("%s: sinks of a prefix are no longer kept, but rebuilt", NAME)
+                log.warning_once("%s: sinks of a prefix are no longer kept, but rebuilt", NAME)
                 self.lost += 1
             return i, int(slots[i]), int(rows.past[i]), entry
 

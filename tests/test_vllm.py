@@ -678,7 +678,9 @@ def settings(**changes: Any) -> SimpleNamespace:
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
         ),
-        cache_config=SimpleNamespace(cache_dtype="auto", enable_prefix_caching=True),
+        cache_config=SimpleNamespace(
+            cache_dtype="auto", enable_prefix_caching=True, prefix_match_unit=None
+        ),
         model_config=SimpleNamespace(
             model="NAME", max_model_len=64, get_total_num_kv_heads=lambda: 2,
             get_head_size=lambda: 64, get_total_num_hidden_layers=lambda: 2,
@@ -695,7 +697,11 @@ def test_refuses(coded, monkeypatch):
     with pytest.raises(NotImplementedError, match="speculative decoding"):
         plugin._check_config(settings(speculative_config=object()))
     with pytest.raises(NotImplementedError, match="fp8"):
-        plugin._check_config(settings(cache_config=SimpleNamespace(cache_dtype="fp8")))
+        cache = SimpleNamespace(cache_dtype="fp8", prefix_match_unit=None)
+        plugin._check_config(settings(cache_config=cache))
+    with pytest.raises(NotImplementedError, match="prefix_match_unit"):
+        cache = SimpleNamespace(cache_dtype="auto", prefix_match_unit=64)
+        plugin._check_config(settings(cache_config=cache))
     with pytest.raises(ValueError, match="expected --no-enable-prefix-caching"):
         plugin._load_codec(settings(additional_config={"spectral": EXACT}))
     command = "python -m spectral_kernels.calibrate --model NAME --preset balanced"
@@ -718,6 +724,22 @@ def test_refuses(coded, monkeypatch):
 GB = 10**9
 
 
+def alone_or_beside(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Ranks of a tensor- and a pipeline-parallel group that have as little as is set here."""
+    others: dict[str, int] = {}
+
+    def reduce(x: torch.Tensor, op: Any, group: str) -> None:
+        assert op == torch.distributed.ReduceOp.MIN
+        x.clamp_(max=others.get(group, 10**9))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    for group in ("TP", "PP"):
+        found = SimpleNamespace(cpu_group=group)
+        name = f"get_{group.lower()}_group"
+        monkeypatch.setattr(plugin.distributed, name, lambda found=found: found)
+    return others
+
+
 @pytest.mark.parametrize(
     ("card", "weights", "requests", "window"),
     [
@@ -734,6 +756,7 @@ def test_newest_tokens_fit_beside_pages(card, weights, requests, window, monkeyp
     platform = SimpleNamespace(get_device_total_memory=lambda: card * GB)
     monkeypatch.setattr(plugin, "current_platform", platform)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: weights * GB)
+    others = alone_or_beside(monkeypatch)
     layers = [SimpleNamespace(num_kv_heads=8, head_size=128)] * 32
     memory = SimpleNamespace(gpu_memory_utilization=0.92, kv_cache_memory_bytes=None)
     engine = SimpleNamespace(
@@ -755,6 +778,9 @@ def test_newest_tokens_fit_beside_pages(card, weights, requests, window, monkeyp
     engine.slots -= 1
     plugin.Engine._fit(engine)
     assert engine.window == 16
+    engine.window, engine.slots, others["PP"] = 128, 16, 17 * (20 + 50)  # tokens that fit there
+    plugin.Engine._fit(engine)
+    assert engine.window == 48
 
 
 def test_a_window_that_does_not_fit(model, tmp_path, monkeypatch):
