@@ -148,15 +148,14 @@ def row_splits(
 
 
 @triton.jit
-def row_of_program(splits, program, BLOCK_B: tl.constexpr):
+def row_of_program(splits, program, B, BLOCK_B: tl.constexpr):
     """(row int64, split of it, its splits) of a program of all rows' (`row_splits`), which stand
-    one after another; the row is BLOCK_B where there are not as many."""
+    one after another; where there are not as many, the last row and no splits."""
     b = tl.arange(0, BLOCK_B)
-    ends = tl.cumsum(splits, 0)
-    row = tl.sum((ends <= program).to(tl.int32), 0)
-    before = tl.sum(tl.where(b < row, splits, 0), 0)
+    row = tl.sum((tl.cumsum(splits, 0) <= program).to(tl.int32), 0)
+    split = program - tl.sum(tl.where(b < row, splits, 0), 0)
     splits = tl.sum(tl.where(b == row, splits, 0), 0)
-    return row.to(tl.int64), program - before, splits
+    return tl.minimum(row, B - 1).to(tl.int64), split, splits
 
 
 @triton.jit

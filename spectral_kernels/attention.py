@@ -41,7 +41,7 @@ import triton.language as tl
 
 from . import _bits, _launch, _math
 from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
-from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY
+from ._math import FULL, ROUND_TO_LOW_BITS, TINY
 from .attention_sm75 import launch_old_cards, operand_words
 from .codec import Codec, check_codec
 from .compress import check_pages, check_table
@@ -162,43 +162,53 @@ def _split_int16(x, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _load_queries(
+def _load_for_projection(
     q_ptr,  # the sequence's and KV head's first query
     row,  # [ROWS], query * HG + head
     live,
+    codec,  # K's basis int8 [.., R, D], its scale [.., R], the mean [.., D]; freqs
+    codec_row,  # and KV head
     stride_q_h,
     stride_q_q,
-    freqs_ptr,
     HG: tl.constexpr,
     D: tl.constexpr,
     PAIRS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """(queries and their partners of a turn backwards [1, ROWS, BLOCK_D], in units in which a row's
-    longest pair is FULL: one unit at any angle; the longest pairs [1, ROWS]; turns a position
-    [BLOCK_D])."""
+    """What `_project_frames` computes with, as it lies in memory: (queries and their partners of a
+    turn [1, ROWS, BLOCK_D], turns a position [BLOCK_D], basis [BLOCK_D, BLOCK_R], its scale
+    [BLOCK_R], the mean [BLOCK_D])."""
+    basis_ptr, scale_ptr, mean_ptr, freqs_ptr = codec
+    R: tl.constexpr = _bits.rank_of(GROUPS)
     d = tl.arange(0, max(16, triton.next_power_of_2(D)))
-    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))
     partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
     if PAIRS % 8 == 0:
         partner = tl.max_contiguous(tl.multiple_of(partner, 8), 8)
     freqs = tl.load(freqs_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
     at = q_ptr + (row % HG).to(tl.int64) * stride_q_h + (row // HG).to(tl.int64) * stride_q_q
     mask = live[None, :, None] & (d < D)[None, None, :]
-    q = tl.load(at[None, :, None] + d[None, None, :], mask=mask, other=0.0).to(tl.float32)
+    q = tl.load(at[None, :, None] + d[None, None, :], mask=mask, other=0.0)
     other = tl.load(at[None, :, None] + partner[None, None, :], mask=mask, other=0.0)
-    other = other.to(tl.float32) * sign[None, None, :]
-    largest = tl.sqrt(tl.max(q * q + other * other, 2))
-    full = tl.where(largest > 0.0, FULL / largest, 0.0)[:, :, None]
-    return q * full, other * full, largest, freqs
+    r = _component(max(32, triton.next_power_of_2(R)))
+    scale = tl.load(scale_ptr + codec_row * R + r, mask=r < R, other=0.0)
+    mean = tl.load(mean_ptr + codec_row * D + d, mask=d < D, other=0.0)
+    tl.debug_barrier()  # all of these are on their way before anything waits for the basis
+    at = basis_ptr + codec_row * (R * D) + r[None, :] * D + d[:, None]
+    basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)
+    return q, other, freqs, basis, scale, mean
+
+
+@triton.jit
+def _component(BLOCK_R: tl.constexpr):
+    """The component of a product's column, [BLOCK_R]: see `_by_thread`."""
+    column = tl.arange(0, BLOCK_R)
+    return column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
 
 
 @triton.jit
 def _project_frames(
-    queries,  # of _load_queries
+    loaded,  # by _load_for_projection
     live,  # [ROWS]
-    basis_ptr,  # int8 [R, D] of the codec's row and KV head
-    scale_ptr,  # float32 [R]
-    mean_ptr,  # float32 [D]
     u_ptr,
     affine_ptr,
     u_row,  # u_row + frame is the frame's row of u
@@ -207,7 +217,7 @@ def _project_frames(
     softmax_scale,
     FRAME: tl.constexpr,
     ROWS: tl.constexpr,
-    D: tl.constexpr,
+    PAIRS: tl.constexpr,
     GROUPS: tl.constexpr,
     M: tl.constexpr,
     NATIVE: tl.constexpr,
@@ -221,23 +231,25 @@ def _project_frames(
     R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     FRAMES: tl.constexpr = M // ROWS  # at a time
-    BLOCK_D: tl.constexpr = max(16, triton.next_power_of_2(D))
-    BLOCK_R: tl.constexpr = max(32, triton.next_power_of_2(R))
-    q, other, largest, freqs = queries
+    q, other, freqs, basis, scale, mean = loaded
+    BLOCK_D: tl.constexpr = basis.shape[0]
+    BLOCK_R: tl.constexpr = basis.shape[1]
+    d = tl.arange(0, BLOCK_D)
+    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))  # of a turn backwards
+    q, other = q.to(tl.float32), other.to(tl.float32) * sign[None, None, :]
+    # In units in which a row's longest pair is FULL: one unit at any angle.
+    largest = tl.sqrt(tl.max(q * q + other * other, 2))  # [1, ROWS]
+    full = tl.where(largest > 0.0, FULL / largest, 0.0)[:, :, None]
+    q, other = q * full, other * full
     local = tl.arange(0, M) // ROWS
     out = tl.arange(0, M) % ROWS + (u_row + local) * ROWS
-    d = tl.arange(0, BLOCK_D)
     # Good to 2**-32 turns a frame.
     ahead = tl.arange(0, FRAMES)[:, None] * ((FRAME * freqs) >> 32).to(tl.int32)[None, :]
     column = tl.arange(0, BLOCK_R)
-    # The component of a product's column: see `_by_thread`.
-    r = column // 16 * 16 + column // 2 % 4 * 4 + column // 8 % 2 * 2 + column % 2
-    weight, zero = _bits.weights_and_zeros(r, GROUPS, 0, R // 16)
+    weight, zero = _bits.weights_and_zeros(_component(BLOCK_R), GROUPS, 0, R // 16)
     zero = _by_thread(zero[None, :], 1, BLOCK_R)
-    at = basis_ptr + r[None, :] * D + d[:, None]
-    basis = tl.load(at, mask=(d < D)[:, None] & (r < R)[None, :], other=0)  # [D, R]
-    scale = tl.load(scale_ptr + r, mask=r < R, other=0.0) * softmax_scale * weight
-    mean = tl.load(mean_ptr + d, mask=d < D, other=0.0) * softmax_scale
+    scale = scale * softmax_scale * weight
+    mean *= softmax_scale
     for start in range(first, end, FRAMES):
         phase = ((freqs * FRAME * start) >> 32).to(tl.int32)  # exact modulo a turn
         cos, sin = _math.cos_sin_of_phase(phase[None, None, :] + ahead[:, None, :], NATIVE)
@@ -249,9 +261,9 @@ def _project_frames(
         top = tl.max(tl.abs(u), 1)
         u = _by_thread(u * tl.where(top > TINY, FULL / top, 0.0)[:, None], M, BLOCK_R)
         hi, lo, value = _split_int16(u, NATIVE)
-        full = largest * (1.0 / FULL)  # [1, ROWS]
-        unit = tl.reshape(tl.reshape(top * (1.0 / FULL), [FRAMES, ROWS]) * full, [M])
-        bias = tl.reshape(bias * full, [M]) + tl.sum(value * zero, 1) * unit
+        full_unit = largest * (1.0 / FULL)  # [1, ROWS]
+        unit = tl.reshape(tl.reshape(top * (1.0 / FULL), [FRAMES, ROWS]) * full_unit, [M])
+        bias = tl.reshape(bias * full_unit, [M]) + tl.sum(value * zero, 1) * unit
         stored = tl.reshape(tl.broadcast_to(live[None, :], [FRAMES, ROWS]), [M]) & (
             start + local < end
         )
@@ -285,29 +297,25 @@ def _sum_of_warps(parts):
 
 @triton.jit
 def _prefetch_first(
-    k_ptr, v_ptr, basis_ptr, scale_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
-    D: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr,
+    k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
+    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Ask L2 for the first pages of a split, the K basis and V's scales: a quarter of the threads
-    each. From sm_90, which wants addresses that are multiples of 16: the one before will do."""
+    """Ask L2 for the first pages of a split: half of the threads for K's, half for V's. From
+    sm_90, which wants addresses that are multiples of 16: the one before will do."""
     thread = tl.arange(0, 32 * W)
-    what = thread // (8 * W)
-    nth = thread % (8 * W)
+    is_k = thread < 16 * W
+    nth = thread % (16 * W)
     early = nth < tl.minimum(end - page, W)
     number = tl.load(table_ptr + page + nth, mask=early, other=0).to(tl.int64)
-    at = tl.where(what == 2, basis_ptr.to(tl.int64), scale_ptr.to(tl.int64))
-    at = tl.where(what == 1, v_ptr.to(tl.int64) + number * stride_v_page, at)
-    at = tl.where(what == 0, k_ptr.to(tl.int64) + number * stride_k_page, at)
-    size = tl.where(what == 2, _bits.rank_of(K_GROUPS) * D, 4 * _bits.rank_of(V_GROUPS))
-    size = tl.where(what == 1, _bits.page_bytes(V_GROUPS), size)
-    size = tl.where(what == 0, _bits.page_bytes(K_GROUPS), size)
-    live = tl.where(what < 2, early, nth == 0).to(tl.int32)
+    at = tl.where(is_k, k_ptr.to(tl.int64), v_ptr.to(tl.int64))
+    at += number * tl.where(is_k, stride_k_page, stride_v_page)
+    size = tl.where(is_k, _bits.page_bytes(K_GROUPS), _bits.page_bytes(V_GROUPS))
     tl.inline_asm_elementwise(
         """{ .reg .pred p;
         setp.ne.b32 p, $3, 0;
         @p cp.async.bulk.prefetch.L2.global [$1], $2;
         mov.b32 $0, 0; }""",
-        "=r,l,r,r", [at & -16, size, live], tl.int32, False, 1,
+        "=r,l,r,r", [at & -16, size, early.to(tl.int32)], tl.int32, False, 1,
     )  # fmt: skip
 
 
@@ -341,87 +349,94 @@ def _page_scores(
 
 
 @triton.jit
-def _store_split(
-    acc, m_warp, l_warp, w_warp, v_scale_ptr, c_ptr, lse_ptr, out, live, GROUPS: tl.constexpr,
-):  # fmt: skip
-    """The warps' states together: lse, and the output in coefficients of the V basis. l and acc
-    count weights in units of 1 / FULL."""
+def _add_weighted(acc, old, y, w_both):
+    """acc [W, 16, ROWS] times old [W, ROWS], and y [W, 16, 64] times the weights' int8 parts [W,
+    64, 2 ROWS]."""
+    W: tl.constexpr = acc.shape[0]
+    ROWS: tl.constexpr = acc.shape[2]
+    dots = tl.dot(y, w_both, out_dtype=tl.int32)
+    hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
+    return acc * old[:, None, :] + (hi * 256 + lo).to(tl.float32)
+
+
+@triton.jit
+def _in_steps(acc, GROUPS: tl.constexpr, i: tl.constexpr):
+    """Block i of sums of weighted integers as coefficients in steps; acc's last block is the sum of
+    the weights."""
     R: tl.constexpr = _bits.rank_of(GROUPS)
-    m = tl.max(m_warp, 0)
-    share = tl.exp2(m_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
-    l, w_sum = tl.split(tl.sum(tl.join(l_warp * share, w_warp * share), 0))
+    return (acc[i] + _bits.field_zero(GROUPS, i) * acc[R // 16]) * _bits.field_weight(GROUPS, i)
+
+
+@triton.jit
+def _store_split(
+    acc, unit_warp, l_warp, c_ptr, lse_ptr, out, live, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The warps' states together: lse, and the output in steps of the V basis. acc, its last block
+    the sum of weights, counts these in units of 1 / FULL."""
+    R: tl.constexpr = _bits.rank_of(GROUPS)
+    m = tl.max(unit_warp, 0)
+    share = tl.exp2(unit_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
+    l = FULL * tl.sum(l_warp * share, 0)
     norm = tl.where(l == 0.0, 0.0, 1.0 / l)
     tl.store(lse_ptr + out, _math.natural_lse(m, l), mask=live)
     BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
     for n in tl.static_range(0, R // 16, BLOCKS):
         parts = ()
         for f in tl.static_range(BLOCKS):
-            parts = parts + (acc[min(n + f, R // 16 - 1)] * share[:, None, :],)
-        x = _sum_of_warps(parts)  # [16 BLOCKS, ROWS]
+            x = _in_steps(acc, GROUPS, min(n + f, R // 16 - 1))
+            parts = parts + (x * share[:, None, :],)
+        x = _sum_of_warps(parts) * norm[None, :]  # [16 BLOCKS, ROWS]
         r = n * 16 + tl.arange(0, 16 * BLOCKS)
-        scale = tl.load(v_scale_ptr + r, mask=r < R, other=0.0)
-        weight, zero = _bits.weights_and_zeros(r, GROUPS, n, min(n + BLOCKS, R // 16))
-        x = (x + zero[:, None] * w_sum[None, :]) * ((scale * weight)[:, None] * norm[None, :])
         mask = (r < R)[:, None] & live[None, :]
         tl.store(c_ptr + out[None, :] * R + r[:, None], x, mask=mask)
 
 
 @triton.jit
 def _pages_split(
-    q_ptr,  # the sequence's and KV head's first query
-    freqs_ptr,
-    k_basis_ptr,  # the codec's row and KV head, likewise the next three
-    k_scale_ptr,
-    k_mean_ptr,
-    v_scale_ptr,
+    loaded,  # by _load_for_projection
     k_ptr,  # pages of the KV head
     v_ptr,
     table_ptr,  # the sequence's row
     u_ptr, affine_ptr, c_ptr, lse_ptr, seq_len,
-    row,  # [ROWS], query * HG + head
+    live,  # [ROWS]
     out,  # [ROWS], rows of c and lse
-    split, splits, u_row, Q, softmax_scale, strides_q, stride_k_page, stride_v_page,
-    HG: tl.constexpr, SHAPE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    split, splits, u_row, softmax_scale, stride_k_page, stride_v_page,
+    SHAPE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr, TILE: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """One split of the pages of one sequence and KV head: its state over ROWS queries. The queries
     are projected for the frames of the split first; then W warps work on a page each, and join
     their states at the end.
 
-    c [.., RV] float32: the output in coefficients of the V basis, lse [..]. u, affine: see
+    c [.., RV] float32: the output in steps of the V basis, lse [..]. u, affine: see
     `_project_frames`. Constants: see `_attend_spectral_kernel`.
     """
-    D: tl.constexpr = SHAPE[0]
     PAGES: tl.constexpr = SHAPE[2] // 64  # of a frame
     ROWS: tl.constexpr = TILE[0]
     W: tl.constexpr = TILE[2]
     NATIVE: tl.constexpr = PATH[2]
-    live = row < Q * HG
-    # Nothing waits for another load that need not: queries, then the table, then basis and pages.
-    queries = _load_queries(
-        q_ptr, row, live, strides_q[1], strides_q[2], freqs_ptr, HG, D, SHAPE[1]
-    )
     page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
     first = page // PAGES
     u_row -= first
     if page < end:
         if PATH[0]:
             _prefetch_first(
-                k_ptr, v_ptr, k_basis_ptr, v_scale_ptr, table_ptr, page, end, stride_k_page,
-                stride_v_page, D, K_GROUPS, V_GROUPS, W,
+                k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
+                K_GROUPS, V_GROUPS, W,
             )  # fmt: skip
         _project_frames(
-            queries, live, k_basis_ptr, k_scale_ptr, k_mean_ptr, u_ptr, affine_ptr, u_row, first,
-            tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS, D, K_GROUPS, TILE[1], NATIVE,
+            loaded, live, u_ptr, affine_ptr, u_row, first, tl.cdiv(end, PAGES), softmax_scale,
+            SHAPE[2], ROWS, SHAPE[1], K_GROUPS, TILE[1], NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
         token = tl.arange(0, 64)
         warp = tl.arange(0, W)
         m_warp = tl.full([W, ROWS], float("-inf"), dtype=tl.float32)
+        unit_warp = m_warp
         l_warp = tl.zeros([W, ROWS], dtype=tl.float32)
-        w_warp = tl.zeros([W, ROWS], dtype=tl.float32)
+        ones = tl.full([W, 16, 64], 1, dtype=tl.int8)
         acc = ()
-        for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16):
+        for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16 + 1):
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
         for start in range(page, end, W):
             # [W]; a warp without a page repeats the last one and sees none of its tokens.
@@ -431,22 +446,22 @@ def _pages_split(
                 k_ptr + number * stride_k_page, u_ptr, affine_ptr, u_row + j // PAGES, W, ROWS,
                 K_GROUPS, NATIVE,
             )  # fmt: skip
-            position = j[:, None] * 64 + token[None, :]
-            seen = (position >= EXACT[0]) & (position < stop) & (start + warp < end)[:, None]
+            position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
+            seen = tl.where(start + warp < end, stop - EXACT[0], 0).to(tl.uint32)
+            seen = position.to(tl.uint32) < seen[:, None]  # negative ones are large
             s = tl.where(seen[:, :, None], s, float("-inf"))
+            # Weights in units of 1 / FULL of the page's largest, or of 2**-32 of the largest so
+            # far. The difference first: scores may be 1e7, and the largest weight must be FULL
+            # exactly enough to fit its int8 parts.
             m_page = tl.max(s, 1)
-            # Weights in units of 1 / FULL of the page's largest. The difference first: scores may
-            # be 1e7, and the largest weight must be FULL exactly enough to fit its int8 parts.
-            low = tl.where(m_page == float("-inf"), 0.0, m_page)
-            p = tl.exp2((s - low[:, None, :]) + LOG2_FULL)
-            m_new = tl.maximum(m_warp, m_page)
-            top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m_warp - top)
-            new = tl.exp2(m_page - top)
-            l_warp = l_warp * old + tl.sum(p, 1) * new
-            m_warp = m_new
-            w_hi, w_lo, w = _split_int16(p, NATIVE)
-            w_warp = w_warp * old + tl.sum(w, 1) * new
+            m_warp = tl.maximum(m_warp, m_page)
+            unit = tl.maximum(m_page, m_warp - 32.0)
+            low = tl.where(unit == float("-inf"), 0.0, unit)
+            p = tl.exp2(s - low[:, None, :])
+            old = tl.exp2(unit_warp - low)
+            unit_warp = unit
+            l_warp = l_warp * old + tl.sum(p, 1)
+            w_hi, w_lo, _rounded = _split_int16(p * FULL, NATIVE)
             w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, 2 * ROWS])
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
@@ -454,12 +469,9 @@ def _pages_split(
                 x = _v_columns(group_ptr, _bits.subtiles_of(V_GROUPS, n))
                 for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
                     y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
-                    dots = tl.dot(y, w_both, out_dtype=tl.int32)
-                    hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
-                    part = (hi * 256 + lo).to(tl.float32) * new[:, None, :]
-                    rescaled = rescaled + (acc[len(rescaled)] * old[:, None, :] + part,)
-            acc = rescaled
-        _store_split(acc, m_warp, l_warp, w_warp, v_scale_ptr, c_ptr, lse_ptr, out, live, V_GROUPS)
+                    rescaled = rescaled + (_add_weighted(acc[len(rescaled)], old, y, w_both),)
+            acc = rescaled + (_add_weighted(acc[len(rescaled)], old, ones, w_both),)
+        _store_split(acc, unit_warp, l_warp, c_ptr, lse_ptr, out, live, V_GROUPS)
     else:
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
@@ -467,7 +479,7 @@ def _pages_split(
 @triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
-    codec,  # freqs, k_basis, k_scale, k_mean, v_scale
+    codec,  # k_basis, k_scale, k_mean, freqs
     k_pages_ptr,
     v_pages_ptr,
     k_exact_ptr,
@@ -494,7 +506,6 @@ def _attend_spectral_kernel(
     pages (`_pages_split`)."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
-    freqs_ptr, k_basis_ptr, k_scale_ptr, k_mean_ptr, v_scale_ptr = codec
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr = states
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
@@ -507,25 +518,34 @@ def _attend_spectral_kernel(
         blocks = tl.cdiv(Q * HG, ROWS)
         program = (tl.program_id(1) - exact_programs) // blocks
         block = (tl.program_id(1) - exact_programs) % blocks
-        splits_of = _math.row_splits(
-            seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
-        )
-        b, split, splits = _math.row_of_program(splits_of, program, TILE[4])
-        if b < B:
-            codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
-            row = block * ROWS + tl.arange(0, ROWS)
+        b = (0 * program).to(tl.int64)
+        if TILE[4] > 1:
+            splits_of = _math.row_splits(
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
+            )
+            b, split, splits = _math.row_of_program(splits_of, program, B, TILE[4])
+        codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
+        row = block * ROWS + tl.arange(0, ROWS)
+        live = row < Q * HG
+        # Asked for before a single row's length, and any row's pages, are known.
+        seq_len = tl.load(seq_lens_ptr + b)
+        loaded = _load_for_projection(
+            q_ptr + b * strides_q[0] + g * HG * strides_q[1], row, live,
+            codec, codec_row, strides_q[1], strides_q[2], HG, D, SHAPE[1], K_GROUPS,
+        )  # fmt: skip
+        if TILE[4] == 1:
+            splits_of = _math.row_splits(
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
+            )
+            split, splits = program, tl.sum(splits_of, 0)
+        if split < splits:
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
             u_row = ((program.to(tl.int64) * blocks + block) * G + g) * u_frames
             _pages_split(
-                q_ptr + b * strides_q[0] + g * HG * strides_q[1], freqs_ptr,
-                k_basis_ptr + codec_row * (_bits.rank_of(K_GROUPS) * D),
-                k_scale_ptr + codec_row * _bits.rank_of(K_GROUPS), k_mean_ptr + codec_row * D,
-                v_scale_ptr + codec_row * _bits.rank_of(V_GROUPS),
-                k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
-                block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
-                tl.load(seq_lens_ptr + b), row, out, split, splits, u_row, Q, softmax_scale,
-                strides_q, strides_pages[0], strides_pages[2], HG, SHAPE, K_GROUPS, V_GROUPS,
-                EXACT, TILE, PATH,
+                loaded, k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
+                block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr, seq_len,
+                live, out, split, splits, u_row, softmax_scale, strides_pages[0], strides_pages[2],
+                SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
             )  # fmt: skip
     elif EXACT[2] > 0:
         split = tl.program_id(1) % EXACT[3]
@@ -543,8 +563,8 @@ def _attend_spectral_kernel(
 
 @triton.jit(do_not_specialize=["B", "programs"])
 def _finish_spectral_kernel(
-    c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, seq_lens_ptr, codec_ids_ptr, out_ptr,
-    out_lse_ptr, B, programs, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
+    c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, scale_ptr, seq_lens_ptr, codec_ids_ptr,
+    out_ptr, out_lse_ptr, B, programs, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
     FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -568,6 +588,7 @@ def _finish_spectral_kernel(
     # threads.
     basis_at = basis_ptr + (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
     inside = (r < RV)[:, None] & (d < D)[None, :]
+    scale = tl.load(scale_ptr + codec_row * RV + r, mask=r < RV, other=0.0)
     if not LATE:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
     splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
@@ -583,13 +604,9 @@ def _finish_spectral_kernel(
     mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
     y_at = exact_ptr + at[:, None] * D + d[None, :]  # [BLOCK_E, BLOCK_D]
     y = tl.load(y_at, mask=mask, other=0.0)
-    m = tl.max(exact_lse, 0)
-    low = tl.where(m == float("-inf"), 0.0, m)
-    w = tl.exp(exact_lse - low)
-    total = tl.sum(w, 0)
-    o = tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
+    m = float("-inf")
+    total = 0.0
     c = tl.zeros([BLOCK_R], dtype=tl.float32)
-    rest = 1.0  # what the exact tokens' sum is worth by now
     for start in tl.range(first, end, BLOCK_N, num_stages=1):
         live = start + n < end
         state = ((start + n).to(tl.int64) * (G * HG) + head) * Q + tl.program_id(2) % Q
@@ -600,11 +617,17 @@ def _finish_spectral_kernel(
         low = tl.where(top == float("-inf"), 0.0, top)
         old = tl.exp(m - low)
         share = tl.exp(lse - low)
-        m, rest, total = top, rest * old, total * old + tl.sum(share, 0)
+        m, total = top, total * old + tl.sum(share, 0)
         c = c * old + tl.sum(tl.where((share > 0.0)[:, None], share[:, None] * x, 0.0), 0)
+    top = tl.maximum(m, tl.max(exact_lse, 0))
+    low = tl.where(top == float("-inf"), 0.0, top)
+    old = tl.exp(m - low)
+    w = tl.exp(exact_lse - low)
+    m, total = top, total * old + tl.sum(w, 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
-    o = o * rest + tl.sum(c[:, None] * basis.to(tl.float32), 0)
+    o = tl.sum((c * scale * old)[:, None] * basis.to(tl.float32), 0)
+    o += tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
     o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
     if tl.program_id(0) == 0:
@@ -651,8 +674,9 @@ def plan_launch(
     """The launch of `attend_spectral` for a capacity of max_pages a row: no length decides it.
 
     As many programs as are resident, or some rounds of them; where a warp of these would take less
-    than six pages, fewer, as a program's start and end then cost as much as its pages. A row that
-    gets n programs, rounded down, has less than twice the pages that a program of all rows' has.
+    than six pages, fewer, as a program's start and end then cost as much as its pages, and more
+    with others beside it: a single row has about one on a multiprocessor. A row that gets n
+    programs, rounded down, has less than twice the pages that a program of all rows' has.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
@@ -663,13 +687,13 @@ def plan_launch(
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
         # Programs a multiprocessor: what its registers hold.
-        resident = 2 if large else 4 if rows <= 8 else 3
+        resident = 2 if large or rows > 8 else 4
         # Three stages ask for a turn's pages at the end of the turn before, five a turn earlier, so
         # that they are there in time. That takes twice the shared memory.
         deep = resident == 4 and _launch.has_large_shared_memory(device)
         options = {"num_stages": 5 if deep else 3, "num_warps": warps}
-        if not large:
-            options["maxnreg"] = 128 if resident == 4 else 168
+        if resident == 4:
+            options["maxnreg"] = 128
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, m, resident = 4, 1, 4, 16
         options = {"num_stages": 1, "num_warps": 1}
@@ -683,11 +707,14 @@ def plan_launch(
         rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
         programs *= next(rounds, 1)
     programs = num_splits * batch if num_splits else programs
-    few = 4 if matrix and resident > 1 and num_splits is None else 6
+    few = (2 if batch == 1 and resident == 4 else 4) if matrix and num_splits is None else 6
+    least = max(1, programs * few // 6)
     # Kernels are compiled for few sizes of a batch.
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
-    states = min(programs + batch - 1, batch * turns)
-    share = min(turns, 2 * _launch.cdiv(batch * turns, max(1, programs * few // 6))) * warps
+    most = programs if batch * turns >= 6 * programs else least
+    states = min(most + batch - 1, batch * turns)
+    share = _launch.cdiv(min(batch * turns, 6 * programs), least)
+    share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * warps
     window = (0, 16, 16)
     if slots:
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
@@ -865,7 +892,7 @@ def _launch_pages(
     if exact is None:
         exact, kept = (q, q), (*kept[:2], 0)  # not read
     _attend_spectral_kernel[grid](
-        q, (codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, codec.v_scale),
+        q, (codec.k_basis, codec.k_scale, codec.k_mean, codec.freqs),
         k_pages, v_pages, *exact, tables, (states[0].view(torch.int8), *states[1:]),
         plan.frames, batch, plan.programs, queries, scale,
         q.stride()[:3],
@@ -895,8 +922,8 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     held = (block_n + block_d) * rank  # numbers in registers
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
-        *states, codec.v_basis, *tables[1:3], out, lse, batch, plan.programs, queries,
-        codec.kv_heads,
+        *states, codec.v_basis, codec.v_scale, *tables[1:3], out, lse, batch, plan.programs,
+        queries, codec.kv_heads,
         HG=heads // codec.kv_heads,
         D=dim,
         RV=rank,

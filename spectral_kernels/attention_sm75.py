@@ -305,8 +305,7 @@ def _weight_operand(w_hi, w_lo):
 
 @triton.jit(do_not_specialize=["max_frames", "B", "programs", "Q"])
 def _attend_operands_kernel(
-    k_ptr, v_ptr, u_ptr, v_scale_ptr, block_table_ptr, seq_lens_ptr, codec_ids_ptr, c_ptr, lse_ptr,
-    max_frames,
+    k_ptr, v_ptr, u_ptr, block_table_ptr, seq_lens_ptr, c_ptr, lse_ptr, max_frames,
     B,
     programs,  # of `row_splits`
     Q,
@@ -324,8 +323,8 @@ def _attend_operands_kernel(
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
     splits_of = _math.row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
-    b, split, splits = _math.row_of_program(splits_of, program, BLOCK_B)
-    if b >= B:
+    b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
+    if split >= splits:
         return
     page, end, stop = _math.row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, 1)
     lane = tl.arange(0, 32)
@@ -377,21 +376,19 @@ def _attend_operands_kernel(
                     dots = acc[len(rescaled)] * old[None, :] + dots * new[None, :]
                     rescaled = rescaled + (dots,)
             acc = rescaled
-        # In V's basis; l and acc both count weights in units of 1 / FULL.
+        # In steps of V's basis; l and acc both count weights in units of 1 / FULL.
         l_all = _sum_over_rows(l)
         tl.store(lse_ptr + out, _math.natural_lse(_max_over_rows(m), l_all), mask=live)
         norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
         w_all = _to_lanes(_sum_over_rows(w_sum), 8)
-        codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         stored = (block * 4 + (lane & 3) < Q * HG)[None, :]
         r = tl.arange(0, 2)[:, None] * 8 + (lane >> 2)[None, :]
         c_at = c_ptr + _to_lanes(out, 8)[None, :] * RV + r
         for n in tl.static_range(RV // 16):
-            scale = tl.load(v_scale_ptr + codec_row * RV + (n * 16 + r)) * norm[None, :]
             c = (acc[n] + _bits.field_zero(V_GROUPS, n) * w_all[None, :]) * _bits.field_weight(
                 V_GROUPS, n
             )
-            tl.store(c_at + n * 16, c * scale, mask=stored)
+            tl.store(c_at + n * 16, c * norm[None, :], mask=stored)
     else:
         tl.store(lse_ptr + out, tl.full([4], float("-inf"), dtype=tl.float32), mask=live)
 
@@ -425,9 +422,8 @@ def launch_old_cards(
         PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, **shared,
     )  # fmt: skip
     _attend_operands_kernel[(plan.states * blocks, kv_heads)](
-        k_pages, v_pages, u, codec.v_scale, block_table, seq_lens, codec_ids, c, lse, plan.frames,
-        batch, plan.programs, queries, kv_heads,
-        (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
+        k_pages, v_pages, u, block_table, seq_lens, c, lse, plan.frames, batch, plan.programs,
+        queries, kv_heads, (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
         K_GROUPS=layout.k.groups, V_GROUPS=layout.v.groups, SINKS=sinks, BLOCK_B=plan.block_b,
         **shared,
     )  # fmt: skip

@@ -248,9 +248,9 @@ def _programs_kernel(
     """(row, first page, end) of every program, or (-1, 0, 0)."""
     program = tl.program_id(0)
     splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, TURN, FEW, BLOCK_B)
-    b, split, splits = row_of_program(splits_of, program, BLOCK_B)
+    b, split, splits = row_of_program(splits_of, program, B, BLOCK_B)
     tl.store(out_ptr + program * 3, -1)
-    if b < B:
+    if split < splits:
         page, end, _ = row_share(tl.load(seq_lens_ptr + b), split, splits, SINKS, WINDOW, TURN)
         tl.store(out_ptr + program * 3, b)
         tl.store(out_ptr + program * 3 + 1, page)
@@ -319,6 +319,14 @@ def test_query_magnitudes(rng, implementation, size):
     """From scores that are all alike to a softmax that is one token."""
     arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 1, (90,), 64))
     check_spectral(implementation, arrays, make_queries(rng, shape=(1, 2, 1, 64), size=size))
+
+
+@pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
+def test_pages_far_below_one_another(rng, implementation):
+    """Largest scores of the pages of a warp that are farther apart than float32's exponents."""
+    arrays = make_pages(rng, PageSpec("16x8+16x4", "32x4", 64, 1, (14 * PAGE,), 64))
+    queries = make_queries(rng, shape=(1, 2, 1, 64), size=1e4)
+    check_spectral(implementation, arrays, queries, num_splits=1)
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
