@@ -922,7 +922,7 @@ def enable(
 
     Args:
         model: a decoder-only ForCausalLM of transformers 4.57 to 5.24 in evaluation mode, fp16,
-            bf16 or fp32 (no bf16 on cards before sm_80: `model.to(torch.float16)` first), some of
+            bf16 or fp32 (no bf16 on cards before sm_80: load it with dtype=torch.float16), some of
             whose layers attend fully, by transformers' interface, with head dimension 64, 80, 96,
             128 or 256. Layers with a sliding window keep its tokens, others what transformers
             gives them. Several devices: a state on each, and windows as in transformers.

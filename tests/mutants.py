@@ -628,6 +628,8 @@ MUTANTS: list[Mutant] = [
     ),
     *of(
         "calibrate.py", "tests/test_calibrate.py",
+        ("errors of exact tokens count", "    window: int = WINDOW,", "    window: int = 16,",
+         "tests/test_calibrate.py::test_errors_count_from_where_the_presets_code_tokens"),
         ("worst component first", "eigenvectors.mT.flip(-2)\n    basis = torch.linalg.solve",
          "eigenvectors.mT\n    basis = torch.linalg.solve",
          "tests/test_calibrate.py::test_basis_loses_least_at_every_rank"),

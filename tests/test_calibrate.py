@@ -475,6 +475,18 @@ def test_moments_are_those_of_the_tokens_as_the_model_rotated_them(tiny):
     rejects(oracle.turned_back(k, inv_freq, 512).mean(1), mean, budget, "sinks counted")
 
 
+def test_errors_count_from_where_the_presets_code_tokens(tiny):
+    model, tokenizer = tiny
+    ids = recall_tokens(tokenizer, 400)
+    windows = {preset.window for preset in PRESETS.values()}
+    default, *wanted = (
+        calibrate.collect(model, [ids], **options).layers[1].k.metric
+        for options in ({}, *({"window": window} for window in windows), {"window": 16})
+    )
+    assert torch.equal(default, wanted[0]) and len(windows) == 1
+    assert not torch.allclose(default, wanted[1], rtol=0.1)
+
+
 def test_sequences_in_a_batch_count_like_sequences_one_by_one(tiny):
     model, tokenizer = tiny
     a, b = recall_tokens(tokenizer, 300), recall_tokens(tokenizer, 300, seed=1)
