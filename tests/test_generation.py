@@ -263,14 +263,21 @@ def test_a_compiled_forward_is_captured_without(mode: Any, codec: ModelCodec) ->
 
 @pytest.mark.parametrize("preset", ["exact", "balanced"])
 def test_a_model_that_drafts_with_its_first_layers(preset: str, codec: ModelCodec) -> None:
-    """Its drafts' cache has fewer layers, and is none for the whole model later."""
+    """Its drafts' cache has fewer layers: no idle one of the whole model, nor one later."""
     model, inputs = tiny(), prompt(40)
     options: dict[str, Any] = {"assistant_early_exit": 1, "min_new_tokens": None}
     dense = generate(model, inputs, **options)
+
+    class Meanwhile(Words):
+        def put(self, value: torch.Tensor) -> None:
+            if not self.tokens:  # another generation ends, and its cache is idle
+                assert torch.equal(generate(model, inputs), plain)
+            super().put(value)
+
     with enable(model, preset, codec=codec) as handle:
         plain = generate(model, inputs)
         for _ in range(2):
-            drafted = generate(model, inputs, **options, num_assistant_tokens=1)
+            drafted = generate(model, inputs, **options, streamer=Meanwhile())
             assert drafted.shape == dense.shape
             assert preset == "balanced" or torch.equal(drafted, dense)
             assert torch.equal(generate(model, inputs), plain)
