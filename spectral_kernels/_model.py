@@ -65,15 +65,14 @@ def own_layers(config: Any) -> list[Any]:
     try:
         return DynamicCache(config=config).layers
     except (KeyError, AttributeError, TypeError) as error:
-        raise NotImplementedError(
-            f"model: transformers has no DynamicCache for its layers ({error}); it stays dense"
-        ) from error
+        what = f"transformers has no DynamicCache for its layers ({error})"
+        raise NotImplementedError(f"model: {what}; it stays dense") from error
 
 
 def tensors_of(layer: Any) -> list[torch.Tensor]:
     """What a layer of transformers' cache holds."""
-    found = [getattr(layer, name, None) for name in ("keys", "values")]
-    for name in ("conv_states", "recurrent_states"):
+    found: list[Any] = []
+    for name in ("keys", "values", "conv_states", "recurrent_states"):
         states = getattr(layer, name, None)
         found += states.values() if isinstance(states, dict) else [states]
     return [x for x in found if isinstance(x, torch.Tensor)]
@@ -323,10 +322,8 @@ def compare(
     score = scale * float(q.double().norm(dim=-1).max() * k.norm(dim=-1).max())  # at most
     error, largest = float((expected - out).abs().max()), float(v.abs().max())
     if not error <= largest * (4 * torch.finfo(out.dtype).eps + 2**-20 * (1 + score)):
-        raise ValueError(
-            f"{name}: its attention and the cache's differ by {error:.3g} (values up to "
-            f"{largest:.3g}): it does more than softmax; it stays dense"
-        )
+        what = f"{error:.3g} (values up to {largest:.3g}): it does more than softmax"
+        raise ValueError(f"{name}: its attention and the cache's differ by {what}; it stays dense")
 
 
 @contextmanager

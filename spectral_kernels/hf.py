@@ -59,8 +59,7 @@ CACHE = "cache" if _RELEASE >= (5, 24) else _OLD_CACHE
 # What a forward may be given and still be replayed.
 _TENSORS = ("input_ids", "attention_mask", "position_ids", "cache_position")
 _PLAIN = (*_TENSORS, "logits_to_keep", CACHE, _OLD_CACHE)
-# Cache.crop(0) empties the cache before this release and removes no token since.
-_CROP_COUNTS = _RELEASE >= (5, 17)
+_CROP_COUNTS = _RELEASE >= (5, 17)  # Cache.crop(0) removes no token since, before it all of them
 MAX_STEP = 32  # most new tokens of a step: what the decode kernels are made for
 DRAFTS = 16  # tokens that can be cropped without a loss in the window
 SLACK = 64  # tokens that a ring keeps beside its window: most that can be cropped from it
@@ -350,6 +349,7 @@ class ModelCache(Cache):
         self.codecs: list[int] = []  # ids of the layers' codecs
         self.dtype: Any = None  # of exact tokens
         self.graph: Any = None  # a _StepGraph
+        self.mask: Any = None  # that the model was given
         self.weights = 0  # stands for the addresses at which the graph reads the model
         self._forget()
 
@@ -765,6 +765,7 @@ class Handle(AbstractContextManager["Handle"]):
         """Rows, padding, positions and room of a forward; returns its new tokens a row."""
         ids, embeds, mask = map(kwargs.get, ("input_ids", "inputs_embeds", "attention_mask"))
         inputs = embeds if ids is None else ids
+        mask = cache.mask if isinstance(mask, dict) else mask  # made of it: pictures' in Gemma 3
         if inputs is None or inputs.shape[1] < 1:
             got = "neither" if inputs is None else "no new token"
             raise ValueError(f"forward: expected input_ids or inputs_embeds, got {got}")
@@ -798,15 +799,17 @@ class Handle(AbstractContextManager["Handle"]):
 
     def _model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A forward of the model: a step of one token that asks for logits alone is replayed."""
-        if torch.compiler.is_compiling() or not self.graph or self._local.capturing:
+        if torch.compiler.is_compiling() or self._local.capturing:
             return original(*args, **kwargs)
-        given = {**dict(zip(["input_ids"], args, strict=False)), **kwargs}
-        ids: Any = given.get("input_ids")
+        given = {**dict(zip(["input_ids", "attention_mask"], args, strict=False)), **kwargs}
         cache: Any = given.get(CACHE, given.get(_OLD_CACHE))
+        if isinstance(cache, ModelCache):
+            cache.mask = given.get("attention_mask")
+        ids: Any = given.get("input_ids")
         asked = {name: x for name, x in given.items() if name not in _PLAIN and x is not None}
         plain = len(args) < 2 and asked.pop("use_cache", True) and asked.pop("return_dict", True)
         plain &= getattr(given.get("position_ids"), "ndim", 2) == 2  # of M-RoPE 3
-        step = isinstance(cache, ModelCache) and cache.filled and cache.static
+        step = self.graph and isinstance(cache, ModelCache) and cache.filled and cache.static
         step = step and ids is not None and ids.shape[1] == 1
         if not (step and plain and all(x is False for x in asked.values())):
             out = original(*args, **kwargs)

@@ -61,6 +61,37 @@ def test_a_family_works(name: str) -> None:
     assert not row.works
 
 
+def test_a_model_of_pictures_and_text() -> None:
+    """It makes masks, in which pictures see all of themselves, before its decoder is called."""
+    text = {**families.BASE, **families.WINDOW}
+    sizes = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
+    eyes = {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    tokens = {"image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**eyes, "patch_size": 14}, mm_tokens_per_image=4, **tokens,
+        tie_word_embeddings=False, initializer_range=0.1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # zeros
+    words = prompt(90, rows=2, padding=(7, 0))
+    words["input_ids"] %= 490
+    seen = {name: x[1:].clone() for name, x in words.items()}
+    seen["input_ids"][0, 20:24] = 500
+    seen["token_type_ids"] = (seen["input_ids"] == 500).long()
+    seen["pixel_values"] = torch.randn(1, 3, 28, 28)
+    dense = [generate(model, inputs) for inputs in (words, seen)]
+    unlike = generate(model, {**seen, "pixel_values": torch.randn(1, 3, 28, 28)})
+    assert not torch.equal(unlike, dense[1])
+    with enable(model, "exact") as handle:
+        assert len(handle.links) == 4
+        for inputs, tokens in zip((words, seen), dense, strict=True):
+            out = generate(model, inputs, return_dict_in_generate=True)
+            assert torch.equal(out.sequences, tokens)
+            lengths = inputs["attention_mask"].sum(-1) + 11  # the last token is not fed back
+            assert out[CACHE].spectral.lengths == lengths.tolist()
+
+
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_a_refusal_says_what_to_do(name: str) -> None:
     row = examine(name)
@@ -197,14 +228,17 @@ def test_states_at_fixed_addresses_are_replayed(
     """Captures run the step three times and must leave no trace; states stay where they are."""
     model, codec = made(mixed, name)
     inputs = prompt(90, rows=2, padding=(11, 0))
+    options = {"return_dict_in_generate": True, "output_logits": True}
     with enable(model, codec=codec):
-        expected = generate(model, inputs)
+        expected = torch.stack(generate(model, inputs, **options).logits)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(hf, "_StepGraph", FixedGraph)
     with enable(model, codec=codec) as handle:
         handle.graph = True
         for _ in range(2):
-            assert torch.equal(generate(model, inputs), expected)
+            logits = torch.stack(generate(model, inputs, **options).logits)
+            assert torch.equal(logits, expected)
+        generate(model, inputs)
         assert isinstance(handle._pool[2].graph, FixedGraph)
         cache = handle._pool[2]
         assert cache.static
