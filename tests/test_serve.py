@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,37 @@ def test_model_and_codec_are_of_one_shape(tmp_path: Path):
         assert len(codec.layers) == config["num_hidden_layers"]
         assert {x.kv_heads for x in codec.layers} == {config["num_key_value_heads"]}
         assert {x.layout.head_dim for x in codec.layers} == {config["head_dim"]}
+
+
+def test_engines_side_by_side_are_timed_in_turn(tmp_path: Path, monkeypatch):
+    """The second once the first has ended, which is not timed before both are up."""
+    served = argparse.Namespace(
+        row={}, vocabulary=512, seconds=lambda *_: None, time=lambda *_: {"B": 1},
+        llm=argparse.Namespace(reset_prefix_cache=lambda: None),
+    )  # fmt: skip
+    monkeypatch.setattr(serve, "Served", lambda *_: served)
+    backends = ["FLASH_ATTN:fp8", "SPECTRAL:balanced"]
+    given = vars(ARGS) | {"backends": backends, "kv_gb": [2, 1], "full": False, "chunk": 64}
+    args = argparse.Namespace(**given, json=None)
+
+    def start(backend: str) -> threading.Thread:
+        rows = serve.file_of(tmp_path, backend, ".jsonl")
+        thread = threading.Thread(target=serve.run_one, args=(args, backend, tmp_path, rows))
+        thread.start()
+        thread.join(0.5)
+        return thread
+
+    second = start(backends[1])
+    assert second.is_alive()
+    first = start(backends[0])
+    first.join(2)
+    assert not first.is_alive(), "both are up"
+    second.join(0.5)
+    assert second.is_alive(), "the first has not ended"
+    (tmp_path / "FLASH_ATTN-fp8.ended").touch()
+    second.join(2)
+    assert not second.is_alive()
+    assert len((tmp_path / "SPECTRAL-balanced.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("lead", "code"), [(0.01, 0), (1.0, 1)])
