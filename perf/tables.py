@@ -268,19 +268,24 @@ def steps(results: Path) -> list[Row]:
 
 
 def compared(results: Path) -> dict[tuple, dict[str, Row]]:
-    """(gpu, engine, B, T) that dense bf16 has -> the fastest step of each kind."""
+    """(gpu, engine, B, T) that dense bf16 has -> the fastest step of each kind, of one commit."""
     found: dict[tuple, dict[str, Row]] = {}
     for row in steps(results):
         own = found.setdefault(tuple(map(row.get, ("gpu", "engine", "B", "T"))), {})
         own[row["kind"]] = min(row, own.get(row["kind"], row), key=lambda x: x["ms"])
+    for own in found.values():  # peers of another run prove nothing
+        for kind in [x for x in own if "bf16" in own and own[x]["commit"] != own["bf16"]["commit"]]:
+            del own[kind]
     return {key: own for key, own in found.items() if "bf16" in own}
 
 
 def headline(results: Path = RESULTS) -> str:
-    """README's table: a line a cell of whole models; vLLM's where it has both sides, else that of
-    compiled layers."""
+    """README's table: a line a cell of whole models, of the engine that has fp8 beside; where both
+    have, vLLM's."""
     cells: dict[tuple, list[str]] = {}
     for (gpu, engine, batch, tokens), own in compared(results).items():
+        if (gpu, batch, tokens) in cells and "fp8" not in own:
+            continue
         if OURS in own and "size" in own[OURS]:
             dense, ours, star = own["bf16"], own[OURS], "*" if own["bf16"].get("shared") else ""
             line = [gpu, engine, str(batch), f"{tokens:,}", f"{dense['ms']:.2f}{star}"]
