@@ -13,9 +13,10 @@ beside it, a slot a running request in each layer (`SpectralImpl`).
                 prompts: attention to the raw keys and values and, if there are more than CHUNK, to
                 the past, rebuilt a piece at a time and joined by states; then encode
 
-A request that starts on computed tokens (a prefix hit; resumed after preemption) finds them in
-pages: its window is rebuilt from these. Its sinks are copied exactly from a pool by the number of
-its first page (`SinkPool`), or if they are gone rebuilt too.
+A request that starts on computed tokens (a prefix hit; resumed after preemption) attends to a
+window that is rebuilt from pages, and ends on an exact one: so many tokens are computed anew
+(`SpectralManager`). Its sinks are copied exactly from a pool by the number of its first page
+(`SinkPool`), or if they are gone rebuilt too.
 Layers with a window or a state (Mamba, convolutions) may stand beside ours, in vLLM's own groups.
 For vLLM 0.32 and 0.33: model runner V2 on GPUs, V1 on CPUs.
 Test: tests/test_vllm.py; on a GPU also python -m perf.serve --check.
@@ -53,7 +54,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention import backend as base
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 NAME, PATH = "SPECTRAL", "spectral_kernels.vllm.SpectralBackend"
 CHUNK = 128  # most new tokens on a past that are attended by the decode kernel
@@ -234,7 +237,8 @@ class Engine:
             # vLLM makes states as large as a page, of which it knows one size then; pages of
             # windows and ours, if packed, lie side by side in a block, each of its own size.
             width = widest if hybrid else codec.layout.token_bytes
-            layer.attn_backend = _backend(width, len(attending) > len(found) and not hybrid)
+            packed = len(attending) > len(found) and not hybrid
+            layer.attn_backend = _backend(width, packed, self.codec.window)
         sized = functools.partial(
             attend_workspace, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
             slots=self.sinks + self.window, device=self.device,
@@ -365,12 +369,34 @@ def _zero_whole_blocks() -> None:
 # ---- what vLLM calls -----------------------------------------------------------------------------
 
 
+class SpectralManager(FullAttentionManager):
+    """No hit reaches into a request's newest `window` tokens: computed anew, they are exact."""
+
+    @classmethod
+    def find_longest_cache_hit(cls, *, max_length: int, kv_cache_spec: Any, **others: Any) -> Any:
+        others["max_length"] = max(max_length + 1 - kv_cache_spec.window, 0)  # one is left out
+        return super().find_longest_cache_hit(kv_cache_spec=kv_cache_spec, **others)
+
+
+KVCacheSpecRegistry._ensure_registered()  # vLLM's own come first, or never
+
+
+@register_kv_cache_spec(SpectralManager, FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class SpectralSpec(FullAttentionSpec):
+    window: int = 1  # the codec's
+
+    @classmethod
+    def merge(cls, specs: list[Any]) -> Any:
+        return replace(super().merge(specs), window=specs[0].window)
+
+
 class SpectralBackend(base.AttentionBackend):
     """Full attention of decoders over spectral pages."""
 
     supported_dtypes = [torch.float16, torch.bfloat16]  # noqa: RUF012
     supported_dtypes += [torch.float32] * current_platform.is_cpu()  # not of FlashAttention
-    token_bytes, packed = 0, False  # of `_backend`'s subclasses
+    token_bytes, packed, window = 0, False, 1  # of `_backend`'s subclasses
 
     @staticmethod
     def get_name() -> str:
@@ -409,14 +435,15 @@ class SpectralBackend(base.AttentionBackend):
     def customize_spec(cls, spec: Any) -> Any:
         if cls.token_bytes == 0:
             return spec
-        return replace(spec, dtype=torch.uint8, state_content_bytes=cls.token_bytes)
+        ours = {"dtype": torch.uint8, "state_content_bytes": cls.token_bytes, "window": cls.window}
+        return SpectralSpec(**{**vars(spec), **ours})
 
 
 @functools.cache
-def _backend(token_bytes: int, packed: bool) -> type[SpectralBackend]:
+def _backend(token_bytes: int, packed: bool, window: int = 1) -> type[SpectralBackend]:
     """vLLM asks a layer's backend for its pages' bytes, of a token and KV head, and for where they
     lie: a class for each answer."""
-    fields = {"token_bytes": token_bytes, "packed": packed}
+    fields = {"token_bytes": token_bytes, "packed": packed, "window": window}
     return type(f"SpectralBackend{token_bytes}", (SpectralBackend,), fields)
 
 
@@ -649,8 +676,7 @@ class SpectralImpl(base.AttentionImpl[SpectralMetadata]):
             self._store(chunk, (key[tokens], value[tokens]))
 
     def _ends(self, count: int) -> torch.Tensor:
-        device = self.engine.device
-        return torch.arange(0, count + 1, count, dtype=torch.int32, device=device)
+        return torch.arange(0, count + 1, count, dtype=torch.int32, device=self.engine.device)
 
     def _rebuilt(self, chunk: Chunk, start: int, stop: int) -> list:
         """[K, V] [T, G, D] of past positions start .. stop - 1; exact ones are exact."""

@@ -727,6 +727,11 @@ MUTANTS: list[Mutant] = [
          "tests/test_vllm.py::test_a_prefix_hit[lost]"),
         ("sinks kept in another entry", "pool[chunk.entry] = exact",
          "pool[chunk.entry - 1] = exact"),
+        ("a hit a token into the window", "max_length + 1 - kv_cache_spec.window",
+         "max_length + 2 - kv_cache_spec.window",
+         "tests/test_vllm.py::test_how_far_a_hit_goes"),
+        ("the window lost where layers share a spec", "replace(super().merge(specs), window="
+         "specs[0].window)", "super().merge(specs)", "tests/test_vllm.py::test_how_far_a_hit_goes"),
         ("sinks of a short first chunk kept", "if tokens >= max(self.sinks, 2):",
          "if tokens >= 2:", "tests/test_vllm.py::test_sinks_of_two_steps_are_not_kept"),
         ("a page's old sinks not forgotten", "self.pool.forget(page)", "self.pool.find(page)",

@@ -46,6 +46,7 @@ from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from perf._cases import eight_bit_codec, random_codec  # noqa: E402
 from perf.tiny_model.recall import make_recall_contexts  # noqa: E402
 from spectral_kernels import vllm as plugin  # noqa: E402
+from spectral_kernels._requests import Rows  # noqa: E402
 from spectral_kernels.codec import ModelCodec  # noqa: E402
 from spectral_kernels.layout import PAGE_SIZE, Bands, PageLayout  # noqa: E402
 from spectral_kernels.rope import freqs_from_inv_freq  # noqa: E402
@@ -121,6 +122,13 @@ def generate(engine: LLM, given: list[dict[str, Any]], new: int = 24) -> list[li
     sampling = SamplingParams(max_tokens=new, temperature=0, ignore_eos=True, detokenize=False)
     outs = engine.generate(given, sampling, use_tqdm=False)
     return [list(x.outputs[0].token_ids) for x in outs]
+
+
+def cached(engine: LLM, given: list[dict[str, Any]]) -> list[int]:
+    """Tokens that are found of each prompt."""
+    sampling = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
+    outs = engine.generate(given, sampling, use_tqdm=False)
+    return [x.num_cached_tokens for x in outs]
 
 
 def blocks_of(engine: LLM) -> int:
@@ -226,27 +234,56 @@ def exact_tokens(length: int) -> list[torch.Tensor]:
     """Sinks and window of the last request of so many tokens: k and v of each layer, [G, S, D]."""
     slots = plugin._ENGINES[0].placing
     (slot,) = (s for key, s in slots._owner.items() if key[0] == length)
+    return exact_of(slot)
+
+
+def exact_of(slot: int) -> list[torch.Tensor]:
     return [x[slot].clone() for i in plugin._ENGINES[0].layers for x in (i.k_exact, i.v_exact)]
+
+
+def first_of(prompt: dict[str, Any], count: int) -> dict[str, Any]:
+    return {"prompt_token_ids": prompt["prompt_token_ids"][:count]}
 
 
 @pytest.mark.parametrize(
     ("kept", "window"), [(True, 16), (False, 16), (True, 100)], ids=["kept", "lost", "wide"]
 )
-def test_a_prefix_hit(kept, window, model, tmp_path):
+def test_a_prefix_hit(kept, window, model, tmp_path, monkeypatch):
     """What a hit finds in pages instead of the requests' exact tokens: of the window within half a
-    step (keys are turned: an error in each of a pair), the sinks not at all while they are kept."""
-    given, step, path = prompts(200), LARGEST / 127, tmp_path / "codec.safetensors"
+    step (keys are turned: an error in each of a pair), the sinks not at all while they are kept.
+    The prompt's newest tokens are computed anew, so that the window ends as after a miss: in the
+    first layer with the same bits (others have attended to coded pages)."""
+    (whole,), step, path = prompts(300), LARGEST / 127, tmp_path / "codec.safetensors"
+    cut = (300 - window) // PAGE_SIZE * PAGE_SIZE
     replace(eight_bit_codec(2, 2, 64, freqs(), LARGEST), window=window).save(path)
+    rebuilt, start = [], plugin.Engine.start
+
+    def watched(self: Any, rows: Rows, started: list[int], slots: Any, table: Any) -> Any:
+        found = start(self, rows, started, slots, table)
+        rebuilt.extend((int(rows.past[i]), exact_of(slots[i])) for i in started if rows.past[i])
+        return found
+
+    monkeypatch.setattr(plugin.Engine, "start", watched)
     with serving(model, {"codec": str(path)}) as engine:
-        miss, before = generate(engine, given, 1), exact_tokens(200)
         core = plugin._ENGINES[0]
+        generate(engine, [first_of(whole, cut + 1)], 1)
+        before = exact_tokens(cut + 1)
         if not kept:
             for page in list(core.pool._entries):
                 core.pool.forget(page)
-        hit, after = generate(engine, given, 1), exact_tokens(200)
-        assert core.lost == (not kept)
-    assert hit == miss
-    held = torch.arange(200 - window, 192)  # positions 192 .. 199 come anew
+        hit, last = generate(engine, [whole]), exact_tokens(323)
+        ((past, after),) = rebuilt
+        assert (past, core.lost) == (cut, not kept)
+        generate(engine, [whole], 1)
+        assert [x for x, _ in rebuilt] == [cut, cut], "not further, though more is known"
+        newest = exact_tokens(300)
+        engine.reset_prefix_cache()
+        assert generate(engine, [whole], 1)[0] == hit[0][:1]
+        miss = exact_tokens(300)
+        engine.reset_prefix_cache()
+        assert generate(engine, [whole]) == hit
+        alone = exact_tokens(323)
+    held = torch.arange(cut + 1 - window, cut)
     ring = (held - 4) % window + 4
     for number, (old, new) in enumerate(zip(before, after, strict=True)):
         bound = (2**0.5 if number % 2 == 0 else 1.0) * step / 2 + 1e-5
@@ -254,6 +291,17 @@ def test_a_prefix_hit(kept, window, model, tmp_path):
         assert (error > 0).all() and (error <= bound).all()
         sinks = (old - new)[:, :4].abs().max()
         assert sinks == 0 if kept else 0 < sinks <= bound
+    for got, expected in ((newest, miss), (last, alone)):
+        for one, other in zip(got[:2], expected[:2], strict=True):  # k and v of the first layer
+            assert torch.equal(one[:, 4:], other[:, 4:])
+
+
+def test_how_far_a_hit_goes(model, coded):
+    """Prompts that are all known: 16 tokens or more, the codec's window, are computed anew."""
+    given = prompts(9, 63, 79, 80, 143, 144, 208)
+    with serving(model, coded) as engine:
+        found_again(engine, given, PAGE_SIZE)
+        assert cached(engine, given) == [0, 0, 0, 64, 64, 128, 192]
 
 
 @pytest.mark.parametrize("budget", [2048, 500])
@@ -270,12 +318,13 @@ def test_a_prefix_of_the_same_step(budget, model, coded):
 
 
 def test_a_prefix_of_one_token_of_the_same_step(model, coded, monkeypatch):
-    """A request that starts on 64 tokens with its 65th, in the step that computes the 64th as a
-    token that another has generated. (Not a graph's step: `test_model_runner_v2`.)"""
+    """A request that starts on 64 tokens with its 65th, for which alone there is room in the step
+    that computes the 64th as a token that another has generated. (Not a graph's step:
+    `test_model_runner_v2`.)"""
     with serving(model, coded) as engine:
         (prompt,) = prompts(60)
         (new,) = generate(engine, [prompt])
-        start = {"prompt_token_ids": [*prompt["prompt_token_ids"], *new[:4], 7]}
+        start = {"prompt_token_ids": [*prompt["prompt_token_ids"], *new[:4], *range(7, 23)]}
         (expected,) = generate(engine, [start])
     seen, place = [], plugin.PagedSlots.place
 
@@ -291,13 +340,14 @@ def test_a_prefix_of_one_token_of_the_same_step(model, coded, monkeypatch):
         while core.has_unfinished_requests():
             if len(seen) == 4:  # the next step computes token 63, counted from 0
                 core.add_request("second", start, sampling)
+                core.engine_core.engine_core.scheduler.max_num_scheduled_tokens = 2
             tokens |= {x.request_id: list(x.outputs[0].token_ids) for x in core.step()}
     assert seen[4] == ([1], [1, 1])
     assert tokens == {"first": new, "second": expected}
 
 
 @pytest.mark.parametrize(
-    ("lengths", "cuts", "chunk"), [((200, 130), (192, 128), 2048), ((300,), (128,), 128)],
+    ("lengths", "cuts", "chunk"), [((208, 150), (192, 128), 2048), ((300,), (128,), 128)],
     ids=["few new tokens", "many"],
 )  # fmt: skip
 def test_a_hit_is_a_miss_but_for_the_windows_coding(
@@ -306,10 +356,7 @@ def test_a_hit_is_a_miss_but_for_the_windows_coding(
     """A prompt cut where the hit is, whose window is coded there, too: the same tokens."""
     monkeypatch.setattr(plugin, "CHUNK", 64)
     given = prompts(*lengths)
-    start = [
-        {"prompt_token_ids": x["prompt_token_ids"][: n + 1]}
-        for x, n in zip(given, cuts, strict=True)
-    ]
+    start = [first_of(x, n + 1) for x, n in zip(given, cuts, strict=True)]
     with serving(model, coded, max_num_batched_tokens=chunk) as engine:
         generate(engine, start, 1)
         hit = [generate(engine, [x])[0] for x in given]
@@ -461,7 +508,9 @@ def test_pages_beside_others(model, tmp_path, monkeypatch):
         expected = generate(engine, given)
     for packed, width in ((True, lambda n: n), (False, lambda n: max(widths))):
         beside = functools.partial(
-            lambda n, _, packed, width: original(width(n), packed), packed=packed, width=width
+            lambda n, _, window, packed, width: original(width(n), packed, window),
+            packed=packed,
+            width=width,
         )
         monkeypatch.setattr(plugin, "_backend", beside)
         with serving(model, codec) as engine:
@@ -514,12 +563,13 @@ def test_windows_beside_leave_pages_small(full, windows, heads, dim, least):
 
 
 def found_again(engine: LLM, given: list[dict[str, Any]], block: int) -> list[list[int]]:
-    """Prompts one by one, and once more: their blocks are found, and give the same tokens."""
+    """Prompts one by one, and once more: all blocks before a window of 16 are found, and give the
+    same tokens."""
     sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
     runs = [[engine.generate(x, sampling, use_tqdm=False)[0] for x in given] for _ in range(2)]
     miss, hit = ([list(x.outputs[0].token_ids) for x in run] for run in runs)
     for prompt, out in zip(given, runs[1], strict=True):
-        known = (len(prompt["prompt_token_ids"]) - 1) // block * block
+        known = max(len(prompt["prompt_token_ids"]) - 16, 0) // block * block
         assert out.num_cached_tokens == known
     assert hit == miss
     return miss
@@ -566,9 +616,18 @@ def test_state_layers_beside(tmp_path, coded):
         assert engine.llm_engine.vllm_config.cache_config.block_size == 2 * PAGE_SIZE
         assert len(plugin._ENGINES[0].layers) == 2
         assert generate(engine, given) == expected
-    with serving(tmp_path, coded, **alone) as engine:
-        found_again(engine, given, PAGE_SIZE)
-        assert plugin._ENGINES[0].lost == 0
+    # vLLM keeps a state where our hit ends once another prompt has missed it: the third finds it.
+    start, ends = first_of(given[1], 128)["prompt_token_ids"], prompts(72, 72, seed=9)
+    alike = [{"prompt_token_ids": start + x["prompt_token_ids"]} for x in ends] + given[1:2]
+    sampling = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, detokenize=False)
+    hits = []
+    for codec in (None, coded):
+        with serving(tmp_path, codec, **alone) as engine:
+            outs = [engine.generate(x, sampling, use_tqdm=False)[0] for x in alike]
+            assert [x.num_cached_tokens for x in outs] == [0, 0, 128]
+            assert codec is None or plugin._ENGINES[0].lost == 0
+            hits.append(outs[-1].outputs[0].token_ids)
+    assert hits[0] == hits[1]
     with serving(tmp_path, mixed_codec(tmp_path / "mixed"), **alone) as engine:
         generate(engine, given)
         found = [impl.layer.kv_cache for impl in plugin._ENGINES[0].layers]
