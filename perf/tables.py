@@ -280,13 +280,12 @@ def compared(results: Path) -> dict[tuple, dict[str, Row]]:
 
 
 def headline(results: Path = RESULTS) -> str:
-    """README's table: a line a cell of whole models, of the engine that has fp8 beside; where both
-    have, vLLM's."""
+    """README's table: a line a cell of whole models; vLLM's before those of compiled layers, unless
+    these alone have fp8 beside."""
     cells: dict[tuple, list[str]] = {}
     for (gpu, engine, batch, tokens), own in compared(results).items():
-        if (gpu, batch, tokens) in cells and "fp8" not in own:
-            continue
-        if OURS in own and "size" in own[OURS]:
+        alone = "fp8" not in own and cells.get((gpu, batch, tokens), "-" * 6)[5] != "-"
+        if OURS in own and "size" in own[OURS] and not alone:
             dense, ours, star = own["bf16"], own[OURS], "*" if own["bf16"].get("shared") else ""
             line = [gpu, engine, str(batch), f"{tokens:,}", f"{dense['ms']:.2f}{star}"]
             line += [cell(own.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]

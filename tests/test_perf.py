@@ -736,6 +736,14 @@ def test_the_headline(tmp_path):
     write_rows(tmp_path, serve=served)
     got = cells_of(tables.headline(tmp_path), "a card | vLLM 1.2.3")
     assert got[2:] == ["1", "8,192", "6.00", "5.00", "3.00", "2.00x", "8.00x"]
+    # fp8 of another run is no peer, and an engine that has fp8 beside goes first.
+    served[2]["commit"] = "of another run"
+    write_rows(tmp_path, serve=served)
+    got = cells_of(tables.headline(tmp_path), "a card | vLLM 1.2.3")
+    assert got[2:] == ["1", "8,192", "6.00", "3.00", "2.00x", "8.00x"]
+    fp8 = [*whole, end_row(8192, "graph", 7.0, "fp8")]
+    write_rows(tmp_path, end_to_end=fp8)
+    assert "vLLM" not in tables.headline(tmp_path) and "| 7.00 |" in tables.headline(tmp_path)
     for n in range(3, 12):
         whole += [end_row(8192 * n, "graph", 8.0), end_row(8192 * n, "bare", 4.0, "balanced")]
     write_rows(tmp_path, end_to_end=whole)
