@@ -641,9 +641,7 @@ def share_bytes(
     """
     unit = math.gcd(*(size for own in sizes for size in own))
     room = int(total // unit)
-    least = torch.zeros(
-        room + 1, dtype=torch.float64
-    )  # loss of the items so far, by units for them
+    least = torch.zeros(room + 1, dtype=torch.float64)  # loss of the items so far, by their units
     picks = []
     for own, lost in zip(sizes, losses, strict=True):
         tries = torch.full((len(own), room + 1), math.inf, dtype=torch.float64)
