@@ -641,9 +641,7 @@ def share_bytes(
     """
     unit = math.gcd(*(size for own in sizes for size in own))
     room = int(total // unit)
-    least = torch.zeros(
-        room + 1, dtype=torch.float64
-    )  # loss of the items so far, by units for them
+    least = torch.zeros(room + 1, dtype=torch.float64)  # loss of the items so far, by their units
     picks = []
     for own, lost in zip(sizes, losses, strict=True):
         tries = torch.full((len(own), room + 1), math.inf, dtype=torch.float64)
@@ -779,7 +777,7 @@ def calibrate(
         progress: a bar, and words on the time it took, on stderr; default True.
     """
     _, preset = preset_of(preset)
-    stats = read(model, source, **options)
+    stats = read(model, source, sinks=preset.sinks, window=preset.window, **options)
     return fit_codec(stats, plan(stats, preset), preset)
 
 
@@ -790,8 +788,10 @@ def read(
     texts: Iterable[str] | None = None,
     tokens: int | None = None,
     progress: bool = True,
+    **exact: int,
 ) -> ModelStats:
-    """`collect` over texts, for any presets; arguments and defaults as of `calibrate`."""
+    """`collect` over texts, for presets of one window; arguments and defaults as of `calibrate`;
+    exact: sinks and window."""
     on_cpu = torch.device(model.device).type == "cpu"
     tokens = (CPU_TOKENS if on_cpu else GPU_TOKENS) if tokens is None else tokens
     check_least(tokens=(tokens, 512))
@@ -803,7 +803,7 @@ def read(
         longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
         source = token_sequences(source, tokens, length=min(LENGTH, longest), texts=texts)
     start = time.monotonic()
-    stats = collect(model, source, progress=progress)
+    stats = collect(model, source, progress=progress, **exact)
     if progress and on_cpu and stats.tokens < GPU_TOKENS:
         took = time.monotonic() - start
         print(

@@ -173,8 +173,11 @@ class ModelCodec:
         names = ("sinks", "window", "preset", "fingerprint", "notes")
         head = {name: getattr(self, name) for name in names}
         metadata = {"format": FORMAT, "codec": json.dumps({**head, "layouts": layouts})}
-        save_file(tensors, str(part), metadata=metadata)
-        part.replace(path)
+        try:
+            save_file(tensors, str(part), metadata=metadata)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ModelCodec:

@@ -277,10 +277,10 @@ class WindowLayer(SpectralLayer):
         """Tokens that it attends to, of those that there is room for."""
         return min(self.link.layer.window, self.cache.capacity)
 
-    def grow(self) -> None:
-        """Slots for a larger capacity, while none has been used twice."""
+    def grown(self) -> list[torch.Tensor]:
+        """Rings with slots for a larger capacity, while none has been used twice."""
         more = (0, 0, 0, max(0, self.span + SLACK - self.keys.shape[2]))
-        self.keys, self.values = (nn.functional.pad(x, more) for x in (self.keys, self.values))
+        return [nn.functional.pad(x, more) for x in (self.keys, self.values)]
 
     def past(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
         ends, found = self.cache.spectral.seq_lens - new, []
@@ -446,9 +446,10 @@ class ModelCache(Cache):
                     parts = self._allocate()
                     for old, larger in zip(self.parts, parts, strict=True):
                         copy_tokens(old, larger)
-                    for layer in self.layers:
-                        if isinstance(layer, WindowLayer):
-                            layer.grow()
+                    windows = [x for x in self.layers if isinstance(x, WindowLayer)]
+                    rings = [x.grown() for x in windows]  # of all, or of none
+                    for layer, found in zip(windows, rings, strict=True):
+                        layer.keys, layer.values = found
                     self._take(parts)
             except BaseException:  # out of memory: the cache is as it was
                 self.capacity = before

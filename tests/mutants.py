@@ -470,6 +470,10 @@ MUTANTS: list[Mutant] = [
          "c.layout.head_dim, 512)"),
         ("a file forgets the window", 'names = ("sinks", "window", "preset",',
          'names = ("sinks", "sinks", "preset",'),
+        ("a file that failed stays in part", "part.unlink(missing_ok=True)", "pass",
+         "tests/test_codec.py::test_a_file_is_whole_or_as_before"),
+        ("a file written in place", "save_file(tensors, str(part)", "save_file(tensors, str(path)",
+         "tests/test_codec.py::test_a_file_is_whole_or_as_before"),
     ),
     # ---- the adapter
     *of(
@@ -542,6 +546,9 @@ MUTANTS: list[Mutant] = [
     ),
     *of(
         "hf.py", "tests/test_families.py::test_tokens_over_the_borders_of_a_window[65-gemma3]",
+        ("ring: one grows, and the next has no memory", "[x.grown() for x in windows]",
+         "(x.grown() for x in windows)",
+         "tests/test_families.py::test_rings_that_do_not_grow_for_want_of_memory"),
         ("ring: drafts see one another", "(queries - 1 - count % queries)",
          "0 * (queries - 1 - count % queries)",
          "tests/test_families.py::test_a_ring_that_grows_and_is_cropped"),
@@ -636,6 +643,9 @@ MUTANTS: list[Mutant] = [
         "calibrate.py", "tests/test_calibrate.py",
         ("errors of exact tokens count", "    window: int = WINDOW,", "    window: int = 16,",
          "tests/test_calibrate.py::test_errors_count_from_where_the_presets_code_tokens"),
+        ("errors count by another preset's window", "sinks=preset.sinks, window=preset.window, **",
+         "**",
+         "tests/test_calibrate.py::test_errors_count_from_where_a_custom_preset_codes_tokens"),
         ("worst component first", "eigenvectors.mT.flip(-2)\n    basis = torch.linalg.solve",
          "eigenvectors.mT\n    basis = torch.linalg.solve",
          "tests/test_calibrate.py::test_basis_loses_least_at_every_rank"),

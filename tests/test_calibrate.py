@@ -487,6 +487,22 @@ def test_errors_count_from_where_the_presets_code_tokens(tiny):
     assert not torch.allclose(default, wanted[1], rtol=0.1)
 
 
+def test_errors_count_from_where_a_custom_preset_codes_tokens(tiny, monkeypatch):
+    model, tokenizer = tiny
+    ids, seen, collect = recall_tokens(tokenizer, 400), [], calibrate.collect
+
+    def watched(*args, **options):
+        seen.append(collect(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(calibrate, "collect", watched)
+    calibrate.calibrate(model, [ids], Preset(6.0, window=16, sinks=2), progress=False)
+    (got,), wanted = seen, collect(model, [ids], window=16, sinks=2)
+    for layer, expected in zip(got.layers, wanted.layers, strict=True):
+        assert torch.equal(layer.k.metric, expected.k.metric)
+        assert torch.equal(layer.k.moment, expected.k.moment)
+
+
 def test_sequences_in_a_batch_count_like_sequences_one_by_one(tiny):
     model, tokenizer = tiny
     a, b = recall_tokens(tokenizer, 300), recall_tokens(tokenizer, 300, seed=1)

@@ -1,6 +1,7 @@
 """spectral_kernels/codec.py: what a codec refuses, and its file."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +105,21 @@ def test_other_files_are_refused(tmp_path):
         ModelCodec.load(path)
     with pytest.raises(FileNotFoundError):
         ModelCodec.load(tmp_path / "missing.safetensors")
+
+
+def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "codec.safetensors"
+    random_model().save(path)
+    before = path.read_bytes()
+
+    def full(tensors, name, metadata):
+        Path(name).write_bytes(before[:100])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        random_model().save(path)
+    assert path.read_bytes() == before and [*path.parent.iterdir()] == [path]
 
 
 def test_a_damaged_file_is_refused(tmp_path):

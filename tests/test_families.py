@@ -295,6 +295,30 @@ def test_a_ring_that_grows_and_is_cropped(mixed: Any) -> None:
             cache.crop(-66)
 
 
+def test_rings_that_do_not_grow_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All or none: a shorter prompt after it still finds the tokens before."""
+    model, pad, calls = build("gemma3", sliding_window=600), torch.nn.functional.pad, []
+    ids = prompt(500, rows=2)["input_ids"][1:]
+
+    def full(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:  # keys and values of one layer have grown
+            raise torch.OutOfMemoryError
+        return pad(*args)
+
+    with enable(model, "exact") as handle, torch.no_grad():
+        cache = handle.new_cache(1, 512)
+        model(ids[:, :400], **{CACHE: cache})
+        monkeypatch.setattr(torch.nn.functional, "pad", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(torch.cat((ids[:, 400:], ids[:, 400:]), dim=1), **{CACHE: cache})
+        assert len(calls) == 3 and (cache.columns, cache.capacity) == (400, 512)
+        again = model(ids[:, 400:], **{CACHE: cache}).logits
+        again = torch.cat((again, model(ids[:, :1], **{CACHE: cache}).logits), dim=1)
+    dense = model(torch.cat((ids, ids[:, :1]), dim=1), use_cache=False).logits[:, 400:]
+    torch.testing.assert_close(again, dense, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
 def test_steps_with_windows_compile_as_one_graph(name: str, mixed: Any) -> None:
     if name == "gpt_oss" and VERSION < (5, 0):
