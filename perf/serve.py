@@ -8,7 +8,7 @@ second with the pool full, a backend after another.
 
 An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
 each backend, one after another with the same share of the card's memory, or with --kv-gb side by
-side, timed in the order of --backends; one that fails leaves the others alone. GB of pages may
+side, timed in the order of --backends; one that fails leaves the others alone. GiB of pages may
 differ: tokens admitted, and the full pool, are those of the smallest.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
@@ -287,18 +287,19 @@ def run_backend(
     extra = ["--one", backend, "--folder", str(folder), "--results", str(results)]
     if args.check and backend == args.backends[0]:
         extra += ["--tp", "1"]  # what others are compared with
-    if kind in (*LOSSY, "8 bits") and not args.codec:
-        codec = results.with_suffix(".safetensors")
-        make_codec(args.shape, kind, codec)
-        extra += ["--codec", str(codec)]
     results.write_text("")
     begin = time.perf_counter()
     log = file_of(Path(os.environ.get("OUT", folder)), backend, ".log")
-    with log.open("w") as file:
-        command = [sys.executable, "-m", "perf.serve", *argv, *extra]
-        done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
-    for sign in (".up", ".ended"):  # others do not wait for one that failed
-        results.with_suffix(sign).touch()
+    try:
+        if kind in (*LOSSY, "8 bits") and not args.codec:
+            make_codec(args.shape, kind, codec := results.with_suffix(".safetensors"))
+            extra += ["--codec", str(codec)]
+        with log.open("w") as file:
+            command = [sys.executable, "-m", "perf.serve", *argv, *extra]
+            done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
+    finally:
+        for sign in (".up", ".ended"):  # others do not wait for one that failed
+            results.with_suffix(sign).touch()
     lines = log.read_text().splitlines()
     print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
     rows = [json.loads(x) for x in results.read_text().splitlines()]
@@ -332,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--dtype", default="bfloat16")
     add("--tp", type=int, default=1, help="tensor parallel ranks")
     add("--utilization", type=float, default=0.45, help="share of the card's memory")
-    add("--kv-gb", type=float, nargs="+", help="GB of pages a rank, of engines side by side")
+    add("--kv-gb", type=float, nargs="+", help="GiB of pages a rank, of engines side by side")
     add("--seqs", type=int, default=160, help="max_num_seqs")
     add("--chunk", type=int, default=16384, help="max_num_batched_tokens")
     add("--few", type=int, default=16)

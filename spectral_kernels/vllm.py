@@ -192,8 +192,8 @@ class Engine:
         memory = max(memory - torch.cuda.memory_allocated(), cache.kv_cache_memory_bytes or 0)
         token = 2 * dtype.itemsize * sum(x.num_kv_heads * x.head_size for x in self.layers)
         tokens = torch.tensor(int(SHARE * memory) // token, device="cpu")
-        for group in (distributed.get_tp_group(), distributed.get_pp_group()):  # ranks agree
-            torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, group.cpu_group)
+        group = distributed.get_tp_group()  # its ranks agree; stages of a pipeline need not
+        torch.distributed.all_reduce(tokens, torch.distributed.ReduceOp.MIN, group.cpu_group)
         most, kept = int(tokens), (1 + KEPT) * self.sinks
         room = min(most // (self.slots + 1) - kept, self.window)
         least = self.window if self.codec.preset == "exact" else min(self.window, LEAST)

@@ -6,6 +6,7 @@ import argparse
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,3 +95,17 @@ def test_check_tells_a_tie_from_a_defect(lead, code, capsys):
     assert serve.report_check(rows) == code
     assert serve.report_check(rows[:2]) == 1, "a backend is missing"
     assert "same tokens [1]" in capsys.readouterr().out
+
+
+def test_nobody_waits_for_a_backend_without_a_codec(tmp_path, monkeypatch):
+    """Engines side by side wait for signs of each other, also of one that never started."""
+
+    def fails(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(serve, "make_codec", fails)
+    args = SimpleNamespace(check=False, backends=["SPECTRAL:balanced"], codec=None, shape="check")
+    with pytest.raises(OSError, match="no room"):
+        serve.run_backend(args, [], tmp_path, {}, "SPECTRAL:balanced")
+    signs = {path.name for path in tmp_path.iterdir()}
+    assert {"SPECTRAL-balanced.up", "SPECTRAL-balanced.ended"} <= signs
