@@ -89,15 +89,8 @@ def turned(card: Card, name: str) -> Kernel:
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
     nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    return beside_twin(
-        rope,
-        name,
-        [(x, positions, frequencies(DIM, card.device))],
-        nbytes,
-        words,
-        allowed,
-        **options,
-    )
+    inputs = [(x, positions, frequencies(DIM, card.device))]
+    return beside_twin(rope, name, inputs, nbytes, words, allowed, **options)
 
 
 # compress.py

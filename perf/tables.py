@@ -283,9 +283,10 @@ def headline(results: Path = RESULTS) -> str:
     """README's table: a line a cell of whole models; vLLM's before those of compiled layers, unless
     these alone have fp8 beside."""
     cells: dict[tuple, list[str]] = {}
-    for (gpu, engine, batch, tokens), own in compared(results).items():
-        alone = "fp8" not in own and cells.get((gpu, batch, tokens), "-" * 6)[5] != "-"
-        if OURS in own and "size" in own[OURS] and not alone:
+    # A later engine's line takes an earlier one's place.
+    found = sorted(compared(results).items(), key=lambda x: "fp8" in x[1])
+    for (gpu, engine, batch, tokens), own in found:
+        if OURS in own and "size" in own[OURS]:
             dense, ours, star = own["bf16"], own[OURS], "*" if own["bf16"].get("shared") else ""
             line = [gpu, engine, str(batch), f"{tokens:,}", f"{dense['ms']:.2f}{star}"]
             line += [cell(own.get("fp8", {}).get("ms"), ".2f"), f"{ours['ms']:.2f}"]

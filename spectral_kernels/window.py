@@ -187,7 +187,7 @@ def window_tile(
 ) -> tuple[int, int, int]:  # fmt: skip
     """SPLITS of the slots, at most as many as there is room for programs beside one another, none
     without a tile; BLOCK_M rows (a query and a head) and BLOCK_N slots of a tile."""
-    block_m, block_n = 16, 32 if slots <= 32 else 64
+    block_m, block_n = 16, (32 if slots <= 32 else 64)
     if not matrix:
         block_m, block_n = min(4, _launch.next_power_of_2(group * queries)), 16
     tiles = _launch.cdiv(slots, block_n)
