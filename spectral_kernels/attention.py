@@ -433,7 +433,7 @@ def _pages_split(
         warp = tl.arange(0, W)
         m_warp = tl.full([W, ROWS], float("-inf"), dtype=tl.float32)
         unit_warp = m_warp
-        l_warp = tl.zeros([W, ROWS], dtype=tl.float32)
+        l_lane = tl.zeros([W, 8, ROWS], dtype=tl.float32)
         ones = tl.full([W, 16, 64], 1, dtype=tl.int8)
         acc = ()
         for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16 + 1):
@@ -460,7 +460,8 @@ def _pages_split(
             p = tl.exp2(s - low[:, None, :])
             old = tl.exp2(unit_warp - low)
             unit_warp = unit
-            l_warp = l_warp * old + tl.sum(p, 1)
+            # Tokens of a lane: across lanes once, at the end.
+            l_lane = l_lane * old[:, None, :] + tl.sum(tl.reshape(p, [W, 8, 8, ROWS]), 1)
             w_hi, w_lo, _rounded = _split_int16(p * FULL, NATIVE)
             w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, 2 * ROWS])
             rescaled = ()
@@ -471,7 +472,7 @@ def _pages_split(
                     y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
                     rescaled = rescaled + (_add_weighted(acc[len(rescaled)], old, y, w_both),)
             acc = rescaled + (_add_weighted(acc[len(rescaled)], old, ones, w_both),)
-        _store_split(acc, unit_warp, l_warp, c_ptr, lse_ptr, out, live, V_GROUPS)
+        _store_split(acc, unit_warp, tl.sum(l_lane, 1), c_ptr, lse_ptr, out, live, V_GROUPS)
     else:
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
