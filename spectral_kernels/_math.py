@@ -12,6 +12,7 @@ LOG2_FULL = tl.constexpr(math.log2(127 * 256))
 # 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
 # float's low bits.
 ROUND_TO_LOW_BITS = tl.constexpr(12583040.0)
+LITTLE = tl.constexpr(24)  # pages: a program's start and end take as long
 
 
 @triton.jit
@@ -134,15 +135,16 @@ def row_splits(
     FEW: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Splits of every row's pages, [BLOCK_B]: the programs, of six only FEW where these take less
-    than six turns, shared out by turns of TURN pages. A row with pages has one at least, so that
+    """Splits of every row's pages, [BLOCK_B]: the programs, of six only FEW where these take fewer
+    pages than LITTLE, shared out by turns of TURN pages. A row with pages has one at least, so that
     all are below programs + B."""
     b = tl.arange(0, BLOCK_B)
     seq_lens = tl.load(seq_lens_ptr + b, mask=b < B, other=0)
     pages, _ = _pages_of(seq_lens, SINKS, WINDOW)
     turns = tl.cdiv(pages, TURN)
     total = tl.sum(turns, 0)
-    programs = tl.where(total < 6 * programs, tl.maximum(programs * FEW // 6, 1), programs)
+    little = total * TURN < LITTLE * programs
+    programs = tl.where(little, tl.maximum(programs * FEW // 6, 1), programs)
     splits = turns * programs // tl.maximum(total, 1)
     return tl.minimum(tl.maximum(splits, 1), turns)
 

@@ -7,18 +7,19 @@ values (layout.py), and what they are off by, z and z',
     o       = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z'_r))
 
 no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums
-are integer dots. A turned query, a projected query u (once a frame) and the weights (once a page)
-are split as 256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate exactly in
-int32, where 256 hi + lo is formed. Errors: half a unit, 2**-16 of the largest. Fields of a byte are
-masked, not shifted, so a field that starts at bit b holds 2**b times its code; u has 2**-b in it.
+are integer dots. A turned query, a projected query u (once a frame) and the weights (once two
+pages) are split as 256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate
+exactly in int32, where 256 hi + lo is formed. Errors: half a unit, 2**-16 of the largest. Fields of
+a byte are masked, not shifted, so a field that starts at bit b holds 2**b times its code; u has
+2**-b in it.
 
 Two launches: `_attend_spectral_kernel` (a share of a row's pages a program, for whose frames it
 projects the queries first; and the exact tokens, window.py) and `_finish_spectral_kernel` (joins
 the splits and the exact tokens, and applies the V basis), which from sm_90 starts while the first
 ends. The rows of a program are the queries of a KV head: its query heads, and those of several
 queries a sequence. Pages hold operand fragments, so what a thread loads goes to the matrix units as
-it is. The warps of a program work on a page each (from sm_80; attention_sm75.py before): a block of
-16 components is as high as one dot, so that they would all compute the same one.
+it is. A warp of a program works on two pages by itself (from sm_80; attention_sm75.py before): a
+block of 16 components is as high as one dot, so that all warps would compute the same one.
 
 The grid is fixed by shapes, capacity and the card. Lengths are read on the device, where the pages
 of all rows are shared out among the programs: a row has as many splits as its part of all pages is
@@ -41,7 +42,7 @@ import triton.language as tl
 
 from . import _bits, _launch, _math
 from ._checks import FLOATS, check_ids, check_least, check_output, check_tensor
-from ._math import FULL, ROUND_TO_LOW_BITS, TINY
+from ._math import FULL, LITTLE, ROUND_TO_LOW_BITS, TINY
 from .attention_sm75 import launch_old_cards, operand_words
 from .codec import Codec, check_codec
 from .compress import check_pages, check_table
@@ -82,11 +83,13 @@ def _v_columns(ptr, SUBTILES: tl.constexpr):
 
 @triton.jit
 def _by_eights(w):
-    """[W, 64, H] by token in the order of V: token 8 j + g at 8 g + j. A thread's weights stay
-    together."""
+    """[W, T, H] by token in the order of V: token 8 j + g of a page at 8 g + j. A thread's weights
+    stay together."""
     W: tl.constexpr = w.shape[0]
+    T: tl.constexpr = w.shape[1]
     H: tl.constexpr = w.shape[2]
-    return tl.reshape(tl.permute(tl.reshape(w, [W, 8, 8, H]), [0, 2, 1, 3]), [W, 64, H])
+    w = tl.permute(tl.reshape(w, [W, T // 64, 8, 8, H]), [0, 1, 3, 2, 4])
+    return tl.reshape(w, [W, T, H])
 
 
 @triton.jit
@@ -298,14 +301,14 @@ def _sum_of_warps(parts):
 @triton.jit
 def _prefetch_first(
     k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
-    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr,
+    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Ask L2 for the first pages of a split: half of the threads for K's, half for V's. From
     sm_90, which wants addresses that are multiples of 16: the one before will do."""
     thread = tl.arange(0, 32 * W)
     is_k = thread < 16 * W
     nth = thread % (16 * W)
-    early = nth < tl.minimum(end - page, W)
+    early = nth < tl.minimum(end - page, W * P)
     number = tl.load(table_ptr + page + nth, mask=early, other=0).to(tl.int64)
     at = tl.where(is_k, k_ptr.to(tl.int64), v_ptr.to(tl.int64))
     at += number * tl.where(is_k, stride_k_page, stride_v_page)
@@ -321,11 +324,13 @@ def _prefetch_first(
 
 @triton.jit
 def _page_scores(
-    page_ptr, u_ptr, affine_ptr, u_at, W: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    page_ptr, u_ptr, affine_ptr, u_at, ROWS: tl.constexpr, GROUPS: tl.constexpr,
     NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the tokens of W pages at page_ptr [W], in log2 units, float32 [W, 64, ROWS]; u_at
-    [W]: the rows of u of their frames."""
+    """Scores of the T tokens that each of W warps works on, in log2 units, float32 [W, T, ROWS], of
+    pages at page_ptr [W T / 64]; u_at [W]: the rows of u of their frames."""
+    W: tl.constexpr = u_at.shape[0]
+    T: tl.constexpr = 64 * page_ptr.shape[0] // W
     R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     N: tl.constexpr = 2 * ROWS
@@ -335,14 +340,14 @@ def _page_scores(
         for f in tl.static_range(_bits.fields_of(GROUPS, n)):
             blocks = blocks + (_block(x, GROUPS, _bits.first_block(GROUPS, n) + f, True, NATIVE),)
     if R % 32:
-        blocks = blocks + (tl.zeros([W, 64, 16], dtype=tl.int8),)
-    dots = tl.zeros([W, 64, N], dtype=tl.int32)
+        blocks = blocks + (tl.zeros([page_ptr.shape[0], 64, 16], dtype=tl.int8),)
+    dots = tl.zeros([W, T, N], dtype=tl.int32)
     for step in tl.static_range(STEPS):
         at = (u_at * STEPS + step)[:, None] * (32 * N) + tl.arange(0, 32 * N)[None, :]
         u = tl.permute(tl.reshape(tl.load(u_ptr + at), [W, N, 32]), [0, 2, 1])
-        x = _side_by_side(blocks[2 * step], blocks[2 * step + 1])  # [W, 64, 32]
+        x = tl.reshape(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), [W, T, 32])
         dots += tl.dot(x, u, out_dtype=tl.int32)
-    hi, lo = tl.split(tl.reshape(dots, [W, 64, ROWS, 2]))
+    hi, lo = tl.split(tl.reshape(dots, [W, T, ROWS, 2]))
     affine = affine_ptr + u_at[:, None] * (2 * ROWS) + tl.arange(0, 2 * ROWS)[None, :]
     unit, bias = tl.split(tl.reshape(tl.load(affine), [W, ROWS, 2]))
     return (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
@@ -350,10 +355,13 @@ def _page_scores(
 
 @triton.jit
 def _add_weighted(acc, old, y, w_both):
-    """acc [W, 16, ROWS] times old [W, ROWS], and y [W, 16, 64] times the weights' int8 parts [W,
-    64, 2 ROWS]."""
+    """acc [W, 16, ROWS] times old [W, ROWS], and y [W T / 64, 16, 64] times the weights' int8 parts
+    [W, T, 2 ROWS]."""
     W: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[2]
+    T: tl.constexpr = w_both.shape[1]
+    y = tl.permute(tl.reshape(y, [W, T // 64, 16, 64]), [0, 2, 1, 3])
+    y = tl.reshape(y, [W, 16, T])
     dots = tl.dot(y, w_both, out_dtype=tl.int32)
     hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
     return acc * old[:, None, :] + (hi * 256 + lo).to(tl.float32)
@@ -405,8 +413,8 @@ def _pages_split(
     EXACT: tl.constexpr, TILE: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """One split of the pages of one sequence and KV head: its state over ROWS queries. The queries
-    are projected for the frames of the split first; then W warps work on a page each, and join
-    their states at the end.
+    are projected for the frames of the split first; then W warps work on P pages each at once, and
+    join their states at the end.
 
     c [.., RV] float32: the output in steps of the V basis, lse [..]. u, affine: see
     `_project_frames`. Constants: see `_attend_spectral_kernel`.
@@ -414,43 +422,46 @@ def _pages_split(
     PAGES: tl.constexpr = SHAPE[2] // 64  # of a frame
     ROWS: tl.constexpr = TILE[0]
     W: tl.constexpr = TILE[2]
+    P: tl.constexpr = TILE[3]
     NATIVE: tl.constexpr = PATH[2]
-    page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W)
+    page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W * P)
     first = page // PAGES
     u_row -= first
     if page < end:
         if PATH[0]:
             _prefetch_first(
                 k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
-                K_GROUPS, V_GROUPS, W,
+                K_GROUPS, V_GROUPS, W, P,
             )  # fmt: skip
         _project_frames(
             loaded, live, u_ptr, affine_ptr, u_row, first, tl.cdiv(end, PAGES), softmax_scale,
             SHAPE[2], ROWS, SHAPE[1], K_GROUPS, TILE[1], NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
-        token = tl.arange(0, 64)
+        token = tl.arange(0, 64 * P)
         warp = tl.arange(0, W)
         m_warp = tl.full([W, ROWS], float("-inf"), dtype=tl.float32)
         unit_warp = m_warp
         l_lane = tl.zeros([W, 8, ROWS], dtype=tl.float32)
-        ones = tl.full([W, 16, 64], 1, dtype=tl.int8)
+        ones = tl.full([W * P, 16, 64], 1, dtype=tl.int8)
+        # Tokens of the split's pages that are seen, counted from the sinks.
+        seen_end = (tl.minimum(stop, end * 64) - EXACT[0]).to(tl.uint32)
         acc = ()
         for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16 + 1):
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
-        for start in range(page, end, W):
-            # [W]; a warp without a page repeats the last one and sees none of its tokens.
-            j = tl.minimum(start + warp, end - 1)
-            number = tl.load(table_ptr + j).to(tl.int64)
+        for start in range(page, end, W * P):
+            # [W P]; a page after the last is the last again, none of whose tokens are seen then.
+            number = tl.load(table_ptr + tl.minimum(start + tl.arange(0, W * P), end - 1))
+            number = number.to(tl.int64)
+            j = start + warp * P  # [W], the first page of a warp
             s = _page_scores(
-                k_ptr + number * stride_k_page, u_ptr, affine_ptr, u_row + j // PAGES, W, ROWS,
-                K_GROUPS, NATIVE,
+                k_ptr + number * stride_k_page, u_ptr, affine_ptr,
+                u_row + tl.minimum(j, end - 1) // PAGES, ROWS, K_GROUPS, NATIVE,
             )  # fmt: skip
             position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
-            seen = tl.where(start + warp < end, stop - EXACT[0], 0).to(tl.uint32)
-            seen = position.to(tl.uint32) < seen[:, None]  # negative ones are large
+            seen = position.to(tl.uint32) < seen_end  # negative ones are large
             s = tl.where(seen[:, :, None], s, float("-inf"))
-            # Weights in units of 1 / FULL of the page's largest, or of 2**-32 of the largest so
+            # Weights in units of 1 / FULL of the P pages' largest, or of 2**-32 of the largest so
             # far. The difference first: scores may be 1e7, and the largest weight must be FULL
             # exactly enough to fit its int8 parts.
             m_page = tl.max(s, 1)
@@ -461,9 +472,9 @@ def _pages_split(
             old = tl.exp2(unit_warp - low)
             unit_warp = unit
             # Tokens of a lane: across lanes once, at the end.
-            l_lane = l_lane * old[:, None, :] + tl.sum(tl.reshape(p, [W, 8, 8, ROWS]), 1)
+            l_lane = l_lane * old[:, None, :] + tl.sum(tl.reshape(p, [W, 8 * P, 8, ROWS]), 1)
             w_hi, w_lo, _rounded = _split_int16(p * FULL, NATIVE)
-            w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64, 2 * ROWS])
+            w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64 * P, 2 * ROWS])
             rescaled = ()
             for n in tl.static_range(len(V_GROUPS)):
                 group_ptr = v_ptr + number * stride_v_page + _bits.group_offset(V_GROUPS, n)
@@ -500,7 +511,7 @@ def _attend_spectral_kernel(
     K_GROUPS: tl.constexpr,
     V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr,  # (SINKS, WINDOW, RING, SPLITS, BLOCK_M, BLOCK_N); RING 0: pages alone
-    TILE: tl.constexpr,  # (ROWS, M, W, FEW, BLOCK_B)
+    TILE: tl.constexpr,  # (ROWS, M, W, P, FEW, BLOCK_B)
     PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, NATIVE)
 ):
     """The exact tokens (`window_split`) of all rows, which start first, and the splits of their
@@ -520,11 +531,11 @@ def _attend_spectral_kernel(
         program = (tl.program_id(1) - exact_programs) // blocks
         block = (tl.program_id(1) - exact_programs) % blocks
         b = (0 * program).to(tl.int64)
-        if TILE[4] > 1:
+        if TILE[5] > 1:
             splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
             )
-            b, split, splits = _math.row_of_program(splits_of, program, B, TILE[4])
+            b, split, splits = _math.row_of_program(splits_of, program, B, TILE[5])
         codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         row = block * ROWS + tl.arange(0, ROWS)
         live = row < Q * HG
@@ -534,9 +545,9 @@ def _attend_spectral_kernel(
             q_ptr + b * strides_q[0] + g * HG * strides_q[1], row, live,
             codec, codec_row, strides_q[1], strides_q[2], HG, D, SHAPE[1], K_GROUPS,
         )  # fmt: skip
-        if TILE[4] == 1:
+        if TILE[5] == 1:
             splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2], TILE[3], TILE[4]
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
             )
             split, splits = program, tl.sum(splits_of, 0)
         if split < splits:
@@ -648,7 +659,8 @@ class Plan:
     rows: int  # queries of a KV head a program serves, padded
     blocks: int  # programs for the queries of a KV head
     m: int  # rows of a projection at once
-    warps: int  # pages that a program works on at once
+    warps: int  # of a program
+    pages: int  # that a warp works on at once
     programs: int  # that share out all rows' pages, a KV head and block of queries
     few: int  # of six of them where they would take little each
     block_b: int  # rows whose lengths are read at once
@@ -674,8 +686,8 @@ def plan_launch(
 ) -> Plan:
     """The launch of `attend_spectral` for a capacity of max_pages a row: no length decides it.
 
-    As many programs as are resident, or some rounds of them; where a warp of these would take less
-    than six pages, fewer, as a program's start and end then cost as much as its pages, and more
+    As many programs as are resident, or some rounds of them; where these would take fewer pages
+    than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more
     with others beside it: a single row has about one on a multiprocessor. A row that gets n
     programs, rounded down, has less than twice the pages that a program of all rows' has.
     """
@@ -685,21 +697,22 @@ def plan_launch(
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
         warps = WARPS
+        # Two, if they are of one frame.
+        pages = 2 if layout.frame % (2 * PAGE_SIZE) == 0 else 1
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
         # Programs a multiprocessor: what its registers hold.
         resident = 2 if large or rows > 8 else 4
-        # Three stages ask for a turn's pages at the end of the turn before, five a turn earlier, so
-        # that they are there in time. That takes twice the shared memory.
-        deep = resident == 4 and _launch.has_large_shared_memory(device)
-        options = {"num_stages": 5 if deep else 3, "num_warps": warps}
+        # Three stages ask for a turn's pages at the end of the turn before.
+        options = {"num_stages": 3, "num_warps": warps}
         if resident == 4:
             options["maxnreg"] = 128
     else:  # attention_sm75.py: a warp and 4 queries a program
-        rows, warps, m, resident = 4, 1, 4, 16
+        rows, warps, pages, m, resident = 4, 1, 1, 4, 16
         options = {"num_stages": 1, "num_warps": 1}
     blocks = _launch.cdiv(group * queries, rows)
-    turns, cores = _launch.cdiv(max_pages, warps), _launch.multiprocessors(device)
+    turn, cores = warps * pages, _launch.multiprocessors(device)
+    turns = _launch.cdiv(max_pages, turn)
     programs = 2 * batch
     if device.type == "cuda":
         programs = max(1, resident * cores // (kv_heads * blocks))
@@ -712,10 +725,10 @@ def plan_launch(
     least = max(1, programs * few // 6)
     # Kernels are compiled for few sizes of a batch.
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
-    most = programs if batch * turns >= 6 * programs else least
+    most = programs if batch * turns * turn >= LITTLE.value * programs else least
     states = min(most + batch - 1, batch * turns)
-    share = _launch.cdiv(min(batch * turns, 6 * programs), least)
-    share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * warps
+    share = _launch.cdiv(min(batch * turns, _launch.cdiv(LITTLE.value * programs, turn)), least)
+    share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * turn
     window = (0, 16, 16)
     if slots:
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
@@ -730,7 +743,7 @@ def plan_launch(
     exact = window[0] * batch * kv_heads * group * queries
     parts = [*projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
     sizes = [_launch.cdiv(size, 16) * 16 for size in parts]
-    numbers = (rows, blocks, m, warps, programs, few, block_b, states, frames)
+    numbers = (rows, blocks, m, warps, pages, programs, few, block_b, states, frames)
     return Plan(*numbers, window, sizes, matrix, options)
 
 
@@ -904,7 +917,7 @@ def _launch_pages(
         K_GROUPS=layout.k.groups,
         V_GROUPS=layout.v.groups,
         EXACT=(*kept, *plan.window),
-        TILE=(plan.rows, plan.m, plan.warps, plan.few, plan.block_b),
+        TILE=(plan.rows, plan.m, plan.warps, plan.pages, plan.few, plan.block_b),
         PATH=(overlap, overlap and after_append, _launch.is_native(q)),
         launch_pdl=overlap and after_append,
         **plan.options,
@@ -931,7 +944,7 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
         EXACT=(*kept[:2], plan.window[0]),
         BLOCK_N=block_n,
         BLOCK_D=block_d,
-        TURN=plan.warps,
+        TURN=plan.warps * plan.pages,
         FEW=plan.few,
         BLOCK_B=plan.block_b,
         LATE=block_d > 32,

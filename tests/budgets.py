@@ -17,8 +17,9 @@ rank or a quantiser loses is no part of it: the oracle gets the same codes and b
                   query turned back (its longest pair: one unit for all frames), of the projected
                   query u (components of fields that lie 2**low above a byte's lowest bit count
                   2**-low: their stored integers are that much larger), and of the weights (those
-                  of a page)
-    TILE          tokens that share one such largest weight, at most: a page
+                  of two pages)
+    TILE          tokens whose products are added at once: a page
+    PAIR          tokens that share one such largest weight, at most: two pages
 """
 
 import numpy as np
@@ -46,6 +47,7 @@ EXP = 2.0**-21
 LOG = 2.0**-21
 SPLIT = 1 / (2 * 127 * 256)
 TILE = 64
+PAIR = 2 * TILE
 
 
 def outside(actual: ArrayLike | torch.Tensor, expected: ArrayLike, budget: ArrayLike) -> float:
@@ -269,8 +271,8 @@ def attend_spectral(
                 o_error[b, h] += adds * (weights[b, h, :, part] @ (v_terms[g, part] @ v_vectors[g]))
     if split:
         size = np.abs(expected.values)
-        for start in range(0, tokens, TILE):
-            part = slice(start, start + TILE)
+        for start in range(0, tokens, PAIR):
+            part = slice(start, start + PAIR)
             top = weights[..., part].max(-1)
             for h in range(heads):
                 seen = np.isfinite(expected.scores[:, h, 0, part])  # by all queries or by none

@@ -230,7 +230,7 @@ def test_splits(rng, implementation, num_splits):
     check_spectral(implementation, arrays, queries, tokens=tokens, num_splits=num_splits)
 
 
-@pytest.mark.parametrize(("implementation", "turn"), [("triton", 4), ("scalar", 1)])
+@pytest.mark.parametrize(("implementation", "turn"), [("triton", 8), ("scalar", 1)])
 def test_a_split_without_pages(rng, implementation, turn):
     """Five turns for four splits, two each: the last one has none, and what it never wrote is not
     used."""
@@ -258,7 +258,7 @@ def _programs_kernel(
 
 
 @pytest.mark.parametrize(
-    ("turn", "kv_heads", "num_splits"), [(4, 8, None), (4, 64, None), (4, 8, 3), (1, 16, None)]
+    ("turn", "kv_heads", "num_splits"), [(8, 8, None), (8, 64, None), (8, 8, 3), (1, 16, None)]
 )
 @pytest.mark.parametrize(
     "seq_lens",
@@ -276,9 +276,9 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
     device = torch.device("cuda:0")  # named only
     monkeypatch.setattr(_launch, "has_large_shared_memory", lambda device: True)
     plan = attention.plan_launch(
-        layout, batch, kv_heads, 4, 1, capacity, 0, device, num_splits, turn == 4
+        layout, batch, kv_heads, 4, 1, capacity, 0, device, num_splits, turn == 8
     )
-    assert plan.warps == turn
+    assert plan.warps * plan.pages == turn
     out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
     lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
     _programs_kernel[(plan.states,)](
@@ -291,7 +291,7 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
         if row >= 0 and page < end:
             covered[row] += range(page, end)
             shares.append(end - page)
-            if turn == 4:  # elsewhere a whole row is projected at once
+            if turn == 8:  # elsewhere a whole row is projected at once
                 assert (end - 1) * PAGE // layout.frame - page * PAGE // layout.frame < plan.frames
     assert covered == [list(range(n)) for n in pages]
     turns, programs = sum(-(-n // turn) for n in pages), max(1, plan.programs * plan.few // 6)
@@ -561,8 +561,8 @@ def split_attention(
             scores[part] = scale * (u[1][0, h, 0, j] + codes[g, part] @ split)
         top = scores.max()
         lse[0, h] = top + math.log(np.exp(scores - top).sum())
-        for start in range(0, tokens, budgets.TILE):
-            part = slice(start, start + budgets.TILE)
+        for start in range(0, tokens, budgets.PAIR):
+            part = slice(start, start + budgets.PAIR)
             largest = scores[part].max()
             weights = hi_lo(FULL * np.exp(scores[part] - largest), weight_low) / FULL
             o[0, h, 0] += np.exp(largest - lse[0, h]) * (weights @ expected.values[0, g, part])
