@@ -458,9 +458,10 @@ def _pages_split(
                 k_ptr + number * stride_k_page, u_ptr, affine_ptr,
                 u_row + tl.minimum(j, end - 1) // PAGES, ROWS, K_GROUPS, NATIVE,
             )  # fmt: skip
-            position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
-            seen = position.to(tl.uint32) < seen_end  # negative ones are large
-            s = tl.where(seen[:, :, None], s, float("-inf"))
+            if (start * 64 < EXACT[0]) | (start + W * P >= end):  # elsewhere all are seen
+                position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
+                seen = position.to(tl.uint32) < seen_end  # negative ones are large
+                s = tl.where(seen[:, :, None], s, float("-inf"))
             # Weights in units of 1 / FULL of the P pages' largest, or of 2**-32 of the largest so
             # far. The difference first: scores may be 1e7, and the largest weight must be FULL
             # exactly enough to fit its int8 parts.
