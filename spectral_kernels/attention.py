@@ -515,8 +515,8 @@ def _attend_spectral_kernel(
     TILE: tl.constexpr,  # (ROWS, M, W, P, FEW, BLOCK_B)
     PATH: tl.constexpr,  # (OVERLAP, AFTER_APPEND, NATIVE)
 ):
-    """The exact tokens (`window_split`) of all rows, which start first, and the splits of their
-    pages (`_pages_split`)."""
+    """The splits of all rows' pages (`_pages_split`), then their exact tokens (`window_split`):
+    they wait for what is appended, take little, and fill the card while the last splits end."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
@@ -527,10 +527,11 @@ def _attend_spectral_kernel(
     exact_programs = 0
     if EXACT[2] > 0:
         exact_programs = B * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
-    if tl.program_id(1) >= exact_programs:
+    exact_program = tl.program_id(1) - (tl.num_programs(1) - exact_programs)
+    if exact_program < 0:
         blocks = tl.cdiv(Q * HG, ROWS)
-        program = (tl.program_id(1) - exact_programs) // blocks
-        block = (tl.program_id(1) - exact_programs) % blocks
+        program = tl.program_id(1) // blocks
+        block = tl.program_id(1) % blocks
         b = (0 * program).to(tl.int64)
         if TILE[5] > 1:
             splits_of = _math.row_splits(
@@ -561,9 +562,9 @@ def _attend_spectral_kernel(
                 SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
             )  # fmt: skip
     elif EXACT[2] > 0:
-        split = tl.program_id(1) % EXACT[3]
-        block = tl.program_id(1) // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
-        b = (tl.program_id(1) // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
+        split = exact_program % EXACT[3]
+        block = exact_program // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
+        b = (exact_program // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
         exact_row = _math.row_of(seq_ids_ptr, b, b)
         if PATH[1]:  # the newest tokens are written by the launch before
             tl.extra.cuda.gdc_wait()
