@@ -700,17 +700,18 @@ def plan_launch(
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
         warps = WARPS
-        # Two, if they are of one frame, and a turn's fit into the shared memory of any card.
-        both = layout.frame % (2 * PAGE_SIZE) == 0
+        # Two, if they are of one frame, if registers hold the scores of both, and if a turn's fit
+        # into the shared memory of any card.
+        both = layout.frame % (2 * PAGE_SIZE) == 0 and rows <= 8
         pages = 2 if both and 2 * warps * PAGE_SIZE * layout.token_bytes <= ROOM else 1
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
-        # Programs a multiprocessor: what its registers hold.
-        resident = 2 if large or rows > 8 else 4
+        # Programs a multiprocessor: as many as their registers allow without spills.
+        resident = 2 if large else 3 if rows > 4 else 4
         # Three stages ask for a turn's pages at the end of the turn before.
         options = {"num_stages": 3, "num_warps": warps}
-        if resident == 4:
-            options["maxnreg"] = 128
+        if resident > 2:
+            options["maxnreg"] = 65536 // (32 * warps * resident) // 8 * 8
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, pages, m, resident = 4, 1, 1, 4, 16
         options = {"num_stages": 1, "num_warps": 1}
