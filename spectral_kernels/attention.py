@@ -726,7 +726,7 @@ def plan_launch(
         rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
         programs *= next(rounds, 1)
     programs = num_splits * batch if num_splits else programs
-    few = (2 if batch == 1 and resident == 4 else 4) if matrix and num_splits is None else 6
+    few = (2 if batch == 1 and resident > 2 else 4) if matrix and num_splits is None else 6
     least = max(1, programs * few // 6)
     # Kernels are compiled for few sizes of a batch.
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
