@@ -528,9 +528,16 @@ def _attend_spectral_kernel(
     if EXACT[2] > 0:
         exact_programs = B * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
     exact_program = tl.program_id(1) - (tl.num_programs(1) - exact_programs)
-    if exact_program < 0:
-        blocks = tl.cdiv(Q * HG, ROWS)
-        program = tl.program_id(1) // blocks
+    blocks = tl.cdiv(Q * HG, ROWS)
+    program = tl.program_id(1) // blocks
+    wanted = exact_program < 0
+    if TILE[5] == 1:
+        if wanted & (program * 6 >= programs * TILE[4]):  # for a long row alone: its length first
+            splits_of = _math.row_splits(
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
+            )
+            wanted = program < tl.sum(splits_of, 0)
+    if wanted:
         block = tl.program_id(1) % blocks
         b = (0 * program).to(tl.int64)
         if TILE[5] > 1:
@@ -562,17 +569,18 @@ def _attend_spectral_kernel(
                 SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
             )  # fmt: skip
     elif EXACT[2] > 0:
-        split = exact_program % EXACT[3]
-        block = exact_program // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
-        b = (exact_program // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
-        exact_row = _math.row_of(seq_ids_ptr, b, b)
-        if PATH[1]:  # the newest tokens are written by the launch before
-            tl.extra.cuda.gdc_wait()
-        window_split(
-            q_ptr, k_exact_ptr, v_exact_ptr, exact_o_ptr, exact_lse_ptr,
-            tl.load(seq_lens_ptr + b), exact_row, split, block, b, g, Q, G, softmax_scale,
-            strides_q, strides_exact, HG, D, EXACT, True, PATH[2],
-        )  # fmt: skip
+        if exact_program >= 0:
+            split = exact_program % EXACT[3]
+            block = exact_program // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
+            b = (exact_program // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
+            exact_row = _math.row_of(seq_ids_ptr, b, b)
+            if PATH[1]:  # the newest tokens are written by the launch before
+                tl.extra.cuda.gdc_wait()
+            window_split(
+                q_ptr, k_exact_ptr, v_exact_ptr, exact_o_ptr, exact_lse_ptr,
+                tl.load(seq_lens_ptr + b), exact_row, split, block, b, g, Q, G, softmax_scale,
+                strides_q, strides_exact, HG, D, EXACT, True, PATH[2],
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "programs"])
