@@ -36,12 +36,6 @@ def has_matrix_units(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use 227 KB of shared memory (sm_90, 100), not 163 (80), 99 (86, 89,
-    120) or 64 (75)."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
-
-
 def overlaps_launches(device: torch.device) -> bool:
     """Whether a kernel may start before the one ahead of it has ended (programmatic dependent
     launch): from sm_90."""

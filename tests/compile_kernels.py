@@ -250,7 +250,6 @@ def compile_all(capability: int, chosen: Sequence[Case], report: Callable[[Row],
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
-    _launch.has_large_shared_memory = lambda device: capability in (90, 100)
     _launch.overlaps_launches = lambda device: capability >= 90
     JITFunction.run = recorder.run_of
     for index, (preset, layout, group) in enumerate(chosen):

@@ -285,7 +285,6 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
     sinks, window, capacity, batch = 4, 64, 2048, len(seq_lens)
     layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), 64)
     device = torch.device("cuda:0")  # named only
-    monkeypatch.setattr(_launch, "has_large_shared_memory", lambda device: True)
     plan = attention.plan_launch(
         layout, batch, kv_heads, 4, 1, capacity, 0, device, num_splits, turn == 8
     )
