@@ -663,6 +663,7 @@ def _finish_spectral_kernel(
 WARPS = 4  # of a program of `_attend_spectral_kernel`
 MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
+ROOM = 1 << 16  # bytes of pages that a program holds at once
 
 
 @dataclass(frozen=True)
@@ -710,8 +711,9 @@ def plan_launch(
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
         warps = WARPS
-        # Two, if they are of one frame.
-        pages = 2 if layout.frame % (2 * PAGE_SIZE) == 0 else 1
+        # Two, if they are of one frame, and a turn's fit into the shared memory of any card.
+        both = layout.frame % (2 * PAGE_SIZE) == 0
+        pages = 2 if both and 2 * warps * PAGE_SIZE * layout.token_bytes <= ROOM else 1
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
         # Programs a multiprocessor: what its registers hold.
