@@ -283,22 +283,6 @@ def _project_frames(
 
 
 @triton.jit
-def _sum_of_warps(parts):
-    """Sums over W of one, two or four [W, 16, N], one below the other [16, 32 or 64, N]: one pass
-    through shared memory."""
-    N: tl.constexpr = parts[0].shape[2]
-    if len(parts) == 1:
-        x = tl.sum(parts[0], 0)
-    elif len(parts) == 2:
-        x = tl.reshape(tl.permute(tl.sum(tl.join(parts[0], parts[1]), 0), [2, 0, 1]), [32, N])
-    else:
-        x = tl.sum(tl.join(tl.join(parts[0], parts[1]), tl.join(parts[2], parts[3])), 0)
-        # Of [16, N, 2, 2] with part 1 at (1, 0) and 2 at (0, 1).
-        x = tl.reshape(tl.permute(x, [3, 2, 0, 1]), [64, N])
-    return x
-
-
-@triton.jit
 def _prefetch_first(
     k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
     K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
@@ -376,27 +360,54 @@ def _in_steps(acc, GROUPS: tl.constexpr, i: tl.constexpr):
 
 
 @triton.jit
+def _join(unit, l, other_unit, other_l):
+    """Units and sums of weights of two states as of one."""
+    m = tl.maximum(unit, other_unit)
+    low = tl.where(m == float("-inf"), 0.0, m)
+    return m, l * tl.exp2(unit - low) + other_l * tl.exp2(other_unit - low)
+
+
+@triton.jit
+def _at_threads(W: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr):
+    """Where 16 components of a tile of W warps lie in [W, ROWS, R]: [4, 8, W, 2, ROWS / 4], as the
+    threads hold them: a warp's four by eight lanes, and the numbers of a lane."""
+    row = tl.arange(0, 4)[:, None] + 4 * tl.arange(0, ROWS // 4)[None, :]
+    component = tl.max_contiguous(tl.arange(0, 8), 1)[:, None] + 8 * tl.arange(0, 2)[None, :]
+    at = (tl.arange(0, W) * (ROWS * R))[None, None, :, None, None]
+    return at + row[:, None, None, None, :] * R + component[None, :, None, :, None]
+
+
+@triton.jit
 def _store_split(
-    acc, unit_warp, l_warp, c_ptr, lse_ptr, out, live, GROUPS: tl.constexpr,
+    acc, unit_warp, l_warp, warps_ptr, c_ptr, lse_ptr, out, live, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The warps' states together: lse, and the output in steps of the V basis. acc, its last block
-    the sum of weights, counts these in units of 1 / FULL."""
+    the sum of weights, counts these in units of 1 / FULL.
+
+    warps [W, ROWS, R] float32: what each warp adds to the output."""
     R: tl.constexpr = _bits.rank_of(GROUPS)
-    m = tl.max(unit_warp, 0)
-    share = tl.exp2(unit_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
-    l = FULL * tl.sum(l_warp * share, 0)
-    norm = tl.where(l == 0.0, 0.0, 1.0 / l)
+    W: tl.constexpr = unit_warp.shape[0]
+    ROWS: tl.constexpr = unit_warp.shape[1]
+    m, l = tl.reduce((unit_warp, l_warp), 0, _join)
+    l *= FULL
     tl.store(lse_ptr + out, _math.natural_lse(m, l), mask=live)
-    BLOCKS: tl.constexpr = min(4, triton.next_power_of_2(R // 16))  # 64 components at a time
-    for n in tl.static_range(0, R // 16, BLOCKS):
-        parts = ()
-        for f in tl.static_range(BLOCKS):
-            x = _in_steps(acc, GROUPS, min(n + f, R // 16 - 1))
-            parts = parts + (x * share[:, None, :],)
-        x = _sum_of_warps(parts) * norm[None, :]  # [16 BLOCKS, ROWS]
-        r = n * 16 + tl.arange(0, 16 * BLOCKS)
-        mask = (r < R)[:, None] & live[None, :]
-        tl.store(c_ptr + out[None, :] * R + r[:, None], x, mask=mask)
+    share = tl.exp2(unit_warp - tl.where(m == float("-inf"), 0.0, m)[None, :])
+    share *= tl.where(l == 0.0, 0.0, 1.0 / l)[None, :]
+    # By way of memory, as no thread waits for another until all have stored.
+    at = warps_ptr + _at_threads(W, ROWS, R)
+    for i in tl.static_range(R // 16):
+        x = _in_steps(acc, GROUPS, i) * share[:, None, :]
+        x = tl.permute(tl.reshape(x, [W, 2, 8, ROWS // 4, 4]), [4, 2, 0, 1, 3])
+        tl.store(at + i * 16, x)
+    tl.debug_barrier()  # a thread reads what others wrote
+    row = tl.arange(0, ROWS)
+    r = tl.arange(0, triton.next_power_of_2(R))
+    at = warps_ptr + row[:, None] * R + r[None, :]
+    x = tl.load(at, mask=(r < R)[None, :])
+    for n in tl.static_range(1, W):
+        x += tl.load(at + n * (ROWS * R), mask=(r < R)[None, :])
+    mask = live[:, None] & (r < R)[None, :]
+    tl.store(c_ptr + out[:, None] * R + r[None, :], x, mask=mask)
 
 
 @triton.jit
@@ -405,7 +416,7 @@ def _pages_split(
     k_ptr,  # pages of the KV head
     v_ptr,
     table_ptr,  # the sequence's row
-    u_ptr, affine_ptr, c_ptr, lse_ptr, seq_len,
+    u_ptr, affine_ptr, c_ptr, lse_ptr, warps_ptr, seq_len,
     live,  # [ROWS]
     out,  # [ROWS], rows of c and lse
     split, splits, u_row, softmax_scale, stride_k_page, stride_v_page,
@@ -484,7 +495,8 @@ def _pages_split(
                     y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
                     rescaled = rescaled + (_add_weighted(acc[len(rescaled)], old, y, w_both),)
             acc = rescaled + (_add_weighted(acc[len(rescaled)], old, ones, w_both),)
-        _store_split(acc, unit_warp, tl.sum(l_lane, 1), c_ptr, lse_ptr, out, live, V_GROUPS)
+        l_warp = tl.sum(l_lane, 1)
+        _store_split(acc, unit_warp, l_warp, warps_ptr, c_ptr, lse_ptr, out, live, V_GROUPS)
     else:
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
@@ -498,7 +510,7 @@ def _attend_spectral_kernel(
     k_exact_ptr,
     v_exact_ptr,
     tables,  # block_table, seq_lens, codec_ids, seq_ids
-    states,  # u, affine, c, lse, exact o, exact lse
+    states,  # u, affine, c, lse, exact o, exact lse, warps
     u_frames,
     B,
     programs,  # of `row_splits`
@@ -520,7 +532,7 @@ def _attend_spectral_kernel(
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
-    u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr = states
+    u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr, warps_ptr = states
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
         tl.extra.cuda.gdc_launch_dependents()
     g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0)
@@ -561,12 +573,13 @@ def _attend_spectral_kernel(
             split, splits = program, tl.sum(splits_of, 0)
         if split < splits:
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
-            u_row = ((program.to(tl.int64) * blocks + block) * G + g) * u_frames
+            nth = (program.to(tl.int64) * blocks + block) * G + g
+            warps_ptr += nth * (TILE[2] * ROWS * _bits.rank_of(V_GROUPS))
             _pages_split(
                 loaded, k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
-                block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr, seq_len,
-                live, out, split, splits, u_row, softmax_scale, strides_pages[0], strides_pages[2],
-                SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
+                block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
+                warps_ptr, seq_len, live, out, split, splits, nth * u_frames, softmax_scale,
+                strides_pages[0], strides_pages[2], SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
             )  # fmt: skip
     elif EXACT[2] > 0:
         if exact_program >= 0:
@@ -678,7 +691,7 @@ class Plan:
     states: int  # splits of all rows' pages, at most
     frames: int  # that queries are projected for: of a split at most, or of a row
     window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
-    sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, in a workspace
+    sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, warps, in a workspace
     matrix: bool
     options: dict[str, int]  # num_warps, num_stages, maxnreg
 
@@ -747,15 +760,18 @@ def plan_launch(
         window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
     if matrix:
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
-        units = states * blocks * kv_heads * frames * rows
+        served = states * blocks * kv_heads * rows
+        units = served * frames
         projected = [units * _launch.cdiv(layout.k.rank, 32) * 64, units * 8]
+        joined = served * warps * layout.v.rank * 4
     else:
         frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
         projected = [batch * blocks * kv_heads * frames * operand_words(layout.k.rank) * 4, 0]
+        joined = 0
     cold = states * kv_heads * group * queries  # states of pages, and of exact tokens
     exact = window[0] * batch * kv_heads * group * queries
     parts = [*projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
-    sizes = [_launch.cdiv(size, 16) * 16 for size in parts]
+    sizes = [_launch.cdiv(size, 16) * 16 for size in (*parts, joined)]
     numbers = (rows, blocks, m, warps, pages, programs, few, block_b, states, frames)
     return Plan(*numbers, window, sizes, matrix, options)
 
@@ -888,12 +904,13 @@ def attend_spectral(
     launch = partial(_launch_pages, after_append=after_append) if plan.matrix else launch_old_cards
     with torch.cuda.device_of(q):
         launch(q4, k_pages, v_pages, codec, exact, tables, states, kept, scale * LOG2_E, plan)
-        _launch_finish(states[2:], codec, tables, out, lse, q4.shape, kept, plan)
+        _launch_finish(states[2:6], codec, tables, out, lse, q4.shape, kept, plan)
     return out, lse
 
 
 def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.device) -> tuple:
-    """u uint8, and float32: affine, c, lse, exact o, exact lse, in the workspace or new memory."""
+    """u uint8, and float32: affine, c, lse, exact o, exact lse, warps, in the workspace or new
+    memory."""
     if workspace is None:
         workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     u8 = torch.uint8
