@@ -221,7 +221,7 @@ def test_every_border(rng, implementation):
 def test_more_sinks_than_a_turn_has_pages_for(rng, implementation):
     """One program: turns of sinks alone, of sinks and others, of tokens that are all seen, and the
     last."""
-    sinks, lengths = 8 * PAGE + 90, (25 * PAGE,)
+    sinks, lengths = 8 * PAGE + 90, (32 * PAGE,)
     arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, lengths, 2 * PAGE))
     tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=1, head_dim=64, sinks=sinks, window=8)
     queries = make_queries(rng, shape=(1, 1, 1, 64), size=2.0)
