@@ -319,7 +319,7 @@ def test_a_power_of_two_compiles_for_smaller_batches(
 ):
     """An engine captures steps of 1, 2, 4, 8 rows and so on before it serves: what is launched for
     another batch is compiled then, too."""
-    card = {"multiprocessors": 132, "has_large_shared_memory": True, "has_matrix_units": True}
+    card = {"multiprocessors": 132, "has_matrix_units": True}
     for name, value in card.items():
         monkeypatch.setattr(_launch, name, lambda device, value=value: value)
     launched: list[dict] = []
