@@ -687,6 +687,7 @@ class Plan:
     few: int  # of six of them where they would take little each
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
+    splits: int  # of a row, where rows are of one length, at most
     frames: int  # that queries are projected for: of a split at most, or of a row
     window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
     sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, warps, in a workspace
@@ -752,6 +753,7 @@ def plan_launch(
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
     most = programs if rounded * turns * turn >= LITTLE.value * programs else least
     states = min(most + batch - 1, batch * turns)
+    splits = _launch.cdiv(min(most + rounded - 1, rounded * turns), rounded)
     share = _launch.cdiv(min(batch * turns, _launch.cdiv(LITTLE.value * programs, turn)), least)
     share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * turn
     window = (0, 16, 16)
@@ -772,7 +774,7 @@ def plan_launch(
     exact = window[0] * batch * kv_heads * group * queries
     parts = [*projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
     sizes = [_launch.cdiv(size, 16) * 16 for size in (*parts, joined)]
-    numbers = (rows, blocks, m, warps, pages, programs, few, block_b, states, frames)
+    numbers = (rows, blocks, m, warps, pages, programs, few, block_b, states, splits, frames)
     return Plan(*numbers, window, sizes, matrix, options)
 
 
@@ -959,7 +961,7 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
     rows = _launch.next_power_of_2(batch)  # kernels are compiled for few batches
     # The splits of a row at once, where rows are of one length.
-    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(_launch.cdiv(plan.states, rows))))
+    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(plan.splits)))
     # All dimensions at once, or as many programs as keep the card busy.
     block_d = 32
     if rows * queries * heads >= _launch.multiprocessors(out.device):
