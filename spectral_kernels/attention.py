@@ -671,7 +671,7 @@ def _finish_spectral_kernel(
 WARPS = 4  # of a program of `_attend_spectral_kernel`
 MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
-ROOM = 1 << 16  # bytes of pages that a program holds at once
+ROOM = 88 << 10  # bytes of pages, and of their frames' queries, that a program holds at once
 
 
 @dataclass(frozen=True)
@@ -719,15 +719,17 @@ def plan_launch(
     large = layout.head_dim > 128 or layout.k.rank > 128 or layout.v.rank > 128
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
-        warps = WARPS
-        # Two, if they are of one frame, if registers hold the scores of both, and if a turn's fit
-        # into the shared memory of any card.
-        both = layout.frame % (2 * PAGE_SIZE) == 0 and rows <= 8
-        pages = 2 if both and 2 * warps * PAGE_SIZE * layout.token_bytes <= ROOM else 1
+        # Twice as many pages at once, if registers hold their scores and the shared memory of any
+        # card holds them and the queries of their frames: two a warp, of one frame, or, where sums
+        # take many registers, more warps.
+        held = PAGE_SIZE * layout.token_bytes + _launch.cdiv(layout.k.rank, 32) * 64 * rows
+        twice = rows <= 8 and 2 * WARPS * held <= ROOM
+        warps = 2 * WARPS if twice and large else WARPS
+        pages = 2 if twice and not large and layout.frame % (2 * PAGE_SIZE) == 0 else 1
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
         # Programs a multiprocessor: as many as their registers allow without spills.
-        resident = 2 if large else 3 if rows > 4 else 4
+        resident = 2 * WARPS // warps if large else 3 if rows > 4 else 4
         # Three stages ask for a turn's pages at the end of the turn before.
         options = {"num_stages": 3, "num_warps": warps}
         if resident > 2:
@@ -746,7 +748,9 @@ def plan_launch(
         rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
         programs *= next(rounds, 1)
     programs = num_splits * batch if num_splits else programs
-    few = (2 if batch == 1 and resident > 2 else 4) if matrix and num_splits is None else 6
+    few = 6
+    if matrix and num_splits is None and resident > 1:
+        few = 2 if batch == 1 and resident > 2 else 4
     least = max(1, programs * few // 6)
     # Kernels are compiled for few batches: for those that an engine captures, powers of two.
     rounded = _launch.next_power_of_2(batch)

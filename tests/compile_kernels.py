@@ -151,10 +151,10 @@ class Recorder:
     """Stands in for JITFunction.run: compiles for the target, launches nothing, reports a new
     kernel's row."""
 
-    def __init__(self, capability: int, report: Callable[[Row], None]) -> None:
+    def __init__(self, capability: int, report: Callable[[Row], None], only: str = "") -> None:
         self.target = GPUTarget("cuda", capability, 32)
         self.backend = make_backend(self.target)
-        self.report = report
+        self.report, self.only = report, only
         self.case: Row = {}
         self.seen: set[str] = set()
         # A plain function, so that it binds to the kernel when it stands in for the method.
@@ -163,6 +163,8 @@ class Recorder:
     def run(
         self, function: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any
     ) -> None:
+        if self.only and function.__name__ != self.only:
+            return
         kwargs.setdefault("debug", False)
         binder = create_function_from_signature(function.signature, function.params, self.backend)
         bound, specialization, options = binder(*args, **kwargs)
@@ -243,10 +245,12 @@ def launch_all(
     sk.merge_many_states(o, lse)
 
 
-def compile_all(capability: int, chosen: Sequence[Case], report: Callable[[Row], None]) -> None:
+def compile_all(
+    capability: int, chosen: Sequence[Case], report: Callable[[Row], None], only: str = ""
+) -> None:
     """Compile what the launchers would launch on a card of this capability in these cases, and
     report every kernel's row once. Launchers launch nothing afterwards."""
-    recorder, matrix = Recorder(capability, report), capability >= 80
+    recorder, matrix = Recorder(capability, report, only), capability >= 80
     _launch.KERNELS_ON_CPU = True
     _launch.is_native = lambda x: True
     _launch.has_matrix_units = lambda device: matrix
@@ -279,16 +283,28 @@ def main() -> None:
     )
     parser.add_argument("--cases", type=int, metavar="N", help="only the first N")
     parser.add_argument(
+        "--layout",
+        nargs=4,
+        metavar=("K", "V", "D", "GROUP"),
+        help="one case of these bands, attention over its pages alone",
+    )
+    parser.add_argument(
         "--list", action="store_true", help="print the names of all kernels as the first line"
     )
     arguments = parser.parse_args()
     if arguments.list:
         print(json.dumps(sorted(all_kernels())))
+    chosen, only = cases(arguments.all)[: arguments.cases], ""
+    if arguments.layout:
+        k, v, dim, group = arguments.layout
+        layout = sk.PageLayout(sk.Bands.parse(k), sk.Bands.parse(v), int(dim))
+        chosen, only = [Case("-", layout, int(group))], "_attend_spectral_kernel"
     for capability in arguments.capability:
         compile_all(
             capability,
-            cases(arguments.all)[: arguments.cases],
+            chosen,
             lambda row: print(json.dumps(row), flush=True),
+            only,
         )
 
 

@@ -44,6 +44,15 @@ def test_kernels_compile(capability: int) -> None:
         assert row["loop_spills"] == 0, row
 
 
+@pytest.mark.parametrize("bands", ["64x4+128x2 256x2", "16x8+112x4+128x2 64x2"])
+def test_wide_pages_fit_small_shared_memory(bands: str) -> None:
+    """The widest layout of which a program holds eight pages, and one whose queries take too much
+    beside as many, on a card with 99 KB."""
+    _, rows = compiled("86", "--layout", *bands.split(), "256", "8")
+    assert rows and {row["kernel"] for row in rows} == NEW_CARDS
+    assert all(row["shared_bytes"] <= SHARED_LIMIT[86] * 1024 for row in rows), rows
+
+
 LOOP = """
         /*0000*/                   STL [R1], R2 ;
         /*0010*/                   LDG.E.128 R4, [R2.64] ;
