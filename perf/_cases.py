@@ -227,6 +227,15 @@ class Step:
         )
 
 
+def check_close(got: torch.Tensor, want: torch.Tensor, allowed: float, what: str) -> None:
+    """Raise AssertionError unless the error, relative in norm, is at most `allowed`."""
+    off = float((got.double() - want.double()).norm() / want.double().norm())
+    if not off <= allowed:
+        raise AssertionError(
+            f"{what}: a relative error of {off:.3g}, expected at most {allowed:.3g}"
+        )
+
+
 def check_state(
     step: Step, state: tuple[torch.Tensor, torch.Tensor | None], parts: Sequence[str] = BOTH
 ) -> float:
@@ -265,9 +274,6 @@ def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) 
     i32: Any = {"dtype": torch.int32, "device": card.device}
     codec = random_codec(plan[len(plan) // 2], groups, frequencies(dim, card.device))
 
-    def normal(*size: int, std: float = 1.0) -> torch.Tensor:
-        return torch.empty(size, dtype=card.dtype, device=card.device).normal_(std=std)
-
     def pages(bands: Bands) -> torch.Tensor:
         size = (sum(used), groups, PAGE_SIZE * bands.bytes)
         return torch.randint(0, 256, size, dtype=torch.uint8, device=card.device)
@@ -276,17 +282,17 @@ def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) 
         table = torch.zeros(batch, entries, **i32)
         for row, own in zip(table, torch.randperm(sum(used), **i32).split(used), strict=True):
             row[: len(own)] = own
-        q = normal(batch, shape.heads, new, dim)
+        q = card.normal(batch, shape.heads, new, dim)
         slots = (batch, groups, sinks + recent, dim)
         return Step(
             q if new > 1 else q[:, :, 0],
-            normal(batch, groups, new, dim, std=SCORE_STD),
-            normal(batch, groups, new, dim),
+            card.normal(batch, groups, new, dim, std=SCORE_STD),
+            card.normal(batch, groups, new, dim),
             deepcopy(codec),
             pages(codec.layout.k),
             pages(codec.layout.v),
-            normal(*slots, std=SCORE_STD),
-            normal(*slots),
+            card.normal(*slots, std=SCORE_STD),
+            card.normal(*slots),
             table,
             torch.tensor(shape.rows, **i32),
             sinks,

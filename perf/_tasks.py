@@ -203,9 +203,8 @@ def _codes(name: str, write: Writer, rng: random.Random) -> Task:
 
 
 def _tracking(write: Writer, rng: random.Random) -> Task:
-    names = [a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"]
-    drawn = rng.sample(names, 12)
-    chains = [drawn[i : i + 4] for i in (0, 4, 8)]
+    names = rng.sample([a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"], 12)
+    chains = [names[i : i + 4] for i in (0, 4, 8)]
     values = [digits(rng, 5) for _ in chains]
     facts = []
     for step in range(4):  # chains take turns: each step comes after the one it names
@@ -222,10 +221,8 @@ def _tracking(write: Writer, rng: random.Random) -> Task:
 
 def _common(write: Writer, rng: random.Random) -> Task:
     often = rng.sample(COMMON, 4)
-    rare = [
-        *(word for word in COMMON if word not in often),
-        *(f"{a} {n}" for a in ADJECTIVES for n in NOUNS),
-    ]
+    rare = [word for word in COMMON if word not in often]
+    rare += [f"{a} {n}" for a in ADJECTIVES for n in NOUNS]
 
     def more() -> str:
         return f"{rng.choice(often) if rng.random() < 0.4 else rng.choice(rare)}\n"
@@ -238,22 +235,20 @@ def _common(write: Writer, rng: random.Random) -> Task:
 
 
 def _extraction(write: Writer, rng: random.Random) -> Task:
-    people = [f"{a} {b}" for a in NAMES for b in FAMILIES]
-    chosen = rng.sample(people, 36)
-    orders = [(person, digits(rng, 4)) for person in chosen]
-    valid = set(rng.sample(chosen, 24))
-    facts = []
-    for i, (person, number) in enumerate(orders):
-        head = f"Document {i // 6 + 1}\n" if i % 6 == 0 else ""
-        state = "ORDER" if person in valid else "CANCELLED"
-        facts.append(f"{head}{state} {person} {number}\n")
-    kept = [(person, number) for person, number in orders if person in valid]
+    people = rng.sample([f"{a} {b}" for a in NAMES for b in FAMILIES], 36)
+    numbers = [digits(rng, 4) for _ in people]
+    valid = set(rng.sample(people, 24))
+    lines = [
+        f"{'ORDER' if person in valid else 'CANCELLED'} {person} {number}\n"
+        for person, number in zip(people, numbers, strict=True)
+    ]
+    facts = [x if i % 6 else f"Document {i // 6 + 1}\n{x}" for i, x in enumerate(lines)]
+    first, second, *others = (line for line in lines if line.startswith("ORDER"))
     question = (
         "\nTask: List every line of all documents that begins with ORDER, in order, without the "
-        "cancelled ones, then END.\n" + "".join(f"ORDER {p} {n}\n" for p, n in kept[:2])
+        f"cancelled ones, then END.\n{first}{second}"
     )
-    ids = write(question, facts, partial(filler, rng))
-    answers = tuple(f"ORDER {person} {number}" for person, number in kept[2:])
+    ids, answers = write(question, facts, partial(filler, rng)), tuple(map(str.strip, others))
     return Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))
 
 
@@ -263,9 +258,8 @@ def _arithmetic(write: Writer, rng: random.Random) -> Task:
         parts = [f"Start with {total}."]
         for _ in range(4):
             change = rng.randrange(2, 20)
-            word, total = (
-                ("add", total + change) if rng.random() < 0.6 else ("take", total - change)
-            )
+            word, sign = ("add", 1) if rng.random() < 0.6 else ("take", -1)
+            total += sign * change
             parts.append(f"Then {word} {change}: {total}.")
         asked = re.sub(r": -?\d+", "", " ".join(parts))
         return f"Problem: {asked}\n", f"Solution: {' '.join(parts)} Result: {total}\n\n"

@@ -70,6 +70,10 @@ class Card:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def normal(self, *size: int, std: float = 1.0) -> torch.Tensor:
+        """Normal numbers."""
+        return torch.empty(size, dtype=self.dtype, device=self.device).normal_(std=std)
+
     def copies(self, nbytes: int) -> int:
         """How many copies of `nbytes` of inputs keep a call's inputs out of the L2 cache until its
         turn comes again."""

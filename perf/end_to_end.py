@@ -60,7 +60,8 @@ from torch._inductor import config as inductor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
-from perf._cases import LOSSY, SHAPES, Shape, Step, check_state, layouts, llama, random_model_codec
+from perf import _cases
+from perf._cases import SHAPES, Shape, Step, check_close, check_state, random_model_codec
 from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
@@ -77,7 +78,7 @@ GPUS, RANK = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("
 
 def make_model(shape: str, device: torch.device, dtype: torch.dtype, layers: Any = None) -> Any:
     """A Llama with random weights, made on the device without the usual initialisation."""
-    config = llama(shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = _cases.llama(shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
         auto = transformers.AutoModelForCausalLM
@@ -230,7 +231,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
             AttentionInterface.register(name, partial(attention, attend))
             AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
         model.config._attn_implementation = "perf_plain"
-        want = step().double()
+        want = step()
         model.config._attn_implementation = "perf_dense"
         logits, nothing = step(), transformers.Cache(layers=[])
         with compiled_layers(model.model, nothing) if cell.compile else contextlib.nullcontext():
@@ -242,9 +243,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         steps.clear()  # torch.compile and transformers' list of functions hold on to it
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
-    off, allowed = float((logits.double() - want).norm() / want.norm()), 0.1 + fp8 * 2**-3
-    if not off <= allowed:
-        raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
+    check_close(logits, want, 0.1 + fp8 * 2**-3, "logits")
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
     row |= {"what": "graph", "preset": "fp8" if fp8 else None, "backend": backend, "shared": shared}
     return {"cache_bytes": layers * size, **row}
@@ -388,7 +387,8 @@ def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
     """Runs of one layer, for each batch size and layout, which leave what they compile in the
     caches of Triton and torch.compile."""
     jobs, batches = [], sorted({batch for batch, _ in args.cells})
-    count = max(len(layouts(preset, llama(args.shape).head_dim)) for preset in args.presets)
+    dim = _cases.llama(args.shape).head_dim
+    count = max(len(_cases.layouts(preset, dim)) for preset in args.presets)
     for batch, layout in product(batches, range(count)):
         # What torch.compile makes is the same for all layouts, and dense steps have none.
         known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")
@@ -412,7 +412,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
     add("--shape", choices=list(SHAPES), default="8b")
-    add("--presets", nargs="+", choices=LOSSY, default=["balanced"])
+    add("--presets", nargs="+", choices=_cases.LOSSY, default=["balanced"])
     add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
     add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")

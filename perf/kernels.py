@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, frequencies, make_steps
+from perf import _cases
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
 from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.layout import unpack_pages
@@ -49,17 +50,6 @@ def context_of(card: Card) -> int:
     return 1 << min(15, (card.free // (64 * 4 * KV_HEADS * DIM)).bit_length() - 1)
 
 
-def check_close(got: Any, want: Any, allowed: float = CLOSE) -> None:
-    """Relative error in norm, of a tensor or of each of several."""
-    if isinstance(got, tuple):
-        for one, other in zip(got, want, strict=True):
-            check_close(one, other, allowed)
-        return
-    off = float((got.double() - want.double()).norm() / want.double().norm())
-    if not off <= allowed:
-        raise AssertionError(f"a relative error of {off:.3g}, expected at most {allowed:.3g}")
-
-
 def beside_twin(
     module: Any, name: str, inputs: Sequence[tuple], nbytes: int, shape: str,
     allowed: float = CLOSE, **options: Any,
@@ -68,28 +58,24 @@ def beside_twin(
     calls = [partial(getattr(module, name), *x, **options) for x in inputs]
 
     def check() -> None:
-        want = getattr(module, f"{name}_torch")(*inputs[0], **options)
-        check_close(calls[0](), want, allowed)
+        got, want = calls[0](), getattr(module, f"{name}_torch")(*inputs[0], **options)
+        pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+        for one, other in pairs:
+            check_close(one, other, allowed, name)
 
     return Kernel(calls, nbytes, check, shape)
-
-
-def rows_of(card: Card, tokens: int) -> torch.Tensor:
-    """[1, KV_HEADS, T, DIM]."""
-    x = torch.empty(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
-    return x.normal_(std=SCORE_STD)
 
 
 # rope.py
 
 
 def turned(card: Card, name: str) -> Kernel:
-    x = rows_of(card, tokens_of(card, 2 * KV_HEADS * DIM))
+    x = card.normal(1, KV_HEADS, tokens_of(card, 2 * KV_HEADS * DIM), DIM, std=SCORE_STD)
     positions = torch.arange(x.shape[2], device=card.device)[None].int()
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
     nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    inputs = [(x, positions, frequencies(DIM, card.device))]
+    inputs = [(x, positions, _cases.frequencies(DIM, card.device))]
     return beside_twin(rope, name, inputs, nbytes, words, allowed, **options)
 
 
@@ -121,8 +107,8 @@ def check_stored(step: Step, run: Call, twin: Call) -> None:
 def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 2 * KV_HEADS * DIM)
     [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
-    x, pages = rows_of(card, tokens), step.k_pages if side == "k" else step.v_pages
-    exact = step.k_exact if side == "k" else step.v_exact
+    x = card.normal(1, KV_HEADS, tokens, DIM, std=SCORE_STD)
+    pages, exact = getattr(step, f"{side}_pages"), getattr(step, f"{side}_exact")
     given = (x, step.codec, pages, step.block_table, step.seq_lens)
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
     call = partial(compress.encode, *given, **options)
@@ -143,7 +129,7 @@ def append(card: Card, batch: int = 4) -> Kernel:
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
     [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
-    pages = step.k_pages if side == "k" else step.v_pages
+    pages = getattr(step, f"{side}_pages")
     given = (pages, step.codec, step.block_table, step.seq_lens)
     words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
     nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM

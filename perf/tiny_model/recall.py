@@ -5,7 +5,7 @@ A document is a run of sentences of a small grammar. Most are filler ("the patie
 the maps ."), some state a fact ("note : belen 217 .") and some ask for one stated earlier ("recall
 : belen 217 ."). Which name gets which value is drawn anew for each document, so only the document
 itself can answer a question. Every word is one token; the id of a word is its index in
-`VOCABULARY`; those of its sentences' topics are in topics.txt.
+`VOCABULARY` (`IDS`); those of its sentences' topics are in topics.txt.
 
 Training:  perf/tiny_model/train.py  (`write_document`)
 Tests:     `make_recall_contexts`, `make_recall_prompts`  (text; the same for the same seed)
@@ -34,23 +34,21 @@ _TOPICS = [  # a line a class; neighbouring sentences mostly share their topic
     dict(zip(_CLASSES, (line.split() for line in topic.splitlines()), strict=True))
     for topic in Path(__file__).with_name("topics.txt").read_text().split("\n\n")
 ]
-_FILLER = [
-    text.split()
-    for text in (
-        "the ADJECTIVE PERSON VERB the OBJECT .",
-        "one PERSON VERB ADJECTIVE OBJECT by the PLACE .",
-        "near the PLACE , the PERSON VERB the OBJECT .",
-        "every DAY the PERSON walked to the PLACE .",
-        "the OBJECT by the PLACE were ADJECTIVE .",
-        "the PERSON and the PERSON VERB ADJECTIVE OBJECT at HOUR .",
-        "at HOUR the PLACE was ADJECTIVE and ADJECTIVE .",
-        "nobody near the PLACE VERB the OBJECT .",
-    )
-]
-_PLAIN = [word for text in _FILLER for word in text if word not in (*_CLASSES, *_TIMES)]
+_FILLER = (
+    "the ADJECTIVE PERSON VERB the OBJECT .",
+    "one PERSON VERB ADJECTIVE OBJECT by the PLACE .",
+    "near the PLACE , the PERSON VERB the OBJECT .",
+    "every DAY the PERSON walked to the PLACE .",
+    "the OBJECT by the PLACE were ADJECTIVE .",
+    "the PERSON and the PERSON VERB ADJECTIVE OBJECT at HOUR .",
+    "at HOUR the PLACE was ADJECTIVE and ADJECTIVE .",
+    "nobody near the PLACE VERB the OBJECT .",
+)
+_PLAIN = [word for word in " ".join(_FILLER).split() if word not in (*_CLASSES, *_TIMES)]
 _CHOSEN = [word for topic in (_TIMES, *_TOPICS) for words in topic.values() for word in words]
 _WORDS = (*SPECIAL, *NAMES, *VALUES, *_PLAIN, "note", ":", "recall", *_CHOSEN)
 VOCABULARY = tuple(dict.fromkeys(_WORDS))
+IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
 
 def write_document(rng: random.Random, length: int, facts: int, ask: bool = True) -> list[str]:
@@ -81,7 +79,7 @@ def write_document(rng: random.Random, length: int, facts: int, ask: bool = True
             words += given[number].split()
         else:
             choices = _TIMES | topic
-            words += [rng.choice(choices.get(x, (x,))) for x in rng.choice(_FILLER)]
+            words += [rng.choice(choices.get(x, (x,))) for x in rng.choice(_FILLER).split()]
         number += 1
     return words[:length]
 
@@ -128,10 +126,8 @@ def make_recall_contexts(
             words.pop()
         end = len(words) + len("recall : NAME".split())  # where an answer is
         stated = [i for i, word in enumerate(words) if word.isdigit() and near <= end - i <= far]
-        if len(stated) < questions:
-            raise ValueError(
-                f"questions: expected at most {len(stated)} for {distance}, got {questions}"
-            )
+        if questions > (most := len(stated)):
+            raise ValueError(f"questions: expected at most {most} for {distance}, got {questions}")
         asked = (
             RecallQuestion(f"recall : {words[i - 1]}", words[i], end - i)
             for i in rng.sample(stated, questions)
