@@ -54,16 +54,18 @@ perf/results/quality.jsonl holds, as a baseline, rows of the first version of th
 Test: tests/test_quality.py.
 """
 
-import argparse
 import math
 import os
 import sys
+from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache as remember
-from functools import partial
+from functools import partial, reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,11 +141,13 @@ class Prefix:
         return sum(4 * k.shape[1] * k.shape[3] for k in self.k)
 
 
-class Stored(NamedTuple):
-    """What a scheme gives back: keys as rotated and values [B, G, N - 1, D], a pair a layer; bytes
-    of a row, and of a token."""
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys as rotated and values [B, G, T, D]
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+class Stored(NamedTuple):
+    """What a scheme gives back of N - 1 tokens; bytes of a row, and of a token."""
+
+    layers: Layers
     nbytes: float
     token_bytes: float
 
@@ -154,10 +158,10 @@ Scheme = Callable[[Prefix], Stored]
 def needle_questions(count: int, seed: int) -> list[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
-    questions, places = [], PLACES[:12]
+    questions = []
     for i in range(count):
-        number = f" number {i // len(places) + 1}" if i >= len(places) else ""
-        place = places[i % len(places)] + number
+        turn, place = divmod(i, 12)
+        place = f"{PLACES[place]} number {turn + 1}" if turn else PLACES[place]
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -179,15 +183,13 @@ def text_case(
     plain = tokens_of(tokenizer, text, first=True)
     own = context - sum(map(len, facts))  # tokens of the text in the context
     if own < 1 or len(plain) < own + PREDICTED:
-        raise ValueError(
-            f"{name}: expected at least {max(own, 1) + PREDICTED} tokens, got {len(plain)}"
-        )
-    ids: list[int] = []
-    taken = 0
+        least = max(own, 1) + PREDICTED
+        raise ValueError(f"{name}: expected at least {least} tokens, got {len(plain)}")
+    ids, taken = list[int](), 0
     for i, fact in enumerate(facts):
         # The first tokens and the last ones are exact in most schemes: no fact lies there.
         end = SINKS + round((i + 0.5) / needles * (own - SINKS - 2 * WINDOW))
-        while end > taken and "\n" not in tokenizer.decode(plain[end - 1]) and end > taken + 1:
+        while end > taken + 1 and "\n" not in tokenizer.decode(plain[end - 1]):
             end -= 1  # back to the end of a line
         ids += plain[taken:end] + fact
         taken = end
@@ -251,7 +253,7 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
     return Prefix(ids, k, v, *(found if moments else ()))
 
 
-def dense_cache(model: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+def dense_cache(model: Any, layers: Layers) -> DynamicCache:
     """transformers' cache with a context as given."""
     cache = DynamicCache(config=model.config)
     for i, (k, v) in enumerate(layers):
@@ -260,9 +262,7 @@ def dense_cache(model: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]])
 
 
 @torch.no_grad()
-def predict(
-    model: Any, case: Case, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
+def predict(model: Any, case: Case, layers: Layers) -> torch.Tensor:
     """Log-probabilities of all tokens at the predicted places, float32 [P, V], with a context
     cached as given."""
     cache = dense_cache(model, layers)
@@ -361,13 +361,11 @@ class Yardstick:
                 out[:, :, SINKS:cold] = got[:, :, SINKS:].to(x.dtype)
             return out
 
-        layers = [
-            (coded(k, True, i), coded(v, False, i))
-            for i, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True))
-        ]
+        exact = enumerate(zip(prefix.k, prefix.v, strict=True))
+        layers = [(coded(k, True, i), coded(v, False, i)) for i, (k, v) in exact]
         bits = sum(self.bits(prefix.k[0].shape[3])) / 2
-        dense, exact = prefix.token_bytes, SINKS + prefix.tokens - cold
-        return Stored(layers, cold * dense * bits / 16 + exact * dense, dense * bits / 16)
+        token, left = prefix.token_bytes * bits / 16, SINKS + prefix.tokens - cold
+        return Stored(layers, cold * token + left * prefix.token_bytes, token)
 
 
 def even_levels(x: torch.Tensor, dim: int, bits: int, clip: float = 1.0) -> torch.Tensor:
@@ -388,9 +386,8 @@ def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 def hadamard(dim: int) -> torch.Tensor:
     """Orthonormal and symmetric [D, D]; of D that is no power of two, in blocks of the largest that
     divides it."""
-    block, h = dim & -dim, torch.ones(1, 1)
-    while len(h) < block:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    block, two = dim & -dim, torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    h = reduce(torch.kron, [two] * (block.bit_length() - 1), torch.ones(1, 1))
     return torch.block_diag(*[h] * (dim // block)) / block**0.5
 
 
@@ -506,24 +503,17 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts whose last token the cache has not seen."""
-    token = torch.tensor([task.ids[-1:] for task in tasks], device=model.device)
-    written: list[torch.Tensor] = []
-    texts: list[str] = []
-    for step in range(1, 1 + (most := max(task.new for task in tasks))):
-        logits = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        written.append(token)
-        if step % 16 and step < most:
-            continue
-        rows = zip(torch.cat(written, dim=1).tolist(), tasks, strict=True)
-        texts = [tokenizer.decode(row[: task.new]) for row, task in rows]
-        if all(
-            step >= task.new or answer_of(task, text) != text
-            for task, text in zip(tasks, texts, strict=True)
-        ):
-            break
-    return texts
+    """What the model writes after prompts of a kind, whose last token the cache has not seen."""
+    written = [torch.tensor([task.ids[-1:] for task in tasks], device=model.device)]
+    while True:
+        logits = model(input_ids=written[-1], use_cache=True, **{CACHE: cache}).logits
+        written.append(logits[:, -1].argmax(-1, keepdim=True))
+        step = len(written) - 1
+        if step % 16 == 0 or step == tasks[0].new:
+            texts = [tokenizer.decode(row[1:]) for row in torch.cat(written, dim=1).tolist()]
+            ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
+            if step == tasks[0].new or all(ended):
+                return texts
 
 
 def answers(
@@ -553,7 +543,7 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[
 
 
 def measure_tasks(
-    model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
+    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
     batch = max(1, args.batch // length)
@@ -562,17 +552,16 @@ def measure_tasks(
             continue  # its prefixes are of 1 to 4K tokens
         count = args.problems if name == "humaneval" else args.count
         tasks = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
-        found: dict[str, tuple[list[float], Row]] = {}
+        scores: dict[str, list[Iterator[float]]] = defaultdict(list)
+        sizes_of: dict[str, Row] = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in range(0, len(tasks), batch):
                 part = tasks[first : first + batch]
-                # Programs run in processes, while the next scheme answers.
-                scored = [
-                    (scheme, pool.map(_tasks.score, part, texts), size)
-                    for scheme, texts, size in answers(model, part, tokenizer, schemes)
-                ]
-                for scheme, scores, size in scored:
-                    found[scheme] = (found.get(scheme, ([], {}))[0] + [*scores], size)
+                for scheme, texts, size in answers(model, part, tokenizer, schemes):
+                    # Programs run in processes, while the next scheme answers.
+                    scores[scheme].append(pool.map(_tasks.score, part, texts))
+                    sizes_of[scheme] = size
+        found = {x: ([*chain.from_iterable(y)], sizes_of[x]) for x, y in scores.items()}
         for row in task_rows(name, found):
             yield {"context": length, **row}
 
@@ -602,15 +591,12 @@ def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) 
     for i, (context, row) in enumerate(zip(ids, tokens, strict=True)):
         x = torch.cat((context, row[:-1]))[None]
         exact = model(input_ids=x, logits_to_keep=len(row), use_cache=False).logits[0]
-        pairs = zip(exact, (step[i, 0] for step in logits), strict=True)
-        kl = [divergence(*(y.float().log_softmax(-1) for y in pair)) for pair in pairs]
-        found.append(torch.stack(kl))
+        pairs = (torch.stack((a, step[i, 0])) for a, step in zip(exact, logits, strict=True))
+        found.append(torch.stack([divergence(*y.float().log_softmax(-1)) for y in pairs]))
     return torch.stack(found)
 
 
-def measure_stream(
-    model: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Path | None
-) -> Iterator[Row]:
+def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
     ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
     last, count = ids[:, -1:], args.generate
@@ -618,7 +604,7 @@ def measure_stream(
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
-            with enabled(model, preset, codecs) as handle:
+            with enabled(model, preset, args.codecs) as handle:
                 cache = filled_cache(model, handle, ids[:, :-1], count)
                 tokens, logits = stream(model, cache, last, count, args.seed, given)
                 token_bytes = handle.codec and handle.codec.token_bytes
@@ -642,7 +628,42 @@ def table(rows: Sequence[Row]) -> str:
     return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
 
 
-def add_arguments(add: Callable[..., Any]) -> None:
+def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
+    """Of each context the texts that are long enough, or the embedded model's document."""
+    for context in args.context:
+        options = {"context": context, "needles": args.needles, "seed": args.seed}
+        if args.model is None and args.gguf is None:
+            yield embedded_case(tokenizer, **options)
+        for path in args.text:
+            try:
+                yield text_case(path.name, path.read_text(encoding="utf-8"), tokenizer, **options)
+            except ValueError as error:
+                if context == min(args.context):
+                    raise
+                print(error, file=sys.stderr)  # too short for the longer contexts
+
+
+def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
+    """Rows of all that is asked for; the model is float32."""
+
+    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
+        options = {"model": model, "codecs": args.codecs}
+        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
+        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
+
+    for case in cases:
+        yield from measure(model, case, schemes(args.yardsticks))
+    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    for length in args.lengths if args.tasks else ():
+        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+    if args.generate:
+        first = [case for case in cases if case.context == args.context[0]]
+        yield from measure_stream(model, first, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of("quality", __doc__)
+    add = parser.add_argument
     add("--model", help="path or id of a model (default: the embedded model)")
     add("--gguf", help="GGUF file of such a model; a name alone is looked for in --model")
     add("--text", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8")
@@ -664,48 +685,6 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
-
-
-def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Case]:
-    """The texts that are long enough, or the embedded model's document."""
-    options = {"context": context, "needles": args.needles, "seed": args.seed}
-    if args.model is None and args.gguf is None:
-        return [embedded_case(tokenizer, **options)]
-    cases = []
-    for path in args.text:
-        try:
-            text = path.read_text(encoding="utf-8")
-            cases.append(text_case(path.name, text, tokenizer, **options))
-        except ValueError as error:
-            if context == min(args.context):
-                raise
-            print(error, file=sys.stderr)  # too short for the longer contexts
-    return cases
-
-
-def measured(
-    model: Any, tokenizer: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Any
-) -> Iterator[Row]:
-    """Rows of all that is asked for; the model is float32."""
-
-    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
-        options = {"model": model, "codecs": codecs}
-        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
-        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
-
-    for case in cases:
-        yield from measure(model, case, schemes(args.yardsticks))
-    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
-    for length in args.lengths if args.tasks else ():
-        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
-    if args.generate:
-        first = [case for case in cases if case.context == args.context[0]]
-        yield from measure_stream(model, first, args, codecs)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("quality", __doc__)
-    add_arguments(parser.add_argument)
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
@@ -717,14 +696,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
-        cases = [case for n in args.context for case in cases_of(args, tokenizer, n)]
+        cases = [*cases_of(args, tokenizer)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
-    codecs = args.codecs or (TINY_MODEL if embedded else None)
-    head = {"model": Path(name).name, "codec": codec_notes(codecs, args.presets)}
+    args.codecs = args.codecs or (TINY_MODEL if embedded else None)
+    head = {"model": Path(name).name, "codec": codec_notes(args.codecs, args.presets)}
     same, rows = versions(args.commit), []  # now: the tree may change while this runs
-    found = measured(model, tokenizer, cases, args, codecs)
+    found = measured(model, tokenizer, cases, args)
     for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
         rows.append(write_row({**head, **row, **same}, args.json))
     print(f"{table(rows)}\n{quality_table(rows)}")
