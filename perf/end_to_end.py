@@ -212,27 +212,24 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     # Without a mask transformers would look for several texts in a row.
     given["attention_mask"] = torch.ones_like(ids, dtype=torch.bool)
 
-    def plain(own: PeerStep, q: torch.Tensor, scale: float) -> torch.Tensor:
-        k, v = own.kv.to(q.dtype)
-        q = q[:, :, None]
-        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)[:, :, 0]
-
-    def attention(attend: Any, module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any):
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, plain: bool = False, **more: Any):
         own = steps[module.layer_idx % held]
         own.write(torch.stack((k[:, :, 0], v[:, :, 0])))
-        return attend(own, q[:, :, 0], options["scaling"])[:, None], None
+        if not plain:
+            return own.attend(q[:, :, 0], more["scaling"])[:, None], None
+        k, v = own.kv.to(q.dtype)
+        out = scaled_dot_product_attention(q, k, v, scale=more["scaling"], enable_gqa=True)
+        return out.transpose(1, 2), None
 
-    def step() -> torch.Tensor:
-        return model(**given, use_cache=False).logits
+    def step(**more: Any) -> torch.Tensor:
+        return model(**given, **more, use_cache=False).logits
 
     before = model.config._attn_implementation
     try:
-        for name, attend in (("perf_plain", plain), ("perf_dense", lambda own, *x: own.attend(*x))):
-            AttentionInterface.register(name, partial(attention, attend))
-            AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
-        model.config._attn_implementation = "perf_plain"
-        want = step()
+        AttentionInterface.register("perf_dense", attention)
+        AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
         model.config._attn_implementation = "perf_dense"
+        want = step(plain=True)
         logits, nothing = step(), transformers.Cache(layers=[])
         with compiled_layers(model.model, nothing) if cell.compile else contextlib.nullcontext():
             graph = capture([step])
@@ -318,7 +315,7 @@ def free_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
+def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> Iterator[Row]:
     """Seconds of a real prompt, dense and with each preset: medians of rounds in turns, each the
     second prompt of two (the first allocates, and in the first round compiles); a card at its limit
     of power drifts by more than a cache adds.
@@ -335,16 +332,12 @@ def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
                         cache.reset()
                     clock = generate(cell, ids, 2, cache)
                 size = cell.dense_bytes if cache is None else cache.nbytes
-            peak = torch.cuda.max_memory_allocated()
-            row = {"prefill_s": clock.prefill_s, "peak_bytes": peak, "cache_bytes": size}
-            found[name].append(row)
-    rows = []
-    for name, runs in found.items():
-        pairs = zip(runs, found[None], strict=True)
-        ratio = statistics.median(run["prefill_s"] / dense["prefill_s"] for run, dense in pairs)
-        seconds = statistics.median(run["prefill_s"] for run in runs)
-        rows.append({**runs[-1], "preset": name, "prefill_s": seconds, "prefill_ratio": ratio})
-    return rows
+            row = {"preset": name, "cache_bytes": size, "prefill_s": clock.prefill_s}
+            found[name].append({**row, "peak_bytes": torch.cuda.max_memory_allocated()})
+    for runs in found.values():
+        seconds, dense = ([run["prefill_s"] for run in x] for x in (runs, found[None]))
+        ratio = statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
+        yield {**runs[-1], "prefill_s": statistics.median(seconds), "prefill_ratio": ratio}
 
 
 def long_generation(cell: Cell, preset: str) -> Row:
