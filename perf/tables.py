@@ -206,15 +206,14 @@ def quality_table(rows: Rows) -> str:
         found.sort(key=lambda x: (x["model"], x["context"], x.get("ratio") or 0))
         title = "{}, {:,} tokens, " + needed + " over {} text(s)"
         text += sections(found, ("model", "context", "texts"), title, spec)
-    tasks = [row for row in rows if "score" in row]
-    for (model, context), own in grouped(tasks, ("model", "context")).items():
-        kinds, lines = sorted({row["task"] for row in own}), []
-        for (scheme,), alike in grouped(own, ("scheme",)).items():
-            scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
-            lines.append((alike[0]["ratio"], [scheme, *(scores.get(x, "-") for x in kinds)]))
-        text += f"\n### {model}, {context:,} tokens: tasks solved [lost, won]\n\n"
-        text += markdown(["scheme", *kinds], [cells for _, cells in sorted(lines)])
-    return text
+    tasks, names = [row for row in rows if "score" in row], ("model", "context", "scheme")
+    solved = []
+    for alike in grouped(tasks, names).values():
+        scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
+        solved.append(alike[0] | scores)
+    solved.sort(key=lambda x: (x["model"], x["context"], x["ratio"], x["scheme"]))
+    spec = " ".join(["scheme", *sorted({row["task"] for row in tasks})])
+    return text + sections(solved, names[:2], "{}, {:,} tokens: tasks solved [lost, won]", spec)
 
 
 SERVE = "gpu gpus vllm B T:, backend kv_dtype ttft_ms:.0f tpot_ms:.2f kv_tokens:, throughput:.4g"
@@ -270,13 +269,12 @@ def steps(results: Path) -> list[Row]:
 def compared(results: Path) -> dict[tuple, dict[str, Row]]:
     """(gpu, engine, B, T) that dense bf16 has -> the fastest step of each kind, of one commit."""
     found: dict[tuple, dict[str, Row]] = {}
-    for row in steps(results):
-        own = found.setdefault(tuple(map(row.get, ("gpu", "engine", "B", "T"))), {})
-        own[row["kind"]] = min(row, own.get(row["kind"], row), key=lambda x: x["ms"])
-    for own in found.values():  # peers of another run prove nothing
-        for kind in [x for x in own if "bf16" in own and own[x]["commit"] != own["bf16"]["commit"]]:
-            del own[kind]
-    return {key: own for key, own in found.items() if "bf16" in own}
+    for cell, rows in grouped(steps(results), ("gpu", "engine", "B", "T")).items():
+        own = {row["kind"]: row for row in sorted(rows, key=lambda x: x["ms"], reverse=True)}
+        if "bf16" in own:  # peers of another run prove nothing
+            commit = own["bf16"]["commit"]
+            found[cell] = {kind: row for kind, row in own.items() if row["commit"] == commit}
+    return found
 
 
 def headline(results: Path = RESULTS) -> str:
