@@ -6,8 +6,6 @@ as in a spectrum. The check is against the twin of plain PyTorch, which tests/ h
 on the same inputs: one row and KV head at a time, as 128K tokens of all would not fit.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from copy import deepcopy
@@ -214,7 +212,7 @@ class Step:
         self.append()
         return self.attend(after_append=True)
 
-    def part(self, b: int, g: int) -> Step:
+    def part(self, b: int, g: int) -> "Step":
         """One row and one KV head."""
         row, head, group = slice(b, b + 1), slice(g, g + 1), self.q.shape[1] // self.codec.kv_heads
         return dataclasses.replace(

@@ -65,20 +65,14 @@ PROGRAM_BYTES = 1 << 30  # and its memory
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and what should follow.
-
-    Attributes:
-        ids: tokens of the prompt.      answers: texts that should occur in the answer.
-        new: tokens that are generated, at most.      stop: texts that end an answer.
-        program: of humaneval, what precedes the answer and what follows it when it is run.
-    """
+    """A prompt and what should follow."""
 
     name: str
-    ids: list[int]
-    answers: tuple[str, ...]
-    new: int
-    stop: tuple[str, ...] = ("\n",)
-    program: tuple[str, str] | None = None
+    ids: list[int]  # tokens of the prompt
+    answers: tuple[str, ...]  # texts that should occur in the answer
+    new: int  # tokens that are generated, at most
+    stop: tuple[str, ...] = ("\n",)  # texts that end an answer
+    program: tuple[str, str] | None = None  # of humaneval, what is run before and after the answer
 
 
 def answer_of(task: Task, text: str) -> str:

@@ -7,8 +7,6 @@ graph; the time of a call is the time of a replay over the number of copies, by 
 device. Host time is not in it.   Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json
@@ -49,7 +47,7 @@ class Card:
     device: torch.device
 
     @classmethod
-    def current(cls) -> Card:
+    def current(cls) -> "Card":
         """Exits with 2 on a machine without one."""
         if not torch.cuda.is_available():
             print("no CUDA card: nothing was measured", file=sys.stderr)
@@ -258,6 +256,5 @@ def record(own: Row, same: Row, path: Path | None) -> Row:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.strip()]

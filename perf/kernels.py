@@ -33,7 +33,7 @@ class Kernel:
 
     calls: Sequence[Call]  # the same work on one or several copies of the inputs
     nbytes: int  # what a call must read and write
-    check: Callable[[], None]  # raises AssertionError where the first call's result is wrong
+    check: Call  # raises AssertionError where the first call's result is wrong
     shape: str  # of the inputs, in words
 
 
@@ -154,14 +154,10 @@ def attend_spectral(card: Card, preset: str) -> Kernel:
 def attend_window(card: Card) -> Kernel:
     shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
     steps = make_steps(shape, PRESET, card, card.copies(1 << 20))
-    first = steps[0]
-
-    def check() -> None:
-        check_state(first, first.attend(("exact",)), ("exact",))
-
+    calls, first = [partial(step.attend, ("exact",)) for step in steps], steps[0]
     nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
-    calls = [partial(step.attend, ("exact",)) for step in steps]
-    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens")
+    words = f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens"
+    return Kernel(calls, nbytes, lambda: check_state(first, calls[0](), ("exact",)), words)
 
 
 # merge.py

@@ -88,6 +88,8 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
+TABLE = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f "
+TABLE += "perplexity:+.2% recalled needles"  # of a text
 
 
 class Question(NamedTuple):
@@ -101,35 +103,23 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """A context and what is predicted after it.
-
-    Attributes:
-        ids: int64 [1, N + P], the context's and the predicted tokens.      context: N.
-        answers: for each question the places of its answer among the P predicted tokens.
-    """
+    """A context of N tokens and the P that are predicted after it."""
 
     name: str
-    ids: torch.Tensor
-    context: int
-    answers: list[range]
+    ids: torch.Tensor  # int64 [1, N + P]
+    context: int  # N
+    answers: list[range]  # of each question the places of its answer among the P
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Contexts of equal length but their last token, one a row.
+    """Contexts of equal length but their last token, one a row; lists have a tensor a layer."""
 
-    Attributes:
-        ids: int64 [B, N - 1].
-        k, v: of each layer, exact, [B, G, N - 1, D]; keys as rotated.
-        q_moments, v_moments: of each layer [G, D, D]: mean of q^T q over queries, and of v^T v
-            weighted by the scores of some; None: not asked for.
-    """
-
-    ids: torch.Tensor
-    k: list[torch.Tensor]
+    ids: torch.Tensor  # int64 [B, N - 1]
+    k: list[torch.Tensor]  # exact, [B, G, N - 1, D], as rotated
     v: list[torch.Tensor]
-    q_moments: list[torch.Tensor] | None = None
-    v_moments: list[torch.Tensor] | None = None
+    q_moments: list[torch.Tensor] | None = None  # [G, D, D], mean of q^T q over queries
+    v_moments: list[torch.Tensor] | None = None  # of v^T v, weighted by the scores of some
 
     @property
     def tokens(self) -> int:
@@ -160,8 +150,8 @@ def needle_questions(count: int, seed: int) -> list[Question]:
     generator = torch.Generator().manual_seed(seed)
     questions = []
     for i in range(count):
-        turn, place = divmod(i, 12)
-        place = f"{PLACES[place]} number {turn + 1}" if turn else PLACES[place]
+        turn, which = divmod(i, 12)
+        place = f"{PLACES[which]} number {turn + 1}" if turn else PLACES[which]
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -330,23 +320,18 @@ def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None 
     return Stored(layers, tokens * token + exact * prefix.token_bytes, token)
 
 
+# (x, is_key, layer, prefix) -> x as read back; [B, G, T, D] float32
 Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Another scheme.
-
-    Attributes:
-        code: (x, is_key, layer, prefix) -> x as read back; [B, G, T, D] float32.
-        bits: of K and of V a number, scales and zero points included, by D.
-        run: tokens that are coded together.      centred: whether the mean key is taken out first.
-    """
+    """Another scheme."""
 
     code: Code
-    bits: Callable[[int], tuple[float, float]]
-    run: int = GROUP
-    centred: bool = False
+    bits: Callable[[int], tuple[float, float]]  # by D, of K and V a number, with all scales
+    run: int = GROUP  # tokens that are coded together
+    centred: bool = False  # the mean key is taken out first
 
     @torch.no_grad()
     def __call__(self, prefix: Prefix) -> Stored:
@@ -620,14 +605,6 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
             yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A block a text."""
-    spec = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f"
-    spec += " perplexity:+.2% recalled needles"
-    own = [row for row in rows if "kl" in row]
-    return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
-
-
 def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
     """Of each context the texts that are long enough, or the embedded model's document."""
     for context in args.context:
@@ -706,7 +683,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measured(model, tokenizer, cases, args)
     for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
         rows.append(write_row({**head, **row, **same}, args.json))
-    print(f"{table(rows)}\n{quality_table(rows)}")
+    texts, names = [row for row in rows if "kl" in row], ("model", "text", "context")
+    print(sections(texts, names, "{}, {}, {:,} tokens of context", TABLE))
+    print(quality_table(rows))
     return 0
 
 
