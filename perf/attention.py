@@ -75,18 +75,15 @@ def parse_shape(text: str) -> Shape:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation.
-
-    bind(shape, kv) gives attend(q [B, H, D], scale) -> [B, H, D] over kv [2, B, G, T, D], or of a
-    paged one [2, B, T, G, D], whose pages are PAGE tokens in order. fp8: keys and values are 8-bit
-    floats; fp8_queries: queries and weights too.
-    """
+    """Another implementation: bind(shape, kv) gives attend(q [B, H, D], scale) -> [B, H, D]."""
 
     name: str
     bind: Callable[[Shape, torch.Tensor], Callable[..., torch.Tensor]]
-    paged: bool = False
-    fp8: bool = False
-    fp8_queries: bool = False
+    paged: bool = (
+        False  # kv is [2, B, T, G, D], pages of PAGE tokens in order; else [2, B, G, T, D]
+    )
+    fp8: bool = False  # keys and values are 8-bit floats
+    fp8_queries: bool = False  # queries and weights too
 
 
 class PeerStep:

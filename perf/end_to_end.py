@@ -296,11 +296,9 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
             cache.spectral.reserve(WARM + cell.steps)
             row = replayed(cache.graph.graph, cell.steps)
             cache.columns += WARM + cell.steps
-            lengths = cache.spectral.seq_lens.tolist()
-            if lengths != cache.spectral.lengths or lengths[0] != cache.columns:
-                raise AssertionError(
-                    f"steps: the device counts {lengths}, the host {cache.spectral.lengths}"
-                )
+            device, host = cache.spectral.seq_lens.tolist(), cache.spectral.lengths
+            if device != host or host[0] != cache.columns:
+                raise AssertionError(f"steps: the device counts {device}, the host {host}")
             check_layers(cell, cache)
             yield {"what": "bare", "cache_bytes": cache.nbytes, **row}
         if "ours" in wanted:

@@ -329,7 +329,7 @@ class Yardstick:
     """Another scheme."""
 
     code: Code
-    bits: Callable[[int], tuple[float, float]]  # by D, of K and V a number, with all scales
+    bits: Callable[[int], tuple[float, float]]  # of K and V a number, scales included
     run: int = GROUP  # tokens that are coded together
     centred: bool = False  # the mean key is taken out first
 

@@ -33,7 +33,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import cycle, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -305,16 +305,6 @@ def run_backend(
     return rows
 
 
-def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        make_model(args.shape, folder / "model", weights=args.check)
-        env = environment(folder)
-        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
-            found = pool.map(lambda x: run_backend(args, argv, folder, env, x), args.backends)
-            return [row for rows in found for row in rows]
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = parser_of("serve", __doc__)
@@ -351,7 +341,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.one:
         run_one(args, args.one, Path(args.folder))
         return 0
-    rows = run_all(args, argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_model(args.shape, folder / "model", weights=args.check)
+        run = partial(run_backend, args, argv, folder, environment(folder))
+        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
+            rows = [*chain.from_iterable(pool.map(run, args.backends))]
     if args.check:
         return report_check(rows)
     print(columns(rows, SERVE))

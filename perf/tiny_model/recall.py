@@ -86,23 +86,19 @@ def write_document(rng: random.Random, length: int, facts: int, ask: bool = True
 
 @dataclass(frozen=True)
 class RecallQuestion:
-    """`text` continues a context (after a space); `answer` is the one word that should follow.
+    """What continues a context, and the answer."""
 
-    distance: how many tokens the answer lies behind the place where the context states it.
-    """
-
-    text: str
-    answer: str
-    distance: int
+    text: str  # after a space
+    answer: str  # the one word that should follow
+    distance: int  # tokens that it lies behind the place where the context states it
 
 
 @dataclass(frozen=True)
 class RecallContext:
-    """A text that states facts, and questions that each continue it on their own: prefill once, ask
-    many."""
+    """A text that states facts: prefill once, ask many."""
 
     text: str
-    questions: tuple[RecallQuestion, ...]
+    questions: tuple[RecallQuestion, ...]  # each continues the text on its own
 
 
 def make_recall_contexts(
