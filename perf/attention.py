@@ -25,7 +25,6 @@ Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import sys
 import types

@@ -33,7 +33,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, islice, takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -360,10 +361,8 @@ def report_check(rows: list[Row]) -> int:
     worst = 0.0
     for row in rows:
         for turn, got in enumerate(row["tokens"]):
-            same = [
-                next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-                for x, y in zip(got, rows[0]["tokens"][0], strict=True)
-            ]
+            pairs = zip(got, rows[0]["tokens"][0], strict=True)
+            same = [sum(takewhile(bool, map(eq, x, y))) for x, y in pairs]
             leads = zip(rows[0]["leads"], same, strict=True)
             lost = max((x[i] for x, i in leads if i < len(x)), default=0.0)
             worst = max(worst, lost * (row["kv_dtype"] != "8 bits"))

@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,29 +241,26 @@ def results_page(results: Path = RESULTS) -> str:
     return text
 
 
-def steps(results: Path) -> list[Row]:
+def steps(results: Path) -> Iterator[Row]:
     """Decode steps of whole models and of layers alike: gpu, engine, B, T, kind ("bf16", "fp8" or a
     preset), ms, and of whole models the bytes of the cache, up to a factor of the engine."""
-    found = []
     for row in newest("end_to_end", results):
         what, _, compiled = row["what"].partition(" ")
         if what in ("graph", "bare") and not row.get("gpus"):
-            same = {"engine": f"transformers{', ' * bool(compiled)}{compiled}"}
-            same |= {"kind": row["preset"] or "bf16", "size": row["cache_bytes"]}
-            found.append(row | same)
+            name = f"transformers, {compiled}" if compiled else "transformers"
+            kind = row["preset"] or "bf16"
+            yield row | {"engine": name, "kind": kind, "size": row["cache_bytes"]}
     for row in newest("serve", results):
-        kind = row["kv_dtype"].replace("bfloat16", "bf16")  # or fp8, or a preset
         if row["gpus"] == 1:
-            same = {"engine": f"vLLM {row['vllm']}", "kind": kind, "ms": row["tpot_ms"]}
-            found.append(row | same | {"size": 1 / row["kv_tokens"]})
+            kind = row["kv_dtype"].replace("bfloat16", "bf16")  # or fp8, or a preset
+            name, size = f"vLLM {row['vllm']}", 1 / row["kv_tokens"]
+            yield row | {"engine": name, "kind": kind, "ms": row["tpot_ms"], "size": size}
     for row in newest("attention", results):
         if tuple(map(row.get, ("H", "G", "D", "path", "case"))) == PLOTTED:
             times = {"bf16": "best_peer_us", "fp8": "best_fp8_us", row["preset"]: "p50_us"}
             for kind, name in times.items():
                 if row.get(name):
-                    same = {"engine": "one layer", "kind": kind, "ms": row[name] / 1e3}
-                    found.append(row | same)
-    return found
+                    yield row | {"engine": "one layer", "kind": kind, "ms": row[name] / 1e3}
 
 
 def compared(results: Path) -> dict[tuple, dict[str, Row]]:
@@ -368,15 +365,13 @@ PLOTS: dict[str, tuple[Callable[[Path], Plot], str, str]] = {
 
 def draw(plot: Plot, x: str, y: str, path: Path) -> None:
     """An SVG: lines with a legend, or (one point a line) named points."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9})
+    rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9})
     columns, rows = min(2, len(plot)), -(-len(plot) // 2)
-    shape = {"figsize": (4.4 * columns, 3.4 * rows), "layout": "constrained"}
-    figure, axes = pyplot.subplots(rows, columns, squeeze=False, **shape)
+    figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(plot) :]:
         axis.remove()
     names = list(dict.fromkeys(name for lines in plot.values() for name in lines))
@@ -405,7 +400,6 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Description": json.dumps(plot)})
-    pyplot.close(figure)
 
 
 def plotted(path: Path) -> Plot:
