@@ -118,19 +118,17 @@ def random_model_codec(
 
 @dataclass(frozen=True)
 class Shape:
-    """B rows of T tokens, of which the newest Q are a step's; H query heads, G KV heads, head
-    dimension D. lengths: of the rows, where they differ (T: of the longest). capacity: tokens of a
-    row that the block table has entries for, at least T. older_cards: their path."""
+    """B rows of T tokens; H query heads, G KV heads, head dimension D."""
 
     batch: int
     heads: int
     kv_heads: int
     dim: int
-    tokens: int
-    queries: int = 1
-    capacity: int = 0
-    lengths: tuple[int, ...] = ()
-    older_cards: bool = False
+    tokens: int  # of the longest row
+    queries: int = 1  # Q, the newest tokens, which are a step's
+    capacity: int = 0  # tokens of a row that the block table has entries for, at least T
+    lengths: tuple[int, ...] = ()  # of the rows, where they differ
+    older_cards: bool = False  # their path
 
     def __str__(self) -> str:
         text = f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
@@ -239,12 +237,8 @@ def check_state(
 ) -> float:
     """The largest error of a state (o [B, H, (Q,) D], lse [B, H, (Q)] or None) over the heads of
     two rows and KV heads (the first of the first row, the last of the last): of o relative, in norm
-    over D; of lse absolute.
-
-    Raises:
-        AssertionError: an error is larger than CLOSE and one rounding of o, or a number of the
-        whole state is not finite.
-    """
+    over D; of lse absolute. AssertionError: one is larger than CLOSE and one rounding of o, or a
+    number of the whole state is not finite."""
     o, lse = state
     if not all(x.isfinite().all() for x in state if x is not None):
         raise AssertionError("the state holds numbers that are not finite")

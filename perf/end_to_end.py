@@ -126,8 +126,7 @@ class Cell:
 
     def random_kv(self) -> torch.Tensor:
         """k and v [2, B, G, T, D] of a layer, with the spread that the model's own have."""
-        size = (2, self.batch, self.layer.kv_heads, self.tokens, self.layer.dim)
-        return torch.empty(size, dtype=self.model.dtype, device=self.model.device).normal_()
+        return self.card.normal(2, self.batch, self.layer.kv_heads, self.tokens, self.layer.dim)
 
     def ids(self, tokens: int) -> torch.Tensor:
         size, device = (self.batch, tokens), self.model.device
@@ -435,11 +434,9 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
     say("compiled")
     embedding = local(model.get_input_embeddings().weight)
     weights = sum(local(p).nbytes for p in model.parameters()) - embedding.nbytes
-    same |= {"transformers": transformers.__version__, "shape": args.shape}
+    same |= {"transformers": transformers.__version__, "shape": args.shape, "weight_bytes": weights}
     same |= {"gpus": GPUS} if GPUS > 1 else {}
-    same["weight_bytes"] = weights
-    rows: list[Row] = []
-    failed = 0
+    rows, failed = list[Row](), 0
     for batch, tokens in args.cells:
         cell = Cell(model, batch, tokens, args.steps, card, args.compile, args.layout or 0)
         for what, preset, measure in jobs_of(args, cell):
@@ -448,8 +445,8 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
             try:
                 found = measure()
                 for row in [found] if isinstance(found, dict) else found:
-                    row = {"B": batch, "T": tokens, "what": what, "preset": preset, **row}
-                    row["peak_bytes"] = row.get("peak_bytes", torch.cuda.max_memory_allocated())
+                    peak = {"peak_bytes": torch.cuda.max_memory_allocated()}
+                    row = {"B": batch, "T": tokens, "what": what, "preset": preset, **peak, **row}
                     if "ms" in row:
                         row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
                         row["filled"] = "prompt" if what == "long" else "random"

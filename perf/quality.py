@@ -63,8 +63,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache as remember
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,12 +92,11 @@ TABLE += "perplexity:+.2% recalled needles"  # of a text
 
 
 class Question(NamedTuple):
-    """A hidden fact: the sentence that states it, the text that asks for it, and the answer that
-    should follow."""
+    """A hidden fact."""
 
-    fact: str
-    asked: str
-    answer: str
+    fact: str  # the sentence that states it
+    asked: str  # the text that asks for it
+    answer: str  # what should follow
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,7 @@ def text_case(
     name: str, text: str, tokenizer: Any, *, context: int, needles: int, seed: int
 ) -> Case:
     """A text's first tokens with facts hidden at even distances, its next tokens, then questions
-    and answers.
-
-    Raises:
-        ValueError: the text is too short.
-    """
+    and answers. ValueError: the text is too short."""
     questions = needle_questions(needles, seed)
     facts = [tokens_of(tokenizer, f"\n{q.fact}\n") for q in questions]
     plain = tokens_of(tokenizer, text, first=True)
@@ -367,7 +361,7 @@ def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
 
 
-@remember
+@lru_cache
 def hadamard(dim: int) -> torch.Tensor:
     """Orthonormal and symmetric [D, D]; of D that is no power of two, in blocks of the largest that
     divides it."""
@@ -376,7 +370,7 @@ def hadamard(dim: int) -> torch.Tensor:
     return torch.block_diag(*[h] * (dim // block)) / block**0.5
 
 
-@remember
+@lru_cache
 def random_rotation(dim: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]

@@ -107,11 +107,7 @@ def make_recall_contexts(
     """Make n contexts, each with `questions` different questions whose answers lie within
     `distance` tokens: least and most between the statement of a fact and the answer. A context is a
     little longer than the most, and states a fact in about 40 tokens, or more where the questions
-    need them.
-
-    Raises:
-        ValueError: so many questions do not fit into that range of distances.
-    """
+    need them. ValueError: so many questions do not fit into that range of distances."""
     near, far = distance
     length, rng = far + 22, random.Random(seed)
     facts = max(length // 40, 1 + 3 * questions * length // (2 * max(far - near, 1)))
