@@ -58,8 +58,7 @@ def make_model(shape: str, folder: Path, weights: bool = False) -> None:
     """A configuration, and random weights if vLLM is not to make them (which gives dull tokens)."""
     from transformers import LlamaForCausalLM
 
-    config = llama(shape, initializer_range=0.06)
-    config.architectures = ["LlamaForCausalLM"]
+    config = llama(shape, initializer_range=0.06, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     if weights:
         torch.manual_seed(0)
@@ -210,8 +209,7 @@ def sizes(args: argparse.Namespace) -> list[int]:
 
 def longest(args: argparse.Namespace) -> int:
     """max_model_len."""
-    tokens = max([t for _, t in args.cells] + args.lengths * args.full)
-    return tokens + args.many + 576
+    return max([t for _, t in args.cells] + args.lengths * args.full) + args.many + 576
 
 
 def file_of(folder: Path, backend: str, ending: str) -> Path:
@@ -280,7 +278,7 @@ def run_backend(
     args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str
 ) -> list[Row]:
     kind, results = backend.partition(":")[2], file_of(folder, backend, ".jsonl")
-    extra = ["--one", backend, "--folder", str(folder)]
+    extra = ["--one", backend, str(folder)]
     if args.check and backend == args.backends[0]:
         extra += ["--tp", "1"]  # what others are compared with
     begin = time.perf_counter()
@@ -329,8 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
-    for name in ("--one", "--folder"):
-        add(name, help=argparse.SUPPRESS)
+    add("--one", nargs=2, help=argparse.SUPPRESS)  # a backend, in a process: it, and the folder
     args = parser.parse_args(argv)
     if args.check:
         args.shape, args.cells, args.full = "check", [(1, 2048)], False
@@ -340,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.kv_gb:
         args.kv_gb = (args.kv_gb * len(args.backends))[: len(args.backends)]
     if args.one:
-        run_one(args, args.one, Path(args.folder))
+        run_one(args, args.one[0], Path(args.one[1]))
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
