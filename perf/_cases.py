@@ -109,8 +109,7 @@ def eight_bit_codec(
 def random_model_codec(
     preset: str, *, layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, first: int = 0
 ) -> ModelCodec:
-    """A codec of so many layers, of memory of their own, whose layouts take turns from number
-    `first` on."""
+    """A codec of layers with memory of their own, whose layouts take turns from `first` on."""
     known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
     codecs = tuple(deepcopy(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")

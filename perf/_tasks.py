@@ -133,8 +133,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def interval(changes: Sequence[float]) -> list[float]:
-    """Bounds of the mean of paired differences of scores, by its standard error: 95 % of large
-    samples."""
+    """Bounds of the mean of paired differences, by its standard error: 95 % of large samples."""
     if len(changes) < 2:
         return [-1.0, 1.0]
     middle = statistics.fmean(changes)

@@ -107,9 +107,8 @@ class PeerStep:
         return self.attend(self.q)
 
     def check(self, out: torch.Tensor) -> None:
-        """Raise AssertionError unless the newest token is in the cache, and the last row's last
-        head is attention: weights and output are rounded once each, in norm by less than the eps
-        of their dtype."""
+        """AssertionError unless the newest token is in the cache, and the last row's last head is
+        attention: weights and output rounded once, in norm by less than the eps of their dtype."""
         if not torch.equal(self.kv[:, :, :, -1].float(), self.new.to(self.kv.dtype).float()):
             raise AssertionError("wrong result: the newest token is not in the cache")
         q, k, v = (x.double() for x in (self.q[-1, -1], *self.kv[:, -1, -1]))
@@ -225,8 +224,7 @@ def time_peers(shape: Shape, peers: Sequence[Peer], card: Card) -> dict[str, flo
 
 
 def best(peers: dict[str, float | str], fp8: bool) -> tuple[str | None, float | None]:
-    """Name and microseconds of the fastest peer that ran, among those with fp8 keys and values or
-    among the others."""
+    """Name and microseconds of the fastest peer that ran, of fp8 keys and values or of others."""
     eight = {peer.name for peer in PEERS if peer.fp8}
     own = ((t, x) for x, t in peers.items() if not isinstance(t, str) and (x in eight) == fp8)
     time, name = min(own, default=(None, None))

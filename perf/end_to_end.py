@@ -246,8 +246,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
 
 
 def filled_cache(cell: Cell, handle: Any, room: int) -> Any:
-    """A ModelCache of T random tokens, with memory for `room`: a prompt of a few, then lengths and
-    bytes."""
+    """A ModelCache of T random tokens, with room for more: a short prompt, then random bytes."""
     cache = handle.new_cache(cell.batch, room)
     start = min(8, cell.tokens - 1)
     cell.model(input_ids=cell.ids(start), use_cache=True, logits_to_keep=1, **{CACHE: cache})
@@ -374,8 +373,7 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
 
 
 def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Runs of one layer, for each batch size and layout, which leave what they compile in the
-    caches of Triton and torch.compile."""
+    """Runs of one layer, of each batch size and layout, which leave in caches what they compile."""
     jobs, batches = [], sorted({batch for batch, _ in args.cells})
     dim = _cases.llama(args.shape).head_dim
     count = max(len(_cases.layouts(preset, dim)) for preset in args.presets)

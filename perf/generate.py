@@ -67,8 +67,7 @@ def generate(
     model: Any, tokenizer: Any, input_ids: torch.Tensor, *, label: str, max_new_tokens: int,
     cache: ModelCache | None = None,
 ) -> Run:  # fmt: skip
-    """Continue one prompt [1, T] greedily, watched; cache: an empty one to fill, default what
-    generate makes."""
+    """Continue one prompt [1, T] greedily; cache: an empty one, default what generate makes."""
     watch = Clock(label, max_new_tokens)
     out = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens,

@@ -38,15 +38,13 @@ class Kernel:
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
-    """Tokens (a power of two) that take 3 to 6 times the L2 cache, at least 64 MiB, at most an
-    eighth of free memory."""
+    """Tokens (2**n) of 3 to 6 times the L2 cache, at least 64 MiB, at most 1/8 of free memory."""
     size = min(max(6 * card.properties.L2_cache_size, 128 << 20), card.free // 8)
     return 1 << (size // token_bytes).bit_length() - 1
 
 
 def context_of(card: Card) -> int:
-    """Tokens of a decode step with four rows: 32K, or as many (a power of two) as a small card
-    holds easily."""
+    """Tokens of a step with four rows: 32K, or as many (2**n) as a small card holds easily."""
     return 1 << min(15, (card.free // (64 * 4 * KV_HEADS * DIM)).bit_length() - 1)
 
 

@@ -214,8 +214,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
-    """Contexts int64 [B, N] but their last token, which is the first to predict from; read once, by
-    the model as it is."""
+    """Contexts int64 [B, N] but their last token, the first to predict from, read by the model."""
     ids = ids[:, :-1].to(model.device)
     found: list[list[torch.Tensor]] = [[], []]
 
@@ -247,8 +246,7 @@ def dense_cache(model: Any, layers: Layers) -> DynamicCache:
 
 @torch.no_grad()
 def predict(model: Any, case: Case, layers: Layers) -> torch.Tensor:
-    """Log-probabilities of all tokens at the predicted places, float32 [P, V], with a context
-    cached as given."""
+    """Log-probabilities at the predicted places, float32 [P, V], after a context as given."""
     cache = dense_cache(model, layers)
     ids = case.ids[:, case.context - 1 : -1].to(model.device)
     mask = torch.ones((1, case.ids.shape[1] - 1), dtype=torch.long, device=model.device)
@@ -262,8 +260,7 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """KL, top-1 agreement, change of the perplexity, and recalled answers, from log-probabilities
-    [P, V]."""
+    """KL, top-1 agreement, change of perplexity, recalled answers: of log-probabilities [P, V]."""
     target = case.ids[0, case.context :].to(exact.device)
     kl = divergence(exact, other)
     best = other.argmax(-1)
@@ -301,8 +298,7 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
 
 
 def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
-    """Through the product: the prompt as `generate` stores it, and what a prompt after it would
-    attend to."""
+    """The prompt as the product's `generate` stores it: what a prompt after it would attend to."""
     with enabled(model, preset, codecs) as handle, torch.no_grad():
         spectral = filled_cache(model, handle, prefix.ids, 0).spectral
         layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
@@ -363,8 +359,7 @@ def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
 
 @lru_cache
 def hadamard(dim: int) -> torch.Tensor:
-    """Orthonormal and symmetric [D, D]; of D that is no power of two, in blocks of the largest that
-    divides it."""
+    """Orthonormal, symmetric [D, D], in blocks of the largest power of two that divides D."""
     block, two = dim & -dim, torch.tensor([[1.0, 1.0], [1.0, -1.0]])
     h = reduce(torch.kron, [two] * (block.bit_length() - 1), torch.ones(1, 1))
     return torch.block_diag(*[h] * (dim // block)) / block**0.5
@@ -564,8 +559,7 @@ def stream(
 
 @torch.no_grad()
 def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) -> torch.Tensor:
-    """KL of each row and token [B, count] of streamed logits to the model's own on the same tokens;
-    the model is not enabled."""
+    """KL of streamed logits to those of the model, not enabled, on the same tokens, [B, count]."""
     found = []
     for i, (context, row) in enumerate(zip(ids, tokens, strict=True)):
         x = torch.cat((context, row[:-1]))[None]

@@ -87,8 +87,7 @@ def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A table a kind of layer: microseconds, share of the bandwidth, the best dense peers of bf16
-    and fp8, and how many times as fast."""
+    """A table a kind of layer: time, share of the bandwidth, the best peers, times as fast."""
     spec, rows = "B T:, case preset p50_us:.4g read_share:.0%", latest(rows, KEYS["attention"])
     for peer in ("peer", "fp8"):
         spec += f" best_{peer} best_{peer}_us:.4g against_{peer}:.2f"

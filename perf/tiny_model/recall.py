@@ -131,7 +131,6 @@ def make_recall_contexts(
 def make_recall_prompts(
     n: int, *, distance: tuple[int, int] = (2000, 4000), seed: int = 0
 ) -> list[tuple[str, str]]:
-    """Make n prompts, each a context of its own that ends in a question, with the word that answers
-    it."""
+    """n prompts, each a context of its own that ends in a question, and the words that answer."""
     contexts = make_recall_contexts(n, 1, distance=distance, seed=seed)
     return [(f"{x.text} {x.questions[0].text}", x.questions[0].answer) for x in contexts]
