@@ -99,10 +99,8 @@ def score(task: Task, text: str) -> float:
 
 def passes(program: str) -> bool:
     """Whether a program ends well: in a process and an empty folder of its own, isolated from this
-    environment, with limits on time and memory, without a terminal.
-
-    Programs come from a small model and a public benchmark; this bounds accidents, not attacks.
-    """
+    environment, with limits on time and memory, without a terminal. It comes from a small model and
+    a public benchmark: this bounds accidents, not attacks."""
     limits = (
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({PROGRAM_BYTES}, {PROGRAM_BYTES}))\n"
@@ -123,10 +121,8 @@ def passes(program: str) -> bool:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of paired flips: `lost` that only the first solves, `won` only the second.
-
-    The smaller number is binomial with 1/2 if neither is better.
-    """
+    """Two-sided exact p of paired flips: `lost` that only the first solves, `won` only the second;
+    the smaller number is binomial with 1/2 if neither is better."""
     flips = lost + won
     tail = sum(math.comb(flips, i) for i in range(min(lost, won) + 1))
     return min(1.0, 2 * tail / 2**flips)
@@ -215,7 +211,7 @@ def _common(write: Writer, rng: random.Random) -> Task:
     rare += [f"{a} {n}" for a in ADJECTIVES for n in NOUNS]
 
     def more() -> str:
-        return f"{rng.choice(often) if rng.random() < 0.4 else rng.choice(rare)}\n"
+        return rng.choice(often if rng.random() < 0.4 else rare) + "\n"
 
     question = (
         "\nQuestion: Which four words come most often in the list above?\n"

@@ -145,11 +145,8 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
-    """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`).
-
-    A sample is as many replays of the graph of all calls as fill half a millisecond; 5 to 100
-    samples in `seconds`.
-    """
+    """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`). A
+    sample: as many replays of a graph of all as fill half a millisecond; 5 to 100 in `seconds`."""
     graph = capture(calls)
 
     def sample(replays: int) -> float:
@@ -204,11 +201,9 @@ def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     same = {"gpu": card.properties.name, **versions(commit), "date": date}
-    text = f"{same['gpu']}, commit {same['commit']}, {card.dtype}"
     if reads:
         same["read_gbs"] = round(card.read_bandwidth / 1e9)
-        text += f", reads {same['read_gbs']} GB/s"
-    say(text)
+    say("  ".join(f"{name} {x}" for name, x in {**same, "dtype": card.dtype}.items()))
     return card, same
 
 

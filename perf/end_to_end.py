@@ -6,7 +6,7 @@ and the spectral cache.
     python -m perf.end_to_end 1x8192 8x8192 --what long
 
 Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
-bases). Caches are filled with T random tokens ("filled": "random"). What is measured (--what):
+bases). Caches are filled with T random tokens but for prefill and long. Measured (--what):
 
     eager     `model.generate`, DynamicCache
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
@@ -32,7 +32,7 @@ sees them, of graphs by events. Rows are checked first: a graph against PyTorch'
 same cache; ours: a layer's attention against its twin; every step must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
-cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
+cache_bytes peak_bytes prefill_s prefill_ratio steps backend shared weight_bytes read_gbs
 (and of long: p999_ms max_ms compiled; gpus: of several).
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
@@ -314,8 +314,7 @@ def free_memory() -> None:
 def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> Iterator[Row]:
     """Seconds of a real prompt, dense and with each preset: medians of rounds in turns, each the
     second prompt of two (the first allocates, and in the first round compiles); a card at its limit
-    of power drifts by more than a cache adds.
-    """
+    of power drifts by more than a cache adds."""
     ids = cell.ids(cell.tokens)
     found: dict[str | None, list[Row]] = {name: [] for name in (None, *presets)}
     for turn in range(rounds):
@@ -398,15 +397,15 @@ def alone(args: argparse.Namespace) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("end_to_end", __doc__)
     add = parser.add_argument
-    add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
+    cells = [parse_shape(text) for text in ("1x8192", "1x32768", "1x131072")]
+    add("cells", nargs="*", type=parse_shape, default=cells, metavar="CELL", help="rows x tokens")
     add("--shape", choices=list(SHAPES), default="8b")
     add("--presets", nargs="+", choices=_cases.LOSSY, default=["balanced"])
     add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
     add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
     args = parser.parse_args(argv)
-    shapes = args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))
-    args.cells = [(x.batch, x.tokens) for x in shapes]
+    args.cells = [(x.batch, x.tokens) for x in args.cells]
     args.layout = None  # of `ahead`: the number of the first layer's, and there is but one layer
     if args.steps < 8:
         parser.error(f"--steps: expected at least 8, got {args.steps}")
@@ -447,7 +446,6 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
                     row = {"B": batch, "T": tokens, "what": what, "preset": preset, **peak, **row}
                     if "ms" in row:
                         row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
-                        row["filled"] = "prompt" if what == "long" else "random"
                     if args.compile and what in (*STEPS, "bare, ours"):
                         row["what"] += " compiled"
                     rows.append(record(row, same, args.json))

@@ -5,8 +5,7 @@
 
 One builder a stem of the package gives inputs, bytes and check. Inputs are larger than the L2
 cache, or several copies are used in turn. Bytes are those that a kernel must read and write once.
-Checks: the twin of plain PyTorch on the same inputs (tests/ hold twins to the oracle), attention:
-perf/_cases.py.
+Checks: the twin of plain PyTorch on the same inputs, which tests/ hold to the oracle.
 """
 
 from collections.abc import Callable, Sequence

@@ -49,9 +49,8 @@ saw-int4, oscar-2, turbo-3 and kvarn get the mean key of a head taken out first,
 published they rotate it into all channels, and keys with large biases (Qwen2.5: channels of 145
 beside deviations of 1) leave nothing of a token's range.
 
-perf/results/quality.jsonl holds, as a baseline, rows of the first version of this library (commits
-6c2963d to a77a074), whose layouts and bases were those of a sequence.
-Test: tests/test_quality.py.
+perf/results/quality.jsonl also holds, as a baseline, rows of the first version of this library,
+whose layouts and bases were those of a sequence.   Test: tests/test_quality.py.
 """
 
 import math
@@ -77,6 +76,7 @@ from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table, sections
+from perf.tiny_model.recall import make_recall_contexts
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -183,8 +183,6 @@ def text_case(
 
 def embedded_case(tokenizer: Any, *, context: int, needles: int, seed: int) -> Case:
     """A document of the embedded model's own language, whose facts are the needles."""
-    from .tiny_model.recall import make_recall_contexts
-
     need = context + PREDICTED
     (document,) = make_recall_contexts(1, needles, distance=(PREDICTED + WINDOW, need), seed=seed)
     ids = tokens_of(tokenizer, document.text, first=True)[:need]

@@ -323,8 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--many", type=int, default=112)
     add("--repeat", type=int, default=2)
     add("--full", action=argparse.BooleanOptionalAction, default=True, help="the full pool, too")
-    lengths = [4096, 8192, 16384, 32768]
-    add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")
+    add("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
     add("--one", nargs=2, help=argparse.SUPPRESS)  # a backend, in a process: it, and the folder

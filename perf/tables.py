@@ -190,9 +190,8 @@ def means(rows: Rows, needed: str) -> list[Row]:
 
 
 def quality_table(rows: Rows) -> str:
-    """Means over texts of each scheme, of predicted and of generated tokens, and of codecs without
-    a part of theirs; then the share of tasks' prompts that are solved, with those that only dense
-    attention or the scheme solves."""
+    """Means over texts of each scheme: of predicted tokens, of generated ones, of codecs without a
+    part of theirs; then tasks: the score, and prompts that only dense or the scheme solves."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
     predicted += " perplexity:+.2% recalled:.1f"

@@ -53,11 +53,8 @@ IDS = {word: i for i, word in enumerate(VOCABULARY)}
 
 def write_document(rng: random.Random, length: int, facts: int, ask: bool = True) -> list[str]:
     """`length` words that state so many facts, at most 256 and length / 20; a few late ones may
-    fall off the end.
-
-    ask: follow each fact by one question about it. In half of the documents it comes anywhere
-    later, in the other half all facts come first and the questions after them, in another order.
-    """
+    fall off the end. ask: follow each fact by one question about it. In half of the documents it
+    comes anywhere later, in the other half after all facts, in another order than these."""
     spots = rng.sample(range(length // 8 + 1), facts * (1 + ask))  # among the sentences
     early, late = spots[:facts], spots[facts:]
     if ask and rng.random() < 0.5:
@@ -120,10 +117,8 @@ def make_recall_contexts(
         stated = [i for i, word in enumerate(words) if word.isdigit() and near <= end - i <= far]
         if questions > (most := len(stated)):
             raise ValueError(f"questions: expected at most {most} for {distance}, got {questions}")
-        asked = (
-            RecallQuestion(f"recall : {words[i - 1]}", words[i], end - i)
-            for i in rng.sample(stated, questions)
-        )
+        chosen = rng.sample(stated, questions)
+        asked = (RecallQuestion(f"recall : {words[i - 1]}", words[i], end - i) for i in chosen)
         contexts.append(RecallContext(" ".join(words), tuple(asked)))
     return contexts
 

@@ -68,11 +68,9 @@ class Documents(IterableDataset):
 
 
 def loss_of(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss on documents [B, T], and [answers right, answers] without a synchronisation.
-
-    It is the answers' and half of that of all else, where names and values count little, as nothing
-    foretells them.
-    """
+    """The loss on documents [B, T], and [answers right, answers] without a synchronisation. It is
+    the answers' and half of that of all else, where names and values count little, as nothing
+    foretells them."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     target = tokens[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
