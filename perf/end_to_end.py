@@ -389,6 +389,7 @@ def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
 def alone(args: argparse.Namespace) -> str:
     """`run` without rows and lines but those that say what failed."""
     os.environ.pop("OUT", None)
+    args.json = None
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run(args)
     return "\n".join(x for x in said.getvalue().splitlines() if "FAILED" in x)
@@ -459,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if GPUS > 1:
         torch.cuda.set_device(RANK)
     if RANK:  # the first one speaks
-        args.json, failed = None, len(alone(args))
+        failed = len(alone(args))
     else:
         rows, failed = run(args)
         print(end_to_end_table(rows))

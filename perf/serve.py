@@ -202,9 +202,10 @@ def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
-    """Batches of the graphs: those of the cells, and of the full pool or the check."""
+    """Batches of the graphs: powers of two, those of the cells, of the full pool or the check."""
     last = [args.seqs] if args.full or args.check else []
-    return sorted({*last, *(batch for batch, _ in args.cells)})
+    cells = {*last, *(batch for batch, _ in args.cells)}
+    return sorted(cells | {1 << i for i in range(max(cells).bit_length())})
 
 
 def longest(args: argparse.Namespace) -> int:

@@ -709,15 +709,17 @@ def plan_launch(
     programs = num_splits * batch if num_splits else programs
     few = (2 if batch == 1 and resident == 4 else 4) if matrix and num_splits is None else 6
     least = max(1, programs * few // 6)
-    # Kernels are compiled for few sizes of a batch.
+    # Kernels are compiled for few batches: for those that an engine captures, powers of two.
+    rounded = _launch.next_power_of_2(batch)
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
-    most = programs if batch * turns >= 6 * programs else least
+    most = programs if rounded * turns >= 6 * programs else least
     states = min(most + batch - 1, batch * turns)
     share = _launch.cdiv(min(batch * turns, 6 * programs), least)
     share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * warps
     window = (0, 16, 16)
     if slots:
-        window = window_tile(group, queries, slots, matrix, max(1, 4 * cores // (batch * kv_heads)))
+        room = max(1, 4 * cores // (rounded * kv_heads))
+        window = window_tile(group, queries, slots, matrix, room)
     if matrix:
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
         units = states * blocks * kv_heads * frames * rows
@@ -913,11 +915,12 @@ def _launch_pages(
 def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
     (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
+    rows = _launch.next_power_of_2(batch)  # kernels are compiled for few batches
     # The splits of a row at once, where rows are of one length.
-    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(_launch.cdiv(plan.states, batch))))
+    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(_launch.cdiv(plan.states, rows))))
     # All dimensions at once, or as many programs as keep the card busy.
     block_d = 32
-    if batch * queries * heads >= _launch.multiprocessors(out.device):
+    if rows * queries * heads >= _launch.multiprocessors(out.device):
         block_d = min(_launch.next_power_of_2(dim), 128 if rank <= 128 else 64)
     held = (block_n + block_d) * rank  # numbers in registers
     overlap = plan.matrix and _launch.overlaps_launches(out.device)

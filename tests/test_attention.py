@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,43 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
     assert covered == [list(range(n)) for n in pages]
     turns, programs = sum(-(-n // turn) for n in pages), max(1, plan.programs * plan.few // 6)
     assert max(shares) <= turn * 2 * -(-turns // programs)
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+@pytest.mark.parametrize("max_pages", [40, 300, 2080])
+@pytest.mark.parametrize(
+    "dim, kv_heads, group", [(128, 8, 4), (128, 4, 4), (64, 2, 6), (256, 2, 8)]
+)
+def test_a_power_of_two_compiles_for_smaller_batches(
+    dim, kv_heads, group, max_pages, queries, monkeypatch
+):
+    """An engine captures steps of 1, 2, 4, 8 rows and so on before it serves: what is launched for
+    another batch is compiled then, too."""
+    card = {"multiprocessors": 132, "has_large_shared_memory": True, "has_matrix_units": True}
+    for name, value in card.items():
+        monkeypatch.setattr(_launch, name, lambda device, value=value: value)
+    launched: list[dict] = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(constants)
+
+    monkeypatch.setattr(attention, "_finish_spectral_kernel", Recorder())
+    layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), dim)
+    codec = SimpleNamespace(layout=layout, kv_heads=kv_heads, v_basis=None, v_scale=None)
+
+    def compiled(batch: int) -> tuple[Any, ...]:
+        plan = attention.plan_launch(
+            layout, batch, kv_heads, group, queries, max_pages, 132, torch.device("cuda:0")
+        )
+        shape, out = (batch, kv_heads * group, queries, dim), torch.empty(0)
+        attention._launch_finish(
+            (), codec, (None, None, None), out, out, shape, (4, 128, 128), plan
+        )
+        return plan.window, plan.rows, plan.m, plan.few, plan.block_b, plan.options, launched.pop()
+
+    for batch in range(1, 257):
+        assert compiled(batch) == compiled(1 << (batch - 1).bit_length()), batch
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)

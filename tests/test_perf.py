@@ -515,6 +515,16 @@ def test_a_long_generation_is_timed(whole, monkeypatch, tmp_path):
     assert 0 < row["ms"] <= row["p99_ms"] <= row["p999_ms"] <= row["max_ms"]
 
 
+@on_cpu
+def test_the_second_of_two_gpus_is_silent(whole, monkeypatch, tmp_path, capsys):
+    """Its rows would be the first one's again."""
+    monkeypatch.setattr(whole, "RANK", 1)
+    monkeypatch.delenv("OUT", raising=False)
+    path = tmp_path / "rows.jsonl"
+    assert whole.main([*TINY, "--what", "eager", "--json", str(path)]) == 0
+    assert tables.read_rows(path) == [] and capsys.readouterr().out == ""
+
+
 def test_kernels_are_compiled_ahead():
     """A process for each batch size and layout, of one layer at the shortest length."""
     pytest.importorskip("transformers")

@@ -20,7 +20,7 @@ ARGS = argparse.Namespace(
 
 
 def test_what_an_engine_is_asked_for():
-    assert serve.sizes(ARGS) == [1, 8, 40]
+    assert serve.sizes(ARGS) == [1, 2, 4, 8, 16, 32, 40]
     assert serve.longest(ARGS) >= 900 + ARGS.many
     assert serve.cell("8x32768") == (8, 32768)
     (long,), (short,) = serve.prompts(1, 200, 512, first=3), serve.prompts(1, 50, 512, first=3)
