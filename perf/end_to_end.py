@@ -343,13 +343,9 @@ def long_generation(cell: Cell, preset: str) -> Row:
         cache = handle.new_cache(cell.batch, cell.tokens + LONG_STEPS)
         generate(cell, cell.ids(cell.tokens), 4, cache)
         cache.reset()
-        knobs = triton.knobs.runtime
-        before = knobs.jit_post_compile_hook
-        knobs.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
-        try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
             clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, cache)
-        finally:
-            knobs.jit_post_compile_hook = before
     steps = sorted(clock.steps_ms)
     row = {"p999_ms": steps[len(steps) * 999 // 1000], "max_ms": steps[-1], "steps": len(steps)}
     row |= {"compiled": len(compiled), "prefill_s": clock.prefill_s, "cache_bytes": cache.nbytes}

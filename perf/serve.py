@@ -203,8 +203,7 @@ def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
 
 def sizes(args: argparse.Namespace) -> list[int]:
     """Batches of the graphs: powers of two, those of the cells, of the full pool or the check."""
-    last = [args.seqs] if args.full or args.check else []
-    cells = {*last, *(batch for batch, _ in args.cells)}
+    cells = {batch for batch, _ in args.cells} | ({args.seqs} if args.full or args.check else set())
     return sorted(cells | {1 << i for i in range(max(cells).bit_length())})
 
 

@@ -143,8 +143,7 @@ def end_to_end_table(rows: Rows) -> str:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line(found)
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            alike = what == base and not preset
-            cells.append("-" if alike else break_even(dense, line))
+            cells.append("-" if found == graph else break_even(dense, line))
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
@@ -292,8 +291,9 @@ def headline(results: Path = RESULTS) -> str:
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
     if any("*" in cells[x][4] for x in chosen):
-        text += "\n\\* dense keys and values of all layers do not fit the card: layers share "
-        text += "them.\n"
+        text += (
+            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
+        )
     return text
 
 
