@@ -177,11 +177,10 @@ def merge_states(card: Card, count: int) -> Kernel:
 
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
-    "rotate": partial(turned, name="rotate"),
-    "turn_back": partial(turned, name="turn_back"),
-    **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
+    **{name: partial(turned, name=name) for name in ("rotate", "turn_back")},
+    **{f"encode {side}": partial(encode, side=side) for side in "kv"},
     "append": append,
-    **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
+    **{f"decode {side}": partial(decode, side=side) for side in "kv"},
     **{f"attend_spectral {name}": partial(attend_spectral, preset=name) for name in LOSSY},
     "attend_window": attend_window,
     "merge_states": partial(merge_states, count=2),
