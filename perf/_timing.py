@@ -196,7 +196,7 @@ def say(text: str) -> None:
 
 
 def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
-    """The card and what a run's rows share; reads: the bandwidth of reads too. Exits with 2."""
+    """The card (exit 2 without one) and what a run's rows share; reads: with the bandwidth."""
     card = Card.current()
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")

@@ -214,7 +214,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, plain: bool = False, **more: Any):
         own = steps[module.layer_idx % held]
         own.write(torch.stack((k[:, :, 0], v[:, :, 0])))
-        if not plain:
+        if not plain:  # else PyTorch's over the same cache, to compare with
             return own.attend(q[:, :, 0], more["scaling"])[:, None], None
         k, v = own.kv.to(q.dtype)
         out = scaled_dot_product_attention(q, k, v, scale=more["scaling"], enable_gqa=True)

@@ -111,7 +111,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Contexts of equal length but their last token, one a row; lists have a tensor a layer."""
+    """Contexts of equal length but their last token, one a row; a tensor a layer; moments where
+    asked for."""
 
     ids: torch.Tensor  # int64 [B, N - 1]
     k: list[torch.Tensor]  # exact, [B, G, N - 1, D], as rotated

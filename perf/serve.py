@@ -196,7 +196,7 @@ class Served:
 
 
 def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
-    """A row's, and what they come to."""
+    """What a row says of a cell; throughput: output tokens a second."""
     row = {"B": batch, "T": tokens, "ttft_ms": first_ms, "tpot_ms": step_ms}
     return {**row, "throughput": 1e3 * batch / step_ms}
 
