@@ -78,9 +78,7 @@ class Peer:
 
     name: str
     bind: Callable[[Shape, torch.Tensor], Callable[..., torch.Tensor]]
-    paged: bool = (
-        False  # kv is [2, B, T, G, D], pages of PAGE tokens in order; else [2, B, G, T, D]
-    )
+    paged: bool = False  # kv [2, B, T, G, D] in pages of PAGE tokens; else [2, B, G, T, D]
     fp8: bool = False  # keys and values are 8-bit floats
     fp8_queries: bool = False  # queries and weights too
 
