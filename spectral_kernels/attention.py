@@ -713,8 +713,9 @@ def plan_launch(
 
     As many programs as are resident, or some rounds of them; where these would take fewer pages
     than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more
-    with others beside it: a single row has about one on a multiprocessor. A row that gets n
-    programs, rounded down, has less than twice the pages that a program of all rows' has.
+    with others beside it: a single row has about one on a multiprocessor, and some more where
+    16 queries make pages dearer. A row that gets n programs, rounded down, has less than twice
+    the pages that a program of all rows' has.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
@@ -748,7 +749,9 @@ def plan_launch(
         rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
         programs *= next(rounds, 1)
     programs = num_splits * batch if num_splits else programs
-    few = (2 if batch == 1 and resident > 2 else 4) if matrix and num_splits is None else 6
+    few = 6
+    if matrix and num_splits is None:
+        few = 4 if batch > 1 or large else 2 if rows <= 8 else 3
     least = max(1, programs * few // 6)
     # Kernels are compiled for few batches: for those that an engine captures, powers of two.
     rounded = _launch.next_power_of_2(batch)
