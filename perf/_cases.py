@@ -6,8 +6,6 @@ as in a spectrum. The check is against the twin of plain PyTorch, which tests/ h
 on the same inputs: one row and KV head at a time, as 128K tokens of all would not fit.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from copy import deepcopy
@@ -111,8 +109,7 @@ def eight_bit_codec(
 def random_model_codec(
     preset: str, *, layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, first: int = 0
 ) -> ModelCodec:
-    """A codec of so many layers, of memory of their own, whose layouts take turns from number
-    `first` on."""
+    """A codec of layers with memory of their own, whose layouts take turns from `first` on."""
     known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
     codecs = tuple(deepcopy(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
@@ -120,19 +117,17 @@ def random_model_codec(
 
 @dataclass(frozen=True)
 class Shape:
-    """B rows of T tokens, of which the newest Q are a step's; H query heads, G KV heads, head
-    dimension D. lengths: of the rows, where they differ (T: of the longest). capacity: tokens of a
-    row that the block table has entries for, at least T. older_cards: their path."""
+    """B rows of T tokens; H query heads, G KV heads, head dimension D."""
 
     batch: int
     heads: int
     kv_heads: int
     dim: int
-    tokens: int
-    queries: int = 1
-    capacity: int = 0
-    lengths: tuple[int, ...] = ()
-    older_cards: bool = False
+    tokens: int  # of the longest row
+    queries: int = 1  # Q, the newest tokens, which are a step's
+    capacity: int = 0  # tokens of a row that the block table has entries for, at least T
+    lengths: tuple[int, ...] = ()  # of the rows, where they differ
+    older_cards: bool = False  # their path
 
     def __str__(self) -> str:
         text = f"B={self.batch} H={self.heads}/{self.kv_heads} D={self.dim} T={self.tokens}"
@@ -214,7 +209,7 @@ class Step:
         self.append()
         return self.attend(after_append=True)
 
-    def part(self, b: int, g: int) -> Step:
+    def part(self, b: int, g: int) -> "Step":
         """One row and one KV head."""
         row, head, group = slice(b, b + 1), slice(g, g + 1), self.q.shape[1] // self.codec.kv_heads
         return dataclasses.replace(
@@ -227,17 +222,22 @@ class Step:
         )
 
 
+def check_close(got: torch.Tensor, want: torch.Tensor, allowed: float, what: str) -> None:
+    """Raise AssertionError unless the error, relative in norm, is at most `allowed`."""
+    off = float((got.double() - want.double()).norm() / want.double().norm())
+    if not off <= allowed:
+        raise AssertionError(
+            f"{what}: a relative error of {off:.3g}, expected at most {allowed:.3g}"
+        )
+
+
 def check_state(
     step: Step, state: tuple[torch.Tensor, torch.Tensor | None], parts: Sequence[str] = BOTH
 ) -> float:
     """The largest error of a state (o [B, H, (Q,) D], lse [B, H, (Q)] or None) over the heads of
     two rows and KV heads (the first of the first row, the last of the last): of o relative, in norm
-    over D; of lse absolute.
-
-    Raises:
-        AssertionError: an error is larger than CLOSE and one rounding of o, or a number of the
-        whole state is not finite.
-    """
+    over D; of lse absolute. AssertionError: one is larger than CLOSE and one rounding of o, or a
+    number of the whole state is not finite."""
     o, lse = state
     if not all(x.isfinite().all() for x in state if x is not None):
         raise AssertionError("the state holds numbers that are not finite")
@@ -265,9 +265,6 @@ def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) 
     i32: Any = {"dtype": torch.int32, "device": card.device}
     codec = random_codec(plan[len(plan) // 2], groups, frequencies(dim, card.device))
 
-    def normal(*size: int, std: float = 1.0) -> torch.Tensor:
-        return torch.empty(size, dtype=card.dtype, device=card.device).normal_(std=std)
-
     def pages(bands: Bands) -> torch.Tensor:
         size = (sum(used), groups, PAGE_SIZE * bands.bytes)
         return torch.randint(0, 256, size, dtype=torch.uint8, device=card.device)
@@ -276,17 +273,17 @@ def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) 
         table = torch.zeros(batch, entries, **i32)
         for row, own in zip(table, torch.randperm(sum(used), **i32).split(used), strict=True):
             row[: len(own)] = own
-        q = normal(batch, shape.heads, new, dim)
+        q = card.normal(batch, shape.heads, new, dim)
         slots = (batch, groups, sinks + recent, dim)
         return Step(
             q if new > 1 else q[:, :, 0],
-            normal(batch, groups, new, dim, std=SCORE_STD),
-            normal(batch, groups, new, dim),
+            card.normal(batch, groups, new, dim, std=SCORE_STD),
+            card.normal(batch, groups, new, dim),
             deepcopy(codec),
             pages(codec.layout.k),
             pages(codec.layout.v),
-            normal(*slots, std=SCORE_STD),
-            normal(*slots),
+            card.normal(*slots, std=SCORE_STD),
+            card.normal(*slots),
             table,
             torch.tensor(shape.rows, **i32),
             sinks,

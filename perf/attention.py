@@ -25,7 +25,6 @@ Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
 
 import argparse
 import functools
-import importlib
 import importlib.util
 import sys
 import types
@@ -37,7 +36,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, make_steps
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
 from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
@@ -75,18 +74,13 @@ def parse_shape(text: str) -> Shape:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another implementation.
-
-    bind(shape, kv) gives attend(q [B, H, D], scale) -> [B, H, D] over kv [2, B, G, T, D], or of a
-    paged one [2, B, T, G, D], whose pages are PAGE tokens in order. fp8: keys and values are 8-bit
-    floats; fp8_queries: queries and weights too.
-    """
+    """Another implementation: bind(shape, kv) gives attend(q [B, H, D], scale) -> [B, H, D]."""
 
     name: str
     bind: Callable[[Shape, torch.Tensor], Callable[..., torch.Tensor]]
-    paged: bool = False
-    fp8: bool = False
-    fp8_queries: bool = False
+    paged: bool = False  # kv [2, B, T, G, D] in pages of PAGE tokens; else [2, B, G, T, D]
+    fp8: bool = False  # keys and values are 8-bit floats
+    fp8_queries: bool = False  # queries and weights too
 
 
 class PeerStep:
@@ -111,17 +105,14 @@ class PeerStep:
         return self.attend(self.q)
 
     def check(self, out: torch.Tensor) -> None:
-        """Raise AssertionError unless the newest token is in the cache, and the last row's last
-        head is attention: weights and output are rounded once each, in norm by less than the eps
-        of their dtype."""
+        """AssertionError unless the newest token is in the cache, and the last row's last head is
+        attention: weights and output rounded once, in norm by less than the eps of their dtype."""
         if not torch.equal(self.kv[:, :, :, -1].float(), self.new.to(self.kv.dtype).float()):
             raise AssertionError("wrong result: the newest token is not in the cache")
         q, k, v = (x.double() for x in (self.q[-1, -1], *self.kv[:, -1, -1]))
         want = torch.softmax(self.shape.dim**-0.5 * (k @ q), dim=0) @ v
-        off = float((out[-1, -1].double() - want).norm() / want.norm())
         allowed = torch.finfo(FP8 if self.peer.fp8_queries else out.dtype).eps
-        if not off <= allowed:
-            raise AssertionError(f"wrong result: off by {off:.3g}, expected at most {allowed:.3g}")
+        check_close(out[-1, -1], want, allowed, "wrong result")
 
 
 def sdpa(backend: SDPBackend, folded: bool, shape: Shape, kv: torch.Tensor) -> Callable[..., Any]:
@@ -209,14 +200,12 @@ PEERS = (
 def time_peers(shape: Shape, peers: Sequence[Peer], card: Card) -> dict[str, float | str]:
     """Microseconds of each peer, or why there is no figure."""
 
-    def normal(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=card.dtype, device=card.device).normal_()
-
     def memory() -> tuple[torch.Tensor, ...]:
         head = (2, shape.batch, shape.kv_heads)
-        kv = normal(*head, shape.tokens, shape.dim)
+        kv = card.normal(*head, shape.tokens, shape.dim)
         kv[0] *= SCORE_STD
-        return kv, normal(shape.batch, shape.heads, shape.dim), normal(*head, shape.dim)
+        q = card.normal(shape.batch, shape.heads, shape.dim)
+        return kv, q, card.normal(*head, shape.dim)
 
     found: dict[str, float | str] = {}
     copies: list[tuple[torch.Tensor, ...]] = []
@@ -233,8 +222,7 @@ def time_peers(shape: Shape, peers: Sequence[Peer], card: Card) -> dict[str, flo
 
 
 def best(peers: dict[str, float | str], fp8: bool) -> tuple[str | None, float | None]:
-    """Name and microseconds of the fastest peer that ran, among those with fp8 keys and values or
-    among the others."""
+    """Name and microseconds of the fastest peer that ran, of fp8 keys and values or of others."""
     eight = {peer.name for peer in PEERS if peer.fp8}
     own = ((t, x) for x, t in peers.items() if not isinstance(t, str) and (x in eight) == fp8)
     time, name = min(own, default=(None, None))

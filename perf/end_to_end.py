@@ -6,7 +6,7 @@ and the spectral cache.
     python -m perf.end_to_end 1x8192 8x8192 --what long
 
 Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
-bases). Caches are filled with T random tokens ("filled": "random"). What is measured (--what):
+bases). Caches are filled with T random tokens but for prefill and long. Measured (--what):
 
     eager     `model.generate`, DynamicCache
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
@@ -32,7 +32,7 @@ sees them, of graphs by events. Rows are checked first: a graph against PyTorch'
 same cache; ours: a layer's attention against its twin; every step must run.
 
 Row: gpu commit torch triton transformers date shape B T what preset ms p99_ms tokens_per_s
-cache_bytes peak_bytes prefill_s prefill_ratio steps filled backend shared weight_bytes read_gbs
+cache_bytes peak_bytes prefill_s prefill_ratio steps backend shared weight_bytes read_gbs
 (and of long: p999_ms max_ms compiled; gpus: of several).
 Table: intercept and slope, break-even, ceiling: python -m perf.tables.   Test: tests/test_perf.py.
 """
@@ -60,7 +60,8 @@ from torch._inductor import config as inductor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
-from perf._cases import LOSSY, SHAPES, Shape, Step, check_state, layouts, llama, random_model_codec
+from perf import _cases
+from perf._cases import SHAPES, Shape, Step, check_close, check_state, random_model_codec
 from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
@@ -77,7 +78,7 @@ GPUS, RANK = (int(os.environ.get(name, n)) for name, n in (("WORLD_SIZE", 1), ("
 
 def make_model(shape: str, device: torch.device, dtype: torch.dtype, layers: Any = None) -> Any:
     """A Llama with random weights, made on the device without the usual initialisation."""
-    config = llama(shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = _cases.llama(shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     config.num_hidden_layers = layers or config.num_hidden_layers
     with torch.device("meta"):
         auto = transformers.AutoModelForCausalLM
@@ -125,8 +126,7 @@ class Cell:
 
     def random_kv(self) -> torch.Tensor:
         """k and v [2, B, G, T, D] of a layer, with the spread that the model's own have."""
-        size = (2, self.batch, self.layer.kv_heads, self.tokens, self.layer.dim)
-        return torch.empty(size, dtype=self.model.dtype, device=self.model.device).normal_()
+        return self.card.normal(2, self.batch, self.layer.kv_heads, self.tokens, self.layer.dim)
 
     def ids(self, tokens: int) -> torch.Tensor:
         size, device = (self.batch, tokens), self.model.device
@@ -211,27 +211,24 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     # Without a mask transformers would look for several texts in a row.
     given["attention_mask"] = torch.ones_like(ids, dtype=torch.bool)
 
-    def plain(own: PeerStep, q: torch.Tensor, scale: float) -> torch.Tensor:
-        k, v = own.kv.to(q.dtype)
-        q = q[:, :, None]
-        return scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)[:, :, 0]
-
-    def attention(attend: Any, module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any):
+    def attention(module: Any, q: Any, k: Any, v: Any, mask: Any, plain: bool = False, **more: Any):
         own = steps[module.layer_idx % held]
         own.write(torch.stack((k[:, :, 0], v[:, :, 0])))
-        return attend(own, q[:, :, 0], options["scaling"])[:, None], None
+        if not plain:  # else PyTorch's over the same cache, to compare with
+            return own.attend(q[:, :, 0], more["scaling"])[:, None], None
+        k, v = own.kv.to(q.dtype)
+        out = scaled_dot_product_attention(q, k, v, scale=more["scaling"], enable_gqa=True)
+        return out.transpose(1, 2), None
 
-    def step() -> torch.Tensor:
-        return model(**given, use_cache=False).logits
+    def step(**more: Any) -> torch.Tensor:
+        return model(**given, **more, use_cache=False).logits
 
     before = model.config._attn_implementation
     try:
-        for name, attend in (("perf_plain", plain), ("perf_dense", lambda own, *x: own.attend(*x))):
-            AttentionInterface.register(name, partial(attention, attend))
-            AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
-        model.config._attn_implementation = "perf_plain"
-        want = step().double()
+        AttentionInterface.register("perf_dense", attention)
+        AttentionMaskInterface.register("perf_dense", lambda *args, **kwargs: None)
         model.config._attn_implementation = "perf_dense"
+        want = step(plain=True)
         logits, nothing = step(), transformers.Cache(layers=[])
         with compiled_layers(model.model, nothing) if cell.compile else contextlib.nullcontext():
             graph = capture([step])
@@ -242,17 +239,14 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         steps.clear()  # torch.compile and transformers' list of functions hold on to it
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
-    off, allowed = float((logits.double() - want).norm() / want.norm()), 0.1 + fp8 * 2**-3
-    if not off <= allowed:
-        raise AssertionError(f"logits: a relative error of {off:.3g}, expected at most {allowed}")
+    check_close(logits, want, 0.1 + fp8 * 2**-3, "logits")
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
     row |= {"what": "graph", "preset": "fp8" if fp8 else None, "backend": backend, "shared": shared}
     return {"cache_bytes": layers * size, **row}
 
 
 def filled_cache(cell: Cell, handle: Any, room: int) -> Any:
-    """A ModelCache of T random tokens, with memory for `room`: a prompt of a few, then lengths and
-    bytes."""
+    """A ModelCache of T random tokens, with room for more: a short prompt, then random bytes."""
     cache = handle.new_cache(cell.batch, room)
     start = min(8, cell.tokens - 1)
     cell.model(input_ids=cell.ids(start), use_cache=True, logits_to_keep=1, **{CACHE: cache})
@@ -300,11 +294,9 @@ def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
             cache.spectral.reserve(WARM + cell.steps)
             row = replayed(cache.graph.graph, cell.steps)
             cache.columns += WARM + cell.steps
-            lengths = cache.spectral.seq_lens.tolist()
-            if lengths != cache.spectral.lengths or lengths[0] != cache.columns:
-                raise AssertionError(
-                    f"steps: the device counts {lengths}, the host {cache.spectral.lengths}"
-                )
+            device, host = cache.spectral.seq_lens.tolist(), cache.spectral.lengths
+            if device != host or host[0] != cache.columns:
+                raise AssertionError(f"steps: the device counts {device}, the host {host}")
             check_layers(cell, cache)
             yield {"what": "bare", "cache_bytes": cache.nbytes, **row}
         if "ours" in wanted:
@@ -319,11 +311,10 @@ def free_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
 
 
-def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
+def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> Iterator[Row]:
     """Seconds of a real prompt, dense and with each preset: medians of rounds in turns, each the
     second prompt of two (the first allocates, and in the first round compiles); a card at its limit
-    of power drifts by more than a cache adds.
-    """
+    of power drifts by more than a cache adds."""
     ids = cell.ids(cell.tokens)
     found: dict[str | None, list[Row]] = {name: [] for name in (None, *presets)}
     for turn in range(rounds):
@@ -336,16 +327,12 @@ def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> list[Row]:
                         cache.reset()
                     clock = generate(cell, ids, 2, cache)
                 size = cell.dense_bytes if cache is None else cache.nbytes
-            peak = torch.cuda.max_memory_allocated()
-            row = {"prefill_s": clock.prefill_s, "peak_bytes": peak, "cache_bytes": size}
-            found[name].append(row)
-    rows = []
-    for name, runs in found.items():
-        pairs = zip(runs, found[None], strict=True)
-        ratio = statistics.median(run["prefill_s"] / dense["prefill_s"] for run, dense in pairs)
-        seconds = statistics.median(run["prefill_s"] for run in runs)
-        rows.append({**runs[-1], "preset": name, "prefill_s": seconds, "prefill_ratio": ratio})
-    return rows
+            row = {"preset": name, "cache_bytes": size, "prefill_s": clock.prefill_s}
+            found[name].append({**row, "peak_bytes": torch.cuda.max_memory_allocated()})
+    for runs in found.values():
+        seconds, dense = ([run["prefill_s"] for run in x] for x in (runs, found[None]))
+        ratio = statistics.median(a / b for a, b in zip(seconds, dense, strict=True))
+        yield {**runs[-1], "prefill_s": statistics.median(seconds), "prefill_ratio": ratio}
 
 
 def long_generation(cell: Cell, preset: str) -> Row:
@@ -356,13 +343,9 @@ def long_generation(cell: Cell, preset: str) -> Row:
         cache = handle.new_cache(cell.batch, cell.tokens + LONG_STEPS)
         generate(cell, cell.ids(cell.tokens), 4, cache)
         cache.reset()
-        knobs = triton.knobs.runtime
-        before = knobs.jit_post_compile_hook
-        knobs.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
-        try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.jit_post_compile_hook = lambda **kernel: compiled.append(kernel)
             clock = generate(cell, cell.ids(cell.tokens), LONG_STEPS, cache)
-        finally:
-            knobs.jit_post_compile_hook = before
     steps = sorted(clock.steps_ms)
     row = {"p999_ms": steps[len(steps) * 999 // 1000], "max_ms": steps[-1], "steps": len(steps)}
     row |= {"compiled": len(compiled), "prefill_s": clock.prefill_s, "cache_bytes": cache.nbytes}
@@ -385,10 +368,10 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
 
 
 def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """Runs of one layer, for each batch size and layout, which leave what they compile in the
-    caches of Triton and torch.compile."""
+    """Runs of one layer, of each batch size and layout, which leave in caches what they compile."""
     jobs, batches = [], sorted({batch for batch, _ in args.cells})
-    count = max(len(layouts(preset, llama(args.shape).head_dim)) for preset in args.presets)
+    dim = _cases.llama(args.shape).head_dim
+    count = max(len(_cases.layouts(preset, dim)) for preset in args.presets)
     for batch, layout in product(batches, range(count)):
         # What torch.compile makes is the same for all layouts, and dense steps have none.
         known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")
@@ -411,15 +394,15 @@ def alone(args: argparse.Namespace) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("end_to_end", __doc__)
     add = parser.add_argument
-    add("cells", nargs="*", type=parse_shape, metavar="CELL", help="BxT: rows x tokens")
+    cells = [parse_shape(text) for text in ("1x8192", "1x32768", "1x131072")]
+    add("cells", nargs="*", type=parse_shape, default=cells, metavar="CELL", help="rows x tokens")
     add("--shape", choices=list(SHAPES), default="8b")
-    add("--presets", nargs="+", choices=LOSSY, default=["balanced"])
+    add("--presets", nargs="+", choices=_cases.LOSSY, default=["balanced"])
     add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")
     add("--steps", type=int, default=64, help="decode steps that are counted (default 64)")
     args = parser.parse_args(argv)
-    shapes = args.cells or map(parse_shape, ("1x8192", "1x32768", "1x131072"))
-    args.cells = [(x.batch, x.tokens) for x in shapes]
+    args.cells = [(x.batch, x.tokens) for x in args.cells]
     args.layout = None  # of `ahead`: the number of the first layer's, and there is but one layer
     if args.steps < 8:
         parser.error(f"--steps: expected at least 8, got {args.steps}")
@@ -445,11 +428,9 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
     say("compiled")
     embedding = local(model.get_input_embeddings().weight)
     weights = sum(local(p).nbytes for p in model.parameters()) - embedding.nbytes
-    same |= {"transformers": transformers.__version__, "shape": args.shape}
+    same |= {"transformers": transformers.__version__, "shape": args.shape, "weight_bytes": weights}
     same |= {"gpus": GPUS} if GPUS > 1 else {}
-    same["weight_bytes"] = weights
-    rows: list[Row] = []
-    failed = 0
+    rows, failed = list[Row](), 0
     for batch, tokens in args.cells:
         cell = Cell(model, batch, tokens, args.steps, card, args.compile, args.layout or 0)
         for what, preset, measure in jobs_of(args, cell):
@@ -458,11 +439,10 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
             try:
                 found = measure()
                 for row in [found] if isinstance(found, dict) else found:
-                    row = {"B": batch, "T": tokens, "what": what, "preset": preset, **row}
-                    row["peak_bytes"] = row.get("peak_bytes", torch.cuda.max_memory_allocated())
+                    peak = {"peak_bytes": torch.cuda.max_memory_allocated()}
+                    row = {"B": batch, "T": tokens, "what": what, "preset": preset, **peak, **row}
                     if "ms" in row:
                         row = {"tokens_per_s": batch * 1e3 / row["ms"], "steps": args.steps, **row}
-                        row["filled"] = "prompt" if what == "long" else "random"
                     if args.compile and what in (*STEPS, "bare, ours"):
                         row["what"] += " compiled"
                     rows.append(record(row, same, args.json))

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import quantization_config
 
 from perf._timing import Clock, usual_dtype
+from perf.tiny_model.recall import make_recall_prompts
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 TINY_MODEL = Path(__file__).parent / "tiny_model"
@@ -45,11 +46,8 @@ def load(
 ) -> tuple[Any, Any]:
     """(a causal language model, its tokenizer): path or id, by default the embedded one; or path of
     a GGUF file, whose weights are dequantised (needs the package gguf). By default on a GPU if
-    there is one, in bfloat16 if it has that, else float16; float32 on a CPU.
-
-    Raises:
-        OSError, ImportError: there is no such file, or no package gguf.
-    """
+    there is one, in bfloat16 if it has that, else float16; float32 on a CPU. OSError, ImportError:
+    there is no such file, or no package gguf."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, options = model or str(TINY_MODEL), dict[str, Any]()
     if gguf is not None:
@@ -69,8 +67,7 @@ def generate(
     model: Any, tokenizer: Any, input_ids: torch.Tensor, *, label: str, max_new_tokens: int,
     cache: ModelCache | None = None,
 ) -> Run:  # fmt: skip
-    """Continue one prompt [1, T] greedily, watched; cache: an empty one to fill, default what
-    generate makes."""
+    """Continue one prompt [1, T] greedily; cache: an empty one, default what generate makes."""
     watch = Clock(label, max_new_tokens)
     out = model.generate(
         input_ids, attention_mask=torch.ones_like(input_ids), max_new_tokens=max_new_tokens,
@@ -82,8 +79,8 @@ def generate(
         nbytes = held.nbytes
     else:
         nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers)
-    seconds = sum(watch.steps_ms) / 1e3
-    rate = (len(tokens) - 1) / seconds if seconds else float("nan")
+    steps = watch.steps_ms
+    rate = 1e3 * len(steps) / sum(steps) if steps else float("nan")
     text = tokenizer.decode(tokens, skip_special_tokens=True)
     return Run(tokens, text, nbytes, input_ids.shape[1] / watch.prefill_s, rate)
 
@@ -109,38 +106,29 @@ def report(runs: dict[str, Run]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m perf.generate", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser("python -m perf.generate", description=__doc__.split("\n")[0])
     add, source = parser.add_argument, parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="path or id of a causal language model (default: embedded)")
     source.add_argument("--gguf", help="GGUF file of such a model")
     add("--codec", type=Path, help="the model's (default: the known one, else it is calibrated)")
     text = parser.add_mutually_exclusive_group()
-    default = "default, for the embedded model: a text of 3,000 tokens and a question about it"
-    text.add_argument("--prompt", help=default)
+    text.add_argument("--prompt", help="default of the embedded model: 3,000 tokens and a question")
     text.add_argument("--prompt-file", type=Path, help="file with the prompt, UTF-8")
     add("--preset", choices=list(PRESETS), default="balanced")
     add("--max-new-tokens", type=int, default=32)
     add("--compare", action="store_true", help="run the dense model beside it")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    default = "default: float32 on a CPU, bfloat16 or float16 on a GPU"
-    add("--dtype", choices=list(DTYPES), help=default)
+    add("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, 16 bits on a GPU")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens must be at least 1")
     expected, codec, embedded = None, args.codec, args.model is None and args.gguf is None
     try:
-        if args.prompt is not None:
-            prompt = args.prompt
-        elif args.prompt_file is not None:
-            prompt = args.prompt_file.read_text(encoding="utf-8")
-        elif embedded:
-            from .tiny_model.recall import make_recall_prompts
-
-            ((prompt, expected),) = make_recall_prompts(1, distance=(2000, 3000), seed=0)
-        else:
+        prompt = args.prompt_file.read_text(encoding="utf-8") if args.prompt_file else args.prompt
+        if prompt is None and not embedded:
             parser.error("with --model or --gguf, --prompt or --prompt-file is needed")
+        if prompt is None:
+            ((prompt, expected),) = make_recall_prompts(1, distance=(2000, 3000), seed=0)
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype=args.dtype)
         input_ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         if input_ids.shape[1] == 0:
@@ -161,9 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with handle:
         spectral = run(args.preset, handle.new_cache(1, input_ids.shape[1] + args.max_new_tokens))
-    runs = {"dense": run("dense")} if args.compare else {}
-    runs[args.preset] = spectral
-
+    runs = ({"dense": run("dense")} if args.compare else {}) | {args.preset: spectral}
     print(f"\nprompt ({input_ids.shape[1]} tokens): ...{tokenizer.decode(input_ids[0, -40:])}")
     for label, found in reversed(runs.items()):
         print(f"\n{label}: {found.text}")

@@ -5,8 +5,7 @@
 
 One builder a stem of the package gives inputs, bytes and check. Inputs are larger than the L2
 cache, or several copies are used in turn. Bytes are those that a kernel must read and write once.
-Checks: the twin of plain PyTorch on the same inputs (tests/ hold twins to the oracle), attention:
-perf/_cases.py.
+Checks: the twin of plain PyTorch on the same inputs, which tests/ hold to the oracle.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +15,8 @@ from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_state, frequencies, make_steps
+from perf import _cases
+from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
 from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.layout import unpack_pages
@@ -32,32 +32,19 @@ class Kernel:
 
     calls: Sequence[Call]  # the same work on one or several copies of the inputs
     nbytes: int  # what a call must read and write
-    check: Callable[[], None]  # raises AssertionError where the first call's result is wrong
+    check: Call  # raises AssertionError where the first call's result is wrong
     shape: str  # of the inputs, in words
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
-    """Tokens (a power of two) that take 3 to 6 times the L2 cache, at least 64 MiB, at most an
-    eighth of free memory."""
+    """Tokens (2**n) of 3 to 6 times the L2 cache, at least 64 MiB, at most 1/8 of free memory."""
     size = min(max(6 * card.properties.L2_cache_size, 128 << 20), card.free // 8)
     return 1 << (size // token_bytes).bit_length() - 1
 
 
 def context_of(card: Card) -> int:
-    """Tokens of a decode step with four rows: 32K, or as many (a power of two) as a small card
-    holds easily."""
+    """Tokens of a step with four rows: 32K, or as many (2**n) as a small card holds easily."""
     return 1 << min(15, (card.free // (64 * 4 * KV_HEADS * DIM)).bit_length() - 1)
-
-
-def check_close(got: Any, want: Any, allowed: float = CLOSE) -> None:
-    """Relative error in norm, of a tensor or of each of several."""
-    if isinstance(got, tuple):
-        for one, other in zip(got, want, strict=True):
-            check_close(one, other, allowed)
-        return
-    off = float((got.double() - want.double()).norm() / want.double().norm())
-    if not off <= allowed:
-        raise AssertionError(f"a relative error of {off:.3g}, expected at most {allowed:.3g}")
 
 
 def beside_twin(
@@ -68,28 +55,24 @@ def beside_twin(
     calls = [partial(getattr(module, name), *x, **options) for x in inputs]
 
     def check() -> None:
-        want = getattr(module, f"{name}_torch")(*inputs[0], **options)
-        check_close(calls[0](), want, allowed)
+        got, want = calls[0](), getattr(module, f"{name}_torch")(*inputs[0], **options)
+        pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
+        for one, other in pairs:
+            check_close(one, other, allowed, name)
 
     return Kernel(calls, nbytes, check, shape)
-
-
-def rows_of(card: Card, tokens: int) -> torch.Tensor:
-    """[1, KV_HEADS, T, DIM]."""
-    x = torch.empty(1, KV_HEADS, tokens, DIM, dtype=card.dtype, device=card.device)
-    return x.normal_(std=SCORE_STD)
 
 
 # rope.py
 
 
 def turned(card: Card, name: str) -> Kernel:
-    x = rows_of(card, tokens_of(card, 2 * KV_HEADS * DIM))
+    x = card.normal(1, KV_HEADS, tokens_of(card, 2 * KV_HEADS * DIM), DIM, std=SCORE_STD)
     positions = torch.arange(x.shape[2], device=card.device)[None].int()
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
     nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
-    inputs = [(x, positions, frequencies(DIM, card.device))]
+    inputs = [(x, positions, _cases.frequencies(DIM, card.device))]
     return beside_twin(rope, name, inputs, nbytes, words, allowed, **options)
 
 
@@ -121,8 +104,8 @@ def check_stored(step: Step, run: Call, twin: Call) -> None:
 def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 2 * KV_HEADS * DIM)
     [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
-    x, pages = rows_of(card, tokens), step.k_pages if side == "k" else step.v_pages
-    exact = step.k_exact if side == "k" else step.v_exact
+    x = card.normal(1, KV_HEADS, tokens, DIM, std=SCORE_STD)
+    pages, exact = getattr(step, f"{side}_pages"), getattr(step, f"{side}_exact")
     given = (x, step.codec, pages, step.block_table, step.seq_lens)
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
     call = partial(compress.encode, *given, **options)
@@ -143,7 +126,7 @@ def append(card: Card, batch: int = 4) -> Kernel:
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
     [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
-    pages = step.k_pages if side == "k" else step.v_pages
+    pages = getattr(step, f"{side}_pages")
     given = (pages, step.codec, step.block_table, step.seq_lens)
     words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
     nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM
@@ -168,14 +151,10 @@ def attend_spectral(card: Card, preset: str) -> Kernel:
 def attend_window(card: Card) -> Kernel:
     shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
     steps = make_steps(shape, PRESET, card, card.copies(1 << 20))
-    first = steps[0]
-
-    def check() -> None:
-        check_state(first, first.attend(("exact",)), ("exact",))
-
+    calls, first = [partial(step.attend, ("exact",)) for step in steps], steps[0]
     nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
-    calls = [partial(step.attend, ("exact",)) for step in steps]
-    return Kernel(calls, nbytes, check, f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens")
+    words = f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens"
+    return Kernel(calls, nbytes, lambda: check_state(first, calls[0](), ("exact",)), words)
 
 
 # merge.py
@@ -198,11 +177,10 @@ def merge_states(card: Card, count: int) -> Kernel:
 
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
-    "rotate": partial(turned, name="rotate"),
-    "turn_back": partial(turned, name="turn_back"),
-    **{f"encode {side}": partial(encode, side=side) for side in ("k", "v")},
+    **{name: partial(turned, name=name) for name in ("rotate", "turn_back")},
+    **{f"encode {side}": partial(encode, side=side) for side in "kv"},
     "append": append,
-    **{f"decode {side}": partial(decode, side=side) for side in ("k", "v")},
+    **{f"decode {side}": partial(decode, side=side) for side in "kv"},
     **{f"attend_spectral {name}": partial(attend_spectral, preset=name) for name in LOSSY},
     "attend_window": attend_window,
     "merge_states": partial(merge_states, count=2),

@@ -49,21 +49,21 @@ saw-int4, oscar-2, turbo-3 and kvarn get the mean key of a head taken out first,
 published they rotate it into all channels, and keys with large biases (Qwen2.5: channels of 145
 beside deviations of 1) leave nothing of a token's range.
 
-perf/results/quality.jsonl holds, as a baseline, rows of the first version of this library (commits
-6c2963d to a77a074), whose layouts and bases were those of a sequence.
-Test: tests/test_quality.py.
+perf/results/quality.jsonl also holds, as a baseline, rows of the first version of this library,
+whose layouts and bases were those of a sequence.   Test: tests/test_quality.py.
 """
 
-import argparse
 import math
 import os
 import sys
+from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache as remember
-from functools import partial
+from functools import lru_cache, partial, reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table, sections
+from perf.tiny_model.recall import make_recall_contexts
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
@@ -86,48 +87,38 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
+TABLE = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f "
+TABLE += "perplexity:+.2% recalled needles"  # of a text
 
 
 class Question(NamedTuple):
-    """A hidden fact: the sentence that states it, the text that asks for it, and the answer that
-    should follow."""
+    """A hidden fact."""
 
-    fact: str
-    asked: str
-    answer: str
+    fact: str  # the sentence that states it
+    asked: str  # the text that asks for it
+    answer: str  # what should follow
 
 
 @dataclass(frozen=True)
 class Case:
-    """A context and what is predicted after it.
-
-    Attributes:
-        ids: int64 [1, N + P], the context's and the predicted tokens.      context: N.
-        answers: for each question the places of its answer among the P predicted tokens.
-    """
+    """A context of N tokens and the P that are predicted after it."""
 
     name: str
-    ids: torch.Tensor
-    context: int
-    answers: list[range]
+    ids: torch.Tensor  # int64 [1, N + P]
+    context: int  # N
+    answers: list[range]  # of each question the places of its answer among the P
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """Contexts of equal length but their last token, one a row.
+    """Contexts of equal length but their last token, one a row; a tensor a layer; moments where
+    asked for."""
 
-    Attributes:
-        ids: int64 [B, N - 1].
-        k, v: of each layer, exact, [B, G, N - 1, D]; keys as rotated.
-        q_moments, v_moments: of each layer [G, D, D]: mean of q^T q over queries, and of v^T v
-            weighted by the scores of some; None: not asked for.
-    """
-
-    ids: torch.Tensor
-    k: list[torch.Tensor]
+    ids: torch.Tensor  # int64 [B, N - 1]
+    k: list[torch.Tensor]  # exact, [B, G, N - 1, D], as rotated
     v: list[torch.Tensor]
-    q_moments: list[torch.Tensor] | None = None
-    v_moments: list[torch.Tensor] | None = None
+    q_moments: list[torch.Tensor] | None = None  # [G, D, D], mean of q^T q over queries
+    v_moments: list[torch.Tensor] | None = None  # of v^T v, weighted by the scores of some
 
     @property
     def tokens(self) -> int:
@@ -139,11 +130,13 @@ class Prefix:
         return sum(4 * k.shape[1] * k.shape[3] for k in self.k)
 
 
-class Stored(NamedTuple):
-    """What a scheme gives back: keys as rotated and values [B, G, N - 1, D], a pair a layer; bytes
-    of a row, and of a token."""
+Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys as rotated and values [B, G, T, D]
 
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+class Stored(NamedTuple):
+    """What a scheme gives back of N - 1 tokens; bytes of a row, and of a token."""
+
+    layers: Layers
     nbytes: float
     token_bytes: float
 
@@ -154,10 +147,10 @@ Scheme = Callable[[Prefix], Stored]
 def needle_questions(count: int, seed: int) -> list[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
-    questions, places = [], PLACES[:12]
+    questions = []
     for i in range(count):
-        number = f" number {i // len(places) + 1}" if i >= len(places) else ""
-        place = places[i % len(places)] + number
+        turn, which = divmod(i, 12)
+        place = f"{PLACES[which]} number {turn + 1}" if turn else PLACES[which]
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -169,25 +162,19 @@ def text_case(
     name: str, text: str, tokenizer: Any, *, context: int, needles: int, seed: int
 ) -> Case:
     """A text's first tokens with facts hidden at even distances, its next tokens, then questions
-    and answers.
-
-    Raises:
-        ValueError: the text is too short.
-    """
+    and answers. ValueError: the text is too short."""
     questions = needle_questions(needles, seed)
     facts = [tokens_of(tokenizer, f"\n{q.fact}\n") for q in questions]
     plain = tokens_of(tokenizer, text, first=True)
     own = context - sum(map(len, facts))  # tokens of the text in the context
     if own < 1 or len(plain) < own + PREDICTED:
-        raise ValueError(
-            f"{name}: expected at least {max(own, 1) + PREDICTED} tokens, got {len(plain)}"
-        )
-    ids: list[int] = []
-    taken = 0
+        least = max(own, 1) + PREDICTED
+        raise ValueError(f"{name}: expected at least {least} tokens, got {len(plain)}")
+    ids, taken = list[int](), 0
     for i, fact in enumerate(facts):
         # The first tokens and the last ones are exact in most schemes: no fact lies there.
         end = SINKS + round((i + 0.5) / needles * (own - SINKS - 2 * WINDOW))
-        while end > taken and "\n" not in tokenizer.decode(plain[end - 1]) and end > taken + 1:
+        while end > taken + 1 and "\n" not in tokenizer.decode(plain[end - 1]):
             end -= 1  # back to the end of a line
         ids += plain[taken:end] + fact
         taken = end
@@ -197,8 +184,6 @@ def text_case(
 
 def embedded_case(tokenizer: Any, *, context: int, needles: int, seed: int) -> Case:
     """A document of the embedded model's own language, whose facts are the needles."""
-    from .tiny_model.recall import make_recall_contexts
-
     need = context + PREDICTED
     (document,) = make_recall_contexts(1, needles, distance=(PREDICTED + WINDOW, need), seed=seed)
     ids = tokens_of(tokenizer, document.text, first=True)[:need]
@@ -228,8 +213,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
-    """Contexts int64 [B, N] but their last token, which is the first to predict from; read once, by
-    the model as it is."""
+    """Contexts int64 [B, N] but their last token, the first to predict from, read by the model."""
     ids = ids[:, :-1].to(model.device)
     found: list[list[torch.Tensor]] = [[], []]
 
@@ -251,7 +235,7 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
     return Prefix(ids, k, v, *(found if moments else ()))
 
 
-def dense_cache(model: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+def dense_cache(model: Any, layers: Layers) -> DynamicCache:
     """transformers' cache with a context as given."""
     cache = DynamicCache(config=model.config)
     for i, (k, v) in enumerate(layers):
@@ -260,11 +244,8 @@ def dense_cache(model: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]])
 
 
 @torch.no_grad()
-def predict(
-    model: Any, case: Case, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
-    """Log-probabilities of all tokens at the predicted places, float32 [P, V], with a context
-    cached as given."""
+def predict(model: Any, case: Case, layers: Layers) -> torch.Tensor:
+    """Log-probabilities at the predicted places, float32 [P, V], after a context as given."""
     cache = dense_cache(model, layers)
     ids = case.ids[:, case.context - 1 : -1].to(model.device)
     mask = torch.ones((1, case.ids.shape[1] - 1), dtype=torch.long, device=model.device)
@@ -278,8 +259,7 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
-    """KL, top-1 agreement, change of the perplexity, and recalled answers, from log-probabilities
-    [P, V]."""
+    """KL, top-1 agreement, change of perplexity, recalled answers: of log-probabilities [P, V]."""
     target = case.ids[0, case.context :].to(exact.device)
     kl = divergence(exact, other)
     best = other.argmax(-1)
@@ -317,8 +297,7 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
 
 
 def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
-    """Through the product: the prompt as `generate` stores it, and what a prompt after it would
-    attend to."""
+    """The prompt as the product's `generate` stores it: what a prompt after it would attend to."""
     with enabled(model, preset, codecs) as handle, torch.no_grad():
         spectral = filled_cache(model, handle, prefix.ids, 0).spectral
         layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
@@ -330,23 +309,18 @@ def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None 
     return Stored(layers, tokens * token + exact * prefix.token_bytes, token)
 
 
+# (x, is_key, layer, prefix) -> x as read back; [B, G, T, D] float32
 Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Another scheme.
-
-    Attributes:
-        code: (x, is_key, layer, prefix) -> x as read back; [B, G, T, D] float32.
-        bits: of K and of V a number, scales and zero points included, by D.
-        run: tokens that are coded together.      centred: whether the mean key is taken out first.
-    """
+    """Another scheme."""
 
     code: Code
-    bits: Callable[[int], tuple[float, float]]
-    run: int = GROUP
-    centred: bool = False
+    bits: Callable[[int], tuple[float, float]]  # of K and V a number, scales included
+    run: int = GROUP  # tokens that are coded together
+    centred: bool = False  # the mean key is taken out first
 
     @torch.no_grad()
     def __call__(self, prefix: Prefix) -> Stored:
@@ -361,13 +335,11 @@ class Yardstick:
                 out[:, :, SINKS:cold] = got[:, :, SINKS:].to(x.dtype)
             return out
 
-        layers = [
-            (coded(k, True, i), coded(v, False, i))
-            for i, (k, v) in enumerate(zip(prefix.k, prefix.v, strict=True))
-        ]
+        exact = enumerate(zip(prefix.k, prefix.v, strict=True))
+        layers = [(coded(k, True, i), coded(v, False, i)) for i, (k, v) in exact]
         bits = sum(self.bits(prefix.k[0].shape[3])) / 2
-        dense, exact = prefix.token_bytes, SINKS + prefix.tokens - cold
-        return Stored(layers, cold * dense * bits / 16 + exact * dense, dense * bits / 16)
+        token, left = prefix.token_bytes * bits / 16, SINKS + prefix.tokens - cold
+        return Stored(layers, cold * token + left * prefix.token_bytes, token)
 
 
 def even_levels(x: torch.Tensor, dim: int, bits: int, clip: float = 1.0) -> torch.Tensor:
@@ -384,17 +356,15 @@ def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
     return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
 
 
-@remember
+@lru_cache
 def hadamard(dim: int) -> torch.Tensor:
-    """Orthonormal and symmetric [D, D]; of D that is no power of two, in blocks of the largest that
-    divides it."""
-    block, h = dim & -dim, torch.ones(1, 1)
-    while len(h) < block:
-        h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
+    """Orthonormal, symmetric [D, D], in blocks of the largest power of two that divides D."""
+    block, two = dim & -dim, torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    h = reduce(torch.kron, [two] * (block.bit_length() - 1), torch.ones(1, 1))
     return torch.block_diag(*[h] * (dim // block)) / block**0.5
 
 
-@remember
+@lru_cache
 def random_rotation(dim: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0]
@@ -506,24 +476,17 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts whose last token the cache has not seen."""
-    token = torch.tensor([task.ids[-1:] for task in tasks], device=model.device)
-    written: list[torch.Tensor] = []
-    texts: list[str] = []
-    for step in range(1, 1 + (most := max(task.new for task in tasks))):
-        logits = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        written.append(token)
-        if step % 16 and step < most:
-            continue
-        rows = zip(torch.cat(written, dim=1).tolist(), tasks, strict=True)
-        texts = [tokenizer.decode(row[: task.new]) for row, task in rows]
-        if all(
-            step >= task.new or answer_of(task, text) != text
-            for task, text in zip(tasks, texts, strict=True)
-        ):
-            break
-    return texts
+    """What the model writes after prompts of a kind, whose last token the cache has not seen."""
+    written = [torch.tensor([task.ids[-1:] for task in tasks], device=model.device)]
+    while True:
+        logits = model(input_ids=written[-1], use_cache=True, **{CACHE: cache}).logits
+        written.append(logits[:, -1].argmax(-1, keepdim=True))
+        step = len(written) - 1
+        if step % 16 == 0 or step == tasks[0].new:
+            texts = [tokenizer.decode(row[1:]) for row in torch.cat(written, dim=1).tolist()]
+            ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
+            if step == tasks[0].new or all(ended):
+                return texts
 
 
 def answers(
@@ -553,7 +516,7 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[
 
 
 def measure_tasks(
-    model: Any, tokenizer: Any, args: argparse.Namespace, schemes: dict[str, Scheme], length: int
+    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
     batch = max(1, args.batch // length)
@@ -562,17 +525,16 @@ def measure_tasks(
             continue  # its prefixes are of 1 to 4K tokens
         count = args.problems if name == "humaneval" else args.count
         tasks = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
-        found: dict[str, tuple[list[float], Row]] = {}
+        scores: dict[str, list[Iterator[float]]] = defaultdict(list)
+        sizes_of: dict[str, Row] = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in range(0, len(tasks), batch):
                 part = tasks[first : first + batch]
-                # Programs run in processes, while the next scheme answers.
-                scored = [
-                    (scheme, pool.map(_tasks.score, part, texts), size)
-                    for scheme, texts, size in answers(model, part, tokenizer, schemes)
-                ]
-                for scheme, scores, size in scored:
-                    found[scheme] = (found.get(scheme, ([], {}))[0] + [*scores], size)
+                for scheme, texts, size in answers(model, part, tokenizer, schemes):
+                    # Programs run in processes, while the next scheme answers.
+                    scores[scheme].append(pool.map(_tasks.score, part, texts))
+                    sizes_of[scheme] = size
+        found = {x: ([*chain.from_iterable(y)], sizes_of[x]) for x, y in scores.items()}
         for row in task_rows(name, found):
             yield {"context": length, **row}
 
@@ -596,21 +558,17 @@ def stream(
 
 @torch.no_grad()
 def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) -> torch.Tensor:
-    """KL of each row and token [B, count] of streamed logits to the model's own on the same tokens;
-    the model is not enabled."""
+    """KL of streamed logits to those of the model, not enabled, on the same tokens, [B, count]."""
     found = []
     for i, (context, row) in enumerate(zip(ids, tokens, strict=True)):
         x = torch.cat((context, row[:-1]))[None]
         exact = model(input_ids=x, logits_to_keep=len(row), use_cache=False).logits[0]
-        pairs = zip(exact, (step[i, 0] for step in logits), strict=True)
-        kl = [divergence(*(y.float().log_softmax(-1) for y in pair)) for pair in pairs]
-        found.append(torch.stack(kl))
+        pairs = (torch.stack((a, step[i, 0])) for a, step in zip(exact, logits, strict=True))
+        found.append(torch.stack([divergence(*y.float().log_softmax(-1)) for y in pairs]))
     return torch.stack(found)
 
 
-def measure_stream(
-    model: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Path | None
-) -> Iterator[Row]:
+def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
     ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
     last, count = ids[:, -1:], args.generate
@@ -618,7 +576,7 @@ def measure_stream(
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
-            with enabled(model, preset, codecs) as handle:
+            with enabled(model, preset, args.codecs) as handle:
                 cache = filled_cache(model, handle, ids[:, :-1], count)
                 tokens, logits = stream(model, cache, last, count, args.seed, given)
                 token_bytes = handle.codec and handle.codec.token_bytes
@@ -634,15 +592,42 @@ def measure_stream(
             yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A block a text."""
-    spec = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f"
-    spec += " perplexity:+.2% recalled needles"
-    own = [row for row in rows if "kl" in row]
-    return sections(own, ("model", "text", "context"), "{}, {}, {:,} tokens of context", spec)
+def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
+    """Of each context the texts that are long enough, or the embedded model's document."""
+    for context in args.context:
+        options = {"context": context, "needles": args.needles, "seed": args.seed}
+        if args.model is None and args.gguf is None:
+            yield embedded_case(tokenizer, **options)
+        for path in args.text:
+            try:
+                yield text_case(path.name, path.read_text(encoding="utf-8"), tokenizer, **options)
+            except ValueError as error:
+                if context == min(args.context):
+                    raise
+                print(error, file=sys.stderr)  # too short for the longer contexts
 
 
-def add_arguments(add: Callable[..., Any]) -> None:
+def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
+    """Rows of all that is asked for; the model is float32."""
+
+    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
+        options = {"model": model, "codecs": args.codecs}
+        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
+        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
+
+    for case in cases:
+        yield from measure(model, case, schemes(args.yardsticks))
+    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    for length in args.lengths if args.tasks else ():
+        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+    if args.generate:
+        first = [case for case in cases if case.context == args.context[0]]
+        yield from measure_stream(model, first, args)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = parser_of("quality", __doc__)
+    add = parser.add_argument
     add("--model", help="path or id of a model (default: the embedded model)")
     add("--gguf", help="GGUF file of such a model; a name alone is looked for in --model")
     add("--text", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="UTF-8")
@@ -664,48 +649,6 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
-
-
-def cases_of(args: argparse.Namespace, tokenizer: Any, context: int) -> list[Case]:
-    """The texts that are long enough, or the embedded model's document."""
-    options = {"context": context, "needles": args.needles, "seed": args.seed}
-    if args.model is None and args.gguf is None:
-        return [embedded_case(tokenizer, **options)]
-    cases = []
-    for path in args.text:
-        try:
-            text = path.read_text(encoding="utf-8")
-            cases.append(text_case(path.name, text, tokenizer, **options))
-        except ValueError as error:
-            if context == min(args.context):
-                raise
-            print(error, file=sys.stderr)  # too short for the longer contexts
-    return cases
-
-
-def measured(
-    model: Any, tokenizer: Any, cases: Sequence[Case], args: argparse.Namespace, codecs: Any
-) -> Iterator[Row]:
-    """Rows of all that is asked for; the model is float32."""
-
-    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
-        options = {"model": model, "codecs": codecs}
-        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
-        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
-
-    for case in cases:
-        yield from measure(model, case, schemes(args.yardsticks))
-    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
-    for length in args.lengths if args.tasks else ():
-        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
-    if args.generate:
-        first = [case for case in cases if case.context == args.context[0]]
-        yield from measure_stream(model, first, args, codecs)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = parser_of("quality", __doc__)
-    add_arguments(parser.add_argument)
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
@@ -717,17 +660,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
-        cases = [case for n in args.context for case in cases_of(args, tokenizer, n)]
+        cases = [*cases_of(args, tokenizer)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
-    codecs = args.codecs or (TINY_MODEL if embedded else None)
-    head = {"model": Path(name).name, "codec": codec_notes(codecs, args.presets)}
+    args.codecs = args.codecs or (TINY_MODEL if embedded else None)
+    head = {"model": Path(name).name, "codec": codec_notes(args.codecs, args.presets)}
     same, rows = versions(args.commit), []  # now: the tree may change while this runs
-    found = measured(model, tokenizer, cases, args, codecs)
+    found = measured(model, tokenizer, cases, args)
     for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
         rows.append(write_row({**head, **row, **same}, args.json))
-    print(f"{table(rows)}\n{quality_table(rows)}")
+    texts, names = [row for row in rows if "kl" in row], ("model", "text", "context")
+    print(sections(texts, names, "{}, {}, {:,} tokens of context", TABLE))
+    print(quality_table(rows))
     return 0
 
 

@@ -33,13 +33,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, cycle, islice, takewhile
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from perf._cases import LOSSY, SHAPES, eight_bit_codec, frequencies, llama, random_model_codec
-from perf._timing import ROOT, Row, parser_of, versions, write_row
+from perf._timing import ROOT, Row, parser_of, read_rows, versions, write_row
 from perf.tables import SERVE, columns
 
 CHECK = (60, 190, 9, 700, 1, 1530, 890, 560)  # prompt lengths of the check
@@ -56,8 +58,7 @@ def make_model(shape: str, folder: Path, weights: bool = False) -> None:
     """A configuration, and random weights if vLLM is not to make them (which gives dull tokens)."""
     from transformers import LlamaForCausalLM
 
-    config = llama(shape, initializer_range=0.06)
-    config.architectures = ["LlamaForCausalLM"]
+    config = llama(shape, initializer_range=0.06, architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     if weights:
         torch.manual_seed(0)
@@ -120,6 +121,7 @@ class Served:
         self.row: Row = {
             "gpu": card, "gpus": args.tp, "commit": versions(args.commit)["commit"],
             "vllm": vllm.__version__, "backend": name, "kv_dtype": kind or args.dtype,
+            "kv_tokens": self.kv_tokens,
         }  # fmt: skip
 
     def seconds(self, given: list[dict[str, Any]], new: int) -> float:
@@ -141,47 +143,34 @@ class Served:
             few, many = (self.seconds(given, n) for n in (args.few, args.many))
             steps.append(1e3 * (many - few) / (args.many - args.few))
         self.llm.reset_prefix_cache()
-        tpot = statistics.median(steps)
-        return {
-            "B": batch, "T": tokens, "ttft_ms": 1e3 * first, "tpot_ms": tpot,
-            "kv_tokens": self.kv_tokens, "throughput": 1e3 * batch / tpot,
-        }  # fmt: skip
+        return times(batch, tokens, 1e3 * first, statistics.median(steps))
 
     def fill(self, args: argparse.Namespace) -> Row:
         """As many prompts as the pool takes, all decoding."""
         lengths: list[int] = []
-        while len(lengths) < args.seqs:
-            lengths.append(args.lengths[len(lengths) % len(args.lengths)])
+        for tokens in islice(cycle(args.lengths), args.seqs):
+            more = [*lengths, tokens]
             # What those that are in first generate while the others' prompts run.
-            spare = (sum(lengths) // args.chunk + args.many + 128) * len(lengths)
-            if sum(lengths) + spare > self.kv_tokens:
-                lengths.pop()
+            spare = (sum(more) // args.chunk + args.many + 128) * len(more)
+            if sum(more) + spare > self.kv_tokens:
                 break
-        engine = self.llm.llm_engine
-        started: set[str] = set()
-        counts: list[int] = []
+            lengths = more
+        engine, started, made = self.llm.llm_engine, set[str](), 0
         sampling = self.sampling(max_tokens=sum(lengths) // args.chunk + args.many + 512)
-        names = [f"full-{i}" for i in range(len(lengths))]
-        begin = time.perf_counter()
-        for i, (name, tokens) in enumerate(zip(names, lengths, strict=True)):
+        for i, tokens in enumerate(lengths):
             (given,) = prompts(1, tokens, self.vocabulary, first=100 + i)
-            engine.add_request(name, given, sampling)
-        begin_run = time.perf_counter()
-        while len(started) < len(names):
+            engine.add_request(f"full-{i}", given, sampling)
+        begin = time.perf_counter()
+        while len(started) < len(lengths):
             started |= {x.request_id for x in engine.step() if x.outputs[0].token_ids}
-            if time.perf_counter() - begin_run > args.patience:
-                raise TimeoutError(f"{len(started)} of {len(names)} prompts in {args.patience} s")
-        first, begin_steps = time.perf_counter() - begin_run, time.perf_counter()
-        while sum(counts) < len(names) * args.many:
-            counts.append(sum(not x.finished for x in engine.step()))
-        taken = time.perf_counter() - begin_steps
-        engine.abort_request(names)
-        print(f"full: {len(names)} prompts, made in {begin_run - begin:.1f} s", flush=True)
-        return {
-            "B": len(names), "T": round(statistics.mean(lengths)), "ttft_ms": 1e3 * first,
-            "tpot_ms": 1e3 * taken / args.many, "kv_tokens": self.kv_tokens,
-            "throughput": sum(counts) / taken,
-        }  # fmt: skip
+            if time.perf_counter() - begin > args.patience:
+                raise TimeoutError(f"{len(started)} of {len(lengths)} prompts in {args.patience} s")
+        first, begin = time.perf_counter() - begin, time.perf_counter()
+        while made < len(lengths) * args.many:
+            made += sum(not x.finished for x in engine.step())
+        step = (time.perf_counter() - begin) * len(lengths) / made
+        engine.abort_request([*started])
+        return times(len(lengths), round(statistics.mean(lengths)), 1e3 * first, 1e3 * step)
 
     def check(self) -> Row:
         """Tokens of a few prompts at once, twice: the second time some of their pages are known,
@@ -206,25 +195,29 @@ class Served:
         }
 
 
+def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
+    """What a row says of a cell; throughput: output tokens a second."""
+    row = {"B": batch, "T": tokens, "ttft_ms": first_ms, "tpot_ms": step_ms}
+    return {**row, "throughput": 1e3 * batch / step_ms}
+
+
 def sizes(args: argparse.Namespace) -> list[int]:
     """Batches of the graphs: powers of two, those of the cells, of the full pool or the check."""
-    last = [args.seqs] if args.full or args.check else []
-    cells = {*last, *(batch for batch, _ in args.cells)}
+    cells = {batch for batch, _ in args.cells} | ({args.seqs} if args.full or args.check else set())
     return sorted(cells | {1 << i for i in range(max(cells).bit_length())})
 
 
 def longest(args: argparse.Namespace) -> int:
     """max_model_len."""
-    tokens = max([t for _, t in args.cells] + args.lengths * args.full)
-    return tokens + args.many + 576
+    return max([t for _, t in args.cells] + args.lengths * args.full) + args.many + 576
 
 
 def file_of(folder: Path, backend: str, ending: str) -> Path:
     return folder / (re.sub(r"\W+", "-", backend) + ending)
 
 
-def run_one(args: argparse.Namespace, backend: str, folder: Path, results: Path) -> None:
-    begin = time.perf_counter()
+def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
+    begin, results = time.perf_counter(), file_of(folder, backend, ".jsonl")
 
     def say(what: str) -> None:
         print(f"PHASE {backend}: {what}, {time.perf_counter() - begin:.1f} s", flush=True)
@@ -285,10 +278,9 @@ def run_backend(
     args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str
 ) -> list[Row]:
     kind, results = backend.partition(":")[2], file_of(folder, backend, ".jsonl")
-    extra = ["--one", backend, "--folder", str(folder), "--results", str(results)]
+    extra = ["--one", backend, str(folder)]
     if args.check and backend == args.backends[0]:
         extra += ["--tp", "1"]  # what others are compared with
-    results.write_text("")
     begin = time.perf_counter()
     log = file_of(Path(os.environ.get("OUT", folder)), backend, ".log")
     try:
@@ -303,23 +295,13 @@ def run_backend(
             results.with_suffix(sign).touch()
     lines = log.read_text().splitlines()
     print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
-    rows = [json.loads(x) for x in results.read_text().splitlines()]
+    rows = read_rows(results)
     took = f"{time.perf_counter() - begin:.0f} s"
     print(f"{backend}: {len(rows)} rows, exit {done.returncode}, {took}", flush=True)
     if done.returncode:  # the cause is often not in the last lines
         causes = [x for x in lines[:-25] if "Error" in x]
         print(*causes[-10:], *lines[-25:], sep="\n", flush=True)
     return rows
-
-
-def run_all(args: argparse.Namespace, argv: Sequence[str]) -> list[Row]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        make_model(args.shape, folder / "model", weights=args.check)
-        env = environment(folder)
-        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
-            found = pool.map(lambda x: run_backend(args, argv, folder, env, x), args.backends)
-            return [row for rows in found for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -341,12 +323,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--many", type=int, default=112)
     add("--repeat", type=int, default=2)
     add("--full", action=argparse.BooleanOptionalAction, default=True, help="the full pool, too")
-    lengths = [4096, 8192, 16384, 32768]
-    add("--lengths", type=int, nargs="+", default=lengths, help="of the full pool's prompts")
+    add("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     add("--patience", type=float, default=200, help="seconds that filling the pool may take")
     add("--check", action="store_true", help="tokens of a tiny model instead of times")
-    for name in ("--one", "--folder", "--results"):
-        add(name, help=argparse.SUPPRESS)
+    add("--one", nargs=2, help=argparse.SUPPRESS)  # a backend, in a process: it, and the folder
     args = parser.parse_args(argv)
     if args.check:
         args.shape, args.cells, args.full = "check", [(1, 2048)], False
@@ -356,9 +336,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.kv_gb:
         args.kv_gb = (args.kv_gb * len(args.backends))[: len(args.backends)]
     if args.one:
-        run_one(args, args.one, Path(args.folder), Path(args.results))
+        run_one(args, args.one[0], Path(args.one[1]))
         return 0
-    rows = run_all(args, argv)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_model(args.shape, folder / "model", weights=args.check)
+        run = partial(run_backend, args, argv, folder, environment(folder))
+        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
+            rows = [*chain.from_iterable(pool.map(run, args.backends))]
     if args.check:
         return report_check(rows)
     print(columns(rows, SERVE))
@@ -372,10 +357,8 @@ def report_check(rows: list[Row]) -> int:
     worst = 0.0
     for row in rows:
         for turn, got in enumerate(row["tokens"]):
-            same = [
-                next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
-                for x, y in zip(got, rows[0]["tokens"][0], strict=True)
-            ]
+            pairs = zip(got, rows[0]["tokens"][0], strict=True)
+            same = [sum(takewhile(bool, map(eq, x, y))) for x, y in pairs]
             leads = zip(rows[0]["leads"], same, strict=True)
             lost = max((x[i] for x, i in leads if i < len(x)), default=0.0)
             worst = max(worst, lost * (row["kv_dtype"] != "8 bits"))

@@ -11,7 +11,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,7 @@ def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A table a kind of layer: microseconds, share of the bandwidth, the best dense peers of bf16
-    and fp8, and how many times as fast."""
+    """A table a kind of layer: time, share of the bandwidth, the best peers, times as fast."""
     spec, rows = "B T:, case preset p50_us:.4g read_share:.0%", latest(rows, KEYS["attention"])
     for peer in ("peer", "fp8"):
         spec += f" best_{peer} best_{peer}_us:.4g against_{peer}:.2f"
@@ -144,8 +143,7 @@ def end_to_end_table(rows: Rows) -> str:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line(found)
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            alike = what == base and not preset
-            cells.append("-" if alike else break_even(dense, line))
+            cells.append("-" if found == graph else break_even(dense, line))
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
@@ -191,9 +189,8 @@ def means(rows: Rows, needed: str) -> list[Row]:
 
 
 def quality_table(rows: Rows) -> str:
-    """Means over texts of each scheme, of predicted and of generated tokens, and of codecs without
-    a part of theirs; then the share of tasks' prompts that are solved, with those that only dense
-    attention or the scheme solves."""
+    """Means over texts of each scheme: of predicted tokens, of generated ones, of codecs without a
+    part of theirs; then tasks: the score, and prompts that only dense or the scheme solves."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
     predicted += " perplexity:+.2% recalled:.1f"
@@ -206,15 +203,14 @@ def quality_table(rows: Rows) -> str:
         found.sort(key=lambda x: (x["model"], x["context"], x.get("ratio") or 0))
         title = "{}, {:,} tokens, " + needed + " over {} text(s)"
         text += sections(found, ("model", "context", "texts"), title, spec)
-    tasks = [row for row in rows if "score" in row]
-    for (model, context), own in grouped(tasks, ("model", "context")).items():
-        kinds, lines = sorted({row["task"] for row in own}), []
-        for (scheme,), alike in grouped(own, ("scheme",)).items():
-            scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
-            lines.append((alike[0]["ratio"], [scheme, *(scores.get(x, "-") for x in kinds)]))
-        text += f"\n### {model}, {context:,} tokens: tasks solved [lost, won]\n\n"
-        text += markdown(["scheme", *kinds], [cells for _, cells in sorted(lines)])
-    return text
+    tasks, names = [row for row in rows if "score" in row], ("model", "context", "scheme")
+    solved = []
+    for alike in grouped(tasks, names).values():
+        scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
+        solved.append(alike[0] | scores)
+    solved.sort(key=lambda x: (x["model"], x["context"], x["ratio"], x["scheme"]))
+    spec = " ".join(["scheme", *sorted({row["task"] for row in tasks})])
+    return text + sections(solved, names[:2], "{}, {:,} tokens: tasks solved [lost, won]", spec)
 
 
 SERVE = "gpu gpus vllm B T:, backend kv_dtype ttft_ms:.0f tpot_ms:.2f kv_tokens:, throughput:.4g"
@@ -242,41 +238,37 @@ def results_page(results: Path = RESULTS) -> str:
     return text
 
 
-def steps(results: Path) -> list[Row]:
+def steps(results: Path) -> Iterator[Row]:
     """Decode steps of whole models and of layers alike: gpu, engine, B, T, kind ("bf16", "fp8" or a
     preset), ms, and of whole models the bytes of the cache, up to a factor of the engine."""
-    found = []
     for row in newest("end_to_end", results):
         what, _, compiled = row["what"].partition(" ")
         if what in ("graph", "bare") and not row.get("gpus"):
-            same = {"engine": f"transformers{', ' * bool(compiled)}{compiled}"}
-            same |= {"kind": row["preset"] or "bf16", "size": row["cache_bytes"]}
-            found.append(row | same)
+            name = f"transformers, {compiled}" if compiled else "transformers"
+            kind = row["preset"] or "bf16"
+            yield row | {"engine": name, "kind": kind, "size": row["cache_bytes"]}
     for row in newest("serve", results):
-        kind = row["kv_dtype"].replace("bfloat16", "bf16")  # or fp8, or a preset
         if row["gpus"] == 1:
-            same = {"engine": f"vLLM {row['vllm']}", "kind": kind, "ms": row["tpot_ms"]}
-            found.append(row | same | {"size": 1 / row["kv_tokens"]})
+            kind = row["kv_dtype"].replace("bfloat16", "bf16")  # or fp8, or a preset
+            name, size = f"vLLM {row['vllm']}", 1 / row["kv_tokens"]
+            yield row | {"engine": name, "kind": kind, "ms": row["tpot_ms"], "size": size}
     for row in newest("attention", results):
         if tuple(map(row.get, ("H", "G", "D", "path", "case"))) == PLOTTED:
             times = {"bf16": "best_peer_us", "fp8": "best_fp8_us", row["preset"]: "p50_us"}
             for kind, name in times.items():
                 if row.get(name):
-                    same = {"engine": "one layer", "kind": kind, "ms": row[name] / 1e3}
-                    found.append(row | same)
-    return found
+                    yield row | {"engine": "one layer", "kind": kind, "ms": row[name] / 1e3}
 
 
 def compared(results: Path) -> dict[tuple, dict[str, Row]]:
     """(gpu, engine, B, T) that dense bf16 has -> the fastest step of each kind, of one commit."""
     found: dict[tuple, dict[str, Row]] = {}
-    for row in steps(results):
-        own = found.setdefault(tuple(map(row.get, ("gpu", "engine", "B", "T"))), {})
-        own[row["kind"]] = min(row, own.get(row["kind"], row), key=lambda x: x["ms"])
-    for own in found.values():  # peers of another run prove nothing
-        for kind in [x for x in own if "bf16" in own and own[x]["commit"] != own["bf16"]["commit"]]:
-            del own[kind]
-    return {key: own for key, own in found.items() if "bf16" in own}
+    for cell, rows in grouped(steps(results), ("gpu", "engine", "B", "T")).items():
+        own = {row["kind"]: row for row in sorted(rows, key=lambda x: x["ms"], reverse=True)}
+        if "bf16" in own:  # peers of another run prove nothing
+            commit = own["bf16"]["commit"]
+            found[cell] = {kind: row for kind, row in own.items() if row["commit"] == commit}
+    return found
 
 
 def headline(results: Path = RESULTS) -> str:
@@ -299,8 +291,9 @@ def headline(results: Path = RESULTS) -> str:
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
     if any("*" in cells[x][4] for x in chosen):
-        text += "\n\\* dense keys and values of all layers do not fit the card: layers share "
-        text += "them.\n"
+        text += (
+            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
+        )
     return text
 
 
@@ -370,15 +363,13 @@ PLOTS: dict[str, tuple[Callable[[Path], Plot], str, str]] = {
 
 def draw(plot: Plot, x: str, y: str, path: Path) -> None:
     """An SVG: lines with a legend, or (one point a line) named points."""
-    import matplotlib
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    matplotlib.rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9})
+    rcParams.update({"svg.hashsalt": "", "svg.fonttype": "none", "font.size": 9})
     columns, rows = min(2, len(plot)), -(-len(plot) // 2)
-    shape = {"figsize": (4.4 * columns, 3.4 * rows), "layout": "constrained"}
-    figure, axes = pyplot.subplots(rows, columns, squeeze=False, **shape)
+    figure = Figure(figsize=(4.4 * columns, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(plot) :]:
         axis.remove()
     names = list(dict.fromkeys(name for lines in plot.values() for name in lines))
@@ -407,7 +398,6 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Description": json.dumps(plot)})
-    pyplot.close(figure)
 
 
 def plotted(path: Path) -> Plot:

@@ -455,11 +455,13 @@ def _pages_split(
         unit_warp = m_warp
         l_lane = tl.zeros([W, 8, ROWS], dtype=tl.float32)
         ones = tl.full([W * P, 16, 64], 1, dtype=tl.int8)
+        # Tokens of the split's pages that are seen, counted from the sinks.
+        seen_end = (tl.minimum(stop, end * 64) - EXACT[0]).to(tl.uint32)
         acc = ()
         for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16 + 1):
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
         for start in range(page, end, W * P):
-            # [W P]; for pages after the last, whose tokens are not seen, the last is read again.
+            # [W P]; a page after the last is the last again, none of whose tokens are seen then.
             number = tl.load(table_ptr + tl.minimum(start + tl.arange(0, W * P), end - 1))
             number = number.to(tl.int64)
             j = start + warp * P  # [W], the first page of a warp
@@ -469,7 +471,7 @@ def _pages_split(
             )  # fmt: skip
             if (start * 64 < EXACT[0]) | (start + W * P >= end):  # elsewhere all are seen
                 position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
-                seen = position.to(tl.uint32) < (stop - EXACT[0]).to(tl.uint32)  # negative: large
+                seen = position.to(tl.uint32) < seen_end  # negative ones are large
                 s = tl.where(seen[:, :, None], s, float("-inf"))
             # Weights in units of 1 / FULL of the P pages' largest, or of 2**-32 of the largest so
             # far. The difference first: scores may be 1e7, and the largest weight must be FULL
@@ -711,8 +713,9 @@ def plan_launch(
 
     As many programs as are resident, or some rounds of them; where these would take fewer pages
     than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more
-    with others beside it: a single row has about one on a multiprocessor. A row that gets n
-    programs, rounded down, has less than twice the pages that a program of all rows' has.
+    with others beside it: a single row has about one on a multiprocessor, and some more where
+    16 queries make pages dearer. A row that gets n programs, rounded down, has less than twice
+    the pages that a program of all rows' has.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
@@ -750,7 +753,7 @@ def plan_launch(
     programs = num_splits * batch if num_splits else programs
     few = 6
     if matrix and num_splits is None and resident > 1:
-        few = 2 if batch == 1 and resident > 2 else 4
+        few = 4 if batch > 1 or large else 2 if rows <= 8 else 3
     least = max(1, programs * few // 6)
     # Kernels are compiled for few batches: for those that an engine captures, powers of two.
     rounded = _launch.next_power_of_2(batch)

@@ -29,10 +29,13 @@ on_cpu = pytest.mark.skipif(
 )
 
 
+class FloatCard(_timing.Card):
+    dtype = torch.float32
+
+
 def small_step(preset: str, dim: int = 64, batch: int = 2, queries: int = 1) -> _cases.Step:
     torch.manual_seed(3)
-    card = SimpleNamespace(dtype=torch.float32, device=CPU)
-    return make_steps(Shape(batch, 4, 2, dim, 580, queries), preset, card, 2)[1]
+    return make_steps(Shape(batch, 4, 2, dim, 580, queries), preset, FloatCard(CPU), 2)[1]
 
 
 @pytest.mark.parametrize("queries", [1, 3])
@@ -125,7 +128,7 @@ def test_copies_of_a_case_share_nothing_that_is_read():
 
 def test_perf_is_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in PERF.rglob("*.py")}
-    assert sum(lines.values()) <= 4070, lines
+    assert sum(lines.values()) <= 3850, lines
 
 
 # perf._timing
@@ -329,7 +332,7 @@ def test_peers_are_checked(kind):
     right = first()
     first.check(right)
     for wrong in (second(), right.roll(1, 1), right * 1.2):
-        with pytest.raises(AssertionError, match="wrong result: off by"):
+        with pytest.raises(AssertionError, match="wrong result: a relative error"):
             first.check(wrong)
     first.new = first.new + 1
     with pytest.raises(AssertionError, match="newest token"):
@@ -508,7 +511,7 @@ def test_a_long_generation_is_timed(whole, monkeypatch, tmp_path):
     path = tmp_path / "rows.jsonl"
     assert whole.main([*TINY, "--what", "long", "--json", str(path)]) == 0
     [row] = tables.read_rows(path)
-    assert row["steps"] == 11 and row["compiled"] == 0 and row["filled"] == "prompt"
+    assert row["steps"] == 11 and row["compiled"] == 0
     assert 0 < row["ms"] <= row["p99_ms"] <= row["p999_ms"] <= row["max_ms"]
 
 

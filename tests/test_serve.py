@@ -52,8 +52,7 @@ def test_engines_side_by_side_are_timed_in_turn(tmp_path: Path, monkeypatch):
     args = argparse.Namespace(**given, json=None)
 
     def start(backend: str) -> threading.Thread:
-        rows = serve.file_of(tmp_path, backend, ".jsonl")
-        thread = threading.Thread(target=serve.run_one, args=(args, backend, tmp_path, rows))
+        thread = threading.Thread(target=serve.run_one, args=(args, backend, tmp_path))
         thread.start()
         thread.join(0.5)
         return thread

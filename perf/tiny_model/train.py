@@ -34,23 +34,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .recall import (
-    BOS,
-    EOS,
-    NAMES,
-    PAD,
-    SPECIAL,
-    UNK,
-    VALUES,
-    VOCABULARY,
-    make_recall_prompts,
-    write_document,
-)
+from .recall import BOS, EOS, IDS, NAMES, PAD, SPECIAL, VALUES, make_recall_prompts, write_document
 
-IDS = {word: i for i, word in enumerate(VOCABULARY)}
 THETA = 1e6
 SHAPE = {
-    "vocab_size": -(-len(VOCABULARY) // 64) * 64, "hidden_size": 256, "intermediate_size": 640,
+    "vocab_size": -(-len(IDS) // 64) * 64, "hidden_size": 256, "intermediate_size": 640,
     "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
     "max_position_embeddings": 8192, "initializer_range": 0.04, "tie_word_embeddings": True,
     "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS,
@@ -80,11 +68,9 @@ class Documents(IterableDataset):
 
 
 def loss_of(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss on documents [B, T], and [answers right, answers] without a synchronisation.
-
-    It is the answers' and half of that of all else, where names and values count little, as nothing
-    foretells them.
-    """
+    """The loss on documents [B, T], and [answers right, answers] without a synchronisation. It is
+    the answers' and half of that of all else, where names and values count little, as nothing
+    foretells them."""
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
     target = tokens[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
@@ -113,7 +99,8 @@ def train(model: Any, seconds: float) -> None:
         for i, tokens in enumerate(DataLoader(Documents(length), rows, num_workers=workers), 1):
             used = (time.monotonic() - begin) / seconds
             if used >= 1:
-                return print(f"{step} steps")
+                print(f"{step} steps")
+                return
             step += 1
             rate = RATE * min(1.0, step / WARMUP, max(0.02, (1 - used) / (1 - FALL)))
             for group in optimiser.param_groups:
@@ -132,19 +119,18 @@ def train(model: Any, seconds: float) -> None:
                 print(f"{text}  recall {right / asked:.4f}", flush=True)
                 if right / asked >= PROMOTE and length < LENGTHS[-1]:
                     break
-    return None
 
 
 def export(model: Any, folder: Path) -> Any:
     """Write weights in bfloat16, configuration and tokenizer; return the tokenizer."""
     model.to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel(IDS, unk_token=SPECIAL[UNK]))
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    words = Tokenizer(models.WordLevel(IDS, unk_token=names["unk_token"]))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    begin = SPECIAL[BOS]
+    begin = names["bos_token"]
     words.post_processor = processors.TemplateProcessing(
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, BOS)]
     )
-    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, padding_side="left", **names,
         model_max_length=SHAPE["max_position_embeddings"],
@@ -161,9 +147,8 @@ def export(model: Any, folder: Path) -> Any:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=110.0, help="training time")
     args = parser.parse_args()
