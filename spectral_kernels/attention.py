@@ -732,7 +732,8 @@ def plan_launch(
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
         # Programs a multiprocessor: as many as their registers allow without spills.
-        resident = 2 * WARPS // warps if large else 3 if rows > 4 else 4
+        resident = 4 if rows == 4 else 3 if rows * layout.v.rank <= 1536 else 2
+        resident = 2 * WARPS // warps if large else resident
         # Three stages ask for a turn's pages at the end of the turn before.
         options = {"num_stages": 3, "num_warps": warps}
         if resident > 2:
