@@ -713,18 +713,16 @@ def plan_launch(
 
     As many programs as are resident, or some rounds of them; where these would take fewer pages
     than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more
-    with others beside it: a single row has about one on a multiprocessor, and some more where
-    16 queries make pages dearer. A row that gets n programs, rounded down, has less than twice
-    the pages that a program of all rows' has.
+    with others beside it: a single row has about one on a multiprocessor, of 16 queries some more.
+    A row that gets n programs, rounded down, has less than twice the pages of a program of all.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
     large = layout.head_dim > 128 or layout.k.rank > 128 or layout.v.rank > 128
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
-        # Twice as many pages at once, if registers hold their scores and the shared memory of any
-        # card holds them and the queries of their frames: two a warp, of one frame, or, where sums
-        # take many registers, more warps.
+        # Eight pages at once, if registers hold their scores, and the shared memory of any card
+        # them and their frames' queries: two a warp, or, where sums take registers, more warps.
         held = PAGE_SIZE * layout.token_bytes + _launch.cdiv(layout.k.rank, 32) * 64 * rows
         twice = rows <= 8 and 2 * WARPS * held <= ROOM
         warps = 2 * WARPS if twice and large else WARPS
