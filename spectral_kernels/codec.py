@@ -227,7 +227,9 @@ def fingerprint(model: Any) -> str:
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope |= getattr(config, name, None) or {}
-    shape["rope"] = {name: rope[name] for name in ("rope_type", "factor") if name in rope}
+    rope = rope.get("full_attention", rope)  # where layers differ
+    kind = rope.get("rope_type", rope.get("type", "default"))  # as releases of transformers say it
+    shape["rope"] = {"rope_type": kind} | {k: x for k, x in rope.items() if k == "factor"}
     shape["theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     samples = []
