@@ -188,6 +188,7 @@ class ModelCodec:
         """
         from safetensors import SafetensorError, safe_open
 
+        Path(path).open("rb").close()  # a missing file, a folder: as Python says it
         try:
             opened = safe_open(str(path), framework="pt", device=str(device))
         except SafetensorError as error:
@@ -197,13 +198,16 @@ class ModelCodec:
             if metadata.get("format") != FORMAT:
                 got = metadata.get("format")
                 raise ValueError(f"codec: expected a file of format {FORMAT}, got {got}: {path}")
-            head = json.loads(metadata["codec"])
-            layers = []
-            for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
-                layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
-                tensors = (file.get_tensor(f"{i}.{name}") for name in TENSORS)
-                layers.append(Codec(layout, *tensors))
-        return cls(tuple(layers), **head)
+            try:
+                head, layers = json.loads(metadata["codec"]), []
+                for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
+                    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
+                    tensors = (file.get_tensor(f"{i}.{name}") for name in TENSORS)
+                    layers.append(Codec(layout, *tensors))
+                return cls(tuple(layers), **head)
+            except (KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+                what = f"codec: expected what save() wrote, got {path}: {error!r}"
+                raise ValueError(what) from error
 
 
 def check_codec(codec: Codec) -> torch.device:

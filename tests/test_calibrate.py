@@ -701,6 +701,21 @@ def test_the_command_writes_a_codec_into_the_users_cache(tiny, tmp_path, monkeyp
         "codec-quality.safetensors",
         "codec-small.safetensors",
     ]
+    assert calibrate.main([*arguments, "--out", str(tmp_path / "out")]) == 0  # a folder that exists
+    assert (tmp_path / "out" / "codec-balanced.safetensors").exists()
+
+
+@pytest.mark.parametrize("case", ["bytes", "a file for two"])
+def test_the_command_says_what_is_wrong_before_it_reads_a_model(case, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_bytes(b"the farmer \xff\xfe")
+    arguments, said = {
+        "bytes": (["--text", __file__, str(path)], f"--text: expected UTF-8, got {path}: "),
+        "a file for two": (["--preset", "small", "quality", "--out", str(path)], str(path)),
+    }[case]
+    with pytest.raises(SystemExit):
+        calibrate.main(["--model", "/no/model", *arguments])
+    assert said in capsys.readouterr().err
 
 
 # Real keys, values and queries.
