@@ -105,11 +105,8 @@ def _choose_on_cpu(platform: Any) -> None:
 
 def _load_codec(config: VllmConfig) -> ModelCodec:
     """The whole model's codec, on the CPU: --additional-config '{"spectral": {...}}', with "codec",
-    a file, and "preset"; else the environment, SPECTRAL_CODEC and SPECTRAL_PRESET.
-
-    Raises:
-        ValueError: there is none, or it is not this model's.
-    """
+    a file, and "preset"; else the environment, SPECTRAL_CODEC and SPECTRAL_PRESET. ValueError:
+    there is none, or it has other heads than the model."""
     model, more = config.model_config, config.additional_config
     more = more.get("spectral", {}) if isinstance(more, dict) else {}
     if not set(more) <= {"codec", "preset"}:
