@@ -117,13 +117,18 @@ class NoWaits(TorchDispatchMode):
 def full_layers(config: Any) -> list[int]:
     """Indices of the layers that keep all their keys and values, by the config alone.
     NotImplementedError: there are none, or they are of a kind that no page holds."""
-    kinds, layers = getattr(config, "layer_types", None), own_layers(config)
     shared = getattr(config, "kv_sharing_modes", None) or ()
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in shared:
         raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
-    if getattr(config, "kv_lora_rank", None):
-        what = "keys and values of one size, got config.kv_lora_rank (MLA)"
-        raise NotImplementedError(f"model: expected {what}; it stays dense")
+    plain = "plain softmax attention (without the cap it computes something else)"
+    refused = {
+        "is_encoder_decoder": "a decoder-only one", "kv_lora_rank": "K and V of one size (no MLA)",
+        "attn_logit_softcapping": plain, "attn_logit_softcap": plain,
+    }  # fmt: skip
+    for name, wanted in refused.items():
+        if getattr(config, name, None):
+            raise NotImplementedError(f"model: expected {wanted}, got {name}; it stays dense")
+    kinds, layers = getattr(config, "layer_types", None), own_layers(config)
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     odd = {kinds[i] for i in full if kinds} - {"full_attention"}
     if odd:
@@ -180,10 +185,6 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {name!r}")
     if config.output_attentions:
         raise ValueError("model.config.output_attentions: expected False, got True")
-    for cap in ("attn_logit_softcapping", "attn_logit_softcap"):
-        if getattr(config, cap, None):
-            what = f"plain softmax attention, got config.{cap}; it stays dense"
-            raise NotImplementedError(f"model: expected {what} (None there changes its results)")
     if not model._supports_default_dynamic_cache():
         what = f"this release of transformers gives {kind} a cache of its own kind"
         raise NotImplementedError(f"model: {what}; a newer one (5.17 or later) may do")

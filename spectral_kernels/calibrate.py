@@ -795,6 +795,8 @@ def read(
     on_cpu = torch.device(model.device).type == "cpu"
     tokens = (CPU_TOKENS if on_cpu else GPU_TOKENS) if tokens is None else tokens
     check_least(tokens=(tokens, 512))
+    if isinstance(source, str) or (source is None and not model.name_or_path):
+        raise ValueError(f"tokenizer: expected one, or sequences of token ids, got {source!r}")
     if source is None:
         from transformers import AutoTokenizer
 

@@ -680,6 +680,17 @@ def test_token_sequences(tiny):
         calibrate.token_sequences(tokenizer, 2000, texts=["the farmer"])
 
 
+def test_a_source_that_is_none(tiny, monkeypatch):
+    """enable() hands its tokenizer over; a model that was not loaded from anywhere has no name."""
+    model, _ = tiny
+    said = "tokenizer: expected one, or sequences of token ids, got "
+    with pytest.raises(ValueError, match=f"{said}'gpt2'"):
+        calibrate.calibrate(model, "gpt2")
+    monkeypatch.setattr(model, "name_or_path", "")
+    with pytest.raises(ValueError, match=f"{said}None"):
+        calibrate.calibrate(model)
+
+
 def test_the_command_writes_a_codec_into_the_users_cache(tiny, tmp_path, monkeypatch, capsys):
     model, _ = tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
