@@ -661,7 +661,7 @@ def _finish_spectral_kernel(
     m, total = top, total * old + tl.sum(w, 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
-    o = tl.sum((c * scale * old)[:, None] * _math.int8_to_float(basis), 0)
+    o = tl.sum((c * scale * old)[:, None] * basis.to(tl.float32), 0)
     o += tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
     o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
