@@ -47,13 +47,16 @@ def cache_sizes(config: Any) -> Mapping[str, Callable[[int], float]]:
     """By kind of cache: bytes of a row of so many tokens, by the text config of a model.
 
     Raises:
-        NotImplementedError: the adapter does not serve such a model.
+        ValueError, NotImplementedError: the adapter does not serve such a model.
     """
+    from ._checks import check_in
     from ._model import full_layers, kv_shape, own_layers
     from .calibrate import PRESETS
     from .hf import DRAFTS
+    from .layout import HEAD_DIMS
 
     full, (heads, dim) = len(full_layers(config)), kv_shape(config)
+    check_in("head_dim", dim, HEAD_DIMS)
     layers, token = own_layers(config), 2 * heads * dim  # numbers a token and layer
     windows = [w for w in (getattr(layer, "sliding_window", None) for layer in layers) if w]
 

@@ -16,13 +16,6 @@ LITTLE = tl.constexpr(24)  # pages: a program's start and end take as long
 
 
 @triton.jit
-def int8_to_float(x):
-    """int8 as float32, by integer and float additions: conversions have a quarter of their rate."""
-    bits = x.to(tl.int32) + 0x4B400080  # the bits of ROUND_TO_LOW_BITS
-    return bits.to(tl.float32, bitcast=True) - ROUND_TO_LOW_BITS
-
-
-@triton.jit
 def _bf16_parts(x):
     """Three bf16 numbers whose sum is float32 x, largest first."""
     first = x.to(tl.bfloat16)

@@ -116,17 +116,19 @@ class NoWaits(TorchDispatchMode):
 
 def full_layers(config: Any) -> list[int]:
     """Indices of the layers that keep all their keys and values, by the config alone.
-
-    Raises:
-        NotImplementedError: there are none, or they are of a kind that no page holds.
-    """
-    kinds, layers = getattr(config, "layer_types", None), own_layers(config)
+    NotImplementedError: there are none, or they are of a kind that no page holds."""
     shared = getattr(config, "kv_sharing_modes", None) or ()
     if getattr(config, "num_kv_shared_layers", 0) or "reuse" in shared:
         raise NotImplementedError("model: expected keys of its own in every layer; it stays dense")
-    if getattr(config, "kv_lora_rank", None):
-        what = "keys and values of one size, got config.kv_lora_rank (MLA)"
-        raise NotImplementedError(f"model: expected {what}; it stays dense")
+    plain = "plain softmax attention (without the cap it computes something else)"
+    refused = {
+        "is_encoder_decoder": "a decoder-only one", "kv_lora_rank": "K and V of one size (no MLA)",
+        "attn_logit_softcapping": plain, "attn_logit_softcap": plain,
+    }  # fmt: skip
+    for name, wanted in refused.items():
+        if getattr(config, name, None):
+            raise NotImplementedError(f"model: expected {wanted}, got {name}; it stays dense")
+    kinds, layers = getattr(config, "layer_types", None), own_layers(config)
     full = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     odd = {kinds[i] for i in full if kinds} - {"full_attention"}
     if odd:
@@ -167,18 +169,14 @@ def decoder_of(model: Any) -> Any:
 
 
 def layers_of(model: PreTrainedModel) -> list[Layer]:
-    """The layers that attend fully, after checks of the whole model.
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: it cannot be enabled; what to do.
-    """
+    """The layers that attend fully, after checks of the whole model. TypeError, ValueError,
+    NotImplementedError: it cannot be enabled; what to do."""
+    kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        kind = type(model).__name__
         hint = "; pass its get_base_model()" if hasattr(model, "get_base_model") else ""
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {kind}{hint}")
     decoder = None if model.config.is_encoder_decoder else decoder_of(model)
     if decoder in (None, model) or not model.can_generate():
-        kind = type(model).__name__
         raise NotImplementedError(f"model: expected a decoder-only ForCausalLM, got {kind}")
     config, name = decoder.config, decoder.config._attn_implementation
     if name.startswith(NAME):
@@ -187,13 +185,7 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
         raise ValueError(f"model: expected attn_implementation 'sdpa' or 'eager', got {name!r}")
     if config.output_attentions:
         raise ValueError("model.config.output_attentions: expected False, got True")
-    for cap in ("attn_logit_softcapping", "attn_logit_softcap"):
-        if getattr(config, cap, None):
-            what = f"plain softmax attention, got config.{cap}"
-            why = "(None there changes what the model computes)"
-            raise NotImplementedError(f"model: expected {what}; it stays dense {why}")
     if not model._supports_default_dynamic_cache():
-        kind = type(model).__name__
         what = f"this release of transformers gives {kind} a cache of its own kind"
         raise NotImplementedError(f"model: {what}; a newer one (5.17 or later) may do")
     if model.dtype not in FLOATS:
@@ -203,13 +195,12 @@ def layers_of(model: PreTrainedModel) -> list[Layer]:
     return [_layer(decoder, index, name) for index in full_layers(config)]
 
 
-def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
+def _layer(decoder: Any, index: int, implementation: str) -> Layer:
     named = [m for m in decoder.modules() if getattr(m, "layer_idx", None) == index]
     modules: list[Any] = [m for m in named if hasattr(m, "head_dim") or hasattr(m, "head_size")]
     if not modules:
         raise NotImplementedError(f"model: layer {index} has no attention module; it stays dense")
-    config: Any = decoder.config
-    heads = config.num_attention_heads
+    heads = decoder.config.num_attention_heads
     for module in modules:
         if getattr(module, "is_causal", True) is False:
             raise NotImplementedError(f"model: layer {index} is not causal; it stays dense")
@@ -218,7 +209,7 @@ def _layer(decoder: nn.Module, index: int, implementation: str) -> Layer:
             raise ValueError(f"head_dim: expected one of {list(HEAD_DIMS)}, got {dim}")
         dense_attention(implementation, module)
     told: Any = (getattr(modules[0], name, None) for name in KV_HEADS)
-    kv_heads = next(filter(None, told), kv_shape(config)[0])
+    kv_heads = next(filter(None, told), kv_shape(decoder.config)[0])
     group, shard = heads // kv_heads, _shard_of(modules[0])
     if kv_heads % shard[1]:
         raise ValueError(f"model: expected a multiple of {shard[1]} KV heads, got {kv_heads}")
@@ -280,11 +271,8 @@ def using(parts: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 
 def dense_attention(implementation: str, module: nn.Module) -> Callable[..., Any]:
-    """The attention function of this name, as the module would call it.
-
-    Raises:
-        NotImplementedError: the module's file has none, so the module asks for none.
-    """
+    """The attention function of this name, as the module would call it. NotImplementedError: the
+    module's file has none, so the module asks for none."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         what = f"{type(module).__name__} does not call transformers' attention interface"

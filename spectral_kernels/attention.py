@@ -661,7 +661,7 @@ def _finish_spectral_kernel(
     m, total = top, total * old + tl.sum(w, 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
-    o = tl.sum((c * scale * old)[:, None] * _math.int8_to_float(basis), 0)
+    o = tl.sum((c * scale * old)[:, None] * basis.to(tl.float32), 0)
     o += tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
     o = tl.where(total == 0.0, 0.0, o / total)
     tl.store(out_ptr + row * D + d, o, mask=d < D)
@@ -739,6 +739,8 @@ def plan_launch(
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, pages, m, resident = 4, 1, 1, 4, 16
         options = {"num_stages": 1, "num_warps": 1}
+        if not large:  # else the compiler aims at fewer on cards that hold more, and loads late
+            options["maxnreg"] = 128
     blocks = _launch.cdiv(group * queries, rows)
     turn, cores = warps * pages, _launch.multiprocessors(device)
     turns = _launch.cdiv(max_pages, turn)

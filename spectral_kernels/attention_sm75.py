@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from . import _bits, _launch, _math
-from ._math import FULL, LOG2_FULL, ROUND_TO_LOW_BITS, TINY
+from ._math import FULL, ROUND_TO_LOW_BITS, TINY
 from .window import _launch_window
 
 
@@ -61,18 +61,6 @@ def _mma(a, b, c0, c1, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _max_over_rows(x):
-    """[32] by lane: the largest x of the lanes with the same t, [4]."""
-    return tl.max(tl.reshape(x, [8, 4]), 0)
-
-
-@triton.jit
-def _sum_over_rows(x):
-    """[32] by lane: the sum of x over the lanes with the same t, [4]."""
-    return tl.sum(tl.reshape(x, [8, 4]), 0)
-
-
-@triton.jit
 def _to_lanes(x, ROWS: tl.constexpr):
     """[4] by t to [4 ROWS] by row and t."""
     return tl.reshape(tl.broadcast_to(x[None, :], [ROWS, 4]), [4 * ROWS])
@@ -95,12 +83,16 @@ def _split(x):
 
 
 @triton.jit
-def _load_words(ptr, GROUPS: tl.constexpr, n: tl.constexpr):
-    """Group n of a page, as words [sub-tiles, 4, 32]: word i of each lane's 16 bytes."""
-    SUBTILES: tl.constexpr = _bits.subtiles_of(GROUPS, n)
-    words = (ptr + _bits.group_offset(GROUPS, n)).to(tl.pointer_type(tl.int32))
-    x = tl.load(words + tl.arange(0, 128 * SUBTILES))  # four words a thread
-    return tl.permute(tl.reshape(x, [SUBTILES, 32, 4]), [0, 2, 1])
+def _load_page(ptr, GROUPS: tl.constexpr):
+    """The groups of a page, each as words [sub-tiles, 4, 32]: word i of each lane's 16 bytes."""
+    groups = ()
+    for n in tl.static_range(len(GROUPS)):
+        at = (ptr + _bits.group_offset(GROUPS, n)).to(tl.pointer_type(tl.int32))
+        # Four words a thread.
+        x = tl.load(at + tl.arange(0, 128 * _bits.subtiles_of(GROUPS, n)))
+        x = tl.reshape(x, [_bits.subtiles_of(GROUPS, n), 32, 4])
+        groups = groups + (tl.permute(x, [0, 2, 1]),)
+    return groups
 
 
 @triton.jit
@@ -122,10 +114,9 @@ def _columns(D, step):
 
 
 @triton.jit
-def _four_words(ptr):
-    """The four words from each of ptr [64] on, 16 bytes aligned: four [64]."""
-    x = tl.load(ptr[:, None] + tl.arange(0, 4)[None, :])
-    even, odd = tl.split(tl.reshape(x, [64, 2, 2]))
+def _four(x):
+    """[N, 4] as four [N]."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], 2, 2]))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
     return first, second, third, fourth
@@ -244,7 +235,8 @@ def _project_operand_kernel(
             lo = tl.zeros([64], dtype=tl.int32)
             rows = ()
             for step in tl.static_range(0, D // 64 * 4, 4):
-                rows = rows + _four_words(basis_words + r * (D // 4) + (step * 4 + 4 * t))
+                at = basis_words + r * (D // 4) + (step * 4 + 4 * t)
+                rows = rows + _four(tl.load(at[:, None] + tl.arange(0, 4)[None, :]))
             for step in tl.static_range(D // 64 * 4, D // 16):
                 rows = rows + (tl.load(basis_words + r * (D // 4) + (step * 4 + t)),)
             for step in tl.static_range(D // 16):
@@ -274,33 +266,67 @@ def _project_operand_kernel(
 
 
 @triton.jit
-def _page_scores(k_ptr, record_ptr, GROUPS: tl.constexpr, NATIVE: tl.constexpr):
-    """Scores [2, 4, 32] of a page's tokens 32 i + 8 j + g at (i, j, lane) with query t;
-    record_ptr [32]: each lane's words of u."""
-    R: tl.constexpr = _bits.rank_of(GROUPS)
+def _page_scores(page, u, unit, bias, GROUPS: tl.constexpr, NATIVE: tl.constexpr):
+    """Scores [2, 4, 32] of a page's tokens 32 i + 8 j + g at (i, j, lane) with query t; page: by
+    `_load_page`; u: each lane's words, [32] a block."""
     hi = tl.zeros([2, 4, 32], dtype=tl.int32)
     lo = tl.zeros([2, 4, 32], dtype=tl.int32)
     for n in tl.static_range(len(GROUPS)):
-        x = _load_words(k_ptr, GROUPS, n)
         for f in tl.static_range(_bits.fields_of(GROUPS, n)):
-            u = tl.load(record_ptr + (_bits.first_block(GROUPS, n) + f))
-            y = _block_words(x, GROUPS, _bits.first_block(GROUPS, n) + f)
-            hi, lo = _mma(y, u[None, None, :], hi, lo, NATIVE)
-    unit = tl.load((record_ptr + R // 16).to(tl.pointer_type(tl.float32)))
-    bias = tl.load((record_ptr + R // 16 + 1).to(tl.pointer_type(tl.float32)))
+            x = _block_words(page[n], GROUPS, _bits.first_block(GROUPS, n) + f)
+            column = u[_bits.first_block(GROUPS, n) + f][None, None, :]
+            hi, lo = _mma(x, column, hi, lo, NATIVE)
     return (hi * 256 + lo).to(tl.float32) * unit[None, None, :] + bias[None, None, :]
 
 
 @triton.jit
-def _weight_operand(w_hi, w_lo):
-    """B of weights [2, 4, 32] as `_page_scores` lays them out: [2, 1, 2, 32] by sub-tile and q.
+def _weight_operands(w, NATIVE: tl.constexpr):
+    """B of weights w in 0 .. FULL, [2, 4, 32] as `_page_scores` lays tokens out: four [1, 32], of
+    sub-tile i and word q at 2 i + q.
 
     Token 32 q + 8 b + 4 i + t is byte b of word q of sub-tile i: a thread has a word's four bytes.
     """
-    byte = (8 * tl.arange(0, 4))[None, :, None]
-    w_hi = tl.reshape(tl.sum(w_hi << byte, 1), [2, 2, 4, 4])  # [q, i, t, query]
-    w_lo = tl.reshape(tl.sum(w_lo << byte, 1), [2, 2, 4, 4])
-    return tl.reshape(tl.permute(tl.join(w_hi, w_lo), [1, 0, 3, 4, 2]), [2, 1, 2, 32])
+    bits = (w + ROUND_TO_LOW_BITS).to(tl.int32, bitcast=True)  # see `_split`
+    b0, b1, b2, b3 = _four(tl.reshape(tl.permute(bits, [0, 2, 1]), [64, 4]))
+    if NATIVE:
+        hi, lo = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            prmt.b32 a, $2, $3, 0x5140;
+            prmt.b32 b, $4, $5, 0x5140;
+            prmt.b32 $0, a, b, 0x7632;
+            prmt.b32 a, a, b, 0x5410;
+            xor.b32 $1, a, 0x80808080; }""",
+            "=r,=r,r,r,r,r", [b0, b1, b2, b3], (tl.int32, tl.int32), True, 1,
+        )  # fmt: skip
+    else:
+        hi = (b0 >> 8 & 255) | (b1 & 65280) | (b2 & 65280) << 8 | (b3 & 65280) << 16
+        lo = (b0 & 255 | (b1 & 255) << 8 | (b2 & 255) << 16 | (b3 & 255) << 24) ^ -2139062144
+    both = tl.reshape(tl.join(hi, lo), [2, 2, 4, 4, 2])  # [q, i, t, query, part]
+    both = tl.reshape(tl.permute(both, [3, 4, 2, 1, 0]), [32, 4])
+    w0, w1, w2, w3 = _four(both)
+    return w0[None, :], w1[None, :], w2[None, :], w3[None, :]
+
+
+@triton.jit
+def _halves(y):
+    """A of a block of V, words [2, 4, 32], by sub-tile i and word q at 2 i + q: four [2, 32] by
+    half of the block's components."""
+    y = tl.permute(tl.reshape(y, [2, 2, 2, 32]), [1, 3, 0, 2])
+    y0, y1, y2, y3 = _four(tl.reshape(y, [64, 4]))
+    return (
+        tl.reshape(y0, [2, 32]), tl.reshape(y1, [2, 32]), tl.reshape(y2, [2, 32]),
+        tl.reshape(y3, [2, 32]),
+    )  # fmt: skip
+
+
+@triton.jit
+def _weighted(y, w, NATIVE: tl.constexpr):
+    """Sums over 64 tokens, float32 [N, 32], of A y, four [N, 32], and `_weight_operands`."""
+    hi = tl.zeros(y[0].shape, dtype=tl.int32)
+    lo = tl.zeros(y[0].shape, dtype=tl.int32)
+    for i in tl.static_range(4):
+        hi, lo = _mma(y[i], w[i], hi, lo, NATIVE)
+    return (hi * 256 + lo).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["max_frames", "B", "programs", "Q"])
@@ -315,9 +341,10 @@ def _attend_operands_kernel(
     SINKS: tl.constexpr, WINDOW: tl.constexpr, BLOCK_B: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """One split of the pages of one sequence and KV head, for 4 queries: the states of
-    `_attend_spectral_kernel`."""
-    WORDS: tl.constexpr = _bits.rank_of(K_GROUPS) // 16 + 2
+    `_attend_spectral_kernel`. A page of K is asked for while the page before is worked on."""
+    R: tl.constexpr = _bits.rank_of(K_GROUPS)
     RV: tl.constexpr = _bits.rank_of(V_GROUPS)
+    PAGES: tl.constexpr = FRAME // 64  # of a frame
     blocks = tl.cdiv(Q * HG, 4)
     program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
@@ -339,55 +366,64 @@ def _attend_operands_kernel(
         token = 32 * tl.arange(0, 2)[:, None, None] + 8 * tl.arange(0, 4)[None, :, None]
         token += (lane >> 2)[None, None, :]  # [2, 4, 32]
         m = tl.full([32], float("-inf"), dtype=tl.float32)  # of query t
+        unit = m  # of weights
         l = tl.zeros([32], dtype=tl.float32)  # of query t and the tokens of row g
-        w_sum = tl.zeros([32], dtype=tl.float32)
+        ones = tl.full([1, 32], 0x01010101, dtype=tl.int32)
+        ones = ones, ones, ones, ones
+        w_sum = tl.zeros([1, 32], dtype=tl.float32)  # of query t
         acc = ()  # components g and 8 + g of a block, query t
         for _ in tl.static_range(RV // 16):
             acc = acc + (tl.zeros([2, 32], dtype=tl.float32),)
-        for j in range(page, end):
-            number = tl.load(block_table_ptr + j).to(tl.int64)
-            record = ((b * G + g) * max_frames + j // (FRAME // 64)) * blocks + block
-            record_ptr = u_ptr + record * (32 * WORDS) + lane * WORDS
-            s = _page_scores(k_ptr + number * strides_pages[0], record_ptr, K_GROUPS, NATIVE)
-            position = j * 64 + token
-            s = tl.where((position >= SINKS) & (position < stop), s, float("-inf"))
-            m_page = _to_lanes(_max_over_rows(tl.max(tl.max(s, 0), 0)), 8)
-            # Weights in units of 1 / FULL of the page's largest.
-            base = tl.where(m_page == float("-inf"), 0.0, m_page)
-            p = tl.exp2((s - base[None, None, :]) + LOG2_FULL)
-            m_new = tl.maximum(m, m_page)
-            top = tl.where(m_new == float("-inf"), 0.0, m_new)
-            old = tl.exp2(m - top)
-            new = tl.exp2(m_page - top)
-            m = m_new
-            l = l * old + tl.sum(tl.sum(p, 0), 0) * new
-            w_hi, w_lo, w = _split(p)
-            w_sum = w_sum * old + tl.sum(tl.sum(w, 0), 0) * new
-            w_both = _weight_operand(w_hi, w_lo)
-            rescaled = ()
-            for n in tl.static_range(len(V_GROUPS)):
-                x = _load_words(v_ptr + number * strides_pages[2], V_GROUPS, n)
-                for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
-                    y = _block_words(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f)
-                    y = tl.reshape(y, [2, 2, 2, 32])  # (sub-tile, half of the block, q, lane)
-                    zero = tl.zeros([2, 2, 2, 32], dtype=tl.int32)
-                    hi, lo = _mma(y, w_both, zero, zero, NATIVE)
-                    dots = tl.sum(tl.sum(hi * 256 + lo, 2), 0).to(tl.float32)  # [2, 32]
-                    dots = acc[len(rescaled)] * old[None, :] + dots * new[None, :]
-                    rescaled = rescaled + (dots,)
-            acc = rescaled
-        # In steps of V's basis; l and acc both count weights in units of 1 / FULL.
-        l_all = _sum_over_rows(l)
-        tl.store(lse_ptr + out, _math.natural_lse(_max_over_rows(m), l_all), mask=live)
-        norm = _to_lanes(tl.where(l_all == 0.0, 0.0, 1.0 / l_all), 8)
-        w_all = _to_lanes(_sum_over_rows(w_sum), 8)
+        number = tl.load(block_table_ptr + page).to(tl.int64)
+        k_page = _load_page(k_ptr + number * strides_pages[0], K_GROUPS)
+        for frame in range(page // PAGES, tl.cdiv(end, PAGES)):
+            record = ((b * G + g) * max_frames + frame) * blocks + block
+            record_ptr = u_ptr + (record * 32 + lane) * (R // 16 + 2)
+            u = ()
+            for n in tl.static_range(R // 16):
+                u = u + (tl.load(record_ptr + n),)
+            u_unit = tl.load((record_ptr + R // 16).to(tl.pointer_type(tl.float32)))
+            u_bias = tl.load((record_ptr + R // 16 + 1).to(tl.pointer_type(tl.float32)))
+            first = tl.maximum(page, frame * PAGES)
+            for j in range(first, tl.minimum(end, frame * PAGES + PAGES)):
+                v_page = _load_page(v_ptr + number * strides_pages[2], V_GROUPS)
+                number = tl.load(block_table_ptr + tl.minimum(j + 1, end - 1)).to(tl.int64)
+                tl.debug_barrier()
+                s = _page_scores(k_page, u, u_unit, u_bias, K_GROUPS, NATIVE)
+                k_page = _load_page(k_ptr + number * strides_pages[0], K_GROUPS)
+                tl.debug_barrier()
+                position = j * 64 + token
+                s = tl.where((position >= SINKS) & (position < stop), s, float("-inf"))
+                # Weights in units of 1 / FULL of the page's largest, or of 2**-32 of the largest
+                # so far.
+                m_page = tl.max(tl.max(s, 0), 0)
+                m_page = _to_lanes(tl.max(tl.reshape(m_page, [8, 4]), 0), 8)
+                m = tl.maximum(m, m_page)
+                new = tl.maximum(m_page, m - 32.0)
+                low = tl.where(new == float("-inf"), 0.0, new)
+                p = tl.exp2(s - low[None, None, :])
+                old = tl.exp2(unit - low)
+                unit = new
+                l = l * old + tl.sum(tl.sum(p, 0), 0)
+                w = _weight_operands(p * FULL, NATIVE)
+                w_sum = w_sum * old[None, :] + _weighted(ones, w, NATIVE)
+                rescaled = ()
+                for n in tl.static_range(len(V_GROUPS)):
+                    for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
+                        y = _block_words(v_page[n], V_GROUPS, _bits.first_block(V_GROUPS, n) + f)
+                        dots = _weighted(_halves(y), w, NATIVE)
+                        rescaled = rescaled + (acc[len(rescaled)] * old[None, :] + dots,)
+                acc = rescaled
+        # In steps of V's basis; acc counts weights in units of 1 / FULL.
+        l = FULL * tl.sum(tl.reshape(l, [8, 4]), 0)
+        unit = tl.max(tl.reshape(unit, [8, 4]), 0)
+        tl.store(lse_ptr + out, _math.natural_lse(unit, l), mask=live)
+        norm = _to_lanes(tl.where(l == 0.0, 0.0, 1.0 / l), 8)
         stored = (block * 4 + (lane & 3) < Q * HG)[None, :]
         r = tl.arange(0, 2)[:, None] * 8 + (lane >> 2)[None, :]
         c_at = c_ptr + _to_lanes(out, 8)[None, :] * RV + r
         for n in tl.static_range(RV // 16):
-            c = (acc[n] + _bits.field_zero(V_GROUPS, n) * w_all[None, :]) * _bits.field_weight(
-                V_GROUPS, n
-            )
+            c = (acc[n] + _bits.field_zero(V_GROUPS, n) * w_sum) * _bits.field_weight(V_GROUPS, n)
             tl.store(c_at + n * 16, c * norm[None, :], mask=stored)
     else:
         tl.store(lse_ptr + out, tl.full([4], float("-inf"), dtype=tl.float32), mask=live)
@@ -413,19 +449,17 @@ def launch_old_cards(
         "FRAME": layout.frame,
         "WINDOW": window,
         "NATIVE": _launch.is_native(q),
-        "num_warps": 1,
-        "num_stages": 1,
     }
     _project_operand_kernel[(plan.frames * blocks, kv_heads, batch)](
         q, codec.freqs, codec.k_basis, codec.k_scale, codec.k_mean, seq_lens, codec_ids, u,
         plan.frames, queries, kv_heads, scale, q.stride()[:3], D=dim,
-        PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, **shared,
+        PAIRS=codec.freqs.shape[0], GROUPS=layout.k.groups, num_warps=1, num_stages=1, **shared,
     )  # fmt: skip
     _attend_operands_kernel[(plan.states * blocks, kv_heads)](
         k_pages, v_pages, u, block_table, seq_lens, c, lse, plan.frames, batch, plan.programs,
         queries, kv_heads, (*k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0)),
         K_GROUPS=layout.k.groups, V_GROUPS=layout.v.groups, SINKS=sinks, BLOCK_B=plan.block_b,
-        **shared,
+        **shared, **plan.options,
     )  # fmt: skip
     if exact is not None:
         _launch_window(

@@ -795,6 +795,8 @@ def read(
     on_cpu = torch.device(model.device).type == "cpu"
     tokens = (CPU_TOKENS if on_cpu else GPU_TOKENS) if tokens is None else tokens
     check_least(tokens=(tokens, 512))
+    if isinstance(source, str) or (source is None and not model.name_or_path):
+        raise ValueError(f"tokenizer: expected one, or sequences of token ids, got {source!r}")
     if source is None:
         from transformers import AutoTokenizer
 
@@ -814,6 +816,13 @@ def read(
     return stats
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text: expected UTF-8, got {path}: {error}") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: writes a codec file for each preset."""
     parser = argparse.ArgumentParser(prog="python -m spectral_kernels.calibrate")
@@ -823,7 +832,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 (default: what lies about)")
     add("--tokens", type=int, help=f"default {GPU_TOKENS}, on a CPU {CPU_TOKENS}")
     add("--preset", nargs="+", choices=list(PRESETS), default=["balanced"])
-    add("--out", type=Path, help="file; folder if several presets (default: the user's cache)")
+    add("--out", type=Path, help="file, or folder (of several presets); default: the user's cache")
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args(argv)
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -836,16 +845,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if hasattr(quantization_config, "GgufConfig"):  # else weights are dequantised anyhow
             options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+    folder = args.out and (len(args.preset) > 1 or args.out.is_dir())
     try:
-        texts = [path.read_text(encoding="utf-8") for path in args.text] if args.text else None
+        texts = list(map(_text_of, args.text)) if args.text else None
+        if folder:
+            args.out.mkdir(parents=True, exist_ok=True)
         tokenizer = AutoTokenizer.from_pretrained(args.model, **gguf)
         model = AutoModelForCausalLM.from_pretrained(args.model, **gguf, **options).to(device)
         stats = read(model, tokenizer, texts=texts, tokens=args.tokens)
         for preset in args.preset:
             codec = fit_codec(stats, plan(stats, preset), preset)
             path = args.out or cache_path(stats.fingerprint, preset)
-            if args.out and len(args.preset) > 1:
-                path = args.out / f"codec-{preset}.safetensors"
+            path = path / f"codec-{preset}.safetensors" if folder else path
             codec.save(path)
             print(f"{path}: {path.stat().st_size:,} bytes, {codec.token_bytes} bytes a token")
     except (OSError, ImportError, ValueError) as error:

@@ -188,6 +188,7 @@ class ModelCodec:
         """
         from safetensors import SafetensorError, safe_open
 
+        Path(path).open("rb").close()  # a missing file, a folder: as Python says it
         try:
             opened = safe_open(str(path), framework="pt", device=str(device))
         except SafetensorError as error:
@@ -197,13 +198,16 @@ class ModelCodec:
             if metadata.get("format") != FORMAT:
                 got = metadata.get("format")
                 raise ValueError(f"codec: expected a file of format {FORMAT}, got {got}: {path}")
-            head = json.loads(metadata["codec"])
-            layers = []
-            for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
-                layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
-                tensors = (file.get_tensor(f"{i}.{name}") for name in TENSORS)
-                layers.append(Codec(layout, *tensors))
-        return cls(tuple(layers), **head)
+            try:
+                head, layers = json.loads(metadata["codec"]), []
+                for i, (k, v, dim, frame) in enumerate(head.pop("layouts")):
+                    layout = PageLayout(Bands.parse(k), Bands.parse(v), dim, frame)
+                    tensors = (file.get_tensor(f"{i}.{name}") for name in TENSORS)
+                    layers.append(Codec(layout, *tensors))
+                return cls(tuple(layers), **head)
+            except (KeyError, TypeError, SafetensorError, json.JSONDecodeError) as error:
+                what = f"codec: expected what save() wrote, got {path}: {error!r}"
+                raise ValueError(what) from error
 
 
 def check_codec(codec: Codec) -> torch.device:
@@ -227,7 +231,9 @@ def fingerprint(model: Any) -> str:
     rope: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         rope |= getattr(config, name, None) or {}
-    shape["rope"] = {name: rope[name] for name in ("rope_type", "factor") if name in rope}
+    rope = rope.get("full_attention", rope)  # where layers differ
+    kind = rope.get("rope_type", rope.get("type", "default"))  # as releases of transformers say it
+    shape["rope"] = {"rope_type": kind} | {k: x for k, x in rope.items() if k == "factor"}
     shape["theta"] = rope.get("rope_theta", getattr(config, "rope_theta", None))
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
     samples = []

@@ -155,7 +155,7 @@ class _Link:
             "did not follow in this forward; something replaces this model's attention"
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Link:
+    def __reduce_ex__(self, protocol: Any) -> Any:  # for copy and pickle
         raise RuntimeError("model: disable() before a copy, which would run the original's weights")
 
 
@@ -446,9 +446,8 @@ class ModelCache(Cache):
                     parts = self._allocate()
                     for old, larger in zip(self.parts, parts, strict=True):
                         copy_tokens(old, larger)
-                    windows = [x for x in self.layers if isinstance(x, WindowLayer)]
-                    rings = [x.grown() for x in windows]  # of all, or of none
-                    for layer, found in zip(windows, rings, strict=True):
+                    windows = (x for x in self.layers if isinstance(x, WindowLayer))
+                    for layer, found in [(x, x.grown()) for x in windows]:  # of all, or of none
                         layer.keys, layer.values = found
                     self._take(parts)
             except BaseException:  # out of memory: the cache is as it was
@@ -528,12 +527,11 @@ class ModelCache(Cache):
                 part.hold(self.capacity)
             self.columns = keep
         else:
-            for layer in self.others:  # those that record the past forget it
-                if getattr(layer, "record_past", False):
-                    layer.crop(0)
+            for layer in (x for x in self.others if getattr(x, "record_past", False)):
+                layer.crop(0)  # forgets the past that it has recorded
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes the old row beam_idx[i] (int64 [B])."""
+        """Row i becomes the old row beam_idx[i] (int64 [B]). NotImplementedError: not as many."""
         if not self.filled:
             return
         if beam_idx.shape != (self.batch,):
@@ -548,6 +546,14 @@ class ModelCache(Cache):
         if self.first is not None:
             self.padding = [self.padding[row] for row in rows]
             self.first.copy_(self.first[beam_idx.to(self.first.device)])
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.batch or 0).repeat_interleave(repeats))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(f"{CACHE}: copy.deepcopy makes its only copies; it cannot be pickled")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelCache:
         ours = [layer for layer in self.layers if isinstance(layer, SpectralLayer)]
@@ -697,11 +703,9 @@ class Handle(AbstractContextManager["Handle"]):
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
         """An empty `cache` (`past_key_values` before transformers 5.24) to keep between calls.
 
-        Args:
+        Args (ValueError: no integer of at least 1):
             batch: rows; default those of the first prompt.
             max_tokens: of a row to have room for; default the handle's, else by the prompt.
-        Raises:
-            ValueError: a number is no integer of at least 1.
         """
         check_counts(batch=batch, max_tokens=max_tokens)
         return ModelCache(self, batch, max_tokens or self.max_tokens)
@@ -775,9 +779,7 @@ class Handle(AbstractContextManager["Handle"]):
         if filled and batch != cache.batch:
             raise ValueError(f"{CACHE}: expected {cache.batch} rows, as it holds, got {batch}")
         # A step of one token reads nothing from the device: its mask can only have grown.
-        padding = _left_padding(mask, (batch, past + new), read=not filled or new > 1)
-        if filled and padding is not None and padding != cache.padding:
-            raise ValueError(f"attention_mask: expected padding {cache.padding}, got {padding}")
+        padding = _left_padding(mask, (batch, past + new), cache, not filled or new > 1)
         if not filled:
             cache.start(padding or [0] * batch, inputs.device)
         cache.room(new)
@@ -832,8 +834,7 @@ class Handle(AbstractContextManager["Handle"]):
             return out
 
     def _captured(self, original: Callable[..., Any], cache: ModelCache) -> bool:
-        """Whether there is a graph of a step; captured now if one can run. What cannot be captured
-        is said once."""
+        """Whether there is a graph of a step, captured now if one can run. What cannot is said."""
         free = cache.filled and cache.static and cache.columns < (cache.capacity or 0)
         if cache.graph is not None or not (self.graph and free):
             return cache.graph is not None
@@ -890,11 +891,19 @@ class Handle(AbstractContextManager["Handle"]):
         # Compiled steps could not make more room later; chunks are prompts.
         if self.graph or tokens < asked or config.prefill_chunk_size is not None:
             config.disable_compile = True
-        given = model_kwargs.get(CACHE)
+        if getattr(config, "return_legacy_cache", False):
+            raise ValueError("return_legacy_cache: expected False while enabled, got True")
+        given: Any = model_kwargs.get(CACHE)
+        ours = isinstance(given, ModelCache) and given.owner() is self
+        if config.use_cache is not False and (given is None or ours):
+            mask, chunk = model_kwargs.get("attention_mask"), config.prefill_chunk_size
+            padding = _left_padding(mask, getattr(mask, "shape", ())[:2], given)
+            if padding and chunk is not None:  # with a token of every row
+                config.prefill_chunk_size = max(chunk, max(padding) + 1)
+        if ours:
+            given.room(max(0, tokens - given.sync()))
+            self._renew_graph(given)
         if given is not None or config.use_cache is False:
-            if isinstance(given, ModelCache) and given.owner() is self:
-                given.room(max(0, tokens - given.sync()))
-                self._renew_graph(given)
             return original(config, model_kwargs, mode, batch_size, max_cache_length)
         kind = config.cache_implementation
         if kind not in (None, "dynamic", "dynamic_full", "hybrid"):
@@ -946,8 +955,6 @@ def enable(
             least 512 more. A full cache is doubled; compiled steps cannot grow theirs.
         check: run six tokens through the model and compare each layer's attention with the model's
             own (milliseconds). False, or a model in training mode: not.
-    Returns:
-        A Handle: a context manager with `disable()` and `new_cache()`.
     Raises:
         TypeError, ValueError, NotImplementedError: the model or an argument is not as above, and
             nothing was changed. So do forwards with a cache: training mode, output_attentions,
@@ -1012,10 +1019,9 @@ def _codec(
         raise ValueError(f"codec: expected this model's ({name}), got {codec.fingerprint}")
     wanted = [(x.kv_heads * x.shard[1], x.head_dim) for x in layers]
     got = [(x.kv_heads, x.layout.head_dim) for x in codec.layers]
-    if len(wanted) != len(got):
-        raise ValueError(f"codec: expected {len(wanted)} full-attention layers, got {len(got)}")
     if wanted != got:
-        raise ValueError(f"codec: expected (KV heads, head dimension) {wanted[0]}, got {got[0]}")
+        found = [f"{len(x)} layers of (KV heads, D) {sorted(set(x))}" for x in (wanted, got)]
+        raise ValueError(f"codec: expected {found[0]}, got {found[1]}")
     parts = zip(layers, codec.layers, strict=True)
     return replace(codec, layers=tuple(layer.codec(whole) for layer, whole in parts))
 
@@ -1036,8 +1042,9 @@ def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return inputs
 
 
-def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int] | None:
-    """Left padding of each row of a 2-D mask (1 = a token): one read of the device, or none."""
+def _left_padding(mask: Any, shape: Any, cache: Any, read: bool = True) -> list[int] | None:
+    """Left padding of each row of a 2-D mask (1 = a token), that of a filled cache: one read of the
+    device, or none."""
     if mask is None:
         return None
     got: Any = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -1054,6 +1061,8 @@ def _left_padding(mask: Any, shape: tuple[int, int], *, read: bool) -> list[int]
         got = "holes or right padding" if has_holes else f"padding {counts}"
         wanted = "left padding, a token in every row, or use_cache=False"
         raise ValueError(f"attention_mask: expected {wanted}, got {got}")
+    if cache is not None and cache.filled and counts != cache.padding:
+        raise ValueError(f"attention_mask: expected padding {cache.padding}, got {counts}")
     return counts
 
 
@@ -1070,10 +1079,9 @@ def _register(implementation: str) -> str:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         """q [B, H, Q, D], k and v as `SpectralLayer.update` returned them; returns [B, Q, H, D]."""
         link: Any = getattr(module, "_spectral", None)
-        layer: SpectralLayer | None = None
-        if link is not None:
-            layer, link.pending = link.pending, None
-        out = None
+        layer, out = link and link.pending, None
+        if layer is not None:
+            link.pending = None
         if layer is not None and layer.cache.is_step(query.shape[2]):
             asked = (kwargs.get("softcap"), kwargs.get("sliding_window") or 0)
             if asked != (None, link.layer.window):

@@ -105,11 +105,8 @@ def _choose_on_cpu(platform: Any) -> None:
 
 def _load_codec(config: VllmConfig) -> ModelCodec:
     """The whole model's codec, on the CPU: --additional-config '{"spectral": {...}}', with "codec",
-    a file, and "preset"; else the environment, SPECTRAL_CODEC and SPECTRAL_PRESET.
-
-    Raises:
-        ValueError: there is none, or it is not this model's.
-    """
+    a file, and "preset"; else the environment, SPECTRAL_CODEC and SPECTRAL_PRESET. ValueError:
+    there is none, or it has other heads than the model."""
     model, more = config.model_config, config.additional_config
     more = more.get("spectral", {}) if isinstance(more, dict) else {}
     if not set(more) <= {"codec", "preset"}:
@@ -198,9 +195,11 @@ class Engine:
         room = min(most // (self.slots + 1) - kept, self.window)
         least = self.window if self.codec.preset == "exact" else min(self.window, LEAST)
         if room < least:
+            slots, size = max(most // (least + kept) - 1, 0), token * (least + kept) / 1e6
             raise ValueError(
-                f"max_num_seqs: expected at most {most // (least + kept) - 1}, got {self.slots}: "
-                f"{token * (least + kept) / 1e6:.2f} MB each, in {SHARE:.0%} of what weights leave"
+                f"max_num_seqs: expected at most {slots}, got {self.slots}: {size:.2f} MB each, in "
+                f"{SHARE:.0%} of what gpu_memory_utilization leaves beside weights (preset exact: "
+                "of max_model_len tokens)"
             )
         self.window = room if room == self.window else room // LEAST * LEAST
         each = f"{token * (self.window + kept) / 1e6:.2f} MB for each of {self.slots} requests"
@@ -214,6 +213,8 @@ class Engine:
         self._fit()
         model = self.config.model_config
         hybrid = model.is_hybrid  # beside layers with a state, as vLLM calls it
+        alone = self.config.parallel_config.pipeline_parallel_size == 1
+        window = self.window if alone else self.codec.window  # `_fit`: stages' may differ
         attending = {n: x for n, x in self.context.items() if hasattr(x, "impl")}
         found = {n: x for n, x in attending.items() if isinstance(x.impl, SpectralImpl)}
         ranks = distributed.get_tp_group()
@@ -238,7 +239,7 @@ class Engine:
             # windows and ours, if packed, lie side by side in a block, each of its own size.
             width = widest if hybrid else codec.layout.token_bytes
             packed = len(attending) > len(found) and not hybrid
-            layer.attn_backend = _backend(width, packed, self.codec.window)
+            layer.attn_backend = _backend(width, packed, window)
         sized = functools.partial(
             attend_workspace, query_heads=impl.num_heads, queries=1, max_pages=self.max_pages,
             slots=self.sinks + self.window, device=self.device,
@@ -384,7 +385,7 @@ KVCacheSpecRegistry._ensure_registered()  # vLLM's own come first, or never
 @register_kv_cache_spec(SpectralManager, FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class SpectralSpec(FullAttentionSpec):
-    window: int = 1  # the codec's
+    window: int = 1  # newest tokens that are exact
 
     @classmethod
     def merge(cls, specs: list[Any]) -> Any:

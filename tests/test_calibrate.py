@@ -680,6 +680,17 @@ def test_token_sequences(tiny):
         calibrate.token_sequences(tokenizer, 2000, texts=["the farmer"])
 
 
+def test_a_source_that_is_none(tiny, monkeypatch):
+    """enable() hands its tokenizer over; a model that was not loaded from anywhere has no name."""
+    model, _ = tiny
+    said = "tokenizer: expected one, or sequences of token ids, got "
+    with pytest.raises(ValueError, match=f"{said}'gpt2'"):
+        calibrate.calibrate(model, "gpt2")
+    monkeypatch.setattr(model, "name_or_path", "")
+    with pytest.raises(ValueError, match=f"{said}None"):
+        calibrate.calibrate(model)
+
+
 def test_the_command_writes_a_codec_into_the_users_cache(tiny, tmp_path, monkeypatch, capsys):
     model, _ = tiny
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -701,6 +712,21 @@ def test_the_command_writes_a_codec_into_the_users_cache(tiny, tmp_path, monkeyp
         "codec-quality.safetensors",
         "codec-small.safetensors",
     ]
+    assert calibrate.main([*arguments, "--out", str(tmp_path / "out")]) == 0  # a folder that exists
+    assert (tmp_path / "out" / "codec-balanced.safetensors").exists()
+
+
+@pytest.mark.parametrize("case", ["bytes", "a file for two"])
+def test_the_command_says_what_is_wrong_before_it_reads_a_model(case, tmp_path, capsys):
+    path = tmp_path / "file"
+    path.write_bytes(b"the farmer \xff\xfe")
+    arguments, said = {
+        "bytes": (["--text", __file__, str(path)], f"--text: expected UTF-8, got {path}: "),
+        "a file for two": (["--preset", "small", "quality", "--out", str(path)], str(path)),
+    }[case]
+    with pytest.raises(SystemExit):
+        calibrate.main(["--model", "/no/model", *arguments])
+    assert said in capsys.readouterr().err
 
 
 # Real keys, values and queries.

@@ -1,6 +1,7 @@
 """spectral_kernels/codec.py: what a codec refuses, and its file."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,8 @@ def test_other_files_are_refused(tmp_path):
         ModelCodec.load(path)
     with pytest.raises(FileNotFoundError):
         ModelCodec.load(tmp_path / "missing.safetensors")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        ModelCodec.load(tmp_path)
 
 
 def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
@@ -133,4 +136,18 @@ def test_a_damaged_file_is_refused(tmp_path):
     tensors["1.k_scale"] = tensors["1.k_scale"][..., :-16].contiguous()
     save_file(tensors, str(path), metadata=metadata)
     with pytest.raises(ValueError, match="k_scale: expected shape"):
+        ModelCodec.load(path)
+    del tensors["1.k_scale"]
+    head = json.loads(metadata["codec"])
+    for wrong in (
+        {}, {"codec": "{"}, {"codec": "[]"}, {"codec": json.dumps({**head, "later": 1})},
+        {"codec": json.dumps({"layouts": head["layouts"]})}, metadata,
+    ):  # fmt: skip
+        save_file(tensors, str(path), metadata={"format": metadata["format"], **wrong})
+        with pytest.raises(
+            ValueError, match=f"codec: expected what save\\(\\) wrote, got {path}: "
+        ):
+            ModelCodec.load(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"codec: expected a safetensors file, got {path}: "):
         ModelCodec.load(path)

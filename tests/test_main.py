@@ -120,11 +120,29 @@ def test_errors_in_one_line(case: str, folder: Path, capsys: pytest.CaptureFixtu
     assert line.startswith("error: ") and message in line
 
 
-def test_a_model_that_stays_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    build("mistral, windows").config.save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("mistral, windows", {}, "it stays dense"),
+        ("gemma2", {}, "it stays dense"),
+        ("llama", {"head_dim": 72}, "head_dim: expected one of [64, 80, 96, 128, 256], got 72"),
+        ("llama", {"is_encoder_decoder": True}, "decoder-only"),
+    ],
+)
+def test_a_model_that_enable_refuses(
+    family: str, changes: dict[str, Any], said: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """By its configuration: nothing is said to fit."""
+    config = build(family).config
+    config.update(changes)
+    config.save_pretrained(tmp_path)
     assert command.main(["--model", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "it stays dense" in line
+    out, err = capsys.readouterr()
+    assert out == "" and said in err and len(err.splitlines()) == 1
+
+
+def test_a_size_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["--model", str(tmp_path), "--gpu-memory", "much"])
     assert "expected a size like 16GB" in capsys.readouterr().err

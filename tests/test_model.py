@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from spectral_kernels import _model  # noqa: E402
+from spectral_kernels.codec import fingerprint  # noqa: E402
 from tests import cases  # noqa: E402
-from tests.families import build  # noqa: E402
+from tests.families import build, rope  # noqa: E402
 
 pytestmark = pytest.mark.skipif(cases.DEVICE.type == "cuda", reason="CPU models")
 
@@ -35,6 +37,40 @@ def test_shapes_of_a_config() -> None:
         ({}, (4, 64)), ({"num_key_value_heads": 2}, (2, 64)), ({"head_dim": 128}, (4, 128)),
     ):  # fmt: skip
         assert _model.kv_shape(transformers.LlamaConfig(**settings, **changes)) == shape
+
+
+KINDS = {"full_attention": 1e6, "sliding_attention": 1e4}
+ROTATIONS: list[tuple[str, dict[str, Any], list[dict[str, Any]]]] = [
+    # family, changes to it, what configurations of transformers 4 and 5 have of RoPE
+    ("llama", {}, [
+        {"rope_theta": 1e4, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ]),
+    ("llama", rope(rope_type="linear", factor=4.0), [
+        {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    ]),
+    ("gemma3", {}, [
+        {"rope_theta": 1e6, "rope_scaling": None},
+        {"rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in KINDS.items()
+        }},
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes", "saved"), ROTATIONS)
+def test_a_model_has_one_fingerprint_in_all_releases(
+    family: str, changes: dict[str, Any], saved: list[dict[str, Any]]
+) -> None:
+    """Else a codec that was made under one is refused under another."""
+    model = build(family, **changes)
+    names = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads"
+    shape = {name: getattr(model.config, name) for name in (*names.split(), "vocab_size")}
+    for rotation in saved:
+        config = SimpleNamespace(**shape, **rotation)
+        other = SimpleNamespace(config=config, named_parameters=model.named_parameters)
+        assert fingerprint(other) == fingerprint(model)
 
 
 def test_no_graph_over_two_devices() -> None:

@@ -843,7 +843,7 @@ def test_newest_tokens_fit_beside_pages(card, weights, requests, window, monkeyp
 
 
 def test_a_window_that_does_not_fit(model, tmp_path, monkeypatch):
-    """The tokens of a codec whose window is as long as what fits."""
+    """The tokens and the hits of a codec whose window is as long as what fits."""
     windows = {}
     for window in (48, 128):
         path = tmp_path / f"{window}"
@@ -854,10 +854,12 @@ def test_a_window_that_does_not_fit(model, tmp_path, monkeypatch):
         with serving(model, {"codec": str(path)}, max_num_batched_tokens=256) as engine:
             windows[window] = generate(engine, prompts(*LENGTHS))
             assert [x.k_exact.shape[2] for x in plugin._ENGINES[0].layers] == [52, 52]
+            assert cached(engine, prompts(*LENGTHS)) == [0, 128, 0, 640, 0, 0, 64]
     assert windows[48] == windows[128]
     monkeypatch.setattr(plugin, "SHARE", 1e-6)
     for given, least in (({"codec": str(path)}, 36), (EXACT, 1024)):
-        text = f"max_num_seqs: expected at most .* got 4: {least * 2048 / 1e6:.2f} MB each"
+        each = f"max_num_seqs: expected at most 0, got 4: {least * 2048 / 1e6:.2f} MB each"
+        text = f"{each}, in 0% of what gpu_memory_utilization leaves beside weights"
         with pytest.raises(ValueError, match=text), serving(model, given):
             pass
 
