@@ -888,15 +888,15 @@ class Handle(AbstractContextManager["Handle"]):
         """Where generate() makes its cache: it takes one with the rows and the room."""
         asked, longest = max_cache_length + 1, getattr(self.config, "max_position_embeddings", None)
         tokens = max(min(asked, longest or asked), self.max_tokens or 0)
-        # Compiled steps could not make more room later; chunks are prompts.
-        if self.graph or tokens < asked or config.prefill_chunk_size is not None:
+        chunk = config.prefill_chunk_size  # chunks are prompts
+        if self.graph or tokens < asked or chunk is not None:  # compiled steps cannot make room
             config.disable_compile = True
         if getattr(config, "return_legacy_cache", False):
             raise ValueError("return_legacy_cache: expected False while enabled, got True")
         given: Any = model_kwargs.get(CACHE)
         ours = isinstance(given, ModelCache) and given.owner() is self
-        if config.use_cache is not False and (given is None or ours):
-            mask, chunk = model_kwargs.get("attention_mask"), config.prefill_chunk_size
+        if config.use_cache is not False and (ours or (given is None and chunk is not None)):
+            mask = model_kwargs.get("attention_mask")  # no step of one token looks at it
             padding = _left_padding(mask, getattr(mask, "shape", ())[:2], given)
             if padding and chunk is not None:  # with a token of every row
                 config.prefill_chunk_size = max(chunk, max(padding) + 1)
