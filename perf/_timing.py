@@ -69,7 +69,7 @@ class Card:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def normal(self, *size: int, std: float = 1.0) -> torch.Tensor:
-        """Normal numbers."""
+        """Normally distributed numbers, in the card's dtype."""
         return torch.empty(size, dtype=self.dtype, device=self.device).normal_(std=std)
 
     def copies(self, nbytes: int) -> int:

@@ -7,8 +7,8 @@ values (layout.py), and what they are off by, z and z',
     o       = sum_r v_scale_r v_basis_r (sum_t w_t (y_tr + z'_r))
 
 no key or value is rebuilt: R_K + R_V multiply-adds a token and query head, whatever D is. All sums
-are integer dots. A turned query, a projected query u (once a frame) and the weights (once two
-pages) are split as 256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate
+are integer dots. A turned query, a projected query u (once a frame) and the weights (once a page
+or two) are split as 256 hi + lo = round(32512 x / largest), hi and lo int8; products accumulate
 exactly in int32, where 256 hi + lo is formed. Errors: half a unit, 2**-16 of the largest. Fields of
 a byte are masked, not shifted, so a field that starts at bit b holds 2**b times its code; u has
 2**-b in it.
@@ -18,8 +18,8 @@ projects the queries first; and the exact tokens, window.py) and `_finish_spectr
 the splits and the exact tokens, and applies the V basis), which from sm_90 starts while the first
 ends. The rows of a program are the queries of a KV head: its query heads, and those of several
 queries a sequence. Pages hold operand fragments, so what a thread loads goes to the matrix units as
-it is. A warp of a program works on two pages by itself (from sm_80; attention_sm75.py before): a
-block of 16 components is as high as one dot, so that all warps would compute the same one.
+it is. A warp of a program works on a page or two by itself (from sm_80; attention_sm75.py before):
+a block of 16 components is as high as one dot, so that all warps would compute the same one.
 
 The grid is fixed by shapes, capacity and the card. Lengths are read on the device, where the pages
 of all rows are shared out among the programs: a row has as many splits as its part of all pages is
@@ -455,13 +455,11 @@ def _pages_split(
         unit_warp = m_warp
         l_lane = tl.zeros([W, 8, ROWS], dtype=tl.float32)
         ones = tl.full([W * P, 16, 64], 1, dtype=tl.int8)
-        # Tokens of the split's pages that are seen, counted from the sinks.
-        seen_end = (tl.minimum(stop, end * 64) - EXACT[0]).to(tl.uint32)
         acc = ()
         for _ in tl.static_range(_bits.rank_of(V_GROUPS) // 16 + 1):
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
         for start in range(page, end, W * P):
-            # [W P]; a page after the last is the last again, none of whose tokens are seen then.
+            # [W P]; for pages after the last, whose tokens are not seen, the last is read again.
             number = tl.load(table_ptr + tl.minimum(start + tl.arange(0, W * P), end - 1))
             number = number.to(tl.int64)
             j = start + warp * P  # [W], the first page of a warp
@@ -471,7 +469,7 @@ def _pages_split(
             )  # fmt: skip
             if (start * 64 < EXACT[0]) | (start + W * P >= end):  # elsewhere all are seen
                 position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
-                seen = position.to(tl.uint32) < seen_end  # negative ones are large
+                seen = position.to(tl.uint32) < (stop - EXACT[0]).to(tl.uint32)  # negative: large
                 s = tl.where(seen[:, :, None], s, float("-inf"))
             # Weights in units of 1 / FULL of the P pages' largest, or of 2**-32 of the largest so
             # far. The difference first: scores may be 1e7, and the largest weight must be FULL
@@ -531,6 +529,9 @@ def _attend_spectral_kernel(
     they wait for what is appended, take little, and fill the card while the last splits end."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
+    TURN: tl.constexpr = TILE[2] * TILE[3]
+    FEW: tl.constexpr = TILE[4]
+    BLOCK_B: tl.constexpr = TILE[5]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr, warps_ptr = states
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
@@ -543,20 +544,20 @@ def _attend_spectral_kernel(
     blocks = tl.cdiv(Q * HG, ROWS)
     program = tl.program_id(1) // blocks
     wanted = exact_program < 0
-    if TILE[5] == 1:
-        if wanted & (program * 6 >= programs * TILE[4]):  # for a long row alone: its length first
+    if BLOCK_B == 1:
+        if wanted & (program * 6 >= programs * FEW):  # a long row alone has work for this one
             splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
             )
             wanted = program < tl.sum(splits_of, 0)
     if wanted:
         block = tl.program_id(1) % blocks
         b = (0 * program).to(tl.int64)
-        if TILE[5] > 1:
+        if BLOCK_B > 1:
             splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
             )
-            b, split, splits = _math.row_of_program(splits_of, program, B, TILE[5])
+            b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
         codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         row = block * ROWS + tl.arange(0, ROWS)
         live = row < Q * HG
@@ -566,9 +567,9 @@ def _attend_spectral_kernel(
             q_ptr + b * strides_q[0] + g * HG * strides_q[1], row, live,
             codec, codec_row, strides_q[1], strides_q[2], HG, D, SHAPE[1], K_GROUPS,
         )  # fmt: skip
-        if TILE[5] == 1:
+        if BLOCK_B == 1:
             splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
+                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
             )
             split, splits = program, tl.sum(splits_of, 0)
         if split < splits:

@@ -531,7 +531,7 @@ class ModelCache(Cache):
                 layer.crop(0)  # forgets the past that it has recorded
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row i becomes the old row beam_idx[i] (int64 [B]). NotImplementedError: not as many."""
+        """Row i becomes the old row beam_idx[i] (int64 [B]), else NotImplementedError."""
         if not self.filled:
             return
         if beam_idx.shape != (self.batch,):
@@ -550,6 +550,7 @@ class ModelCache(Cache):
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """NotImplementedError unless repeats is 1: a cache keeps its number of rows."""
         self.reorder_cache(torch.arange(self.batch or 0).repeat_interleave(repeats))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -687,10 +688,7 @@ class Handle(AbstractContextManager["Handle"]):
         if not self._patches:
             return
         for owner, name, before in reversed(self._patches):
-            if before is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
+            delattr(owner, name) if before is None else setattr(owner, name, before)
         for link in self.links:
             for module in link.layer.modules:
                 del module._spectral
@@ -703,9 +701,11 @@ class Handle(AbstractContextManager["Handle"]):
     def new_cache(self, batch: int | None = None, max_tokens: int | None = None) -> ModelCache:
         """An empty `cache` (`past_key_values` before transformers 5.24) to keep between calls.
 
-        Args (ValueError: no integer of at least 1):
+        Args:
             batch: rows; default those of the first prompt.
             max_tokens: of a row to have room for; default the handle's, else by the prompt.
+        Raises:
+            ValueError: a number is no integer of at least 1.
         """
         check_counts(batch=batch, max_tokens=max_tokens)
         return ModelCache(self, batch, max_tokens or self.max_tokens)
@@ -955,6 +955,8 @@ def enable(
             least 512 more. A full cache is doubled; compiled steps cannot grow theirs.
         check: run six tokens through the model and compare each layer's attention with the model's
             own (milliseconds). False, or a model in training mode: not.
+    Returns:
+        A Handle: a context manager with `disable()` and `new_cache()`.
     Raises:
         TypeError, ValueError, NotImplementedError: the model or an argument is not as above, and
             nothing was changed. So do forwards with a cache: training mode, output_attentions,
@@ -1043,8 +1045,8 @@ def _prepare_inputs(original: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def _left_padding(mask: Any, shape: Any, cache: Any, read: bool = True) -> list[int] | None:
-    """Left padding of each row of a 2-D mask (1 = a token), that of a filled cache: one read of the
-    device, or none."""
+    """Left padding of each row of a 2-D mask (1 = a token); a filled cache's must be the same. One
+    read of the device, or (not `read`) none."""
     if mask is None:
         return None
     got: Any = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__

@@ -217,15 +217,25 @@ def test_every_border(rng, implementation):
     check_spectral(implementation, make_pages(rng, spec), queries, tokens=tokens)
 
 
+@pytest.mark.parametrize("num_splits", [1, 4])
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
-def test_more_sinks_than_a_turn_has_pages_for(rng, implementation):
-    """One program: turns of sinks alone, of sinks and others, of tokens that are all seen, and the
-    last."""
+def test_more_sinks_than_a_turn_has_pages_for(rng, implementation, num_splits):
+    """Turns of sinks alone, of sinks and others, of tokens that are all seen, and the last; splits
+    of sinks alone."""
     sinks, lengths = 8 * PAGE + 90, (32 * PAGE,)
     arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, lengths, 2 * PAGE))
     tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=1, head_dim=64, sinks=sinks, window=8)
     queries = make_queries(rng, shape=(1, 1, 1, 64), size=2.0)
-    check_spectral(implementation, arrays, queries, tokens=tokens, num_splits=1)
+    check_spectral(implementation, arrays, queries, tokens=tokens, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("pages", [40, 48])
+def test_a_single_row_that_all_programs_share(rng, pages):
+    """Without a GPU there are two, one of which a row of 40 pages leaves without any: it looks at
+    the length before it loads."""
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, (pages * PAGE,), spare_pages=8))
+    queries = make_queries(rng, shape=(1, 1, 1, 64), size=2.0)
+    check_spectral("triton", arrays, queries)
 
 
 @pytest.mark.parametrize(
