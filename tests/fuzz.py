@@ -185,7 +185,7 @@ def draw_exact(draw: Draw, spec: PageSpec, count: int, sinks: int, window: int) 
 
 
 def draw_window(draw: Draw, count: int) -> tuple[int, int]:
-    sinks = draw.shape("sinks", 0, 4, 1)
+    sinks = draw.shape("sinks", 0, 4, 1, 600)
     return sinks, draw.shape("window", *(n for n in (1, 5, 16, 40) if n >= count))
 
 
