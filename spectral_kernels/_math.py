@@ -12,6 +12,13 @@ LOG2_FULL = tl.constexpr(math.log2(127 * 256))
 # 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
 # float's low bits.
 ROUND_TO_LOW_BITS = tl.constexpr(12583040.0)
+# PTX: of four such floats, the high bytes of the integers, and the low bytes.
+HIGH_AND_LOW = tl.constexpr("""{ .reg .b32 a, b;
+    prmt.b32 a, $2, $3, 0x5140;
+    prmt.b32 b, $4, $5, 0x5140;
+    prmt.b32 $0, a, b, 0x7632;
+    prmt.b32 a, a, b, 0x5410;
+    xor.b32 $1, a, 0x80808080; }""")
 LITTLE = tl.constexpr(24)  # pages: a program's start and end take as long
 
 

@@ -146,12 +146,7 @@ def _split_int16(x, NATIVE: tl.constexpr):
     bits = shifted.to(tl.int32, bitcast=True)
     if NATIVE:
         hi, lo = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b;
-            prmt.b32 a, $2, $3, 0x5140;
-            prmt.b32 b, $4, $5, 0x5140;
-            prmt.b32 $0, a, b, 0x7632;
-            prmt.b32 a, a, b, 0x5410;
-            xor.b32 $1, a, 0x80808080; }""",
+            _math.HIGH_AND_LOW,
             "=r,=r,r,r,r,r",
             [bits],
             (tl.int8, tl.int8),
@@ -731,8 +726,10 @@ def plan_launch(
         # Of more rows of a projection a large basis leaves no registers.
         m = max(16 if layout.k.rank > 64 else 32, rows)
         # Programs a multiprocessor: as many as their registers allow without spills.
-        resident = 4 if rows == 4 else 3 if rows * layout.v.rank <= 1536 else 2
-        resident = 2 * WARPS // warps if large else resident
+        if large:
+            resident = 2 * WARPS // warps
+        else:
+            resident = 4 if rows == 4 else 3 if rows * layout.v.rank <= 1536 else 2
         # Three stages ask for a turn's pages at the end of the turn before.
         options = {"num_stages": 3, "num_warps": warps}
         if resident > 2:
@@ -759,7 +756,7 @@ def plan_launch(
     least = max(1, programs * few // 6)
     # Kernels are compiled for few batches: for those that an engine captures, powers of two.
     rounded = _launch.next_power_of_2(batch)
-    block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, _launch.next_power_of_2(batch))
+    block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, rounded)
     most = programs if rounded * turns * turn >= LITTLE.value * programs else least
     states = min(most + batch - 1, batch * turns)
     splits = _launch.cdiv(min(most + rounded - 1, rounded * turns), rounded)

@@ -290,14 +290,8 @@ def _weight_operands(w, NATIVE: tl.constexpr):
     b0, b1, b2, b3 = _four(tl.reshape(tl.permute(bits, [0, 2, 1]), [64, 4]))
     if NATIVE:
         hi, lo = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b;
-            prmt.b32 a, $2, $3, 0x5140;
-            prmt.b32 b, $4, $5, 0x5140;
-            prmt.b32 $0, a, b, 0x7632;
-            prmt.b32 a, a, b, 0x5410;
-            xor.b32 $1, a, 0x80808080; }""",
-            "=r,=r,r,r,r,r", [b0, b1, b2, b3], (tl.int32, tl.int32), True, 1,
-        )  # fmt: skip
+            _math.HIGH_AND_LOW, "=r,=r,r,r,r,r", [b0, b1, b2, b3], (tl.int32, tl.int32), True, 1
+        )
     else:
         hi = (b0 >> 8 & 255) | (b1 & 65280) | (b2 & 65280) << 8 | (b3 & 65280) << 16
         lo = (b0 & 255 | (b1 & 255) << 8 | (b2 & 255) << 16 | (b3 & 255) << 24) ^ -2139062144
@@ -388,10 +382,10 @@ def _attend_operands_kernel(
             for j in range(first, tl.minimum(end, frame * PAGES + PAGES)):
                 v_page = _load_page(v_ptr + number * strides_pages[2], V_GROUPS)
                 number = tl.load(block_table_ptr + tl.minimum(j + 1, end - 1)).to(tl.int64)
-                tl.debug_barrier()
+                tl.debug_barrier()  # these loads are on their way before the scores
                 s = _page_scores(k_page, u, u_unit, u_bias, K_GROUPS, NATIVE)
                 k_page = _load_page(k_ptr + number * strides_pages[0], K_GROUPS)
-                tl.debug_barrier()
+                tl.debug_barrier()  # and this one before the weights
                 position = j * 64 + token
                 s = tl.where((position >= SINKS) & (position < stop), s, float("-inf"))
                 # Weights in units of 1 / FULL of the page's largest, or of 2**-32 of the largest
