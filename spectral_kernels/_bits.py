@@ -16,7 +16,7 @@ def rank_of(groups):
 @triton.constexpr_function
 def page_bytes(groups):
     """Bytes of one side's page of one head."""
-    return sum(512 if sum(fields) <= 4 else 1024 for _, fields in groups)
+    return 512 * sum(subtiles_of(groups, n) for n in range(len(groups)))
 
 
 @triton.constexpr_function
@@ -53,13 +53,13 @@ def first_block(groups, n):
 @triton.constexpr_function
 def is_half_group(groups, n):
     """Whether group n holds two tokens a byte (layout.is_half)."""
-    return sum(groups[n][1]) <= 4
+    return bits_of(groups, n) <= 4
 
 
 @triton.constexpr_function
 def subtiles_of(groups, n):
     """Sub-tiles of 512 bytes in a page's group n."""
-    return 1 if sum(groups[n][1]) <= 4 else 2
+    return 1 if is_half_group(groups, n) else 2
 
 
 @triton.constexpr_function

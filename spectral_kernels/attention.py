@@ -494,6 +494,14 @@ def _pages_split(
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
 
+@triton.jit
+def _splits_of(seq_lens_ptr, B, programs, EXACT: tl.constexpr, TILE: tl.constexpr):
+    """`row_splits`, where a program needs them: what it loads before does not wait for lengths."""
+    return _math.row_splits(
+        seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
+    )
+
+
 @triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
@@ -524,7 +532,6 @@ def _attend_spectral_kernel(
     they wait for what is appended, take little, and fill the card while the last splits end."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
-    TURN: tl.constexpr = TILE[2] * TILE[3]
     FEW: tl.constexpr = TILE[4]
     BLOCK_B: tl.constexpr = TILE[5]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
@@ -541,17 +548,13 @@ def _attend_spectral_kernel(
     wanted = exact_program < 0
     if BLOCK_B == 1:
         if wanted & (program * 6 >= programs * FEW):  # a long row alone has work for this one
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
-            )
+            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
             wanted = program < tl.sum(splits_of, 0)
     if wanted:
         block = tl.program_id(1) % blocks
         b = (0 * program).to(tl.int64)
         if BLOCK_B > 1:
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
-            )
+            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
             b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
         codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         row = block * ROWS + tl.arange(0, ROWS)
@@ -563,9 +566,7 @@ def _attend_spectral_kernel(
             codec, codec_row, strides_q[1], strides_q[2], HG, D, SHAPE[1], K_GROUPS,
         )  # fmt: skip
         if BLOCK_B == 1:
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
-            )
+            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
             split, splits = program, tl.sum(splits_of, 0)
         if split < splits:
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
