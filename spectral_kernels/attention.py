@@ -807,6 +807,8 @@ def attend_workspace(
     check_least(batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0))
     if query_heads % heads:
         raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
+    if not batch * query_heads * queries:
+        return 0
     shape = (batch, heads, query_heads // heads, queries, max_pages, slots)
     return sum(plan_launch(codec.layout, *shape, device or on).sizes)
 
@@ -873,14 +875,15 @@ def attend_spectral(
         scale: factor of the scores, default D**-0.5.
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in
             place.
-        workspace: uint8 [n], n at least `attend_workspace`, contiguous; None: allocated. Nothing is
-            kept in it. More with num_splits or matrix_units: the error says how much.
+        workspace: uint8 [n], n at least `attend_workspace`, contiguous, its storage offset a
+            multiple of 16; None: allocated. Nothing is kept in it. More with num_splits or
+            matrix_units: the error says how much.
         num_splits: programs that share a row's pages where all rows are as long, at most
             MAX_SPLITS; default by batch and card.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards
             (attention_sm75.py) and runs on any card from sm_75 on.
-        after_append: the launch before this one, on this stream, is `append` of these tokens:
-            overlap with it.
+        after_append: the launch before this one, on this stream, is `append` of these tokens: with
+            `exact`, overlap with it.
     Returns:
         (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp
         of the scaled scores; (0, -inf) without keys. Arithmetic: see the module. The same bits for
@@ -928,6 +931,9 @@ def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.devic
         raise ValueError(
             f"workspace: expected at least {sum(sizes)} bytes, got {workspace.shape[0]}"
         )
+    if workspace.storage_offset() % 16:
+        offset = workspace.storage_offset()
+        raise ValueError(f"workspace: expected an offset of a multiple of 16, got {offset}")
     u, *others = workspace[: sum(sizes)].split(sizes)
     return u, *(x.view(torch.float32) for x in others)
 
@@ -944,6 +950,7 @@ def _launch_pages(
     grid = (codec.kv_heads, exact_programs + plan.states * plan.blocks)
     if exact is None:
         exact, kept = (q, q), (*kept[:2], 0)  # not read
+        after_append = False  # programs of pages do not wait for it
     _attend_spectral_kernel[grid](
         q, (codec.k_basis, codec.k_scale, codec.k_mean, codec.freqs),
         k_pages, v_pages, *exact, tables, (states[0].view(torch.int8), *states[1:]),

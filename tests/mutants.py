@@ -152,6 +152,13 @@ MUTANTS: list[Mutant] = [
          "tests/test_extremes.py::test_denormals[1e-38-triton]"),
         ("exact tokens of the first row", "exact_row = _math.row_of(seq_ids_ptr, b, b)",
          "exact_row = _math.row_of(seq_ids_ptr, 0 * b, b)", f"{STEP} -k '{MIXED} and triton'"),
+        ("pages alone overlap with an append", "        after_append = False  # programs of pages",
+         "        after_append = after_append  # programs of pages",
+         f"{ATTENTION}test_pages_alone_do_not_overlap_with_an_append"),
+        ("a split has no frame more than it fills", "share * PAGE_SIZE, layout.frame) + 1",
+         "share * PAGE_SIZE, layout.frame)", f"{ATTENTION}test_programs_share_all_pages -k 4-640"),
+        ("a plan of no queries", "    if not batch * query_heads * queries:\n",
+         "    if not query_heads + queries:\n", f"{ATTENTION}test_the_workspace_of_no_queries"),
     ),
     *of(
         "attention.py", f"{STEP} -k '{MIXED} and triton'",

@@ -280,24 +280,27 @@ def _programs_kernel(
 
 
 @pytest.mark.parametrize(
-    ("turn", "kv_heads", "num_splits"), [(8, 8, None), (8, 64, None), (8, 8, 3), (1, 16, None)]
+    ("turn", "frame", "kv_heads", "num_splits"),
+    [(8, 512, 8, None), (8, 512, 64, None), (8, 512, 8, 3), (4, 640, 8, None), (1, 512, 16, None)],
 )
 @pytest.mark.parametrize(
     "seq_lens",
     [
-        [0], [1], [70_000], [64 * 700 + 1] * 4, [0, 0, 0], [131_072] + [2048] * 63,
+        [0], [1], [1000], [70_000], [64 * 700 + 1] * 4, [0, 0, 0], [131_072] + [2048] * 63,
         [5, 0, 300, 20_000, 0, 64], [64] * 40, [131_072] * 3 + [0] * 10,
     ],
 )  # fmt: skip
-def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypatch):
+def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, frame, turn, monkeypatch):
     """Every page of every row has one program; the plan has room for them and for the frames of
-    the longest share; a long row beside short ones is shared as rows of its length are."""
+    the longest share, which may start inside one; a long row beside short ones is shared as rows
+    of its length are."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
-    sinks, window, capacity, batch = 4, 64, 2048, len(seq_lens)
-    layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), 64)
+    sinks, window, batch = 4, 64, len(seq_lens)
+    capacity, queries = (2048, 1) if turn != 4 else (max(seq_lens) // PAGE + 1, 4)
+    layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), 64, frame)
     device = torch.device("cuda:0")  # named only
     plan = attention.plan_launch(
-        layout, batch, kv_heads, 4, 1, capacity, 0, device, num_splits, turn == 8
+        layout, batch, kv_heads, 4, queries, capacity, 0, device, num_splits, turn > 1
     )
     assert plan.warps * plan.pages == turn
     out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
@@ -312,8 +315,8 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, turn, monkeypa
         if row >= 0 and page < end:
             covered[row] += range(page, end)
             shares.append(end - page)
-            if turn == 8:  # elsewhere a whole row is projected at once
-                assert (end - 1) * PAGE // layout.frame - page * PAGE // layout.frame < plan.frames
+            if turn > 1:  # elsewhere a whole row is projected at once
+                assert (end - 1) * PAGE // frame - page * PAGE // frame < plan.frames
     assert covered == [list(range(n)) for n in pages]
     turns, programs = sum(-(-n // turn) for n in pages), max(1, plan.programs * plan.few // 6)
     assert max(shares) <= turn * 2 * -(-turns // programs)
@@ -558,6 +561,41 @@ def test_workspace(rng):
     dirty = torch.full((1 << 22,), 255, dtype=torch.uint8, device=DEVICE)
     got = run(*args, num_splits=2, workspace=dirty, **options)
     assert all(torch.equal(a, b) for a, b in zip(wanted, got, strict=True))
+
+
+@pytest.mark.parametrize("on", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("none", ["batch", "query_heads", "queries"])
+def test_the_workspace_of_no_queries(rng, none, on, monkeypatch):
+    """Such a call launches nothing."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
+    codec = pages_of(make_pages(rng, PageSpec("16x8", "16x8", 64, 1, (9,)))).codec
+    sizes = {"batch": 2, "query_heads": 4, "queries": 1, "max_pages": 3, "slots": 8, none: 0}
+    assert attention.attend_workspace(codec, **sizes, device=torch.device(on)) == 0
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_pages_alone_do_not_overlap_with_an_append(rng, exact, monkeypatch):
+    """What the launch before writes is waited for by the programs of exact tokens: without them
+    the launch does not begin early, as pages hold the new tokens too."""
+    launched: list[dict] = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(constants)
+
+    monkeypatch.setattr(attention, "_attend_spectral_kernel", Recorder())
+    monkeypatch.setattr(attention, "_finish_spectral_kernel", Recorder())
+    monkeypatch.setattr(_launch, "overlaps_launches", lambda device: True)
+    arrays, queries, tokens = make_step(rng, SMALL_STEP)
+    tensors = pages_of(arrays)
+    operation(attention, "attend_spectral", "triton")(
+        queries.tensor, tensors.k_pages, tensors.v_pages, tensors.codec, tensors.block_table,
+        tensors.seq_lens, sinks=4, window=8, exact=tokens.tensors if exact else None,
+        seq_ids=tokens.ids, after_append=True,
+    )  # fmt: skip
+    overlap, waits, _ = launched[0]["PATH"]
+    assert overlap and waits == launched[0]["launch_pdl"] == exact
 
 
 def test_same_inputs_give_the_same_bits(rng):
