@@ -32,6 +32,7 @@ SHAPES = {
     "check": (1024, 2816, 4, 8, 2, 128, 2048),  # of perf.serve --check
     "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
+LAYER = SHAPES["8b"][3:6]  # H, G, D where nothing else is said
 
 
 def llama(shape: str, **more: Any) -> Any:
