@@ -667,7 +667,7 @@ def _finish_spectral_kernel(
         tl.store(out_lse_ptr + row, low + tl.log(total))  # log(0) = -inf: an empty state
 
 
-WARPS = 4  # of a program of `_attend_spectral_kernel`
+WARPS = 4  # of a program of `_attend_spectral_kernel`; twice as many where sums take registers
 MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
 ROOM = 88 << 10  # bytes of pages, and of their frames' queries, that a program holds at once
@@ -683,7 +683,7 @@ class Plan:
     warps: int  # of a program
     pages: int  # that a warp works on at once
     programs: int  # that share out all rows' pages, a KV head and block of queries
-    few: int  # of six of them where they would take little each
+    few: int  # sixths of them that run where all would take fewer pages than LITTLE
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
     splits: int  # of a row, where rows are of one length, at most
