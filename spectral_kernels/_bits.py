@@ -95,11 +95,11 @@ def field_zero(groups, i):
 
 
 @triton.jit
-def weights_and_zeros(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
-    """(`field_weight`, `field_zero`) of components r, which lie in blocks FIRST .. END - 1."""
+def weights_and_zeros(r, GROUPS: tl.constexpr):
+    """(`field_weight`, `field_zero`) of components r; 0 past the last block."""
     weight = tl.full(r.shape, 0.0, dtype=tl.float32)
     zero = tl.zeros(r.shape, dtype=tl.float32)
-    for n in tl.static_range(FIRST, END):
+    for n in tl.static_range(rank_of(GROUPS) // 16):
         weight = tl.where(r // 16 == n, field_weight(GROUPS, n), weight)
         zero = tl.where(r // 16 == n, field_zero(GROUPS, n), zero)
     return weight, zero

@@ -244,7 +244,7 @@ def _project_frames(
     # Good to 2**-32 turns a frame.
     ahead = tl.arange(0, FRAMES)[:, None] * ((FRAME * freqs) >> 32).to(tl.int32)[None, :]
     column = tl.arange(0, BLOCK_R)
-    weight, zero = _bits.weights_and_zeros(_component(BLOCK_R), GROUPS, 0, R // 16)
+    weight, zero = _bits.weights_and_zeros(_component(BLOCK_R), GROUPS)
     zero = _by_thread(zero[None, :], 1, BLOCK_R)
     scale = scale * softmax_scale * weight
     mean *= softmax_scale
