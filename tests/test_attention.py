@@ -322,6 +322,27 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, frame, turn, m
     assert max(shares) <= turn * 2 * -(-turns // programs)
 
 
+def test_programs_have_memory_of_their_own(rng, monkeypatch):
+    """The projected queries of a program and the parts of its warps lie where no other one writes.
+    (In the interpreter, where programs run one after another, results do not show it.)"""
+    states, parts = [], attention._parts
+
+    def dirty(workspace, sizes, device):
+        workspace = torch.full((sum(sizes),), 255, dtype=torch.uint8, device=device)  # NaN
+        states[:] = parts(workspace, sizes, device)
+        return tuple(states)
+
+    monkeypatch.setattr(attention, "_parts", dirty)
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 2, (1300, 200), 128))
+    queries = make_queries(rng, shape=(2, 16, 4, 64), size=2.0)  # two blocks of 16 a KV head
+    check_spectral("triton", arrays, queries, num_splits=3)
+    # Six programs of turns of four pages: five and one, of which three and one have pages.
+    shares = [(0, 8), (8, 16), (16, 21), (0, 4)]
+    frames = sum(-(-end // 2) - first // 2 for first, end in shares)
+    written = [int((~x.isnan()).sum()) for x in (states[1], states[6])]
+    assert written == [4 * frames * 16 * 2, 4 * len(shares) * 4 * 16 * 16]
+
+
 @pytest.mark.parametrize("queries", [1, 4])
 @pytest.mark.parametrize("max_pages", [40, 300, 2080])
 @pytest.mark.parametrize(
