@@ -39,7 +39,6 @@ from tests.cases import (
     pages_of,
     poisoned,
     swap_nibbles,
-    to_numpy,
 )
 from tests.test_rope import project_oracle
 from tests.test_window import check_state, window_oracle_state
@@ -69,6 +68,23 @@ def spectral_oracle(
     )
 
 
+def joint_oracle(
+    queries: Queries,
+    arrays: PageArrays,
+    tokens: ExactTokens,
+    implementation: str,
+    *,
+    scale: float | None = None,
+) -> tuple[oracle.State, tuple[F64, F64]]:
+    """(state, budget) of the pages and the exact tokens beside them."""
+    cut = {"sinks": tokens.sinks, "window": tokens.window}
+    cold, allowed = spectral_oracle(queries, arrays, implementation, **cut, scale=scale)
+    exact = window_oracle_state(queries, tokens, arrays.seq_lens, scale)
+    both = [allowed, budgets.attend_window(queries.q, exact, scale=scale)]
+    (o, lse), budget = budgets.joined([cold, exact], both)
+    return dataclasses.replace(cold, o=o, lse=lse), budget
+
+
 def check_spectral(
     implementation: str,
     arrays: PageArrays,
@@ -84,18 +100,15 @@ def check_spectral(
     """Pages alone over sinks .. seq_len - wide, or with exact tokens beside them: the whole decode
     step."""
     dtypes = [queries.tensor.dtype]
-    if tokens is not None:
+    if tokens is None:
+        expected, budget = spectral_oracle(
+            queries, arrays, implementation, sinks=sinks, window=wide, scale=scale
+        )
+    else:
         sinks, wide = tokens.sinks, tokens.window
         dtypes.append(tokens.tensors[0].dtype)
         settings |= {"exact": tokens.tensors, "seq_ids": tokens.ids}
-    expected, budget = spectral_oracle(
-        queries, arrays, implementation, sinks=sinks, window=wide, scale=scale
-    )
-    if tokens is not None:
-        exact = window_oracle_state(queries, tokens, arrays.seq_lens, scale)
-        allowed = [budget, budgets.attend_window(queries.q, exact, scale=scale)]
-        (o, lse), budget = budgets.joined([expected, exact], allowed)
-        expected = dataclasses.replace(expected, o=o, lse=lse)
+        expected, budget = joint_oracle(queries, arrays, tokens, implementation, scale=scale)
     tensors = pages_of(arrays, shared=shared)
     run = operation(attention, "attend_spectral", implementation, *dtypes)
     got = run(
@@ -482,7 +495,7 @@ SMALL_STEP = ("16x8+16x4", "32x4", 64, 64, 128, 1, 2, (145, 9), (4, 8, 3), 2, 0,
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 def test_parts_merged_are_the_whole(rng, implementation):
     """Exact tokens alone and pages alone, merged, are the whole step: nothing is seen twice or by
-    none."""
+    none. So are two runs of pages, with sinks and window cut elsewhere."""
     arrays, queries, tokens = make_step(rng, SMALL_STEP)
     tensors = pages_of(arrays)
     args = tensors.k_pages, tensors.v_pages, tensors.codec, tensors.block_table, tensors.seq_lens
@@ -491,26 +504,18 @@ def test_parts_merged_are_the_whole(rng, implementation):
     alone = operation(window, "attend_window", implementation)
     pages = run(queries.tensor, *args, codec_ids=tensors.codec_ids, **options)
     exact = alone(queries.tensor, *tokens.tensors, tensors.seq_lens, seq_ids=tokens.ids, **options)
-    whole = run(
-        queries.tensor, *args, exact=tokens.tensors, seq_ids=tokens.ids,
-        codec_ids=tensors.codec_ids, **options,
-    )  # fmt: skip
-    merged = merge.merge_states_torch(*exact, *pages)
-    for a, b in zip(whole, merged, strict=True):
-        torch.testing.assert_close(a, b, rtol=3e-6, atol=3e-6)
-    # Sinks and window cut elsewhere: two runs of pages are the pages.
-    both = run(queries.tensor, *args, codec_ids=tensors.codec_ids)
-    cuts = [
-        (0, 100),
-        (45, 0),
-    ]  # of 145 tokens: 0 .. 44 and 45 .. 144
-    first, second = (
-        run(queries.tensor[:1], *args[:3], args[3][:1], args[4][:1], sinks=a, window=b)
-        for a, b in cuts
+    expected = joint_oracle(queries, arrays, tokens, implementation)
+    check_state(merge.merge_states_torch(*exact, *pages), *expected, queries)
+    cuts = [{"sinks": 0, "window": 100}, {"sinks": 45, "window": 0}]  # 45 of 145 tokens, and 100
+    one = dataclasses.replace(
+        arrays, **{x: getattr(arrays, x)[:1] for x in ("block_table", "seq_lens", "rows")}
     )
-    merged = merge.merge_states_torch(*first, *second)
-    for a, b in zip(both, merged, strict=True):
-        torch.testing.assert_close(a[:1], b, rtol=5e-4, atol=5e-4)
+    first = Queries(queries.q[:1], queries.tensor[:1])
+    parts = [run(first.tensor, *args[:3], args[3][:1], args[4][:1], **cut) for cut in cuts]
+    oracles = [spectral_oracle(first, one, implementation, **cut) for cut in cuts]
+    _, budget = budgets.joined(*map(list, zip(*oracles, strict=True)))
+    whole, _ = spectral_oracle(first, one, implementation)
+    check_state(merge.merge_states_torch(*parts[0], *parts[1]), whole, budget, first)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -528,10 +533,10 @@ def test_pages_and_exact_tokens_are_dense(rng, implementation):
                 x[b, :, p] = slots[tokens.seq_ids[b], :, slot]
     seen = np.arange(max(lengths)) < np.array(lengths)[:, None, None]
     dense = oracle.dense(queries.q, keys, values, seen)
-    o, lse = check_spectral(implementation, arrays, queries, tokens=tokens)
-    live = np.isfinite(dense.lse[..., 0])
-    np.testing.assert_allclose(to_numpy(o), dense.o[:, :, 0], atol=2e-3)
-    np.testing.assert_allclose(to_numpy(lse)[live], dense.lse[..., 0][live], atol=2e-3)
+    joint, _ = joint_oracle(queries, arrays, tokens, implementation)
+    np.testing.assert_allclose(joint.o, dense.o, rtol=1e-12, atol=1e-12)  # both in float64
+    np.testing.assert_allclose(joint.lse, dense.lse, rtol=1e-12)
+    check_spectral(implementation, arrays, queries, tokens=tokens)  # within the budget of these
 
 
 def test_outputs_are_written_in_place(rng):
