@@ -159,7 +159,7 @@ MUTANTS: list[Mutant] = [
          "        after_append = after_append  # programs of pages",
          f"{ATTENTION}test_pages_alone_do_not_overlap_with_an_append"),
         ("a split has no frame more than it fills", "share * PAGE_SIZE, layout.frame) + 1",
-         "share * PAGE_SIZE, layout.frame)", f"{ATTENTION}test_programs_share_all_pages -k 4-640"),
+         "share * PAGE_SIZE, layout.frame)", f"{ATTENTION}test_programs_share_all_pages -k 4-576"),
         ("a plan of no queries", "    if not batch * query_heads * queries:\n",
          "    if not query_heads + queries:\n", f"{ATTENTION}test_the_workspace_of_no_queries"),
     ),

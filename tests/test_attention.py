@@ -294,7 +294,7 @@ def _programs_kernel(
 
 @pytest.mark.parametrize(
     ("turn", "frame", "kv_heads", "num_splits"),
-    [(8, 512, 8, None), (8, 512, 64, None), (8, 512, 8, 3), (4, 640, 8, None), (1, 512, 16, None)],
+    [(8, 512, 8, None), (8, 512, 64, None), (8, 512, 8, 3), (4, 576, 8, None), (1, 512, 16, None)],
 )
 @pytest.mark.parametrize(
     "seq_lens",
@@ -309,11 +309,11 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, frame, turn, m
     of its length are."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
     sinks, window, batch = 4, 64, len(seq_lens)
-    capacity, queries = (2048, 1) if turn != 4 else (max(seq_lens) // PAGE + 1, 4)
+    capacity = 2048 if turn != 4 else max(seq_lens) // PAGE + 1  # no room to spare
     layout = PageLayout(Bands.parse("16x8"), Bands.parse("16x8"), 64, frame)
     device = torch.device("cuda:0")  # named only
     plan = attention.plan_launch(
-        layout, batch, kv_heads, 4, queries, capacity, 0, device, num_splits, turn > 1
+        layout, batch, kv_heads, 4, 1, capacity, 0, device, num_splits, turn > 1
     )
     assert plan.warps * plan.pages == turn
     out = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
@@ -338,22 +338,36 @@ def test_programs_share_all_pages(seq_lens, num_splits, kv_heads, frame, turn, m
 def test_programs_have_memory_of_their_own(rng, monkeypatch):
     """The projected queries of a program and the parts of its warps lie where no other one writes.
     (In the interpreter, where programs run one after another, results do not show it.)"""
-    states, parts = [], attention._parts
+    states, plans, parts, plan_launch = [], [], attention._parts, attention.plan_launch
 
     def dirty(workspace, sizes, device):
         workspace = torch.full((sum(sizes),), 255, dtype=torch.uint8, device=device)  # NaN
         states[:] = parts(workspace, sizes, device)
         return tuple(states)
 
+    def planned(*args):
+        plans[:] = [plan_launch(*args)]
+        return plans[0]
+
     monkeypatch.setattr(attention, "_parts", dirty)
-    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 2, (1300, 200), 128))
-    queries = make_queries(rng, shape=(2, 16, 4, 64), size=2.0)  # two blocks of 16 a KV head
+    monkeypatch.setattr(attention, "plan_launch", planned)
+    lengths, frame, rank = (2600, 200), 128, 16
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 2, lengths, frame))
+    queries = make_queries(rng, shape=(2, 16, 4, 64), size=2.0)  # 32 a KV head
     check_spectral("triton", arrays, queries, num_splits=3)
-    # Six programs of turns of four pages: five and one, of which three and one have pages.
-    shares = [(0, 8), (8, 16), (16, 21), (0, 4)]
-    frames = sum(-(-end // 2) - first // 2 for first, end in shares)
+    (plan,), lens = plans, torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    assert plan.blocks > 1
+    shares = torch.zeros(plan.states, 3, dtype=torch.int32, device=DEVICE)
+    _programs_kernel[(plan.states,)](
+        lens, shares, 2, plan.programs, 0, 0, plan.warps * plan.pages, FEW=plan.few,
+        BLOCK_B=plan.block_b,
+    )  # fmt: skip
+    shares = [(page, end) for _, page, end in shares.tolist() if page < end]
+    frames = sum(-(-end * PAGE // frame) - page * PAGE // frame for page, end in shares)
     written = [int((~x.isnan()).sum()) for x in (states[1], states[6])]
-    assert written == [4 * frames * 16 * 2, 4 * len(shares) * 4 * 16 * 16]
+    assert len(shares) > 2
+    programs = len(shares) * plan.blocks * 2
+    assert written == [frames * 2 * 32 * 2, programs * plan.warps * plan.rows * rank]
 
 
 @pytest.mark.parametrize("queries", [1, 4])
