@@ -10,8 +10,8 @@ KV heads (default 32/8), dD (head dimension, default 128), qQ (queries a row, de
 A step is what a layer runs for new tokens: `append` (they go to their pages and exact slots) and
 `attend_spectral` over pages and exact tokens. A peer writes the token to its cache (one copy) and
 reads all T tokens; its plan of a batch is made beforehand, and fp8 queries come as such. Peers run
-where all rows are alike: PyTorch's backends, and FA3 of an installed vLLM (as that calls it); a row
-says why one has no time. Queries, keys and values are bf16, before sm_80 fp16.
+where all rows are alike: PyTorch's backends, FA3 of an installed vLLM (as that calls it), and
+FlashInfer; a row says why one has no time. Queries, keys and values are bf16, before sm_80 fp16.
 Steps and peers are checked first: ours against its twin (perf/_cases.py; error: relative), a peer
 against float64 within the rounding of its weights and output. Times: perf/_timing.py.
 `read_share`: the bytes that a step must read over its time, as a share of the bandwidth of a
@@ -79,7 +79,8 @@ class Peer:
     name: str
     bind: Callable[[Shape, torch.Tensor], Callable[..., torch.Tensor]]
     paged: bool = False  # kv [2, B, T, G, D] in pages of PAGE tokens; else [2, B, G, T, D]
-    fp8: bool = False  # queries, keys, values and weights are 8-bit floats
+    fp8: bool = False  # keys and values are 8-bit floats
+    fp8_queries: bool = False  # queries and weights too
 
 
 class PeerStep:
@@ -94,7 +95,7 @@ class PeerStep:
         kv = kv.view(size).to(FP8) if peer.fp8 else kv.view(size)
         self.kv = kv.transpose(2, 3) if peer.paged else kv  # [2, B, G, T, D]
         self.attend = peer.bind(shape, kv)
-        self.q = q.to(FP8) if peer.fp8 and q is not None else q
+        self.q = q.to(FP8) if peer.fp8_queries and q is not None else q
 
     def write(self, new: torch.Tensor) -> None:
         self.kv[:, :, :, -1].copy_(new)
@@ -110,7 +111,7 @@ class PeerStep:
             raise AssertionError("wrong result: the newest token is not in the cache")
         q, k, v = (x.double() for x in (self.q[-1, -1], *self.kv[:, -1, -1]))
         want = torch.softmax(self.shape.dim**-0.5 * (k @ q), dim=0) @ v
-        allowed = torch.finfo(FP8 if self.peer.fp8 else out.dtype).eps
+        allowed = torch.finfo(FP8 if self.peer.fp8_queries else out.dtype).eps
         check_close(out[-1, -1], want, allowed, "wrong result")
 
 
@@ -164,15 +165,35 @@ def fa3(shape: Shape, kv: torch.Tensor) -> Callable[..., Any]:
     return attend
 
 
+def flashinfer(shape: Shape, kv: torch.Tensor) -> Callable[..., Any]:
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    i32: Any = {"dtype": torch.int32, "device": kv.device}
+    k, v = kv.view(2, -1, PAGE, shape.kv_heads, shape.dim)
+    workspace = torch.empty(128 << 20, dtype=torch.uint8, device=kv.device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
+    starts = torch.arange(shape.batch + 1, **i32) * (shape.tokens // PAGE)
+    last = torch.full((shape.batch,), PAGE, **i32)
+    heads = (shape.heads, shape.kv_heads, shape.dim, PAGE)
+    kinds: Any = {"q_data_type": torch.bfloat16, "kv_data_type": kv.dtype}
+    wrapper.plan(starts, torch.arange(len(k), **i32), last, *heads, **kinds)
+    return lambda q: wrapper.run(q, (k, v))
+
+
 BACKENDS = {
     **{"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION},
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-PEERS = (
+IN_MODELS = (  # what perf.end_to_end puts into a model
     *(Peer(name, functools.partial(sdpa, x, False)) for name, x in BACKENDS.items()),
     *(Peer(f"{name} folded", functools.partial(sdpa, x, True)) for name, x in BACKENDS.items()),
     Peer("fa3", fa3, paged=True),
-    Peer("fa3 fp8", fa3, paged=True, fp8=True),
+    Peer("fa3 fp8", fa3, paged=True, fp8=True, fp8_queries=True),
+)
+PEERS = (
+    *IN_MODELS,
+    Peer("flashinfer", flashinfer, paged=True),
+    Peer("flashinfer fp8", flashinfer, paged=True, fp8=True),
 )
 
 

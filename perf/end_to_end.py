@@ -62,7 +62,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from perf import _cases
 from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
-from perf.attention import PEERS, PeerStep, best, parse_shape, time_peers
+from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
@@ -192,7 +192,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     """The model without a cache of transformers': each layer's attention writes the new token to a
     peer's memory of T tokens and reads it."""
     model, shape, layers = cell.model, cell.layer, cell.model.config.num_hidden_layers
-    known = [peer for peer in PEERS if peer.fp8 == fp8]
+    known = [peer for peer in IN_MODELS if peer.fp8 == fp8]
     peers = time_peers(shape, known, cell.card)
     backend, _ = best(peers, fp8)
     if backend is None:

@@ -304,7 +304,7 @@ def eight_bits(shape: Shape, kv: torch.Tensor):
     return attend
 
 
-@pytest.mark.parametrize("kind", ["heads first", "paged", "fp8"])
+@pytest.mark.parametrize("kind", ["heads first", "paged", "fp8", "fp8 queries"])
 def test_peers_are_checked(kind):
     """On the right result, that of other inputs and of other keys, and a token that is not written.
     Pages are read as attention over each row's tokens in order."""
@@ -319,8 +319,10 @@ def test_peers_are_checked(kind):
         return lambda q, scale=None: plain(shape, kv)(q, scale)
 
     peer = job.Peer("x", late, **options)
-    if kind == "fp8":
-        peer = job.Peer("x", lambda s, kv: lambda q: eight_bits(s, kv)(q), **options)
+    if kind == "fp8 queries":
+        peer = job.Peer(
+            "x", lambda s, kv: lambda q: eight_bits(s, kv)(q), fp8_queries=True, **options
+        )
     size = (2, 2, 2, 512, 64)
     first, second = (
         job.PeerStep(
@@ -357,9 +359,9 @@ def test_a_peer_that_fails_is_reported(monkeypatch):
 
 
 def test_best_peers():
-    peers = {"cudnn": 5.0, "flash": 4.0, "fa3 fp8": 3.0, "fa3": "ImportError: no"}
+    peers = {"cudnn": 5.0, "flash": 4.0, "flashinfer fp8": 3.0, "fa3 fp8": "ImportError: no"}
     assert job.best(peers, False) == ("flash", 4.0)
-    assert job.best(peers, True) == ("fa3 fp8", 3.0)
+    assert job.best(peers, True) == ("flashinfer fp8", 3.0)
     assert job.best({"flash": "ImportError: no"}, False) == (None, None)
 
 
@@ -464,7 +466,7 @@ def whole(monkeypatch):
         "eight", lambda shape, kv: paged(shape, kv.transpose(2, 3).float()), paged=True, fp8=True
     )
     monkeypatch.setattr(job, "PEERS", (MATH, eight))
-    monkeypatch.setattr(end_to_end, "PEERS", (MATH, eight))
+    monkeypatch.setattr(end_to_end, "IN_MODELS", (MATH, eight))
     monkeypatch.setattr(
         end_to_end, "time_peers", lambda shape, peers, card: {peer.name: 1.0 for peer in peers}
     )
@@ -564,7 +566,7 @@ def test_a_wrong_model_is_no_row(whole, monkeypatch, tmp_path, capsys):
         attend = bind(shape, kv)
         return lambda *args: attend(*args).roll(1, 1)
 
-    monkeypatch.setattr(whole, "PEERS", (job.Peer("math", rolled),))
+    monkeypatch.setattr(whole, "IN_MODELS", (job.Peer("math", rolled),))
     path = tmp_path / "rows.jsonl"
     assert whole.main([*TINY, "--what", "graph", "ours", "--json", str(path)]) == 1
     shown = capsys.readouterr()
