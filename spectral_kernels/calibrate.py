@@ -448,7 +448,7 @@ class _Read:
     size: Tensor
     gradient: Tensor | None = None
 
-    def add(self, **exact: int) -> None:
+    def add(self, sinks: int, window: int) -> None:
         """To the layer's sums. Where no gradient came back (weights in a format that has none), all
         directions of outputs count alike, relative to their size."""
         gradient = self.gradient
@@ -457,7 +457,7 @@ class _Read:
             generator = torch.Generator(noise.device).manual_seed(0)
             gradient = noise.normal_(generator=generator) / self.size
         for row in zip(*self.qkv, gradient.transpose(1, 2), strict=True):
-            self.layer.add(*row, scale=self.scale, **exact)
+            self.layer.add(*row, scale=self.scale, sinks=sinks, window=window)
 
 
 def collect(
@@ -534,7 +534,7 @@ def collect(
                 logits.backward(drawn_gradient(logits, seeded))
             with torch.no_grad():
                 for read in known:
-                    read.add(sinks=sinks, window=window)
+                    read.add(sinks, window)
             bar.update(x.numel())
     if not layers:
         raise ValueError("model: expected full attention through AttentionInterface, got none")
