@@ -43,7 +43,7 @@ def error_costs(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
-    gradient: ArrayLike,
+    gradient: ArrayLike | None,
     inv_freq: ArrayLike,
     at: Sequence[int],
     *,
@@ -51,30 +51,34 @@ def error_costs(
     sinks: int,
     window: int,
     frame: int,
-) -> F64:
+) -> tuple[F64, float]:
     """What errors of the older tokens i = sinks .. m - window cost where the outputs o of the
     queries m in `at` of each head have the gradients g; q, gradient [H, T, D], k, v [G, T, D].
+    Without: the sum over gradients along each of the D directions.
 
     Returns the sums over m, i of scale^2 p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the
-    start of i's frame, and of p_i^2 g g^T [2, G, D, D].
+    start of i's frame, and of p_i^2 g g^T [2, G, D, D]; of |o|^2 over m.
     """
-    q, k, v, gradient = (np.asarray(x, np.float64) for x in (q, k, v, gradient))
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    slopes = None if gradient is None else np.asarray(gradient, np.float64)
     kv_heads, tokens, dim = k.shape
     turns = [rotation(-start, inv_freq, dim) for start in range(0, tokens, frame)]
-    metrics = np.zeros((2, kv_heads, dim, dim))
+    metrics, power = np.zeros((2, kv_heads, dim, dim)), 0.0
     for h in range(len(q)):
         head = h * kv_heads // len(q)
         for m in at:
             scores = scale * (k[head, : m + 1] @ q[h, m])
             p = np.exp(scores - scores.max())
             p /= p.sum()
-            o, g = p @ v[head, : m + 1], gradient[h, m]
+            o = p @ v[head, : m + 1]
+            power += float(o @ o)
             for i in range(sinks, m - window + 1):
                 y = turns[i // frame] @ q[h, m]
-                along = scale * p[i] * (g @ (v[head, i] - o))
-                metrics[0, head] += along**2 * np.outer(y, y)
-                metrics[1, head] += p[i] ** 2 * np.outer(g, g)
-    return metrics
+                for g in np.eye(dim) if slopes is None else slopes[h, m, None]:
+                    along = scale * p[i] * (g @ (v[head, i] - o))
+                    metrics[0, head] += along**2 * np.outer(y, y)
+                    metrics[1, head] += p[i] ** 2 * np.outer(g, g)
+    return metrics, power
 
 
 def root(metric: ArrayLike) -> F64:

@@ -5,15 +5,15 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
     costs     errors dk of keys i and dv of values change the outputs o of queries q, with softmax
               weights p, to first order by do = sum_i p_i (scale (y . dk_i) (v_i - o) + dv_i),
               y = R(-t0) q, and the model's predictions by a KL of E (g . do)^2 / 2, with g the
-              gradient at o of the log-probability of tokens drawn from the predictions
+              gradient at o of the log-probability of tokens drawn from the predictions. On few
+              tokens gradients are left out (|do|^2 in units of sum |o|^2): too few tell too little
     metric    of K: sum of scale^2 p_i^2 (g . (v_i - o))^2 y y^T over queries and the frames of the
               keys they meet; of V: sum of p_i^2 g g^T
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
     steps     of least squared error on sampled rows, a little wider
-    plan      bands of every layer: least sum of square roots of costs (errors of layers may point
-              the same way) under one byte budget
+    plan      bands of every layer: least sum of costs under one byte budget
 
     stats = collect(model, token_sequences(tokenizer, 65536))
     codec = fit_codec(stats, plan(stats, "balanced"), "balanced")
@@ -49,10 +49,11 @@ from .rope import freqs_from_inv_freq
 
 FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
-QUERIES = 1024  # queries a head and sequence that costs of errors are estimated from
+QUERIES = 256  # queries a head and sequence that costs of errors are estimated from
 LENGTH = 4096  # tokens of a sequence
 WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
+LEAST_DRAWN = 32768  # tokens from which on gradients are asked for
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
@@ -213,7 +214,7 @@ def error_costs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | None,
     freqs: Tensor,
     *,
     scale: float,
@@ -221,7 +222,7 @@ def error_costs(
     window: int,
     queries: int = QUERIES,
     frame: int = FRAME,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """What errors of older keys and values cost the model's predictions, to first order.
 
     By queries of the second half, evenly, the same of all heads. With p the softmax weights of a
@@ -229,12 +230,14 @@ def error_costs(
 
     Args:
         q, gradient: [H, T, D]; k, v: [G, T, D]; q and k as the model rotated them; floating point.
+            No gradient: all directions count alike, g g^T is the identity.
         freqs: int64 [pairs].      scale: of scores.
         sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
-        The metrics of K and V, float64 [2, G, D, D]: sums over queries m of
-        scale^2 sum_i p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the start of i's frame;
-        of sum_i p_i^2 g g^T.
+        metrics: of K and V, float64 [2, G, D, D], sums over queries m of
+            scale^2 sum_i p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the start of i's
+            frame; of sum_i p_i^2 g g^T.
+        power: float64 [], the sum of |o|^2.
     """
     heads, tokens, dim = q.shape
     first = tokens // 2
@@ -244,22 +247,31 @@ def error_costs(
     positions = torch.arange(tokens, device=q.device)
     starts = -frame * torch.arange(-(-tokens // frame), device=q.device)
     metrics = q.new_zeros(2, len(k), dim, dim, dtype=torch.float64)
+    power = q.new_zeros((), dtype=torch.float64)
     for h in range(heads):
         g = h * len(k) // heads
         keys, values = k[g].float(), v[g].float()
-        parts = (x.split(256) for x in (at, q[h, at].float(), gradient[h, at].float()))
-        for some, asked, grad in zip(*parts, strict=True):
-            age = some[:, None] - positions
+        for part in at.split(256):
+            asked, age = q[h, part].float(), part[:, None] - positions
             scores = scale * (asked @ keys.mT)  # [256, T]
             p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
-            along = grad @ values.mT - (grad * (p @ values)).sum(-1, keepdim=True)  # g . (v_i - o)
+            o = p @ values
+            square = o.square().sum(-1, keepdim=True)
+            power += square.sum()
             p = p.masked_fill((positions < sinks) | (age < window), 0.0).square()
-            cost = scale**2 * p * along.square()
-            cost = torch.nn.functional.pad(cost, (0, -tokens % frame)).unflatten(-1, (-1, frame))
+            weight = p.sum(-1, keepdim=True)
+            if gradient is None:  # |v_i - o|^2
+                off = (values.square().sum(-1) - 2 * (o @ values.mT) + square).clamp_min(0)
+                metrics[1, g].diagonal().add_(weight.sum())
+            else:  # (g . (v_i - o))^2
+                grad = gradient[h, part].float()
+                off = (grad @ values.mT - (grad * o).sum(-1, keepdim=True)).square()
+                metrics[1, g] += (weight * grad).mT @ grad
+            cost = torch.nn.functional.pad(scale**2 * p * off, (0, -tokens % frame))
+            cost = cost.unflatten(-1, (-1, frame)).sum(-1, keepdim=True)
             y = turned(asked[:, None].expand(-1, len(starts), -1), starts, freqs)
-            metrics[0, g] += (y * cost.sum(-1, keepdim=True)).flatten(0, 1).mT @ y.flatten(0, 1)
-            metrics[1, g] += ((grad * p.sum(-1, keepdim=True)).mT @ grad).double()
-    return metrics
+            metrics[0, g] += (y * cost).flatten(0, 1).mT @ y.flatten(0, 1)
+    return metrics, power
 
 
 class _Layer:
@@ -278,14 +290,16 @@ class _Layer:
         self.freqs, self.every = freqs.to(q.device), every
         self.count = 0
         self.k_sum, self.moments = zeros(kv_heads, dim), zeros(2, kv_heads, dim, dim)
-        self.metrics = zeros(2, kv_heads, dim, dim)
+        self.metrics, self.power = zeros(2, kv_heads, dim, dim), zeros(())
         self.rows: list[Tensor] = []
 
     def add(
-        self, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, *, sinks: int, **options: Any
+        self, q: Tensor, k: Tensor, v: Tensor, gradient: Any, *, sinks: int, **options: Any
     ) -> None:
-        """One sequence's tokens, arguments as of `error_costs`."""
-        self.metrics += error_costs(q, k, v, gradient, self.freqs, sinks=sinks, **options)
+        """One sequence's tokens, arguments as of `error_costs`; a gradient for all or for none."""
+        metrics, power = error_costs(q, k, v, gradient, self.freqs, sinks=sinks, **options)
+        self.metrics += metrics
+        self.power += power if gradient is None else 1.0
         self.add_tokens(k, v, sinks)
 
     def add_tokens(self, k: Tensor, v: Tensor, sinks: int) -> None:
@@ -303,7 +317,7 @@ class _Layer:
         k_moment, v_moment = (self.moments / self.count).cpu().unbind()
         k_rows, v_rows = torch.cat(self.rows, dim=2).unbind()
         k_moment = k_moment - mean[:, :, None] * mean[:, None]
-        metrics = self.metrics.cpu() / self.count
+        metrics = (self.metrics / self.power.clamp_min(1e-300)).cpu()
         if not metrics.isfinite().all():
             raise ValueError("model: expected finite gradients, got inf or NaN (float16 overflows)")
         floor = METRIC_FLOOR * metrics.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -438,28 +452,6 @@ def drawn_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
     return found
 
 
-@dataclass
-class _Read:
-    """What a layer did with a batch: its arguments and scale; the gradient at its outputs."""
-
-    layer: _Layer
-    qkv: tuple[Tensor, Tensor, Tensor]
-    scale: float
-    size: Tensor
-    gradient: Tensor | None = None
-
-    def add(self, sinks: int, window: int) -> None:
-        """To the layer's sums. Where no gradient came back (weights in a format that has none), all
-        directions of outputs count alike, relative to their size."""
-        gradient = self.gradient
-        if gradient is None:
-            noise = torch.empty_like(self.qkv[0]).transpose(1, 2)
-            generator = torch.Generator(noise.device).manual_seed(0)
-            gradient = noise.normal_(generator=generator) / self.size
-        for row in zip(*self.qkv, gradient.transpose(1, 2), strict=True):
-            self.layer.add(*row, scale=self.scale, sinks=sinks, window=window)
-
-
 def collect(
     model: Any,
     sequences: Iterable[Tensor],
@@ -482,6 +474,8 @@ def collect(
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
             head dimensions that no page layout holds; gradients that are not finite.
+    Of LEAST_DRAWN tokens or more, gradients are asked for. Layers that none come back to (weights
+    in a format that has none) do without, and so do all of them then.
     Memory: one sequence's q, k, v, outputs' gradients and inputs of all layers; logits of half of
     it, twice; D x D sums in float64 a KV head on each layer's device, 2,048 rows of one on the CPU.
     """
@@ -501,7 +495,9 @@ def collect(
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
     full = full_layers(decoder_of(model).config)
-    reads: list[_Read] | None = None  # of the batch that is read; None: layers run again
+    drawn = total >= LEAST_DRAWN
+    reads: list[Any] | None = None  # of the batch that is read; None: layers run again
+    gradients: dict[int, Tensor] = {}  # at the outputs of reads
 
     def take(
         module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
@@ -514,27 +510,30 @@ def collect(
             freqs = layer_freqs(model, module, q.shape[-1])
             layers[id(module)] = _Layer(q, k, v, freqs, max(1, total // SAMPLE) | 1)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        size = out.detach().float().square().mean().sqrt()
-        read = _Read(layers[id(module)], (q.detach(), k.detach(), v.detach()), scale, size)
         if out.requires_grad:
-            out.register_hook(partial(setattr, read, "gradient"))
-        reads.append(read)
+            out.register_hook(partial(gradients.__setitem__, len(reads)))
+        reads.append((layers[id(module)], q.detach(), k.detach(), v.detach(), scale))
 
     takes_keep = "logits_to_keep" in signature(model.forward).parameters
+    differentiable = _differentiable(model) if drawn else torch.no_grad()
     bar = tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
-    with _tapped(model, take), _differentiable(model), bar:
+    with _tapped(model, take), differentiable, bar:
         for n, x in enumerate(sequences):
             reads, later = [], x.shape[1] - x.shape[1] // 2  # those that costs are asked from
-            keep = {"logits_to_keep": later} if takes_keep else {}
+            keep = {"logits_to_keep": later if drawn else 1} if takes_keep else {}
             logits = model(input_ids=x.to(model.device), use_cache=False, **keep).logits
             known, reads = reads, None
-            logits = logits[:, -later:]
             if logits.requires_grad:
                 seeded = torch.Generator(logits.device).manual_seed(n)
+                logits = logits[:, -later:]
                 logits.backward(drawn_gradient(logits, seeded))
+            drawn = len(gradients) == len(known)
             with torch.no_grad():
-                for read in known:
-                    read.add(sinks, window)
+                for i, (layer, *qkv, scale) in enumerate(known):
+                    slopes = gradients[i].transpose(1, 2) if drawn else [None] * len(x)
+                    for row in zip(*qkv, slopes, strict=True):
+                        layer.add(*row, scale=scale, sinks=sinks, window=window)
+            gradients.clear()
             bar.update(x.numel())
     if not layers:
         raise ValueError("model: expected full attention through AttentionInterface, got none")
@@ -665,7 +664,7 @@ def fit_codec(
 
 
 def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayout]:
-    """The layout of each layer: least sum of costs' square roots within the bytes the ratio leaves.
+    """The layout of each layer: least sum of costs within the bytes the ratio leaves all.
 
     At most MAX_LAYOUTS different ones, each a set of kernels to compile: from more, that which
     costs least is given up in turns.
@@ -679,8 +678,7 @@ def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayou
     for layer in stats.layers:
         dim = layer.k.moment.shape[1]
         k, v = (
-            {bands: getattr(layer, side).loss(bands) ** 0.5 for bands in menus(dim)[side]}
-            for side in "kv"
+            {bands: getattr(layer, side).loss(bands) for bands in menus(dim)[side]} for side in "kv"
         )
         losses.append({PageLayout(a, b, dim, FRAME): k[a] + v[b] for a in k for b in v})
     full = sum(4 * layer.k.mean.numel() for layer in stats.layers)
