@@ -686,8 +686,8 @@ MUTANTS: list[Mutant] = [
         ("embeddings with gradients for ever", "        hook.remove()\n", "        pass\n"),
         ("gradients of few tokens", "drawn = total >= LEAST_DRAWN", "drawn = total > 0",
          "tests/test_calibrate.py::test_without_gradients_all_directions_count_alike"),
-        ("gradients of some layers", "drawn = len(gradients) == len(known)",
-         "drawn = drawn",
+        ("gradients that nobody looks at", "drawn = len(gradients) == len(known)",
+         "drawn = False",
          "tests/test_calibrate.py::test_without_gradients_all_directions_count_alike"),
     ),
     *of(
