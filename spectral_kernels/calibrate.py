@@ -31,6 +31,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ LENGTH = 4096  # tokens of a sequence
 WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
 LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary more than outputs do
-METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
+METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to metrics: few queries told them
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
 MARGIN = {2: 1.25, 4: 1.1}  # of steps, by bits: clipping errors do not cancel as others do
@@ -417,28 +418,28 @@ def layer_freqs(model: Any, module: Any, head_dim: int) -> Tensor:
 def _differentiable(model: Any) -> Iterator[None]:
     """Inside, outputs have gradients, though no weight gets one, and a layer runs again on the way
     back instead of keeping what it computed. Afterwards the model is as it was."""
-    from torch.utils.checkpoint import checkpoint
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
     from ._model import decoder_of, wrapped_layers
-
-    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
     def begin(module: Any, args: Any, out: Tensor) -> Tensor:
         return out.requires_grad_().clone()  # a leaf must not be changed in place
 
-    weights = [x for x in model.parameters() if x.requires_grad]
+    # By name: weights that accelerate moves are other objects afterwards.
+    weights = [name for name, x in model.named_parameters() if x.requires_grad]
+    again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     hook = model.get_input_embeddings().register_forward_hook(begin)
     try:
-        for x in weights:
-            x.requires_grad_(False)
+        for name in weights:
+            model.get_parameter(name).requires_grad_(False)
         wrapped = wrapped_layers(decoder_of(model), again)
-        with torch.inference_mode(False), torch.enable_grad(), wrapped:
+        whole = set_checkpoint_early_stop(False)  # to the end, where accelerate's hooks wait
+        with torch.inference_mode(False), torch.enable_grad(), whole, wrapped:
             yield
     finally:
         hook.remove()
-        for x in weights:
-            x.requires_grad_()
+        for name in weights:
+            model.get_parameter(name).requires_grad_()
 
 
 def drawn_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -474,10 +475,11 @@ def collect(
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
             head dimensions that no page layout holds; gradients that are not finite.
-    Of LEAST_DRAWN tokens or more, gradients are asked for. Layers that none come back to (weights
-    in a format that has none) do without, and so do all of them then.
+    Of LEAST_DRAWN tokens or more, gradients are asked for. If none come back (weights in a format
+    that has none, or made under torch.inference_mode; too little memory) all layers do without.
     Memory: one sequence's q, k, v, outputs' gradients and inputs of all layers; logits of half of
-    it, twice; D x D sums in float64 a KV head on each layer's device, 2,048 rows of one on the CPU.
+    it, twice (of all of it, where the model has no logits_to_keep); D x D sums in float64 a KV head
+    on each layer's device, 2,048 rows of one on the CPU.
     """
     from inspect import signature
 
@@ -495,13 +497,11 @@ def collect(
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
     full = full_layers(decoder_of(model).config)
-    drawn = total >= LEAST_DRAWN
+    drawn = total >= LEAST_DRAWN and not any(x.is_inference() for x in model.parameters())
     reads: list[Any] | None = None  # of the batch that is read; None: layers run again
     gradients: dict[int, Tensor] = {}  # at the outputs of reads
 
-    def take(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
-    ) -> None:
+    def take(module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: Any) -> None:
         if reads is None or getattr(module, "layer_idx", None) not in full:
             return
         if q.shape[2] != k.shape[2]:
@@ -523,16 +523,21 @@ def collect(
             keep = {"logits_to_keep": later if drawn else 1} if takes_keep else {}
             logits = model(input_ids=x.to(model.device), use_cache=False, **keep).logits
             known, reads = reads, None
-            if logits.requires_grad:
-                seeded = torch.Generator(logits.device).manual_seed(n)
-                logits = logits[:, -later:]
-                logits.backward(drawn_gradient(logits, seeded))
+            if drawn and logits.requires_grad:
+                logits, seeded = logits[:, -later:], torch.Generator(logits.device).manual_seed(n)
+                try:
+                    logits.backward(drawn_gradient(logits, seeded))
+                except RuntimeError as error:  # of a product without a derivative, or of memory
+                    if n:
+                        raise
+                    warnings.warn(f"calibrating without gradients: {error}", stacklevel=2)
             drawn = len(gradients) == len(known)
             with torch.no_grad():
                 for i, (layer, *qkv, scale) in enumerate(known):
                     slopes = gradients[i].transpose(1, 2) if drawn else [None] * len(x)
                     for row in zip(*qkv, slopes, strict=True):
                         layer.add(*row, scale=scale, sinks=sinks, window=window)
+            del logits, known
             gradients.clear()
             bar.update(x.numel())
     if not layers:

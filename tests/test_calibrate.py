@@ -1,6 +1,7 @@
 """spectral_kernels/calibrate.py against reference/calibrate.py."""
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -599,14 +600,29 @@ def other_tiny(change, dtype=torch.float32):
     return model
 
 
-def test_without_gradients_all_directions_count_alike(tiny, monkeypatch):
-    """Few tokens, or weights in a format whose products have no backward pass."""
+def opaque(out):
+    """A product that has no derivative, as those of some formats."""
+    weight = torch.zeros(4, out.shape[-1], dtype=torch.int8)
+    lost = torch._weight_int8pack_mm(out[0].bfloat16(), weight, torch.zeros(4).bfloat16())
+    return out + lost[None, :, :1].float()
+
+
+@pytest.mark.parametrize("form", ["detached", "opaque", "inference"])
+def test_without_gradients_all_directions_count_alike(tiny, form, monkeypatch):
+    """Few tokens, weights in a format whose products have no backward pass, or of inference."""
     model, tokenizer = tiny
-    frozen = other_tiny(torch.Tensor.detach)
+    change = {"detached": torch.Tensor.detach, "opaque": opaque}.get(form, torch.Tensor.clone)
+    with torch.inference_mode(form == "inference"):
+        frozen = other_tiny(change).double().float()  # new weights
+    before = state_of(frozen)
     ids = [recall_tokens(tokenizer, 300, seed) for seed in (0, 1)]
     few = calibrate.collect(model, ids, window=16)
     monkeypatch.setattr(calibrate, "LEAST_DRAWN", 600)
-    none, drawn = (calibrate.collect(x, ids, window=16) for x in (frozen, model))
+    with warnings.catch_warnings(record=True) as texts:
+        warnings.simplefilter("always")
+        none, drawn = (calibrate.collect(x, ids, window=16) for x in (frozen, model))
+    assert sum("without gradients" in str(x.message) for x in texts) == (form == "opaque")
+    assert state_of(frozen) == before
     for a, b, c in zip(few.layers, none.layers, drawn.layers, strict=True):
         eye = torch.eye(64, dtype=torch.float64)
         assert torch.equal(a.v.metric, a.v.metric[:, :1, :1] * eye)
@@ -614,7 +630,56 @@ def test_without_gradients_all_directions_count_alike(tiny, monkeypatch):
         for x, y, z in ((a.k, b.k, c.k), (a.v, b.v, c.v)):
             assert torch.allclose(x.metric, y.metric, rtol=1e-5)
             assert not torch.allclose(x.metric, z.metric, rtol=0.1)
-            assert torch.allclose(x.moment, z.moment, rtol=1e-5, atol=1e-5)
+            assert torch.allclose(x.moment, y.moment, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_is_freed_before_the_next_is_read(tiny, monkeypatch):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    model, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
+    add, seen, kept = calibrate._Layer.add, [], []
+
+    def note(layer, *row, **options):
+        seen.extend(StorageWeakRef(x.untyped_storage()) for x in row)  # q, k, v and a gradient
+        add(layer, *row, **options)
+
+    def count(*args):
+        kept.append(sum(not x.expired() for x in seen))
+
+    monkeypatch.setattr(calibrate._Layer, "add", note)
+    hook = model.register_forward_pre_hook(count)
+    try:
+        calibrate.collect(model, [recall_tokens(tokenizer, 100, i) for i in range(3)], window=16)
+    finally:
+        hook.remove()
+    count()
+    assert len(seen) == 3 * 4 * 4 and kept[0] == kept[3] == 0
+    assert max(kept) <= 4  # of one layer of four
+
+
+def test_weights_that_accelerate_moves_are_as_before(tiny, tmp_path, monkeypatch):
+    """On the way back too they leave the device again."""
+    accelerate = pytest.importorskip("accelerate")
+    model, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
+    ids = recall_tokens(tokenizer, 100)
+    expected = calibrate.collect(model, [ids], window=16)
+    names = ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1", "layers.2")
+    parts = dict.fromkeys([f"model.{name}" for name in names] + ["lm_head"], "cpu")
+    split = other_tiny(torch.Tensor.clone)
+    split = accelerate.dispatch_model(
+        split, {**parts, "model.layers.3": "disk"}, main_device="cpu", offload_dir=tmp_path
+    )
+
+    def state():
+        return [(name, x.device, x.requires_grad) for name, x in split.named_parameters()]
+
+    before = state()
+    found = calibrate.collect(split, [ids], window=16)
+    assert state() == before and split.model.layers[3].mlp.down_proj.weight.is_meta
+    for x, y in zip(found.layers, expected.layers, strict=True):
+        assert torch.allclose(x.v.metric, y.v.metric, rtol=1e-4, atol=1e-6)
 
 
 def test_gradients_that_are_not_finite_are_refused(tiny, monkeypatch):
