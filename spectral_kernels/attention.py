@@ -867,8 +867,8 @@ def attend_spectral(
         codec: of the layer.
         block_table: int32 [B, max_pages], page of positions 64 j .. 64 j + 63; entries past a row's
             length are not read.
-        seq_lens: int32 [B], tokens of a row with those of the queries; read on the device: lengths
-            may change between replays of a CUDA graph.
+        seq_lens: int32 [B], tokens of a row with those of the queries, at most 64 max_pages; read
+            on the device: lengths may change between replays of a CUDA graph.
         sinks, window: first and newest tokens that are not attended in pages.
         exact: (k_exact, v_exact) as `attend_window` takes them.
         seq_ids, codec_ids: int32 [B], row of `exact` and of the codec of a sequence; None: its
