@@ -17,9 +17,10 @@ several presets), or what `enable` finds or calibrates; judge no text that it kn
 `generate` does. KL is to the dense model on the same tokens. `exact` is what the number format
 costs.
 
---tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back and exact
-new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's;
-`change` is where the mean change of a prompt's score lies with 95 %.
+--tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
+context and exact questions and new tokens. Flips are prompts that only the dense model or only the
+scheme solves, p is McNemar's, of prompts with a context each; `change` is where the mean change of
+a prompt's score lies with 95 %.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
@@ -65,6 +66,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -476,67 +478,72 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts of a kind, whose last token the cache has not seen."""
-    written = [torch.tensor([task.ids[-1:] for task in tasks], device=model.device)]
+    """What the model writes after prompts of a kind, whose last tokens the cache has not seen."""
+    seen = int(cache.get_seq_length())
+    written = [torch.tensor([task.ids[seen:] for task in tasks], device=model.device)]
     while True:
-        logits = model(input_ids=written[-1], use_cache=True, **{CACHE: cache}).logits
-        written.append(logits[:, -1].argmax(-1, keepdim=True))
+        options = {"logits_to_keep": 1, "use_cache": True, CACHE: cache}
+        written.append(model(input_ids=written[-1], **options).logits.argmax(-1))
         step = len(written) - 1
         if step % 16 == 0 or step == tasks[0].new:
-            texts = [tokenizer.decode(row[1:]) for row in torch.cat(written, dim=1).tolist()]
+            texts = [tokenizer.decode(row) for row in torch.cat(written[1:], dim=1).tolist()]
             ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
             if step == tasks[0].new or all(ended):
                 return texts
 
 
 def answers(
-    model: Any, tasks: Sequence[Task], tokenizer: Any, schemes: dict[str, Scheme]
+    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme]
 ) -> Iterator[tuple[str, list[str], Row]]:
-    """(scheme, text of each task, sizes) for tasks of one length: "dense" first."""
-    ids = torch.tensor([task.ids for task in tasks])
-    prefix = read_prefix(model, ids, moments="oscar-2" in schemes)
+    """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
+    context have in common is stored once a scheme, the rest is exact."""
+    ids = torch.tensor([tasks[0].ids[: min(map(_tasks.shared, asked)) + 1] for tasks in asked])
+    prefix, each = read_prefix(model, ids, moments="oscar-2" in schemes), len(asked[0])
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
         del given
-        yield name, greedy(model, cache, tasks, tokenizer), size
+        cache.batch_repeat_interleave(each)
+        yield name, greedy(model, cache, [*chain.from_iterable(asked)], tokenizer), size
 
 
-def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[Row]:
-    """A row a scheme, from scores of a kind of task's prompts and sizes; flips against "dense"."""
+def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 1) -> Iterator[Row]:
+    """A row a scheme, from scores of a kind of task's prompts, `each` over a context, and sizes;
+    flips against "dense"."""
     dense = found["dense"][0]
     for scheme, (scores, size) in found.items():
-        lost = sum(a == 1 > b for a, b in zip(dense, scores, strict=True))
-        won = sum(b == 1 > a for a, b in zip(dense, scores, strict=True))
-        means = {"score": sum(scores) / len(dense), "dense_score": sum(dense) / len(dense)}
-        solved = {"prompts": len(dense), "dense_solved": sum(a == 1 for a in dense)}
-        flips = {"flips": [lost, won], "mcnemar": _tasks.mcnemar(lost, won)}
-        change = {"change": _tasks.interval([b - a for a, b in zip(dense, scores, strict=True)])}
-        yield {"task": name, "scheme": scheme, **size, **solved, **means, **change, **flips}
+        pairs = [*zip(dense, scores, strict=True)]
+        lost, won = (sum(pair[i] == 1 > pair[1 - i] for pair in pairs) for i in (0, 1))
+        changes = [other - exact for exact, other in pairs]
+        row = {"task": name, "scheme": scheme, **size, "contexts": len(dense) // each}
+        row |= {"prompts": len(dense), "dense_solved": dense.count(1)}
+        row |= {"score": fmean(scores), "dense_score": fmean(dense), "flips": [lost, won]}
+        row["change"] = _tasks.interval([changes[i : i + each] for i in range(0, len(dense), each)])
+        yield row | {"mcnemar": _tasks.mcnemar(lost, won)}
 
 
 def measure_tasks(
     model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
-    batch = max(1, args.batch // length)
     for name in TASKS if args.tasks == ["all"] else args.tasks:
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
         count = args.problems if name == "humaneval" else args.count
-        tasks = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
+        asked = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
+        batch = max(1, args.batch // (length * len(asked[0])))
         scores: dict[str, list[Iterator[float]]] = defaultdict(list)
         sizes_of: dict[str, Row] = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(tasks), batch):
-                part = tasks[first : first + batch]
+            for first in range(0, len(asked), batch):
+                part = asked[first : first + batch]
                 for scheme, texts, size in answers(model, part, tokenizer, schemes):
                     # Programs run in processes, while the next scheme answers.
-                    scores[scheme].append(pool.map(_tasks.score, part, texts))
+                    scores[scheme].append(pool.map(_tasks.score, chain.from_iterable(part), texts))
                     sizes_of[scheme] = size
         found = {x: ([*chain.from_iterable(y)], sizes_of[x]) for x, y in scores.items()}
-        for row in task_rows(name, found):
-            yield {"context": length, **row}
+        for row in task_rows(name, found, len(asked[0])):
+            yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
 @torch.no_grad()
@@ -642,7 +649,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
-    add("--count", type=int, default=16, help="prompts a task and length (16)")
+    add("--count", type=int, default=16, help="contexts a task and length (16)")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
     add("--problems", type=int, default=164, help="of humaneval (164)")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
