@@ -141,8 +141,7 @@ def interval(changes: Sequence[Sequence[float]]) -> list[float]:
     many contexts, of which alone independence is assumed. As Agresti and Min (2005) have it, half a
     prompt more is lost and half a one won: that few prompts show no change does not say much."""
     means, count = [*map(statistics.fmean, changes)], len(changes) + 2
-    middle = math.fsum(means) / count
-    squares = math.fsum(x * x for x in means) + len(changes[0]) ** -2
+    middle, squares = sum(means) / count, sum(x * x for x in means) + len(changes[0]) ** -2
     half = 1.96 * math.sqrt((squares / count - middle**2) / count)
     return [middle - half, middle + half]
 

@@ -40,8 +40,8 @@ text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
                 (arXiv 2402.02750)
     saw-int4    H, then 4 bits a token and head, from least to greatest (2604.19157)
     oscar-2     K: H after the eigenvectors of the queries' covariance; V: of the values', weighted
-                by the scores; 2 bits a token and head, range clipped (2605.17757). Loses more than
-                kivi-2 on Qwen2.5, perhaps by our fault: run only where asked for
+                by the scores; 2 bits a token and head, range clipped (2605.17757). Only where asked
+                for: it loses more than kivi-2 on Qwen2.5, perhaps by our fault
     kvarn-k4v2  tiles of 128 tokens: H, standard deviations of rows and columns evened out in turns;
                 K 4 bits per channel, V 2 bits per token (2606.03458)
     turbo-3     a token's norm, then a random rotation and the 3-bit Lloyd-Max levels of a normal
@@ -50,15 +50,13 @@ saw-int4, oscar-2, turbo-3 and kvarn get the mean key of a head taken out first,
 published they rotate it into all channels, and keys with large biases (Qwen2.5: channels of 145
 beside deviations of 1) leave nothing of a token's range.
 
-perf/results/quality.jsonl also holds, as a baseline, rows of the first version of this library,
-whose layouts and bases were those of a sequence.   Test: tests/test_quality.py.
+Test: tests/test_quality.py.
 """
 
 import math
 import os
 import sys
 from argparse import Namespace
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -77,7 +75,7 @@ from perf import _tasks
 from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
-from perf.tables import quality_table, sections
+from perf.tables import quality_table
 from perf.tiny_model.recall import make_recall_contexts
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
@@ -89,8 +87,6 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-TABLE = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f "
-TABLE += "perplexity:+.2% recalled needles"  # of a text
 
 
 class Question(NamedTuple):
@@ -353,11 +349,6 @@ def even_levels(x: torch.Tensor, dim: int, bits: int, clip: float = 1.0) -> torc
     return ((x - zero) / step).round().clamp(0, 2**bits - 1) * step + zero
 
 
-def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """`even_levels` of groups of 32 along `dim`, -1 or -2."""
-    return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
-
-
 @lru_cache
 def hadamard(dim: int) -> torch.Tensor:
     """Orthonormal, symmetric [D, D], in blocks of the largest power of two that divides D."""
@@ -373,7 +364,8 @@ def random_rotation(dim: int) -> torch.Tensor:
 
 
 def code_kivi(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix, bits: int) -> torch.Tensor:
-    return in_groups(x, -2 if is_key else -1, bits)
+    dim = -2 if is_key else -1
+    return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
 
 
 def code_fp8(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
@@ -529,20 +521,18 @@ def measure_tasks(
     for name in TASKS if args.tasks == ["all"] else args.tasks:
         if name == "humaneval" and length > min(args.lengths):
             continue  # its prefixes are of 1 to 4K tokens
-        count = args.problems if name == "humaneval" else args.count
-        asked = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
+        asked = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed)
         batch = max(1, args.batch // (length * len(asked[0])))
-        scores: dict[str, list[Iterator[float]]] = defaultdict(list)
-        sizes_of: dict[str, Row] = {}
+        found: dict[str, tuple[list[Iterator[float]], Row]] = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for first in range(0, len(asked), batch):
                 part = asked[first : first + batch]
                 for scheme, texts, size in answers(model, part, tokenizer, schemes):
                     # Programs run in processes, while the next scheme answers.
-                    scores[scheme].append(pool.map(_tasks.score, chain.from_iterable(part), texts))
-                    sizes_of[scheme] = size
-        found = {x: ([*chain.from_iterable(y)], sizes_of[x]) for x, y in scores.items()}
-        for row in task_rows(name, found, len(asked[0])):
+                    scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
+                    found.setdefault(scheme, ([], size))[0].append(scores)
+        done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
+        for row in task_rows(name, done, len(asked[0])):
             yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
@@ -594,8 +584,8 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
         for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
             row: Row = {"text": case.name, "context": case.context, "task": "generate"}
             row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
-            row |= {"teacher_forced_kl": float(forced.mean())}
-            row |= {"free_running_kl": float(free.mean())}
+            kls = {"teacher_forced": forced, "free_running": free}
+            row |= {f"{name}_kl": float(x.mean()) for name, x in kls.items()}
             yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
 
 
@@ -649,9 +639,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
-    add("--count", type=int, default=16, help="contexts a task and length (16)")
+    add("--count", type=int, default=16, help="contexts a task (16); humaneval has 164")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
-    add("--problems", type=int, default=164, help="of humaneval (164)")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
@@ -677,8 +666,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measured(model, tokenizer, cases, args)
     for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
         rows.append(write_row({**head, **row, **same}, args.json))
-    texts, names = [row for row in rows if "kl" in row], ("model", "text", "context")
-    print(sections(texts, names, "{}, {}, {:,} tokens of context", TABLE))
     print(quality_table(rows))
     return 0
 

@@ -161,10 +161,7 @@ def end_to_end_table(rows: Rows) -> str:
 
 def newest(name: str, results: Path = RESULTS) -> list[Row]:
     """The rows of perf/results/NAME.jsonl that count."""
-    rows = read_rows(results / f"{name}.jsonl")
-    if name == "quality":  # what an earlier perf.quality wrote is kept beside, as a baseline
-        rows = [row for row in rows if "kl_median" in row or "task" in row]
-    return latest(rows, KEYS[name])
+    return latest(read_rows(results / f"{name}.jsonl"), KEYS[name])
 
 
 def mean(rows: Rows, name: str) -> float | None:

@@ -705,7 +705,7 @@ def test_break_even(dense, ours, words):
 
 
 def test_the_quality_table():
-    """Means over texts, the newest row of each; tasks apart; nothing of an earlier perf.quality."""
+    """Means over texts, the newest row of each; tasks apart."""
     rows = [quality_row("small", 12.0, 0.5), quality_row("small", 12.0, 0.1)]
     rows += [quality_row("small", 10.0, 0.3, text="b", recalled=5), quality_row("fp8", 2.0, 0.01)]
     tasks = [{**quality_row(name, 8.0, 0), "task": "records"} for name in ("dense", "balanced")]

@@ -138,11 +138,10 @@ def test_groups_of_32_by_hand():
     """32 even numbers 0 .. 62 in 5 bits are levels 2 apart, hit exactly; in 1 bit only the ends are
     left."""
     x = (2.0 * torch.arange(32)).expand(1, 1, 2, 32).contiguous()
-    assert torch.equal(quality.in_groups(x, -1, 5), x)
-    assert torch.equal(quality.in_groups(x.mT.contiguous(), -2, 5), x.mT)
-    assert torch.equal(
-        quality.in_groups(x, -1, 1)[0, 0, 0], torch.where(torch.arange(32) < 16, 0.0, 62.0)
-    )
+    assert torch.equal(quality.code_kivi(x, False, 0, None, 5), x)
+    assert torch.equal(quality.code_kivi(x.mT.contiguous(), True, 0, None, 5), x.mT)
+    ends = quality.code_kivi(x, False, 0, None, 1)[0, 0, 0]
+    assert torch.equal(ends, torch.where(torch.arange(32) < 16, 0.0, 62.0))
 
 
 def test_yardsticks_count_their_bytes(prefix):
@@ -207,8 +206,21 @@ def test_main_writes_rows(tmp_path, capsys):
     exact, lossy = ((x["teacher_forced_kl"], x["free_running_kl"]) for x in streams)
     assert max(exact) < 1e-6 < min(lossy) <= max(lossy) < 0.1
     printed = capsys.readouterr().out
-    assert "| kivi-3 |" in printed and "### embedded, built-in, 700 tokens" in printed
-    assert "### embedded, 700 tokens, kl over 1 text(s)" in printed
+    assert "| kivi-3 |" in printed and "### embedded, 700 tokens, kl over 1 text(s)" in printed
+
+
+def test_rows_of_tasks_of_the_command(tmp_path, capsys):
+    """Three questions over each of five contexts, in two batches; none is answered: of five contexts
+    and two, whose squares sum to 1 / 9, half the interval is 1.96 / 21."""
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--tasks", "multiquery", "--lengths", "700", "--count", "5", "--batch", "9000"]
+    arguments += ["--presets", "quality", "--task-yardsticks", "--context", "300", "--yardsticks"]
+    assert quality.main([*arguments, "--device", "cpu", "--json", str(out)]) == 0
+    dense, ours = (json.loads(x) for x in out.read_text().splitlines() if "multiquery" in x)
+    assert (dense["scheme"], ours["scheme"], ours["dtype"]) == ("dense", "quality", "float32")
+    assert all((row["contexts"], row["prompts"]) == (5, 15) for row in (dense, ours))
+    assert ours["change"] == pytest.approx(_tasks.interval([[0.0] * 3] * 5), rel=1e-3)
+    assert "| quality | 0.00 +0.0 ± 9.3 |" in capsys.readouterr().out
 
 
 def test_texts_go_with_a_model(capsys):
