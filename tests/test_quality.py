@@ -210,8 +210,8 @@ def test_main_writes_rows(tmp_path, capsys):
 
 
 def test_rows_of_tasks_of_the_command(tmp_path, capsys):
-    """Three questions over each of five contexts, in two batches; none is answered: of five contexts
-    and two, whose squares sum to 1 / 9, half the interval is 1.96 / 21."""
+    """Three questions over each of five contexts, in two batches. None is answered: of five and two
+    more contexts, whose squares sum to 1 / 9, half the interval is 1.96 / 21."""
     out = tmp_path / "rows.jsonl"
     arguments = ["--tasks", "multiquery", "--lengths", "700", "--count", "5", "--batch", "9000"]
     arguments += ["--presets", "quality", "--task-yardsticks", "--context", "300", "--yardsticks"]
