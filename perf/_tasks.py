@@ -20,6 +20,7 @@ Test: tests/test_quality.py.
 """
 
 import math
+import os
 import random
 import re
 import statistics
@@ -29,7 +30,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, takewhile
+from itertools import chain
 from typing import Any
 
 PLACES = (
@@ -79,8 +80,7 @@ class Task:
 
 def shared(tasks: Sequence[Task]) -> int:
     """Tokens that all prompts begin with."""
-    columns = zip(*(task.ids for task in tasks), strict=True)
-    return len([*takewhile(lambda column: len({*column}) == 1, columns)])
+    return len(os.path.commonprefix([task.ids for task in tasks]))  # noqa: RUF071
 
 
 def answer_of(task: Task, text: str) -> str:
@@ -137,9 +137,9 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def interval(changes: Sequence[Sequence[float]]) -> list[float]:
-    """Bounds of the mean of paired differences of prompts, a list a context, all as long: 95 % of
-    many contexts, of which alone independence is assumed. As Agresti and Min (2005) have it, half a
-    prompt more is lost and half a one won: that few prompts show no change does not say much."""
+    """Bounds of the mean of paired differences, a list for each of many independent contexts, 95 %.
+    As Agresti and Min (2005) have it, half a prompt more is lost and half a one won: that few show
+    no change does not say much."""
     means, count = [*map(statistics.fmean, changes)], len(changes) + 2
     middle, squares = sum(means) / count, sum(x * x for x in means) + len(changes[0]) ** -2
     half = 1.96 * math.sqrt((squares / count - middle**2) / count)

@@ -18,17 +18,15 @@ several presets), or what `enable` finds or calibrates; judge no text that it kn
 costs.
 
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
-context and exact questions and new tokens. Flips are prompts that only the dense model or only the
-scheme solves, p is McNemar's, of prompts with a context each; `change` is where the mean change of
-a prompt's score lies with 95 %.
+context and exact questions and new tokens. Flips: prompts that only the dense model or only the
+scheme solves, p McNemar's, as if none shared a context; `change`: 95 % interval of the score's.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
                 tables, exact tokens. A model's codec is not a sequence's.
     ratio_long  the same in the limit of long contexts: without window and sinks
     kl          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
-    top1        share of them whose likeliest token is the exact cache's
-    perplexity  its change over them
+    top1        share of them whose likeliest token is the exact cache's; perplexity: its change
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
@@ -246,8 +244,7 @@ def predict(model: Any, case: Case, layers: Layers) -> torch.Tensor:
     """Log-probabilities at the predicted places, float32 [P, V], after a context as given."""
     cache = dense_cache(model, layers)
     ids = case.ids[:, case.context - 1 : -1].to(model.device)
-    mask = torch.ones((1, case.ids.shape[1] - 1), dtype=torch.long, device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits[0]
+    logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits[0]
     return logits.float().log_softmax(-1)
 
 
@@ -489,7 +486,8 @@ def answers(
 ) -> Iterator[tuple[str, list[str], Row]]:
     """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
     context have in common is stored once a scheme, the rest is exact."""
-    ids = torch.tensor([tasks[0].ids[: min(map(_tasks.shared, asked)) + 1] for tasks in asked])
+    common = min(map(_tasks.shared, asked))
+    ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
     prefix, each = read_prefix(model, ids, moments="oscar-2" in schemes), len(asked[0])
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
@@ -519,8 +517,6 @@ def measure_tasks(
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
     for name in TASKS if args.tasks == ["all"] else args.tasks:
-        if name == "humaneval" and length > min(args.lengths):
-            continue  # its prefixes are of 1 to 4K tokens
         asked = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed)
         batch = max(1, args.batch // (length * len(asked[0])))
         found: dict[str, tuple[list[Iterator[float]], Row]] = {}

@@ -187,8 +187,7 @@ def means(rows: Rows, needed: str) -> list[Row]:
 
 def quality_table(rows: Rows) -> str:
     """Means over texts of each scheme: of predicted tokens, of generated ones, of codecs without a
-    part of theirs; then tasks: the score, and its change in points with half the 95 % interval, or
-    programs that only dense or the scheme has right."""
+    part of theirs; then tasks."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
     predicted += " perplexity:+.2% recalled:.1f"
@@ -212,6 +211,7 @@ def quality_table(rows: Rows) -> str:
 
 
 def task_cell(row: Row) -> str:
+    """The score; its change with half the interval, or programs that only dense or this solves."""
     change, (low, high) = row["score"] - row["dense_score"], row["change"]
     text = f"{100 * change:+.1f} ± {50 * (high - low):.1f}"
     text = str(row["flips"]) if row["task"] == "humaneval" else text
