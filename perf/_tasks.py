@@ -12,11 +12,10 @@
 
 All but the last and `extraction` follow RULER (arXiv 2404.06654), that one Text2JSON (2604.08426).
 Every prompt has exactly the tokens asked for, so that prompts batch without padding; the facts lie
-at even distances. Every place, and every chain of `tracking`, is asked for once in a context: the
-prompts of a context differ at their end alone. An answer is what greedy decoding writes up to a
-stop text. Scores lie in 0 .. 1: the share of the answers found in it; of `extraction` F1 over
-records; 1 or 0 for a right last number, or a program that passes its tests.
-Test: tests/test_quality.py.
+at even distances. A context has a prompt for every place (asked for first) or chain of `tracking`:
+they differ at their end alone. An answer is what greedy decoding writes up to a stop text. Scores
+lie in 0 .. 1: the share of the answers found in it; of `extraction` F1 over records; 1 or 0 for a
+right last number, or a program that passes its tests.   Test: tests/test_quality.py.
 """
 
 import math
@@ -197,7 +196,7 @@ def _codes(name: str, write: Writer, rng: random.Random) -> list[Task]:
     codes = {place: [digits(rng) for _ in range(times)] for place in places}
     facts = [f"An access code of the {p} is {code}.\n" for p in places for code in codes[p]]
     rng.shuffle(facts)
-    groups = [places[i : i + asked] for i in range(0, keys, asked)]
+    groups = [(places * 2)[i : i + asked] for i in range(keys)]
     questions = [question.format(", ".join(f"the {place}" for place in group)) for group in groups]
     ids = write([f"\nQuestion: {text}" for text in questions], facts, partial(filler, rng))
     answers = [tuple(code for place in group for code in codes[place]) for group in groups]
