@@ -164,9 +164,11 @@ def text_case(
     facts = [tokens_of(tokenizer, f"\n{q.fact}\n") for q in questions]
     plain = tokens_of(tokenizer, text, first=True)
     own = context - sum(map(len, facts))  # tokens of the text in the context
-    if own < 1 or len(plain) < own + PREDICTED:
-        least = max(own, 1) + PREDICTED
-        raise ValueError(f"{name}: expected at least {least} tokens, got {len(plain)}")
+    short = 1 + (SINKS + 2 * WINDOW) * bool(facts) - own
+    if short > 0:
+        raise ValueError(f"context: expected at least {context + short} tokens, got {context}")
+    if len(plain) < own + PREDICTED:
+        raise ValueError(f"{name}: expected at least {own + PREDICTED} tokens, got {len(plain)}")
     ids, taken = list[int](), 0
     for i, fact in enumerate(facts):
         # The first tokens and the last ones are exact in most schemes: no fact lies there.

@@ -188,8 +188,15 @@ def test_needles_are_hidden_and_asked():
         predicted = case.ids[0, 3000:]
         assert bytes(predicted[list(places)].tolist()).decode() == question.answer
         assert bytes(predicted[: places.start].tolist()).decode().endswith(question.asked)
-    with pytest.raises(ValueError, match="expected at least"):
+    with pytest.raises(ValueError, match="t: expected at least"):
         quality.text_case("t", text[:1000], Bytes(), context=3000, needles=4, seed=0)
+    least = 1 + 4 + 2 * 128 + sum(len(q.fact) + 2 for q in quality.needle_questions(4, 0))
+    options = {"needles": 4, "seed": 0}
+    quality.text_case("t", text, Bytes(), context=least, **options)
+    with pytest.raises(ValueError, match=f"context: expected at least {least} tokens, got"):
+        quality.text_case("t", text, Bytes(), context=least - 1, **options)
+    with pytest.raises(ValueError, match="context: expected at least 1 tokens, got 0"):
+        quality.text_case("t", text, Bytes(), context=0, needles=0, seed=0)
 
 
 def test_main_writes_rows(tmp_path, capsys):
