@@ -32,6 +32,7 @@ SHAPES = {
     "check": (1024, 2816, 4, 8, 2, 128, 2048),  # of perf.serve --check
     "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
+LAYER = SHAPES["8b"][3:6]  # H, G, D where nothing else is said
 
 
 def llama(shape: str, **more: Any) -> Any:
@@ -53,15 +54,15 @@ def frequencies(dim: int, device: Any = "cpu") -> torch.Tensor:
     return freqs_from_inv_freq(inv_freq, device=device)
 
 
-def layouts(preset: str, dim: int, count: int = 3) -> list[PageLayout]:
-    """Different layouts as a plan of the preset mixes them, none above its bytes: of pairs of bands
-    from calibrate's menus, those of the most bytes, with few bytes for keys and with many."""
+def layouts(preset: str, dim: int) -> list[PageLayout]:
+    """Up to three layouts as a plan of the preset mixes them, none above its bytes: of pairs of
+    bands from calibrate's menus, those of the most bytes, with few bytes for keys and with many."""
     budget, menu = 4 * dim / PRESETS[preset].ratio, menus(dim)
     pairs = [(k, v) for k in menu["k"] for v in menu["v"] if k.bytes + v.bytes <= budget]
     least = 0.9 * max(k.bytes + v.bytes for k, v in pairs)
     pairs = [(k, v) for k, v in pairs if k.bytes + v.bytes >= least]
     pairs.sort(key=lambda p: (p[0].bytes, p[1].bytes))
-    chosen = [pairs[round(i * (len(pairs) - 1) / max(1, count - 1))] for i in range(count)]
+    chosen = [pairs[round(i * (len(pairs) - 1) / 2)] for i in range(3)]
     return [PageLayout(k, v, dim) for k, v in dict.fromkeys(chosen)]
 
 

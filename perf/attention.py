@@ -36,7 +36,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
+from perf._cases import LAYER, LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
 from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
@@ -56,7 +56,7 @@ def parse_shape(text: str) -> Shape:
     parts = [[int(x) for x in part.split("x")] for part in first.split("+")]
     rows = [tokens for batch, tokens in parts for _ in range(batch)]
     found: dict[str, Any] = {"lengths": tuple(rows) if len(parts) > 1 else ()}
-    heads, kv_heads, dim = 32, 8, 128
+    heads, kv_heads, dim = LAYER
     for word in words:
         if "/" in word:
             heads, kv_heads = map(int, word.split("/"))

@@ -61,7 +61,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 
 from perf import _cases
-from perf._cases import SHAPES, Shape, Step, check_close, check_state, random_model_codec
 from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
@@ -115,10 +114,10 @@ class Cell:
     layout: int = 0  # of the first layer, a number of _cases.layouts
 
     @property
-    def layer(self) -> Shape:
+    def layer(self) -> _cases.Shape:
         config = self.model.config
         heads = config.num_attention_heads // GPUS, config.num_key_value_heads // GPUS
-        return Shape(self.batch, *heads, config.head_dim, self.tokens)
+        return _cases.Shape(self.batch, *heads, config.head_dim, self.tokens)
 
     @property
     def dense_bytes(self) -> int:
@@ -135,7 +134,7 @@ class Cell:
     def enabled(self, preset: str, compile: bool = False) -> Any:
         """enable() without its own check, which compiles for one row: rows are checked here."""
         shape, inv_freq = self.layer, self.model.model.rotary_emb.inv_freq
-        codec = random_model_codec(
+        codec = _cases.random_model_codec(
             preset, layers=self.model.config.num_hidden_layers, kv_heads=shape.kv_heads * GPUS,
             dim=shape.dim, first=self.layout,
             freqs=freqs_from_inv_freq(inv_freq.float().cpu(), device=self.model.device),
@@ -239,7 +238,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
         steps.clear()  # torch.compile and transformers' list of functions hold on to it
     # Rounding of attention grows through the layers; a wrong key or scale does not stay below this.
     # With weights of 8 bits attention is off by up to 2**-3 by itself (PeerStep.check).
-    check_close(logits, want, 0.1 + fp8 * 2**-3, "logits")
+    _cases.check_close(logits, want, 0.1 + fp8 * 2**-3, "logits")
     shared = f"{layers} layers share the memory of {held}" if held < layers else None
     row |= {"what": "graph", "preset": "fp8" if fp8 else None, "backend": backend, "shared": shared}
     return {"cache_bytes": layers * size, **row}
@@ -268,12 +267,12 @@ def check_layers(cell: Cell, cache: Any) -> None:
         q = torch.randn(shape, device=cell.model.device).to(cell.model.dtype)
         out = torch.empty_like(q)
         spectral.attend(layer, q, out=out, after_append=True)  # as the step's kernel
-        step = Step(
+        step = _cases.Step(
             q[:, :, 0], q, q, spectral.codec.layers[layer], spectral.k_pages[layer],
             spectral.v_pages[layer], spectral.k_exact[layer], spectral.v_exact[layer],
             spectral.block_table, spectral.seq_lens, spectral.codec.sinks, spectral.codec.window,
         )  # fmt: skip
-        check_state(step, (out[:, :, 0], None))
+        _cases.check_state(step, (out[:, :, 0], None))
 
 
 def ours(cell: Cell, preset: str, wanted: Sequence[str]) -> Iterator[Row]:
@@ -396,7 +395,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     cells = [parse_shape(text) for text in ("1x8192", "1x32768", "1x131072")]
     add("cells", nargs="*", type=parse_shape, default=cells, metavar="CELL", help="rows x tokens")
-    add("--shape", choices=list(SHAPES), default="8b")
+    add("--shape", choices=list(_cases.SHAPES), default="8b")
     add("--presets", nargs="+", choices=_cases.LOSSY, default=["balanced"])
     add("--what", nargs="+", choices=WHAT, default=["graph", "bare", "ours"])
     add("--compile", action="store_true", help="layers of graph, fp8, ours and bare compiled")

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from perf import _cases
-from perf._cases import LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
 from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.layout import unpack_pages
 
-HEADS, KV_HEADS, DIM = 32, 8, 128
+HEADS, KV_HEADS, DIM = _cases.LAYER
 PRESET = "balanced"  # where a kernel needs bands and does not run once for each preset
 CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
@@ -58,7 +57,7 @@ def beside_twin(
         got, want = calls[0](), getattr(module, f"{name}_torch")(*inputs[0], **options)
         pairs = zip(got, want, strict=True) if isinstance(got, tuple) else [(got, want)]
         for one, other in pairs:
-            check_close(one, other, allowed, name)
+            _cases.check_close(one, other, allowed, name)
 
     return Kernel(calls, nbytes, check, shape)
 
@@ -67,7 +66,7 @@ def beside_twin(
 
 
 def turned(card: Card, name: str) -> Kernel:
-    x = card.normal(1, KV_HEADS, tokens_of(card, 2 * KV_HEADS * DIM), DIM, std=SCORE_STD)
+    x = card.normal(1, KV_HEADS, tokens_of(card, 2 * KV_HEADS * DIM), DIM, std=_cases.SCORE_STD)
     positions = torch.arange(x.shape[2], device=card.device)[None].int()
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
@@ -79,7 +78,7 @@ def turned(card: Card, name: str) -> Kernel:
 # compress.py
 
 
-def check_stored(step: Step, run: Call, twin: Call) -> None:
+def check_stored(step: _cases.Step, run: Call, twin: Call) -> None:
     """Raise AssertionError unless both store the same into pages and exact slots, and do; where a
     coefficient lies at the boundary of two codes, either (one in 1,000)."""
     tensors = (step.k_pages, step.v_pages, step.k_exact, step.v_exact)
@@ -103,8 +102,8 @@ def check_stored(step: Step, run: Call, twin: Call) -> None:
 
 def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 2 * KV_HEADS * DIM)
-    [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
-    x = card.normal(1, KV_HEADS, tokens, DIM, std=SCORE_STD)
+    [step] = _cases.make_steps(_cases.Shape(1, *_cases.LAYER, tokens), PRESET, card, 1)
+    x = card.normal(1, KV_HEADS, tokens, DIM, std=_cases.SCORE_STD)
     pages, exact = getattr(step, f"{side}_pages"), getattr(step, f"{side}_exact")
     given = (x, step.codec, pages, step.block_table, step.seq_lens)
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
@@ -115,8 +114,8 @@ def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
 
 
 def append(card: Card, batch: int = 4) -> Kernel:
-    shape = Shape(batch, HEADS, KV_HEADS, DIM, 512)
-    steps = make_steps(shape, PRESET, card, card.copies(1 << 22))
+    shape = _cases.Shape(batch, *_cases.LAYER, 512)
+    steps = _cases.make_steps(shape, PRESET, card, card.copies(1 << 22))
     codec = steps[0].codec
     check = partial(check_stored, steps[0], steps[0].append, partial(steps[0].append, twin=True))
     nbytes = 6 * steps[0].k.nbytes + codec.k_encoder.nbytes + codec.v_encoder.nbytes
@@ -125,7 +124,7 @@ def append(card: Card, batch: int = 4) -> Kernel:
 
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
-    [step] = make_steps(Shape(1, HEADS, KV_HEADS, DIM, tokens), PRESET, card, 1)
+    [step] = _cases.make_steps(_cases.Shape(1, *_cases.LAYER, tokens), PRESET, card, 1)
     pages = getattr(step, f"{side}_pages")
     given = (pages, step.codec, step.block_table, step.seq_lens)
     words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
@@ -137,24 +136,24 @@ def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
 
 
 def attend_spectral(card: Card, preset: str) -> Kernel:
-    shape = Shape(4, HEADS, KV_HEADS, DIM, context_of(card))
-    steps = make_steps(shape, preset, card)
+    shape = _cases.Shape(4, *_cases.LAYER, context_of(card))
+    steps = _cases.make_steps(shape, preset, card)
 
     def check() -> None:
-        check_state(steps[0], steps[0].attend())
-        check_state(steps[0], steps[0].attend(("pages",)), ("pages",))
+        _cases.check_state(steps[0], steps[0].attend())
+        _cases.check_state(steps[0], steps[0].attend(("pages",)), ("pages",))
 
     words = f"{shape} {steps[0].codec.layout.token_bytes} bytes"
     return Kernel([s.attend for s in steps], steps[0].nbytes, check, words)
 
 
 def attend_window(card: Card) -> Kernel:
-    shape = Shape(4, HEADS, KV_HEADS, DIM, 512)
-    steps = make_steps(shape, PRESET, card, card.copies(1 << 20))
+    shape = _cases.Shape(4, *_cases.LAYER, 512)
+    steps = _cases.make_steps(shape, PRESET, card, card.copies(1 << 20))
     calls, first = [partial(step.attend, ("exact",)) for step in steps], steps[0]
     nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
-    words = f"B=4 H=32/8 D={DIM} {first.k_exact.shape[2]} tokens"
-    return Kernel(calls, nbytes, lambda: check_state(first, calls[0](), ("exact",)), words)
+    words = f"B=4 H={HEADS}/{KV_HEADS} D={DIM} {first.k_exact.shape[2]} tokens"
+    return Kernel(calls, nbytes, lambda: _cases.check_state(first, calls[0](), ("exact",)), words)
 
 
 # merge.py
@@ -181,7 +180,7 @@ KERNELS: dict[str, Callable[[Card], Kernel]] = {
     **{f"encode {side}": partial(encode, side=side) for side in "kv"},
     "append": append,
     **{f"decode {side}": partial(decode, side=side) for side in "kv"},
-    **{f"attend_spectral {name}": partial(attend_spectral, preset=name) for name in LOSSY},
+    **{f"attend_spectral {name}": partial(attend_spectral, preset=name) for name in _cases.LOSSY},
     "attend_window": attend_window,
     "merge_states": partial(merge_states, count=2),
     "merge_many_states": partial(merge_states, count=16),

@@ -104,9 +104,8 @@ class Served:
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
             load_format="auto" if args.model or args.check else "dummy", block_size=64,
-            attention_backend=name,
-            gpu_memory_utilization=args.utilization, max_model_len=longest(args),
-            max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk, seed=0,
+            attention_backend=name, gpu_memory_utilization=args.utilization, seed=0,
+            max_model_len=longest(args), max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk,
             tensor_parallel_size=args.tp, enable_prefix_caching=kind != "exact",
             enforce_eager=not torch.cuda.is_available(),
             compilation_config={"cudagraph_capture_sizes": sizes(args)}, **more,

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+from perf._cases import LAYER, LOSSY
 from perf._timing import RESULTS, ROOT, Row, read_rows
 
 KEYS = {
@@ -26,8 +26,8 @@ KEYS = {
     "quality": ("model", "context", "task", "text", "scheme"),
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
 }
-PRESETS = ("exact", "quality", "balanced", "small")
-PLOTTED = (32, 8, 128, "matrix", None)  # H, G, D, path, case of the layers in plots
+PRESETS = ("exact", *LOSSY)
+PLOTTED = (*LAYER, "matrix", None)  # H, G, D, path, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
@@ -403,12 +403,6 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
         axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Description": json.dumps(plot)})
-
-
-def plotted(path: Path) -> Plot:
-    """What an SVG of `draw` shows."""
-    found = ElementTree.parse(path).find(".//{http://purl.org/dc/elements/1.1/}description")
-    return json.loads((found is not None and found.text) or "{}")
 
 
 def write(root: Path = ROOT) -> None:

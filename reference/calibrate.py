@@ -33,50 +33,52 @@ def turned_back(x: ArrayLike, inv_freq: ArrayLike, frame: int) -> F64:
     return out
 
 
-def query_positions(tokens: int, count: int, group: int) -> list[list[int]]:
-    """Where the `count` queries of each of a KV head's `group` heads are: evenly over the second
-    half, heads in turns.
-    """
-    first, rows = tokens // 2, count * group
-    at = [first + r * (tokens - 1 - first) // max(1, rows - 1) for r in range(rows)]
-    return [at[h::group] for h in range(group)]
+def query_positions(tokens: int, count: int) -> list[int]:
+    """Where `count` queries of every head are: evenly over the second half."""
+    first = tokens // 2
+    return [first + r * (tokens - 1 - first) // max(1, count - 1) for r in range(count)]
 
 
 def error_costs(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    gradient: ArrayLike | None,
     inv_freq: ArrayLike,
-    at: Sequence[Sequence[int]],
+    at: Sequence[int],
     *,
     scale: float,
     sinks: int,
     window: int,
     frame: int,
-) -> tuple[F64, F64]:
-    """What errors of the older tokens i = sinks .. m - window cost the outputs o of the queries m
-    in at[h] of each head; q [H, T, D], k and v [G, T, D]; at [H].
+) -> tuple[F64, float]:
+    """What errors of the older tokens i = sinks .. m - window cost where the outputs o of the
+    queries m in `at` of each head have the gradients g; q, gradient [H, T, D], k, v [G, T, D].
+    Without: the sum over gradients along each of the D directions.
 
-    Returns the sum over m, i of scale^2 p_i^2 |v_i - o|^2 y y^T, y = R(-t0) q_m with t0 the start
-    of i's frame [G, D, D]; the sums of p_i^2 and of |o|^2 [2, G].
+    Returns the sums over m, i of scale^2 p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the
+    start of i's frame, and of p_i^2 g g^T [2, G, D, D]; of |o|^2 over m.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    slopes = None if gradient is None else np.asarray(gradient, np.float64)
     kv_heads, tokens, dim = k.shape
     turns = [rotation(-start, inv_freq, dim) for start in range(0, tokens, frame)]
-    metric, sums = np.zeros((kv_heads, dim, dim)), np.zeros((2, kv_heads))
+    metrics, power = np.zeros((2, kv_heads, dim, dim)), 0.0
     for h in range(len(q)):
-        g = h * kv_heads // len(q)
-        for m in at[h]:
-            scores = scale * (k[g, : m + 1] @ q[h, m])
+        head = h * kv_heads // len(q)
+        for m in at:
+            scores = scale * (k[head, : m + 1] @ q[h, m])
             p = np.exp(scores - scores.max())
             p /= p.sum()
-            o = p @ v[g, : m + 1]
+            o = p @ v[head, : m + 1]
+            power += float(o @ o)
             for i in range(sinks, m - window + 1):
                 y = turns[i // frame] @ q[h, m]
-                metric[g] += scale**2 * p[i] ** 2 * np.sum((v[g, i] - o) ** 2) * np.outer(y, y)
-                sums[0, g] += p[i] ** 2
-            sums[1, g] += o @ o
-    return metric, sums
+                for g in np.eye(dim) if slopes is None else slopes[h, m, None]:
+                    along = scale * p[i] * (g @ (v[head, i] - o))
+                    metrics[0, head] += along**2 * np.outer(y, y)
+                    metrics[1, head] += p[i] ** 2 * np.outer(g, g)
+    return metrics, power
 
 
 def root(metric: ArrayLike) -> F64:

@@ -16,7 +16,7 @@ def rank_of(groups):
 @triton.constexpr_function
 def page_bytes(groups):
     """Bytes of one side's page of one head."""
-    return sum(512 if sum(fields) <= 4 else 1024 for _, fields in groups)
+    return 512 * sum(subtiles_of(groups, n) for n in range(len(groups)))
 
 
 @triton.constexpr_function
@@ -53,13 +53,13 @@ def first_block(groups, n):
 @triton.constexpr_function
 def is_half_group(groups, n):
     """Whether group n holds two tokens a byte (layout.is_half)."""
-    return sum(groups[n][1]) <= 4
+    return bits_of(groups, n) <= 4
 
 
 @triton.constexpr_function
 def subtiles_of(groups, n):
     """Sub-tiles of 512 bytes in a page's group n."""
-    return 1 if sum(groups[n][1]) <= 4 else 2
+    return 1 if is_half_group(groups, n) else 2
 
 
 @triton.constexpr_function
@@ -95,11 +95,11 @@ def field_zero(groups, i):
 
 
 @triton.jit
-def weights_and_zeros(r, GROUPS: tl.constexpr, FIRST: tl.constexpr, END: tl.constexpr):
-    """(`field_weight`, `field_zero`) of components r, which lie in blocks FIRST .. END - 1."""
+def weights_and_zeros(r, GROUPS: tl.constexpr):
+    """(`field_weight`, `field_zero`) of components r; 0 past the last block."""
     weight = tl.full(r.shape, 0.0, dtype=tl.float32)
     zero = tl.zeros(r.shape, dtype=tl.float32)
-    for n in tl.static_range(FIRST, END):
+    for n in tl.static_range(rank_of(GROUPS) // 16):
         weight = tl.where(r // 16 == n, field_weight(GROUPS, n), weight)
         zero = tl.where(r // 16 == n, field_zero(GROUPS, n), zero)
     return weight, zero

@@ -9,6 +9,8 @@ import triton.language as tl
 FULL = tl.constexpr(32512.0)  # 127 * 256: the largest number that is split in two int8
 TINY = tl.constexpr(1e-34)  # FULL over less overflows
 LOG2_FULL = tl.constexpr(math.log2(127 * 256))
+LN_2 = tl.constexpr(math.log(2))
+RADIANS = tl.constexpr(2 * math.pi / 2**32)  # of 2**-32 turns
 # 1.5 * 2**23 + 128: adding it to a number within +-32512 leaves the rounded integer + 128 in a
 # float's low bits.
 ROUND_TO_LOW_BITS = tl.constexpr(12583040.0)
@@ -91,7 +93,7 @@ def cos_sin(distance, freqs, FAST: tl.constexpr = False):
 def cos_sin_of_phase(phase, FAST: tl.constexpr):
     """`cos_sin` of int32 counts of 2**-32 turns."""
     if FAST:
-        angle = phase.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2**32
+        angle = phase.to(tl.float32) * RADIANS
         c = tl.inline_asm_elementwise(
             "cos.approx.f32 $0, $1;", "=f,f", [angle], tl.float32, True, 1
         )
@@ -100,7 +102,7 @@ def cos_sin_of_phase(phase, FAST: tl.constexpr):
         )
     else:
         quarter = ((phase >> 29) + 1) >> 1  # -2 .. 2
-        x = (phase - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-09
+        x = (phase - (quarter << 30)).to(tl.float32) * RADIANS
         y = x * x
         sin = x + x * y * (
             -1.6666667e-1 + y * (8.3333333e-3 + y * (-1.9841270e-4 + y * 2.7557319e-6))
@@ -182,4 +184,4 @@ def row_share(
 def natural_lse(m, l):
     """Natural-log log-sum-exp of scores in log2 units whose largest is m; l: the sum of weights in
     units of 1 / FULL. NaN stays NaN."""
-    return tl.where(l == 0.0, float("-inf"), (m - LOG2_FULL) * 0.6931471805599453 + tl.log(l))
+    return tl.where(l == 0.0, float("-inf"), (m - LOG2_FULL) * LN_2 + tl.log(l))

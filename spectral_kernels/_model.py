@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -315,6 +316,24 @@ def compare(
 
 
 @contextmanager
+def wrapped_layers(decoder: Any, wrap: Callable[..., Any]) -> Iterator[None]:
+    """Inside, the `forward` of the decoder's layers is what `wrap` makes of it."""
+    lists = (list(x) for x in decoder.children() if isinstance(x, nn.ModuleList))
+    layers: Sequence[Any] = next(lists, [])
+    before = [vars(x).get("forward") for x in layers]
+    try:
+        for layer in layers:
+            layer.forward = wrap(layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = forward
+
+
+@contextmanager
 def compiled_layers(decoder: Any, cache: Cache) -> Iterator[None]:
     """Let forwards run the decoder's layers compiled by `torch.compile`, norms and RoPE fused.
 
@@ -322,25 +341,20 @@ def compiled_layers(decoder: Any, cache: Cache) -> Iterator[None]:
     all layers: what is compiled for the first serves the others.
     """
     config, opaque = decoder.config, torch.compiler.disable
-    layers: Any = next(x for x in decoder.children() if isinstance(x, nn.ModuleList))
-    name, before = config._attn_implementation, [vars(x).get("forward") for x in layers]
+    name = config._attn_implementation
     AttentionInterface.register(f"{name}_opaque", opaque(ALL_ATTENTION_FUNCTIONS[name]))
     AttentionMaskInterface.register(f"{name}_opaque", ALL_MASK_ATTENTION_FUNCTIONS[name])
     try:
         config._attn_implementation = f"{name}_opaque"
         for kept in cache.layers:
             kept.update = opaque(kept.update)
-        for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=False)
         # A layer's number is a constant of its piece: as many cheap recompilations as layers.
-        with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192):
+        with (
+            wrapped_layers(decoder, partial(torch.compile, dynamic=False)),
+            torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=8192),
+        ):
             yield
     finally:
         config._attn_implementation = name
         for kept in cache.layers:
             vars(kept).pop("update", None)
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                vars(layer).pop("forward", None)
-            else:
-                layer.forward = forward

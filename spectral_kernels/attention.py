@@ -244,7 +244,7 @@ def _project_frames(
     # Good to 2**-32 turns a frame.
     ahead = tl.arange(0, FRAMES)[:, None] * ((FRAME * freqs) >> 32).to(tl.int32)[None, :]
     column = tl.arange(0, BLOCK_R)
-    weight, zero = _bits.weights_and_zeros(_component(BLOCK_R), GROUPS, 0, R // 16)
+    weight, zero = _bits.weights_and_zeros(_component(BLOCK_R), GROUPS)
     zero = _by_thread(zero[None, :], 1, BLOCK_R)
     scale = scale * softmax_scale * weight
     mean *= softmax_scale
@@ -494,6 +494,14 @@ def _pages_split(
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
 
+@triton.jit
+def _splits_of(seq_lens_ptr, B, programs, EXACT: tl.constexpr, TILE: tl.constexpr):
+    """`row_splits`, where a program needs them: what it loads before does not wait for lengths."""
+    return _math.row_splits(
+        seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
+    )
+
+
 @triton.jit(do_not_specialize=["u_frames", "B", "programs"])
 def _attend_spectral_kernel(
     q_ptr,
@@ -524,7 +532,6 @@ def _attend_spectral_kernel(
     they wait for what is appended, take little, and fill the card while the last splits end."""
     D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
-    TURN: tl.constexpr = TILE[2] * TILE[3]
     FEW: tl.constexpr = TILE[4]
     BLOCK_B: tl.constexpr = TILE[5]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
@@ -541,17 +548,13 @@ def _attend_spectral_kernel(
     wanted = exact_program < 0
     if BLOCK_B == 1:
         if wanted & (program * 6 >= programs * FEW):  # a long row alone has work for this one
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
-            )
+            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
             wanted = program < tl.sum(splits_of, 0)
     if wanted:
         block = tl.program_id(1) % blocks
         b = (0 * program).to(tl.int64)
         if BLOCK_B > 1:
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
-            )
+            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
             b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
         codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
         row = block * ROWS + tl.arange(0, ROWS)
@@ -563,9 +566,7 @@ def _attend_spectral_kernel(
             codec, codec_row, strides_q[1], strides_q[2], HG, D, SHAPE[1], K_GROUPS,
         )  # fmt: skip
         if BLOCK_B == 1:
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B
-            )
+            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
             split, splits = program, tl.sum(splits_of, 0)
         if split < splits:
             out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
@@ -666,7 +667,7 @@ def _finish_spectral_kernel(
         tl.store(out_lse_ptr + row, low + tl.log(total))  # log(0) = -inf: an empty state
 
 
-WARPS = 4  # of a program of `_attend_spectral_kernel`
+WARPS = 4  # of a program of `_attend_spectral_kernel`; twice as many where sums take registers
 MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
 ROOM = 88 << 10  # bytes of pages, and of their frames' queries, that a program holds at once
@@ -682,7 +683,7 @@ class Plan:
     warps: int  # of a program
     pages: int  # that a warp works on at once
     programs: int  # that share out all rows' pages, a KV head and block of queries
-    few: int  # of six of them where they would take little each
+    few: int  # sixths of them that run where all would take fewer pages than LITTLE
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
     splits: int  # of a row, where rows are of one length, at most
@@ -806,6 +807,8 @@ def attend_workspace(
     check_least(batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0))
     if query_heads % heads:
         raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
+    if not batch * query_heads * queries:
+        return 0
     shape = (batch, heads, query_heads // heads, queries, max_pages, slots)
     return sum(plan_launch(codec.layout, *shape, device or on).sizes)
 
@@ -872,14 +875,15 @@ def attend_spectral(
         scale: factor of the scores, default D**-0.5.
         out, lse: [B, H, (Q,) D] fp16, bf16 or fp32 and float32 [B, H, (Q,)], contiguous, written in
             place.
-        workspace: uint8 [n], n at least `attend_workspace`, contiguous; None: allocated. Nothing is
-            kept in it. More with num_splits or matrix_units: the error says how much.
+        workspace: uint8 [n], n at least `attend_workspace`, contiguous, its storage offset a
+            multiple of 16; None: allocated. Nothing is kept in it. More with num_splits or
+            matrix_units: the error says how much.
         num_splits: programs that share a row's pages where all rows are as long, at most
             MAX_SPLITS; default by batch and card.
         matrix_units: use `tl.dot`; default: from capability 8.0. False is the path of older cards
             (attention_sm75.py) and runs on any card from sm_75 on.
-        after_append: the launch before this one, on this stream, is `append` of these tokens:
-            overlap with it.
+        after_append: the launch before this one, on this stream, is `append` of these tokens: with
+            `exact`, overlap with it.
     Returns:
         (o, lse), float32 (o in the dtype of `out`): normalised output and natural-log log-sum-exp
         of the scaled scores; (0, -inf) without keys. Arithmetic: see the module. The same bits for
@@ -927,6 +931,9 @@ def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.devic
         raise ValueError(
             f"workspace: expected at least {sum(sizes)} bytes, got {workspace.shape[0]}"
         )
+    if workspace.storage_offset() % 16:
+        offset = workspace.storage_offset()
+        raise ValueError(f"workspace: expected an offset of a multiple of 16, got {offset}")
     u, *others = workspace[: sum(sizes)].split(sizes)
     return u, *(x.view(torch.float32) for x in others)
 
@@ -943,6 +950,7 @@ def _launch_pages(
     grid = (codec.kv_heads, exact_programs + plan.states * plan.blocks)
     if exact is None:
         exact, kept = (q, q), (*kept[:2], 0)  # not read
+        after_append = False  # programs of pages do not wait for it
     _attend_spectral_kernel[grid](
         q, (codec.k_basis, codec.k_scale, codec.k_mean, codec.freqs),
         k_pages, v_pages, *exact, tables, (states[0].view(torch.int8), *states[1:]),

@@ -457,15 +457,6 @@ def launch_old_cards(
     )  # fmt: skip
     if exact is not None:
         _launch_window(
-            q,
-            exact[0],
-            exact[1],
-            seq_lens,
-            seq_ids,
-            exact_o,
-            exact_lse,
-            kept,
-            plan.window,
-            scale,
+            q, exact[0], exact[1], seq_lens, seq_ids, exact_o, exact_lse, kept, plan.window, scale,
             False,
-        )
+        )  # fmt: skip

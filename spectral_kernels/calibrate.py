@@ -2,16 +2,18 @@
 
 With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV head at a time:
 
-    costs     errors dk of keys i and dv of values add to the outputs o of queries q, with softmax
-              weights p, to first order E |do|^2 = sum_qi p_i^2 (scale^2 (y_q . dk_i)^2 |v_i - o|^2
-              + |dv_i|^2), y = R(-t0) q
-    metric    of K: sum of scale^2 p_i^2 |v_i - o|^2 y y^T over queries and the frames of the keys
-              they meet; of V: sum of p_i^2, in all directions alike; both in units of sum |o|^2
+    costs     errors dk of keys i and dv of values change the outputs o of queries q, with softmax
+              weights p, to first order by do = sum_i p_i (scale (y . dk_i) (v_i - o) + dv_i),
+              y = R(-t0) q, and the model's predictions by a KL of E (g . do)^2 / 2, with g the
+              gradient at o of the log-probability of tokens drawn from the predictions. On few
+              tokens gradients are left out (|do|^2 in units of sum |o|^2): too few tell too little
+    metric    of K: sum of scale^2 p_i^2 (g . (v_i - o))^2 y y^T over queries and the frames of the
+              keys they meet; of V: sum of p_i^2 g g^T
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
     steps     of least squared error on sampled rows, a little wider
-    plan      bands of every layer: least sum of relative output errors under one byte budget
+    plan      bands of every layer: least sum of costs under one byte budget
 
     stats = collect(model, token_sequences(tokenizer, 65536))
     codec = fit_codec(stats, plan(stats, "balanced"), "balanced")
@@ -47,10 +49,11 @@ from .rope import freqs_from_inv_freq
 
 FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
-QUERIES = 64  # queries a head and sequence that costs of errors are estimated from
+QUERIES = 256  # queries a head and sequence that costs of errors are estimated from
 LENGTH = 4096  # tokens of a sequence
 WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
+LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary more than outputs do
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to K's metric: few queries told it
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
@@ -135,7 +138,7 @@ class Side:
     Args:
         moment: [G, D, D], mean of (x - mean)^T (x - mean) over tokens x [D].
         metric: [G, D, D], M: an error e [D] of each token, independent of the others', adds e M e^T
-            to the layer's relative output error.
+            to the cost.
         mean: [G, D] (zeros: not centred).
         rows: float32 [G, N, D] on the CPU: a sample of tokens x.
         device: where much is computed.
@@ -159,7 +162,7 @@ class Side:
 
     @cached_property
     def errors(self) -> dict[int, Tensor]:
-        """What components add to the output error, all heads together, [D], by bits (0: none)."""
+        """What components add to the cost, all heads together, [D], by bits (0: none)."""
         weight = ((self.basis @ self.metric) * self.basis).sum(-1)
         c = self.coefficients(torch.linalg.inv(self.basis))
         lost = {bits: fit_steps(c, [bits] * c.shape[-1])[1] for bits in (8, 4, 2)}
@@ -167,7 +170,7 @@ class Side:
         return {bits: (x.double().cpu() * weight).sum(0) for bits, x in lost.items()}
 
     def loss(self, bands: Bands) -> float:
-        """What storing this side in these bands adds to the layer's relative output error."""
+        """What storing this side in these bands costs."""
         bits = (*bands.bits, *[0] * (self.moment.shape[-1] - bands.rank))
         return sum(float(self.errors[b][r]) for r, b in enumerate(bits))
 
@@ -211,6 +214,7 @@ def error_costs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    gradient: Tensor | None,
     freqs: Tensor,
     *,
     scale: float,
@@ -219,46 +223,55 @@ def error_costs(
     queries: int = QUERIES,
     frame: int = FRAME,
 ) -> tuple[Tensor, Tensor]:
-    """What errors of older keys and values cost the outputs of some queries.
+    """What errors of older keys and values cost the model's predictions, to first order.
 
-    The heads of a KV head take turns with queries of the second half, so that few meet many
-    positions. With p the softmax weights and o the output of a query m:
+    By queries of the second half, evenly, the same of all heads. With p the softmax weights of a
+    query m, o its output, g the gradient there, and tokens i older than the window:
 
     Args:
-        q: [H, T, D]; k, v: [G, T, D], q and k as the model rotated them; floating point.
+        q, gradient: [H, T, D]; k, v: [G, T, D]; q and k as the model rotated them; floating point.
+            No gradient: all directions count alike, g g^T is the identity.
         freqs: int64 [pairs].      scale: of scores.
         sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
-        metric: float64 [G, D, D], sum over queries m and frames that start at t0 of y y^T scale^2
-            sum_i p_i^2 |v_i - o|^2, y = R(-t0) q_m, over older tokens i of the frame.
-        sums: float64 [2, G], of sum_i p_i^2 over older tokens, and of |o|^2.
+        metrics: of K and V, float64 [2, G, D, D], sums over queries m of
+            scale^2 sum_i p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the start of i's
+            frame; of sum_i p_i^2 g g^T.
+        power: float64 [], the sum of |o|^2.
     """
-    heads, tokens, _ = q.shape
-    group, count = heads // k.shape[0], min(queries, tokens)
-    rows = group * count
-    first, row = tokens // 2, torch.arange(rows, device=q.device)
-    at = first + row * (tokens - 1 - first) // max(1, rows - 1)
-    head = row % group
+    heads, tokens, dim = q.shape
+    first = tokens // 2
+    count = min(queries, tokens - first)
+    steps = torch.arange(count, device=q.device)
+    at = first + steps * (tokens - 1 - first) // max(1, count - 1)
     positions = torch.arange(tokens, device=q.device)
     starts = -frame * torch.arange(-(-tokens // frame), device=q.device)
-    metric = q.new_zeros(*k.shape[:1], *k.shape[2:], k.shape[2], dtype=torch.float64)
-    sums = torch.zeros(2, len(k), dtype=torch.float64, device=q.device)
-    for g, (own, keys, values) in enumerate(zip(q.split(group), k.float(), v.float(), strict=True)):
-        square = values.square().sum(-1)
-        for some, asked in zip(at.split(64), own[head, at].float().split(64), strict=True):
-            age = some[:, None] - positions
-            scores = scale * (asked @ keys.mT)  # [64, T]
+    metrics = q.new_zeros(2, len(k), dim, dim, dtype=torch.float64)
+    power = q.new_zeros((), dtype=torch.float64)
+    for h in range(heads):
+        g = h * len(k) // heads
+        keys, values = k[g].float(), v[g].float()
+        for part in at.split(256):
+            asked, age = q[h, part].float(), part[:, None] - positions
+            scores = scale * (asked @ keys.mT)  # [256, T]
             p = scores.masked_fill(age < 0, float("-inf")).softmax(-1)
             o = p @ values
-            power = o.square().sum(-1, keepdim=True)
-            p = p.masked_fill((positions < sinks) | (age < window), 0.0)
-            off = (square - 2 * (o @ values.mT) + power).clamp_min(0)  # |v_i - o|^2
-            cost = scale**2 * p.square() * off
-            cost = torch.nn.functional.pad(cost, (0, -tokens % frame)).unflatten(-1, (-1, frame))
+            square = o.square().sum(-1, keepdim=True)
+            power += square.sum()
+            p = p.masked_fill((positions < sinks) | (age < window), 0.0).square()
+            weight = p.sum(-1, keepdim=True)
+            if gradient is None:  # |v_i - o|^2
+                off = (values.square().sum(-1) - 2 * (o @ values.mT) + square).clamp_min(0)
+                metrics[1, g].diagonal().add_(weight.sum())
+            else:  # (g . (v_i - o))^2
+                grad = gradient[h, part].float()
+                off = (grad @ values.mT - (grad * o).sum(-1, keepdim=True)).square()
+                metrics[1, g] += (weight * grad).mT @ grad
+            cost = torch.nn.functional.pad(scale**2 * p * off, (0, -tokens % frame))
+            cost = cost.unflatten(-1, (-1, frame)).sum(-1, keepdim=True)
             y = turned(asked[:, None].expand(-1, len(starts), -1), starts, freqs)
-            metric[g] += ((y * cost.sum(-1, keepdim=True)).flatten(0, 1).mT) @ y.flatten(0, 1)
-            sums[:, g] += torch.stack((p.square().sum(), power.sum())).double()
-    return metric, sums
+            metrics[0, g] += (y * cost).flatten(0, 1).mT @ y.flatten(0, 1)
+    return metrics, power
 
 
 class _Layer:
@@ -277,14 +290,16 @@ class _Layer:
         self.freqs, self.every = freqs.to(q.device), every
         self.count = 0
         self.k_sum, self.moments = zeros(kv_heads, dim), zeros(2, kv_heads, dim, dim)
-        self.metric, self.sums = zeros(kv_heads, dim, dim), zeros(2, kv_heads)
+        self.metrics, self.power = zeros(2, kv_heads, dim, dim), zeros(())
         self.rows: list[Tensor] = []
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, *, sinks: int, **options: Any) -> None:
-        """One sequence's tokens, arguments as of `error_costs`."""
-        metric, sums = error_costs(q, k, v, self.freqs, sinks=sinks, **options)
-        self.metric += metric
-        self.sums += sums
+    def add(
+        self, q: Tensor, k: Tensor, v: Tensor, gradient: Any, *, sinks: int, **options: Any
+    ) -> None:
+        """One sequence's tokens, arguments as of `error_costs`; a gradient for all or for none."""
+        metrics, power = error_costs(q, k, v, gradient, self.freqs, sinks=sinks, **options)
+        self.metrics += metrics
+        self.power += power if gradient is None else 1.0
         self.add_tokens(k, v, sinks)
 
     def add_tokens(self, k: Tensor, v: Tensor, sinks: int) -> None:
@@ -300,16 +315,15 @@ class _Layer:
     def stats(self) -> LayerStats:
         mean, device = (self.k_sum / self.count).cpu(), self.k_sum.device
         k_moment, v_moment = (self.moments / self.count).cpu().unbind()
-        squares, power = self.sums.cpu()
-        total = power.sum().clamp_min(1e-300)
         k_rows, v_rows = torch.cat(self.rows, dim=2).unbind()
         k_moment = k_moment - mean[:, :, None] * mean[:, None]
-        eye = torch.eye(mean.shape[-1], dtype=torch.float64)
-        metric = self.metric.cpu() / total
-        floor = METRIC_FLOOR * metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-        k = Side(k_moment, metric + floor * eye, mean, k_rows, device)
-        v_metric = eye * (squares / total)[:, None, None]
-        v = Side(v_moment, v_metric, torch.zeros_like(mean), v_rows, device)
+        metrics = (self.metrics / self.power.clamp_min(1e-300)).cpu()
+        if not metrics.isfinite().all():
+            raise ValueError("model: expected finite gradients, got inf or NaN (float16 overflows)")
+        floor = METRIC_FLOOR * metrics.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        metrics += floor * torch.eye(mean.shape[-1], dtype=torch.float64)
+        k = Side(k_moment, metrics[0], mean, k_rows, device)
+        v = Side(v_moment, metrics[1], torch.zeros_like(mean), v_rows, device)
         return LayerStats(k, v, self.freqs.cpu())
 
 
@@ -317,16 +331,17 @@ _TAPS: dict[int, Callable[..., None]] = {}  # by id of a module of a model that 
 
 
 def _attention(module: Any, q: Any, k: Any, v: Any, *args: Any, original: str, **kwargs: Any):
-    """transformers' attention function while a model is read: hands q, k, v over, and attends."""
+    """transformers' attention function while a model is read: attends, hands q, k, v, o over."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    take = _TAPS.get(id(module))  # None: another model, of the same config object
-    if take is not None:
-        take(module, q, k, v, kwargs.get("scaling"))
     attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if original != "eager" or attend is None:
         attend = ALL_ATTENTION_FUNCTIONS["sdpa" if original == "eager" else original]
-    return attend(module, q, k, v, *args, **kwargs)
+    found = attend(module, q, k, v, *args, **kwargs)
+    take = _TAPS.get(id(module))  # None: another model, of the same config object
+    if take is not None:
+        take(module, q, k, v, found[0], kwargs.get("scaling"))
+    return found
 
 
 def _configs(model: Any) -> list[Any]:
@@ -347,7 +362,8 @@ def _configs(model: Any) -> list[Any]:
 
 @contextmanager
 def _tapped(model: Any, take: Callable[..., None]) -> Iterator[None]:
-    """Inside, attention layers hand q, k, v over to `take`. Afterwards the model is as it was."""
+    """Inside, attention layers hand q, k, v [B, heads, T, D], outputs [B, T, H, D] and the scale
+    over to `take`. Afterwards the model is as it was."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -397,7 +413,45 @@ def layer_freqs(model: Any, module: Any, head_dim: int) -> Tensor:
     return freqs_from_inv_freq(1e4**-exponent)
 
 
-@torch.no_grad()
+@contextmanager
+def _differentiable(model: Any) -> Iterator[None]:
+    """Inside, outputs have gradients, though no weight gets one, and a layer runs again on the way
+    back instead of keeping what it computed. Afterwards the model is as it was."""
+    from torch.utils.checkpoint import checkpoint
+
+    from ._model import decoder_of, wrapped_layers
+
+    def again(forward: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+
+    def begin(module: Any, args: Any, out: Tensor) -> Tensor:
+        return out.requires_grad_().clone()  # a leaf must not be changed in place
+
+    weights = [x for x in model.parameters() if x.requires_grad]
+    hook = model.get_input_embeddings().register_forward_hook(begin)
+    try:
+        for x in weights:
+            x.requires_grad_(False)
+        wrapped = wrapped_layers(decoder_of(model), again)
+        with torch.inference_mode(False), torch.enable_grad(), wrapped:
+            yield
+    finally:
+        hook.remove()
+        for x in weights:
+            x.requires_grad_()
+
+
+def drawn_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """At logits [..., V], of -log p of a token drawn from each row: p, less 1 at the drawn."""
+    found = torch.empty_like(logits)
+    parts = (x.flatten(0, -2).split(256) for x in (found, logits.detach()))
+    for out, part in zip(*parts, strict=True):
+        p = part.float().softmax(-1)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        out.copy_(p.scatter_add(-1, drawn, -torch.ones_like(p[:, :1])))
+    return found
+
+
 def collect(
     model: Any,
     sequences: Iterable[Tensor],
@@ -406,22 +460,27 @@ def collect(
     window: int = WINDOW,
     progress: bool = False,
 ) -> ModelStats:
-    """Read sequences of tokens; note what full-attention layers' keys, values, queries are like.
+    """Read sequences of tokens; note what full-attention layers' keys, values, queries are like,
+    and what their errors cost the model's predictions.
 
     Args:
-        model: a transformers model that calls the attention interface (`AttentionInterface`);
-            layers may be on several devices. Its attention function, mode and configuration are as
-            before afterwards, also after an exception.
+        model: a transformers causal language model that calls the attention interface
+            (`AttentionInterface`); layers may be on several devices. Its attention function, mode
+            and configuration are as before afterwards, also after an exception.
         sequences: integer [T] or [B, T], token ids without padding, of more than sinks + window
             tokens.
         sinks, window: first and newest tokens that a cache keeps exact.
         progress: a bar.
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
-            head dimensions that no page layout holds.
-    Memory: D x D sums in float64 a query head on each layer's device, 2,048 rows a KV head on the
-    CPU, and one sequence's q, k, v of one layer in float64.
+            head dimensions that no page layout holds; gradients that are not finite.
+    Of LEAST_DRAWN tokens or more, gradients are asked for. Layers that none come back to (weights
+    in a format that has none) do without, and so do all of them then.
+    Memory: one sequence's q, k, v, outputs' gradients and inputs of all layers; logits of half of
+    it, twice; D x D sums in float64 a KV head on each layer's device, 2,048 rows of one on the CPU.
     """
+    from inspect import signature
+
     from tqdm.auto import tqdm
 
     from ._model import decoder_of, full_layers
@@ -436,9 +495,14 @@ def collect(
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
     full = full_layers(decoder_of(model).config)
+    drawn = total >= LEAST_DRAWN
+    reads: list[Any] | None = None  # of the batch that is read; None: layers run again
+    gradients: dict[int, Tensor] = {}  # at the outputs of reads
 
-    def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-        if getattr(module, "layer_idx", None) not in full:
+    def take(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float | None
+    ) -> None:
+        if reads is None or getattr(module, "layer_idx", None) not in full:
             return
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"model: expected {q.shape[2]} keys, got {k.shape[2]}")
@@ -446,14 +510,30 @@ def collect(
             freqs = layer_freqs(model, module, q.shape[-1])
             layers[id(module)] = _Layer(q, k, v, freqs, max(1, total // SAMPLE) | 1)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        for row in zip(q, k, v, strict=True):
-            layers[id(module)].add(*row, scale=scale, sinks=sinks, window=window)
+        if out.requires_grad:
+            out.register_hook(partial(gradients.__setitem__, len(reads)))
+        reads.append((layers[id(module)], q.detach(), k.detach(), v.detach(), scale))
 
-    reader = getattr(model, "base_model", model)  # without the output layer
+    takes_keep = "logits_to_keep" in signature(model.forward).parameters
+    differentiable = _differentiable(model) if drawn else torch.no_grad()
     bar = tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
-    with _tapped(model, take), bar:
-        for x in sequences:
-            reader(input_ids=x.to(model.device), use_cache=False)
+    with _tapped(model, take), differentiable, bar:
+        for n, x in enumerate(sequences):
+            reads, later = [], x.shape[1] - x.shape[1] // 2  # those that costs are asked from
+            keep = {"logits_to_keep": later if drawn else 1} if takes_keep else {}
+            logits = model(input_ids=x.to(model.device), use_cache=False, **keep).logits
+            known, reads = reads, None
+            if logits.requires_grad:
+                seeded = torch.Generator(logits.device).manual_seed(n)
+                logits = logits[:, -later:]
+                logits.backward(drawn_gradient(logits, seeded))
+            drawn = len(gradients) == len(known)
+            with torch.no_grad():
+                for i, (layer, *qkv, scale) in enumerate(known):
+                    slopes = gradients[i].transpose(1, 2) if drawn else [None] * len(x)
+                    for row in zip(*qkv, slopes, strict=True):
+                        layer.add(*row, scale=scale, sinks=sinks, window=window)
+            gradients.clear()
             bar.update(x.numel())
     if not layers:
         raise ValueError("model: expected full attention through AttentionInterface, got none")
@@ -584,7 +664,7 @@ def fit_codec(
 
 
 def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayout]:
-    """The layout of each layer: least sum of output errors within the bytes the ratio leaves all.
+    """The layout of each layer: least sum of costs within the bytes the ratio leaves all.
 
     At most MAX_LAYOUTS different ones, each a set of kernels to compile: from more, that which
     costs least is given up in turns.

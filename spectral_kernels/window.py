@@ -22,7 +22,7 @@ import triton.language as tl
 
 from . import _launch
 from ._checks import FLOATS, check_ids, check_least, check_lens, check_output, check_tensor
-from ._math import dot_f32, row_of
+from ._math import LN_2, dot_f32, row_of
 from .merge import merge_many_states
 from .rope import check_queries
 
@@ -145,7 +145,7 @@ def window_split(
         m = m_new
     o *= tl.where(l == 0.0, 0.0, 1.0 / l)[:, None]
     out = ((b * (G * HG) + head) * Q + query) * SPLITS + split
-    lse = tl.where(l == 0.0, float("-inf"), m * 0.6931471805599453 + tl.log(l))
+    lse = tl.where(l == 0.0, float("-inf"), m * LN_2 + tl.log(l))
     tl.store(lse_ptr + out, lse, mask=live)
     tl.store(o_ptr + out[:, None] * D + d[None, :], o, mask=live[:, None] & (d < D)[None, :])
 

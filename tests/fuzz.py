@@ -138,9 +138,11 @@ def draw_paths(draw: Draw) -> tuple[str, ...]:
     return drawn if DEVICE.type == "cpu" else ("triton", "scalar")
 
 
-def draw_spec(draw: Draw, layout: Layout, slow: bool, edges: Sequence[int] = ()) -> PageSpec:
+def draw_spec(
+    draw: Draw, layout: Layout, slow: bool, edges: Sequence[int] = (), longest: int = 1500
+) -> PageSpec:
     batch = draw.int("batch", 1, 2 if slow else 4)
-    most = 140 if slow else draw.of("longest", 140, 140, 140, 300, 700, 1500)
+    most = 140 if slow else draw.of("longest", 140, 140, 140, 300, 700, longest)
     every = (0, 32, 64, layout.frame, layout.frame + 64, *edges)
     return PageSpec(
         layout.k_bands,
@@ -281,7 +283,9 @@ def fuzz_attend_spectral(draw: Draw) -> None:
         paths = ("triton",)  # without matrix units a large case takes half a minute
     count = draw.shape("queries", 1, 1, 2, 4)
     sinks, window = draw_window(draw, count)
-    spec = draw_spec(draw, layout, slow, (sinks, window, sinks + window, 64 + window))
+    # Splits of several turns of 512 tokens, and borders of turns.
+    ends = (sinks, window, sinks + window, 64 + window, 512 + window, 1024 + window, 4096 + window)
+    spec = draw_spec(draw, layout, slow, ends, longest=6000)
     arrays = make_pages(draw.rng, spec, size=draw.of("size", 1.0, 1.0, 1e-3, 50.0))
     queries = draw_queries(draw, layout, spec, count)
     scale, splits = draw.of("scale", None, None, 1.0, 0.02), draw.of("splits", None, 1, 3)

@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -545,7 +547,7 @@ def test_a_layer_compiled_ahead_leaves_no_rows(whole, monkeypatch, tmp_path, cap
     args = whole.parse([*TINY, "--what", "ours"])
     args.layout = 1
     assert whole.alone(args) == "" and capsys.readouterr().out == ""
-    monkeypatch.setattr(whole, "check_state", lambda *args: 1 / 0)
+    monkeypatch.setattr(_cases, "check_state", lambda *args: 1 / 0)
     assert "ZeroDivisionError" in whole.alone(args) and not list(tmp_path.iterdir())
 
 
@@ -803,6 +805,12 @@ def test_pages_are_filled(tmp_path):
         assert want in page, want
 
 
+def plotted(path: Path) -> tables.Plot:
+    """What an SVG of `tables.draw` shows."""
+    found = ElementTree.parse(path).find(".//{http://purl.org/dc/elements/1.1/}description")
+    return json.loads((found is not None and found.text) or "{}")
+
+
 def test_pages_and_plots_are_of_the_newest_rows():
     """What `python -m perf.tables --write` writes, and nothing else, is in the checkout."""
     readme, hint = (tables.ROOT / "README.md").read_text(), "run python -m perf.tables --write"
@@ -815,7 +823,7 @@ def test_pages_and_plots_are_of_the_newest_rows():
             assert table.count("\n") <= most + 2, table
     plots = tables.ROOT / "perf" / "plots"
     want = {name: make(tables.RESULTS) for name, (make, _, _) in tables.PLOTS.items()}
-    assert {path.stem: tables.plotted(path) for path in plots.iterdir()} == {
+    assert {path.stem: plotted(path) for path in plots.iterdir()} == {
         name: plot for name, plot in want.items() if plot
     }, hint
 
@@ -834,9 +842,7 @@ def test_the_plots(tmp_path):
     texts += [quality_row("kivi", 4.0, 0.1), quality_row("exact", 1.0, 0.0)]
     write_rows(results, attention=layers, end_to_end=ends, quality=texts)
     tables.write(tmp_path)
-    speed, reads, pareto = (
-        tables.plotted(plots / f"{n}.svg") for n in ("speed", "reads", "pareto")
-    )
+    speed, reads, pareto = (plotted(plots / f"{n}.svg") for n in ("speed", "reads", "pareto"))
     layer, whole = "a card, one layer, B = 1", "a card, transformers, B = 1"
     assert list(speed) == [layer, whole] and next(iter(speed[layer])) == "dense bf16"
     assert speed[layer]["balanced"] == [[8192, 2.1], [32768, 2.1]]

@@ -369,7 +369,7 @@ def test_a_wrong_argument(row, untouched):
     refused(calls()[name].wrong(**on), error, names)
 
 
-def test_a_workspace_that_is_too_small(untouched):
+def test_a_workspace_that_will_not_do(untouched):
     """Where kernels run: the twin needs none."""
     from tests.cases import kernels
 
@@ -377,6 +377,7 @@ def test_a_workspace_that_is_too_small(untouched):
     with kernels():
         for workspace, error in (
             (given("attend_spectral", "workspace")[:16], ValueError),
+            (given("attend_spectral", "workspace")[1:], ValueError),  # no float begins there
             (torch.zeros(1 << 18, device=DEVICE), TypeError),
         ):
             refused(call.wrong(workspace=workspace), error, "workspace")
