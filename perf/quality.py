@@ -17,17 +17,17 @@ several presets), or what `enable` finds or calibrates; judge no text that it kn
 `generate` does. KL is to the dense model on the same tokens. `exact` is what the number format
 costs.
 
---tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back and exact
-new tokens. Flips are prompts that only the dense model or only the scheme solves, p is McNemar's;
-`change` is where the mean change of a prompt's score lies with 95 %.
+--tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
+context and exact questions and new tokens. Flips: prompts that only the dense model or only the
+scheme solves, p McNemar's, as if none shared a context; `change`: 95 % interval of the score's. In
+bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
                 tables, exact tokens. A model's codec is not a sequence's.
     ratio_long  the same in the limit of long contexts: without window and sinks
     kl          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
-    top1        share of them whose likeliest token is the exact cache's
-    perplexity  its change over them
+    top1        share of them whose likeliest token is the exact cache's; perplexity: its change
     recalled    codes of which every token is the likeliest one (what greedy decoding would write)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
@@ -39,8 +39,8 @@ text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
                 (arXiv 2402.02750)
     saw-int4    H, then 4 bits a token and head, from least to greatest (2604.19157)
     oscar-2     K: H after the eigenvectors of the queries' covariance; V: of the values', weighted
-                by the scores; 2 bits a token and head, range clipped (2605.17757). Loses more than
-                kivi-2 on Qwen2.5, perhaps by our fault: run only where asked for
+                by the scores; 2 bits a token and head, range clipped (2605.17757). Only where asked
+                for: it loses more than kivi-2 on Qwen2.5, perhaps by our fault
     kvarn-k4v2  tiles of 128 tokens: H, standard deviations of rows and columns evened out in turns;
                 K 4 bits per channel, V 2 bits per token (2606.03458)
     turbo-3     a token's norm, then a random rotation and the 3-bit Lloyd-Max levels of a normal
@@ -49,15 +49,13 @@ saw-int4, oscar-2, turbo-3 and kvarn get the mean key of a head taken out first,
 published they rotate it into all channels, and keys with large biases (Qwen2.5: channels of 145
 beside deviations of 1) leave nothing of a token's range.
 
-perf/results/quality.jsonl also holds, as a baseline, rows of the first version of this library,
-whose layouts and bases were those of a sequence.   Test: tests/test_quality.py.
+Test: tests/test_quality.py.
 """
 
 import math
 import os
 import sys
 from argparse import Namespace
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -65,6 +63,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -75,7 +74,7 @@ from perf import _tasks
 from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
-from perf.tables import quality_table, sections
+from perf.tables import quality_table
 from perf.tiny_model.recall import make_recall_contexts
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
@@ -87,8 +86,6 @@ TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
 WEIGHED = 64  # queries that say how much a value counts, for oscar
 TEMPERATURE = 0.8  # of --generate
-TABLE = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p99:.3f kl_p999:.3f top1:.3f "
-TABLE += "perplexity:+.2% recalled needles"  # of a text
 
 
 class Question(NamedTuple):
@@ -167,9 +164,11 @@ def text_case(
     facts = [tokens_of(tokenizer, f"\n{q.fact}\n") for q in questions]
     plain = tokens_of(tokenizer, text, first=True)
     own = context - sum(map(len, facts))  # tokens of the text in the context
-    if own < 1 or len(plain) < own + PREDICTED:
-        least = max(own, 1) + PREDICTED
-        raise ValueError(f"{name}: expected at least {least} tokens, got {len(plain)}")
+    short = 1 + (SINKS + 2 * WINDOW) * bool(facts) - own
+    if short > 0:
+        raise ValueError(f"context: expected at least {context + short} tokens, got {context}")
+    if len(plain) < own + PREDICTED:
+        raise ValueError(f"{name}: expected at least {own + PREDICTED} tokens, got {len(plain)}")
     ids, taken = list[int](), 0
     for i, fact in enumerate(facts):
         # The first tokens and the last ones are exact in most schemes: no fact lies there.
@@ -248,8 +247,7 @@ def predict(model: Any, case: Case, layers: Layers) -> torch.Tensor:
     """Log-probabilities at the predicted places, float32 [P, V], after a context as given."""
     cache = dense_cache(model, layers)
     ids = case.ids[:, case.context - 1 : -1].to(model.device)
-    mask = torch.ones((1, case.ids.shape[1] - 1), dtype=torch.long, device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits[0]
+    logits = model(input_ids=ids, use_cache=True, **{CACHE: cache}).logits[0]
     return logits.float().log_softmax(-1)
 
 
@@ -351,11 +349,6 @@ def even_levels(x: torch.Tensor, dim: int, bits: int, clip: float = 1.0) -> torc
     return ((x - zero) / step).round().clamp(0, 2**bits - 1) * step + zero
 
 
-def in_groups(x: torch.Tensor, dim: int, bits: int) -> torch.Tensor:
-    """`even_levels` of groups of 32 along `dim`, -1 or -2."""
-    return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
-
-
 @lru_cache
 def hadamard(dim: int) -> torch.Tensor:
     """Orthonormal, symmetric [D, D], in blocks of the largest power of two that divides D."""
@@ -371,7 +364,8 @@ def random_rotation(dim: int) -> torch.Tensor:
 
 
 def code_kivi(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix, bits: int) -> torch.Tensor:
-    return in_groups(x, -2 if is_key else -1, bits)
+    dim = -2 if is_key else -1
+    return even_levels(x.unflatten(dim, (-1, GROUP)), dim, bits).flatten(dim - 1, dim)
 
 
 def code_fp8(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
@@ -476,67 +470,69 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts of a kind, whose last token the cache has not seen."""
-    written = [torch.tensor([task.ids[-1:] for task in tasks], device=model.device)]
+    """What the model writes after prompts of a kind, whose last tokens the cache has not seen."""
+    seen = int(cache.get_seq_length())
+    written = [torch.tensor([task.ids[seen:] for task in tasks], device=model.device)]
     while True:
-        logits = model(input_ids=written[-1], use_cache=True, **{CACHE: cache}).logits
-        written.append(logits[:, -1].argmax(-1, keepdim=True))
+        options = {"logits_to_keep": 1, "use_cache": True, CACHE: cache}
+        written.append(model(input_ids=written[-1], **options).logits.argmax(-1))
         step = len(written) - 1
         if step % 16 == 0 or step == tasks[0].new:
-            texts = [tokenizer.decode(row[1:]) for row in torch.cat(written, dim=1).tolist()]
+            texts = [tokenizer.decode(row) for row in torch.cat(written[1:], dim=1).tolist()]
             ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
             if step == tasks[0].new or all(ended):
                 return texts
 
 
 def answers(
-    model: Any, tasks: Sequence[Task], tokenizer: Any, schemes: dict[str, Scheme]
+    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme]
 ) -> Iterator[tuple[str, list[str], Row]]:
-    """(scheme, text of each task, sizes) for tasks of one length: "dense" first."""
-    ids = torch.tensor([task.ids for task in tasks])
-    prefix = read_prefix(model, ids, moments="oscar-2" in schemes)
+    """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
+    context have in common is stored once a scheme, the rest is exact."""
+    common = min(map(_tasks.shared, asked))
+    ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
+    prefix, each = read_prefix(model, ids, moments="oscar-2" in schemes), len(asked[0])
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
         del given
-        yield name, greedy(model, cache, tasks, tokenizer), size
+        cache.batch_repeat_interleave(each)
+        yield name, greedy(model, cache, [*chain.from_iterable(asked)], tokenizer), size
 
 
-def task_rows(name: str, found: dict[str, tuple[list[float], Row]]) -> Iterator[Row]:
-    """A row a scheme, from scores of a kind of task's prompts and sizes; flips against "dense"."""
+def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 1) -> Iterator[Row]:
+    """A row a scheme, from scores of a kind of task's prompts, `each` over a context, and sizes;
+    flips against "dense"."""
     dense = found["dense"][0]
     for scheme, (scores, size) in found.items():
-        lost = sum(a == 1 > b for a, b in zip(dense, scores, strict=True))
-        won = sum(b == 1 > a for a, b in zip(dense, scores, strict=True))
-        means = {"score": sum(scores) / len(dense), "dense_score": sum(dense) / len(dense)}
-        solved = {"prompts": len(dense), "dense_solved": sum(a == 1 for a in dense)}
-        flips = {"flips": [lost, won], "mcnemar": _tasks.mcnemar(lost, won)}
-        change = {"change": _tasks.interval([b - a for a, b in zip(dense, scores, strict=True)])}
-        yield {"task": name, "scheme": scheme, **size, **solved, **means, **change, **flips}
+        pairs = [*zip(dense, scores, strict=True)]
+        lost, won = (sum(pair[i] == 1 > pair[1 - i] for pair in pairs) for i in (0, 1))
+        changes = [other - exact for exact, other in pairs]
+        row = {"task": name, "scheme": scheme, **size, "contexts": len(dense) // each}
+        row |= {"prompts": len(dense), "dense_solved": dense.count(1)}
+        row |= {"score": fmean(scores), "dense_score": fmean(dense), "flips": [lost, won]}
+        row["change"] = _tasks.interval([changes[i : i + each] for i in range(0, len(dense), each)])
+        yield row | {"mcnemar": _tasks.mcnemar(lost, won)}
 
 
 def measure_tasks(
     model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
 ) -> Iterator[Row]:
     """Rows of tasks of one length, a kind at a time as it is done."""
-    batch = max(1, args.batch // length)
     for name in TASKS if args.tasks == ["all"] else args.tasks:
-        if name == "humaneval" and length > min(args.lengths):
-            continue  # its prefixes are of 1 to 4K tokens
-        count = args.problems if name == "humaneval" else args.count
-        tasks = _tasks.make_tasks(name, tokenizer, length, count, args.seed)
-        scores: dict[str, list[Iterator[float]]] = defaultdict(list)
-        sizes_of: dict[str, Row] = {}
+        asked = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed)
+        batch = max(1, args.batch // (length * len(asked[0])))
+        found: dict[str, tuple[list[Iterator[float]], Row]] = {}
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(tasks), batch):
-                part = tasks[first : first + batch]
+            for first in range(0, len(asked), batch):
+                part = asked[first : first + batch]
                 for scheme, texts, size in answers(model, part, tokenizer, schemes):
                     # Programs run in processes, while the next scheme answers.
-                    scores[scheme].append(pool.map(_tasks.score, part, texts))
-                    sizes_of[scheme] = size
-        found = {x: ([*chain.from_iterable(y)], sizes_of[x]) for x, y in scores.items()}
-        for row in task_rows(name, found):
-            yield {"context": length, **row}
+                    scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
+                    found.setdefault(scheme, ([], size))[0].append(scores)
+        done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
+        for row in task_rows(name, done, len(asked[0])):
+            yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
 @torch.no_grad()
@@ -587,8 +583,8 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
         for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
             row: Row = {"text": case.name, "context": case.context, "task": "generate"}
             row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
-            row |= {"teacher_forced_kl": float(forced.mean())}
-            row |= {"free_running_kl": float(free.mean())}
+            kls = {"teacher_forced": forced, "free_running": free}
+            row |= {f"{name}_kl": float(x.mean()) for name, x in kls.items()}
             yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
 
 
@@ -642,9 +638,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
-    add("--count", type=int, default=16, help="prompts a task and length (16)")
+    add("--count", type=int, default=16, help="contexts a task (16); humaneval has 164")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
-    add("--problems", type=int, default=164, help="of humaneval (164)")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
@@ -670,8 +665,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = measured(model, tokenizer, cases, args)
     for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
         rows.append(write_row({**head, **row, **same}, args.json))
-    texts, names = [row for row in rows if "kl" in row], ("model", "text", "context")
-    print(sections(texts, names, "{}, {}, {:,} tokens of context", TABLE))
     print(quality_table(rows))
     return 0
 

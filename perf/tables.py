@@ -161,10 +161,7 @@ def end_to_end_table(rows: Rows) -> str:
 
 def newest(name: str, results: Path = RESULTS) -> list[Row]:
     """The rows of perf/results/NAME.jsonl that count."""
-    rows = read_rows(results / f"{name}.jsonl")
-    if name == "quality":  # what an earlier perf.quality wrote is kept beside, as a baseline
-        rows = [row for row in rows if "kl_median" in row or "task" in row]
-    return latest(rows, KEYS[name])
+    return latest(read_rows(results / f"{name}.jsonl"), KEYS[name])
 
 
 def mean(rows: Rows, name: str) -> float | None:
@@ -190,7 +187,7 @@ def means(rows: Rows, needed: str) -> list[Row]:
 
 def quality_table(rows: Rows) -> str:
     """Means over texts of each scheme: of predicted tokens, of generated ones, of codecs without a
-    part of theirs; then tasks: the score, and prompts that only dense or the scheme solves."""
+    part of theirs; then tasks."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
     predicted += " perplexity:+.2% recalled:.1f"
@@ -206,11 +203,19 @@ def quality_table(rows: Rows) -> str:
     tasks, names = [row for row in rows if "score" in row], ("model", "context", "scheme")
     solved = []
     for alike in grouped(tasks, names).values():
-        scores = {row["task"]: f"{row['score']:.2f} {row['flips']}" for row in alike}
-        solved.append(alike[0] | scores)
+        solved.append(alike[0] | {row["task"]: task_cell(row) for row in alike})
     solved.sort(key=lambda x: (x["model"], x["context"], x["ratio"], x["scheme"]))
     spec = " ".join(["scheme", *sorted({row["task"] for row in tasks})])
-    return text + sections(solved, names[:2], "{}, {:,} tokens: tasks solved [lost, won]", spec)
+    title = "{}, {:,} tokens: tasks solved, change in points ± 95 % or [lost, won]"
+    return text + sections(solved, names[:2], title, spec)
+
+
+def task_cell(row: Row) -> str:
+    """The score; its change with half the interval, or programs that only dense or this solves."""
+    change, (low, high) = row["score"] - row["dense_score"], row["change"]
+    text = f"{100 * change:+.1f} ± {50 * (high - low):.1f}"
+    text = str(row["flips"]) if row["task"] == "humaneval" else text
+    return f"{row['score']:.2f} {text}" if row["scheme"] != "dense" else f"{row['score']:.2f}"
 
 
 SERVE = "gpu gpus vllm B T:, backend kv_dtype ttft_ms:.0f tpot_ms:.2f kv_tokens:, throughput:.4g"

@@ -78,8 +78,10 @@ def check_ids(batch: int, device: torch.device, **ids: torch.Tensor | None) -> N
 
 
 def check_least(**values: tuple[int, int]) -> None:
-    """name=(value, least): no value is below its least one."""
+    """name=(value, least): integers, none below its least one."""
     for name, (value, least) in values.items():
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
 

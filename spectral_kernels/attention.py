@@ -805,6 +805,7 @@ def attend_workspace(
     """
     on, heads = check_codec(codec), codec.kv_heads
     check_least(batch=(batch, 0), queries=(queries, 0), max_pages=(max_pages, 0), slots=(slots, 0))
+    check_least(query_heads=(query_heads, 0))
     if query_heads % heads:
         raise ValueError(f"query_heads: expected a multiple of {heads}, got {query_heads}")
     if not batch * query_heads * queries:
@@ -866,8 +867,8 @@ def attend_spectral(
         codec: of the layer.
         block_table: int32 [B, max_pages], page of positions 64 j .. 64 j + 63; entries past a row's
             length are not read.
-        seq_lens: int32 [B], tokens of a row with those of the queries; read on the device: lengths
-            may change between replays of a CUDA graph.
+        seq_lens: int32 [B], tokens of a row with those of the queries, at most 64 max_pages; read
+            on the device: lengths may change between replays of a CUDA graph.
         sinks, window: first and newest tokens that are not attended in pages.
         exact: (k_exact, v_exact) as `attend_window` takes them.
         seq_ids, codec_ids: int32 [B], row of `exact` and of the codec of a sequence; None: its
@@ -897,8 +898,10 @@ def attend_spectral(
     scale = softmax_scale(scale, q.shape[-1])
     out = check_output("out", out, q, q.shape, FLOATS)
     lse = check_output("lse", lse, q, q.shape[:-1])
-    if num_splits is not None and not 1 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits: expected 1 .. {MAX_SPLITS}, got {num_splits}")
+    splits = 1 if num_splits is None else num_splits
+    check_least(num_splits=(splits, 1))
+    if splits > MAX_SPLITS:
+        raise ValueError(f"num_splits: expected at most {MAX_SPLITS}, got {splits}")
     if not _launch.runs_kernel(q):
         found = attend_spectral_torch(
             q, k_pages, v_pages, codec, block_table, seq_lens, sinks=sinks, window=window,
@@ -931,8 +934,7 @@ def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.devic
         raise ValueError(
             f"workspace: expected at least {sum(sizes)} bytes, got {workspace.shape[0]}"
         )
-    if workspace.storage_offset() % 16:
-        offset = workspace.storage_offset()
+    if (offset := workspace.storage_offset()) % 16:
         raise ValueError(f"workspace: expected an offset of a multiple of 16, got {offset}")
     u, *others = workspace[: sum(sizes)].split(sizes)
     return u, *(x.view(torch.float32) for x in others)

@@ -210,7 +210,8 @@ def check_window(q, k_exact, v_exact, heads, sinks, window, seq_ids) -> int:
     check_tensor("v_exact", v_exact, shape=k_exact.shape)
     check_exact("v_exact", v_exact, q, sinks, seq_ids, heads=heads, dtype=k_exact.dtype)
     queries = q.shape[2] if q.dim() == 4 else 1
-    if not 1 <= window <= ring:
+    check_least(window=(window, 1))
+    if window > ring:
         raise ValueError(f"window: expected 1 .. {ring}, the ring's slots, got {window}")
     if queries > window:
         raise ValueError(f"q: expected at most window = {window} queries a row, got {queries}")

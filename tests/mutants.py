@@ -255,6 +255,11 @@ MUTANTS: list[Mutant] = [
          "tests/test_window.py::test_attend_window -k 'D64 and triton'"),
     ),
     *of(
+        "_checks.py", "tests/test_refusals.py -k num_splits",
+        ("numbers that are no integers", 'if not hasattr(value, "__index__"):',
+         "if value is None:"),
+    ),
+    *of(
         "_bits.py", f"{PAGES} -k '{MIXED} and triton'",
         ("top field taken as a code", "return (0.5 if place[4] else 0.5 - 2.0 ** (place[3] - 1))",
          "return (0.5 - 2.0 ** (place[3] - 1))"),

@@ -707,13 +707,14 @@ def test_break_even(dense, ours, words):
 
 
 def test_the_quality_table():
-    """Means over texts, the newest row of each; tasks apart; nothing of an earlier perf.quality."""
+    """Means over texts, the newest row of each; tasks apart."""
     rows = [quality_row("small", 12.0, 0.5), quality_row("small", 12.0, 0.1)]
     rows += [quality_row("small", 10.0, 0.3, text="b", recalled=5), quality_row("fp8", 2.0, 0.01)]
     tasks = [{**quality_row(name, 8.0, 0), "task": "records"} for name in ("dense", "balanced")]
     for row, score in zip(tasks, (0.9, 0.8), strict=True):
-        row |= {"score": score, "flips": [3, 1]}
+        row |= {"score": score, "flips": [3, 1], "dense_score": 0.9, "change": [-0.13, -0.05]}
         del row["kl"], row["kl_median"]
+    tasks += [row | {"task": "humaneval"} for row in tasks]
     stream = {"model": "m", "text": "a", "context": 4000, "task": "generate", "scheme": "exact"}
     stream |= {"generated": 2000, "teacher_forced_kl": 0.1, "free_running_kl": 0.2}
     less = quality_row("no mean key", 8.0, 0) | {"task": "ablation", "ablated_kl": 0.3}
@@ -722,7 +723,9 @@ def test_the_quality_table():
     assert cells_of(text, "fp8")[:4] == ["fp8", "2.00", "2.00", "0.01000"]
     assert cells_of(text, "small")[1:4] == ["11.00", "11.00", "0.17321"]
     assert cells_of(text, "small")[-2:] == ["+1.00%", "7.0"] and "kl over 2 text(s)" in text
-    assert cells_of(text, "balanced") == ["balanced", "0.80 [3, 1]"]
+    assert "| scheme | humaneval | records |" in text
+    assert cells_of(text, "dense") == ["dense", "0.90", "0.90"]
+    assert cells_of(text, "balanced") == ["balanced", "0.80 [3, 1]", "0.80 -10.0 ± 4.0"]
     assert cells_of(text, "exact") == ["exact", "2000", "0.10000", "0.20000"]
     assert cells_of(text, "no mean key")[:4] == ["no mean key", "8.00", "8.00", "0.30000"]
 
