@@ -415,31 +415,25 @@ def layer_freqs(model: Any, module: Any, head_dim: int) -> Tensor:
 
 
 @contextmanager
-def _differentiable(model: Any) -> Iterator[None]:
-    """Inside, outputs have gradients, though no weight gets one, and a layer runs again on the way
-    back instead of keeping what it computed. Afterwards the model is as it was."""
+def _differentiable(model: Any) -> Iterator[list[Tensor]]:
+    """Inside, outputs have gradients with respect to the embeddings, which the list holds, and a
+    layer runs again on the way back instead of keeping what it computed."""
     from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
     from ._model import decoder_of, wrapped_layers
 
-    def begin(module: Any, args: Any, out: Tensor) -> Tensor:
-        return out.requires_grad_().clone()  # a leaf must not be changed in place
+    embedded: list[Tensor] = []
 
-    # By name: weights that accelerate moves are other objects afterwards.
-    weights = [name for name, x in model.named_parameters() if x.requires_grad]
+    def begin(module: Any, args: Any, out: Tensor) -> Tensor:
+        embedded[:] = [out.detach().requires_grad_()]
+        return embedded[0].clone()  # a leaf must not be changed in place
+
     again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    wrapped = wrapped_layers(decoder_of(model), again)
+    whole = set_checkpoint_early_stop(False)  # to the end, where accelerate's hooks wait
     hook = model.get_input_embeddings().register_forward_hook(begin)
-    try:
-        for name in weights:
-            model.get_parameter(name).requires_grad_(False)
-        wrapped = wrapped_layers(decoder_of(model), again)
-        whole = set_checkpoint_early_stop(False)  # to the end, where accelerate's hooks wait
-        with torch.inference_mode(False), torch.enable_grad(), whole, wrapped:
-            yield
-    finally:
-        hook.remove()
-        for name in weights:
-            model.get_parameter(name).requires_grad_()
+    with hook, torch.inference_mode(False), torch.enable_grad(), whole, wrapped:
+        yield embedded
 
 
 def drawn_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -515,9 +509,9 @@ def collect(
         reads.append((layers[id(module)], q.detach(), k.detach(), v.detach(), scale))
 
     takes_keep = "logits_to_keep" in signature(model.forward).parameters
-    differentiable = _differentiable(model) if drawn else torch.no_grad()
+    differentiable: Any = _differentiable(model) if drawn else torch.no_grad()
     bar = tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
-    with _tapped(model, take), differentiable, bar:
+    with _tapped(model, take), differentiable as embedded, bar:
         for n, x in enumerate(sequences):
             reads, later = [], x.shape[1] - x.shape[1] // 2  # those that costs are asked from
             keep = {"logits_to_keep": later if drawn else 1} if takes_keep else {}
@@ -526,7 +520,7 @@ def collect(
             if drawn and logits.requires_grad:
                 logits, seeded = logits[:, -later:], torch.Generator(logits.device).manual_seed(n)
                 try:
-                    logits.backward(drawn_gradient(logits, seeded))
+                    logits.backward(drawn_gradient(logits, seeded), inputs=embedded)
                 except RuntimeError as error:  # of a product without a derivative, or of memory
                     if n:
                         raise

@@ -696,9 +696,8 @@ MUTANTS: list[Mutant] = [
     ),
     *of(
         "calibrate.py", "tests/test_calibrate.py::test_collecting_changes_nothing",
-        ("weights without gradients for ever", ".requires_grad_()\n\n",
-         ".requires_grad_(False)\n\n"),
-        ("embeddings with gradients for ever", "        hook.remove()\n", "        pass\n"),
+        ("weights with gradients for ever", ", inputs=embedded)", ")"),
+        ("embeddings with gradients for ever", "with hook, torch", "with torch"),
         ("gradients of few tokens", "total >= LEAST_DRAWN and", "total > 0 and",
          "tests/test_calibrate.py::test_without_gradients_all_directions_count_alike"),
         ("sequences are kept", "            del logits, known\n", "            del logits\n",
