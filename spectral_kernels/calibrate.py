@@ -481,6 +481,7 @@ def collect(
 
     from ._model import decoder_of, full_layers
 
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     sequences = [x[None] if isinstance(x, Tensor) and x.dim() == 1 else x for x in sequences]
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")

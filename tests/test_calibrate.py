@@ -658,6 +658,17 @@ def test_a_sequence_is_freed_before_the_next_is_read(tiny, monkeypatch):
     assert max(kept) <= 4  # of one layer of four
 
 
+def test_a_compiled_model_is_read_as_it_is(tiny, monkeypatch):
+    model, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
+    ids = [recall_tokens(tokenizer, 100)]
+    plain, compiled = (
+        calibrate.collect(x, ids, window=16) for x in (model, torch.compile(model, backend="eager"))
+    )
+    for x, y in zip(plain.layers, compiled.layers, strict=True):
+        assert torch.equal(x.k.metric, y.k.metric) and torch.equal(x.v.metric, y.v.metric)
+
+
 def test_weights_that_accelerate_moves_are_as_before(tiny, tmp_path, monkeypatch):
     """On the way back too they leave the device again."""
     accelerate = pytest.importorskip("accelerate")
