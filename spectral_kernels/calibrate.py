@@ -516,7 +516,7 @@ def collect(
         for n, x in enumerate(sequences):
             reads, later = [], x.shape[1] - x.shape[1] // 2  # those that costs are asked from
             keep = {"logits_to_keep": later if drawn else 1} if takes_keep else {}
-            logits = model(input_ids=x.to(model.device), use_cache=False, **keep).logits
+            logits = model(input_ids=x.to(model.device, copy=True), use_cache=False, **keep).logits
             known, reads = reads, None
             if drawn and logits.requires_grad:
                 logits, seeded = logits[:, -later:], torch.Generator(logits.device).manual_seed(n)

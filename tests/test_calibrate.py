@@ -658,14 +658,15 @@ def test_a_sequence_is_freed_before_the_next_is_read(tiny, monkeypatch):
     assert max(kept) <= 4  # of one layer of four
 
 
-def test_a_compiled_model_is_read_as_it_is(tiny, monkeypatch):
+@pytest.mark.parametrize("case", ["compiled", "inference mode"])
+def test_callers_compile_and_want_no_gradients(tiny, case, monkeypatch):
     model, tokenizer = tiny
     monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
-    ids = [recall_tokens(tokenizer, 100)]
-    plain, compiled = (
-        calibrate.collect(x, ids, window=16) for x in (model, torch.compile(model, backend="eager"))
-    )
-    for x, y in zip(plain.layers, compiled.layers, strict=True):
+    plain = calibrate.collect(model, [recall_tokens(tokenizer, 100)], window=16)
+    other = torch.compile(model, backend="eager") if case == "compiled" else model
+    with torch.inference_mode(case == "inference mode"):
+        found = calibrate.collect(other, [recall_tokens(tokenizer, 100).clone()], window=16)
+    for x, y in zip(plain.layers, found.layers, strict=True):
         assert torch.equal(x.k.metric, y.k.metric) and torch.equal(x.v.metric, y.v.metric)
 
 
