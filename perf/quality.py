@@ -652,15 +652,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--context must be at least 1, --needles at least 0")
     if (embedded and args.text) or not (embedded or args.text or args.tasks):
         parser.error("--text or --tasks go with --model or --gguf; the embedded model has its own")
+    args.codecs = args.codecs or (TINY_MODEL if embedded else None)
     try:
+        notes = codec_notes(args.codecs, args.presets)
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
         cases = [*cases_of(args, tokenizer)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
-    args.codecs = args.codecs or (TINY_MODEL if embedded else None)
-    head = {"model": Path(name).name, "codec": codec_notes(args.codecs, args.presets)}
+    head = {"model": Path(name).name, "codec": notes}
     same, rows = versions(args.commit), []  # now: the tree may change while this runs
     found = measured(model, tokenizer, cases, args)
     for row in tqdm(found, desc="quality", unit="row"):  # written at once: a run may take long
@@ -671,9 +672,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def codec_notes(codecs: Path | None, presets: Sequence[str]) -> str:
     """The folder's name and what the codecs were calibrated on, as their files say."""
-    paths = [] if codecs is None else [codecs / f"codec-{preset}.safetensors" for preset in presets]
-    notes = {ModelCodec.load(path).notes for path in paths if path.is_file()}
-    return f"{codecs.name}: {'; '.join(sorted(notes))}" if codecs else "as enable finds it"
+    if codecs is None:
+        return "as enable finds it"
+    paths = (codecs / f"codec-{preset}.safetensors" for preset in presets if preset != "exact")
+    return f"{codecs.name}: {'; '.join(sorted({ModelCodec.load(path).notes for path in paths}))}"
 
 
 if __name__ == "__main__":

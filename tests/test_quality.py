@@ -237,6 +237,13 @@ def test_texts_go_with_a_model(capsys):
     assert "--text or --tasks go with" in capsys.readouterr().err
 
 
+def test_a_codec_that_is_missing_is_named_before_a_model_is_read(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "load", lambda *args, **options: pytest.fail("a model was read"))
+    with pytest.raises(SystemExit):
+        quality.main(["--codecs", str(tmp_path), "--presets", "exact", "balanced"])
+    assert "codec-balanced.safetensors" in capsys.readouterr().err
+
+
 # ---- yardsticks ----------------------------------------------------------------------------------
 
 
