@@ -294,14 +294,14 @@ class _Layer:
         self.metrics, self.power = zeros(2, kv_heads, dim, dim), zeros(())
         self.rows: list[Tensor] = []
 
-    def add(
-        self, q: Tensor, k: Tensor, v: Tensor, gradient: Any, *, sinks: int, **options: Any
-    ) -> None:
-        """One sequence's tokens, arguments as of `error_costs`; a gradient for all or for none."""
-        metrics, power = error_costs(q, k, v, gradient, self.freqs, sinks=sinks, **options)
-        self.metrics += metrics
-        self.power += power if gradient is None else 1.0
-        self.add_tokens(k, v, sinks)
+    def add(self, q: Tensor, k: Tensor, v: Tensor, gradient: Any, **options: Any) -> None:
+        """A batch: q, k, v [B, heads, T, D], gradient [B, T, H, D] or None (of all batches)."""
+        slopes: Any = [None] * len(q) if gradient is None else gradient.transpose(1, 2)
+        for row in zip(q, k, v, slopes, strict=True):
+            metrics, power = error_costs(*row, self.freqs, **options)
+            self.metrics += metrics
+            self.power += power if gradient is None else 1.0
+            self.add_tokens(row[1], row[2], options["sinks"])
 
     def add_tokens(self, k: Tensor, v: Tensor, sinks: int) -> None:
         """A sequence's keys and values [G, T, D]."""
@@ -493,7 +493,7 @@ def collect(
     layers: dict[int, _Layer] = {}  # by id of the attention module
     full = full_layers(decoder_of(model).config)
     drawn = total >= LEAST_DRAWN and not any(x.is_inference() for x in model.parameters())
-    reads: list[Any] | None = None  # of the batch that is read; None: layers run again
+    reads: list[Any] | None = None  # calls that wait for gradients; None: layers run again
     gradients: dict[int, Tensor] = {}  # at the outputs of reads
 
     def take(module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: Any) -> None:
@@ -504,10 +504,13 @@ def collect(
         if id(module) not in layers:
             freqs = layer_freqs(model, module, q.shape[-1])
             layers[id(module)] = _Layer(q, k, v, freqs, max(1, total // SAMPLE) | 1)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        options: Any = {"scale": scale or q.shape[-1] ** -0.5, "sinks": sinks, "window": window}
+        add: Any = partial(layers[id(module)].add, q.detach(), k.detach(), v.detach(), **options)
+        if not drawn:
+            return add(None)
         if out.requires_grad:
             out.register_hook(partial(gradients.__setitem__, len(reads)))
-        reads.append((layers[id(module)], q.detach(), k.detach(), v.detach(), scale))
+        reads.append(add)
 
     takes_keep = "logits_to_keep" in signature(model.forward).parameters
     differentiable: Any = _differentiable(model) if drawn else torch.no_grad()
@@ -526,13 +529,10 @@ def collect(
                     if n:
                         raise
                     warnings.warn(f"calibrating without gradients: {error}", stacklevel=2)
-            drawn = len(gradients) == len(known)
-            with torch.no_grad():
-                for i, (layer, *qkv, scale) in enumerate(known):
-                    slopes = gradients[i].transpose(1, 2) if drawn else [None] * len(x)
-                    for row in zip(*qkv, slopes, strict=True):
-                        layer.add(*row, scale=scale, sinks=sinks, window=window)
-            del logits, known
+            drawn = drawn and len(gradients) == len(known)
+            for i in range(len(known)):
+                known.pop(0)(gradients[i] if drawn else None)
+            del logits
             gradients.clear()
             bar.update(x.numel())
     if not layers:

@@ -903,7 +903,7 @@ def test_real_keys_and_values_keep_their_outputs():
         padded = torch.nn.functional.pad(q, (0, 0, 3584, 0))
         tap = calibrate._Layer(padded[None], k[None], v[None], freqs, 3)
         options = {"scale": 128**-0.5, "sinks": 4, "window": 16}
-        tap.add(padded, k, v, None, **options)
+        tap.add(padded[None], k[None], v[None], None, **options)
         tap.count, tap.rows = 0, []
         tap.k_sum.zero_(), tap.moments.zero_()
         tap.add_tokens(k[:, :known], v[:, :known], 4)
