@@ -312,7 +312,10 @@ def losses(results: Path = RESULTS) -> str:
     found = {row["scheme"]: row for row in same}
     schemes = [name for name in LOSSES if name in found]
     forms = {"times smaller": ("ratio", "{:.2f}x"), "likeliest token as dense": ("top1", "{:.1%}")}
-    forms |= {"perplexity": ("perplexity", "{:+.2%}"), "KL, nats": ("kl", "{:.4f}")}
+    forms |= {
+        "perplexity": ("perplexity", "{:+.2%}"),
+        "KL, nats (geometric mean)": ("kl", "{:.4f}"),
+    }
     header = f"{top['model']}, {top['context']:,} tokens, mean of {top['texts']} texts"
     lines = [[x, *(f.format(found[s][n]) for s in schemes)] for x, (n, f) in forms.items()]
     return markdown([header, *schemes], lines)
