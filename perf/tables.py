@@ -324,7 +324,7 @@ def losses(results: Path = RESULTS) -> str:
 def fill(text: str, results: Path = RESULTS) -> str:
     """A page's text with the tables between their marks."""
     make = {"headline": headline, "losses": losses}
-    return MARKED.sub(lambda match: f"{match[1]}\n{make[match[2]](results)}\n{match[3]}", text)
+    return MARKED.sub(lambda match: f"{match[1]}{make[match[2]](results)}\n{match[3]}", text)
 
 
 def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:

@@ -270,6 +270,21 @@ def test_storing_is_timed(monkeypatch, tmp_path):
     assert row["encode_share"] == pytest.approx(share, rel=1e-3)
 
 
+@on_cpu
+def test_a_benchmark_says_the_time_of_the_device(monkeypatch):
+    """In its name, as the table of pytest-benchmark has the host's alone."""
+    from perf import test_benchmarks
+
+    made_up = _timing.Times(10.0, 20.0, 30.0)
+    monkeypatch.setattr(kernel_bench, "device_times", lambda calls: made_up)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ran = []
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call, **options: ran.append(call()))
+    test_benchmarks.test_kernel(benchmark, CARD, "append")
+    share = benchmark.extra_info["bytes"] / 20e-6 / CARD.read_bandwidth
+    assert benchmark.name == f"append: 20 us, {share:.0%}" and ran == [None]
+
+
 def test_benchmarks_run_every_public_kernel():
     import spectral_kernels as sk
 
