@@ -20,7 +20,8 @@ read-only pass in the same run. Bands of a preset: `_cases.layouts`, the middle 
 Row: gpu commit torch triton date B H G D T case (the shape's other words) preset layout path
 ("matrix" or "scalar") p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us
 read_share read_gbs error peers {name: microseconds, or why not}.
-Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
+Tables and plots: python -m perf.tables (of_plain: a case's time over that of the same B and T
+without one).   Test: tests/test_perf.py.
 """
 
 import argparse
@@ -43,7 +44,8 @@ TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8
 SHAPES = (
     *TABLE,
     *("1x32768:16/2:d256", "8x32768:16/2:d256", "1x32768:12/2:d64", "8x32768:12/2:d64"),
-    *("1x32768:q4", "8x32768:q4", "4x32768:old"),
+    *("8x32768:d96", "8x32768:64/8", "8x32768:24/4", "8x32768:32/32", "256x2048", "1x1048576"),
+    *("1x32768:q4", "8x32768:q4", "8x32768:q16", "4x32768:old"),
     *("1x8192:pool131072", "64x4096", "1x131072+63x2048"),
 )
 PAGE = 64  # tokens of a page of peers

@@ -87,8 +87,15 @@ def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A table a kind of layer: time, share of the bandwidth, the best peers, times as fast."""
-    spec, rows = "B T:, case preset p50_us:.4g read_share:.0%", latest(rows, KEYS["attention"])
+    """A table a kind of layer: time, as a multiple of that of the run's row without a case, share
+    of the bandwidth, the best peers, times as fast."""
+    spec, rows = "B T:, case preset p50_us:.4g", latest(rows, KEYS["attention"])
+    alike = ("commit", *(name for name in KEYS["attention"] if name != "case"))
+    plain = {tuple(map(row.get, alike)): row["p50_us"] for row in rows if not row.get("case")}
+    for row in rows:
+        us = plain.get(tuple(map(row.get, alike))) if row.get("case") else None
+        row["of_plain"] = us and row["p50_us"] / us
+    spec += " of_plain:.2f read_share:.0%"
     for peer in ("peer", "fp8"):
         spec += f" best_{peer} best_{peer}_us:.4g against_{peer}:.2f"
         for row in rows:
@@ -123,8 +130,8 @@ def share_of_reads(row: Row) -> float:
 
 def end_to_end_table(rows: Rows) -> str:
     """A line a measurement: ms a token at each length, intercept and slope of a line through them,
-    break-even length against the dense graph (compiled where they are), and of the longest length
-    the time of its bytes and the share that it is of the whole."""
+    break-even length against the dense graph of the same run (compiled where they are), and of the
+    longest length the time of its bytes and the share that it is of the whole."""
     rows = latest(rows, KEYS["end_to_end"])
     timed = [{"compiled": row["what"].endswith(" compiled"), **row} for row in rows if "ms" in row]
     text = ""
@@ -132,18 +139,20 @@ def end_to_end_table(rows: Rows) -> str:
         base, lines = "graph compiled" if title[3] else "graph", []
         lengths = sorted({row["T"] for row in own})
         graph = {row["T"]: row for row in own if row["what"] == base and not row["preset"]}
-        dense = fit_line(graph)
+        dense, run = fit_line(graph), {row["commit"] for row in graph.values()}
         for (what, preset), series in grouped(own, ("what", "preset")).items():
             found, cells = {row["T"]: row for row in series}, [f"{what} {preset or ''}".strip()]
             for t in lengths:
                 cells.append("-")
                 if t in found:
                     cells[-1] = f"{found[t]['ms']:.2f}{'*' if found[t].get('shared') else ''}"
-                    if t in graph and found[t] is not graph[t]:
+                    same = t in graph and graph[t]["commit"] == found[t]["commit"]
+                    if same and found[t] is not graph[t]:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line(found)
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            cells.append("-" if found == graph else break_even(dense, line))
+            alone = found == graph or not run.issuperset(row["commit"] for row in series)
+            cells.append("-" if alone else break_even(dense, line))
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]

@@ -679,6 +679,11 @@ def test_the_attention_table():
     same = ["balanced", "10", "80%", "cudnn", "42", "4.20"]
     assert cells_of(text, "16 | 65,536") == ["16", "65,536", "-", *same, "-", "-", "-"]
     assert cells_of(text, "16 | 8,192") == ["16", "8,192", "q4", *same, "fi fp8", "30", "3.00"]
+    rows.append(attention_row(T=8192, p50_us=4.0))
+    plain, four = (x for x in tables.attention_table(rows).splitlines() if "| 8,192 |" in x)
+    assert "| 10 | 2.50 | 80% |" in four and "| 4 | - | 80% |" in plain
+    rows[-1]["commit"] = "of another run"
+    assert "2.50" not in tables.attention_table(rows)
 
 
 def test_tables_have_at_most_ten_rows():
@@ -704,6 +709,9 @@ def test_the_end_to_end_table():
     want = ["9.00* (0.89x)", "-", "-", "-", "4.00 (44%)"]
     assert cells_of(plain, "ours small")[1:] == want
     assert cells_of(compiled, "bare compiled balanced")[1] == "5.00 (0.80x)"
+    later = [end_row(1024 * n, "static", 9.0, commit="of another run") for n in (8, 32)]
+    want = ["9.00", "9.00", "9.00 + 0.0000 a 1K", "-", "4.00 (44%)"]
+    assert cells_of(tables.end_to_end_table([*rows, *later]), "static")[1:] == want
     assert "layers share memory" in text
     assert cells_of(text, "a card | 1 | 8,192")[3:6] == ["balanced", "0.500", "1.004"]
 
