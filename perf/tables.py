@@ -29,9 +29,10 @@ KEYS = {
 PRESETS = ("exact", *LOSSY)
 PLOTTED = (*LAYER, "matrix", None)  # H, G, D, path, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
-ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
+ORDER = ("static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
 MARKED = re.compile(r"(<!-- (headline|losses) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+SHARED = "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
 NO_ROW = "No row yet: `python -m perf.{} --json`, then `perf.tables --write`.\n"
 Rows = Iterable[Row]
 Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
@@ -159,8 +160,7 @@ def end_to_end_table(rows: Rows) -> str:
         card = f"{title[4]} x {title[0]}" if title[4] else title[0]
         text += f"\n### {card}, {title[1]}, B = {title[2]}{', compiled' * title[3]}\n\n"
         text += markdown([*header, "break-even T", "ceiling of the longest"], lines)
-    if any(row.get("shared") for row in timed):
-        text += "\n\\* keys and values of all layers do not fit: layers share memory.\n"
+    text += SHARED * any(row.get("shared") for row in timed)
     prompts = [row for row in rows if row.get("prefill_ratio")]
     if prompts:
         spec = "gpu B T:, preset prefill_s:.3f prefill_ratio:.3f cache_bytes:, peak_bytes:,"
@@ -304,11 +304,7 @@ def headline(results: Path = RESULTS) -> str:
     chosen = sorted(sorted(cells, key=lambda x: x[1] * x[2])[-HEADLINE:])
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
-    if any("*" in cells[x][4] for x in chosen):
-        text += (
-            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
-        )
-    return text
+    return text + SHARED * any("*" in cells[x][4] for x in chosen)
 
 
 def losses(results: Path = RESULTS) -> str:
@@ -321,10 +317,8 @@ def losses(results: Path = RESULTS) -> str:
     found = {row["scheme"]: row for row in same}
     schemes = [name for name in LOSSES if name in found]
     forms = {"times smaller": ("ratio", "{:.2f}x"), "likeliest token as dense": ("top1", "{:.1%}")}
-    forms |= {
-        "perplexity": ("perplexity", "{:+.2%}"),
-        "KL, nats (geometric mean)": ("kl", "{:.4f}"),
-    }
+    forms["perplexity"] = "perplexity", "{:+.2%}"
+    forms["KL, nats (geometric mean)"] = "kl", "{:.4f}"
     header = f"{top['model']}, {top['context']:,} tokens, mean of {top['texts']} texts"
     lines = [[x, *(f.format(found[s][n]) for s in schemes)] for x, (n, f) in forms.items()]
     return markdown([header, *schemes], lines)

@@ -416,7 +416,7 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
         assert set(row) <= set(job.__doc__.split()) and [row[x] for x in "HGD"] == [4, 2, 64]
         assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (10, 20, 30)
         assert row["best_peer"] == (None if "case" in row else "math") and row["best_fp8"] is None
-        assert row["speedup"] == (None if "case" in row else 1) and row["error"] < 1e-4
+        assert row["best_peer_us"] == (None if "case" in row else 20) and row["error"] < 1e-4
     [step] = make(Shape(1, 4, 2, 64, 512), "balanced", CARD, 1)
     assert rows[0]["read_share"] == pytest.approx(step.nbytes / 20e3, rel=1e-3)  # of 1 GB/s
     assert "best_peer math  best_peer_us 20.0" in shown.out
@@ -502,14 +502,15 @@ TINY = ("2x256", "--shape", "tiny", "--steps", "8")
 @on_cpu
 def test_whole_models_are_timed(whole, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    what = ("--what", "eager", "graph", "fp8", "ours", "prefill")
+    what = ("--what", "static", "graph", "fp8", "ours", "prefill")
     assert whole.main([*TINY, *what, "--presets", "balanced", "small", "--json", str(path)]) == 0
     rows = tables.read_rows(path)
-    asked = [("eager", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
+    asked = [("static", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
     asked += [("ours", "small"), *(("prefill", p) for p in (None, "balanced", "small"))]
     assert [(r["what"], r["preset"]) for r in rows] == asked
     dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
-    assert [row["cache_bytes"] for row in rows[:3]] == [dense, dense, dense // 2]
+    static = dense * (256 + 8 + 8 + 2) // 256  # with room for the steps
+    assert [row["cache_bytes"] for row in rows[:3]] == [static, dense, dense // 2]
     assert [row.get("backend") for row in rows[:3]] == [None, "math", "eight"]
     for row in rows:
         assert set(row) <= set(whole.__doc__.replace(",", "").split())
@@ -538,7 +539,7 @@ def test_the_second_of_two_gpus_is_silent(whole, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(whole, "RANK", 1)
     monkeypatch.delenv("OUT", raising=False)
     path = tmp_path / "rows.jsonl"
-    assert whole.main([*TINY, "--what", "eager", "--json", str(path)]) == 0
+    assert whole.main([*TINY, "--what", "static", "--json", str(path)]) == 0
     assert tables.read_rows(path) == [] and capsys.readouterr().out == ""
 
 
@@ -547,7 +548,7 @@ def test_kernels_are_compiled_ahead():
     pytest.importorskip("transformers")
     from perf import end_to_end
 
-    given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "eager", "bare"]
+    given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "static", "bare"]
     runs = end_to_end.ahead(end_to_end.parse([*given, "--json"]))
     assert [args.layout for args in runs] == [0, 1, 2] * 2
     assert [args.cells for args in runs] == [[(1, 8192)]] * 3 + [[(8, 256)]] * 3
@@ -631,7 +632,6 @@ def attention_row(**changes) -> dict:
         "p50_us": 10.0,
         "best_peer": "cudnn",
         "best_peer_us": 42.0,
-        "speedup": 4.2,
     }
     return {**row, "read_share": 0.8, **changes}
 
@@ -712,7 +712,7 @@ def test_the_end_to_end_table():
     later = [end_row(1024 * n, "static", 9.0, commit="of another run") for n in (8, 32)]
     want = ["9.00", "9.00", "9.00 + 0.0000 a 1K", "-", "4.00 (44%)"]
     assert cells_of(tables.end_to_end_table([*rows, *later]), "static")[1:] == want
-    assert "layers share memory" in text
+    assert "layers share them" in text
     assert cells_of(text, "a card | 1 | 8,192")[3:6] == ["balanced", "0.500", "1.004"]
 
 
