@@ -143,8 +143,8 @@ def table() -> Iterator[str]:
 
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
 def test_real_tensors_lose_less_than_other_schemes_at_their_bytes():
-    """Against those with as many bytes or more, but for 3 %: quality at most half of 2 bits in groups
-    of 32, and less than 3 bits a rotated number; balanced less than the former with three
+    """Against those with as many bytes or more, but for 3 %: quality at most half of 2 bits in
+    groups of 32, and less than 3 bits a rotated number; balanced less than the former with three
     quarters of its bytes."""
     quality, balanced, small = map(loss_of, PRESETS)
     for loss, preset in zip((quality, balanced, small), PRESETS.values(), strict=True):
