@@ -539,6 +539,24 @@ def test_a_long_generation_is_timed(whole, monkeypatch, tmp_path):
 
 
 @on_cpu
+def test_prompts_are_compared_with_dense_ones_of_the_same_turn(whole, monkeypatch, tmp_path):
+    """A card that slows down slows both: of rounds that take 2 and 3, 4 and 6, 8 and 12 seconds the
+    ratio is 1.5; seconds are the medians."""
+    calls = []
+
+    def generate(cell, ids, new, cache=None):
+        calls.append(cache)
+        pace = 2 ** (len([x for x in calls if (x is None) == (cache is None)]) // 2 + 1)
+        return SimpleNamespace(prefill_s=pace * (0.5 if cache is None else 0.75))
+
+    monkeypatch.setattr(whole, "generate", generate)
+    path = tmp_path / "rows.jsonl"
+    assert whole.main([*TINY, "--what", "prefill", "--json", str(path)]) == 0
+    found = [(row["prefill_s"], row["prefill_ratio"]) for row in tables.read_rows(path)]
+    assert found == [(4.0, 1.0), (6.0, 1.5)] and len(calls) == 12
+
+
+@on_cpu
 def test_the_second_of_two_gpus_is_silent(whole, monkeypatch, tmp_path, capsys):
     """Its rows would be the first one's again."""
     monkeypatch.setattr(whole, "RANK", 1)
