@@ -68,7 +68,9 @@ from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from perf import _tasks
 from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
@@ -76,11 +78,13 @@ from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table
 from perf.tiny_model.recall import make_recall_contexts
+from spectral_kernels._model import decoder_of
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 PREDICTED = 256  # tokens of the text after the context
+READ = 65_536  # tokens of contexts that a forward reads
 SINKS, GROUP = 4, 32  # of the yardsticks
 TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
@@ -210,6 +214,27 @@ def cast(model: Any, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
+def attention32(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
+) -> Any:
+    """transformers' sdpa: q [B, H, Q, D], k and v [B, G, T, D]. PyTorch has no fused kernel for
+    grouped heads in float32: a step's queries become those of several tokens of G heads, a
+    prompt's keys and values are repeated."""
+    sdpa, heads = ALL_ATTENTION_FUNCTIONS["sdpa"], k.shape[1]
+    if q.dtype != torch.float32:
+        return sdpa(module, q, k, v, mask, **options)
+    if q.shape[2] == 1 and mask is None:
+        q = q.unflatten(1, (heads, -1)).squeeze(3)
+        out, weights = sdpa(Namespace(is_causal=False), q, k, v, None, **options)
+        return out.transpose(1, 2).flatten(1, 2)[:, None], weights
+    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+    return sdpa(Namespace(is_causal=True), q, k, v, mask, **options)
+
+
+AttentionInterface.register("sdpa32", attention32)
+AttentionMaskInterface.register("sdpa32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
     """Contexts int64 [B, N] but their last token, the first to predict from, read by the model."""
@@ -227,10 +252,18 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
         p = scores.masked_fill_(later, float("-inf")).softmax(-1).mean((2, 3))
         found[1].append(torch.einsum("bgtd,bgte->gde", v * p[..., None], v) / len(v))
 
-    cache = DynamicCache(config=model.config)
-    with _tapped(model, take) if moments else nullcontext():
-        model(input_ids=ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
-    k, v = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
+    parts = []
+    for rows in ids.split(len(ids) if moments else max(1, READ // ids.shape[1])):
+        cache = DynamicCache(config=model.config)
+        with _tapped(model, take) if moments else nullcontext():
+            model(input_ids=rows, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+        parts.append([(layer.keys, layer.values) for layer in cache.layers])
+    del cache
+    layers = []
+    while parts[0]:  # a layer's parts go as its whole comes
+        some = [part.pop(0) for part in parts]
+        layers.append([torch.cat(x) if len(x) > 1 else x[0] for x in zip(*some, strict=True)])
+    k, v = map(list, zip(*layers, strict=True))
     return Prefix(ids, k, v, *(found if moments else ()))
 
 
@@ -280,10 +313,10 @@ def store_dense(prefix: Prefix) -> Stored:
     return Stored(layers, prefix.tokens * token, token)
 
 
-def enabled(model: Any, preset: str, codecs: Path | None) -> Any:
+def enabled(model: Any, preset: str, codecs: Path | None, *, check: bool = True) -> Any:
     """The product's handle, with the codec of a folder if there is one."""
     known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
-    return enable(model, preset, codec=known)
+    return enable(model, preset, codec=known, check=check)
 
 
 @torch.no_grad()
@@ -295,11 +328,16 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
 
 
 def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
-    """The prompt as the product's `generate` stores it: what a prompt after it would attend to."""
-    with enabled(model, preset, codecs) as handle, torch.no_grad():
-        spectral = filled_cache(model, handle, prefix.ids, 0).spectral
-        layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
-        codec, tokens = handle.codec, prefix.tokens
+    """The prompt as the product's cache stores it: what a prompt after it would attend to."""
+    codec_of, tokens = enabled(model, preset, codecs, check=False), prefix.tokens  # none attends
+    with codec_of as handle, torch.no_grad():
+        cache = handle.new_cache(len(prefix.ids), tokens)
+        cache.start([0] * cache.batch, model.device)
+        cache.advance(tokens, prefix.v[0].dtype)
+        for layer, k, v in zip(cache.layers, prefix.k, prefix.v, strict=True):
+            layer.store(k, v)
+        layers = [cache.spectral.past(i, 0, tokens) for i in range(len(prefix.k))]
+        codec = handle.codec
     if codec is None:
         return Stored(layers, *store_dense(prefix)[1:])
     # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
@@ -470,18 +508,28 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts of a kind, whose last tokens the cache has not seen."""
-    seen = int(cache.get_seq_length())
-    written = [torch.tensor([task.ids[seen:] for task in tasks], device=model.device)]
-    while True:
+    """What the model writes after prompts of a kind, whose last tokens the cache has not seen. In
+    float32 answers that have ended leave the batch; in 16 bits others would be rounded anew."""
+    seen, written, step = int(cache.get_seq_length()), list[torch.Tensor](), 0
+    token = torch.tensor([task.ids[seen:] for task in tasks], device=model.device)
+    texts, going = [""] * len(tasks), [*range(len(tasks))]
+    while going:
         options = {"logits_to_keep": 1, "use_cache": True, CACHE: cache}
-        written.append(model(input_ids=written[-1], **options).logits.argmax(-1))
-        step = len(written) - 1
-        if step % 16 == 0 or step == tasks[0].new:
-            texts = [tokenizer.decode(row) for row in torch.cat(written[1:], dim=1).tolist()]
-            ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
-            if step == tasks[0].new or all(ended):
-                return texts
+        token = model(input_ids=token, **options).logits.argmax(-1)
+        written, step = [*written, token], step + 1
+        if step % 16 and step < tasks[0].new:
+            continue
+        for i, row in zip(going, torch.cat(written, dim=1).tolist(), strict=True):
+            texts[i] = tokenizer.decode(row)
+        left = [j for j, i in enumerate(going) if answer_of(tasks[i], texts[i]) == texts[i]]
+        if step == tasks[0].new or not left:
+            break
+        if len(left) < len(going) and model.dtype == torch.float32:
+            rows = torch.tensor(left, device=model.device)
+            cache.batch_select_indices(rows)
+            token, written = token[rows], [torch.cat(written, dim=1)[rows]]
+            going = [going[j] for j in left]
+    return texts
 
 
 def answers(
@@ -657,6 +705,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes = codec_notes(args.codecs, args.presets)
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
+        if (config := decoder_of(model).config)._attn_implementation == "sdpa":
+            config._attn_implementation = "sdpa32"
         cases = [*cases_of(args, tokenizer)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))

@@ -121,6 +121,32 @@ def test_a_model_in_another_dtype_turns_as_before(embedded):
     assert not torch.equal(model(input_ids=ids).logits, rounded)
 
 
+@pytest.mark.parametrize("queries, past", [(1, 0), (1, 9), (7, 0), (7, 9)])
+def test_attention_of_grouped_heads_in_float32(queries, past, monkeypatch):
+    """By hand; steps repeat nothing, and no kernel is asked for grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, tokens, 8, generator=generator)
+        for heads, tokens in ((6, queries), (2, past + queries), (2, past + queries))
+    )
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **options):
+        seen.append((key.shape[1], options.get("enable_gqa", False)))
+        return sdpa(query, key, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    allowed = torch.ones(queries, past + queries, dtype=torch.bool).tril(past)
+    mask = allowed[None, None] if past and queries > 1 else None
+    got, _ = quality.attention32(module, q, k, v, mask, scaling=0.3)
+    scores = 0.3 * q @ k.repeat_interleave(3, 1).mT
+    p = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    assert torch.allclose(got, (p @ v.repeat_interleave(3, 1)).transpose(1, 2), atol=1e-6)
+    assert seen == [(2 if queries == 1 else 6, False)]
+
+
 def test_compare():
     """By hand: two tokens of two, one answer right and one wrong."""
     case = Case("", torch.tensor([[0, 1, 0]]), 1, [range(0, 1), range(1, 2)])
@@ -514,6 +540,46 @@ def test_prompts_of_a_context_share_what_is_stored(embedded, case):
         cache = quality.dense_cache(model, store(prefix).layers)
         assert quality.greedy(model, cache, [task], tokenizer) == [text]
     assert len({*found["dense"]}) > 3 and found["dense"] != found["kivi-2"]
+
+
+def test_contexts_are_read_in_parts(embedded, case, monkeypatch):
+    """A few rows a forward: keys and values as of all rows at once."""
+    ids = torch.stack([case.ids[0, i : i + 300] for i in range(5)])
+    whole = quality.read_prefix(embedded[0], ids)
+    monkeypatch.setattr(quality, "READ", 650)
+    parts = quality.read_prefix(embedded[0], ids)
+    for a, b in zip((*whole.k, *whole.v), (*parts.k, *parts.v), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert len(parts.k) == len(whole.k) and torch.equal(whole.ids, parts.ids)
+
+
+def test_answers_that_have_ended_leave_the_batch(embedded, case, monkeypatch):
+    """Each is that of its prompt by itself; in 16 bits all stay, as others would be rounded anew."""
+    model, tokenizer = embedded
+    prompts = [case.ids[0, 50 * i : 50 * i + 300].tolist() for i in range(6)]
+    tasks = [_tasks.Task("a", ids, ("b",), 40, stop=("windows", "dawn", "sang")) for ids in prompts]
+    prefix = quality.read_prefix(model, torch.tensor(prompts))
+
+    def written(rows: list[int], sizes: list[int]) -> list[str]:
+        layers = [(k[rows], v[rows]) for k, v in zip(prefix.k, prefix.v, strict=True)]
+        cache = quality.dense_cache(model, layers)
+        watch = model.register_forward_pre_hook(
+            lambda module, args, options: sizes.append(len(options["input_ids"])), with_kwargs=True
+        )
+        try:
+            return quality.greedy(model, cache, [tasks[i] for i in rows], tokenizer)
+        finally:
+            watch.remove()
+
+    sizes: list[int] = []
+    texts = written([*range(6)], sizes)
+    ended = [_tasks.answer_of(task, text) for task, text in zip(tasks, texts, strict=True)]
+    alone = [_tasks.answer_of(task, written([i], [])[0]) for i, task in enumerate(tasks)]
+    assert ended == alone and len({*ended}) > 3
+    assert sizes == [6] * 16 + [4] * 16 + [3] * 8
+    monkeypatch.setattr(type(model), "dtype", torch.bfloat16)
+    written([*range(6)], sizes := [])
+    assert {*sizes} == {6}
 
 
 def test_streams_are_steps_of_the_cache(embedded, case):
