@@ -268,10 +268,12 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
 
 
 def dense_cache(model: Any, layers: Layers) -> DynamicCache:
-    """transformers' cache with a context as given."""
+    """transformers' cache with a context as given, which is not copied."""
     cache = DynamicCache(config=model.config)
     for i, (k, v) in enumerate(layers):
-        cache.update(k.to(model.dtype), v.to(model.dtype), i)
+        k, v = k.to(model.dtype), v.to(model.dtype)
+        cache.update(k[:, :, :0], v[:, :, :0], i)
+        cache.layers[i].keys, cache.layers[i].values = k, v
     return cache
 
 
