@@ -439,17 +439,23 @@ def code_oscar(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> tor
     return min(tries, key=lambda z: float((z - y).square().mean())) @ turn.mT
 
 
+def deviation(y: torch.Tensor, dim: int) -> torch.Tensor:
+    """Standard deviation along `dim`; 1 where all is alike up to rounding."""
+    std, least = y.std(dim, keepdim=True), 1e-5 * y.abs().amax(dim, keepdim=True)
+    return torch.where(std > least, std, 1.0)
+
+
 def evened_out(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What divides the rows and the columns of tiles [..., TILE, D] so that their standard
     deviations are alike: the best of several turns, as these need not converge; in 16 bits."""
     rows, columns = y.new_ones(*y.shape[:-1], 1), y.new_ones(*y.shape[:-2], 1, y.shape[-1])
     best, least = (rows, columns), y.new_full((*y.shape[:-2], 1, 1), float("inf"))
     for _ in range(EVENINGS):
-        columns = columns * (y / (rows * columns)).std(-2, keepdim=True).clamp_min(1e-6)
-        rows = rows * (y / (rows * columns)).std(-1, keepdim=True).clamp_min(1e-6)
+        columns = columns * deviation(y / (rows * columns), -2)
+        rows = rows * deviation(y / (rows * columns), -1)
         size = rows.log().mean(-2, keepdim=True).exp()
         rows, columns = rows / size, columns * size  # the columns say how large
-        uneven = (y / (rows * columns)).std(-2, keepdim=True).log()
+        uneven = deviation(y / (rows * columns), -2).log()
         uneven = uneven.amax(-1, keepdim=True) - uneven.amin(-1, keepdim=True)
         better = uneven < least
         best = torch.where(better, rows, best[0]), torch.where(better, columns, best[1])

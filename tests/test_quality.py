@@ -353,6 +353,24 @@ def test_a_bias_of_keys_costs_the_centred_yardsticks_nothing(prefix):
         assert lost[1] > 10 * lost[0], name
 
 
+@pytest.mark.parametrize("kind", ["zeros", "a rotated row alike", "a channel", "all alike"])
+def test_kvarn_evens_out_only_what_deviates(kind):
+    """Tokens or channels without a deviation stay finite and cost the tile's others little."""
+    x = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
+    plain = quality.code_kvarn(x, True, 0, None) - x
+    if kind == "a channel":
+        x[:, :, :128, 1:] = 0
+    elif kind == "all alike":
+        x[:, :, :128] = x[:, :, :1]
+    else:
+        x[:, :, 60:70] = 0
+        x[:, :, 60:70, 0] = float(kind != "zeros")
+    off = quality.code_kvarn(x, True, 0, None) - x
+    assert torch.equal(off[:, :, 128:], plain[:, :, 128:])
+    assert off[:, :, :128].isfinite().all()
+    assert off[:, :, :60].square().mean() < 4 * plain.square().mean()
+
+
 def test_yardsticks_keep_sinks_and_newest_tokens(prefix):
     for name in ("kivi-2", "kvarn-k4v2"):
         (k, _), exact = quality.YARDSTICKS[name](prefix).layers[0], prefix.k[0]
