@@ -55,13 +55,14 @@ Test: tests/test_quality.py.
 import math
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -571,24 +572,26 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 
         yield row | {"mcnemar": _tasks.mcnemar(lost, won)}
 
 
-def measure_tasks(
-    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
-) -> Iterator[Row]:
-    """Rows of tasks of one length, a kind at a time as it is done."""
-    for name in TASKS if args.tasks == ["all"] else args.tasks:
-        asked = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed)
-        batch = max(1, args.batch // (length * len(asked[0])))
-        found: dict[str, tuple[list[Iterator[float]], Row]] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(asked), batch):
-                part = asked[first : first + batch]
-                for scheme, texts, size in answers(model, part, tokenizer, schemes):
-                    # Programs run in processes, while the next scheme answers.
-                    scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
-                    found.setdefault(scheme, ([], size))[0].append(scores)
-        done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
-        for row in task_rows(name, done, len(asked[0])):
-            yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
+def measure_task(
+    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme],
+    name: str, length: int, until: float,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of a kind of task and a length; no batch is begun that would not end in time."""
+    made, took = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed), 0.0
+    first = next(made)
+    made, batch = chain([first], made), max(1, args.batch // (length * len(first)))
+    found: dict[str, tuple[list[Iterator[float]], Row]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while time.monotonic() + took < until and (part := [*islice(made, batch)]):
+            begun = time.monotonic()
+            for scheme, texts, size in answers(model, part, tokenizer, schemes):
+                # Programs run in processes, while the next scheme answers.
+                scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
+                found.setdefault(scheme, ([], size))[0].append(scores)
+            took = time.monotonic() - begun
+    done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
+    for row in task_rows(name, done, len(first)) if done else ():
+        yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
 @torch.no_grad()
@@ -667,11 +670,19 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
         own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
+    until, took = time.monotonic() + args.seconds, 0.0
     for case in cases:
-        yield from measure(model, case, schemes(args.yardsticks))
+        begun = time.monotonic()
+        if begun + took < until:
+            yield from measure(model, case, schemes(args.yardsticks))
+            took = time.monotonic() - begun
     cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
-    for length in args.lengths if args.tasks else ():
-        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+    names = TASKS if args.tasks == ["all"] else args.tasks
+    cells = [(name, length) for length in args.lengths for name in names]
+    for i, cell in enumerate(cells):
+        now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)
+        share = now + (until - now) / (len(cells) - i)
+        yield from measure_task(model, tokenizer, args, yardsticks, *cell, share)
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)
@@ -696,6 +707,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
     add("--count", type=int, default=16, help="contexts a task (16); humaneval has 164")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
+    late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
+    add("--seconds", type=float, default=math.inf, help=late)
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")

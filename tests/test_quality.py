@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -257,6 +258,42 @@ def test_rows_of_tasks_of_the_command(tmp_path, capsys):
     assert "| quality | 0.00 +0.0 ± 2.3 |" in capsys.readouterr().out
 
 
+def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
+    """A text or a batch takes 10 seconds of a clock: of 34, two texts and no third, which would end
+    at 35 had it the 5 of the first; then of two kinds of tasks half of what is left each."""
+    clock, batches = [100.0], []
+
+    def answers(model, part, tokenizer, schemes):
+        batches.append((part[0][0].name, len(part)))
+        clock[0] += 10
+        yield "dense", [""] * sum(map(len, part)), {}
+
+    def measure(model, case, schemes):
+        clock[0] += case
+        yield {"text": case}
+
+    monkeypatch.setattr(quality.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(quality, "answers", answers)
+    monkeypatch.setattr(quality, "measure", measure)
+    monkeypatch.setattr(quality, "cast", lambda *args: None)
+    options = {"presets": [], "yardsticks": [], "task_yardsticks": [], "codecs": None, "seed": 0}
+    options |= {"dtype": "float32", "tasks": ["needle", "multikey"], "lengths": [1000]}
+    options |= {"count": 9, "batch": 2000, "generate": 0}
+
+    def rows(cases: list[int], seconds: float) -> list[dict]:
+        batches.clear()
+        args = Namespace(**options, seconds=seconds)
+        return [*quality.measured(embedded[0], embedded[1], cases, args)]
+
+    assert [row["text"] for row in rows([5, 10, 10], 24)[:2]] == [5, 10]
+    assert batches == [("needle", 2)]  # 9 seconds: 4.5 for needle, then nothing is left
+    found = rows([], 61)  # 30.5 for needle: three; then 31 for multikey
+    assert batches == [("needle", 2)] * 3 + [("multikey", 1)] * 3
+    assert [(row["task"], row["contexts"]) for row in found] == [("needle", 6), ("multikey", 3)]
+    rows([], math.inf)
+    assert batches == [("needle", 2)] * 4 + [("needle", 1)] + [("multikey", 1)] * 9
+
+
 def test_texts_go_with_a_model(capsys):
     with pytest.raises(SystemExit):
         quality.main(["--text", "a.txt"])
@@ -397,8 +434,8 @@ class Words:
 def test_generated_tasks(name):
     """As long as asked for; every answer is in the prompt where it should be; right answers score
     1, half of them less, others 0."""
-    asked = _tasks.make_tasks(name, Words(), 6000, 3, seed=1)
-    assert asked == _tasks.make_tasks(name, Words(), 6000, 3, seed=1)
+    asked = [*_tasks.make_tasks(name, Words(), 6000, 3, seed=1)]
+    assert asked == [*_tasks.make_tasks(name, Words(), 6000, 3, seed=1)]
     tasks = [*chain.from_iterable(asked)]
     assert len({tuple(task.ids) for task in tasks}) == len(tasks) == len({t.answers for t in tasks})
     each = {"multikey": 24, "multivalue": 6, "multiquery": 12, "tracking": 3}.get(name, 1)
@@ -442,7 +479,7 @@ def test_tracking_follows_its_chain():
 
 def test_a_length_that_does_not_hold_the_facts():
     with pytest.raises(ValueError, match="length: expected at least"):
-        _tasks.make_tasks("extraction", Words(), 500, 1, seed=0)
+        next(_tasks.make_tasks("extraction", Words(), 500, 1, seed=0))
 
 
 def test_programs_run_within_limits():
@@ -573,7 +610,7 @@ def test_contexts_are_read_in_parts(embedded, case, monkeypatch):
 
 
 def test_answers_that_have_ended_leave_the_batch(embedded, case, monkeypatch):
-    """Each is that of its prompt by itself; in 16 bits all stay, as others would be rounded anew."""
+    """Each is that of its prompt by itself; in 16 bits all stay: others would be rounded anew."""
     model, tokenizer = embedded
     prompts = [case.ids[0, 50 * i : 50 * i + 300].tolist() for i in range(6)]
     tasks = [_tasks.Task("a", ids, ("b",), 40, stop=("windows", "dawn", "sang")) for ids in prompts]
