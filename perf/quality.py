@@ -20,7 +20,8 @@ costs.
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
 context and exact questions and new tokens. Flips: prompts that only the dense model or only the
 scheme solves, p McNemar's, as if none shared a context; `change`: 95 % interval of the score's. In
-bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`.
+bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`, of
+answers; contexts are read, once for all schemes, in the GPU's 16 bits.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
@@ -52,6 +53,7 @@ beside deviations of 1) leave nothing of a token's range.
 Test: tests/test_quality.py.
 """
 
+import copy
 import math
 import os
 import sys
@@ -550,13 +552,16 @@ def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> lis
 
 
 def answers(
-    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme]
-) -> Iterator[tuple[str, list[str], Row]]:
+    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme],
+    reader: Any = None,
+) -> Iterator[tuple[str, list[str], Row]]:  # fmt: skip
     """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
-    context have in common is stored once a scheme, the rest is exact."""
+    context have in common is stored once a scheme, the rest is exact. reader: what reads contexts,
+    the model in another dtype (default: the model)."""
     common = min(map(_tasks.shared, asked))
     ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
-    prefix, each = read_prefix(model, ids, moments="oscar-2" in schemes), len(asked[0])
+    prefix = read_prefix(reader or model, ids, moments="oscar-2" in schemes)
+    each = len(asked[0])
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
@@ -582,7 +587,7 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 
 
 def measure_task(
     model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme],
-    name: str, length: int, until: float,
+    name: str, length: int, until: float, reader: Any,
 ) -> Iterator[Row]:  # fmt: skip
     """Rows of a kind of task and a length; no batch is begun that would not end in time."""
     made, took = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed), 0.0
@@ -592,7 +597,7 @@ def measure_task(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while time.monotonic() + took < until and (part := [*islice(made, batch)]):
             begun = time.monotonic()
-            for scheme, texts, size in answers(model, part, tokenizer, schemes):
+            for scheme, texts, size in answers(model, part, tokenizer, schemes, reader):
                 # Programs run in processes, while the next scheme answers.
                 scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
                 found.setdefault(scheme, ([], size))[0].append(scores)
@@ -693,13 +698,17 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
                     row |= notes | {"ablated_kl": row.pop("kl")}
                 yield row
             took = time.monotonic() - begun
-    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
+    reader, usual = model, usual_dtype(model.device)
+    dtype = DTYPES[args.dtype] if args.dtype else usual
+    if args.tasks and dtype != usual:
+        cast(reader := copy.deepcopy(model), usual)
+    cast(model, dtype)
     names = TASKS if args.tasks == ["all"] else args.tasks
     cells = [(name, length) for length in args.lengths for name in names]
     for i, cell in enumerate(cells):
         now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)
         share = now + (until - now) / (len(cells) - i)
-        yield from measure_task(model, tokenizer, args, yardsticks, *cell, share)
+        yield from measure_task(model, tokenizer, args, yardsticks, *cell, share, reader)
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)

@@ -276,7 +276,7 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
     at 35 had it the 5 of the first; then of two kinds of tasks half of what is left each."""
     clock, batches = [100.0], []
 
-    def answers(model, part, tokenizer, schemes):
+    def answers(model, part, tokenizer, schemes, reader):
         batches.append((part[0][0].name, len(part)))
         clock[0] += 10
         yield "dense", [""] * sum(map(len, part)), {}
@@ -291,6 +291,7 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
     monkeypatch.setattr(quality, "cast", lambda *args: None)
     options = {"presets": [], "yardsticks": [], "task_yardsticks": [], "codecs": None, "seed": 0}
     options |= {"dtype": "float32", "tasks": ["needle", "multikey"], "lengths": [1000]}
+    options["ablate"] = None
     options |= {"count": 9, "batch": 2000, "generate": 0}
 
     def rows(cases: list[int], seconds: float) -> list[dict]:
@@ -692,6 +693,35 @@ def test_answers_come_from_each_cache(embedded):
     assert other.answers != tasks[0].answers
     ((_, written, _), *_) = quality.answers(model, asked, tokenizer, {})
     assert _tasks.score(other, written[0]) == 0
+
+
+def test_contexts_are_read_in_the_usual_dtype(embedded, monkeypatch):
+    """And answered in the asked one: here as if on a GPU."""
+    seen = []
+    read, greedy = quality.read_prefix, quality.greedy
+
+    def reads(model, ids, **options):
+        prefix = read(model, ids, **options)
+        seen.append(("read", prefix.k[0].dtype, prefix.v[-1].dtype))
+        return prefix
+
+    def writes(model, cache, *args):
+        seen.append(("answered", model.dtype, cache.layers[0].keys.dtype))
+        return greedy(model, cache, *args)
+
+    monkeypatch.setattr(quality, "usual_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(quality, "read_prefix", reads)
+    monkeypatch.setattr(quality, "greedy", writes)
+    options = {"presets": ["quality"], "yardsticks": [], "task_yardsticks": [], "seed": 0}
+    options |= {"codecs": TINY_MODEL, "ablate": None, "seconds": math.inf, "generate": 0}
+    options |= {"tasks": ["needle"], "lengths": [600], "count": 1, "batch": 1000}
+    for dtype, used in (("float32", torch.float32), (None, torch.bfloat16)):
+        model = copy.deepcopy(embedded[0])
+        rows = [*quality.measured(model, embedded[1], [], Namespace(dtype=dtype, **options))]
+        own = ("answered", used, used)
+        assert seen == [("read", torch.bfloat16, torch.bfloat16), own, own]
+        assert [row["dtype"] for row in rows] == [str(used).removeprefix("torch.")] * 2
+        seen.clear()
 
 
 def test_prompts_of_a_context_share_what_is_stored(embedded, case):
