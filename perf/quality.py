@@ -683,10 +683,14 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
         own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
+    usual, reader = usual_dtype(model.device), model  # what codecs and tasks are read in
+    dtype = DTYPES[args.dtype] if args.dtype else usual
+    if usual != model.dtype and (dtype != usual or args.ablate is not None):
+        cast(reader := copy.deepcopy(model), usual)
     until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
     if args.ablate is not None:
         texts = [path.read_text(encoding="utf-8") for path in args.ablate] or None
-        codecs = dict(_ablation.ablations(model, tokenizer, texts=texts))
+        codecs = dict(_ablation.ablations(reader, tokenizer, texts=texts))
         own = partial(store_spectral, model=model, preset=_ablation.PRESET)
         tried = {name: partial(own, codecs=codec) for name, codec in codecs.items()}
         notes = {"task": "ablation", "codec": codecs[_ablation.PRESET].notes}
@@ -698,10 +702,6 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
                     row |= notes | {"ablated_kl": row.pop("kl")}
                 yield row
             took = time.monotonic() - begun
-    reader, usual = model, usual_dtype(model.device)
-    dtype = DTYPES[args.dtype] if args.dtype else usual
-    if args.tasks and dtype != usual:
-        cast(reader := copy.deepcopy(model), usual)
     cast(model, dtype)
     names = TASKS if args.tasks == ["all"] else args.tasks
     cells = [(name, length) for length in args.lengths for name in names]
