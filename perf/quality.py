@@ -689,17 +689,15 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
         cast(reader := copy.deepcopy(model), usual)
     until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
     if args.ablate is not None:
-        texts = [path.read_text(encoding="utf-8") for path in args.ablate] or None
-        codecs = dict(_ablation.ablations(reader, tokenizer, texts=texts))
+        made = [*_ablation.ablations(reader, tokenizer, texts=args.ablate or None)]
         own = partial(store_spectral, model=model, preset=_ablation.PRESET)
-        tried = {name: partial(own, codecs=codec) for name, codec in codecs.items()}
-        notes = {"task": "ablation", "codec": codecs[_ablation.PRESET].notes}
+        tried, notes = {name: partial(own, codecs=codec) for name, codec in made}, made[0][1].notes
     for case in cases:
         begun = time.monotonic()
         if begun + took < until:
             for row in measure(model, case, tried):
                 if args.ablate is not None:
-                    row |= notes | {"ablated_kl": row.pop("kl")}
+                    row |= {"task": "ablation", "codec": notes, "ablated_kl": row.pop("kl")}
                 yield row
             took = time.monotonic() - begun
     cast(model, dtype)
@@ -736,14 +734,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
     add("--seconds", type=float, default=math.inf, help=late)
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
-    add(
-        "--ablate",
-        type=Path,
-        nargs="*",
-        metavar="FILE",
-        help="instead of presets and yardsticks "
-        "balanced, calibrated on these texts (default: what lies about), and it without its parts",
-    )
+    parts = "instead of presets: balanced, calibrated on these texts (default: what lies about), "
+    parts += "and the same without one part of the codec at a time"
+    add("--ablate", type=Path, nargs="*", metavar="FILE", help=parts)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
@@ -759,6 +752,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--text or --tasks go with --model or --gguf; the embedded model has its own")
     args.codecs = args.codecs or (TINY_MODEL if embedded else None)
     try:
+        if args.ablate is not None:
+            args.ablate = [path.read_text(encoding="utf-8") for path in args.ablate]
+            args.presets = args.yardsticks = []
         notes = codec_notes(args.codecs, args.presets)
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")

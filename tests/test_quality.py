@@ -357,6 +357,9 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     }
     assert wider and wider <= {*calibrate.MARGIN.values()}
     assert "ablated_kl over 1 text(s)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quality.main(["--ablate", str(tmp_path / "none.txt")])
+    assert "none.txt" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_first(capsys, monkeypatch):
