@@ -309,7 +309,7 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
 
 
 def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
-    """Eleven codecs of the same text and as many bytes a token; the first is the product's."""
+    """Twelve codecs of the same text and as many bytes a token; the first is the product's."""
     (document,) = make_recall_contexts(1, 6, distance=(300, 900), seed=4)
     (tmp_path / "a.txt").write_text(document.text)
     monkeypatch.setattr(calibrate, "CPU_TOKENS", 600)
@@ -326,7 +326,7 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     arguments = ["--ablate", str(tmp_path / "a.txt"), "--context", "700", "--device", "cpu"]
     assert quality.main([*arguments, "--json", str(out)]) == 0
     rows = {row["scheme"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert [*rows] == [*kept] and len(rows) == 11
+    assert [*rows] == [*kept] and len(rows) == 12
     whole = rows["balanced"]
     for name, row in rows.items():
         assert row["task"] == "ablation" and "kl" not in row and row["ablated_kl"] > 0, name
