@@ -199,7 +199,7 @@ def quality_table(rows: Rows) -> str:
     part of theirs; then tasks."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
-    predicted += " perplexity:+.2% recalled:.1f"
+    predicted += " perplexity:+.2% recalled:.1f exact_recalled:.1f"
     generated = "scheme generated:.0f teacher_forced_kl:.5f free_running_kl:.5f"
     generated += " free_running_kl_last:.5f"
     ablated = "scheme ratio:.2f ratio_long:.2f ablated_kl:.5f top1:.3f recalled:.1f"
