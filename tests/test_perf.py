@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -51,7 +52,7 @@ def test_a_step_passes_and_wrong_ones_do_not(queries):
     assert check_state(step, step.attend(("exact",)), ("exact",)) < 1e-4
     o, lse = state
     assert 0 < check_state(step, (o.half(), None)) < 1e-3
-    wrong = [step.attend(("pages",)), (o, lse * 1.4427), (o.roll(1, 1), lse)]
+    wrong = [step.attend(("pages",)), (o, lse * 1.4427), (o.roll(1, 1), lse), (o * 1.01, lse)]
     step.sinks = 0
     wrong.append(step.attend(("pages",)))
     step.sinks, step.seq_lens[1] = 4, 512
@@ -250,6 +251,24 @@ def test_benchmarks_check_what_they_time(name, monkeypatch):
     monkeypatch.setattr(module, operation, damaged(getattr(module, operation)))
     with pytest.raises(AssertionError):
         kernel_bench.KERNELS[name](CARD).check()
+
+
+@pytest.mark.parametrize("wrong", [None, "codes: ", "exact slots", "nothing was stored"])
+def test_what_is_stored_is_checked_to_the_code(wrong):
+    """One code in 200 off by one, a slot that is off, nothing stored."""
+    step = small_step("balanced")
+    twin = functools.partial(step.append, twin=True)
+
+    def run():
+        if wrong != "nothing was stored":
+            twin()
+        if wrong == "codes: ":
+            step.k_pages.view(-1)[::200].bitwise_xor_(1)
+        if wrong == "exact slots":
+            step.v_exact[0, 0, 5] += 0.01
+
+    with pytest.raises(AssertionError, match=wrong) if wrong else nullcontext():
+        kernel_bench.check_stored(step, run, twin)
 
 
 @on_cpu
@@ -614,6 +633,23 @@ def test_a_wrong_model_is_no_row(whole, monkeypatch, tmp_path, capsys):
         and "logits: a relative error" in shown.out
         and tables.read_rows(path) == []
     )
+
+
+def test_steps_are_counted_and_their_percentiles():
+    pytest.importorskip("transformers")
+    from perf import end_to_end
+
+    found = end_to_end.percentiles([*range(200)])
+    assert found == {"ms": 99.5, "p99_ms": 198}
+
+    def generate(ids, streamer, max_new_tokens, **options):
+        for _ in range(max_new_tokens):  # the prompt and one token too few
+            streamer.put(ids)
+        streamer.end()
+
+    cell = SimpleNamespace(model=SimpleNamespace(generate=generate))
+    with pytest.raises(AssertionError, match="4 of 5 tokens came"):
+        end_to_end.generate(cell, torch.ones(1, 3), 5)
 
 
 def test_end_to_end_refuses(capsys):

@@ -10,9 +10,10 @@ from tests.cases import DEVICE
 
 transformers = pytest.importorskip("transformers")
 
-from perf.tiny_model import recall, train  # noqa: E402
+from perf.tiny_model import recall  # noqa: E402
 from perf.tiny_model.recall import RecallContext, make_recall_contexts  # noqa: E402
 from spectral_kernels.hf import CACHE, enable  # noqa: E402
+from tests import train_tiny_model as train  # noqa: E402
 from tests.test_hf import single_thread  # noqa: E402, F401
 
 MODEL = Path(__file__).parent.parent / "perf" / "tiny_model"

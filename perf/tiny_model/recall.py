@@ -7,7 +7,7 @@ the maps ."), some state a fact ("note : belen 217 .") and some ask for one stat
 itself can answer a question. Every word is one token; the id of a word is its index in
 `VOCABULARY` (`IDS`); those of its sentences' topics are in topics.txt.
 
-Training:  perf/tiny_model/train.py  (`write_document`)
+Training:  tests/train_tiny_model.py  (`write_document`)
 Tests:     `make_recall_contexts`, `make_recall_prompts`  (text; the same for the same seed)
 """
 
