@@ -154,16 +154,16 @@ def test_compare():
     """By hand: two tokens of two, one answer right and one wrong, the likeliest ones as before."""
     case = Case("", torch.tensor([[0, 1, 0]]), 1, [range(0, 1), range(1, 2)])
     exact = torch.tensor([[0.25, 0.75], [0.5, 0.5 + 1e-6]]).log()
-    other = torch.tensor([[0.5, 0.5 + 1e-6], [0.25, 0.75]]).log()
+    other = torch.tensor([[0.5, 0.5 + 1e-6], [0.1, 0.9]]).log()
     got = quality.compare(case, exact, other)
-    parts = 0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    parts = 0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.5 * math.log(5) + 0.5 * math.log(5 / 9)
     assert got["kl"] == pytest.approx(sum(parts) / 2, rel=1e-4)
     assert got["kl_median"] == pytest.approx(min(parts), rel=1e-4)
     for name, left in (("kl_p99", 0.01), ("kl_p999", 0.001)):
         assert got[name] == pytest.approx(max(parts) - left * abs(parts[1] - parts[0]), rel=1e-4)
     assert got["top1"] == 1
     assert got["recalled"] == 1  # token 1 comes first, as it should; then 1 again, where 0 should
-    assert got["perplexity"] == pytest.approx(math.sqrt(0.75 * 0.5 / (0.5 * 0.25)) - 1, rel=1e-4)
+    assert got["perplexity"] == pytest.approx(math.sqrt(0.75 * 0.5 / (0.5 * 0.1)) - 1, rel=1e-4)
 
 
 def test_groups_of_32_by_hand():
