@@ -131,7 +131,7 @@ def test_copies_of_a_case_share_nothing_that_is_read():
 
 def test_perf_is_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in PERF.rglob("*.py")}
-    assert sum(lines.values()) <= 3780, lines
+    assert sum(lines.values()) <= 3800, lines
 
 
 # perf._timing
