@@ -153,8 +153,7 @@ def needle_questions(count: int, seed: int) -> list[Question]:
     generator = torch.Generator().manual_seed(seed)
     questions = []
     for i in range(count):
-        turn, which = divmod(i, 12)
-        place = f"{PLACES[which]} number {turn + 1}" if turn else PLACES[which]
+        place = PLACES[i % 12] + f" number {i // 12 + 1}" * (i > 11)
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -296,19 +295,14 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """KL, top-1 agreement, change of perplexity, recalled answers: of log-probabilities [P, V]."""
     target = case.ids[0, case.context :].to(exact.device)
-    kl = divergence(exact, other)
-    best = other.argmax(-1)
+    kl, best = divergence(exact, other), other.argmax(-1)
     nll, nll_exact = (-x.gather(1, target[:, None]).mean().item() for x in (other, exact))
     right = (best == target).tolist()
-    return {
-        "kl": kl.mean().item(),
-        "kl_median": kl.median().item(),
-        "kl_p99": kl.quantile(0.99).item(),
-        "kl_p999": kl.quantile(0.999).item(),
-        "top1": (best == exact.argmax(-1)).float().mean().item(),
-        "perplexity": math.exp(nll - nll_exact) - 1,
-        "recalled": sum(all(right[i] for i in places) for places in case.answers),
-    }
+    found = {"kl": kl.mean(), "kl_median": kl.median(), "kl_p99": kl.quantile(0.99)}
+    found |= {"kl_p999": kl.quantile(0.999), "top1": (best == exact.argmax(-1)).float().mean()}
+    recalled = sum(all(right[i] for i in places) for places in case.answers)
+    more = {"perplexity": math.exp(nll - nll_exact) - 1, "recalled": recalled}
+    return {name: x.item() for name, x in found.items()} | more
 
 
 def store_dense(prefix: Prefix) -> Stored:
@@ -334,19 +328,19 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
     return cache
 
 
+@torch.no_grad()
 def store_spectral(
     prefix: Prefix, model: Any, preset: str, codecs: Path | ModelCodec | None = None
 ) -> Stored:
     """The prompt as the product's cache stores it: what a prompt after it would attend to."""
-    codec_of, tokens = enabled(model, preset, codecs, check=False), prefix.tokens  # none attends
-    with codec_of as handle, torch.no_grad():
-        cache = handle.new_cache(len(prefix.ids), tokens)
+    tokens = prefix.tokens
+    with enabled(model, preset, codecs, check=False) as handle:  # nothing attends here
+        cache, codec = handle.new_cache(len(prefix.ids), tokens), handle.codec
         cache.start([0] * cache.batch, model.device)
         cache.advance(tokens, prefix.v[0].dtype)
         for layer, k, v in zip(cache.layers, prefix.k, prefix.v, strict=True):
             layer.store(k, v)
         layers = [cache.spectral.past(i, 0, tokens) for i in range(len(prefix.k))]
-        codec = handle.codec
     if codec is None:
         return Stored(layers, *store_dense(prefix)[1:])
     # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
@@ -507,10 +501,8 @@ def measure(model: Any, reader: Any, case: Case, schemes: dict[str, Scheme]) -> 
     """All schemes on one case, as they come; the context is read once, by `reader`."""
     prefix = read_prefix(reader, case.ids[:, : case.context], moments="oscar-2" in schemes)
     exact = predict(model, case, store_dense(prefix).layers)
-    asked = {
-        "needles": len(case.answers),
-        "exact_recalled": compare(case, exact, exact)["recalled"],
-    }
+    recalled = compare(case, exact, exact)["recalled"]
+    asked = {"needles": len(case.answers), "exact_recalled": recalled}
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
@@ -637,8 +629,7 @@ def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) 
 def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
     ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
-    last, count = ids[:, -1:], args.generate
-    text = None
+    last, count, text = ids[:, -1:], args.generate, None
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
@@ -653,9 +644,9 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
         for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
             row: Row = {"text": case.name, "context": case.context, "task": "generate"}
             row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
-            kls = {"teacher_forced": forced, "free_running": free}
-            row |= {f"{name}_kl": float(x.mean()) for name, x in kls.items()}
-            yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
+            last_kl = float(free[-count // 4 :].mean())
+            row |= {"teacher_forced_kl": float(forced.mean()), "free_running_kl_last": last_kl}
+            yield row | {"free_running_kl": float(free.mean())}
 
 
 def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
@@ -718,8 +709,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--presets", nargs="*", choices=list(PRESETS), default=presets, metavar="PRESET")
     add("--codecs", type=Path, metavar="FOLDER", help="with codec-PRESET.safetensors of the model")
     names: Any = {"choices": list(YARDSTICKS), "nargs": "*", "metavar": "NAME"}
-    usual = [name for name in YARDSTICKS if name != "oscar-2"]
-    add("--yardsticks", default=usual, **names)
+    add("--yardsticks", default=[name for name in YARDSTICKS if name != "oscar-2"], **names)
     add("--needles", type=int, default=0, metavar="N", help="hide N codes and ask for them")
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
