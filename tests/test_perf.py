@@ -130,7 +130,7 @@ def test_copies_of_a_case_share_nothing_that_is_read():
 
 def test_perf_is_small():
     lines = {path.name: len(path.read_text().splitlines()) for path in PERF.rglob("*.py")}
-    assert sum(lines.values()) <= 3850, lines
+    assert sum(lines.values()) <= 3780, lines
 
 
 # perf._timing
@@ -270,6 +270,21 @@ def test_storing_is_timed(monkeypatch, tmp_path):
     assert row["encode_share"] == pytest.approx(share, rel=1e-3)
 
 
+@on_cpu
+def test_a_benchmark_says_the_time_of_the_device(monkeypatch):
+    """In its name, as the table of pytest-benchmark has the host's alone."""
+    from perf import test_benchmarks
+
+    made_up = _timing.Times(10.0, 20.0, 30.0)
+    monkeypatch.setattr(kernel_bench, "device_times", lambda calls: made_up)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    ran = []
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda call, **options: ran.append(call()))
+    test_benchmarks.test_kernel(benchmark, CARD, "append")
+    share = benchmark.extra_info["bytes"] / 20e-6 / CARD.read_bandwidth
+    assert benchmark.name == f"append: 20 us, {share:.0%}" and ran == [None]
+
+
 def test_benchmarks_run_every_public_kernel():
     import spectral_kernels as sk
 
@@ -401,18 +416,23 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
         assert set(row) <= set(job.__doc__.split()) and [row[x] for x in "HGD"] == [4, 2, 64]
         assert (row["p20_us"], row["p50_us"], row["p80_us"]) == (10, 20, 30)
         assert row["best_peer"] == (None if "case" in row else "math") and row["best_fp8"] is None
-        assert row["speedup"] == (None if "case" in row else 1) and row["error"] < 1e-4
+        assert row["best_peer_us"] == (None if "case" in row else 20) and row["error"] < 1e-4
     [step] = make(Shape(1, 4, 2, 64, 512), "balanced", CARD, 1)
     assert rows[0]["read_share"] == pytest.approx(step.nbytes / 20e3, rel=1e-3)  # of 1 GB/s
     assert "best_peer math  best_peer_us 20.0" in shown.out
 
 
 @on_cpu
-@pytest.mark.parametrize("wrong", ["a result that is off", "a check that accepts all"])
+@pytest.mark.parametrize("wrong", ["off", "other bits the second time", "a check that accepts all"])
 def test_a_wrong_step_is_no_row(monkeypatch, tmp_path, capsys, wrong):
-    if wrong == "a result that is off":
-        step = _cases.Step.step
-        monkeypatch.setattr(_cases.Step, "step", lambda self: tuple(x * 1.01 for x in step(self)))
+    step, factors = _cases.Step.step, iter((1.01,) * 2 if wrong == "off" else (1.0, 1 + 2**-20))
+    if wrong != "a check that accepts all":
+
+        def other(self):
+            factor = next(factors)
+            return tuple(x * factor for x in step(self))
+
+        monkeypatch.setattr(_cases.Step, "step", other)
     else:
         monkeypatch.setattr(job, "check_state", lambda *args: 0.5)
     rows_file = tmp_path / "rows.jsonl"
@@ -487,14 +507,15 @@ TINY = ("2x256", "--shape", "tiny", "--steps", "8")
 @on_cpu
 def test_whole_models_are_timed(whole, tmp_path, capsys):
     path = tmp_path / "rows.jsonl"
-    what = ("--what", "eager", "graph", "fp8", "ours", "prefill")
+    what = ("--what", "static", "graph", "fp8", "ours", "prefill")
     assert whole.main([*TINY, *what, "--presets", "balanced", "small", "--json", str(path)]) == 0
     rows = tables.read_rows(path)
-    asked = [("eager", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
+    asked = [("static", None), ("graph", None), ("graph", "fp8"), ("ours", "balanced")]
     asked += [("ours", "small"), *(("prefill", p) for p in (None, "balanced", "small"))]
     assert [(r["what"], r["preset"]) for r in rows] == asked
     dense = 2 * 2 * 2 * 2 * 256 * 64 * 2  # layers, sides, rows, heads, tokens, D, 16 bits
-    assert [row["cache_bytes"] for row in rows[:3]] == [dense, dense, dense // 2]
+    static = dense * (256 + 8 + 8 + 2) // 256  # with room for the steps
+    assert [row["cache_bytes"] for row in rows[:3]] == [static, dense, dense // 2]
     assert [row.get("backend") for row in rows[:3]] == [None, "math", "eight"]
     for row in rows:
         assert set(row) <= set(whole.__doc__.replace(",", "").split())
@@ -523,7 +544,7 @@ def test_the_second_of_two_gpus_is_silent(whole, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(whole, "RANK", 1)
     monkeypatch.delenv("OUT", raising=False)
     path = tmp_path / "rows.jsonl"
-    assert whole.main([*TINY, "--what", "eager", "--json", str(path)]) == 0
+    assert whole.main([*TINY, "--what", "static", "--json", str(path)]) == 0
     assert tables.read_rows(path) == [] and capsys.readouterr().out == ""
 
 
@@ -532,7 +553,7 @@ def test_kernels_are_compiled_ahead():
     pytest.importorskip("transformers")
     from perf import end_to_end
 
-    given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "eager", "bare"]
+    given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "static", "bare"]
     runs = end_to_end.ahead(end_to_end.parse([*given, "--json"]))
     assert [args.layout for args in runs] == [0, 1, 2] * 2
     assert [args.cells for args in runs] == [[(1, 8192)]] * 3 + [[(8, 256)]] * 3
@@ -616,7 +637,6 @@ def attention_row(**changes) -> dict:
         "p50_us": 10.0,
         "best_peer": "cudnn",
         "best_peer_us": 42.0,
-        "speedup": 4.2,
     }
     return {**row, "read_share": 0.8, **changes}
 
@@ -664,6 +684,11 @@ def test_the_attention_table():
     same = ["balanced", "10", "80%", "cudnn", "42", "4.20"]
     assert cells_of(text, "16 | 65,536") == ["16", "65,536", "-", *same, "-", "-", "-"]
     assert cells_of(text, "16 | 8,192") == ["16", "8,192", "q4", *same, "fi fp8", "30", "3.00"]
+    rows.append(attention_row(T=8192, p50_us=4.0))
+    plain, four = (x for x in tables.attention_table(rows).splitlines() if "| 8,192 |" in x)
+    assert "| 10 | 2.50 | 80% |" in four and "| 4 | - | 80% |" in plain
+    rows[-1]["commit"] = "of another run"
+    assert "2.50" not in tables.attention_table(rows)
 
 
 def test_tables_have_at_most_ten_rows():
@@ -689,7 +714,10 @@ def test_the_end_to_end_table():
     want = ["9.00* (0.89x)", "-", "-", "-", "4.00 (44%)"]
     assert cells_of(plain, "ours small")[1:] == want
     assert cells_of(compiled, "bare compiled balanced")[1] == "5.00 (0.80x)"
-    assert "layers share memory" in text
+    later = [end_row(1024 * n, "static", 9.0, commit="of another run") for n in (8, 32)]
+    want = ["9.00", "9.00", "9.00 + 0.0000 a 1K", "-", "4.00 (44%)"]
+    assert cells_of(tables.end_to_end_table([*rows, *later]), "static")[1:] == want
+    assert "layers share them" in text
     assert cells_of(text, "a card | 1 | 8,192")[3:6] == ["balanced", "0.500", "1.004"]
 
 

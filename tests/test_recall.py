@@ -65,6 +65,11 @@ def test_model_is_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 8 * 2**20
 
 
+def test_more_questions_than_facts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"questions: expected at most \d+ for .*, got 3000"):
+        make_recall_contexts(1, 3000, distance=(384, 4256))
+
+
 def test_recall_through_the_cache(
     model: transformers.PreTrainedModel, contexts: list[RecallContext]
 ) -> None:

@@ -108,6 +108,7 @@ def make_recall_contexts(
     near, far = distance
     length, rng = far + 22, random.Random(seed)
     facts = max(length // 40, 1 + 3 * questions * length // (2 * max(far - near, 1)))
+    facts = min(facts, length // 20, len(NAMES))
     contexts = []
     for _ in range(n):
         words = write_document(rng, length, facts, ask=False)
