@@ -471,7 +471,7 @@ def collect(
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
             head dimensions that no page layout holds; gradients that are not finite.
     Of LEAST_DRAWN tokens or more, gradients are asked for. If none come back (weights in a format
-    that has none, or made under torch.inference_mode) all layers do without.
+    that has none or made under torch.inference_mode; no memory for SHORT) all layers do without.
     Memory: one sequence's q, k, v, outputs' gradients and inputs of all layers; logits of half of
     it, twice (of all of it, where the model has no logits_to_keep): of 16,384 tokens 20 GB for
     Llama 8B in 16 bits. D x D sums in float64 a KV head on each layer's device.
@@ -526,8 +526,8 @@ def collect(
                 logits, seeded = logits[:, -later:], torch.Generator(logits.device).manual_seed(n)
                 try:
                     logits.backward(drawn_gradient(logits, seeded), inputs=embedded)
-                except RuntimeError as error:  # of a product without a derivative
-                    if n or isinstance(error, torch.OutOfMemoryError):
+                except RuntimeError as error:  # of a product without a derivative, or of memory
+                    if n or (x.shape[1] > SHORT and isinstance(error, torch.OutOfMemoryError)):
                         raise
                     warnings.warn(f"calibrating without gradients: {error}", stacklevel=2)
             drawn = drawn and len(gradients) == len(known)

@@ -712,7 +712,7 @@ def test_gradients_that_are_not_finite_are_refused(tiny, monkeypatch):
 
 @pytest.mark.parametrize("where", ["on the way", "on the way back"])
 def test_too_little_memory_takes_shorter_sequences(tiny, where, monkeypatch):
-    """Halves, down to SHORT; gradients are not given up for it."""
+    """Halves, down to SHORT; of these, gradients are given up where there is no memory for them."""
     _, tokenizer = tiny
     monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
     monkeypatch.setattr(calibrate, "SHORT", 600)
@@ -739,8 +739,15 @@ def test_too_little_memory_takes_shorter_sequences(tiny, where, monkeypatch):
     metric = stats.layers[0].v.metric  # of gradients
     assert stats.tokens == 2000 and not torch.equal(metric, metric[:, :1, :1] * eye)
     left[0] = 0
-    with pytest.warns(UserWarning, match="halved"), pytest.raises(torch.OutOfMemoryError):
-        calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+    with pytest.warns(UserWarning, match="halved"):
+        if where == "on the way":
+            with pytest.raises(torch.OutOfMemoryError):
+                calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+        else:
+            with pytest.warns(UserWarning, match="calibrating without gradients: no room"):
+                stats = calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+            metric = stats.layers[0].v.metric
+            assert stats.tokens == 2000 and torch.equal(metric, metric[:, :1, :1] * eye)
     assert lengths[2:] == [[1500, 500], [750, 750, 500], [375, 375, 375, 375, 500]]
 
 
