@@ -1,7 +1,5 @@
-"""`balanced` without one part of its codec at a time, for perf.quality --ablate. Each is calibrated
-as the product does it, with a constant of the module or the statistics changed.
-Test: tests/test_quality.py.
-"""
+"""`balanced` without one part of its codec at a time, for perf.quality --ablate: calibrated as the
+product does it, with a constant of the module or the statistics changed."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -57,14 +55,12 @@ def ablations(model: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[str,
             layouts = layouts or calibrate.plan(stats, PRESET)
             return calibrate.fit_codec(stats, layouts, PRESET)
 
-    def keys(change: Any) -> ModelStats:
-        return replace(stats, layers=tuple(replace(x, k=change(x.k)) for x in stats.layers))
-
     stats = read({})
     yield PRESET, (whole := fit(stats))
     yield "errors of outputs, not of predictions", fit(read({"LEAST_DRAWN": 1 << 60}))
-    yield "K: plain squared error", fit(keys(plain))
-    yield "no mean key", fit(keys(uncentred))
+    for name, change in {"K: plain squared error": plain, "no mean key": uncentred}.items():
+        layers = tuple(replace(x, k=change(x.k)) for x in stats.layers)
+        yield name, fit(replace(stats, layers=layers))
     yield "equal bits in a side", fit(stats, menus=equal_bits)
     yield "one layout for all layers", fit(stats, one_layout(stats))
     yield "steps of least error, no wider", fit(stats, MARGIN={})

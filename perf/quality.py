@@ -4,13 +4,13 @@
     python -m perf.quality --model M --codecs FOLDER --text a.py b.txt --needles 10 \\
         --tasks all --lengths 4096 8192 --generate 2000 --json
 
-Texts. The model reads the first `context` tokens once, exactly. Each scheme stores those keys and
-values, and the model predicts the rest (256 tokens of the text, then with --needles questions about
-codes hidden in the context, each with its answer) by dense attention over what the scheme gives
-back and the exact keys and values of the rest. The presets go through the product: `enable`, a
-prompt, and what its cache gives back (`SpectralCache.past`), with the model's codec: of --codecs
-(files codec-PRESET.safetensors, as `python -m spectral_kernels.calibrate --out FOLDER` writes
-several presets), or what `enable` finds or calibrates; judge no text that it knows.
+Texts. The model reads the first `context` tokens once, in the GPU's 16 bits. Each scheme stores
+those keys and values, and the model, in float32, predicts the rest (256 tokens of the text, then
+with --needles questions about codes hidden in the context, each with its answer) by dense attention
+over what the scheme gives back and the exact keys and values of the rest. The presets go through
+the product's cache (`enable`, `SpectralCache.past`), with the codec of --codecs (files of `python
+-m spectral_kernels.calibrate --out FOLDER`) or what `enable` finds or calibrates; judge no text
+that it knows.
 
 --generate N. The dense model samples N tokens after each context; a preset's cache is fed these
 (teacher-forced) and samples its own with the same random numbers (free-running), token by token as
@@ -20,8 +20,7 @@ costs.
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
 context and exact questions and new tokens. Flips: prompts that only the dense model or only the
 scheme solves, p McNemar's, as if none shared a context; `change`: 95 % interval of the score's. In
-bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`, of
-answers; contexts are read, once for all schemes, in the GPU's 16 bits.
+bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
@@ -154,8 +153,7 @@ def needle_questions(count: int, seed: int) -> list[Question]:
     generator = torch.Generator().manual_seed(seed)
     questions = []
     for i in range(count):
-        turn, which = divmod(i, 12)
-        place = f"{PLACES[which]} number {turn + 1}" if turn else PLACES[which]
+        place = PLACES[i % 12] + f" number {i // 12 + 1}" * (i > 11)
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -212,27 +210,26 @@ def _with_questions(
     return Case(name, torch.tensor([ids]), context, answers)
 
 
-def cast(model: Any, dtype: torch.dtype) -> None:
-    """The weights alone: `model.to` would round the frequencies of the rotation too."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another dtype: `model.to` would round the frequencies of the rotation too."""
+    if dtype != model.dtype:
+        model = copy.deepcopy(model)
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
+    return model
 
 
 def attention32(
     module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
 ) -> Any:
-    """transformers' sdpa: q [B, H, Q, D], k and v [B, G, T, D]. PyTorch has no fused kernel for
-    grouped heads in float32: a step's queries become those of several tokens of G heads, a
-    prompt's keys and values are repeated."""
-    sdpa, heads = ALL_ATTENTION_FUNCTIONS["sdpa"], k.shape[1]
-    if q.dtype != torch.float32:
+    """transformers' sdpa: q [B, H, Q, D], k and v [B, G, T, D]. In float32, for which PyTorch has
+    no fused kernel of grouped heads, a step's queries become those of several tokens of G heads."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if q.dtype != torch.float32 or q.shape[2] > 1 or mask is not None:
         return sdpa(module, q, k, v, mask, **options)
-    if q.shape[2] == 1 and mask is None:
-        q = q.unflatten(1, (heads, -1)).squeeze(3)
-        out, weights = sdpa(Namespace(is_causal=False), q, k, v, None, **options)
-        return out.transpose(1, 2).flatten(1, 2)[:, None], weights
-    k, v = (x.repeat_interleave(q.shape[1] // heads, 1) for x in (k, v))
-    return sdpa(Namespace(is_causal=True), q, k, v, mask, **options)
+    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+    out, weights = sdpa(Namespace(is_causal=False), q, k, v, None, **options)
+    return out.transpose(1, 2).flatten(1, 2)[:, None], weights
 
 
 AttentionInterface.register("sdpa32", attention32)
@@ -298,19 +295,14 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """KL, top-1 agreement, change of perplexity, recalled answers: of log-probabilities [P, V]."""
     target = case.ids[0, case.context :].to(exact.device)
-    kl = divergence(exact, other)
-    best = other.argmax(-1)
+    kl, best = divergence(exact, other), other.argmax(-1)
     nll, nll_exact = (-x.gather(1, target[:, None]).mean().item() for x in (other, exact))
     right = (best == target).tolist()
-    return {
-        "kl": kl.mean().item(),
-        "kl_median": kl.median().item(),
-        "kl_p99": kl.quantile(0.99).item(),
-        "kl_p999": kl.quantile(0.999).item(),
-        "top1": (best == exact.argmax(-1)).float().mean().item(),
-        "perplexity": math.exp(nll - nll_exact) - 1,
-        "recalled": sum(all(right[i] for i in places) for places in case.answers),
-    }
+    found = {"kl": kl.mean(), "kl_median": kl.median(), "kl_p99": kl.quantile(0.99)}
+    found |= {"kl_p999": kl.quantile(0.999), "top1": (best == exact.argmax(-1)).float().mean()}
+    recalled = sum(all(right[i] for i in places) for places in case.answers)
+    more = {"perplexity": math.exp(nll - nll_exact) - 1, "recalled": recalled}
+    return {name: x.item() for name, x in found.items()} | more
 
 
 def store_dense(prefix: Prefix) -> Stored:
@@ -336,19 +328,19 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
     return cache
 
 
+@torch.no_grad()
 def store_spectral(
     prefix: Prefix, model: Any, preset: str, codecs: Path | ModelCodec | None = None
 ) -> Stored:
     """The prompt as the product's cache stores it: what a prompt after it would attend to."""
-    codec_of, tokens = enabled(model, preset, codecs, check=False), prefix.tokens  # none attends
-    with codec_of as handle, torch.no_grad():
-        cache = handle.new_cache(len(prefix.ids), tokens)
+    tokens = prefix.tokens
+    with enabled(model, preset, codecs, check=False) as handle:  # nothing attends here
+        cache, codec = handle.new_cache(len(prefix.ids), tokens), handle.codec
         cache.start([0] * cache.batch, model.device)
         cache.advance(tokens, prefix.v[0].dtype)
         for layer, k, v in zip(cache.layers, prefix.k, prefix.v, strict=True):
             layer.store(k, v)
         layers = [cache.spectral.past(i, 0, tokens) for i in range(len(prefix.k))]
-        codec = handle.codec
     if codec is None:
         return Stored(layers, *store_dense(prefix)[1:])
     # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
@@ -505,16 +497,16 @@ YARDSTICKS: dict[str, Yardstick] = {
 }
 
 
-def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
-    """All schemes on one case, as they come; the context is read once."""
-    prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
+def measure(model: Any, reader: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
+    """All schemes on one case, as they come; the context is read once, by `reader`."""
+    prefix = read_prefix(reader, case.ids[:, : case.context], moments="oscar-2" in schemes)
     exact = predict(model, case, store_dense(prefix).layers)
+    recalled = compare(case, exact, exact)["recalled"]
+    asked = {"needles": len(case.answers), "exact_recalled": recalled}
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
         head = {"text": case.name, "context": case.context, "scheme": name}
-        own = compare(case, exact, exact)["recalled"]
-        asked = {"needles": len(case.answers), "exact_recalled": own}
         yield {**head, **sizes(stored, prefix), **result, **asked}
 
 
@@ -552,16 +544,14 @@ def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> lis
 
 
 def answers(
-    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme],
-    reader: Any = None,
+    model: Any, reader: Any, asked: Sequence[Sequence[Task]], tokenizer: Any,
+    schemes: dict[str, Scheme],
 ) -> Iterator[tuple[str, list[str], Row]]:  # fmt: skip
     """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
-    context have in common is stored once a scheme, the rest is exact. reader: what reads contexts,
-    the model in another dtype (default: the model)."""
-    common = min(map(_tasks.shared, asked))
+    context have in common is read (by `reader`) and stored once a scheme, the rest is exact."""
+    common, each = min(map(_tasks.shared, asked)), len(asked[0])
     ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
-    prefix = read_prefix(reader or model, ids, moments="oscar-2" in schemes)
-    each = len(asked[0])
+    prefix = read_prefix(reader, ids, moments="oscar-2" in schemes)
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
@@ -586,8 +576,8 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 
 
 
 def measure_task(
-    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme],
-    name: str, length: int, until: float, reader: Any,
+    model: Any, reader: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme],
+    name: str, length: int, until: float,
 ) -> Iterator[Row]:  # fmt: skip
     """Rows of a kind of task and a length; no batch is begun that would not end in time."""
     made, took = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed), 0.0
@@ -597,7 +587,7 @@ def measure_task(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while time.monotonic() + took < until and (part := [*islice(made, batch)]):
             begun = time.monotonic()
-            for scheme, texts, size in answers(model, part, tokenizer, schemes, reader):
+            for scheme, texts, size in answers(model, reader, part, tokenizer, schemes):
                 # Programs run in processes, while the next scheme answers.
                 scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
                 found.setdefault(scheme, ([], size))[0].append(scores)
@@ -639,8 +629,7 @@ def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) 
 def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
     ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
-    last, count = ids[:, -1:], args.generate
-    text = None
+    last, count, text = ids[:, -1:], args.generate, None
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
@@ -655,9 +644,9 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
         for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
             row: Row = {"text": case.name, "context": case.context, "task": "generate"}
             row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
-            kls = {"teacher_forced": forced, "free_running": free}
-            row |= {f"{name}_kl": float(x.mean()) for name, x in kls.items()}
-            yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
+            last_kl = float(free[-count // 4 :].mean())
+            row |= {"teacher_forced_kl": float(forced.mean()), "free_running_kl_last": last_kl}
+            yield row | {"free_running_kl": float(free.mean())}
 
 
 def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
@@ -676,17 +665,14 @@ def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
 
 
 def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
-    """Rows of all that is asked for; the model is float32."""
+    """Rows of all that is asked for, of a float32 model."""
 
     def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
         options = {"model": model, "codecs": args.codecs}
         own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
-    usual, reader = usual_dtype(model.device), model  # what codecs and tasks are read in
-    dtype = DTYPES[args.dtype] if args.dtype else usual
-    if usual != model.dtype and (dtype != usual or args.ablate is not None):
-        cast(reader := copy.deepcopy(model), usual)
+    reader = cast(model, usual_dtype(model.device))
     until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
     if args.ablate is not None:
         made = [*_ablation.ablations(reader, tokenizer, texts=args.ablate or None)]
@@ -695,18 +681,18 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
     for case in cases:
         begun = time.monotonic()
         if begun + took < until:
-            for row in measure(model, case, tried):
+            for row in measure(model, reader, case, tried):
                 if args.ablate is not None:
                     row |= {"task": "ablation", "codec": notes, "ablated_kl": row.pop("kl")}
                 yield row
             took = time.monotonic() - begun
-    cast(model, dtype)
+    model = cast(model, DTYPES[args.dtype]) if args.dtype else reader
     names = TASKS if args.tasks == ["all"] else args.tasks
     cells = [(name, length) for length in args.lengths for name in names]
     for i, cell in enumerate(cells):
         now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)
         share = now + (until - now) / (len(cells) - i)
-        yield from measure_task(model, tokenizer, args, yardsticks, *cell, share, reader)
+        yield from measure_task(model, reader, tokenizer, args, yardsticks, *cell, share)
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)
@@ -723,8 +709,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--presets", nargs="*", choices=list(PRESETS), default=presets, metavar="PRESET")
     add("--codecs", type=Path, metavar="FOLDER", help="with codec-PRESET.safetensors of the model")
     names: Any = {"choices": list(YARDSTICKS), "nargs": "*", "metavar": "NAME"}
-    usual = [name for name in YARDSTICKS if name != "oscar-2"]
-    add("--yardsticks", default=usual, **names)
+    add("--yardsticks", default=[name for name in YARDSTICKS if name != "oscar-2"], **names)
     add("--needles", type=int, default=0, metavar="N", help="hide N codes and ask for them")
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
