@@ -253,6 +253,26 @@ def test_benchmarks_check_what_they_time(name, monkeypatch):
         kernel_bench.KERNELS[name](CARD).check()
 
 
+@on_cpu
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("rotate", 2),
+        ("turn_back", 2),
+        ("decode v", 1),
+        ("merge_states", 4),
+        ("merge_many_states", 2),
+    ],
+)
+def test_bytes_of_kernels_are_what_they_read_and_write(name, read, monkeypatch):
+    """The first arguments and the results; of the codec nothing, which is small."""
+    monkeypatch.setattr(kernel_bench, "tokens_of", lambda *args: 2048)
+    kernel = kernel_bench.KERNELS[name](CARD)
+    got, given = kernel.calls[0](), kernel.calls[0].args[:read]
+    got = got if isinstance(got, tuple) else (got,)
+    assert kernel.nbytes == sum(x.nbytes for x in (*given, *got))
+
+
 @pytest.mark.parametrize("wrong", [None, "codes: ", "exact slots", "nothing was stored"])
 def test_what_is_stored_is_checked_to_the_code(wrong):
     """One code in 200 off by one, a slot that is off, nothing stored."""
