@@ -28,7 +28,9 @@ Columns:
     ratio_long  the same in the limit of long contexts: without window and sinks
     kl          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
     top1        share of them whose likeliest token is the exact cache's; perplexity: its change
-    recalled    codes of which every token is the likeliest one (what greedy decoding would write)
+    recalled    codes of which every token is the likeliest one (what greedy decoding would write);
+                exact_recalled: with the exact cache
+    ablated_kl  kl of `balanced` without a part of its codec (--ablate; perf/_ablation.py)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
 exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrated on the judged
