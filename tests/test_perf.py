@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import re
 from contextlib import nullcontext
@@ -928,6 +929,21 @@ def test_pages_and_plots_are_of_the_newest_rows():
     assert {path.stem: plotted(path) for path in plots.iterdir()} == {
         name: plot for name, plot in want.items() if plot
     }, hint
+
+
+def test_columns_are_explained():
+    """At the top of the module that measures them, as the page says."""
+    pytest.importorskip("transformers")
+    from perf import _tasks
+
+    page = tables.results_page()
+    for name, (_, title) in tables.SECTIONS.items():
+        section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        heads = " | ".join(re.findall(r"^\| (.*) \|\n\| ---", section, re.MULTILINE)).split(" | ")
+        columns = {x for x in heads if x.isidentifier()}
+        text = importlib.import_module(f"perf.{name}").__doc__
+        words = {*re.findall(r"\w+", text), *_tasks.TASKS}
+        assert columns and columns <= words, (name, columns - words)
 
 
 def test_the_plots(tmp_path):
