@@ -542,15 +542,17 @@ def _attend_spectral_kernel(
     exact_programs = 0
     if EXACT[2] > 0:
         exact_programs = B * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
-    exact_program = tl.program_id(1) - (tl.num_programs(1) - exact_programs)
+    exact_first = tl.num_programs(1) - exact_programs
     blocks = tl.cdiv(Q * HG, ROWS)
     program = tl.program_id(1) // blocks
-    wanted = exact_program < 0
     if BLOCK_B == 1:
-        if wanted & (program * 6 >= programs * FEW):  # a long row alone has work for this one
+        few = tl.cdiv(programs * FEW, 6)
+        if (program >= few) & (few * blocks < exact_first):
+            # A long row alone has work for this one; a short one's exact tokens come here.
             splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
-            wanted = program < tl.sum(splits_of, 0)
-    if wanted:
+            exact_first = tl.minimum(exact_first, tl.maximum(tl.sum(splits_of, 0), few) * blocks)
+    exact_program = tl.program_id(1) - exact_first
+    if exact_program < 0:
         block = tl.program_id(1) % blocks
         b = (0 * program).to(tl.int64)
         if BLOCK_B > 1:
@@ -579,7 +581,7 @@ def _attend_spectral_kernel(
                 strides_pages[0], strides_pages[2], SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
             )  # fmt: skip
     elif EXACT[2] > 0:
-        if exact_program >= 0:
+        if exact_program < exact_programs:
             split = exact_program % EXACT[3]
             block = exact_program // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
             b = (exact_program // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
@@ -596,26 +598,28 @@ def _attend_spectral_kernel(
 @triton.jit(do_not_specialize=["B", "programs"])
 def _finish_spectral_kernel(
     c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, scale_ptr, seq_lens_ptr, codec_ids_ptr,
-    out_ptr, out_lse_ptr, B, programs, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
-    FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
+    out_ptr, out_lse_ptr, B, programs, Q, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr,
+    PATH: tl.constexpr,
 ):  # fmt: skip
-    """Join the states of the splits of one query with those of its exact tokens, in a fixed order,
-    BLOCK_D dimensions a program and BLOCK_N splits at a time; the V basis is applied once.
+    """Join the states of the splits of BLOCK_H queries of a KV head with those of their exact
+    tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once.
 
-    EXACT: (SINKS, WINDOW, SPLITS). LATE: load the basis last, when it takes no registers from the
-    rest; many programs hide what that waits."""
+    EXACT: (SINKS, WINDOW, SPLITS). BLOCK_N: splits at a time, the first of these for a row that has
+    no more. LATE: load the basis last, when it takes no registers from the rest; many programs hide
+    what that waits. PATH: (OVERLAP, NATIVE)."""
     BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(RV))
-    EXACT_SPLITS: tl.constexpr = EXACT[2]
-    BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT_SPLITS))
-    head = tl.program_id(1)
-    b = (tl.program_id(2) // Q).to(tl.int64)
-    row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q
-    codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + (head // HG).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(Q * HG, BLOCK_H)
+    g, G = tl.program_id(1), tl.num_programs(1)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    # query * HG + head; the last one again where there are not as many
+    h = tl.minimum(tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H), Q * HG - 1)
+    query = (g * HG + h % HG) * Q + h // HG
+    row = b * (G * HG * Q) + query  # [BLOCK_H]
+    codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g.to(tl.int64)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_E)
     # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other
     # threads.
     basis_at = basis_ptr + (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
@@ -627,42 +631,56 @@ def _finish_spectral_kernel(
     rows = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
-    if OVERLAP:  # until here nothing was read that the launch before writes
+    if PATH[0]:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
     # chosen away.
-    at = row * EXACT_SPLITS + e
-    exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT_SPLITS, other=float("-inf"))
-    mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
-    y_at = exact_ptr + at[:, None] * D + d[None, :]  # [BLOCK_E, BLOCK_D]
-    y = tl.load(y_at, mask=mask, other=0.0)
-    m = float("-inf")
-    total = 0.0
-    c = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for start in tl.range(first, end, BLOCK_N, num_stages=1):
-        live = start + n < end
-        state = ((start + n).to(tl.int64) * (G * HG) + head) * Q + tl.program_id(2) % Q
-        lse = tl.load(lse_ptr + state, mask=live, other=float("-inf"))
-        x_at = c_ptr + state[:, None] * RV + r[None, :]
-        x = tl.load(x_at, mask=live[:, None] & (r < RV)[None, :], other=0.0)  # [N, R]
-        top = tl.maximum(m, tl.max(lse, 0))
-        low = tl.where(top == float("-inf"), 0.0, top)
-        old = tl.exp(m - low)
-        share = tl.exp(lse - low)
-        m, total = top, total * old + tl.sum(share, 0)
-        c = c * old + tl.sum(tl.where((share > 0.0)[:, None], share[:, None] * x, 0.0), 0)
+    e = tl.arange(0, max(1, triton.next_power_of_2(EXACT[2])))[:, None]
+    exact_at = row[None, :] * EXACT[2] + e
+    exact_lse = tl.load(exact_lse_ptr + exact_at, mask=e < EXACT[2], other=float("-inf"))
+    mask = (e < EXACT[2])[:, :, None] & (d < D)[None, None, :]
+    y = tl.load(exact_ptr + exact_at[:, :, None] * D + d[None, None, :], mask=mask, other=0.0)
+    m = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_H], dtype=tl.float32)
+    c = tl.zeros([BLOCK_H, BLOCK_R], dtype=tl.float32)
+    for i in tl.static_range(len(BLOCK_N)):
+        stop = end
+        if i + 1 < len(BLOCK_N):
+            stop = tl.where(end - first <= BLOCK_N[i], end, first)
+        for start in tl.range(first, stop, BLOCK_N[i], num_stages=1):
+            n = start + tl.arange(0, BLOCK_N[i])[:, None]
+            at = n.to(tl.int64) * (G * HG * Q) + query[None, :]
+            lse = tl.load(lse_ptr + at, mask=n < end, other=float("-inf"))
+            # As rows of a matrix, of which a warp gets all splits of a query.
+            live = start + tl.arange(0, BLOCK_N[i] * BLOCK_H)[:, None] // BLOCK_H < end
+            x_at = c_ptr + tl.reshape(at, [BLOCK_N[i] * BLOCK_H, 1]) * RV + r[None, :]
+            x = tl.load(x_at, mask=live & (r < RV)[None, :], other=0.0)
+            x = tl.reshape(x, [BLOCK_N[i], BLOCK_H, BLOCK_R])
+            top = tl.maximum(m, tl.max(lse, 0))
+            low = tl.where(top == float("-inf"), 0.0, top)
+            old = tl.exp(m - low)
+            share = tl.exp(lse - low[None, :])
+            m, total = top, total * old + tl.sum(share, 0)
+            share = share[:, :, None]
+            c = c * old[:, None] + tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
+        first = stop
     top = tl.maximum(m, tl.max(exact_lse, 0))
     low = tl.where(top == float("-inf"), 0.0, top)
     old = tl.exp(m - low)
-    w = tl.exp(exact_lse - low)
+    w = tl.exp(exact_lse - low[None, :])
     m, total = top, total * old + tl.sum(w, 0)
+    w = w[:, :, None]
+    o = tl.sum(tl.where(w > 0.0, w * y, 0.0), 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
-    o = tl.sum((c * scale * old)[:, None] * basis.to(tl.float32), 0)
-    o += tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
-    o = tl.where(total == 0.0, 0.0, o / total)
-    tl.store(out_ptr + row * D + d, o, mask=d < D)
-    if tl.program_id(0) == 0:
+    c *= scale[None, :] * old[:, None]
+    if BLOCK_H > 1:
+        o += tl.trans(_math.dot_int8_f32(tl.trans(basis), tl.trans(c), True, PATH[1]))
+    else:
+        o += tl.sum(tl.reshape(c, [BLOCK_R])[:, None] * basis.to(tl.float32), 0)[None, :]
+    o = tl.where((total == 0.0)[:, None], 0.0, o / total[:, None])
+    tl.store(out_ptr + row[:, None] * D + d[None, :], o, mask=(d < D)[None, :])
+    if tl.program_id(2) == 0:
         low = tl.where(m == float("-inf"), 0.0, m)
         tl.store(out_lse_ptr + row, low + tl.log(total))  # log(0) = -inf: an empty state
 
@@ -686,7 +704,7 @@ class Plan:
     few: int  # sixths of them that run where all would take fewer pages than LITTLE
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
-    splits: int  # of a row, where rows are of one length, at most
+    splits: tuple[int, int]  # of a row that are joined at once: where these are few, or more
     frames: int  # that queries are projected for: of a split at most, or of a row
     window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
     sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, warps, in a workspace
@@ -743,9 +761,9 @@ def plan_launch(
     blocks = _launch.cdiv(group * queries, rows)
     turn, cores = warps * pages, _launch.multiprocessors(device)
     turns = _launch.cdiv(max_pages, turn)
-    programs = 2 * batch
+    programs = one_round = 2 * batch
     if device.type == "cuda":
-        programs = max(1, resident * cores // (kv_heads * blocks))
+        programs = one_round = max(1, resident * cores // (kv_heads * blocks))
         # Rows of one length share programs evenly: as many rounds of them as leave few idle.
         rows_of = max(1, batch)
         rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
@@ -760,7 +778,11 @@ def plan_launch(
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, rounded)
     most = programs if rounded * turns * turn >= LITTLE.value * programs else least
     states = min(most + batch - 1, batch * turns)
-    splits = _launch.cdiv(min(most + rounded - 1, rounded * turns), rounded)
+    # Of a row: where it is short or rows are of one length, and at most, or in some rounds.
+    many = _launch.cdiv(min(most + rounded - 1, rounded * turns), rounded)
+    many = min(MAX_SPLITS, max(16, _launch.next_power_of_2(many)))
+    short = _launch.next_power_of_2((least if batch == 1 else one_round) // rounded)
+    splits = min(many, short), many
     share = _launch.cdiv(min(batch * turns, _launch.cdiv(LITTLE.value * programs, turn)), least)
     share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * turn
     window = (0, 16, 16)
@@ -975,31 +997,31 @@ def _launch_pages(
 def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
     (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
-    rows = _launch.next_power_of_2(batch)  # kernels are compiled for few batches
-    # The splits of a row at once, where rows are of one length.
-    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(plan.splits)))
-    # All dimensions at once, or as many programs as keep the card busy.
-    block_d = 32
-    if rows * queries * heads >= _launch.multiprocessors(out.device):
-        block_d = min(_launch.next_power_of_2(dim), 128 if rank <= 128 else 64)
-    held = (block_n + block_d) * rank  # numbers in registers
+    group, cores = heads // codec.kv_heads, _launch.multiprocessors(out.device)
+    rows = _launch.next_power_of_2(batch) * codec.kv_heads  # kernels are compiled for few batches
+    few, many = plan.splits
+    # The queries of a KV head together (a single row has few programs, of many splits), then all
+    # dimensions, as far as that keeps the card busy.
+    most_h, most_d = (8, 128) if rank <= 128 else (4, 64)
+    most_h = min(most_h, MAX_SPLITS // many, group * queries) if plan.matrix and batch > 1 else 1
+    most_d = min(most_d, _launch.next_power_of_2(dim))
+    tiles = (
+        (h, d) for h in (8, 4, 2, 1) for d in (128, 64, 32)
+        if h < 2 * most_h and d <= most_d and (h > 1 or d == most_d)
+        and rows * _launch.cdiv(group * queries, h) * _launch.cdiv(dim, d) >= cores
+    )  # fmt: skip
+    block_h, block_d = next(tiles, (1, 32))
+    held = (many + block_d) * rank  # numbers in registers
+    warps = min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120))))
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
-    _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
+    blocks = batch * _launch.cdiv(group * queries, block_h)
+    _finish_spectral_kernel[(blocks, codec.kv_heads, _launch.cdiv(dim, block_d))](
         *states, codec.v_basis, codec.v_scale, *tables[1:3], out, lse, batch, plan.programs,
-        queries, codec.kv_heads,
-        HG=heads // codec.kv_heads,
-        D=dim,
-        RV=rank,
-        EXACT=(*kept[:2], plan.window[0]),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        TURN=plan.warps * plan.pages,
-        FEW=plan.few,
-        BLOCK_B=plan.block_b,
-        LATE=block_d > 32,
-        OVERLAP=overlap,
-        launch_pdl=overlap,
-        num_warps=min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120)))),
+        queries, HG=group, D=dim, RV=rank, EXACT=(*kept[:2], plan.window[0]),
+        BLOCK_H=block_h, BLOCK_N=(few, many) if few < many else (many,), BLOCK_D=block_d,
+        TURN=plan.warps * plan.pages, FEW=plan.few, BLOCK_B=plan.block_b, LATE=block_d > 32,
+        PATH=(overlap, _launch.is_native(out)), launch_pdl=overlap,
+        num_warps=warps if block_h == 1 else 4,
     )  # fmt: skip
 
 

@@ -251,6 +251,38 @@ def test_a_single_row_that_all_programs_share(rng, pages):
     check_spectral("triton", arrays, queries)
 
 
+def test_a_short_row_alone_in_a_large_table(rng):
+    """Its exact tokens' programs come before those that a long row would have work for. 32 queries
+    of a KV head are two programs' each."""
+    lengths = (3 * PAGE + 5,)
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 2, lengths, spare_pages=60))
+    tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=2, head_dim=64, sinks=4, window=40)
+    queries = make_queries(rng, shape=(1, 16, 4, 64), size=2.0)
+    check_spectral("triton", arrays, queries, tokens=tokens)
+
+
+@pytest.mark.parametrize("at_once", [(1, 1), (1, 2), (1, 4)])
+@pytest.mark.parametrize("cores", [1, 1 << 20])
+def test_join(rng, cores, at_once, monkeypatch):
+    """Rows of three splits, one and none are joined in a round or more; three queries of a KV head
+    together, or one where programs are few."""
+    plan_launch = attention.plan_launch
+
+    def planned(*args):
+        return dataclasses.replace(plan_launch(*args), splits=at_once)
+
+    monkeypatch.setattr(attention, "plan_launch", planned)
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: cores)
+    lengths = (1100, 200, 0)
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, lengths, 128))
+    tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=1, head_dim=64, sinks=2, window=40)
+    queries = make_queries(rng, shape=(3, 3, 1, 64), size=2.0)
+    dirty = torch.full((1 << 22,), 255, dtype=torch.uint8, device=DEVICE)
+    check_spectral("triton", arrays, queries, tokens=tokens, num_splits=3, workspace=dirty)
+    # Few tokens in the first split: larger scores come later.
+    check_spectral("triton", arrays, queries, sinks=450, num_splits=3, workspace=dirty)
+
+
 @pytest.mark.parametrize(
     ("implementation", "num_splits"),
     [("triton", 1), ("triton", 2), ("triton", 3), ("triton", 100), ("scalar", 1)],
