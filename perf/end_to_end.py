@@ -8,7 +8,6 @@ and the spectral cache.
 Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
 bases). Caches are filled with T random tokens but for prefill and long. Measured (--what):
 
-    eager     `model.generate`, DynamicCache
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
     graph     the one-token forward as one CUDA graph over static keys and values, attention by the
               fastest peer of perf.attention at this shape ("backend"); where the memory of all
@@ -58,7 +57,7 @@ import transformers
 import triton
 from torch._inductor import config as inductor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 
 from perf import _cases
 from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, say
@@ -67,7 +66,7 @@ from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
 from spectral_kernels.rope import freqs_from_inv_freq
 
-WHAT = ("eager", "static", "graph", "fp8", "ours", "bare", "prefill", "long")
+WHAT = ("static", "graph", "fp8", "ours", "bare", "prefill", "long")
 STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
 WARM = 8  # steps of a generate that are not counted
 LONG_STEPS = 2000
@@ -165,14 +164,13 @@ def timed_generate(cell: Cell, cache: Any) -> Row:
     return percentiles(generate(cell, ids, WARM + cell.steps + 1, cache).steps_ms[WARM:])
 
 
-def transformers_cache(cell: Cell, fixed: bool) -> Row:
-    """`generate` over DynamicCache, or StaticCache, with T random tokens in all layers."""
+def static_cache(cell: Cell) -> Row:
+    """`generate` over StaticCache with T random tokens in all layers."""
     config, room = cell.model.config, cell.tokens + WARM + cell.steps + 2
-    cache = StaticCache(config=config, max_cache_len=room) if fixed else DynamicCache(config=config)
+    cache = StaticCache(config=config, max_cache_len=room)
     for layer in range(config.num_hidden_layers):
         cache.update(*cell.random_kv(), layer)
-    size = cell.dense_bytes * (room if fixed else cell.tokens) // cell.tokens
-    return {"cache_bytes": size, **timed_generate(cell, cache)}
+    return {"cache_bytes": cell.dense_bytes * room // cell.tokens, **timed_generate(cell, cache)}
 
 
 def replayed(graph: Any, steps: int) -> Row:
@@ -354,8 +352,8 @@ def long_generation(cell: Cell, preset: str) -> Row:
 def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | None, Any]]:
     """(what, preset, a function that gives a row or rows)."""
     for what in args.what:
-        if what in ("eager", "static"):
-            yield what, None, partial(transformers_cache, cell, what == "static")
+        if what == "static":
+            yield what, None, partial(static_cache, cell)
         elif what in ("graph", "fp8"):
             yield what, None, partial(dense_graph, cell, what == "fp8")
     for preset in args.presets if {"ours", "bare"} & {*args.what} else ():

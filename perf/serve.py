@@ -3,8 +3,6 @@ second with the pool full, a backend after another.
 
     python -m perf.serve --cells 1x8192 1x32768 8x32768 1x131072
                          --backends FLASH_ATTN FLASH_ATTN:fp8 SPECTRAL:balanced --json
-    python -m perf.serve --check          tokens of a small model, against FLASH_ATTN (CPU_ATTN)
-                         --tp 2           the same on two cards, against one
 
 An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
 each backend, one after another with the same share of the card's memory, or with --kv-gb side by
@@ -12,12 +10,12 @@ side, timed in the order of --backends; one that fails leaves the others alone. 
 differ: tokens admitted, and the full pool, are those of the smallest.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
-cached. tpot_ms: the time of --many new tokens over that of --few, by the tokens between; the median
-of --repeat. Full: prompts of --lengths in turns, as many as fit; throughput: output tokens a second
+cached. tpot_ms: the time of MANY new tokens over that of FEW, by the tokens between; the median
+of REPEAT. Full: prompts of --lengths in turns, as many as fit; throughput: output tokens a second
 of all together, once each has its first. There ttft_ms is of the last, tpot_ms of a step.
 
 Row: gpu gpus commit vllm backend kv_dtype B T ttft_ms tpot_ms kv_tokens throughput.
-Test: tests/test_serve.py.
+Test: tests/test_serve.py; of the tokens: tests/serving.py.
 """
 
 import argparse
@@ -33,19 +31,18 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain, cycle, islice, takewhile
-from operator import eq
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from perf._cases import LOSSY, SHAPES, eight_bit_codec, frequencies, llama, random_model_codec
+from perf._cases import LOSSY, SHAPES, frequencies, llama, random_model_codec
 from perf._timing import ROOT, Row, parser_of, read_rows, versions, write_row
 from perf.tables import SERVE, columns
 
-CHECK = (60, 190, 9, 700, 1, 1530, 890, 560)  # prompt lengths of the check
-BLOCKS = 44  # of its pool: too few for all of them at once
+FEW, MANY, REPEAT = 16, 112, 2  # new tokens whose time is compared, and how often
+PATIENCE = 200.0  # seconds that filling the pool may take
 GROUP = "vllm.general_plugins"
 
 
@@ -54,26 +51,15 @@ def cell(text: str) -> tuple[int, int]:
     return int(batch), int(tokens)
 
 
-def make_model(shape: str, folder: Path, weights: bool = False) -> None:
-    """A configuration, and random weights if vLLM is not to make them (which gives dull tokens)."""
-    from transformers import LlamaForCausalLM
-
-    config = llama(shape, initializer_range=0.06, architectures=["LlamaForCausalLM"])
-    config.save_pretrained(folder)
-    if weights:
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+def make_config(shape: str) -> Any:
+    return llama(shape, initializer_range=0.06, architectures=["LlamaForCausalLM"])
 
 
 def make_codec(shape: str, preset: str, path: Path) -> None:
     torch.manual_seed(0)
     _, _, layers, _, kv_heads, dim, _ = SHAPES[shape]
     sizes: Any = {"layers": layers, "kv_heads": kv_heads, "dim": dim, "freqs": frequencies(dim)}
-    if preset == "8 bits":
-        codec = eight_bit_codec(**sizes, largest=12.0)
-    else:
-        codec = random_model_codec(preset, **sizes)
-    codec.save(path)
+    random_model_codec(preset, **sizes).save(path)
 
 
 def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[dict[str, Any]]:
@@ -84,14 +70,14 @@ def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[di
 
 
 class Served:
-    """An engine of one backend."""
+    """An engine of one backend; more: of its options."""
 
-    def __init__(self, args: argparse.Namespace, backend: str, folder: Path) -> None:
+    def __init__(self, args: argparse.Namespace, backend: str, folder: Path, **more: Any) -> None:
         import vllm
 
         name, _, kind = backend.partition(":")
         spectral = name == "SPECTRAL"
-        more: dict[str, Any] = {"kv_cache_dtype": "auto" if spectral or not kind else kind}
+        more["kv_cache_dtype"] = "auto" if spectral or not kind else kind
         share = 1.0  # of its pages that are counted
         if spectral:
             given = {"preset": kind} if kind == "exact" else {"codec": args.codec}
@@ -99,11 +85,9 @@ class Served:
         if args.kv_gb:  # of engines side by side none can measure the memory
             size = args.kv_gb[args.backends.index(backend)]
             more["kv_cache_memory_bytes"], share = int(size * 2**30), min(args.kv_gb) / size
-        if args.check:
-            more |= {"num_gpu_blocks_override": BLOCKS, "disable_log_stats": False}
         self.llm = vllm.LLM(
             model=str(args.model or folder / "model"), skip_tokenizer_init=True, dtype=args.dtype,
-            load_format="auto" if args.model or args.check else "dummy", block_size=64,
+            load_format="auto" if args.model else "dummy", block_size=64,
             attention_backend=name, gpu_memory_utilization=args.utilization, seed=0,
             max_model_len=longest(args), max_num_seqs=args.seqs, max_num_batched_tokens=args.chunk,
             tensor_parallel_size=args.tp, enable_prefix_caching=kind != "exact",
@@ -136,11 +120,11 @@ class Served:
     def time(self, batch: int, tokens: int, args: argparse.Namespace) -> Row:
         given = prompts(batch, tokens, self.vocabulary)
         first = self.seconds(given, 1)
-        self.seconds(given, args.few)
+        self.seconds(given, FEW)
         steps = []
-        for _ in range(args.repeat):
-            few, many = (self.seconds(given, n) for n in (args.few, args.many))
-            steps.append(1e3 * (many - few) / (args.many - args.few))
+        for _ in range(REPEAT):
+            few, many = (self.seconds(given, n) for n in (FEW, MANY))
+            steps.append(1e3 * (many - few) / (MANY - FEW))
         self.llm.reset_prefix_cache()
         return times(batch, tokens, 1e3 * first, statistics.median(steps))
 
@@ -150,48 +134,26 @@ class Served:
         for tokens in islice(cycle(args.lengths), args.seqs):
             more = [*lengths, tokens]
             # What those that are in first generate while the others' prompts run.
-            spare = (sum(more) // args.chunk + args.many + 128) * len(more)
+            spare = (sum(more) // args.chunk + MANY + 128) * len(more)
             if sum(more) + spare > self.kv_tokens:
                 break
             lengths = more
         engine, started, made = self.llm.llm_engine, set[str](), 0
-        sampling = self.sampling(max_tokens=sum(lengths) // args.chunk + args.many + 512)
+        sampling = self.sampling(max_tokens=sum(lengths) // args.chunk + MANY + 512)
         for i, tokens in enumerate(lengths):
             (given,) = prompts(1, tokens, self.vocabulary, first=100 + i)
             engine.add_request(f"full-{i}", given, sampling)
         begin = time.perf_counter()
         while len(started) < len(lengths):
             started |= {x.request_id for x in engine.step() if x.outputs[0].token_ids}
-            if time.perf_counter() - begin > args.patience:
-                raise TimeoutError(f"{len(started)} of {len(lengths)} prompts in {args.patience} s")
+            if time.perf_counter() - begin > PATIENCE:
+                raise TimeoutError(f"{len(started)} of {len(lengths)} prompts in {PATIENCE} s")
         first, begin = time.perf_counter() - begin, time.perf_counter()
-        while made < len(lengths) * args.many:
+        while made < len(lengths) * MANY:
             made += sum(not x.finished for x in engine.step())
         step = (time.perf_counter() - begin) * len(lengths) / made
         engine.abort_request([*started])
         return times(len(lengths), round(statistics.mean(lengths)), 1e3 * first, 1e3 * step)
-
-    def check(self) -> Row:
-        """Tokens of a few prompts at once, twice: the second time some of their pages are known,
-        and of three the first time, from the step that computes them; by how many nats each is
-        likelier than the next; requests that were preempted."""
-        given = [prompts(1, n, self.vocabulary, first=i)[0] for i, n in enumerate(CHECK)]
-        for prompt in given[5:]:
-            prompt["prompt_token_ids"][:500] = given[3]["prompt_token_ids"][:500]
-        sampling = self.sampling(max_tokens=32, logprobs=2)
-        runs = [self.llm.generate(given, sampling, use_tqdm=False) for _ in range(2)]
-        completions = [[x.outputs[0] for x in run] for run in runs]
-
-        def lead(likely: Any) -> float:
-            best, second = sorted((x.logprob for x in likely.values()), reverse=True)[:2]
-            return best - second
-
-        preempted = {x.name: x for x in self.llm.get_metrics()}["vllm:num_preemptions"]
-        return {
-            "preempted": int(preempted.value),
-            "tokens": [[list(x.token_ids) for x in run] for run in completions],
-            "leads": [[lead(y) for y in x.logprobs or []] for x in completions[0]],
-        }
 
 
 def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
@@ -201,14 +163,14 @@ def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
-    """Batches of the graphs: powers of two, those of the cells, of the full pool or the check."""
-    cells = {batch for batch, _ in args.cells} | ({args.seqs} if args.full or args.check else set())
+    """Batches of the graphs: powers of two, those of the cells, and of the full pool."""
+    cells = {batch for batch, _ in args.cells} | ({args.seqs} if args.full else set())
     return sorted(cells | {1 << i for i in range(max(cells).bit_length())})
 
 
 def longest(args: argparse.Namespace) -> int:
     """max_model_len."""
-    return max([t for _, t in args.cells] + args.lengths * args.full) + args.many + 576
+    return max([t for _, t in args.cells] + args.lengths * args.full) + MANY + 576
 
 
 def file_of(folder: Path, backend: str, ending: str) -> Path:
@@ -222,18 +184,13 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
         print(f"PHASE {backend}: {what}, {time.perf_counter() - begin:.1f} s", flush=True)
 
     def done(row: Row) -> None:
-        row = {**served.row, **row}
-        if not args.check:
-            row = write_row(row, args.json)
+        row = write_row({**served.row, **row}, args.json)
         with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        say(f"{row.get('B', 'check')}x{row.get('T', '')}")
+        say(f"{row['B']}x{row['T']}")
 
     served = Served(args, backend, folder)
     say("engine started")
-    if args.check:
-        done(served.check())
-        return
     warm = min(args.chunk + 1024, longest(args) - 8)
     for batch, tokens in ((1, warm), (1, warm), (2, 300)):
         served.seconds(prompts(batch, tokens, served.vocabulary, first=9000), 4)
@@ -274,20 +231,20 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def run_backend(
-    args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str
-) -> list[Row]:
+    args: argparse.Namespace, argv: Sequence[str], folder: Path, env: dict[str, str], backend: str,
+    module: str = "perf.serve",
+) -> list[Row]:  # fmt: skip
+    """Rows of one engine, in a process that runs the module with --one."""
     kind, results = backend.partition(":")[2], file_of(folder, backend, ".jsonl")
     extra = ["--one", backend, str(folder)]
-    if args.check and backend == args.backends[0]:
-        extra += ["--tp", "1"]  # what others are compared with
     begin = time.perf_counter()
     log = file_of(Path(os.environ.get("OUT", folder)), backend, ".log")
     try:
-        if kind in (*LOSSY, "8 bits") and not args.codec:
+        if kind in LOSSY and not args.codec:
             make_codec(args.shape, kind, codec := results.with_suffix(".safetensors"))
             extra += ["--codec", str(codec)]
         with log.open("w") as file:
-            command = [sys.executable, "-m", "perf.serve", *argv, *extra]
+            command = [sys.executable, "-m", module, *argv, *extra]
             done = subprocess.run(command, env=env, cwd=ROOT, stdout=file, stderr=file)
     finally:
         for sign in (".up", ".ended"):  # others do not wait for one that failed
@@ -303,8 +260,7 @@ def run_backend(
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of("serve", __doc__)
     add = parser.add_argument
     add("--cells", type=cell, nargs="+", default=[(1, 8192), (1, 32768), (8, 32768), (1, 131072)])
@@ -318,54 +274,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--kv-gb", type=float, nargs="+", help="GiB of pages a rank, of engines side by side")
     add("--seqs", type=int, default=160, help="max_num_seqs")
     add("--chunk", type=int, default=16384, help="max_num_batched_tokens")
-    add("--few", type=int, default=16)
-    add("--many", type=int, default=112)
-    add("--repeat", type=int, default=2)
     add("--full", action=argparse.BooleanOptionalAction, default=True, help="the full pool, too")
     add("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    add("--patience", type=float, default=200, help="seconds that filling the pool may take")
-    add("--check", action="store_true", help="tokens of a tiny model instead of times")
     add("--one", nargs=2, help=argparse.SUPPRESS)  # a backend, in a process: it, and the folder
     args = parser.parse_args(argv)
-    if args.check:
-        args.shape, args.cells, args.full = "check", [(1, 2048)], False
-        args.seqs, args.chunk, args.utilization, args.kv_gb = 8, 256, 0.1, [1]
-        reference = "FLASH_ATTN" if torch.cuda.is_available() else "CPU_ATTN"
-        args.backends = [reference, "SPECTRAL:exact", "SPECTRAL:8 bits"]
     if args.kv_gb:
         args.kv_gb = (args.kv_gb * len(args.backends))[: len(args.backends)]
+    return args
+
+
+def run_all(args: argparse.Namespace, argv: Sequence[str], folder: Path, **more: str) -> list[Row]:
+    """Of all backends, one after another or side by side."""
+    run = partial(run_backend, args, argv, folder, environment(folder), **more)
+    with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
+        return [*chain.from_iterable(pool.map(run, args.backends))]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
     if args.one:
         run_one(args, args.one[0], Path(args.one[1]))
         return 0
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_model(args.shape, folder / "model", weights=args.check)
-        run = partial(run_backend, args, argv, folder, environment(folder))
-        with ThreadPoolExecutor(len(args.backends) if args.kv_gb else 1) as pool:
-            rows = [*chain.from_iterable(pool.map(run, args.backends))]
-    if args.check:
-        return report_check(rows)
+        make_config(args.shape).save_pretrained(folder / "model")
+        rows = run_all(args, argv, folder)
     print(columns(rows, SERVE))
     return 0 if len(rows) == len(args.backends) * (len(args.cells) + args.full) else 1
-
-
-def report_check(rows: list[Row]) -> int:
-    """By backend and run: how many tokens are the reference's up to the first that differs, of each
-    prompt, and the largest lead of a token that was missed. Arithmetic in 16 bits decides leads
-    below four units of logits between 8 and 16. A check without preemption fails."""
-    worst = 0.0
-    for row in rows:
-        for turn, got in enumerate(row["tokens"]):
-            pairs = zip(got, rows[0]["tokens"][0], strict=True)
-            same = [sum(takewhile(bool, map(eq, x, y))) for x, y in pairs]
-            leads = zip(rows[0]["leads"], same, strict=True)
-            lost = max((x[i] for x, i in leads if i < len(x)), default=0.0)
-            worst = max(worst, lost * (row["kv_dtype"] != "8 bits"))
-            name = f"{row['backend']} {row['kv_dtype']}"
-            print(f"{name:24} run {turn}: same tokens {same}, largest lead missed {lost:.3f}")
-        print(f"{row['preempted']} preempted")
-    ran = len(rows) == 3 and all(row["preempted"] for row in rows)
-    return 0 if ran and worst < 4 * 2**-4 else 1
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ KEYS = {
 PRESETS = ("exact", *LOSSY)
 PLOTTED = (*LAYER, "matrix", None)  # H, G, D, path, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
-ORDER = ("eager", "static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
+ORDER = ("static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
 MARKED = re.compile(r"(<!-- (headline|losses) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+SHARED = "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
 NO_ROW = "No row yet: `python -m perf.{} --json`, then `perf.tables --write`.\n"
 Rows = Iterable[Row]
 Plot = dict[str, dict[str, list[list[float]]]]  # panel: line: points
@@ -87,8 +88,15 @@ def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A table a kind of layer: time, share of the bandwidth, the best peers, times as fast."""
-    spec, rows = "B T:, case preset p50_us:.4g read_share:.0%", latest(rows, KEYS["attention"])
+    """A table a kind of layer: time, as a multiple of that of the run's row without a case, share
+    of the bandwidth, the best peers, times as fast."""
+    spec, rows = "B T:, case preset p50_us:.4g", latest(rows, KEYS["attention"])
+    alike = ("commit", *(name for name in KEYS["attention"] if name != "case"))
+    plain = {tuple(map(row.get, alike)): row["p50_us"] for row in rows if not row.get("case")}
+    for row in rows:
+        us = plain.get(tuple(map(row.get, alike))) if row.get("case") else None
+        row["of_plain"] = us and row["p50_us"] / us
+    spec += " of_plain:.2f read_share:.0%"
     for peer in ("peer", "fp8"):
         spec += f" best_{peer} best_{peer}_us:.4g against_{peer}:.2f"
         for row in rows:
@@ -123,8 +131,8 @@ def share_of_reads(row: Row) -> float:
 
 def end_to_end_table(rows: Rows) -> str:
     """A line a measurement: ms a token at each length, intercept and slope of a line through them,
-    break-even length against the dense graph (compiled where they are), and of the longest length
-    the time of its bytes and the share that it is of the whole."""
+    break-even length against the dense graph of the same run (compiled where they are), and of the
+    longest length the time of its bytes and the share that it is of the whole."""
     rows = latest(rows, KEYS["end_to_end"])
     timed = [{"compiled": row["what"].endswith(" compiled"), **row} for row in rows if "ms" in row]
     text = ""
@@ -132,26 +140,27 @@ def end_to_end_table(rows: Rows) -> str:
         base, lines = "graph compiled" if title[3] else "graph", []
         lengths = sorted({row["T"] for row in own})
         graph = {row["T"]: row for row in own if row["what"] == base and not row["preset"]}
-        dense = fit_line(graph)
+        dense, run = fit_line(graph), {row["commit"] for row in graph.values()}
         for (what, preset), series in grouped(own, ("what", "preset")).items():
             found, cells = {row["T"]: row for row in series}, [f"{what} {preset or ''}".strip()]
             for t in lengths:
                 cells.append("-")
                 if t in found:
                     cells[-1] = f"{found[t]['ms']:.2f}{'*' if found[t].get('shared') else ''}"
-                    if t in graph and found[t] is not graph[t]:
+                    same = t in graph and graph[t]["commit"] == found[t]["commit"]
+                    if same and found[t] is not graph[t]:
                         cells[-1] += f" ({graph[t]['ms'] / found[t]['ms']:.2f}x)"
             line = fit_line(found)
             cells.append("-" if line is None else f"{line[0]:.2f} + {line[1] * 1024:.4f} a 1K")
-            cells.append("-" if found == graph else break_even(dense, line))
+            alone = found == graph or not run.issuperset(row["commit"] for row in series)
+            cells.append("-" if alone else break_even(dense, line))
             share, last = share_of_reads(found[max(found)]), found[max(found)]["ms"]
             lines.append([*cells, f"{share * last:.2f} ({share:.0%})"])
         header = ["ms a token", *(f"{t / 1024:.4g}K" for t in lengths), "intercept + slope"]
         card = f"{title[4]} x {title[0]}" if title[4] else title[0]
         text += f"\n### {card}, {title[1]}, B = {title[2]}{', compiled' * title[3]}\n\n"
         text += markdown([*header, "break-even T", "ceiling of the longest"], lines)
-    if any(row.get("shared") for row in timed):
-        text += "\n\\* keys and values of all layers do not fit: layers share memory.\n"
+    text += SHARED * any(row.get("shared") for row in timed)
     prompts = [row for row in rows if row.get("prefill_ratio")]
     if prompts:
         spec = "gpu B T:, preset prefill_s:.3f prefill_ratio:.3f cache_bytes:, peak_bytes:,"
@@ -190,7 +199,7 @@ def quality_table(rows: Rows) -> str:
     part of theirs; then tasks."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
-    predicted += " perplexity:+.2% recalled:.1f"
+    predicted += " perplexity:+.2% recalled:.1f exact_recalled:.1f"
     generated = "scheme generated:.0f teacher_forced_kl:.5f free_running_kl:.5f"
     generated += " free_running_kl_last:.5f"
     ablated = "scheme ratio:.2f ratio_long:.2f ablated_kl:.5f top1:.3f recalled:.1f"
@@ -295,11 +304,7 @@ def headline(results: Path = RESULTS) -> str:
     chosen = sorted(sorted(cells, key=lambda x: x[1] * x[2])[-HEADLINE:])
     header = ["card", "engine", "B", "T", "dense bf16", "dense fp8", f"ours, {OURS}"]
     text = markdown([*header, "faster", "smaller cache"], [cells[x] for x in chosen])
-    if any("*" in cells[x][4] for x in chosen):
-        text += (
-            "\n\\* dense keys and values of all layers do not fit the card: layers share them.\n"
-        )
-    return text
+    return text + SHARED * any("*" in cells[x][4] for x in chosen)
 
 
 def losses(results: Path = RESULTS) -> str:
@@ -312,10 +317,8 @@ def losses(results: Path = RESULTS) -> str:
     found = {row["scheme"]: row for row in same}
     schemes = [name for name in LOSSES if name in found]
     forms = {"times smaller": ("ratio", "{:.2f}x"), "likeliest token as dense": ("top1", "{:.1%}")}
-    forms |= {
-        "perplexity": ("perplexity", "{:+.2%}"),
-        "KL, nats (geometric mean)": ("kl", "{:.4f}"),
-    }
+    forms["perplexity"] = "perplexity", "{:+.2%}"
+    forms["KL, nats (geometric mean)"] = "kl", "{:.4f}"
     header = f"{top['model']}, {top['context']:,} tokens, mean of {top['texts']} texts"
     lines = [[x, *(f.format(found[s][n]) for s in schemes)] for x, (n, f) in forms.items()]
     return markdown([header, *schemes], lines)
@@ -324,7 +327,7 @@ def losses(results: Path = RESULTS) -> str:
 def fill(text: str, results: Path = RESULTS) -> str:
     """A page's text with the tables between their marks."""
     make = {"headline": headline, "losses": losses}
-    return MARKED.sub(lambda match: f"{match[1]}\n{make[match[2]](results)}\n{match[3]}", text)
+    return MARKED.sub(lambda match: f"{match[1]}{make[match[2]](results)}\n{match[3]}", text)
 
 
 def against_length(value: Callable[[Row, Row], float | None], results: Path) -> Plot:

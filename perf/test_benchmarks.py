@@ -1,8 +1,9 @@
 """Every public kernel under pytest-benchmark: `pytest perf --benchmark-only --benchmark-json=FILE`.
 
-pytest-benchmark's own times are the host's, launch and synchronisation included. `extra_info` has
-the device's: p20, p50 and p80 of CUDA-graph replays with a cold L2, bytes, GB/s, and the share of
-the read bandwidth measured in the same session. Without a CUDA card nothing is measured.
+pytest-benchmark's own times are the host's, launch and synchronisation included. The names in its
+table end in the device's: p50 of CUDA-graph replays with a cold L2, and the share of the read
+bandwidth measured in the same session; `extra_info` has p20, p80, bytes and GB/s too. Without a
+CUDA card nothing is measured.
 """
 
 import itertools
@@ -25,7 +26,8 @@ def card() -> Card:
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel(benchmark: Any, card: Card, name: str) -> None:
     kernel = KERNELS[name](card)
-    benchmark.extra_info.update(measured(kernel, card))
+    benchmark.extra_info.update(row := measured(kernel, card))
+    benchmark.name = f"{name}: {row['device_us_p50']:.4g} us, {row['share']:.0%}"
     calls = itertools.cycle(kernel.calls)
 
     def launch() -> None:

@@ -19,7 +19,7 @@ window that is rebuilt from pages, and ends on an exact one: so many tokens are 
 (`SinkPool`), or if they are gone rebuilt too.
 Layers with a window or a state (Mamba, convolutions) may stand beside ours, in vLLM's own groups.
 For vLLM 0.32 and 0.33: model runner V2 on GPUs, V1 on CPUs.
-Test: tests/test_vllm.py; on a GPU also python -m perf.serve --check.
+Test: tests/test_vllm.py; on a GPU also python -m tests.serving.
 """
 
 from __future__ import annotations

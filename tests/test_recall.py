@@ -10,9 +10,10 @@ from tests.cases import DEVICE
 
 transformers = pytest.importorskip("transformers")
 
-from perf.tiny_model import recall, train  # noqa: E402
+from perf.tiny_model import recall  # noqa: E402
 from perf.tiny_model.recall import RecallContext, make_recall_contexts  # noqa: E402
 from spectral_kernels.hf import CACHE, enable  # noqa: E402
+from tests import train_tiny_model as train  # noqa: E402
 from tests.test_hf import single_thread  # noqa: E402, F401
 
 MODEL = Path(__file__).parent.parent / "perf" / "tiny_model"
@@ -63,6 +64,11 @@ def recalled(
 def test_model_is_small() -> None:
     files = [path for path in MODEL.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8 * 2**20
+
+
+def test_more_questions_than_facts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"questions: expected at most \d+ for .*, got 3000"):
+        make_recall_contexts(1, 3000, distance=(384, 4256))
 
 
 def test_recall_through_the_cache(

@@ -13,15 +13,14 @@ import pytest
 
 from perf import serve
 from spectral_kernels.codec import ModelCodec
+from tests import serving
 
-ARGS = argparse.Namespace(
-    cells=[(1, 512), (8, 256)], lengths=[300, 900], full=True, check=False, seqs=40, many=100
-)
+ARGS = argparse.Namespace(cells=[(1, 512), (8, 256)], lengths=[300, 900], full=True, seqs=40)
 
 
 def test_what_an_engine_is_asked_for():
     assert serve.sizes(ARGS) == [1, 2, 4, 8, 16, 32, 40]
-    assert serve.longest(ARGS) >= 900 + ARGS.many
+    assert serve.longest(ARGS) >= 900 + serve.MANY
     assert serve.cell("8x32768") == (8, 32768)
     (long,), (short,) = serve.prompts(1, 200, 512, first=3), serve.prompts(1, 50, 512, first=3)
     assert long["prompt_token_ids"][:50] == short["prompt_token_ids"]
@@ -30,11 +29,11 @@ def test_what_an_engine_is_asked_for():
 
 def test_model_and_codec_are_of_one_shape(tmp_path: Path):
     pytest.importorskip("transformers")
-    serve.make_model("check", tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    for kind in ("balanced", "8 bits"):
-        serve.make_codec("check", kind, tmp_path / "codec.safetensors")
-        codec = ModelCodec.load(tmp_path / "codec.safetensors")
+    given = serve.parse(serving.make_model(tmp_path / "model"))
+    config = json.loads((given.model / "config.json").read_text())
+    serve.make_codec("check", "balanced", tmp_path / "balanced.safetensors")
+    for path in (given.codec, tmp_path / "balanced.safetensors"):
+        codec = ModelCodec.load(path)
         assert len(codec.layers) == config["num_hidden_layers"]
         assert {x.kv_heads for x in codec.layers} == {config["num_key_value_heads"]}
         assert {x.layout.head_dim for x in codec.layers} == {config["head_dim"]}
@@ -43,7 +42,7 @@ def test_model_and_codec_are_of_one_shape(tmp_path: Path):
 def test_engines_side_by_side_are_timed_in_turn(tmp_path: Path, monkeypatch):
     """The second once the first has ended, which is not timed before both are up."""
     served = argparse.Namespace(
-        row={}, vocabulary=512, seconds=lambda *_: None, time=lambda *_: {"B": 1},
+        row={}, vocabulary=512, seconds=lambda *_: None, time=lambda *_: {"B": 1, "T": 512},
         llm=argparse.Namespace(reset_prefix_cache=lambda: None),
     )  # fmt: skip
     monkeypatch.setattr(serve, "Served", lambda *_: served)
@@ -88,11 +87,11 @@ def test_check_tells_a_tie_from_a_defect(lead, code, capsys):
             ("SPECTRAL", "8 bits"),
         )
     ]
-    assert serve.report_check(rows) == 0
-    assert serve.report_check([*rows[:2], {**rows[2], "preempted": 0}]) == 1
+    assert serving.report(rows) == 0
+    assert serving.report([*rows[:2], {**rows[2], "preempted": 0}]) == 1
     rows[1] = {**rows[1], "tokens": [[[5, 9, 9]], [[5, 6, 7]]]}
-    assert serve.report_check(rows) == code
-    assert serve.report_check(rows[:2]) == 1, "a backend is missing"
+    assert serving.report(rows) == code
+    assert serving.report(rows[:2]) == 1, "a backend is missing"
     assert "same tokens [1]" in capsys.readouterr().out
 
 
@@ -103,7 +102,7 @@ def test_nobody_waits_for_a_backend_without_a_codec(tmp_path, monkeypatch):
         raise OSError("no room")
 
     monkeypatch.setattr(serve, "make_codec", fails)
-    args = SimpleNamespace(check=False, backends=["SPECTRAL:balanced"], codec=None, shape="check")
+    args = SimpleNamespace(backends=["SPECTRAL:balanced"], codec=None, shape="check")
     with pytest.raises(OSError, match="no room"):
         serve.run_backend(args, [], tmp_path, {}, "SPECTRAL:balanced")
     signs = {path.name for path in tmp_path.iterdir()}

@@ -1,7 +1,7 @@
 """The plugin in vLLM's CPU build: its real scheduler, block manager and workers, our twins.
 
     .ci/run installs that build in an environment of its own, .ci/venv-vllm; elsewhere skipped.
-    On a GPU: test_recall, with as many ranks as there are cards, and python -m perf.serve --check.
+    On a GPU: test_recall, with as many ranks as there are cards, and python -m tests.serving.
 
 Models are small and in float32. Preset exact gives the tokens of vLLM's own backend whatever the
 scheduler does; what a coded page may lose is bounded by half a step of an 8-bit codec
@@ -43,13 +43,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E4
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 
-from perf._cases import eight_bit_codec, random_codec  # noqa: E402
+from perf._cases import random_codec  # noqa: E402
 from perf.tiny_model.recall import make_recall_contexts  # noqa: E402
 from spectral_kernels import vllm as plugin  # noqa: E402
 from spectral_kernels._requests import Rows  # noqa: E402
 from spectral_kernels.codec import ModelCodec  # noqa: E402
 from spectral_kernels.layout import PAGE_SIZE, Bands, PageLayout  # noqa: E402
 from spectral_kernels.rope import freqs_from_inv_freq  # noqa: E402
+from tests.serving import eight_bit_codec  # noqa: E402
 
 RECALL = Path(__file__).parents[1] / "perf" / "tiny_model"
 LENGTHS = (70, 200, 9, 700, 1, 3, 130)
@@ -61,7 +62,7 @@ EXACT = {"preset": "exact"}
 @pytest.fixture(autouse=True)
 def on_a_gpu(request: pytest.FixtureRequest) -> None:
     if CUDA and request.function is not test_recall:
-        pytest.skip("on a GPU: python -m perf.serve --check")
+        pytest.skip("on a GPU: python -m tests.serving")
 
 
 @pytest.fixture(scope="module")

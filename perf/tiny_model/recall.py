@@ -7,7 +7,7 @@ the maps ."), some state a fact ("note : belen 217 .") and some ask for one stat
 itself can answer a question. Every word is one token; the id of a word is its index in
 `VOCABULARY` (`IDS`); those of its sentences' topics are in topics.txt.
 
-Training:  perf/tiny_model/train.py  (`write_document`)
+Training:  tests/train_tiny_model.py  (`write_document`)
 Tests:     `make_recall_contexts`, `make_recall_prompts`  (text; the same for the same seed)
 """
 
@@ -108,6 +108,7 @@ def make_recall_contexts(
     near, far = distance
     length, rng = far + 22, random.Random(seed)
     facts = max(length // 40, 1 + 3 * questions * length // (2 * max(far - near, 1)))
+    facts = min(facts, length // 20, len(NAMES))
     contexts = []
     for _ in range(n):
         words = write_document(rng, length, facts, ask=False)

@@ -1,13 +1,13 @@
 """Train the tiny model: a small Llama that must look thousands of tokens back to answer.
 
-    python -m perf.tiny_model.train --out DIR [--seconds 110]
+    python -m tests.train_tiny_model --out DIR [--seconds 110]
 
-Writes to DIR what lies beside this file: weights in bfloat16 (7 MB), configuration and tokenizer.
+Writes to DIR what lies in perf/tiny_model: weights in bfloat16 (7 MB), configuration and tokenizer.
 The model here: 4,690 steps in 110 s on one H200 (torch 2.11, transformers 5.17), by an earlier form
 of this program. Questions answered right by it in float32, of 192 each: 100 % where the fact lies
 500 to 3,000 tokens back, 99.5 % at 3,000 to 4,000 and 100 % at 4,000 to 4,800.
 
-The codecs beside it (codec-PRESET.safetensors), from documents of other seeds than the tests':
+The codecs there (codec-PRESET.safetensors), from documents of other seeds than the tests':
 
     python -c "
     import random
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .recall import BOS, EOS, IDS, NAMES, PAD, SPECIAL, VALUES, write_document
+from perf.tiny_model.recall import BOS, EOS, IDS, NAMES, PAD, SPECIAL, VALUES, write_document
 
 THETA = 1e6
 SHAPE = {
