@@ -669,8 +669,7 @@ def _finish_spectral_kernel(
     old = tl.exp(m - low)
     w = tl.exp(exact_lse - low[None, :])
     m, total = top, total * old + tl.sum(w, 0)
-    w = w[:, :, None]
-    o = tl.sum(tl.where(w > 0.0, w * y, 0.0), 0)
+    o = tl.sum(tl.where(w[:, :, None] > 0.0, w[:, :, None] * y, 0.0), 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
     c *= scale[None, :] * old[:, None]
@@ -996,10 +995,9 @@ def _launch_pages(
 
 def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
-    (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
+    (batch, heads, queries, dim), rank, (few, many) = shape, codec.layout.v.rank, plan.splits
     group, cores = heads // codec.kv_heads, _launch.multiprocessors(out.device)
     rows = _launch.next_power_of_2(batch) * codec.kv_heads  # kernels are compiled for few batches
-    few, many = plan.splits
     # The queries of a KV head together (a single row has few programs, of many splits), then all
     # dimensions, as far as that keeps the card busy.
     most_h, most_d = (8, 128) if rank <= 128 else (4, 64)
