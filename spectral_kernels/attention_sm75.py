@@ -434,7 +434,7 @@ def launch_old_cards(
     """What `_attend_spectral_kernel` does in `attend_spectral`; arguments as `_launch_pages`."""
     (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
     (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, _) = tables, kept
-    u, _, c, lse, exact_o, exact_lse, _ = states
+    u, c, lse, exact_o, exact_lse, _ = states
     u = u.view(torch.int32)
     group = heads // kv_heads
     blocks = _launch.cdiv(group * queries, 4)

@@ -245,8 +245,7 @@ def test_more_sinks_than_a_turn_has_pages_for(rng, implementation, num_splits):
 
 @pytest.mark.parametrize("pages", [40, 48])
 def test_a_single_row_that_all_programs_share(rng, pages):
-    """Without a GPU there are two, one of which a row of 40 pages leaves without any: it looks at
-    the length before it loads."""
+    """Without a GPU there are two, one of which a row of 40 pages leaves without any."""
     arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, (pages * PAGE,), spare_pages=8))
     queries = make_queries(rng, shape=(1, 1, 1, 64), size=2.0)
     check_spectral("triton", arrays, queries)
@@ -397,10 +396,28 @@ def test_programs_have_memory_of_their_own(rng, monkeypatch):
     )  # fmt: skip
     shares = [(page, end) for _, page, end in shares.tolist() if page < end]
     frames = sum(-(-end * PAGE // frame) - page * PAGE // frame for page, end in shares)
-    written = [int((~x.isnan()).sum()) for x in (states[1], states[6])]
+    affine = states[0].view(torch.float32).view(-1, plan.rows * (-(-rank // 32) * 16 + 2))
+    written = [int((~x.isnan()).sum()) for x in (affine[:, -2 * plan.rows :], states[5])]
     assert len(shares) > 2
     programs = len(shares) * plan.blocks * 2
     assert written == [frames * 2 * 32 * 2, programs * plan.warps * plan.rows * rank]
+
+
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "group", "batch", "queries", "most"),
+    [(128, 8, 4, 8, 1, 3), (128, 8, 8, 8, 1, 3), (64, 2, 6, 8, 1, 3), (128, 8, 4, 8, 4, 3)]
+    + [(128, 8, 4, 1, 1, 1.5), (64, 2, 6, 1, 1, 1), (128, 8, 4, 1, 4, 1.5), (256, 2, 8, 8, 1, 1)],
+)
+def test_programs_of_few_pages(dim, kv_heads, group, batch, queries, most, monkeypatch):
+    """On a multiprocessor of the card at most three run, of a single row about one, and hardly
+    fewer: each of them takes more pages."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
+    layout = PageLayout(Bands.parse("32x4+64x2"), Bands.parse("32x4+64x2"), dim)
+    shape = (batch, kv_heads, group, queries, 32, 132)
+    plan = attention.plan_launch(layout, *shape, torch.device("cuda:0"))
+    running = plan.programs * plan.few // 6 * kv_heads * plan.blocks / 132
+    assert 0.8 * most < running <= most
 
 
 @pytest.mark.parametrize("queries", [1, 4])
