@@ -20,8 +20,9 @@ read-only pass in the same run. Bands of a preset: `_cases.layouts`, the middle 
 Row: gpu commit torch triton date B H G D T case (the shape's other words) preset layout path
 ("matrix" or "scalar") p20_us p50_us p80_us best_peer best_peer_us best_fp8 best_fp8_us read_share
 read_gbs error peers {name: microseconds, or why not}.
-Tables and plots: python -m perf.tables (of_plain: a case's time over that of the same B and T
-without one).   Test: tests/test_perf.py.
+Tables and plots: python -m perf.tables (against_peer, against_fp8: best_peer_us, best_fp8_us over
+p50_us; of_plain: a case's time over that of the same B and T without one).
+Test: tests/test_perf.py.
 """
 
 import argparse

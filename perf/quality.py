@@ -13,9 +13,9 @@ the product's cache (`enable`, `SpectralCache.past`), with the codec of --codecs
 that it knows.
 
 --generate N. The dense model samples N tokens after each context; a preset's cache is fed these
-(teacher-forced) and samples its own with the same random numbers (free-running), token by token as
-`generate` does. KL is to the dense model on the same tokens. `exact` is what the number format
-costs.
+(teacher_forced_kl) and samples its own with the same random numbers (free_running_kl, of the last
+quarter free_running_kl_last), token by token as `generate` does: N are generated. KL is to the
+dense model on the same tokens. `exact` is what the number format costs.
 
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
 context and exact questions and new tokens. Flips: prompts that only the dense model or only the
@@ -26,9 +26,12 @@ Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
                 tables, exact tokens. A model's codec is not a sequence's.
     ratio_long  the same in the limit of long contexts: without window and sinks
-    kl          mean over all predicted tokens of KL(exact || scheme), nats; median, percentiles
+    kl          mean over all predicted tokens of KL(exact || scheme), nats
+    kl_median   and percentiles: kl_p99, kl_p999
     top1        share of them whose likeliest token is the exact cache's; perplexity: its change
-    recalled    codes of which every token is the likeliest one (what greedy decoding would write)
+    recalled    codes of which every token is the likeliest one (what greedy decoding would write);
+                exact_recalled: with the exact cache
+    ablated_kl  kl of `balanced` without a part of its codec (--ablate; perf/_ablation.py)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
 exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrated on the judged

@@ -509,7 +509,10 @@ def _pages_split(
 def _attend_spectral_kernel(
     q_ptr,
     codec,  # k_basis, k_scale, k_mean, freqs
-    k_pages_ptr, v_pages_ptr, k_exact_ptr, v_exact_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    k_exact_ptr,
+    v_exact_ptr,
     tables,  # block_table, seq_lens, codec_ids, seq_ids
     states,  # u, c, lse, exact o, exact lse, warps
     u_frames,

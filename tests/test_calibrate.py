@@ -116,6 +116,10 @@ def test_error_costs(rng, heads, kv_heads, drawn):
     for mistake, mutant in mistakes.items():
         rejects(mutant[0], expected[0], budgets[0], mistake)
     rejects(costs(queries=7)[2], expected[2], budgets[2], "outputs of other queries")
+    longer = oracle.error_costs(*arrays, inv_freq, oracle.query_positions(90, 5), **options)
+    budget = costs_budgets(*arrays, longer, 0.3)[0]
+    check(costs(queries=2)[0], longer[0][0], budget, "a sixteenth of the tokens asks at least")
+    rejects(costs(queries=8)[0], longer[0][0], budget, "other queries")
 
 
 def test_costs_are_what_errors_of_keys_and_values_cost_along_the_gradient(rng):
@@ -704,6 +708,59 @@ def test_gradients_that_are_not_finite_are_refused(tiny, monkeypatch):
 
     with pytest.raises(ValueError, match="model: expected finite gradients, got inf or NaN"):
         calibrate.collect(other_tiny(broken), [recall_tokens(tokenizer, 100)], window=16)
+
+
+@pytest.mark.parametrize("where", ["on the way", "on the way back"])
+def test_too_little_memory_takes_shorter_sequences(tiny, where, monkeypatch):
+    """Halves, down to SHORT; of these, gradients are given up where there is no memory for them."""
+    _, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
+    monkeypatch.setattr(calibrate, "SHORT", 600)
+    left, lengths, collect = [1000], [], calibrate.collect
+
+    def fail(gradient=None):
+        if lengths[-1][0] > left[0]:
+            raise torch.OutOfMemoryError("no room")
+
+    def tight(out):
+        out.register_hook(fail) if where == "on the way back" else fail()
+        return out
+
+    def watched(model, sequences, **options):
+        lengths.append([x.shape[-1] for x in sequences])
+        return collect(model, sequences, **options)
+
+    monkeypatch.setattr(calibrate, "collect", watched)
+    ids = [recall_tokens(tokenizer, 1500), recall_tokens(tokenizer, 500)]
+    with pytest.warns(UserWarning, match="sequences of 1500 tokens take too much memory: halved"):
+        stats = calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+    assert lengths == [[1500, 500], [750, 750, 500]]
+    eye = torch.eye(64, dtype=torch.float64)
+    metric = stats.layers[0].v.metric  # of gradients
+    assert stats.tokens == 2000 and not torch.equal(metric, metric[:, :1, :1] * eye)
+    left[0] = 0
+    with pytest.warns(UserWarning, match="halved"):
+        if where == "on the way":
+            with pytest.raises(torch.OutOfMemoryError):
+                calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+        else:
+            with pytest.warns(UserWarning, match="calibrating without gradients: no room"):
+                stats = calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+            metric = stats.layers[0].v.metric
+            assert stats.tokens == 2000 and torch.equal(metric, metric[:, :1, :1] * eye)
+    assert lengths[2:] == [[1500, 500], [750, 750, 500], [375, 375, 375, 375, 500]]
+
+
+def test_sequences_are_as_long_as_the_model_takes(tiny, monkeypatch):
+    """Costs of a context's keys depend on its length."""
+    model, tokenizer = tiny
+    seen = []
+    monkeypatch.setattr(calibrate, "collect", lambda model, ids, **options: seen.append(ids))
+    options = {"tokens": 4 * 8192, "texts": ["the farmer planted apples . " * 9000]}
+    calibrate.read(model, tokenizer, progress=False, **options)
+    monkeypatch.setattr(model.config, "max_position_embeddings", 32768)
+    calibrate.read(model, tokenizer, progress=False, **options)
+    assert [[len(x) for x in ids] for ids in seen] == [[8192] * 4, [16384] * 2]
 
 
 def test_bad_sequences_are_refused(tiny):

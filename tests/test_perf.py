@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import re
 from contextlib import nullcontext
@@ -251,6 +252,26 @@ def test_benchmarks_check_what_they_time(name, monkeypatch):
     monkeypatch.setattr(module, operation, damaged(getattr(module, operation)))
     with pytest.raises(AssertionError):
         kernel_bench.KERNELS[name](CARD).check()
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("rotate", 2),
+        ("turn_back", 2),
+        ("decode v", 1),
+        ("merge_states", 4),
+        ("merge_many_states", 2),
+    ],
+)
+def test_bytes_of_kernels_are_what_they_read_and_write(name, read, monkeypatch):
+    """The first arguments and the results; of the codec nothing, which is small."""
+    monkeypatch.setattr(kernel_bench, "tokens_of", lambda *args: 2048)
+    kernel = kernel_bench.KERNELS[name](CARD)
+    got, given = kernel.calls[0](), kernel.calls[0].args[:read]
+    got = got if isinstance(got, tuple) else (got,)
+    assert kernel.nbytes == sum(x.nbytes for x in (*given, *got))
 
 
 @pytest.mark.parametrize("wrong", [None, "codes: ", "exact slots", "nothing was stored"])
@@ -908,6 +929,21 @@ def test_pages_and_plots_are_of_the_newest_rows():
     assert {path.stem: plotted(path) for path in plots.iterdir()} == {
         name: plot for name, plot in want.items() if plot
     }, hint
+
+
+def test_columns_are_explained():
+    """At the top of the module that measures them, as the page says."""
+    pytest.importorskip("transformers")
+    from perf import _tasks
+
+    page = tables.results_page()
+    for name, (_, title) in tables.SECTIONS.items():
+        section = page.split(f"\n## {title}\n")[1].split("\n## ")[0]
+        heads = " | ".join(re.findall(r"^\| (.*) \|\n\| ---", section, re.MULTILINE)).split(" | ")
+        columns = {x for x in heads if x.isidentifier()}
+        text = importlib.import_module(f"perf.{name}").__doc__
+        words = {*re.findall(r"\w+", text), *_tasks.TASKS}
+        assert columns and columns <= words, (name, columns - words)
 
 
 def test_the_plots(tmp_path):

@@ -198,6 +198,15 @@ def test_yardsticks_count_their_bytes(prefix):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("name", "run", "bits"), [("kivi-2", 32, 3), ("kvarn-k4v2", 128, 3.5625)])
+def test_yardsticks_count_their_exact_tokens(prefix, name, run, bits):
+    """All up to the last 128 are coded, in whole runs; the sinks are exact beside their codes."""
+    coded = (CONTEXT - 1 - 128) // run * run
+    exact = 4 + CONTEXT - 1 - coded
+    want = prefix.token_bytes * (coded * bits / 16 + exact)
+    assert quality.YARDSTICKS[name](prefix).nbytes == pytest.approx(want)
+
+
 def test_presets_count_their_bytes(prefix, codecs, stored):
     """All pages, their table, the exact tokens."""
     for preset in LOSSY:
@@ -615,6 +624,8 @@ def test_programs_run_within_limits():
     assert _tasks.passes("x = 1\nassert x == 1")
     assert not _tasks.passes("assert False") and not _tasks.passes("x = bytearray(3 << 30)")
     assert not _tasks.passes("import time; time.sleep(60)")
+    assert _tasks.passes("import os; assert os.listdir() == [] and 'HOME' not in os.environ")
+    assert not _tasks.passes("open('x', 'w').write('x' * (2 << 20))")
     for leave in ("exit()", "import os; os._exit(0)", "raise SystemExit"):
         assert not _tasks.passes(f"{leave}\nassert False")
     task = _tasks.Task("humaneval", [], (), 9, ("\ndef ",), ("def f():\n", "\nassert f() == 2\n"))
@@ -630,6 +641,8 @@ def test_mcnemar_by_hand():
 
 
 def test_rows_of_tasks_count_flips():
+    half = {"dense": ([0.5, 0.25], {}), "x": ([0.25, 0.5], {})}  # solved by neither
+    assert [*quality.task_rows("a", half)][1]["flips"] == [0, 0]
     found = {"dense": ([1, 1, 0.5, 0], {}), "x": ([1, 0.5, 1, 1], {"ratio": 2.0})}
     _, row = quality.task_rows("a", found)
     assert (row["score"], row["dense_score"], row["flips"]) == (0.875, 0.625, [1, 2])
@@ -818,6 +831,27 @@ def test_streams_are_steps_of_the_cache(embedded, case):
         assert torch.equal(torch.cat(single), torch.cat(given))
         kl = quality.stream_kl(model, ids, tokens, single)
         assert kl.shape == (1, 40) and (kl.abs().max() < 1e-6) == (preset == "exact")
+
+
+def test_rows_of_streams(embedded, case, monkeypatch):
+    """A preset is fed the exact cache's tokens, then runs by itself; the last quarter by itself."""
+    fed = []
+
+    def stream(model, cache, token, count, seed, given=None):
+        fed.append(given)
+        return torch.full((1, count), len(fed)), []
+
+    def stream_kl(model, ids, tokens, logits):
+        return torch.arange(8.0)[None] + 100 * tokens
+
+    monkeypatch.setattr(quality, "stream", stream)
+    monkeypatch.setattr(quality, "stream_kl", stream_kl)
+    args = Namespace(presets=["quality"], codecs=TINY_MODEL, generate=8, seed=0)
+    exact, ours = quality.measure_stream(embedded[0], [case], args)
+    names = ("teacher_forced_kl", "free_running_kl", "free_running_kl_last")
+    assert [exact[name] for name in names] == [103.5, 103.5, 106.5]
+    assert [ours[name] for name in names] == [203.5, 303.5, 306.5]
+    assert fed[0] is fed[2] is None and torch.equal(fed[1], torch.ones(1, 8, dtype=torch.long))
 
 
 # ---- what it loses -------------------------------------------------------------------------------

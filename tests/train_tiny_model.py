@@ -7,7 +7,8 @@ The model here: 4,690 steps in 110 s on one H200 (torch 2.11, transformers 5.17)
 of this program. Questions answered right by it in float32, of 192 each: 100 % where the fact lies
 500 to 3,000 tokens back, 99.5 % at 3,000 to 4,000 and 100 % at 4,000 to 4,800.
 
-The codecs there (codec-PRESET.safetensors), from documents of other seeds than the tests':
+The codecs there (codec-PRESET.safetensors), from documents of other seeds than the tests', each a
+sequence:
 
     python -c "
     import random
@@ -15,8 +16,11 @@ The codecs there (codec-PRESET.safetensors), from documents of other seeds than 
     rng = random.Random(2026)
     for _ in range(8):
         print(*write_document(rng, 4095, rng.randint(50, 100)))" > recall.txt
-    python -m spectral_kernels.calibrate --model perf/tiny_model --text recall.txt --tokens 32768 \\
-        --device cpu --preset quality balanced small --out perf/tiny_model
+    python -c "
+    from spectral_kernels import calibrate
+    calibrate.LENGTH = 4096
+    calibrate.main('--model perf/tiny_model --text recall.txt --tokens 32768 --device cpu '
+                   '--preset quality balanced small --out perf/tiny_model'.split())"
 """
 
 import argparse
