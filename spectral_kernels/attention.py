@@ -603,8 +603,9 @@ def _finish_spectral_kernel(
     blocks = tl.cdiv(Q * HG, BLOCK_H)
     g, G = tl.program_id(1), tl.num_programs(1)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    # query * HG + head; the last one again where there are not as many
-    h = tl.minimum(tl.program_id(0) % blocks * BLOCK_H + tl.arange(0, BLOCK_H), Q * HG - 1)
+    h = tl.program_id(0) % blocks * BLOCK_H  # query * HG + head
+    if BLOCK_H > 1:  # the last one again where there are not as many; else a dimension less
+        h = tl.minimum(h + tl.arange(0, BLOCK_H), Q * HG - 1)
     query = (g * HG + h % HG) * Q + h // HG
     row = b * (G * HG * Q) + query  # [BLOCK_H]
     codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g.to(tl.int64)
@@ -625,53 +626,60 @@ def _finish_spectral_kernel(
         tl.extra.cuda.gdc_wait()
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
     # chosen away.
-    e = tl.arange(0, max(1, triton.next_power_of_2(EXACT[2])))[:, None]
-    exact_at = row[None, :] * EXACT[2] + e
-    exact_lse = tl.load(exact_lse_ptr + exact_at, mask=e < EXACT[2], other=float("-inf"))
-    mask = (e < EXACT[2])[:, :, None] & (d < D)[None, None, :]
-    y = tl.load(exact_ptr + exact_at[:, :, None] * D + d[None, None, :], mask=mask, other=0.0)
-    m = tl.full([BLOCK_H], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_H], dtype=tl.float32)
-    c = tl.zeros([BLOCK_H, BLOCK_R], dtype=tl.float32)
+    BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT[2]))
+    e = tl.reshape(tl.arange(0, BLOCK_E), [BLOCK_E] if BLOCK_H == 1 else [BLOCK_E, 1])
+    at = row * EXACT[2] + e
+    exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT[2], other=float("-inf"))
+    mask = tl.expand_dims(e < EXACT[2], -1) & (d < D)
+    y = tl.load(exact_ptr + tl.expand_dims(at, -1) * D + d, mask=mask, other=0.0)
+    total = (query * 0).to(tl.float32)
+    m = total + float("-inf")
+    c = tl.expand_dims(total, -1) + tl.zeros([BLOCK_R], dtype=tl.float32)
     for i in tl.static_range(len(BLOCK_N)):
         stop = end
         if i + 1 < len(BLOCK_N):
             stop = tl.where(end - first <= BLOCK_N[i], end, first)
         for start in tl.range(first, stop, BLOCK_N[i], num_stages=1):
-            n = start + tl.arange(0, BLOCK_N[i])[:, None]
-            at = n.to(tl.int64) * (G * HG * Q) + query[None, :]
-            lse = tl.load(lse_ptr + at, mask=n < end, other=float("-inf"))
+            n = tl.arange(0, BLOCK_N[i])
+            n = start + tl.reshape(n, [BLOCK_N[i]] if BLOCK_H == 1 else [BLOCK_N[i], 1])
+            x_at = n.to(tl.int64) * (G * HG * Q) + query  # [BLOCK_N, BLOCK_H]
+            lse = tl.load(lse_ptr + x_at, mask=n < end, other=float("-inf"))
             # As rows of a matrix, of which a warp gets all splits of a query.
-            live = start + tl.arange(0, BLOCK_N[i] * BLOCK_H)[:, None] // BLOCK_H < end
-            x_at = c_ptr + tl.reshape(at, [BLOCK_N[i] * BLOCK_H, 1]) * RV + r[None, :]
-            x = tl.load(x_at, mask=live & (r < RV)[None, :], other=0.0)
-            x = tl.reshape(x, [BLOCK_N[i], BLOCK_H, BLOCK_R])
+            live = start + tl.arange(0, BLOCK_N[i] * BLOCK_H) // BLOCK_H < end
+            x_at = c_ptr + tl.reshape(x_at, [BLOCK_N[i] * BLOCK_H, 1]) * RV + r
+            x = tl.load(x_at, mask=live[:, None] & (r < RV), other=0.0)
+            if BLOCK_H > 1:
+                x = tl.reshape(x, [BLOCK_N[i], BLOCK_H, BLOCK_R])
             top = tl.maximum(m, tl.max(lse, 0))
             low = tl.where(top == float("-inf"), 0.0, top)
             old = tl.exp(m - low)
-            share = tl.exp(lse - low[None, :])
+            share = tl.exp(lse - low)
             m, total = top, total * old + tl.sum(share, 0)
-            share = share[:, :, None]
-            c = c * old[:, None] + tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
+            share = tl.expand_dims(share, -1)
+            x = tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
+            c = c * tl.expand_dims(old, -1) + x
         first = stop
     top = tl.maximum(m, tl.max(exact_lse, 0))
     low = tl.where(top == float("-inf"), 0.0, top)
     old = tl.exp(m - low)
-    w = tl.exp(exact_lse - low[None, :])
+    w = tl.exp(exact_lse - low)
     m, total = top, total * old + tl.sum(w, 0)
-    o = tl.sum(tl.where(w[:, :, None] > 0.0, w[:, :, None] * y, 0.0), 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
-    c *= scale[None, :] * old[:, None]
-    if BLOCK_H > 1:
-        o += tl.trans(_math.dot_int8_f32(tl.trans(basis), tl.trans(c), True, PATH[1]))
+    c = c * scale * tl.expand_dims(old, -1)
+    w = tl.expand_dims(w, -1)
+    y = tl.where(w > 0.0, w * y, 0.0)
+    if BLOCK_H == 1:
+        o = tl.sum(c[:, None] * basis.to(tl.float32), 0) + tl.sum(y, 0)
     else:
-        o += tl.sum(tl.reshape(c, [BLOCK_R])[:, None] * basis.to(tl.float32), 0)[None, :]
-    o = tl.where((total == 0.0)[:, None], 0.0, o / total[:, None])
-    tl.store(out_ptr + row[:, None] * D + d[None, :], o, mask=(d < D)[None, :])
+        o = tl.sum(y, 0)
+        o += tl.trans(_math.dot_int8_f32(tl.trans(basis), tl.trans(c), True, PATH[1]))
     if tl.program_id(2) == 0:
         low = tl.where(m == float("-inf"), 0.0, m)
         tl.store(out_lse_ptr + row, low + tl.log(total))  # log(0) = -inf: an empty state
+    total = tl.expand_dims(total, -1)
+    o = tl.where(total == 0.0, 0.0, o / total)
+    tl.store(out_ptr + tl.expand_dims(row, -1) * D + d, o, mask=d < D)
 
 
 WARPS = 4  # of a program of `_attend_spectral_kernel`; twice as many where sums take registers
