@@ -58,9 +58,8 @@ from .window import (
     window_tile,
 )  # fmt: skip
 
-# Pages hold operand fragments (layout.py): these views move no data between the threads of a warp,
-# and no warp waits for another. The first dimension are the W P pages that W warps work on: those
-# of warp w are w, w + W, ..
+# Pages hold operand fragments (layout.py): these views move no data between threads. The first
+# dimension are the W P pages that W warps work on: w, w + W, .. are those of warp w.
 
 
 @triton.jit
@@ -229,12 +228,10 @@ def _project_frames(
     NATIVE: tl.constexpr,
 ):
     """The projected queries of frames first .. end - 1, in log2 units, M rows (a frame and a query)
-    at a time:
-
-    u: a frame's int8 [ceil(R/32), 2 ROWS, 32] (query, hi or lo; 32 components in the order of
-    `_side_by_side`, by their weight), then float32 [ROWS, 2]: their unit, and the bias: the mean's
-    score and the sum of u times zeros. As lanes take them: 8 components of column n, and those of
-    n + 8, then the next 8 of both; n + 1; after 16 columns the next 16."""
+    at a time. u: a frame's int8 [ceil(R/32), 2 ROWS, 32] (query, hi or lo; 32 components in the
+    order of `_side_by_side`, by their weight), as lanes take them: of 16 columns, 8 components of
+    n and of n + 8 side by side; then float32 [ROWS, 2]: their unit, and the bias: the mean's score
+    and the sum of u times zeros."""
     R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     FRAMES: tl.constexpr = M // ROWS  # at a time
@@ -288,13 +285,18 @@ def _project_frames(
 
 
 @triton.jit
-def _prefetch(ptr, number, stride_page, GROUPS: tl.constexpr):
-    """Ask L2 for pages of these numbers, of one side: threads of a warp that want the same ask
-    once. From sm_90, which wants addresses that are multiples of 16: the one before will do."""
-    at = (ptr.to(tl.int64) + number.to(tl.int64) * stride_page) & -16
+def _prefetch(
+    ptr, stride_page, table_ptr, page, end, W: tl.constexpr, P: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Ask L2 for one side of W P pages from `page` on, the last before `end` for those after it:
+    threads of a warp that want the same ask once. From sm_90, which wants addresses that are
+    multiples of 16: the one before will do."""
+    nth = tl.arange(0, 32 * W) // 32 * P + tl.arange(0, 32 * W) % P
+    number = tl.load(table_ptr + tl.minimum(page + nth, end - 1)).to(tl.int64)
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r", [at, _bits.page_bytes(GROUPS)], tl.int32, False, 1,
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+        [(ptr.to(tl.int64) + number * stride_page) & -16, _bits.page_bytes(GROUPS)],
+        tl.int32, False, 1,
     )  # fmt: skip
 
 
@@ -429,30 +431,25 @@ def _pages_split(
     W: tl.constexpr = TILE[2]
     P: tl.constexpr = TILE[3]
     NATIVE: tl.constexpr = PATH[2]
+    AHEAD: tl.constexpr = PATH[0] and (W > 4 or ROWS > 4)  # where L2 holds all programs' next turn
     UNIT: tl.constexpr = ROWS * ((_bits.rank_of(K_GROUPS) + 31) // 32 * 64 + 8)  # bytes of a frame
     page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W * P)
-    first = page // PAGES
-    u_row -= first
+    u_row -= page // PAGES
     live = row < Q * HG
+    out = (state + row % HG) * Q + row // HG
     if page < end:
-        if PATH[0]:
-            # The first turn's pages, by thread. Those of all programs' next turns, too, would be
-            # more than L2 holds.
-            early = page + tl.arange(0, 32 * W) // 32 * P + tl.arange(0, 32 * W) % P
-            early = tl.load(table_ptr + tl.minimum(early, end - 1))
         loaded = _load_for_projection(
             q_ptr, row, live, codec, codec_row, stride_q_h, stride_q_q, HG, SHAPE[0], SHAPE[1],
             K_GROUPS,
         )  # fmt: skip
         if PATH[0]:
-            _prefetch(k_ptr, early, stride_k_page, K_GROUPS)
-            _prefetch(v_ptr, early, stride_v_page, V_GROUPS)
+            _prefetch(k_ptr, stride_k_page, table_ptr, page, end, W, P, K_GROUPS)
+            _prefetch(v_ptr, stride_v_page, table_ptr, page, end, W, P, V_GROUPS)
         _project_frames(
-            loaded, live, u_ptr, u_row, first, tl.cdiv(end, PAGES), softmax_scale, SHAPE[2], ROWS,
-            SHAPE[1], K_GROUPS, TILE[1], NATIVE,
+            loaded, live, u_ptr, u_row, page // PAGES, tl.cdiv(end, PAGES), softmax_scale,
+            SHAPE[2], ROWS, SHAPE[1], K_GROUPS, TILE[1], NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
-        warp = tl.arange(0, W)
         nth = tl.arange(0, W * P) % W * P + tl.arange(0, W * P) // W  # pages in the warps' order
         m_warp = tl.full([W, ROWS], float("-inf"), dtype=tl.float32)
         unit_warp = m_warp
@@ -464,11 +461,13 @@ def _pages_split(
         for start in range(page, end, W * P):
             # [W P]; for pages after the last, whose tokens are not seen, the last is read again.
             number = tl.load(table_ptr + tl.minimum(start + nth, end - 1)).to(tl.int64)
-            j = start + warp * P  # [W], the first page of a warp
+            j = start + tl.arange(0, W) * P  # [W], the first page of a warp
             s = _page_scores(
                 k_ptr + number * stride_k_page,
                 u_ptr + (u_row + tl.minimum(j, end - 1) // PAGES) * UNIT, ROWS, K_GROUPS, NATIVE,
             )  # fmt: skip
+            if AHEAD:
+                _prefetch(k_ptr, stride_k_page, table_ptr, start + W * P, end, W, P, K_GROUPS)
             if (start * 64 < EXACT[0]) | (start + W * P >= end):  # elsewhere all are seen
                 # Counted from the sinks, by eights: a lane has one token of each.
                 position = (j * 64 - EXACT[0])[:, None] + tl.arange(0, 8)[None, :]
@@ -497,11 +496,11 @@ def _pages_split(
                     y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
                     rescaled = rescaled + (_add_weighted(acc[len(rescaled)], old, y, w_both),)
             acc = rescaled + (_add_weighted(acc[len(rescaled)], old, ones, w_both),)
+            if AHEAD:
+                _prefetch(v_ptr, stride_v_page, table_ptr, start + W * P, end, W, P, V_GROUPS)
         l_warp = tl.sum(l_lane, 1)
-        out = (state + row % HG) * Q + row // HG
         _store_split(acc, unit_warp, l_warp, warps_ptr, c_ptr, lse_ptr, out, live, V_GROUPS)
     else:
-        out = (state + row % HG) * Q + row // HG
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
 
 
@@ -533,8 +532,8 @@ def _attend_spectral_kernel(
 ):
     """The splits of all rows' pages (`_pages_split`), then their exact tokens (`window_split`):
     they wait for what is appended, take little, and fill the card while the last splits end."""
-    D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
+    TURN: tl.constexpr = TILE[2] * TILE[3]
     BLOCK_B: tl.constexpr = TILE[5]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     u_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr, warps_ptr = states
@@ -551,16 +550,12 @@ def _attend_spectral_kernel(
         few = tl.cdiv(programs * TILE[4], 6)
         if (program >= few) & (few * blocks < exact_first):
             # A long row alone has work for this one; a short one's exact tokens come here.
-            splits_of = _math.row_splits(
-                seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], BLOCK_B
-            )
+            splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, TILE[4], BLOCK_B)
             exact_first = tl.minimum(exact_first, tl.maximum(tl.sum(splits_of, 0), few) * blocks)
     exact_program = tl.program_id(1) - exact_first
     if exact_program < 0:
         block = tl.program_id(1) % blocks
-        splits_of = _math.row_splits(
-            seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], BLOCK_B
-        )
+        splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, TILE[4], BLOCK_B)
         b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
         if split < splits:
             row = block * ROWS + tl.arange(0, ROWS)
@@ -586,7 +581,7 @@ def _attend_spectral_kernel(
             window_split(
                 q_ptr, k_exact_ptr, v_exact_ptr, exact_o_ptr, exact_lse_ptr,
                 tl.load(seq_lens_ptr + b), exact_row, split, block, b, g, Q, G, softmax_scale,
-                strides_q, strides_exact, HG, D, EXACT, True, PATH[2],
+                strides_q, strides_exact, HG, SHAPE[0], EXACT, True, PATH[2],
             )  # fmt: skip
 
 
@@ -595,15 +590,13 @@ def _finish_spectral_kernel(
     c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, scale_ptr, seq_lens_ptr, codec_ids_ptr,
     out_ptr, out_lse_ptr, B, programs, Q, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr,
-    PATH: tl.constexpr,
+    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """Join the states of the splits of BLOCK_H queries of a KV head with those of their exact
     tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once.
 
     EXACT: (SINKS, WINDOW, SPLITS). BLOCK_N: splits at a time, the first of these for a row that has
-    no more. LATE: load the basis last, when it takes no registers from the rest; many programs hide
-    what that waits. PATH: (OVERLAP, NATIVE)."""
+    no more. PATH: (OVERLAP, NATIVE)."""
     BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(RV))
     blocks = tl.cdiv(Q * HG, BLOCK_H)
     g, G = tl.program_id(1), tl.num_programs(1)
@@ -616,21 +609,19 @@ def _finish_spectral_kernel(
     codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g.to(tl.int64)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other
-    # threads.
+    # A thread gets 4 bytes of many rows, not 16 of a few: sums over rows need fewer others.
     basis_at = basis_ptr + (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
     inside = (r < RV)[:, None] & (d < D)[None, :]
     scale = tl.load(scale_ptr + codec_row * RV + r, mask=r < RV, other=0.0)
-    if not LATE:
+    if BLOCK_D <= 32:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
-    splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, FEW, BLOCK_B)
     rows = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
     if PATH[0]:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
-    # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
-    # chosen away.
+    # All is asked for at once: what an empty split never wrote, NaN perhaps, is chosen away later.
     BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT[2]))
     e = tl.reshape(tl.arange(0, BLOCK_E), [BLOCK_E] if BLOCK_H == 1 else [BLOCK_E, 1])
     at = row * EXACT[2] + e
@@ -641,9 +632,7 @@ def _finish_spectral_kernel(
     m = total + float("-inf")
     c = tl.expand_dims(total, -1) + tl.zeros([BLOCK_R], dtype=tl.float32)
     for i in tl.static_range(len(BLOCK_N)):
-        stop = end
-        if i + 1 < len(BLOCK_N):
-            stop = tl.where(end - first <= BLOCK_N[i], end, first)
+        stop = tl.where((end - first <= BLOCK_N[i]) | (i + 1 == len(BLOCK_N)), end, first)
         for start in tl.range(first, stop, BLOCK_N[i], num_stages=1):
             n = tl.arange(0, BLOCK_N[i])
             n = start + tl.reshape(n, [BLOCK_N[i]] if BLOCK_H == 1 else [BLOCK_N[i], 1])
@@ -661,19 +650,17 @@ def _finish_spectral_kernel(
             share = tl.exp(lse - low)
             m, total = top, total * old + tl.sum(share, 0)
             share = tl.expand_dims(share, -1)
-            x = tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
-            c = c * tl.expand_dims(old, -1) + x
+            c = c * tl.expand_dims(old, -1) + tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
         first = stop
     top = tl.maximum(m, tl.max(exact_lse, 0))
     low = tl.where(top == float("-inf"), 0.0, top)
     old = tl.exp(m - low)
     w = tl.exp(exact_lse - low)
     m, total = top, total * old + tl.sum(w, 0)
-    if LATE:
+    if BLOCK_D > 32:  # it took no registers until now; many programs hide what this waits
         basis = tl.load(basis_at, mask=inside, other=0)
     c = c * scale * tl.expand_dims(old, -1)
-    w = tl.expand_dims(w, -1)
-    y = tl.where(w > 0.0, w * y, 0.0)
+    y = tl.where(tl.expand_dims(w, -1) > 0.0, tl.expand_dims(w, -1) * y, 0.0)
     if BLOCK_H == 1:
         o = tl.sum(c[:, None] * basis.to(tl.float32), 0) + tl.sum(y, 0)
     else:
@@ -710,7 +697,7 @@ class Plan:
     window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
     sizes: list[int]  # bytes of u, c, lse, exact o, exact lse, warps, in a workspace
     matrix: bool
-    options: dict[str, int]  # num_warps, num_stages, maxnreg
+    options: dict[str, int | None]  # num_warps, num_stages, maxnreg
 
 
 def plan_launch(
@@ -729,9 +716,8 @@ def plan_launch(
 
     As many programs as are resident, or some rounds of them; where these would take fewer pages
     than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more with
-    others beside it: on a multiprocessor at most three, of a single row about one, of its 16
-    queries some more. A row that gets n programs, rounded down, has less than twice the pages of a
-    program of all.
+    others beside it: at most three a multiprocessor, about one of a single row, some more of 16
+    queries. A row that gets n programs, rounded down, has less than twice the pages of one of all.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
@@ -745,18 +731,15 @@ def plan_launch(
         # Of more rows of a projection a large basis leaves four warps no registers.
         m = max(16 if max(layout.k.rank, layout.head_dim) > 64 and warps == WARPS else 32, rows)
         # Programs a multiprocessor: as many as their registers allow without spills.
-        if large:
-            resident = 2 * WARPS // warps
-        else:
+        resident = 2 * WARPS // warps
+        if not large:
             resident = 4 if rows == 4 else 3 if rows * layout.v.rank <= 1536 else 2
-        options = {"num_stages": 1, "num_warps": warps}
-        if resident > 2:
-            options["maxnreg"] = 65536 // (32 * warps * resident) // 8 * 8
+        most_registers = 65536 // (32 * warps * resident) // 8 * 8 if resident > 2 else None
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, pages, m, resident = 4, 1, 1, 4, 16
-        options = {"num_stages": 1, "num_warps": 1}
-        if not large:  # else the compiler aims at fewer on cards that hold more, and loads late
-            options["maxnreg"] = 128
+        # Else the compiler aims at fewer on cards that hold more, and loads late.
+        most_registers = None if large else 128
+    options = {"num_stages": 1, "num_warps": warps, "maxnreg": most_registers}
     blocks = _launch.cdiv(group * queries, rows)
     turn, cores = warps * pages, _launch.multiprocessors(device)
     turns = _launch.cdiv(max_pages, turn)
@@ -1015,7 +998,7 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
         *states, codec.v_basis, codec.v_scale, *tables[1:3], out, lse, batch, plan.programs,
         queries, HG=group, D=dim, RV=rank, EXACT=(*kept[:2], plan.window[0]),
         BLOCK_H=block_h, BLOCK_N=(few, many) if few < many else (many,), BLOCK_D=block_d,
-        TURN=plan.warps * plan.pages, FEW=plan.few, BLOCK_B=plan.block_b, LATE=block_d > 32,
+        TURN=plan.warps * plan.pages, FEW=plan.few, BLOCK_B=plan.block_b,
         PATH=(overlap, _launch.is_native(out)), launch_pdl=overlap,
         num_warps=warps if block_h == 1 else 4,
     )  # fmt: skip

@@ -343,7 +343,7 @@ def _attend_operands_kernel(
     program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    splits_of = _math.row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, (SINKS, WINDOW), 1, 6, BLOCK_B)
     b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
     if split >= splits:
         return

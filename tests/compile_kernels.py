@@ -190,6 +190,7 @@ class Recorder:
             "spills": local,
             "loop_spills": loop_spills(parse(dump(cubin, "-sass"))) if local else 0,
             "shared_bytes": kernel.metadata.shared,
+            "l2_requests": kernel.asm["ptx"].count("prefetch.L2"),
         }
         self.report(row)
 

@@ -314,7 +314,7 @@ def _programs_kernel(
 ):  # fmt: skip
     """(row, first page, end) of every program, or (-1, 0, 0)."""
     program = tl.program_id(0)
-    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, TURN, FEW, BLOCK_B)
+    splits_of = row_splits(seq_lens_ptr, B, programs, (SINKS, WINDOW), TURN, FEW, BLOCK_B)
     b, split, splits = row_of_program(splits_of, program, B, BLOCK_B)
     tl.store(out_ptr + program * 3, -1)
     if split < splits:

@@ -53,6 +53,14 @@ def test_wide_pages_fit_small_shared_memory(bands: str) -> None:
     assert all(row["shared_bytes"] <= SHARED_LIMIT[86] * 1024 for row in rows), rows
 
 
+@pytest.mark.parametrize(("dim", "group", "wanted"), [(128, 4, 2), (128, 8, 4), (256, 4, 4)])
+def test_pages_are_asked_of_l2(dim: int, group: int, wanted: int) -> None:
+    """K's and V's of the first turn; of the next turns, too, where L2 holds those of all programs:
+    these are fewer where each serves more queries, or has more warps."""
+    _, rows = compiled("100", "--layout", "32x4+64x2", "32x4+64x2", str(dim), str(group))
+    assert rows and all(row["l2_requests"] == wanted for row in rows), rows
+
+
 LOOP = """
         /*0000*/                   STL [R1], R2 ;
         /*0010*/                   LDG.E.128 R4, [R2.64] ;
