@@ -590,15 +590,13 @@ def _finish_spectral_kernel(
     c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, scale_ptr, seq_lens_ptr, codec_ids_ptr,
     out_ptr, out_lse_ptr, B, programs, Q, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
     EXACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr,
-    PATH: tl.constexpr,
+    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """Join the states of the splits of BLOCK_H queries of a KV head with those of their exact
     tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once.
 
     EXACT: (SINKS, WINDOW, SPLITS). BLOCK_N: splits at a time, the first of these for a row that has
-    no more. LATE: load the basis last, when it takes no registers from the rest; many programs hide
-    what that waits. PATH: (OVERLAP, NATIVE)."""
+    no more. PATH: (OVERLAP, NATIVE)."""
     BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(RV))
     blocks = tl.cdiv(Q * HG, BLOCK_H)
     g, G = tl.program_id(1), tl.num_programs(1)
@@ -611,12 +609,11 @@ def _finish_spectral_kernel(
     codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g.to(tl.int64)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other
-    # threads.
+    # A thread gets 4 bytes of many rows, not 16 of a few: sums over rows need fewer others.
     basis_at = basis_ptr + (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
     inside = (r < RV)[:, None] & (d < D)[None, :]
     scale = tl.load(scale_ptr + codec_row * RV + r, mask=r < RV, other=0.0)
-    if not LATE:
+    if BLOCK_D <= 32:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
     splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, FEW, BLOCK_B)
     rows = tl.arange(0, BLOCK_B)
@@ -624,8 +621,7 @@ def _finish_spectral_kernel(
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
     if PATH[0]:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
-    # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
-    # chosen away.
+    # All is asked for at once: what an empty split never wrote, NaN perhaps, is chosen away later.
     BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT[2]))
     e = tl.reshape(tl.arange(0, BLOCK_E), [BLOCK_E] if BLOCK_H == 1 else [BLOCK_E, 1])
     at = row * EXACT[2] + e
@@ -636,9 +632,7 @@ def _finish_spectral_kernel(
     m = total + float("-inf")
     c = tl.expand_dims(total, -1) + tl.zeros([BLOCK_R], dtype=tl.float32)
     for i in tl.static_range(len(BLOCK_N)):
-        stop = end
-        if i + 1 < len(BLOCK_N):
-            stop = tl.where(end - first <= BLOCK_N[i], end, first)
+        stop = tl.where((end - first <= BLOCK_N[i]) | (i + 1 == len(BLOCK_N)), end, first)
         for start in tl.range(first, stop, BLOCK_N[i], num_stages=1):
             n = tl.arange(0, BLOCK_N[i])
             n = start + tl.reshape(n, [BLOCK_N[i]] if BLOCK_H == 1 else [BLOCK_N[i], 1])
@@ -656,19 +650,17 @@ def _finish_spectral_kernel(
             share = tl.exp(lse - low)
             m, total = top, total * old + tl.sum(share, 0)
             share = tl.expand_dims(share, -1)
-            x = tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
-            c = c * tl.expand_dims(old, -1) + x
+            c = c * tl.expand_dims(old, -1) + tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
         first = stop
     top = tl.maximum(m, tl.max(exact_lse, 0))
     low = tl.where(top == float("-inf"), 0.0, top)
     old = tl.exp(m - low)
     w = tl.exp(exact_lse - low)
     m, total = top, total * old + tl.sum(w, 0)
-    if LATE:
+    if BLOCK_D > 32:  # it took no registers until now; many programs hide what this waits
         basis = tl.load(basis_at, mask=inside, other=0)
     c = c * scale * tl.expand_dims(old, -1)
-    w = tl.expand_dims(w, -1)
-    y = tl.where(w > 0.0, w * y, 0.0)
+    y = tl.where(tl.expand_dims(w, -1) > 0.0, tl.expand_dims(w, -1) * y, 0.0)
     if BLOCK_H == 1:
         o = tl.sum(c[:, None] * basis.to(tl.float32), 0) + tl.sum(y, 0)
     else:
@@ -1006,7 +998,7 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
         *states, codec.v_basis, codec.v_scale, *tables[1:3], out, lse, batch, plan.programs,
         queries, HG=group, D=dim, RV=rank, EXACT=(*kept[:2], plan.window[0]),
         BLOCK_H=block_h, BLOCK_N=(few, many) if few < many else (many,), BLOCK_D=block_d,
-        TURN=plan.warps * plan.pages, FEW=plan.few, BLOCK_B=plan.block_b, LATE=block_d > 32,
+        TURN=plan.warps * plan.pages, FEW=plan.few, BLOCK_B=plan.block_b,
         PATH=(overlap, _launch.is_native(out)), launch_pdl=overlap,
         num_warps=warps if block_h == 1 else 4,
     )  # fmt: skip

@@ -196,8 +196,8 @@ MUTANTS: list[Mutant] = [
          f"{STEP} -k 'Q4 and triton'"),
         ("a row of few splits joined twice", "        first = stop\n", "",
          f"{ATTENTION}test_join[1-at_once1]"),
-        ("rounds of a join not rescaled", "c = c * tl.expand_dims(old, -1) + x",
-         "c = c + x", f"{ATTENTION}test_join[1-at_once0]"),
+        ("rounds of a join not rescaled", "c = c * tl.expand_dims(old, -1) + tl.sum",
+         "c = c + tl.sum", f"{ATTENTION}test_join[1-at_once0]"),
     ),
     # ---- its twin
     *of(
