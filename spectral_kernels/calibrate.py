@@ -10,15 +10,13 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
     metric    of K: sum of scale^2 p_i^2 (g . (v_i - o))^2 y y^T over queries and the frames of the
               keys they meet; of V: sum of p_i^2 g g^T
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
-              B = V_R^T L^(-1); int8 rows
+              B = V_R^T L^(-1); int8 rows; of K less its mean, of V as it is
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
     steps     of least squared error on sampled rows, a little wider
     plan      bands of every layer: least sum of costs under one byte budget
 
     stats = collect(model, token_sequences(tokenizer, 65536))
-    codec = fit_codec(stats, plan(stats, "balanced"), "balanced")
-
-or calibrate(model, tokenizer, "balanced"). V has no mean.
+    codec = fit_codec(stats, plan(stats, "balanced"), "balanced")  # or calibrate(model, tokenizer)
 
 Oracle: reference/calibrate.py.   Test: tests/test_calibrate.py.
 """
