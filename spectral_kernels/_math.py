@@ -138,8 +138,7 @@ def row_splits(
     seq_lens_ptr,
     B,
     programs,
-    SINKS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    EXACT: tl.constexpr,  # (SINKS, WINDOW, ..)
     TURN: tl.constexpr,
     FEW: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -149,7 +148,7 @@ def row_splits(
     all are below programs + B."""
     b = tl.arange(0, BLOCK_B)
     seq_lens = tl.load(seq_lens_ptr + b, mask=b < B, other=0)
-    pages, _ = _pages_of(seq_lens, SINKS, WINDOW)
+    pages, _ = _pages_of(seq_lens, EXACT[0], EXACT[1])
     turns = tl.cdiv(pages, TURN)
     total = tl.sum(turns, 0)
     little = total * TURN < LITTLE * programs

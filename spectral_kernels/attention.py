@@ -58,27 +58,35 @@ from .window import (
     window_tile,
 )  # fmt: skip
 
-# Pages hold operand fragments (layout.py): these views move no data between the threads of a warp.
-# The first dimension are the W tiles that the warps of a program work on, a warp each.
+# Pages hold operand fragments (layout.py): these views move no data between threads. The first
+# dimension are the W P pages that W warps work on: w, w + W, .. are those of warp w.
+
+
+@triton.jit
+def _bytes_at(ptr, BYTES: tl.constexpr):
+    """Bytes [N, BYTES] at pointers [N], each pointer's by the threads of one warp."""
+    at = ptr[:, None] + tl.arange(0, min(512, BYTES))[None, :]
+    x = tl.load(at)
+    if BYTES > 512:  # loaded at once, two warps would share them
+        x = tl.reshape(tl.permute(tl.join(x, tl.load(at + 512)), [0, 2, 1]), [ptr.shape[0], BYTES])
+    return x
 
 
 @triton.jit
 def _k_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [W, 32 SUBTILES tokens, 16 columns] of tiles of a K group at pointers [W]."""
-    W: tl.constexpr = ptr.shape[0]
-    x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
-    x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 4, 4]), [0, 1, 4, 2, 3, 5])
-    return tl.reshape(x, [W, 32 * SUBTILES, 16])
+    """Bytes [N, 32 SUBTILES tokens, 16 columns] of a K group of pages at pointers [N]."""
+    N: tl.constexpr = ptr.shape[0]
+    x = tl.reshape(_bytes_at(ptr, 512 * SUBTILES), [N, SUBTILES, 8, 4, 4, 4])
+    return tl.reshape(tl.permute(x, [0, 1, 4, 2, 3, 5]), [N, 32 * SUBTILES, 16])
 
 
 @triton.jit
 def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [W, 16 columns, 32 SUBTILES tokens] of tiles of a V group; the tokens in the order of
-    `_by_eights`."""
-    W: tl.constexpr = ptr.shape[0]
-    x = tl.load(ptr[:, None] + tl.arange(0, 512 * SUBTILES)[None, :])
-    x = tl.permute(tl.reshape(x, [W, SUBTILES, 8, 4, 2, 8]), [0, 4, 2, 1, 3, 5])
-    return tl.reshape(x, [W, 16, 32 * SUBTILES])
+    """Bytes [N, 16 columns, 32 SUBTILES tokens] of a V group of pages at pointers [N]; the tokens
+    in the order of `_by_eights`."""
+    N: tl.constexpr = ptr.shape[0]
+    x = tl.reshape(_bytes_at(ptr, 512 * SUBTILES), [N, SUBTILES, 8, 4, 2, 8])
+    return tl.reshape(tl.permute(x, [0, 4, 2, 1, 3, 5]), [N, 16, 32 * SUBTILES])
 
 
 @triton.jit
@@ -208,7 +216,6 @@ def _project_frames(
     loaded,  # by _load_for_projection
     live,  # [ROWS]
     u_ptr,
-    affine_ptr,
     u_row,  # u_row + frame is the frame's row of u
     first,
     end,
@@ -221,14 +228,14 @@ def _project_frames(
     NATIVE: tl.constexpr,
 ):
     """The projected queries of frames first .. end - 1, in log2 units, M rows (a frame and a query)
-    at a time:
-
-    u [.., ceil(R/32), 2 ROWS, 32] int8 (query, hi or lo; 32 components in the order of
-    `_side_by_side`, by their weight) with affine [.., ROWS, 2] float32: their unit, and the bias:
-    the mean's score and the sum of u times zeros."""
+    at a time. u: a frame's int8 [ceil(R/32), 2 ROWS, 32] (query, hi or lo; 32 components in the
+    order of `_side_by_side`, by their weight), as lanes take them: of 16 columns, 8 components of
+    n and of n + 8 side by side; then float32 [ROWS, 2]: their unit, and the bias: the mean's score
+    and the sum of u times zeros."""
     R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     FRAMES: tl.constexpr = M // ROWS  # at a time
+    E: tl.constexpr = min(2, ROWS // 4)  # eights of columns side by side
     q, other, freqs, basis, scale, mean = loaded
     BLOCK_D: tl.constexpr = basis.shape[0]
     BLOCK_R: tl.constexpr = basis.shape[1]
@@ -240,7 +247,7 @@ def _project_frames(
     full = tl.where(largest > 0.0, FULL / largest, 0.0)[:, :, None]
     q, other = q * full, other * full
     local = tl.arange(0, M) // ROWS
-    out = tl.arange(0, M) % ROWS + (u_row + local) * ROWS
+    row = tl.arange(0, M) % ROWS
     # Good to 2**-32 turns a frame.
     ahead = tl.arange(0, FRAMES)[:, None] * ((FRAME * freqs) >> 32).to(tl.int32)[None, :]
     column = tl.arange(0, BLOCK_R)
@@ -265,50 +272,39 @@ def _project_frames(
         stored = tl.reshape(tl.broadcast_to(live[None, :], [FRAMES, ROWS]), [M]) & (
             start + local < end
         )
-        row = out + start * ROWS
-        affine = tl.join(unit, bias)
-        tl.store(
-            affine_ptr + row[:, None] * 2 + tl.arange(0, 2)[None, :], affine, mask=stored[:, None]
-        )
-        u_at = u_ptr + (row // ROWS * (STEPS * ROWS) + row % ROWS)[:, None] * 64
-        u_at += (column // 32 * (64 * ROWS) + column % 32)[None, :]
+        at = u_ptr + (u_row + (start + local)) * (ROWS * (64 * STEPS + 8))
+        affine_at = (at + (64 * STEPS * ROWS + row * 8)).to(tl.pointer_type(tl.float32))
+        affine_at = affine_at[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(affine_at, tl.join(unit, bias), mask=stored[:, None])
+        u_at = (at + (row // 8 * 512 + row // 4 % E * 8 + row % 4 * (64 * E)))[:, None]
+        nth = column // 32 * (64 * ROWS) + column % 32 // 8 * (8 * E) + column % 8
+        u_at += tl.max_contiguous(tl.multiple_of(nth, 8), 8)[None, :]
         stored = stored[:, None] & (column < STEPS * 32)[None, :]
-        u_at = u_at[:, :, None] + (tl.arange(0, 2) * 32)[None, None, :]
+        u_at = u_at[:, :, None] + (tl.arange(0, 2) * (32 * E))[None, None, :]
         tl.store(u_at, tl.join(hi, lo), mask=stored[:, :, None])
 
 
 @triton.jit
-def _prefetch_first(
-    k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
-    K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr, W: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Ask L2 for the first pages of a split: half of the threads for K's, half for V's. From
-    sm_90, which wants addresses that are multiples of 16: the one before will do."""
-    thread = tl.arange(0, 32 * W)
-    is_k = thread < 16 * W
-    nth = thread % (16 * W)
-    early = nth < tl.minimum(end - page, W * P)
-    number = tl.load(table_ptr + page + nth, mask=early, other=0).to(tl.int64)
-    at = tl.where(is_k, k_ptr.to(tl.int64), v_ptr.to(tl.int64))
-    at += number * tl.where(is_k, stride_k_page, stride_v_page)
-    size = tl.where(is_k, _bits.page_bytes(K_GROUPS), _bits.page_bytes(V_GROUPS))
+def _prefetch(
+    ptr, stride_page, table_ptr, page, end, W: tl.constexpr, P: tl.constexpr, GROUPS: tl.constexpr
+):
+    """Ask L2 for one side of W P pages from `page` on, the last before `end` for those after it:
+    threads of a warp that want the same ask once. From sm_90, which wants addresses that are
+    multiples of 16: the one before will do."""
+    nth = tl.arange(0, 32 * W) // 32 * P + tl.arange(0, 32 * W) % P
+    number = tl.load(table_ptr + tl.minimum(page + nth, end - 1)).to(tl.int64)
     tl.inline_asm_elementwise(
-        """{ .reg .pred p;
-        setp.ne.b32 p, $3, 0;
-        @p cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.b32 $0, 0; }""",
-        "=r,l,r,r", [at & -16, size, early.to(tl.int32)], tl.int32, False, 1,
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;", "=r,l,r",
+        [(ptr.to(tl.int64) + number * stride_page) & -16, _bits.page_bytes(GROUPS)],
+        tl.int32, False, 1,
     )  # fmt: skip
 
 
 @triton.jit
-def _page_scores(
-    page_ptr, u_ptr, affine_ptr, u_at, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    NATIVE: tl.constexpr,
-):  # fmt: skip
+def _page_scores(page_ptr, u_ptr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATIVE: tl.constexpr):
     """Scores of the T tokens that each of W warps works on, in log2 units, float32 [W, T, ROWS], of
-    pages at page_ptr [W T / 64]; u_at [W]: the rows of u of their frames."""
-    W: tl.constexpr = u_at.shape[0]
+    pages at page_ptr [W T / 64]; u_ptr [W]: u of their frames."""
+    W: tl.constexpr = u_ptr.shape[0]
     T: tl.constexpr = 64 * page_ptr.shape[0] // W
     R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
@@ -322,12 +318,15 @@ def _page_scores(
         blocks = blocks + (tl.zeros([page_ptr.shape[0], 64, 16], dtype=tl.int8),)
     dots = tl.zeros([W, T, N], dtype=tl.int32)
     for step in tl.static_range(STEPS):
-        at = (u_at * STEPS + step)[:, None] * (32 * N) + tl.arange(0, 32 * N)[None, :]
-        u = tl.permute(tl.reshape(tl.load(u_ptr + at), [W, N, 32]), [0, 2, 1])
-        x = tl.reshape(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), [W, T, 32])
+        u = _bytes_at(u_ptr + step * (32 * N), 32 * N)
+        u = tl.reshape(u, [W, max(1, N // 16), 8, 4, min(2, N // 8), 8])
+        u = tl.reshape(tl.permute(u, [0, 3, 5, 1, 4, 2]), [W, 32, N])
+        x = tl.reshape(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), [T // 64, W, 64, 32])
+        x = tl.reshape(tl.permute(x, [1, 0, 2, 3]), [W, T, 32])
         dots += tl.dot(x, u, out_dtype=tl.int32)
     hi, lo = tl.split(tl.reshape(dots, [W, T, ROWS, 2]))
-    affine = affine_ptr + u_at[:, None] * (2 * ROWS) + tl.arange(0, 2 * ROWS)[None, :]
+    affine = (u_ptr + STEPS * (32 * N)).to(tl.pointer_type(tl.float32))
+    affine = affine[:, None] + tl.arange(0, 2 * ROWS)[None, :]
     unit, bias = tl.split(tl.reshape(tl.load(affine), [W, ROWS, 2]))
     return (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
 
@@ -339,7 +338,7 @@ def _add_weighted(acc, old, y, w_both):
     W: tl.constexpr = acc.shape[0]
     ROWS: tl.constexpr = acc.shape[2]
     T: tl.constexpr = w_both.shape[1]
-    y = tl.permute(tl.reshape(y, [W, T // 64, 16, 64]), [0, 2, 1, 3])
+    y = tl.permute(tl.reshape(y, [T // 64, W, 16, 64]), [1, 2, 0, 3])
     y = tl.reshape(y, [W, 16, T])
     dots = tl.dot(y, w_both, out_dtype=tl.int32)
     hi, lo = tl.split(tl.reshape(dots, [W, 16, ROWS, 2]))
@@ -407,45 +406,51 @@ def _store_split(
 
 @triton.jit
 def _pages_split(
-    loaded,  # by _load_for_projection
+    q_ptr,  # the sequence's and KV head's first query
+    codec, codec_row,  # of `_load_for_projection`
     k_ptr,  # pages of the KV head
     v_ptr,
     table_ptr,  # the sequence's row
-    u_ptr, affine_ptr, c_ptr, lse_ptr, warps_ptr, seq_len,
-    live,  # [ROWS]
-    out,  # [ROWS], rows of c and lse
-    split, splits, u_row, softmax_scale, stride_k_page, stride_v_page,
-    SHAPE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
+    u_ptr, c_ptr, lse_ptr, warps_ptr, seq_len,
+    row,  # [ROWS], query * HG + head
+    Q,
+    state,  # of c and lse, the first head's
+    split, splits, u_row, softmax_scale, stride_q_h, stride_q_q, stride_k_page, stride_v_page,
+    HG: tl.constexpr, SHAPE: tl.constexpr, K_GROUPS: tl.constexpr, V_GROUPS: tl.constexpr,
     EXACT: tl.constexpr, TILE: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     """One split of the pages of one sequence and KV head: its state over ROWS queries. The queries
     are projected for the frames of the split first; then W warps work on P pages each at once, and
     join their states at the end.
 
-    c [.., RV] float32: the output in steps of the V basis, lse [..]. u, affine: see
-    `_project_frames`. Constants: see `_attend_spectral_kernel`.
+    c [.., RV] float32: the output in steps of the V basis, lse [..]. u: see `_project_frames`.
+    Constants: see `_attend_spectral_kernel`.
     """
     PAGES: tl.constexpr = SHAPE[2] // 64  # of a frame
     ROWS: tl.constexpr = TILE[0]
     W: tl.constexpr = TILE[2]
     P: tl.constexpr = TILE[3]
     NATIVE: tl.constexpr = PATH[2]
+    AHEAD: tl.constexpr = PATH[0] and (W > 4 or ROWS > 4)  # where L2 holds all programs' next turn
+    UNIT: tl.constexpr = ROWS * ((_bits.rank_of(K_GROUPS) + 31) // 32 * 64 + 8)  # bytes of a frame
     page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W * P)
-    first = page // PAGES
-    u_row -= first
+    u_row -= page // PAGES
+    live = row < Q * HG
+    out = (state + row % HG) * Q + row // HG
     if page < end:
+        loaded = _load_for_projection(
+            q_ptr, row, live, codec, codec_row, stride_q_h, stride_q_q, HG, SHAPE[0], SHAPE[1],
+            K_GROUPS,
+        )  # fmt: skip
         if PATH[0]:
-            _prefetch_first(
-                k_ptr, v_ptr, table_ptr, page, end, stride_k_page, stride_v_page,
-                K_GROUPS, V_GROUPS, W, P,
-            )  # fmt: skip
+            _prefetch(k_ptr, stride_k_page, table_ptr, page, end, W, P, K_GROUPS)
+            _prefetch(v_ptr, stride_v_page, table_ptr, page, end, W, P, V_GROUPS)
         _project_frames(
-            loaded, live, u_ptr, affine_ptr, u_row, first, tl.cdiv(end, PAGES), softmax_scale,
+            loaded, live, u_ptr, u_row, page // PAGES, tl.cdiv(end, PAGES), softmax_scale,
             SHAPE[2], ROWS, SHAPE[1], K_GROUPS, TILE[1], NATIVE,
         )  # fmt: skip
         tl.debug_barrier()  # a thread reads what others wrote
-        token = tl.arange(0, 64 * P)
-        warp = tl.arange(0, W)
+        nth = tl.arange(0, W * P) % W * P + tl.arange(0, W * P) // W  # pages in the warps' order
         m_warp = tl.full([W, ROWS], float("-inf"), dtype=tl.float32)
         unit_warp = m_warp
         l_lane = tl.zeros([W, 8, ROWS], dtype=tl.float32)
@@ -455,17 +460,20 @@ def _pages_split(
             acc = acc + (tl.zeros([W, 16, ROWS], dtype=tl.float32),)
         for start in range(page, end, W * P):
             # [W P]; for pages after the last, whose tokens are not seen, the last is read again.
-            number = tl.load(table_ptr + tl.minimum(start + tl.arange(0, W * P), end - 1))
-            number = number.to(tl.int64)
-            j = start + warp * P  # [W], the first page of a warp
+            number = tl.load(table_ptr + tl.minimum(start + nth, end - 1)).to(tl.int64)
+            j = start + tl.arange(0, W) * P  # [W], the first page of a warp
             s = _page_scores(
-                k_ptr + number * stride_k_page, u_ptr, affine_ptr,
-                u_row + tl.minimum(j, end - 1) // PAGES, ROWS, K_GROUPS, NATIVE,
+                k_ptr + number * stride_k_page,
+                u_ptr + (u_row + tl.minimum(j, end - 1) // PAGES) * UNIT, ROWS, K_GROUPS, NATIVE,
             )  # fmt: skip
+            if AHEAD:
+                _prefetch(k_ptr, stride_k_page, table_ptr, start + W * P, end, W, P, K_GROUPS)
             if (start * 64 < EXACT[0]) | (start + W * P >= end):  # elsewhere all are seen
-                position = (j * 64 - EXACT[0])[:, None] + token[None, :]  # counted from the sinks
+                # Counted from the sinks, by eights: a lane has one token of each.
+                position = (j * 64 - EXACT[0])[:, None] + tl.arange(0, 8)[None, :]
+                position = position[:, None, :] + tl.arange(0, 8 * P)[None, :, None] * 8
                 seen = position.to(tl.uint32) < (stop - EXACT[0]).to(tl.uint32)  # negative: large
-                s = tl.where(seen[:, :, None], s, float("-inf"))
+                s = tl.where(tl.reshape(seen, [W, 64 * P, 1]), s, float("-inf"))
             # Weights in units of 1 / FULL of the P pages' largest, or of 2**-32 of the largest so
             # far. The difference first: scores may be 1e7, and the largest weight must be FULL
             # exactly enough to fit its int8 parts.
@@ -488,18 +496,12 @@ def _pages_split(
                     y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
                     rescaled = rescaled + (_add_weighted(acc[len(rescaled)], old, y, w_both),)
             acc = rescaled + (_add_weighted(acc[len(rescaled)], old, ones, w_both),)
+            if AHEAD:
+                _prefetch(v_ptr, stride_v_page, table_ptr, start + W * P, end, W, P, V_GROUPS)
         l_warp = tl.sum(l_lane, 1)
         _store_split(acc, unit_warp, l_warp, warps_ptr, c_ptr, lse_ptr, out, live, V_GROUPS)
     else:
         tl.store(lse_ptr + out, tl.full([ROWS], float("-inf"), dtype=tl.float32), mask=live)
-
-
-@triton.jit
-def _splits_of(seq_lens_ptr, B, programs, EXACT: tl.constexpr, TILE: tl.constexpr):
-    """`row_splits`, where a program needs them: what it loads before does not wait for lengths."""
-    return _math.row_splits(
-        seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TILE[2] * TILE[3], TILE[4], TILE[5]
-    )
 
 
 @triton.jit(do_not_specialize=["u_frames", "B", "programs"])
@@ -511,7 +513,7 @@ def _attend_spectral_kernel(
     k_exact_ptr,
     v_exact_ptr,
     tables,  # block_table, seq_lens, codec_ids, seq_ids
-    states,  # u, affine, c, lse, exact o, exact lse, warps
+    states,  # u, c, lse, exact o, exact lse, warps
     u_frames,
     B,
     programs,  # of `row_splits`
@@ -530,56 +532,46 @@ def _attend_spectral_kernel(
 ):
     """The splits of all rows' pages (`_pages_split`), then their exact tokens (`window_split`):
     they wait for what is appended, take little, and fill the card while the last splits end."""
-    D: tl.constexpr = SHAPE[0]
     ROWS: tl.constexpr = TILE[0]
-    FEW: tl.constexpr = TILE[4]
+    TURN: tl.constexpr = TILE[2] * TILE[3]
     BLOCK_B: tl.constexpr = TILE[5]
     block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
-    u_ptr, affine_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr, warps_ptr = states
+    u_ptr, c_ptr, lse_ptr, exact_o_ptr, exact_lse_ptr, warps_ptr = states
     if PATH[0]:  # `_finish_spectral_kernel` may start once all programs of this one have
         tl.extra.cuda.gdc_launch_dependents()
     g, G = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     exact_programs = 0
     if EXACT[2] > 0:
         exact_programs = B * tl.cdiv(Q * HG, EXACT[4]) * EXACT[3]
-    exact_program = tl.program_id(1) - (tl.num_programs(1) - exact_programs)
+    exact_first = tl.num_programs(1) - exact_programs
     blocks = tl.cdiv(Q * HG, ROWS)
     program = tl.program_id(1) // blocks
-    wanted = exact_program < 0
     if BLOCK_B == 1:
-        if wanted & (program * 6 >= programs * FEW):  # a long row alone has work for this one
-            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
-            wanted = program < tl.sum(splits_of, 0)
-    if wanted:
+        few = tl.cdiv(programs * TILE[4], 6)
+        if (program >= few) & (few * blocks < exact_first):
+            # A long row alone has work for this one; a short one's exact tokens come here.
+            splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, TILE[4], BLOCK_B)
+            exact_first = tl.minimum(exact_first, tl.maximum(tl.sum(splits_of, 0), few) * blocks)
+    exact_program = tl.program_id(1) - exact_first
+    if exact_program < 0:
         block = tl.program_id(1) % blocks
-        b = (0 * program).to(tl.int64)
-        if BLOCK_B > 1:
-            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
-            b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
-        codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g
-        row = block * ROWS + tl.arange(0, ROWS)
-        live = row < Q * HG
-        # Asked for before a single row's length, and any row's pages, are known.
-        seq_len = tl.load(seq_lens_ptr + b)
-        loaded = _load_for_projection(
-            q_ptr + b * strides_q[0] + g * HG * strides_q[1], row, live,
-            codec, codec_row, strides_q[1], strides_q[2], HG, D, SHAPE[1], K_GROUPS,
-        )  # fmt: skip
-        if BLOCK_B == 1:
-            splits_of = _splits_of(seq_lens_ptr, B, programs, EXACT, TILE)
-            split, splits = program, tl.sum(splits_of, 0)
+        splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, TILE[4], BLOCK_B)
+        b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
         if split < splits:
-            out = (program.to(tl.int64) * (G * HG) + g * HG + row % HG) * Q + row // HG
+            row = block * ROWS + tl.arange(0, ROWS)
             nth = (program.to(tl.int64) * blocks + block) * G + g
             warps_ptr += nth * (TILE[2] * ROWS * _bits.rank_of(V_GROUPS))
             _pages_split(
-                loaded, k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
-                block_table_ptr + b * strides_pages[4], u_ptr, affine_ptr, c_ptr, lse_ptr,
-                warps_ptr, seq_len, live, out, split, splits, nth * u_frames, softmax_scale,
-                strides_pages[0], strides_pages[2], SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
+                q_ptr + b * strides_q[0] + g * HG * strides_q[1], codec,
+                _math.row_of(codec_ids_ptr, b, 0) * G + g,
+                k_pages_ptr + g * strides_pages[1], v_pages_ptr + g * strides_pages[3],
+                block_table_ptr + b * strides_pages[4], u_ptr, c_ptr, lse_ptr,
+                warps_ptr, tl.load(seq_lens_ptr + b), row, Q, (program * G + g) * HG, split, splits,
+                nth * u_frames, softmax_scale, strides_q[1], strides_q[2], strides_pages[0],
+                strides_pages[2], HG, SHAPE, K_GROUPS, V_GROUPS, EXACT, TILE, PATH,
             )  # fmt: skip
     elif EXACT[2] > 0:
-        if exact_program >= 0:
+        if exact_program < exact_programs:
             split = exact_program % EXACT[3]
             block = exact_program // EXACT[3] % tl.cdiv(Q * HG, EXACT[4])
             b = (exact_program // EXACT[3] // tl.cdiv(Q * HG, EXACT[4])).to(tl.int64)
@@ -589,33 +581,36 @@ def _attend_spectral_kernel(
             window_split(
                 q_ptr, k_exact_ptr, v_exact_ptr, exact_o_ptr, exact_lse_ptr,
                 tl.load(seq_lens_ptr + b), exact_row, split, block, b, g, Q, G, softmax_scale,
-                strides_q, strides_exact, HG, D, EXACT, True, PATH[2],
+                strides_q, strides_exact, HG, SHAPE[0], EXACT, True, PATH[2],
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["B", "programs"])
 def _finish_spectral_kernel(
     c_ptr, lse_ptr, exact_ptr, exact_lse_ptr, basis_ptr, scale_ptr, seq_lens_ptr, codec_ids_ptr,
-    out_ptr, out_lse_ptr, B, programs, Q, G, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
-    EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TURN: tl.constexpr,
-    FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr, OVERLAP: tl.constexpr,
+    out_ptr, out_lse_ptr, B, programs, Q, HG: tl.constexpr, D: tl.constexpr, RV: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    TURN: tl.constexpr, FEW: tl.constexpr, BLOCK_B: tl.constexpr, LATE: tl.constexpr,
+    PATH: tl.constexpr,
 ):  # fmt: skip
-    """Join the states of the splits of one query with those of its exact tokens, in a fixed order,
-    BLOCK_D dimensions a program and BLOCK_N splits at a time; the V basis is applied once.
+    """Join the states of the splits of BLOCK_H queries of a KV head with those of their exact
+    tokens, in a fixed order, BLOCK_D dimensions a program; the V basis is applied once.
 
-    EXACT: (SINKS, WINDOW, SPLITS). LATE: load the basis last, when it takes no registers from the
-    rest; many programs hide what that waits."""
+    EXACT: (SINKS, WINDOW, SPLITS). BLOCK_N: splits at a time, the first of these for a row that has
+    no more. LATE: load the basis last, when it takes no registers from the rest; many programs hide
+    what that waits. PATH: (OVERLAP, NATIVE)."""
     BLOCK_R: tl.constexpr = max(16, triton.next_power_of_2(RV))
-    EXACT_SPLITS: tl.constexpr = EXACT[2]
-    BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT_SPLITS))
-    head = tl.program_id(1)
-    b = (tl.program_id(2) // Q).to(tl.int64)
-    row = (b * (G * HG) + head) * Q + tl.program_id(2) % Q
-    codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + (head // HG).to(tl.int64)
-    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(Q * HG, BLOCK_H)
+    g, G = tl.program_id(1), tl.num_programs(1)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    h = tl.program_id(0) % blocks * BLOCK_H  # query * HG + head
+    if BLOCK_H > 1:  # the last one again where there are not as many; else a dimension less
+        h = tl.minimum(h + tl.arange(0, BLOCK_H), Q * HG - 1)
+    query = (g * HG + h % HG) * Q + h // HG
+    row = b * (G * HG * Q) + query  # [BLOCK_H]
+    codec_row = _math.row_of(codec_ids_ptr, b, 0) * G + g.to(tl.int64)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     r = tl.arange(0, BLOCK_R)
-    n = tl.arange(0, BLOCK_N)
-    e = tl.arange(0, BLOCK_E)
     # A thread gets 4 bytes each of many rows, not 16 of a few: sums over rows need fewer other
     # threads.
     basis_at = basis_ptr + (codec_row * RV + r)[:, None] * D + tl.max_contiguous(d, 4)[None, :]
@@ -623,34 +618,47 @@ def _finish_spectral_kernel(
     scale = tl.load(scale_ptr + codec_row * RV + r, mask=r < RV, other=0.0)
     if not LATE:
         basis = tl.load(basis_at, mask=inside, other=0)  # [BLOCK_R, BLOCK_D]
-    splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT[0], EXACT[1], TURN, FEW, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, EXACT, TURN, FEW, BLOCK_B)
     rows = tl.arange(0, BLOCK_B)
     first = tl.sum(tl.where(rows < b, splits_of, 0), 0)
     end = first + tl.sum(tl.where(rows == b, splits_of, 0), 0)
-    if OVERLAP:  # until here nothing was read that the launch before writes
+    if PATH[0]:  # until here nothing was read that the launch before writes
         tl.extra.cuda.gdc_wait()
     # All that is read is asked for at once: what an empty split never wrote, NaN perhaps, is then
     # chosen away.
-    at = row * EXACT_SPLITS + e
-    exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT_SPLITS, other=float("-inf"))
-    mask = (e < EXACT_SPLITS)[:, None] & (d < D)[None, :]
-    y_at = exact_ptr + at[:, None] * D + d[None, :]  # [BLOCK_E, BLOCK_D]
-    y = tl.load(y_at, mask=mask, other=0.0)
-    m = float("-inf")
-    total = 0.0
-    c = tl.zeros([BLOCK_R], dtype=tl.float32)
-    for start in tl.range(first, end, BLOCK_N, num_stages=1):
-        live = start + n < end
-        state = ((start + n).to(tl.int64) * (G * HG) + head) * Q + tl.program_id(2) % Q
-        lse = tl.load(lse_ptr + state, mask=live, other=float("-inf"))
-        x_at = c_ptr + state[:, None] * RV + r[None, :]
-        x = tl.load(x_at, mask=live[:, None] & (r < RV)[None, :], other=0.0)  # [N, R]
-        top = tl.maximum(m, tl.max(lse, 0))
-        low = tl.where(top == float("-inf"), 0.0, top)
-        old = tl.exp(m - low)
-        share = tl.exp(lse - low)
-        m, total = top, total * old + tl.sum(share, 0)
-        c = c * old + tl.sum(tl.where((share > 0.0)[:, None], share[:, None] * x, 0.0), 0)
+    BLOCK_E: tl.constexpr = max(1, triton.next_power_of_2(EXACT[2]))
+    e = tl.reshape(tl.arange(0, BLOCK_E), [BLOCK_E] if BLOCK_H == 1 else [BLOCK_E, 1])
+    at = row * EXACT[2] + e
+    exact_lse = tl.load(exact_lse_ptr + at, mask=e < EXACT[2], other=float("-inf"))
+    mask = tl.expand_dims(e < EXACT[2], -1) & (d < D)
+    y = tl.load(exact_ptr + tl.expand_dims(at, -1) * D + d, mask=mask, other=0.0)
+    total = (query * 0).to(tl.float32)
+    m = total + float("-inf")
+    c = tl.expand_dims(total, -1) + tl.zeros([BLOCK_R], dtype=tl.float32)
+    for i in tl.static_range(len(BLOCK_N)):
+        stop = end
+        if i + 1 < len(BLOCK_N):
+            stop = tl.where(end - first <= BLOCK_N[i], end, first)
+        for start in tl.range(first, stop, BLOCK_N[i], num_stages=1):
+            n = tl.arange(0, BLOCK_N[i])
+            n = start + tl.reshape(n, [BLOCK_N[i]] if BLOCK_H == 1 else [BLOCK_N[i], 1])
+            x_at = n.to(tl.int64) * (G * HG * Q) + query  # [BLOCK_N, BLOCK_H]
+            lse = tl.load(lse_ptr + x_at, mask=n < end, other=float("-inf"))
+            # As rows of a matrix, of which a warp gets all splits of a query.
+            live = start + tl.arange(0, BLOCK_N[i] * BLOCK_H) // BLOCK_H < end
+            x_at = c_ptr + tl.reshape(x_at, [BLOCK_N[i] * BLOCK_H, 1]) * RV + r
+            x = tl.load(x_at, mask=live[:, None] & (r < RV), other=0.0)
+            if BLOCK_H > 1:
+                x = tl.reshape(x, [BLOCK_N[i], BLOCK_H, BLOCK_R])
+            top = tl.maximum(m, tl.max(lse, 0))
+            low = tl.where(top == float("-inf"), 0.0, top)
+            old = tl.exp(m - low)
+            share = tl.exp(lse - low)
+            m, total = top, total * old + tl.sum(share, 0)
+            share = tl.expand_dims(share, -1)
+            x = tl.sum(tl.where(share > 0.0, share * x, 0.0), 0)
+            c = c * tl.expand_dims(old, -1) + x
+        first = stop
     top = tl.maximum(m, tl.max(exact_lse, 0))
     low = tl.where(top == float("-inf"), 0.0, top)
     old = tl.exp(m - low)
@@ -658,19 +666,25 @@ def _finish_spectral_kernel(
     m, total = top, total * old + tl.sum(w, 0)
     if LATE:
         basis = tl.load(basis_at, mask=inside, other=0)
-    o = tl.sum((c * scale * old)[:, None] * basis.to(tl.float32), 0)
-    o += tl.sum(tl.where((w > 0.0)[:, None], w[:, None] * y, 0.0), 0)
-    o = tl.where(total == 0.0, 0.0, o / total)
-    tl.store(out_ptr + row * D + d, o, mask=d < D)
-    if tl.program_id(0) == 0:
+    c = c * scale * tl.expand_dims(old, -1)
+    w = tl.expand_dims(w, -1)
+    y = tl.where(w > 0.0, w * y, 0.0)
+    if BLOCK_H == 1:
+        o = tl.sum(c[:, None] * basis.to(tl.float32), 0) + tl.sum(y, 0)
+    else:
+        o = tl.sum(y, 0)
+        o += tl.trans(_math.dot_int8_f32(tl.trans(basis), tl.trans(c), True, PATH[1]))
+    if tl.program_id(2) == 0:
         low = tl.where(m == float("-inf"), 0.0, m)
         tl.store(out_lse_ptr + row, low + tl.log(total))  # log(0) = -inf: an empty state
+    total = tl.expand_dims(total, -1)
+    o = tl.where(total == 0.0, 0.0, o / total)
+    tl.store(out_ptr + tl.expand_dims(row, -1) * D + d, o, mask=d < D)
 
 
 WARPS = 4  # of a program of `_attend_spectral_kernel`; twice as many where sums take registers
 MAX_SPLITS = 128  # of a row, where rows are of one length
 MAX_ROWS = 16  # queries of a KV head that a program serves
-ROOM = 88 << 10  # bytes of pages, and of their frames' queries, that a program holds at once
 
 
 @dataclass(frozen=True)
@@ -686,12 +700,12 @@ class Plan:
     few: int  # sixths of them that run where all would take fewer pages than LITTLE
     block_b: int  # rows whose lengths are read at once
     states: int  # splits of all rows' pages, at most
-    splits: int  # of a row, where rows are of one length, at most
+    splits: tuple[int, int]  # of a row that are joined at once: where these are few, or more
     frames: int  # that queries are projected for: of a split at most, or of a row
     window: tuple[int, int, int]  # window.window_tile, no SPLITS without exact tokens
-    sizes: list[int]  # bytes of u, affine, c, lse, exact o, exact lse, warps, in a workspace
+    sizes: list[int]  # bytes of u, c, lse, exact o, exact lse, warps, in a workspace
     matrix: bool
-    options: dict[str, int]  # num_warps, num_stages, maxnreg
+    options: dict[str, int | None]  # num_warps, num_stages, maxnreg
 
 
 def plan_launch(
@@ -709,43 +723,37 @@ def plan_launch(
     """The launch of `attend_spectral` for a capacity of max_pages a row: no length decides it.
 
     As many programs as are resident, or some rounds of them; where these would take fewer pages
-    than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more
-    with others beside it: a single row has about one on a multiprocessor, of 16 queries some more.
-    A row that gets n programs, rounded down, has less than twice the pages of a program of all.
+    than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more with
+    others beside it: at most three a multiprocessor, about one of a single row, some more of 16
+    queries. A row that gets n programs, rounded down, has less than twice the pages of one of all.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
     large = layout.head_dim > 128 or layout.k.rank > 128 or layout.v.rank > 128
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
-        # Eight pages at once, if registers hold their scores, and the shared memory of any card
-        # them and their frames' queries: two a warp, or, where sums take registers, more warps.
-        held = PAGE_SIZE * layout.token_bytes + _launch.cdiv(layout.k.rank, 32) * 64 * rows
-        twice = rows <= 8 and 2 * WARPS * held <= ROOM
-        warps = 2 * WARPS if twice and large else WARPS
-        pages = 2 if twice and not large and layout.frame % (2 * PAGE_SIZE) == 0 else 1
-        # Of more rows of a projection a large basis leaves no registers.
-        m = max(16 if layout.k.rank > 64 else 32, rows)
+        # Eight pages at once, if registers hold their scores: two a warp, or, where sums take
+        # registers, more warps.
+        warps = 2 * WARPS if rows <= 8 and large else WARPS
+        pages = 2 if rows <= 8 and not large and layout.frame % (2 * PAGE_SIZE) == 0 else 1
+        # Of more rows of a projection a large basis leaves four warps no registers.
+        m = max(16 if max(layout.k.rank, layout.head_dim) > 64 and warps == WARPS else 32, rows)
         # Programs a multiprocessor: as many as their registers allow without spills.
-        if large:
-            resident = 2 * WARPS // warps
-        else:
+        resident = 2 * WARPS // warps
+        if not large:
             resident = 4 if rows == 4 else 3 if rows * layout.v.rank <= 1536 else 2
-        # Three stages ask for a turn's pages at the end of the turn before.
-        options = {"num_stages": 3, "num_warps": warps}
-        if resident > 2:
-            options["maxnreg"] = 65536 // (32 * warps * resident) // 8 * 8
+        most_registers = 65536 // (32 * warps * resident) // 8 * 8 if resident > 2 else None
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, pages, m, resident = 4, 1, 1, 4, 16
-        options = {"num_stages": 1, "num_warps": 1}
-        if not large:  # else the compiler aims at fewer on cards that hold more, and loads late
-            options["maxnreg"] = 128
+        # Else the compiler aims at fewer on cards that hold more, and loads late.
+        most_registers = None if large else 128
+    options = {"num_stages": 1, "num_warps": warps, "maxnreg": most_registers}
     blocks = _launch.cdiv(group * queries, rows)
     turn, cores = warps * pages, _launch.multiprocessors(device)
     turns = _launch.cdiv(max_pages, turn)
-    programs = 2 * batch
+    programs = one_round = 2 * batch
     if device.type == "cuda":
-        programs = max(1, resident * cores // (kv_heads * blocks))
+        programs = one_round = max(1, resident * cores // (kv_heads * blocks))
         # Rows of one length share programs evenly: as many rounds of them as leave few idle.
         rows_of = max(1, batch)
         rounds = (n for n in (1, 2, 3) if n * programs // rows_of * rows_of >= 0.85 * n * programs)
@@ -753,14 +761,18 @@ def plan_launch(
     programs = num_splits * batch if num_splits else programs
     few = 6
     if matrix and num_splits is None and resident > 1:
-        few = 4 if batch > 1 or large else 2 if rows <= 8 else 3
+        few = (6 if resident == 3 else 4) if batch > 1 or large else 2 if rows <= 8 else 3
     least = max(1, programs * few // 6)
     # Kernels are compiled for few batches: for those that an engine captures, powers of two.
     rounded = _launch.next_power_of_2(batch)
     block_b = 1 if batch == 1 else 32 if batch <= 32 else max(256, rounded)
     most = programs if rounded * turns * turn >= LITTLE.value * programs else least
     states = min(most + batch - 1, batch * turns)
-    splits = _launch.cdiv(min(most + rounded - 1, rounded * turns), rounded)
+    # Of a row: where it is short or rows are of one length, and at most, or in some rounds.
+    many = _launch.cdiv(min(most + rounded - 1, rounded * turns), rounded)
+    many = min(MAX_SPLITS, max(16, _launch.next_power_of_2(many)))
+    short = _launch.next_power_of_2((least if batch == 1 else one_round) // rounded)
+    splits = min(many, short), many
     share = _launch.cdiv(min(batch * turns, _launch.cdiv(LITTLE.value * programs, turn)), least)
     share = min(turns, 2 * max(share, _launch.cdiv(batch * turns, programs))) * turn
     window = (0, 16, 16)
@@ -770,16 +782,15 @@ def plan_launch(
     if matrix:
         frames = _launch.cdiv(share * PAGE_SIZE, layout.frame) + 1
         served = states * blocks * kv_heads * rows
-        units = served * frames
-        projected = [units * _launch.cdiv(layout.k.rank, 32) * 64, units * 8]
+        projected = served * frames * (_launch.cdiv(layout.k.rank, 32) * 64 + 8)
         joined = served * warps * layout.v.rank * 4
     else:
         frames = _launch.cdiv(max_pages * PAGE_SIZE, layout.frame)
-        projected = [batch * blocks * kv_heads * frames * operand_words(layout.k.rank) * 4, 0]
+        projected = batch * blocks * kv_heads * frames * operand_words(layout.k.rank) * 4
         joined = 0
     cold = states * kv_heads * group * queries  # states of pages, and of exact tokens
     exact = window[0] * batch * kv_heads * group * queries
-    parts = [*projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
+    parts = [projected, cold * layout.v.rank * 4, cold * 4, exact * layout.head_dim * 4, exact * 4]
     sizes = [_launch.cdiv(size, 16) * 16 for size in (*parts, joined)]
     numbers = (rows, blocks, m, warps, pages, programs, few, block_b, states, splits, frames)
     return Plan(*numbers, window, sizes, matrix, options)
@@ -919,13 +930,12 @@ def attend_spectral(
     launch = partial(_launch_pages, after_append=after_append) if plan.matrix else launch_old_cards
     with torch.cuda.device_of(q):
         launch(q4, k_pages, v_pages, codec, exact, tables, states, kept, scale * LOG2_E, plan)
-        _launch_finish(states[2:6], codec, tables, out, lse, q4.shape, kept, plan)
+        _launch_finish(states[1:5], codec, tables, out, lse, q4.shape, kept, plan)
     return out, lse
 
 
 def _parts(workspace: torch.Tensor | None, sizes: list[int], device: torch.device) -> tuple:
-    """u uint8, and float32: affine, c, lse, exact o, exact lse, warps, in the workspace or new
-    memory."""
+    """u uint8, and float32: c, lse, exact o, exact lse, warps, in the workspace or new memory."""
     if workspace is None:
         workspace = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
     u8 = torch.uint8
@@ -974,32 +984,31 @@ def _launch_pages(
 
 def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     """`_finish_spectral_kernel` for queries of `shape` [B, H, Q, D]."""
-    (batch, heads, queries, dim), rank = shape, codec.layout.v.rank
-    rows = _launch.next_power_of_2(batch)  # kernels are compiled for few batches
-    # The splits of a row at once, where rows are of one length.
-    block_n = min(MAX_SPLITS, max(16, _launch.next_power_of_2(plan.splits)))
-    # All dimensions at once, or as many programs as keep the card busy.
-    block_d = 32
-    if rows * queries * heads >= _launch.multiprocessors(out.device):
-        block_d = min(_launch.next_power_of_2(dim), 128 if rank <= 128 else 64)
-    held = (block_n + block_d) * rank  # numbers in registers
+    (batch, heads, queries, dim), rank, (few, many) = shape, codec.layout.v.rank, plan.splits
+    group, cores = heads // codec.kv_heads, _launch.multiprocessors(out.device)
+    rows = _launch.next_power_of_2(batch) * codec.kv_heads  # kernels are compiled for few batches
+    # The queries of a KV head together (a single row has few programs, of many splits), then all
+    # dimensions, as far as that keeps the card busy.
+    most_h, most_d = (8, 128) if rank <= 128 else (4, 64)
+    most_h = min(most_h, MAX_SPLITS // many, group * queries) if plan.matrix and batch > 1 else 1
+    most_d = min(most_d, _launch.next_power_of_2(dim))
+    tiles = (
+        (h, d) for h in (8, 4, 2, 1) for d in (128, 64, 32)
+        if h < 2 * most_h and d <= most_d and (h > 1 or d == most_d)
+        and rows * _launch.cdiv(group * queries, h) * _launch.cdiv(dim, d) >= cores
+    )  # fmt: skip
+    block_h, block_d = next(tiles, (1, 32))
+    held = (many + block_d) * rank  # numbers in registers
+    warps = min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120))))
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
-    _finish_spectral_kernel[(_launch.cdiv(dim, block_d), heads, batch * queries)](
+    blocks = batch * _launch.cdiv(group * queries, block_h)
+    _finish_spectral_kernel[(blocks, codec.kv_heads, _launch.cdiv(dim, block_d))](
         *states, codec.v_basis, codec.v_scale, *tables[1:3], out, lse, batch, plan.programs,
-        queries, codec.kv_heads,
-        HG=heads // codec.kv_heads,
-        D=dim,
-        RV=rank,
-        EXACT=(*kept[:2], plan.window[0]),
-        BLOCK_N=block_n,
-        BLOCK_D=block_d,
-        TURN=plan.warps * plan.pages,
-        FEW=plan.few,
-        BLOCK_B=plan.block_b,
-        LATE=block_d > 32,
-        OVERLAP=overlap,
-        launch_pdl=overlap,
-        num_warps=min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120)))),
+        queries, HG=group, D=dim, RV=rank, EXACT=(*kept[:2], plan.window[0]),
+        BLOCK_H=block_h, BLOCK_N=(few, many) if few < many else (many,), BLOCK_D=block_d,
+        TURN=plan.warps * plan.pages, FEW=plan.few, BLOCK_B=plan.block_b, LATE=block_d > 32,
+        PATH=(overlap, _launch.is_native(out)), launch_pdl=overlap,
+        num_warps=warps if block_h == 1 else 4,
     )  # fmt: skip
 
 

@@ -343,7 +343,7 @@ def _attend_operands_kernel(
     program = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     g = tl.program_id(1).to(tl.int64)
-    splits_of = _math.row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, 1, 6, BLOCK_B)
+    splits_of = _math.row_splits(seq_lens_ptr, B, programs, (SINKS, WINDOW), 1, 6, BLOCK_B)
     b, split, splits = _math.row_of_program(splits_of, program, B, BLOCK_B)
     if split >= splits:
         return
@@ -434,7 +434,7 @@ def launch_old_cards(
     """What `_attend_spectral_kernel` does in `attend_spectral`; arguments as `_launch_pages`."""
     (batch, heads, queries, dim), layout, kv_heads = q.shape, codec.layout, codec.kv_heads
     (block_table, seq_lens, codec_ids, seq_ids), (sinks, window, _) = tables, kept
-    u, _, c, lse, exact_o, exact_lse, _ = states
+    u, c, lse, exact_o, exact_lse, _ = states
     u = u.view(torch.int32)
     group = heads // kv_heads
     blocks = _launch.cdiv(group * queries, 4)

@@ -67,8 +67,10 @@ class Instruction(NamedTuple):
     @property
     def target(self) -> int | None:
         """The address that a branch goes to. A predicated call is a jump out of a loop; from others
-        one comes back."""
-        jumps = self.operation == "BRA" or (self.operation == "CALL" and self.predicated)
+        one comes back. BRA.U.ANY: a warp's threads take turns with an operand that all must share,
+        which is no loop of the kernel."""
+        jumps = self.operation == "BRA" and self.name != "BRA.U.ANY"
+        jumps |= self.operation == "CALL" and self.predicated
         match = re.search(r"0x([0-9a-f]+)", self.operands) if jumps else None
         return int(match[1], 16) if match else None
 
@@ -188,6 +190,7 @@ class Recorder:
             "spills": local,
             "loop_spills": loop_spills(parse(dump(cubin, "-sass"))) if local else 0,
             "shared_bytes": kernel.metadata.shared,
+            "l2_requests": kernel.asm["ptx"].count("prefetch.L2"),
         }
         self.report(row)
 

@@ -245,11 +245,42 @@ def test_more_sinks_than_a_turn_has_pages_for(rng, implementation, num_splits):
 
 @pytest.mark.parametrize("pages", [40, 48])
 def test_a_single_row_that_all_programs_share(rng, pages):
-    """Without a GPU there are two, one of which a row of 40 pages leaves without any: it looks at
-    the length before it loads."""
+    """Without a GPU there are two, one of which a row of 40 pages leaves without any."""
     arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, (pages * PAGE,), spare_pages=8))
     queries = make_queries(rng, shape=(1, 1, 1, 64), size=2.0)
     check_spectral("triton", arrays, queries)
+
+
+def test_a_short_row_alone_in_a_large_table(rng):
+    """Its exact tokens' programs come before those that a long row would have work for. 32 queries
+    of a KV head are two programs' each."""
+    lengths = (3 * PAGE + 5,)
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 2, lengths, spare_pages=60))
+    tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=2, head_dim=64, sinks=4, window=40)
+    queries = make_queries(rng, shape=(1, 16, 4, 64), size=2.0)
+    check_spectral("triton", arrays, queries, tokens=tokens)
+
+
+@pytest.mark.parametrize("at_once", [(1, 1), (1, 2), (1, 4)])
+@pytest.mark.parametrize("cores", [1, 1 << 20])
+def test_join(rng, cores, at_once, monkeypatch):
+    """Rows of three splits, one and none are joined in a round or more; three queries of a KV head
+    together, or one where programs are few."""
+    plan_launch = attention.plan_launch
+
+    def planned(*args):
+        return dataclasses.replace(plan_launch(*args), splits=at_once)
+
+    monkeypatch.setattr(attention, "plan_launch", planned)
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: cores)
+    lengths = (1100, 200, 0)
+    arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 1, lengths, 128))
+    tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=1, head_dim=64, sinks=2, window=40)
+    queries = make_queries(rng, shape=(3, 3, 1, 64), size=2.0)
+    dirty = torch.full((1 << 22,), 255, dtype=torch.uint8, device=DEVICE)
+    check_spectral("triton", arrays, queries, tokens=tokens, num_splits=3, workspace=dirty)
+    # Few tokens in the first split: larger scores come later.
+    check_spectral("triton", arrays, queries, sinks=450, num_splits=3, workspace=dirty)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +314,7 @@ def _programs_kernel(
 ):  # fmt: skip
     """(row, first page, end) of every program, or (-1, 0, 0)."""
     program = tl.program_id(0)
-    splits_of = row_splits(seq_lens_ptr, B, programs, SINKS, WINDOW, TURN, FEW, BLOCK_B)
+    splits_of = row_splits(seq_lens_ptr, B, programs, (SINKS, WINDOW), TURN, FEW, BLOCK_B)
     b, split, splits = row_of_program(splits_of, program, B, BLOCK_B)
     tl.store(out_ptr + program * 3, -1)
     if split < splits:
@@ -365,10 +396,28 @@ def test_programs_have_memory_of_their_own(rng, monkeypatch):
     )  # fmt: skip
     shares = [(page, end) for _, page, end in shares.tolist() if page < end]
     frames = sum(-(-end * PAGE // frame) - page * PAGE // frame for page, end in shares)
-    written = [int((~x.isnan()).sum()) for x in (states[1], states[6])]
+    affine = states[0].view(torch.float32).view(-1, plan.rows * (-(-rank // 32) * 16 + 2))
+    written = [int((~x.isnan()).sum()) for x in (affine[:, -2 * plan.rows :], states[5])]
     assert len(shares) > 2
     programs = len(shares) * plan.blocks * 2
     assert written == [frames * 2 * 32 * 2, programs * plan.warps * plan.rows * rank]
+
+
+@pytest.mark.parametrize(
+    ("dim", "kv_heads", "group", "batch", "queries", "most"),
+    [(128, 8, 4, 8, 1, 3), (128, 8, 8, 8, 1, 3), (64, 2, 6, 8, 1, 3), (128, 8, 4, 8, 4, 3)]
+    + [(128, 8, 4, 1, 1, 1.5), (64, 2, 6, 1, 1, 1), (128, 8, 4, 1, 4, 1.5), (256, 2, 8, 8, 1, 1)],
+)
+def test_programs_of_few_pages(dim, kv_heads, group, batch, queries, most, monkeypatch):
+    """On a multiprocessor of the card at most three run, of a single row about one, and hardly
+    fewer: each of them takes more pages."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
+    layout = PageLayout(Bands.parse("32x4+64x2"), Bands.parse("32x4+64x2"), dim)
+    shape = (batch, kv_heads, group, queries, 32, 132)
+    plan = attention.plan_launch(layout, *shape, torch.device("cuda:0"))
+    running = plan.programs * plan.few // 6 * kv_heads * plan.blocks / 132
+    assert 0.8 * most < running <= most
 
 
 @pytest.mark.parametrize("queries", [1, 4])
