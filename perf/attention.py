@@ -40,6 +40,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from perf._cases import LAYER, LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
 from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record
+from spectral_kernels import _launch
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
 SHAPES = (
@@ -251,11 +252,12 @@ def measure(shape: Shape, preset: str, card: Card) -> Row:
     steps = make_steps(shape, preset, card)
     error, times = check(steps[0]), device_times([step.step for step in steps])
     layout = steps[0].codec.layout
+    matrix = not shape.older_cards and _launch.has_matrix_units(card.device)
     return {
         **{"B": shape.batch, "H": shape.heads, "G": shape.kv_heads, "D": shape.dim},
         **{"T": shape.tokens, **({"case": shape.case} if shape.case else {}), "preset": preset},
         "layout": f"{layout.k} {layout.v}",
-        "path": "scalar" if shape.older_cards else "matrix",
+        "path": "matrix" if matrix else "scalar",
         **{f"{name}_us": x for name, x in times._asdict().items()},
         "read_share": steps[0].nbytes / times.p50 * 1e6 / card.read_bandwidth,
         "error": error,
@@ -295,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception as error:
                 failed += fail(f"{shape} {preset}", error)
         chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
-        peers = time_peers(shape, chosen, card)
+        peers = time_peers(shape, chosen, card) if rows else {}
         for row in rows:
             record({**row, **beside(peers)}, same, args.json)
     return 1 if failed else 0

@@ -690,7 +690,7 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
                 yield row
             took = time.monotonic() - begun
     model = cast(model, DTYPES[args.dtype]) if args.dtype else reader
-    names = TASKS if args.tasks == ["all"] else args.tasks
+    names = TASKS if "all" in args.tasks else args.tasks
     cells = [(name, length) for length in args.lengths for name in names]
     for i, cell in enumerate(cells):
         now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)

@@ -117,7 +117,7 @@ class Served:
             raise AssertionError(f"expected {new} tokens of each prompt, got {counts}")
         return taken
 
-    def time(self, batch: int, tokens: int, args: argparse.Namespace) -> Row:
+    def time(self, batch: int, tokens: int) -> Row:
         given = prompts(batch, tokens, self.vocabulary)
         first = self.seconds(given, 1)
         self.seconds(given, FEW)
@@ -203,7 +203,7 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
     while args.kv_gb and not all(x.exists() for x in signs):
         time.sleep(0.2)  # no engine starts or ends while another is timed
     for batch, tokens in args.cells:
-        done(served.time(batch, tokens, args))
+        done(served.time(batch, tokens))
     if args.full:
         done(served.fill(args))
 

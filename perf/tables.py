@@ -27,7 +27,7 @@ KEYS = {
     "serve": ("gpu", "gpus", "vllm", "B", "T", "backend", "kv_dtype"),
 }
 PRESETS = ("exact", *LOSSY)
-PLOTTED = (*LAYER, "matrix", None)  # H, G, D, path, case of the layers in plots
+PLOTTED = (*LAYER, None)  # H, G, D, case of the layers in plots
 OURS, HEADLINE = "balanced", 6  # preset and rows of the headline table
 ORDER = ("static", "graph", "bare", "ours", "long", "prefill", "dense", *PRESETS)
 LOSSES = ("fp8", "kivi-2", "quality", "balanced", "small")  # schemes of the table of losses
@@ -267,7 +267,7 @@ def steps(results: Path) -> Iterator[Row]:
             name, size = f"vLLM {row['vllm']}", 1 / row["kv_tokens"]
             yield row | {"engine": name, "kind": kind, "ms": row["tpot_ms"], "size": size}
     for row in newest("attention", results):
-        if tuple(map(row.get, ("H", "G", "D", "path", "case"))) == PLOTTED:
+        if tuple(map(row.get, ("H", "G", "D", "case"))) == PLOTTED:
             times = {"bf16": "best_peer_us", "fp8": "best_fp8_us", row["preset"]: "p50_us"}
             for kind, name in times.items():
                 if row.get(name):

@@ -444,9 +444,17 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
         return make(shape, *args, **kwargs)
 
     monkeypatch.setattr(job, "make_steps", out_of_memory)
+    peers, time_peers = [], job.time_peers
+
+    def watched(shape, *args):
+        peers.append((shape.batch, shape.tokens))
+        return time_peers(shape, *args)
+
+    monkeypatch.setattr(job, "time_peers", watched)
     assert run_job(monkeypatch, *shapes, *options) == 0
     shown = capsys.readouterr()
     assert "B=4 H=4/2 D=64 T=512 small: skipped" in shown.out  # does not fit
+    assert (4, 512) not in peers  # nothing to compare them with
     rows = tables.read_rows(rows_file)
     cells = [(1, 512, None, "matrix"), (1, 512, None, "scalar")]
     cells += [(2, 640, "q4 pool1024", "matrix"), (3, 1024, "1x1024+2x512", "matrix")]
@@ -460,6 +468,19 @@ def test_rows_say_what_was_measured(monkeypatch, tmp_path, capsys):
     [step] = make(Shape(1, 4, 2, 64, 512), "balanced", CARD, 1)
     assert rows[0]["read_share"] == pytest.approx(step.nbytes / 20e3, rel=1e-3)  # of 1 GB/s
     assert "best_peer math  best_peer_us 20.0" in shown.out
+
+
+@on_cpu
+def test_rows_of_a_card_without_matrix_units(monkeypatch, tmp_path):
+    """They say the path that ran, and are plotted as others are."""
+    monkeypatch.setattr(job._launch, "has_matrix_units", lambda device: False)
+    monkeypatch.setattr(tables, "PLOTTED", (4, 2, 64, None))
+    (tmp_path / "attention.jsonl").touch()
+    options = ("--json", str(tmp_path / "attention.jsonl"))
+    assert run_job(monkeypatch, "1x256:4/2:d64", "1x512:4/2:d64", *options) == 0
+    assert [x["path"] for x in tables.read_rows(tmp_path / "attention.jsonl")] == ["scalar"] * 2
+    (lines,) = tables.against_length(tables.speed, tmp_path).values()
+    assert [tokens for tokens, _ in lines["balanced"]] == [256, 512]
 
 
 @on_cpu

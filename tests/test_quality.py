@@ -281,8 +281,8 @@ def test_rows_of_tasks_of_the_command(tmp_path, capsys):
 
 
 def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
-    """A text or a batch takes 10 seconds of a clock: of 34, two texts and no third, which would end
-    at 35 had it the 5 of the first; then of two kinds of tasks half of what is left each."""
+    """A text or a batch takes 10 seconds of a clock, the first text 5: of 24, two texts and no
+    third, which would end at 25; then of two kinds of tasks half of what is left each."""
     clock, batches = [100.0], []
 
     def answers(model, reader, part, tokenizer, schemes):
@@ -315,6 +315,9 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
     assert [(row["task"], row["contexts"]) for row in found] == [("needle", 6), ("multikey", 3)]
     rows([], math.inf)
     assert batches == [("needle", 2)] * 4 + [("needle", 1)] + [("multikey", 1)] * 9
+    monkeypatch.setattr(quality, "TASKS", ("multikey",))
+    options["tasks"] = ["multikey", "all"]  # all are those that there are
+    assert [row["task"] for row in rows([], 10)] == ["multikey"]
 
 
 def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
