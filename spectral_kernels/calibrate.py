@@ -52,7 +52,7 @@ FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
 QUERIES = 256  # that costs of errors are estimated from, a head and sequence: more of a long one
 LENGTH = 16384  # tokens of a sequence: by shorter ones' costs long contexts lose what they recall
-SHORT = 4096  # tokens of one that is not halved where memory is too small
+SHORT = 4096  # of one where few are read in all, or where memory is too small
 WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
 LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary more than outputs do
@@ -875,7 +875,8 @@ def read(
         source = AutoTokenizer.from_pretrained(model.name_or_path)
     if callable(source):
         longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
-        source = token_sequences(source, tokens, length=min(LENGTH, longest), texts=texts)
+        length = min(longest, LENGTH if tokens >= LEAST_DRAWN else SHORT)
+        source = token_sequences(source, tokens, length=length, texts=texts)
     start, source = time.monotonic(), [*source]
     while True:
         try:

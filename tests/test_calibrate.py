@@ -752,15 +752,18 @@ def test_too_little_memory_takes_shorter_sequences(tiny, where, monkeypatch):
 
 
 def test_sequences_are_as_long_as_the_model_takes(tiny, monkeypatch):
-    """Costs of a context's keys depend on its length."""
+    """Costs of a context's keys depend on its length. Few tokens, whose costs are of outputs, are
+    of several sequences."""
     model, tokenizer = tiny
     seen = []
     monkeypatch.setattr(calibrate, "collect", lambda model, ids, **options: seen.append(ids))
-    options = {"tokens": 4 * 8192, "texts": ["the farmer planted apples . " * 9000]}
-    calibrate.read(model, tokenizer, progress=False, **options)
+    options = {"texts": ["the farmer planted apples . " * 14000], "progress": False}
+    calibrate.read(model, tokenizer, tokens=65536, **options)
     monkeypatch.setattr(model.config, "max_position_embeddings", 32768)
-    calibrate.read(model, tokenizer, progress=False, **options)
-    assert [[len(x) for x in ids] for ids in seen] == [[8192] * 4, [16384] * 2]
+    calibrate.read(model, tokenizer, tokens=65536, **options)
+    calibrate.read(model, tokenizer, tokens=calibrate.LEAST_DRAWN - 4096, **options)
+    lengths = [[len(x) for x in ids] for ids in seen]
+    assert lengths == [[8192] * 8, [16384] * 4, [4096] * 11]
 
 
 def test_bad_sequences_are_refused(tiny):

@@ -16,11 +16,8 @@ sequence:
     rng = random.Random(2026)
     for _ in range(8):
         print(*write_document(rng, 4095, rng.randint(50, 100)))" > recall.txt
-    python -c "
-    from spectral_kernels import calibrate
-    calibrate.LENGTH = 4096
-    calibrate.main('--model perf/tiny_model --text recall.txt --tokens 32768 --device cpu '
-                   '--preset quality balanced small --out perf/tiny_model'.split())"
+    python -m spectral_kernels.calibrate --model perf/tiny_model --text recall.txt \
+        --tokens 32768 --device cpu --preset quality balanced small --out perf/tiny_model
 """
 
 import argparse
