@@ -982,8 +982,7 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
     # The queries of a KV head together (a single row has few programs, of many splits), then all
     # dimensions, as far as that keeps the card busy.
     most_h, most_d = (8, 128) if rank <= 128 else (4, 64)
-    held_h = max(1, 16 * most_h // many)  # sums [many, queries, rank] that registers hold
-    most_h = min(most_h, held_h, group * queries) if plan.matrix and batch > 1 else 1
+    most_h = max(1, min(16 * most_h // many, group * queries)) if plan.matrix and batch > 1 else 1
     most_d = min(most_d, _launch.next_power_of_2(dim))
     tiles = (
         (h, d) for h in (8, 4, 2, 1) for d in (128, 64, 32)

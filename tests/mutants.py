@@ -173,6 +173,8 @@ MUTANTS: list[Mutant] = [
          "few = 4", f"{ATTENTION}test_programs_of_few_pages"),
         ("more pages asked of L2 than it holds", "PATH[0] and (W > 4 or ROWS > 4)", "PATH[0]",
          "tests/test_compile.py::test_pages_are_asked_of_l2"),
+        ("large bases joined as small ones", "min(16 * most_h // many, group",
+         "min(128 // many, group", f"{ATTENTION}test_registers_hold_what_is_joined_at_once"),
         ("a plan of no queries", "    if not batch * query_heads * queries:\n",
          "    if not query_heads + queries:\n", f"{ATTENTION}test_the_workspace_of_no_queries"),
     ),

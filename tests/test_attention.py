@@ -457,6 +457,34 @@ def test_a_power_of_two_compiles_for_smaller_batches(
         assert compiled(batch) == compiled(1 << (batch - 1).bit_length()), batch
 
 
+@pytest.mark.parametrize("rank", [96, 128, 192, 256])
+@pytest.mark.parametrize("kv_heads, queries", [(1, 1), (1, 4), (2, 1), (8, 4)])
+def test_registers_hold_what_is_joined_at_once(rank, kv_heads, queries, monkeypatch):
+    """Of several queries: at most 128 numbers a thread."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
+    launched: list[dict] = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(constants)
+
+    monkeypatch.setattr(attention, "_finish_spectral_kernel", Recorder())
+    layout = PageLayout(Bands.parse("16x8"), Bands.parse(f"{rank}x2"), 256)
+    codec = SimpleNamespace(layout=layout, kv_heads=kv_heads, v_basis=None, v_scale=None)
+    for batch in range(2, 65):
+        plan = attention.plan_launch(
+            layout, batch, kv_heads, 16, queries, 512, 132, torch.device("cuda:0")
+        )
+        shape, out = (batch, kv_heads * 16, queries, 256), torch.empty(0)
+        attention._launch_finish(
+            (), codec, (None, None, None), out, out, shape, (4, 128, 128), plan
+        )
+        one = launched.pop()
+        numbers = one["BLOCK_N"][-1] * one["BLOCK_H"] * triton.next_power_of_2(rank)
+        assert one["BLOCK_H"] == 1 or numbers <= 128 * 32 * one["num_warps"], batch
+
+
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)
 def test_a_long_row_beside_short_ones(rng, implementation):
     spec = PageSpec("16x8", "32x4", 64, 1, (5, 64 * 45 + 3, 0, 70, 1), 64)
