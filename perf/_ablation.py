@@ -67,6 +67,7 @@ def ablations(model: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[str,
     wide = {"FRAME": 4096, "error_costs": partial(calibrate.error_costs, frame=4096)}
     yield "frames of 4,096 positions", fit(read(wide), **wide)
     yield "sequences of 4,096 tokens", fit(read({"LENGTH": 4096}))
-    yield "an eighth of the tokens", fit(read({}, tokens=max(512, stats.tokens // 8)))
+    few = read({}, tokens=max(512, stats.tokens // 8))
+    yield "an eighth of the tokens, errors of outputs", fit(few)
     yield "window 16", replace(whole, window=16)
     yield "no sinks", replace(whole, sinks=0)

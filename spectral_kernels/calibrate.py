@@ -471,8 +471,8 @@ def collect(
     Of LEAST_DRAWN tokens or more, gradients are asked for. If none come back (weights in a format
     that has none or made under torch.inference_mode; no memory for SHORT) all layers do without.
     Memory: one sequence's q, k, v, outputs' gradients and inputs of all layers; logits of half of
-    it, twice (of all of it, where the model has no logits_to_keep): of 16,384 tokens 20 GB for
-    Llama 8B in 16 bits. D x D sums in float64 a KV head on each layer's device.
+    it, twice (of all of it, where the model has no logits_to_keep): beside Llama 8B's weights 19 GB
+    of 16,384 tokens in 16 bits. D x D sums in float64 a KV head on each layer's device.
     """
     from inspect import signature
 

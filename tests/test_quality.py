@@ -357,7 +357,7 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     text = [(tmp_path / "a.txt").read_text()]
     codec = calibrate.calibrate(model, tokenizer, "balanced", texts=text, progress=False)
     assert torch.allclose(codec.layers[0].k_scale, kept["balanced"].layers[0].k_scale, rtol=1e-3)
-    assert "calibrated on 512 tokens" in kept["an eighth of the tokens"].notes
+    assert "calibrated on 512 tokens" in kept["an eighth of the tokens, errors of outputs"].notes
     for name in ("errors of outputs, not of predictions", "K: plain squared error"):
         assert not torch.equal(kept[name].layers[1].k_basis, codec.layers[1].k_basis), name
     narrow = kept["steps of least error, no wider"].layers
