@@ -175,6 +175,8 @@ MUTANTS: list[Mutant] = [
          "tests/test_compile.py::test_pages_are_asked_of_l2"),
         ("large bases joined as small ones", "min(16 * most_h // many, group",
          "min(128 // many, group", f"{ATTENTION}test_registers_hold_what_is_joined_at_once"),
+        ("warps that wait for one another join few numbers", "max(1 + (held > 2048), ", "max(2, ",
+         f"{ATTENTION}test_registers_hold_what_is_joined_at_once"),
         ("a plan of no queries", "    if not batch * query_heads * queries:\n",
          "    if not query_heads + queries:\n", f"{ATTENTION}test_the_workspace_of_no_queries"),
     ),
