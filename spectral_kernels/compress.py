@@ -49,8 +49,8 @@ def byte_in_page(token, column, IS_K: tl.constexpr):
 
 @triton.jit
 def _field(c, zero, low):
-    """The codes of coefficients from bit `low` of a byte on, int32; `zero`: half of their number. A
-    top field's sign bit is not flipped."""
+    """The codes of coefficients from bit `low` of a byte on, int32; `zero`: the code of 0, half
+    their number. A top field's sign bit is not flipped."""
     code = tl.floor(c + zero)
     return tl.minimum(tl.maximum(code, 0.0), 2 * zero - 1).to(tl.int32) << low
 
@@ -378,13 +378,12 @@ def _append_group(
     FIELDS: tl.constexpr = _bits.fields_of(GROUPS, n)
     BLOCKS: tl.constexpr = triton.next_power_of_2(FIELDS)
     g = tl.program_id(1).to(tl.int64)
-    # Where there are ids, N is 1.
-    codec_row = row_of(codec_ids_ptr, tl.program_id(0) // Q, 0) * G + g
+    codec_row = row_of(codec_ids_ptr, tl.program_id(0) // Q, 0) * G + g  # with ids N is 1
     local = tl.arange(0, 16 * BLOCKS)
     r = _bits.first_block(GROUPS, n) * 16 + local
     real = local < 16 * FIELDS
     d = tl.arange(0, triton.next_power_of_2(D))
-    # Sums of three dimensions, as their order is one for every N then.
+    # A layout that N does not change: sums over D have one order, a token's codes the same bits.
     e_ptr = encoder_ptr + codec_row * (D * R) + d[:, None, None] * R + r[None, :, None]
     mask = (d < D)[:, None, None] & real[None, :, None]
     encoder = tl.load(e_ptr, mask=mask, other=0.0)  # [D, R, 1]
@@ -409,12 +408,11 @@ def _append_group(
     c = tl.sum(turned.to(tl.float32)[:, None, :] * encoder, 0)  # [R, N]
     if IS_K:
         c -= offset[:, None]
-    zero = tl.full(local.shape, 0.5, dtype=tl.float32)
-    low = local % 4 * 8
+    zero = tl.full(local.shape, 0.5, dtype=tl.float32)  # all codes of a block too many are 0
+    low = local % 4 * 8  # four columns in a word: a quarter of the shuffles to add up blocks
     for f in tl.static_range(FIELDS):
         zero = tl.where(local // 16 == f, _bits.codes_of(GROUPS, n, f)[0], zero)
         low += tl.where(local // 16 == f, _bits.codes_of(GROUPS, n, f)[1], 0)
-    # The bytes of four columns in a word, as words are added up in a quarter of the shuffles.
     field = tl.reshape(_field(c, zero[:, None], low[:, None]), [BLOCKS, 4, 4, b.shape[0]])
     word = tl.sum(tl.sum(field, 2), 0)  # [4, N]
     byte = (word[:, None, :] >> (tl.arange(0, 4) * 8)[None, :, None]) & 255
@@ -517,10 +515,9 @@ def append(
     with torch.cuda.device_of(k):
         groups = codec.layout.k.groups, codec.layout.v.groups
         parts = sum(map(len, groups))
-        # Tokens of a program share its encoder, where there are more than four a multiprocessor.
-        few = 4 * _launch.multiprocessors(k.device)
-        share = _launch.next_power_of_2(_launch.cdiv(batch * queries * heads * parts, few))
-        tokens = min(share, 4) if codec_ids is None else 1
+        # Two tokens share a program's encoder where a multiprocessor has more than four programs.
+        many = batch * queries * heads * parts > 4 * _launch.multiprocessors(k.device)
+        tokens = 2 if many and codec_ids is None else 1
         sides = (
             (k, k_pages, k_exact, codec.k_encoder, codec.k_offset, codec.freqs),
             (v, v_pages, v_exact, codec.v_encoder, None, None),
@@ -535,7 +532,7 @@ def append(
             block_table.shape[1], block_table.stride(0), D=dim, PAIRS=codec.freqs.shape[0],
             FRAME=codec.layout.frame, K_GROUPS=groups[0], V_GROUPS=groups[1], SINKS=sinks,
             RING=ring, TOKENS=tokens, OVERLAP=_launch.overlaps_launches(k.device),
-            num_warps=4 if dim > 64 else 2,
+            num_warps=_launch.next_power_of_2(dim) // 32,
         )  # fmt: skip
     return None
 
