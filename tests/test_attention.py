@@ -405,12 +405,12 @@ def test_programs_have_memory_of_their_own(rng, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dim", "kv_heads", "group", "batch", "queries", "most"),
-    [(128, 8, 4, 8, 1, 3), (128, 8, 8, 8, 1, 3), (64, 2, 6, 8, 1, 3), (128, 8, 4, 8, 4, 3)]
-    + [(128, 8, 4, 1, 1, 1.5), (64, 2, 6, 1, 1, 1), (128, 8, 4, 1, 4, 1.5), (256, 2, 8, 8, 1, 1)],
+    [(128, 8, 4, 8, 1, 3), (128, 8, 8, 8, 1, 3), (64, 2, 6, 8, 1, 3), (128, 8, 4, 8, 4, 2)]
+    + [(128, 8, 4, 1, 1, 1.5), (64, 2, 6, 1, 1, 1), (128, 8, 4, 1, 4, 2), (256, 2, 8, 8, 1, 1)],
 )
 def test_programs_of_few_pages(dim, kv_heads, group, batch, queries, most, monkeypatch):
-    """On a multiprocessor of the card at most three run, of a single row about one, and hardly
-    fewer: each of them takes more pages."""
+    """On a multiprocessor of the card at most three run, two of 16 queries, about one of a single
+    row of fewer, and hardly fewer: each of them takes more pages."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
     layout = PageLayout(Bands.parse("32x4+64x2"), Bands.parse("32x4+64x2"), dim)
@@ -418,6 +418,23 @@ def test_programs_of_few_pages(dim, kv_heads, group, batch, queries, most, monke
     plan = attention.plan_launch(layout, *shape, torch.device("cuda:0"))
     running = plan.programs * plan.few // 6 * kv_heads * plan.blocks / 132
     assert 0.8 * most < running <= most
+
+
+@pytest.mark.parametrize(
+    ("dim", "v", "group", "queries", "frame", "wanted"),
+    [(128, "128x2", 4, 1, 512, 8), (128, "128x2", 4, 2, 512, 8), (256, "16x8", 8, 1, 512, 8)]
+    + [(128, "32x4+64x2", 4, 4, 512, 8), (128, "128x2", 4, 4, 512, 4), (256, "16x8", 8, 4, 512, 4)]
+    + [(128, "32x4+64x2", 4, 4, 64, 4)],
+)
+def test_pages_at_once(dim, v, group, queries, frame, wanted, monkeypatch):
+    """Eight, but of 16 queries only where registers hold two pages' scores beside the sums of V's
+    components, and never two pages of a warp with queries of two frames."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    layout = PageLayout(Bands.parse("32x4"), Bands.parse(v), dim, frame)
+    plan = attention.plan_launch(
+        layout, 8, 8, group, queries, 512, 132, torch.device("cuda:0"), None, True
+    )
+    assert plan.warps * plan.pages == wanted
 
 
 @pytest.mark.parametrize("queries", [1, 4])
