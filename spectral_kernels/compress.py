@@ -387,7 +387,7 @@ def _append_group(
     e_ptr = encoder_ptr + codec_row * (D * R) + d[:, None, None] * R + r[None, :, None]
     mask = (d < D)[:, None, None] & real[None, :, None]
     encoder = tl.load(e_ptr, mask=mask, other=0.0)  # [D, R, 1]
-    row_ptr = x_ptr + b * strides[0] + g * strides[1] + (Q - ahead) * strides[2]  # [N]
+    row_ptr = x_ptr + b * strides[0] + g * strides[1] + (Q - ahead).to(tl.int64) * strides[2]  # [N]
     mask = (d < D)[:, None]
     if IS_K:
         x, other, freqs, sign = _paired(row_ptr[None, :], d[:, None], freqs_ptr, mask, PAIRS)

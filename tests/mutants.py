@@ -388,6 +388,8 @@ MUTANTS: list[Mutant] = [
         ("append: sign bit not flipped", "byte ^= 128\n    at", "byte ^= 0\n    at"),
         ("append: pages' offsets of 32 bits", "mask=live, other=0).to(tl.int64)",
          "mask=live, other=0).to(tl.int32)", f"{FAR}[triton]"),
+        ("append: tokens' offsets of 32 bits", "(Q - ahead).to(tl.int64)",
+         "(Q - ahead).to(tl.int32)", f"{FAR}[triton]"),
         ("append: wrong half of a byte", "tl.atomic_or(word_ptr, byte << low,",
          "tl.atomic_or(word_ptr, byte << (low ^ 4),",
          "tests/test_compress.py::test_append -k '48x4 and triton'"),

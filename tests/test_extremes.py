@@ -323,7 +323,8 @@ def test_attention_at_a_million(rng, implementation):
 
 @pytest.mark.parametrize("implementation", ["triton", "scalar"])
 def test_offsets_past_two_to_the_31(rng, implementation):
-    """Pages and slots 2**30 bytes and elements apart: the bits of those that lie close."""
+    """Pages, slots and new tokens 2**30 bytes and elements apart: the bits of those that lie
+    close."""
     arrays, queries, tokens = make_step(
         rng, ("16x8", "48x4", 64, 64, 64, 1, 2, (70, 9), (2, 8, 0), 1, 0, F32, F32)
     )
@@ -347,14 +348,15 @@ def test_offsets_past_two_to_the_31(rng, implementation):
     assert all(torch.equal(a, b) for a, b in zip(near_state, far_state, strict=True))
     if implementation == "scalar":
         return
-    x = make_queries(rng, shape=(2, 1, 1, 64)).tensor
-    for t, slots in ((tensors, tokens.tensors), (far, exact)):
+    x = make_queries(rng, shape=(2, 1, 3, 64)).tensor
+    far_x = apart(x.transpose(0, 2).contiguous()).transpose(0, 2)
+    for t, slots, new in ((tensors, tokens.tensors, x), (far, exact, far_x)):
         operation(compress, "append", implementation)(
-            x, x, t.codec, t.k_pages, t.v_pages, *slots, t.block_table, t.seq_lens,
+            new, new, t.codec, t.k_pages, t.v_pages, *slots, t.block_table, t.seq_lens,
             sinks=2, seq_ids=tokens.ids,
         )  # fmt: skip
         operation(compress, "encode", implementation)(
-            x, t.codec, t.k_pages, t.block_table, t.seq_lens, side="k", exact=slots[0], sinks=2,
+            new, t.codec, t.k_pages, t.block_table, t.seq_lens, side="k", exact=slots[0], sinks=2,
             seq_ids=tokens.ids,
         )  # fmt: skip
     for a, b in zip((*tokens.tensors, tensors.k_pages, tensors.v_pages),
