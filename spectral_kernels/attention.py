@@ -990,8 +990,8 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
         and rows * _launch.cdiv(group * queries, h) * _launch.cdiv(dim, d) >= cores
     )  # fmt: skip
     block_h, block_d = next(tiles, (1, 32))
-    held = (many + block_d) * rank  # numbers in registers
-    warps = min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120))))
+    held = (many + block_d) * rank  # numbers in registers: of few, one warp, which waits for none
+    warps = min(16, max(1 + (held > 2048), _launch.next_power_of_2(_launch.cdiv(held, 5120))))
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     blocks = batch * _launch.cdiv(group * queries, block_h)
     _finish_spectral_kernel[(blocks, codec.kv_heads, _launch.cdiv(dim, block_d))](
