@@ -49,8 +49,8 @@ def byte_in_page(token, column, IS_K: tl.constexpr):
 
 @triton.jit
 def _field(c, zero, low):
-    """The codes of coefficients from bit `low` of a byte on, int32; `zero`: the code of 0, half
-    their number. A top field's sign bit is not flipped."""
+    """The codes of coefficients from bit `low` of a byte or word on, int32; `zero`: the code of 0,
+    half their number. A top field's sign bit is not flipped."""
     code = tl.floor(c + zero)
     return tl.minimum(tl.maximum(code, 0.0), 2 * zero - 1).to(tl.int32) << low
 
