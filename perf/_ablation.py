@@ -25,12 +25,12 @@ def plain(side: Side) -> Side:
 
 def uncentred(side: Side) -> Side:
     more = side.mean[:, :, None] * side.mean[:, None]
-    moment, sums = side.moment + more, side.sums + more
-    return replace(side, moment=moment, sums=sums, mean=torch.zeros_like(side.mean))
+    sums = None if side.sums is None else side.sums + more
+    return replace(side, moment=side.moment + more, sums=sums, mean=torch.zeros_like(side.mean))
 
 
 def apart(side: Side) -> Side:
-    return replace(side, sums=side.moment, gained=False)
+    return replace(side, sums=None, gained=False)
 
 
 def one_layout(stats: ModelStats) -> list[PageLayout]:

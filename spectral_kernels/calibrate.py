@@ -9,8 +9,7 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
               tokens gradients are left out (|do|^2 in units of sum |o|^2): too few tell too little
     metric    of K: sum of scale^2 p_i^2 (g . (v_i - o))^2 y y^T over queries and the frames of the
               keys they meet; of V: sum of p_i^2 g g^T
-    sums      errors x A of all tokens x, as codes that hold less than all make them, add up: to a
-              cost of |g|^2 (A^T sum_i p_i v_i)^2 of V, likewise of K, known of drawn gradients
+    sums      errors x A of all tokens x, as of codes that hold less, add up: sum_i p_i (x_i A)
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows; of K less its mean, of V as it is
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
@@ -136,7 +135,7 @@ class Side:
         rows: float32 [G, N, D] on the CPU: a sample of tokens x.
         device: where much is computed.
         sums: [G, D, D], S: errors x e b^T of all older tokens x, less their mean, add up to a cost
-            of (e^T S e) (b M b^T). The moment, where tokens are as if independent.
+            of (e^T S e) (b M b^T). None: as if tokens were independent.
         gained: whether decoders make up for what codes lose of the sums.
     """
 
@@ -145,7 +144,7 @@ class Side:
     mean: Tensor
     rows: Tensor
     device: torch.device
-    sums: Tensor
+    sums: Tensor | None
     gained: bool
 
     @cached_property
@@ -153,7 +152,9 @@ class Side:
         """All D components, best first: [G, D, D]."""
         return fit_basis(self.moment, self.metric)
 
-    def quantisers(self, encoder: Tensor, bits: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    def quantisers(
+        self, encoder: Tensor, bits: Sequence[int], margin: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Steps, decoders' gains and costs (of rows b with b M b^T = 1) of components of so many
         bits, [G, R]; encoder [G, D, R].
 
@@ -162,15 +163,14 @@ class Side:
         """
         rows = self.rows.to(self.device) - self.mean.float().to(self.device)[:, None]
         c = rows @ encoder.float().to(self.device)
-        steps = fit_steps(c, bits)
+        steps = fit_steps(c, bits, margin)
         codes = quantised(c, steps, bits)
         kept = (codes * c).mean(-2) / c.square().mean(-2).clamp_min(1e-37)
         noise = (codes - kept[..., None, :] * c).square().mean(-2)
         steps, kept, noise = (x.double().cpu() for x in (steps, kept, noise))
-        sums = (encoder * (self.sums @ encoder)).sum(-2)
-        gain = torch.ones_like(sums)
-        if self.gained:
-            gain = torch.where(kept * sums > 0, kept * sums / (kept**2 * sums + noise), gain)
+        sums = (encoder * ((self.moment if self.sums is None else self.sums) @ encoder)).sum(-2)
+        best = kept * sums / (kept**2 * sums + noise)
+        gain = torch.where(best > 0, best, 1.0) if self.gained else torch.ones_like(best)
         return steps, gain, (1 - gain * kept) ** 2 * sums + gain**2 * noise
 
     @cached_property
@@ -178,7 +178,8 @@ class Side:
         """What components add to the cost, all heads together, [D], by bits (0: none)."""
         weight = ((self.basis @ self.metric) * self.basis).sum(-1)
         encoder, dim = torch.linalg.inv(self.basis), weight.shape[-1]
-        costs = {bits: self.quantisers(encoder, [bits] * dim)[2] for bits in (8, 4, 2, 0)}
+        known = self.sums is not None
+        costs = {n: self.quantisers(encoder, [n] * dim, known)[2] for n in (8, 4, 2, 0)}
         return {bits: (cost * weight).sum(0) for bits, cost in costs.items()}
 
     def loss(self, bands: Bands) -> float:
@@ -340,7 +341,7 @@ class _Layer:
         floor = METRIC_FLOOR * metrics.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         metrics += floor * torch.eye(mean.shape[-1], dtype=torch.float64)
         drawn = bool(sums.any())
-        k_sums, v_sums = sums if drawn else (k_moment, v_moment)
+        k_sums, v_sums = sums if drawn else (None, None)
         k = Side(k_moment, metrics[0], mean, k_rows, device, k_sums, False)
         v = Side(v_moment, metrics[1], torch.zeros_like(mean), v_rows, device, v_sums, drawn)
         return LayerStats(k, v, self.freqs.cpu())
@@ -614,12 +615,11 @@ def quantised(coefficients: Tensor, steps: Tensor, bits: Sequence[int]) -> Tenso
     return torch.minimum(torch.maximum(code, -most), most).mul_(steps[..., None, :])
 
 
-def fit_steps(coefficients: Tensor, bits: Sequence[int]) -> Tensor:
-    """The quantiser step of each component, of least squared error over a sample, MARGIN wider:
-    coefficients float32 [..., N, R], bits of each component.
+def fit_steps(coefficients: Tensor, bits: Sequence[int], margin: bool = True) -> Tensor:
+    """The quantiser step of each component, of least squared error over a sample float32 [..., N,
+    R], and MARGIN wider, but where the plan takes tokens for independent.
 
-    8-bit components, which hold most of a key's length, are not clipped: their margin is for what
-    the sample does not have.
+    8-bit components, which hold most of a key's length, are not clipped within the sample.
     """
     top = torch.tensor([2.0**b for b in bits], device=coefficients.device)
     largest = coefficients.abs().amax(-2)
@@ -630,7 +630,7 @@ def fit_steps(coefficients: Tensor, bits: Sequence[int]) -> Tensor:
     steps = torch.stack([widest * share**n for n in range(STEP_SHARES)])
     lost = [(quantised(coefficients, x, bits) - coefficients).square_().mean(-2) for x in steps]
     best = steps.gather(0, torch.stack(lost).argmin(0, keepdim=True))[0]
-    return best * torch.tensor([MARGIN.get(b, 1.0) for b in bits], device=best.device)
+    return best * torch.tensor([MARGIN.get(b, 1.0) ** margin for b in bits], device=best.device)
 
 
 def fit_side(side: Side, bands: Bands) -> tuple[Tensor, Tensor, Tensor]:
