@@ -720,7 +720,7 @@ def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayou
 def share_bytes(
     total: float, sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
 ) -> list[int]:
-    """The choice of each item for which the sum of losses is least (a knapsack, byte by byte).
+    """The index of the choice of each item: least sum of losses (a knapsack, byte by byte).
 
     Args:
         total: bytes of all; at least those of the smallest choices.
