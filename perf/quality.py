@@ -19,8 +19,9 @@ dense model on the same tokens. `exact` is what the number format costs.
 
 --tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
 context and exact questions and new tokens. Flips: prompts that only the dense model or only the
-scheme solves, p McNemar's, as if none shared a context; `change`: 95 % interval of the score's. In
-bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype float32`.
+scheme solves, p McNemar's, as if none shared a context or problem; `change`: 95 % interval of the
+score's. In bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype
+float32`. There `dense, 16 bits` answers beside: what the number format flips.
 
 Columns:
     ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
@@ -553,14 +554,15 @@ def answers(
     """(scheme, text of each task, sizes) for tasks of one length, "dense" first. What prompts of a
     context have in common is read (by `reader`) and stored once a scheme, the rest is exact."""
     common, each = min(map(_tasks.shared, asked)), len(asked[0])
+    rounded = {} if model.dtype == reader.dtype else {"dense, 16 bits": store_dense}
     ids = torch.tensor([tasks[0].ids[: common + 1] for tasks in asked])
     prefix = read_prefix(reader, ids, moments="oscar-2" in schemes)
-    for name, store in {"dense": store_dense, **schemes}.items():
-        given = store(prefix)
-        size, cache = sizes(given, prefix), dense_cache(model, given.layers)
+    for name, store in {"dense": store_dense, **rounded, **schemes}.items():
+        given, writer = store(prefix), reader if name in rounded else model
+        size, cache = sizes(given, prefix), dense_cache(writer, given.layers)
         del given
         cache.batch_repeat_interleave(each)
-        yield name, greedy(model, cache, [*chain.from_iterable(asked)], tokenizer), size
+        yield name, greedy(writer, cache, [*chain.from_iterable(asked)], tokenizer), size
 
 
 def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 1) -> Iterator[Row]:
@@ -717,7 +719,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--generate", type=int, default=0, metavar="N", help="tokens to generate after contexts")
     add("--tasks", nargs="+", choices=["all", *TASKS], default=[], metavar="TASK")
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
-    add("--count", type=int, default=16, help="contexts a task (16); humaneval has 164")
+    add("--count", type=int, default=16, help="contexts a task (16); humaneval: 164 a round")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
     late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
     add("--seconds", type=float, default=math.inf, help=late)

@@ -33,6 +33,13 @@ def place_of(groups, i):
 
 
 @triton.constexpr_function
+def codes_of(groups, n, f):
+    """(half the number of codes of field f of group n, its lowest bit)."""
+    _, _, low, bits, _ = place_of(groups, first_block(groups, n) + f)
+    return 2.0 ** (bits - 1), low
+
+
+@triton.constexpr_function
 def fields_of(groups, n):
     """How many fields group n has."""
     return len(groups[n][1])

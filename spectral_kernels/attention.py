@@ -63,30 +63,31 @@ from .window import (
 
 
 @triton.jit
-def _bytes_at(ptr, BYTES: tl.constexpr):
-    """Bytes [N, BYTES] at pointers [N], each pointer's by the threads of one warp."""
-    at = ptr[:, None] + tl.arange(0, min(512, BYTES))[None, :]
+def _load_rows(ptr, N: tl.constexpr, ONCE: tl.constexpr):
+    """N numbers, at most ONCE at once, at pointers [W]: [W, N], each row by threads of one warp."""
+    at = ptr[:, None] + tl.arange(0, min(ONCE, N))[None, :]
     x = tl.load(at)
-    if BYTES > 512:  # loaded at once, two warps would share them
-        x = tl.reshape(tl.permute(tl.join(x, tl.load(at + 512)), [0, 2, 1]), [ptr.shape[0], BYTES])
+    if N > ONCE:  # loaded at once, two warps would share them
+        x = tl.reshape(tl.permute(tl.join(x, tl.load(at + ONCE)), [0, 2, 1]), [ptr.shape[0], N])
     return x
 
 
 @triton.jit
-def _k_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [N, 32 SUBTILES tokens, 16 columns] of a K group of pages at pointers [N]."""
+def _columns(ptr, GROUPS: tl.constexpr, IS_K: tl.constexpr):
+    """Bytes of each group of pages at pointers [N]: of K [N, tokens, 16 columns], of V [N, 16
+    columns, tokens] with the tokens in the order of `_by_eights`."""
     N: tl.constexpr = ptr.shape[0]
-    x = tl.reshape(_bytes_at(ptr, 512 * SUBTILES), [N, SUBTILES, 8, 4, 4, 4])
-    return tl.reshape(tl.permute(x, [0, 1, 4, 2, 3, 5]), [N, 32 * SUBTILES, 16])
-
-
-@triton.jit
-def _v_columns(ptr, SUBTILES: tl.constexpr):
-    """Bytes [N, 16 columns, 32 SUBTILES tokens] of a V group of pages at pointers [N]; the tokens
-    in the order of `_by_eights`."""
-    N: tl.constexpr = ptr.shape[0]
-    x = tl.reshape(_bytes_at(ptr, 512 * SUBTILES), [N, SUBTILES, 8, 4, 2, 8])
-    return tl.reshape(tl.permute(x, [0, 4, 2, 1, 3, 5]), [N, 16, 32 * SUBTILES])
+    columns = ()
+    for n in tl.static_range(len(GROUPS)):
+        x = _load_rows(ptr + _bits.group_offset(GROUPS, n), 512 * _bits.subtiles_of(GROUPS, n), 512)
+        if IS_K:
+            x = tl.reshape(x, [N, x.shape[1] // 512, 8, 4, 4, 4])
+            x = tl.reshape(tl.permute(x, [0, 1, 4, 2, 3, 5]), [N, x.shape[1] * 32, 16])
+        else:
+            x = tl.reshape(x, [N, x.shape[1] // 512, 8, 4, 2, 8])
+            x = tl.reshape(tl.permute(x, [0, 4, 2, 1, 3, 5]), [N, 16, x.shape[1] * 32])
+        columns = columns + (x,)
+    return columns
 
 
 @triton.jit
@@ -304,16 +305,14 @@ def _page_scores(page_ptr, u_ptr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATI
     R: tl.constexpr = _bits.rank_of(GROUPS)
     STEPS: tl.constexpr = (R + 31) // 32
     N: tl.constexpr = 2 * ROWS
-    blocks = ()
-    for n in tl.static_range(len(GROUPS)):
-        x = _k_columns(page_ptr + _bits.group_offset(GROUPS, n), _bits.subtiles_of(GROUPS, n))
-        for f in tl.static_range(_bits.fields_of(GROUPS, n)):
-            blocks = blocks + (_block(x, GROUPS, _bits.first_block(GROUPS, n) + f, True, NATIVE),)
+    columns, blocks = _columns(page_ptr, GROUPS, True), ()
+    for i in tl.static_range(R // 16):
+        blocks = blocks + (_block(columns[_bits.place_of(GROUPS, i)[0]], GROUPS, i, True, NATIVE),)
     if R % 32:
         blocks = blocks + (tl.zeros([page_ptr.shape[0], 64, 16], dtype=tl.int8),)
     dots = tl.zeros([W, T, N], dtype=tl.int32)
     for step in tl.static_range(STEPS):
-        u = _bytes_at(u_ptr + step * (32 * N), 32 * N)
+        u = _load_rows(u_ptr + step * (32 * N), 32 * N, 512)
         u = tl.reshape(u, [W, max(1, N // 16), 8, 4, min(2, N // 8), 8])
         u = tl.reshape(tl.permute(u, [0, 3, 5, 1, 4, 2]), [W, 32, N])
         x = tl.reshape(_side_by_side(blocks[2 * step], blocks[2 * step + 1]), [T // 64, W, 64, 32])
@@ -321,8 +320,7 @@ def _page_scores(page_ptr, u_ptr, ROWS: tl.constexpr, GROUPS: tl.constexpr, NATI
         dots += tl.dot(x, u, out_dtype=tl.int32)
     hi, lo = tl.split(tl.reshape(dots, [W, T, ROWS, 2]))
     affine = (u_ptr + STEPS * (32 * N)).to(tl.pointer_type(tl.float32))
-    affine = affine[:, None] + tl.arange(0, 2 * ROWS)[None, :]
-    unit, bias = tl.split(tl.reshape(tl.load(affine), [W, ROWS, 2]))
+    unit, bias = tl.split(tl.reshape(_load_rows(affine, 2 * ROWS, 16), [W, ROWS, 2]))
     return (hi * 256 + lo).to(tl.float32) * unit[:, None, :] + bias[:, None, :]
 
 
@@ -427,6 +425,7 @@ def _pages_split(
     P: tl.constexpr = TILE[3]
     NATIVE: tl.constexpr = PATH[2]
     AHEAD: tl.constexpr = PATH[0] and (W > 4 or ROWS > 4)  # where L2 holds all programs' next turn
+    EARLY: tl.constexpr = ROWS > 8 and P == 2  # registers hold V from the scores on
     UNIT: tl.constexpr = ROWS * ((_bits.rank_of(K_GROUPS) + 31) // 32 * 64 + 8)  # bytes of a frame
     page, end, stop = _math.row_share(seq_len, split, splits, EXACT[0], EXACT[1], W * P)
     u_row -= page // PAGES
@@ -461,7 +460,9 @@ def _pages_split(
                 k_ptr + number * stride_k_page,
                 u_ptr + (u_row + tl.minimum(j, end - 1) // PAGES) * UNIT, ROWS, K_GROUPS, NATIVE,
             )  # fmt: skip
-            if AHEAD:
+            if EARLY:
+                v = _columns(v_ptr + number * stride_v_page, V_GROUPS, False)
+            if AHEAD:  # no load is moved past it
                 _prefetch(k_ptr, stride_k_page, table_ptr, start + W * P, end, W, P, K_GROUPS)
             if (start * 64 < EXACT[0]) | (start + W * P >= end):  # elsewhere all are seen
                 # Counted from the sinks, by eights: a lane has one token of each.
@@ -483,13 +484,12 @@ def _pages_split(
             l_lane = l_lane * old[:, None, :] + tl.sum(tl.reshape(p, [W, 8 * P, 8, ROWS]), 1)
             w_hi, w_lo, _rounded = _split_int16(p * FULL, NATIVE)
             w_both = tl.reshape(tl.join(_by_eights(w_hi), _by_eights(w_lo)), [W, 64 * P, 2 * ROWS])
+            if not EARLY:
+                v = _columns(v_ptr + number * stride_v_page, V_GROUPS, False)
             rescaled = ()
-            for n in tl.static_range(len(V_GROUPS)):
-                group_ptr = v_ptr + number * stride_v_page + _bits.group_offset(V_GROUPS, n)
-                x = _v_columns(group_ptr, _bits.subtiles_of(V_GROUPS, n))
-                for f in tl.static_range(_bits.fields_of(V_GROUPS, n)):
-                    y = _block(x, V_GROUPS, _bits.first_block(V_GROUPS, n) + f, False, NATIVE)
-                    rescaled = rescaled + (_add_weighted(acc[len(rescaled)], old, y, w_both),)
+            for i in tl.static_range(_bits.rank_of(V_GROUPS) // 16):
+                y = _block(v[_bits.place_of(V_GROUPS, i)[0]], V_GROUPS, i, False, NATIVE)
+                rescaled = rescaled + (_add_weighted(acc[i], old, y, w_both),)
             acc = rescaled + (_add_weighted(acc[len(rescaled)], old, ones, w_both),)
             if AHEAD:
                 _prefetch(v_ptr, stride_v_page, table_ptr, start + W * P, end, W, P, V_GROUPS)
@@ -711,24 +711,24 @@ def plan_launch(
 
     As many programs as are resident, or some rounds of them; where these would take fewer pages
     than LITTLE, fewer, as a program's start and end then cost as much as its pages, and more with
-    others beside it: at most three a multiprocessor, about one of a single row, some more of 16
-    queries. A row that gets n programs, rounded down, has less than twice the pages of one of all.
+    others beside it: at most three a multiprocessor, two of 16 queries, about one of a single row
+    of fewer. A row that gets n programs, rounded down, has less than twice the pages of one of all.
     """
     matrix = _launch.has_matrix_units(device) if matrix_units is None else matrix_units
     rows = min(MAX_ROWS, _launch.next_power_of_2(group * queries))
     large = layout.head_dim > 128 or layout.k.rank > 128 or layout.v.rank > 128
     if matrix:
         rows = max(4, rows)  # hi and lo of 4 queries are the 8 columns of a dot
-        # Eight pages at once, if registers hold their scores: two a warp, or, where sums take
-        # registers, more warps.
+        # Eight pages at once, if registers hold their scores beside the sums: two a warp, or, where
+        # sums take registers, more warps.
         warps = 2 * WARPS if rows <= 8 and large else WARPS
-        pages = 2 if rows <= 8 and not large and layout.frame % (2 * PAGE_SIZE) == 0 else 1
-        # Of more rows of a projection a large basis leaves four warps no registers.
-        m = max(16 if max(layout.k.rank, layout.head_dim) > 64 and warps == WARPS else 32, rows)
+        twice = rows * layout.v.rank <= 1536 and layout.frame % (2 * PAGE_SIZE) == 0
+        pages = 2 if twice and not large else 1
         # Programs a multiprocessor: as many as their registers allow without spills.
-        resident = 2 * WARPS // warps
-        if not large:
-            resident = 4 if rows == 4 else 3 if rows * layout.v.rank <= 1536 else 2
+        resident = 2 * WARPS // warps if large else {4: 4, 8: 3}.get(rows, 2)
+        # A large basis leaves four warps no registers for more rows, but where two programs run.
+        wide = max(layout.k.rank, layout.head_dim) > 64
+        m = 64 if rows == MAX_ROWS and not large else 16 if wide and warps == WARPS else 32
         most_registers = 65536 // (32 * warps * resident) // 8 * 8 if resident > 2 else None
     else:  # attention_sm75.py: a warp and 4 queries a program
         rows, warps, pages, m, resident = 4, 1, 1, 4, 16
@@ -748,7 +748,7 @@ def plan_launch(
     programs = num_splits * batch if num_splits else programs
     few = 6
     if matrix and num_splits is None and resident > 1:
-        few = (6 if resident == 3 else 4) if batch > 1 or large else 2 if rows <= 8 else 3
+        few = 2 if batch == 1 and rows <= 8 and not large else 4 if large or resident == 4 else 6
     least = max(1, programs * few // 6)
     # Kernels are compiled for few batches: for those that an engine captures, powers of two.
     rounded = _launch.next_power_of_2(batch)
@@ -985,8 +985,8 @@ def _launch_finish(states, codec, tables, out, lse, shape, kept, plan) -> None:
         and rows * _launch.cdiv(group * queries, h) * _launch.cdiv(dim, d) >= cores
     )  # fmt: skip
     block_h, block_d = next(tiles, (1, 32))
-    held = (many + block_d) * rank  # numbers in registers
-    warps = min(16, max(2, _launch.next_power_of_2(_launch.cdiv(held, 5120))))
+    held = (many + block_d) * rank  # numbers in registers: of few, one warp, which waits for none
+    warps = min(16, max(1 + (held > 2048), _launch.next_power_of_2(_launch.cdiv(held, 5120))))
     overlap = plan.matrix and _launch.overlaps_launches(out.device)
     blocks = batch * _launch.cdiv(group * queries, block_h)
     _finish_spectral_kernel[(blocks, codec.kv_heads, _launch.cdiv(dim, block_d))](

@@ -48,13 +48,11 @@ def byte_in_page(token, column, IS_K: tl.constexpr):
 
 
 @triton.jit
-def _field(c, GROUPS: tl.constexpr, i: tl.constexpr):
-    """The codes of coefficients of block i where they lie in a byte, int32; a top field's sign bit
-    is not flipped."""
-    LOW: tl.constexpr = _bits.place_of(GROUPS, i)[2]
-    BITS: tl.constexpr = _bits.place_of(GROUPS, i)[3]
-    code = tl.floor(c + (1 << (BITS - 1)))
-    return tl.minimum(tl.maximum(code, 0.0), (1 << BITS) - 1.0).to(tl.int32) << LOW
+def _field(c, zero, low):
+    """The codes of coefficients from bit `low` of a byte on, int32; `zero`: the code of 0, half
+    their number. A top field's sign bit is not flipped."""
+    code = tl.floor(c + zero)
+    return tl.minimum(tl.maximum(code, 0.0), 2 * zero - 1).to(tl.int32) << low
 
 
 @triton.jit
@@ -65,16 +63,21 @@ def _coefficients(byte, GROUPS: tl.constexpr, i: tl.constexpr):
 
 
 @triton.jit
-def _turned_back(row_ptr, d, start, freqs_ptr, live, PAIRS: tl.constexpr, D: tl.constexpr):
-    """Dimensions d (last axis) of the tokens at row_ptr, turned back by `start` positions, in x's
-    dtype.
+def _paired(row_ptr, d, freqs_ptr, live, PAIRS: tl.constexpr):
+    """Of dimensions d (last axis) of the tokens at row_ptr: x, the dimensions that they turn with,
+    frequencies, and signs of a turn backwards.
 
     row_ptr broadcasts with d; live likewise."""
-    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))  # of a turn backwards
+    sign = tl.where(d < PAIRS, 1.0, tl.where(d < 2 * PAIRS, -1.0, 0.0))
     partner = tl.where(d < PAIRS, d + PAIRS, tl.where(d < 2 * PAIRS, d - PAIRS, d))
     freqs = tl.load(freqs_ptr + tl.minimum(d, partner), mask=d < 2 * PAIRS, other=0)
     x = tl.load(row_ptr + d, mask=live, other=0.0)
-    other = tl.load(row_ptr + partner, mask=live, other=0.0)
+    return x, tl.load(row_ptr + partner, mask=live, other=0.0), freqs, sign
+
+
+@triton.jit
+def _turned_back(x, other, freqs, sign, start):
+    """What `_paired` returns, turned back by `start` positions, in x's dtype."""
     cos, sin = cos_sin(start, freqs)
     return (x.to(tl.float32) * cos + other.to(tl.float32) * (sign * sin)).to(x.dtype)
 
@@ -89,7 +92,7 @@ def _new_tokens(
     d = low + tl.arange(0, BLOCK_K)
     live = new[None, :] & (d < D)[:, None]
     if IS_K:
-        x = _turned_back(row_ptr[None, :], d[:, None], start, freqs_ptr, live, PAIRS, D)
+        x = _turned_back(*_paired(row_ptr[None, :], d[:, None], freqs_ptr, live, PAIRS), start)
     else:
         x = tl.load(row_ptr[None, :] + d[:, None], mask=live, other=0.0)
     return x
@@ -184,7 +187,7 @@ def _encode_kernel(
                     c += dot_f32(e, x, MATRIX, NATIVE)
                 if offset_ptr is not None:
                     c -= tl.load(offset_ptr + codec_row * R + r)[:, None]
-                byte |= _field(c, GROUPS, _bits.first_block(GROUPS, n) + f)
+                byte |= _field(c, *_bits.codes_of(GROUPS, n, f))
             if _bits.bits_of(GROUPS, n) == 8:
                 byte ^= 128
             group_ptr = pages_ptr + _bits.group_offset(GROUPS, n)
@@ -358,132 +361,106 @@ def encode_torch(
 
 @triton.jit
 def _append_group(
-    x_ptr,  # the token, [D]
-    exact_ptr,  # row of exact slots, [S, D]
-    pages_ptr,  # pages of the head
-    codec,  # of the head: encoder [D, R]; of K offset [R] and freqs, else None
-    table_ptr,  # of the row
-    seq_len_ptr,
-    ahead,  # tokens that are newer, and this one
-    max_pages,
-    stride_page,
-    stride_slot,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    FRAME: tl.constexpr,
-    GROUPS: tl.constexpr,
-    n: tl.constexpr,
-    SINKS: tl.constexpr,
-    RING: tl.constexpr,
-):
-    """One group of one side of one token: project, quantise and pack it into its page; with the
-    first group the token is copied to its slot."""
-    encoder_ptr, offset_ptr, freqs_ptr = codec
+    side,  # x, pages, exact slots; encoder; of K offset and freqs, else None
+    strides,  # of x (b, g, q), pages (page, g), exact slots (row, g, slot)
+    tables,  # block_table, seq_lens, and or None: codec_ids, seq_ids
+    b,  # [N], rows of tokens
+    ahead,  # [N], tokens of the row that are newer, and this one
+    Q, G, max_pages, stride_table_b, D: tl.constexpr, PAIRS: tl.constexpr, FRAME: tl.constexpr,
+    GROUPS: tl.constexpr, n: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr,
+):  # fmt: skip
+    """One group of one side of N tokens: project, quantise and pack them into their pages; with
+    the first group they are copied to their slots."""
+    x_ptr, pages_ptr, exact_ptr, encoder_ptr, offset_ptr, freqs_ptr = side
+    block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
     IS_K: tl.constexpr = offset_ptr is not None
     R: tl.constexpr = _bits.rank_of(GROUPS)
     FIELDS: tl.constexpr = _bits.fields_of(GROUPS, n)
     BLOCKS: tl.constexpr = triton.next_power_of_2(FIELDS)
+    g = tl.program_id(1).to(tl.int64)
+    codec_row = row_of(codec_ids_ptr, tl.program_id(0) // Q, 0) * G + g  # with ids N is 1
     local = tl.arange(0, 16 * BLOCKS)
     r = _bits.first_block(GROUPS, n) * 16 + local
+    real = local < 16 * FIELDS
     d = tl.arange(0, triton.next_power_of_2(D))
-    mask = (d < D)[:, None] & (local < 16 * FIELDS)[None, :]
-    encoder = tl.load(encoder_ptr + d[:, None] * R + r[None, :], mask=mask, other=0.0)
-    token = tl.load(x_ptr + d, mask=d < D, other=0.0)
-    position = tl.load(seq_len_ptr) - ahead
+    # A layout that N does not change: sums over D have one order, a token's codes the same bits.
+    e_ptr = encoder_ptr + codec_row * (D * R) + d[:, None, None] * R + r[None, :, None]
+    mask = (d < D)[:, None, None] & real[None, :, None]
+    encoder = tl.load(e_ptr, mask=mask, other=0.0)  # [D, R, 1]
+    row_ptr = x_ptr + b * strides[0] + g * strides[1] + (Q - ahead) * strides[2]  # [N]
+    mask = (d < D)[:, None]
+    if IS_K:
+        x, other, freqs, sign = _paired(row_ptr[None, :], d[:, None], freqs_ptr, mask, PAIRS)
+        offset = tl.load(offset_ptr + codec_row * R + r, mask=real, other=0.0)
+    else:
+        x = tl.load(row_ptr[None, :] + d[:, None], mask=mask, other=0.0)  # [D, N]
+    position = tl.load(seq_lens_ptr + b) - ahead
     tl.debug_barrier()  # no load is put off until registers are free: all of them are on their way
     live = (position >= 0) & (position // 64 < max_pages)
     position = tl.maximum(position, 0)
-    page = tl.load(table_ptr + position // 64, mask=live, other=0).to(tl.int64)
+    page_ptr = block_table_ptr + b * stride_table_b + position // 64
+    page = tl.load(page_ptr, mask=live, other=0).to(tl.int64)
     if IS_K:
         start = (position // FRAME * FRAME).to(tl.int64)
-        x = _turned_back(x_ptr, d, start, freqs_ptr, d < D, PAIRS, D)
+        turned = _turned_back(x, other, freqs, sign, start[None, :])
     else:
-        x = token
-    c = tl.sum(x.to(tl.float32)[:, None] * encoder, 0)
+        turned = x
+    c = tl.sum(turned.to(tl.float32)[:, None, :] * encoder, 0)  # [R, N]
     if IS_K:
-        c -= tl.load(offset_ptr + r, mask=local < 16 * FIELDS, other=0.0)
-    c = tl.reshape(c, [BLOCKS, 16])
-    block = tl.arange(0, BLOCKS)
-    byte = tl.zeros([16], dtype=tl.int32)
+        c -= offset[:, None]
+    zero = tl.full(local.shape, 0.5, dtype=tl.float32)  # all codes of a block too many are 0
+    low = local % 4 * 8  # four columns in a word: a quarter of the shuffles to add up blocks
     for f in tl.static_range(FIELDS):
-        part = tl.sum(tl.where((block == f)[:, None], c, 0.0), 0)  # [16]
-        byte |= _field(part, GROUPS, _bits.first_block(GROUPS, n) + f)
+        zero = tl.where(local // 16 == f, _bits.codes_of(GROUPS, n, f)[0], zero)
+        low += tl.where(local // 16 == f, _bits.codes_of(GROUPS, n, f)[1], 0)
+    field = tl.reshape(_field(c, zero[:, None], low[:, None]), [BLOCKS, 4, 4, b.shape[0]])
+    word = tl.sum(tl.sum(field, 2), 0)  # [4, N]
+    byte = (word[:, None, :] >> (tl.arange(0, 4) * 8)[None, :, None]) & 255
+    byte = tl.reshape(byte, [16, b.shape[0]])
     if _bits.bits_of(GROUPS, n) == 8:
         byte ^= 128
-    at = byte_in_page(position % 64, tl.arange(0, 16), IS_K)
-    stored = at < tl.where(live, 1024, 0)
-    group_ptr = pages_ptr + page * stride_page + _bits.group_offset(GROUPS, n)
+    at = byte_in_page((position % 64)[None, :], tl.arange(0, 16)[:, None], IS_K)  # [16, N]
+    stored = at < tl.where(live, 1024, 0)[None, :]
+    group_ptr = pages_ptr + (page * strides[3] + g * strides[4])[None, :]
+    group_ptr += _bits.group_offset(GROUPS, n)
     if _bits.is_half_group(GROUPS, n):
         # Another new token may have the other half of the byte: these four bits change alone.
         low = at % 4 * 8 + at // 512 * 4
-        word = (group_ptr + at % 512 // 4 * 4).to(tl.pointer_type(tl.int32))
-        tl.atomic_and(word, ~(15 << low), mask=stored, sem="relaxed")
-        tl.atomic_or(word, byte << low, mask=stored, sem="relaxed")
+        word_ptr = (group_ptr + at % 512 // 4 * 4).to(tl.pointer_type(tl.int32))
+        tl.atomic_and(word_ptr, ~(15 << low), mask=stored, sem="relaxed")
+        tl.atomic_or(word_ptr, byte << low, mask=stored, sem="relaxed")
     else:
         tl.store(group_ptr + at, byte.to(tl.uint8), mask=stored)
     if n == 0:
-        slot = slot_of(position, SINKS, RING).to(tl.int64)
-        tl.store(exact_ptr + slot * stride_slot + d, token, mask=d < tl.where(live, D, 0))
+        slot = slot_of(position, SINKS, RING).to(tl.int64) * strides[7]
+        slot_ptr = exact_ptr + row_of(seq_ids_ptr, b, b) * strides[5] + g * strides[6] + slot
+        tl.store(slot_ptr[None, :] + d[:, None], x, mask=mask & live[None, :])
 
 
-@triton.jit(do_not_specialize=["Q", "max_pages", "stride_table_b"])
+@triton.jit(do_not_specialize=["B", "max_pages", "stride_table_b"])
 def _append_kernel(
-    k_ptr,
-    v_ptr,
-    codec,  # k_encoder, k_offset, v_encoder, freqs
-    k_pages_ptr,
-    v_pages_ptr,
-    k_exact_ptr,
-    v_exact_ptr,
-    tables,  # block_table, seq_lens, and or None: codec_ids, seq_ids
-    Q,
-    G,
-    max_pages,
-    strides_k,  # (b, g, q)
-    strides_v,
-    strides_pages,  # (page and g of K, page and g of V)
-    strides_exact,  # (row, g, slot of K, row, g, slot of V)
-    stride_table_b,
-    D: tl.constexpr,
-    PAIRS: tl.constexpr,
-    FRAME: tl.constexpr,
-    K_GROUPS: tl.constexpr,
-    V_GROUPS: tl.constexpr,
-    SINKS: tl.constexpr,
-    RING: tl.constexpr,
+    k, strides_k, v, strides_v, tables, B, Q, G, max_pages, stride_table_b,
+    D: tl.constexpr, PAIRS: tl.constexpr, FRAME: tl.constexpr, K_GROUPS: tl.constexpr,
+    V_GROUPS: tl.constexpr, SINKS: tl.constexpr, RING: tl.constexpr, TOKENS: tl.constexpr,
     OVERLAP: tl.constexpr,
-):
-    """One group of K's or V's components of one new token of one row and head."""
-    k_encoder_ptr, k_offset_ptr, v_encoder_ptr, freqs_ptr = codec
-    block_table_ptr, seq_lens_ptr, codec_ids_ptr, seq_ids_ptr = tables
+):  # fmt: skip
+    """One group of K's or V's components of TOKENS new tokens of one head; k, v and their strides
+    are the sides of `_append_group`."""
     if OVERLAP:  # the attention kernel may start: what it reads of this one's work it waits for
         tl.extra.cuda.gdc_launch_dependents()
-    RK: tl.constexpr = _bits.rank_of(K_GROUPS)
-    RV: tl.constexpr = _bits.rank_of(V_GROUPS)
-    i = tl.program_id(0) % Q
-    b = (tl.program_id(0) // Q).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
-    row = row_of(seq_ids_ptr, b, b)
-    codec_row = row_of(codec_ids_ptr, b, 0) * G + g
-    table_ptr = block_table_ptr + b * stride_table_b
+    # The last one again where there are not as many.
+    token = tl.minimum(tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), B * Q - 1)
+    b, ahead = (token // Q).to(tl.int64), Q - token % Q
     for n in tl.static_range(len(K_GROUPS)):
         if tl.program_id(2) == n:
             _append_group(
-                k_ptr + b * strides_k[0] + g * strides_k[1] + i * strides_k[2],
-                k_exact_ptr + row * strides_exact[0] + g * strides_exact[1],
-                k_pages_ptr + g * strides_pages[1],
-                (k_encoder_ptr + codec_row * (D * RK), k_offset_ptr + codec_row * RK, freqs_ptr),
-                table_ptr, seq_lens_ptr + b, Q - i, max_pages, strides_pages[0], strides_exact[2],
+                k, strides_k, tables, b, ahead, Q, G, max_pages, stride_table_b,
                 D, PAIRS, FRAME, K_GROUPS, n, SINKS, RING,
             )  # fmt: skip
     for n in tl.static_range(len(V_GROUPS)):
         if tl.program_id(2) == len(K_GROUPS) + n:
             _append_group(
-                v_ptr + b * strides_v[0] + g * strides_v[1] + i * strides_v[2],
-                v_exact_ptr + row * strides_exact[3] + g * strides_exact[4],
-                v_pages_ptr + g * strides_pages[3],
-                (v_encoder_ptr + codec_row * (D * RV), None, None),
-                table_ptr, seq_lens_ptr + b, Q - i, max_pages, strides_pages[2], strides_exact[5],
+                v, strides_v, tables, b, ahead, Q, G, max_pages, stride_table_b,
                 D, PAIRS, FRAME, V_GROUPS, n, SINKS, RING,
             )  # fmt: skip
 
@@ -536,17 +513,26 @@ def append(
     if k.numel() == 0:
         return None
     with torch.cuda.device_of(k):
-        parts = len(codec.layout.k.groups) + len(codec.layout.v.groups)
-        _append_kernel[(batch * queries, heads, parts)](
-            k, v, (codec.k_encoder, codec.k_offset, codec.v_encoder, codec.freqs),
-            k_pages, v_pages, k_exact, v_exact, (block_table, seq_lens, codec_ids, seq_ids),
-            queries, heads, block_table.shape[1], k.stride()[:3], v.stride()[:3],
-            (*k_pages.stride()[:2], *v_pages.stride()[:2]),
-            (*k_exact.stride()[:3], *v_exact.stride()[:3]), block_table.stride(0), D=dim,
-            PAIRS=codec.freqs.shape[0], FRAME=codec.layout.frame,
-            K_GROUPS=codec.layout.k.groups, V_GROUPS=codec.layout.v.groups, SINKS=sinks,
-            RING=ring, OVERLAP=_launch.overlaps_launches(k.device),
-            num_warps=8 if dim > 64 else 4,
+        groups = codec.layout.k.groups, codec.layout.v.groups
+        parts = sum(map(len, groups))
+        # Two tokens share a program's encoder where a multiprocessor has more than four programs.
+        many = batch * queries * heads * parts > 4 * _launch.multiprocessors(k.device)
+        tokens = 2 if many and codec_ids is None else 1
+        sides = (
+            (k, k_pages, k_exact, codec.k_encoder, codec.k_offset, codec.freqs),
+            (v, v_pages, v_exact, codec.v_encoder, None, None),
+        )
+        strides = [
+            (*x.stride()[:3], *pages.stride()[:2], *exact.stride()[:3])
+            for x, pages, exact, *_ in sides
+        ]
+        _append_kernel[(_launch.cdiv(batch * queries, tokens), heads, parts)](
+            sides[0], strides[0], sides[1], strides[1],
+            (block_table, seq_lens, codec_ids, seq_ids), batch, queries, heads,
+            block_table.shape[1], block_table.stride(0), D=dim, PAIRS=codec.freqs.shape[0],
+            FRAME=codec.layout.frame, K_GROUPS=groups[0], V_GROUPS=groups[1], SINKS=sinks,
+            RING=ring, TOKENS=tokens, OVERLAP=_launch.overlaps_launches(k.device),
+            num_warps=_launch.next_power_of_2(dim) // 32,
         )  # fmt: skip
     return None
 

@@ -229,7 +229,11 @@ def launch_all(
     for queries in (1, 4) if thorough else (1,):  # a decode step, drafts
         new = x[:, :, :queries]
         q = torch.zeros(batch, group * heads, queries, dim, dtype=dtype)
-        sk.append(new, new, codec, *pages, k_exact, v_exact, table, seq_lens, sinks=sinks)
+        for ids in (None, torch.zeros_like(seq_lens)):  # some tokens a program, and one
+            sk.append(
+                new, new, codec, *pages, k_exact, v_exact, table, seq_lens, sinks=sinks,
+                codec_ids=ids,
+            )  # fmt: skip
         exact = {"exact": (k_exact, v_exact), "after_append": True}
         for num_splits in (2, 33):  # few and many are joined by other kernels
             for more in (exact, {}) if thorough else (exact,):

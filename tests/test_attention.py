@@ -251,9 +251,13 @@ def test_a_single_row_that_all_programs_share(rng, pages):
     check_spectral("triton", arrays, queries)
 
 
-def test_a_short_row_alone_in_a_large_table(rng):
-    """Its exact tokens' programs come before those that a long row would have work for. 32 queries
-    of a KV head are two programs' each."""
+def test_a_short_row_alone_in_a_large_table(rng, monkeypatch):
+    """Its exact tokens' programs come before those that a long row would have work for, half of
+    them here. 32 queries of a KV head are two programs' each."""
+    plan_launch = attention.plan_launch
+    monkeypatch.setattr(
+        attention, "plan_launch", lambda *args: dataclasses.replace(plan_launch(*args), few=3)
+    )
     lengths = (3 * PAGE + 5,)
     arrays = make_pages(rng, PageSpec("16x8", "16x8", 64, 2, lengths, spare_pages=60))
     tokens = make_exact_tokens(rng, lengths=lengths, kv_heads=2, head_dim=64, sinks=4, window=40)
@@ -405,12 +409,12 @@ def test_programs_have_memory_of_their_own(rng, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dim", "kv_heads", "group", "batch", "queries", "most"),
-    [(128, 8, 4, 8, 1, 3), (128, 8, 8, 8, 1, 3), (64, 2, 6, 8, 1, 3), (128, 8, 4, 8, 4, 3)]
-    + [(128, 8, 4, 1, 1, 1.5), (64, 2, 6, 1, 1, 1), (128, 8, 4, 1, 4, 1.5), (256, 2, 8, 8, 1, 1)],
+    [(128, 8, 4, 8, 1, 3), (128, 8, 8, 8, 1, 3), (64, 2, 6, 8, 1, 3), (128, 8, 4, 8, 4, 2)]
+    + [(128, 8, 4, 1, 1, 1.5), (64, 2, 6, 1, 1, 1), (128, 8, 4, 1, 4, 2), (256, 2, 8, 8, 1, 1)],
 )
 def test_programs_of_few_pages(dim, kv_heads, group, batch, queries, most, monkeypatch):
-    """On a multiprocessor of the card at most three run, of a single row about one, and hardly
-    fewer: each of them takes more pages."""
+    """On a multiprocessor of the card at most three run, two of 16 queries, about one of a single
+    row of fewer, and hardly fewer: each of them takes more pages."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
     layout = PageLayout(Bands.parse("32x4+64x2"), Bands.parse("32x4+64x2"), dim)
@@ -418,6 +422,23 @@ def test_programs_of_few_pages(dim, kv_heads, group, batch, queries, most, monke
     plan = attention.plan_launch(layout, *shape, torch.device("cuda:0"))
     running = plan.programs * plan.few // 6 * kv_heads * plan.blocks / 132
     assert 0.8 * most < running <= most
+
+
+@pytest.mark.parametrize(
+    ("dim", "v", "group", "queries", "frame", "wanted"),
+    [(128, "128x2", 4, 1, 512, 8), (128, "128x2", 4, 2, 512, 8), (256, "16x8", 8, 1, 512, 8)]
+    + [(128, "32x4+64x2", 4, 4, 512, 8), (128, "128x2", 4, 4, 512, 4), (256, "16x8", 8, 4, 512, 4)]
+    + [(128, "32x4+64x2", 4, 4, 64, 4)],
+)
+def test_pages_at_once(dim, v, group, queries, frame, wanted, monkeypatch):
+    """Eight, but of 16 queries only where registers hold two pages' scores beside the sums of V's
+    components, and never two pages of a warp with queries of two frames."""
+    monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
+    layout = PageLayout(Bands.parse("32x4"), Bands.parse(v), dim, frame)
+    plan = attention.plan_launch(
+        layout, 8, 8, group, queries, 512, 132, torch.device("cuda:0"), None, True
+    )
+    assert plan.warps * plan.pages == wanted
 
 
 @pytest.mark.parametrize("queries", [1, 4])
@@ -457,10 +478,11 @@ def test_a_power_of_two_compiles_for_smaller_batches(
         assert compiled(batch) == compiled(1 << (batch - 1).bit_length()), batch
 
 
-@pytest.mark.parametrize("rank", [96, 128, 192, 256])
+@pytest.mark.parametrize("rank", [16, 32, 96, 128, 192, 256])
 @pytest.mark.parametrize("kv_heads, queries", [(1, 1), (1, 4), (2, 1), (8, 4)])
 def test_registers_hold_what_is_joined_at_once(rank, kv_heads, queries, monkeypatch):
-    """Of several queries: at most 128 numbers a thread."""
+    """Of several queries: at most 128 numbers a thread. Of one: at most 64 by a warp alone, which
+    has nothing to wait for; of more numbers, by two warps or more."""
     monkeypatch.setattr(_launch, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(_launch, "has_matrix_units", lambda device: True)
     launched: list[dict] = []
@@ -472,7 +494,7 @@ def test_registers_hold_what_is_joined_at_once(rank, kv_heads, queries, monkeypa
     monkeypatch.setattr(attention, "_finish_spectral_kernel", Recorder())
     layout = PageLayout(Bands.parse("16x8"), Bands.parse(f"{rank}x2"), 256)
     codec = SimpleNamespace(layout=layout, kv_heads=kv_heads, v_basis=None, v_scale=None)
-    for batch in range(2, 65):
+    for batch in range(1, 65):
         plan = attention.plan_launch(
             layout, batch, kv_heads, 16, queries, 512, 132, torch.device("cuda:0")
         )
@@ -482,7 +504,11 @@ def test_registers_hold_what_is_joined_at_once(rank, kv_heads, queries, monkeypa
         )
         one = launched.pop()
         numbers = one["BLOCK_N"][-1] * one["BLOCK_H"] * triton.next_power_of_2(rank)
-        assert one["BLOCK_H"] == 1 or numbers <= 128 * 32 * one["num_warps"], batch
+        if one["BLOCK_H"] > 1:
+            assert numbers <= 128 * 32 * one["num_warps"], batch
+        else:
+            numbers = (one["BLOCK_N"][-1] + one["BLOCK_D"]) * rank
+            assert (one["num_warps"] == 1) == (numbers <= 64 * 32), batch
 
 
 @pytest.mark.parametrize("implementation", ATTENTION_IMPLEMENTATIONS)

