@@ -155,7 +155,12 @@ def _split_int16(x, NATIVE: tl.constexpr):
     bits = shifted.to(tl.int32, bitcast=True)
     if NATIVE:
         hi, lo = tl.inline_asm_elementwise(
-            _math.HIGH_AND_LOW, "=r,=r,r,r,r,r", [bits], (tl.int8, tl.int8), True, 4
+            _math.HIGH_AND_LOW,
+            "=r,=r,r,r,r,r",
+            [bits],
+            (tl.int8, tl.int8),
+            True,
+            4,
         )
     else:
         hi = (bits >> 8).to(tl.int8)

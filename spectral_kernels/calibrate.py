@@ -65,8 +65,13 @@ NAME = "spectral_calibration"  # of the attention function, while a model is rea
 
 @dataclass(frozen=True)
 class Preset:
-    """How small a cache is: `ratio` times smaller than 16-bit keys and values, or more, are pages
-    of all layers together; newest tokens (window, at least 1) and first ones (sinks) are exact."""
+    """How small a cache is.
+
+    Args:
+        ratio: how many times smaller than 16-bit keys and values a token's pages are at least, all
+            layers together.
+        window: newest tokens that are exact, at least 1.      sinks: first tokens that are exact.
+    """
 
     ratio: float
     window: int = WINDOW
@@ -82,7 +87,11 @@ PRESETS = {"quality": Preset(5.28), "balanced": Preset(8.0), "small": Preset(12.
 
 
 def preset_of(preset: str | Preset) -> tuple[str, Preset]:
-    """Its name ("custom" for one without) and itself. ValueError, TypeError: no such preset."""
+    """Its name and itself ("custom" for one without a name).
+
+    Raises:
+        ValueError, TypeError: no such preset.
+    """
     if isinstance(preset, str):
         check_in("preset", preset, tuple(PRESETS))
         return preset, PRESETS[preset]
@@ -190,8 +199,13 @@ class Side:
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What is known of a layer: of kappa, the keys turned back by their frame's start, without
-    sinks; of the values; freqs int64 [pairs], of the model's rotation (CPU)."""
+    """What is known of a layer.
+
+    Args:
+        k: of kappa, the keys turned back by their frame's start, without sinks.      v: of the
+            values.
+        freqs: int64 [pairs], of the model's rotation (CPU).
+    """
 
     k: Side
     v: Side
@@ -285,7 +299,8 @@ def error_costs(
             y = turned(asked[:, None].expand(-1, len(starts), -1), starts, freqs)
             metrics[0, g] += (y * cost).flatten(0, 1).mT @ y.flatten(0, 1)
             if gradient is not None:
-                x = (y.mT @ torch.einsum("qft,ftd->qfd", along, kappa[g]).double()).flatten(0, 1)
+                added = torch.einsum("qft,ftd->qfd", along, kappa[g])
+                x = (y.float().mT @ added).flatten(0, 1)  # float32, as few GPUs are fast in float64
                 sums[0, g] += x.mT @ x
     return costs, power
 
@@ -481,8 +496,10 @@ def collect(
         model: a transformers causal language model that calls the attention interface
             (`AttentionInterface`); layers may be on several devices. Its attention function, mode
             and configuration are as before afterwards, also after an exception.
-        sequences: integer [T] or [B, T], token ids without padding, T more than sinks + window.
-        sinks, window: first and newest tokens that a cache keeps exact.      progress: a bar.
+        sequences: integer [T] or [B, T], token ids without padding, of more than sinks + window
+            tokens.
+        sinks, window: first and newest tokens that a cache keeps exact.
+        progress: a bar.
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
             head dimensions that no page layout holds; gradients that are not finite.
@@ -598,6 +615,8 @@ def fit_encoder(rows: Tensor, scale: Tensor, metric: Tensor) -> Tensor:
     Args:
         rows: int8 [..., R, D], R at most D.      scale: float32 [..., R].
         metric: float64 [..., D, D].
+    Returns:
+        float64 [..., D, R].
     """
     basis = rows.double()
     weighted = basis @ _unit(metric)
@@ -616,10 +635,17 @@ def quantised(coefficients: Tensor, steps: Tensor, bits: Sequence[int]) -> Tenso
 
 
 def fit_steps(coefficients: Tensor, bits: Sequence[int], margin: bool = True) -> Tensor:
-    """The quantiser step of each component, of least squared error over a sample float32 [..., N,
-    R], and MARGIN wider, but where the plan takes tokens for independent.
+    """The quantiser step of each component with the least squared error over a sample, and MARGIN
+    wider.
 
-    8-bit components, which hold most of a key's length, are not clipped within the sample.
+    8-bit components, which hold most of a key's length, are not clipped: their steps leave a margin
+    for what the sample does not have.
+
+    Args:
+        coefficients: float32 [..., N, R].      bits: of each component.
+        margin: none is left where the plan takes tokens for independent.
+    Returns:
+        float32 [..., R], positive.
     """
     top = torch.tensor([2.0**b for b in bits], device=coefficients.device)
     largest = coefficients.abs().amax(-2)
@@ -720,11 +746,13 @@ def plan(stats: ModelStats, preset: str | Preset = "balanced") -> list[PageLayou
 def share_bytes(
     total: float, sizes: Sequence[Sequence[int]], losses: Sequence[Sequence[float]]
 ) -> list[int]:
-    """The index of the choice of each item: least sum of losses (a knapsack, byte by byte).
+    """The choice of each item for which the sum of losses is least (a knapsack, byte by byte).
 
     Args:
         total: bytes of all; at least those of the smallest choices.
         sizes, losses: of each item, of each of its choices; sizes are positive.
+    Returns:
+        For each item the index of its choice.
     """
     unit = math.gcd(*(size for own in sizes for size in own))
     room = int(total // unit)

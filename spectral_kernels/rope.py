@@ -202,7 +202,11 @@ def check_queries(q: torch.Tensor, heads: int, head_dim: int, device: torch.devi
 
 
 def project_queries(
-    q: torch.Tensor, codec: Codec, max_frames: int, *, codec_ids: torch.Tensor | None = None
+    q: torch.Tensor,
+    codec: Codec,
+    max_frames: int,
+    *,
+    codec_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries turned back by the start of every frame, multiplied by the key basis and by the mean
     key; PyTorch on any device. (Kernels of attention project for the frames that they read.)

@@ -695,7 +695,7 @@ MUTANTS: list[Mutant] = [
          "along.square().sum((1, 2), keepdim=True)"),
         ("queries turned forward", "starts, kappa = -positions[::frame]",
          "starts, kappa = positions[::frame]"),
-        ("frames do not add up", "(y.mT @ torch.einsum", "(y.roll(1, 0).mT @ torch.einsum"),
+        ("frames of other queries add up", "(y.float().mT @ added)", "(y.float().roll(1, 0).mT @ added)"),
         ("keys with their mean add up", "kappa - kappa[:, sinks:tokens].mean(1, True)", "kappa"),
         ("sinks in the mean", "kappa[:, sinks:tokens]", "kappa[:, :tokens]"),
         ("tokens that are not there in the mean", "kappa[:, sinks:tokens]", "kappa[:, sinks:]"),

@@ -77,7 +77,8 @@ def costs_budgets(q, k, v, gradient, expected, scale):
 
 def sums_budgets(q, k, v, gradient, expected, scale, at, kappa):
     """X is a sum over tokens, off by as much as its terms are; sums of X^T X by twice that times X:
-    Cauchy and Schwarz. kappa: lengths [G, T] of keys less their mean.
+    Cauchy and Schwarz; and by their rows' number, as they are added up in float32. kappa: lengths
+    [G, T] of keys less their mean.
     """
     off_by, dim = np.zeros((2, len(k), 1, 1)), q.shape[-1]  # squared
     for h, m in itertools.product(range(len(q)), at):
@@ -93,7 +94,9 @@ def sums_budgets(q, k, v, gradient, expected, scale, at, kappa):
         off_by[0, g] += (2 * relative * length + size.sum() * off) ** 2
         off_by[1, g] += (2 * relative * slope * (p @ values)) ** 2
     sizes = np.sqrt(np.diagonal(expected[0][1], axis1=2, axis2=3))
-    return np.sqrt(off_by) * (sizes[..., :, None] + sizes[..., None, :]) + off_by
+    products = sizes[..., :, None] * sizes[..., None, :]
+    summed = (len(at) * dim + 4) * ACC * products
+    return np.sqrt(off_by) * (sizes[..., :, None] + sizes[..., None, :]) + off_by + summed
 
 
 @pytest.mark.parametrize("drawn", [True, False])
