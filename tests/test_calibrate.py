@@ -334,6 +334,9 @@ def test_costs_and_gains_are_of_errors_that_add_up(rng, bits, gained, monkeypatc
     assert (gain == 1) == (not gained or bits == 0)
     if gained and bits == 2:
         assert measured[gain] < 0.8 * measured[1]
+        both, power = held.mean(1) @ x[..., 0].mean(1), held.mean(1) @ held.mean(1)
+        # Five deviations of the regression of what is wanted on what is held; as above.
+        assert abs(both / power - gain) <= 5 * (cost / tokens / power) ** 0.5 + 0.002
     if bits == 0:
         assert abs(cost - sums[0, 0, 0].item()) <= 1e-9 * cost
 
