@@ -187,7 +187,7 @@ def _encode_kernel(
                     c += dot_f32(e, x, MATRIX, NATIVE)
                 if offset_ptr is not None:
                     c -= tl.load(offset_ptr + codec_row * R + r)[:, None]
-                byte |= _field(c, *_bits.codes_of(GROUPS, n, f))
+                byte |= _field(c, _bits.codes_of(GROUPS, n, f)[0], _bits.codes_of(GROUPS, n, f)[1])
             if _bits.bits_of(GROUPS, n) == 8:
                 byte ^= 128
             group_ptr = pages_ptr + _bits.group_offset(GROUPS, n)
