@@ -24,13 +24,8 @@ def plain(side: Side) -> Side:
 
 
 def uncentred(side: Side) -> Side:
-    more = side.mean[:, :, None] * side.mean[:, None]
-    sums = None if side.sums is None else side.sums + more
-    return replace(side, moment=side.moment + more, sums=sums, mean=torch.zeros_like(side.mean))
-
-
-def apart(side: Side) -> Side:
-    return replace(side, sums=None, gained=False)
+    moment = side.moment + side.mean[:, :, None] * side.mean[:, None]
+    return replace(side, moment=moment, mean=torch.zeros_like(side.mean))
 
 
 def one_layout(stats: ModelStats) -> list[PageLayout]:
@@ -66,14 +61,12 @@ def ablations(model: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[str,
     for name, change in {"K: plain squared error": plain, "no mean key": uncentred}.items():
         layers = tuple(replace(x, k=change(x.k)) for x in stats.layers)
         yield name, fit(replace(stats, layers=layers))
-    layers = tuple(replace(x, k=apart(x.k), v=apart(x.v)) for x in stats.layers)
-    yield "errors that do not add up, no gain", fit(replace(stats, layers=layers))
     yield "equal bits in a side", fit(stats, menus=equal_bits)
     yield "one layout for all layers", fit(stats, one_layout(stats))
-    margins = {8: calibrate.MARGIN[8]}  # these clip nothing
-    yield "steps of least error, no wider", fit(stats, MARGIN=margins)
+    yield "steps of least error, no wider", fit(stats, MARGIN={})
     wide = {"FRAME": 4096, "error_costs": partial(calibrate.error_costs, frame=4096)}
     yield "frames of 4,096 positions", fit(read(wide), **wide)
+    yield "sequences of 4,096 tokens", fit(read({"LENGTH": 4096}))
     few = read({}, tokens=max(512, stats.tokens // 8))
     yield "an eighth of the tokens, errors of outputs", fit(few)
     yield "window 16", replace(whole, window=16)

@@ -56,19 +56,14 @@ def error_costs(
     queries m in `at` of each head have the gradients g; q, gradient [H, T, D], k, v [G, T, D].
     Without: the sum over gradients along each of the D directions.
 
-    Returns [2, 2, G, D, D] the sums over m, i of scale^2 p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0)
-    q_m with t0 the start of i's frame, and of p_i^2 g g^T; and over m of X^T X (0 without
-    gradients), for K and V: X[a, b] is how much o moves along g if along direction a of the keys
-    R(t0) kappa_i, and of the values, all older tokens' errors are their component b, kappa's less
-    its mean over tokens that are no sinks. And the sum of |o|^2 over m.
+    Returns the sums over m, i of scale^2 p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the
+    start of i's frame, and of p_i^2 g g^T [2, G, D, D]; of |o|^2 over m.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     slopes = None if gradient is None else np.asarray(gradient, np.float64)
     kv_heads, tokens, dim = k.shape
     turns = [rotation(-start, inv_freq, dim) for start in range(0, tokens, frame)]
-    (metrics, sums), power = np.zeros((2, 2, kv_heads, dim, dim)), 0.0
-    kappa = turned_back(k, inv_freq, frame)
-    kappa = kappa - kappa[:, sinks:].mean(1)[:, None]
+    metrics, power = np.zeros((2, kv_heads, dim, dim)), 0.0
     for h in range(len(q)):
         head = h * kv_heads // len(q)
         for m in at:
@@ -77,18 +72,13 @@ def error_costs(
             p /= p.sum()
             o = p @ v[head, : m + 1]
             power += float(o @ o)
-            moved = np.zeros((2, dim, dim))
             for i in range(sinks, m - window + 1):
                 y = turns[i // frame] @ q[h, m]
                 for g in np.eye(dim) if slopes is None else slopes[h, m, None]:
                     along = scale * p[i] * (g @ (v[head, i] - o))
                     metrics[0, head] += along**2 * np.outer(y, y)
                     metrics[1, head] += p[i] ** 2 * np.outer(g, g)
-                    if slopes is not None:
-                        moved[0] += along * np.outer(y, kappa[head, i])
-                        moved[1] += p[i] * np.outer(g, v[head, i])
-            sums[:, head] += moved.swapaxes(1, 2) @ moved
-    return np.stack((metrics, sums)), power
+    return metrics, power
 
 
 def root(metric: ArrayLike) -> F64:

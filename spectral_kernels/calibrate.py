@@ -9,12 +9,10 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
               tokens gradients are left out (|do|^2 in units of sum |o|^2): too few tell too little
     metric    of K: sum of scale^2 p_i^2 (g . (v_i - o))^2 y y^T over queries and the frames of the
               keys they meet; of V: sum of p_i^2 g g^T
-    sums      errors x A of all tokens x, as of codes that hold less, add up: sum_i p_i (x_i A)
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows; of K less its mean, of V as it is
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
-    steps     of least squared error on sampled rows, a little wider; V's decoder gives codes back
-              with the gain of least cost of what adds up and what does not
+    steps     of least squared error on sampled rows, a little wider
     plan      bands of every layer: least sum of costs under one byte budget
 
     stats = collect(model, token_sequences(tokenizer, 65536))
@@ -59,7 +57,8 @@ LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary m
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to metrics: few queries told them
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
-MARGIN = {2: 1.25, 4: 1.1, 8: 1.25}  # of steps, by bits: the sample lacks the largest, which count
+MARGIN = {2: 1.25, 4: 1.1}  # of steps, by bits: clipping errors do not cancel as others do
+HEADROOM = 1.25  # of 8-bit components over the sample's range: clipping one loses a token's key
 NAME = "spectral_calibration"  # of the attention function, while a model is read
 
 
@@ -143,9 +142,6 @@ class Side:
         mean: [G, D] (zeros: not centred).
         rows: float32 [G, N, D] on the CPU: a sample of tokens x.
         device: where much is computed.
-        sums: [G, D, D], S: errors x e b^T of all older tokens x, less their mean, add up to a cost
-            of (e^T S e) (b M b^T). None: as if tokens were independent.
-        gained: whether decoders make up for what codes lose of the sums.
     """
 
     moment: Tensor
@@ -153,43 +149,25 @@ class Side:
     mean: Tensor
     rows: Tensor
     device: torch.device
-    sums: Tensor | None
-    gained: bool
 
     @cached_property
     def basis(self) -> Tensor:
         """All D components, best first: [G, D, D]."""
         return fit_basis(self.moment, self.metric)
 
-    def quantisers(
-        self, encoder: Tensor, bits: Sequence[int], margin: bool = True
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Steps, decoders' gains and costs (of rows b with b M b^T = 1) of components of so many
-        bits, [G, R]; encoder [G, D, R].
-
-        Codes q = a c + n of coefficients c, n uncorrelated with them, lose (1 - a) c, which adds up
-        over tokens, and n, which does not: g q costs (1 - g a)^2 e^T S e + g^2 n^2.
-        """
+    def coefficients(self, encoder: Tensor) -> Tensor:
+        """Of the sampled rows, float32 [G, N, R] on `device`; encoder [G, D, R]."""
         rows = self.rows.to(self.device) - self.mean.float().to(self.device)[:, None]
-        c = rows @ encoder.float().to(self.device)
-        steps = fit_steps(c, bits, margin)
-        codes = quantised(c, steps, bits)
-        kept = (codes * c).mean(-2) / c.square().mean(-2).clamp_min(1e-37)
-        noise = (codes - kept[..., None, :] * c).square().mean(-2)
-        steps, kept, noise = (x.double().cpu() for x in (steps, kept, noise))
-        sums = (encoder * ((self.moment if self.sums is None else self.sums) @ encoder)).sum(-2)
-        best = kept * sums / (kept**2 * sums + noise)
-        gain = torch.where(best > 0, best, 1.0) if self.gained else torch.ones_like(best)
-        return steps, gain, (1 - gain * kept) ** 2 * sums + gain**2 * noise
+        return rows @ encoder.float().to(self.device)
 
     @cached_property
     def errors(self) -> dict[int, Tensor]:
         """What components add to the cost, all heads together, [D], by bits (0: none)."""
         weight = ((self.basis @ self.metric) * self.basis).sum(-1)
-        encoder, dim = torch.linalg.inv(self.basis), weight.shape[-1]
-        known = self.sums is not None
-        costs = {n: self.quantisers(encoder, [n] * dim, known)[2] for n in (8, 4, 2, 0)}
-        return {bits: (cost * weight).sum(0) for bits, cost in costs.items()}
+        c = self.coefficients(torch.linalg.inv(self.basis))
+        lost = {bits: fit_steps(c, [bits] * c.shape[-1])[1] for bits in (8, 4, 2)}
+        lost[0] = c.square().mean(-2)
+        return {bits: (x.double().cpu() * weight).sum(0) for bits, x in lost.items()}
 
     def loss(self, bands: Bands) -> float:
         """What storing this side in these bands costs."""
@@ -256,10 +234,9 @@ def error_costs(
         freqs: int64 [pairs].      scale: of scores.
         sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
-        costs: float64 [2, 2, G, D, D], of K and V, sums over m: metrics, scale^2 sum_i p_i^2 (g .
-            (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the start of i's frame, and sum_i p_i^2 g
-            g^T; then X^T X with X = scale sum_i p_i (g . (v_i - o)) y kappa_i^T, kappa less its
-            mean, and X = sum_i p_i g v_i^T (zeros without gradient).
+        metrics: of K and V, float64 [2, G, D, D], sums over queries m of
+            scale^2 sum_i p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the start of i's
+            frame; of sum_i p_i^2 g g^T.
         power: float64 [], the sum of |o|^2.
     """
     heads, tokens, dim = q.shape
@@ -267,15 +244,13 @@ def error_costs(
     count = min(max(queries, tokens // 16), tokens - first)
     steps = torch.arange(count, device=q.device)
     at = first + steps * (tokens - 1 - first) // max(1, count - 1)
-    k, v = (torch.nn.functional.pad(x, (0, 0, 0, -tokens % frame)).float() for x in (k, v))
-    positions = torch.arange(k.shape[1], device=q.device)
-    starts, kappa = -positions[::frame], turned(k, positions % frame - positions, freqs)
-    kappa = (kappa - kappa[:, sinks:tokens].mean(1, True)).float().unflatten(1, (-1, frame))
-    metrics, sums = costs = q.new_zeros(2, 2, len(k), dim, dim, dtype=torch.float64)
+    positions = torch.arange(tokens, device=q.device)
+    starts = -frame * torch.arange(-(-tokens // frame), device=q.device)
+    metrics = q.new_zeros(2, len(k), dim, dim, dtype=torch.float64)
     power = q.new_zeros((), dtype=torch.float64)
     for h in range(heads):
         g = h * len(k) // heads
-        keys, values = k[g], v[g]
+        keys, values = k[g].float(), v[g].float()
         for part in at.split(256):
             asked, age = q[h, part].float(), part[:, None] - positions
             scores = scale * (asked @ keys.mT)  # [256, T]
@@ -283,26 +258,20 @@ def error_costs(
             o = p @ values
             square = o.square().sum(-1, keepdim=True)
             power += square.sum()
-            p = p.masked_fill((positions < sinks) | (age < window), 0.0)
-            weight = p.square().sum(-1, keepdim=True)
-            if gradient is None:  # |v_i - o|
-                off = (values.square().sum(-1) - 2 * (o @ values.mT) + square).clamp_min(0).sqrt()
+            p = p.masked_fill((positions < sinks) | (age < window), 0.0).square()
+            weight = p.sum(-1, keepdim=True)
+            if gradient is None:  # |v_i - o|^2
+                off = (values.square().sum(-1) - 2 * (o @ values.mT) + square).clamp_min(0)
                 metrics[1, g].diagonal().add_(weight.sum())
-            else:  # g . (v_i - o)
+            else:  # (g . (v_i - o))^2
                 grad = gradient[h, part].float()
-                off = grad @ values.mT - (grad * o).sum(-1, keepdim=True)
+                off = (grad @ values.mT - (grad * o).sum(-1, keepdim=True)).square()
                 metrics[1, g] += (weight * grad).mT @ grad
-                older = grad.norm(dim=-1, keepdim=True) * (p @ values)
-                sums[1, g] += older.mT @ older
-            along = (scale * p * off).unflatten(-1, (-1, frame))
-            cost = along.square().sum(-1, keepdim=True)
+            cost = torch.nn.functional.pad(scale**2 * p * off, (0, -tokens % frame))
+            cost = cost.unflatten(-1, (-1, frame)).sum(-1, keepdim=True)
             y = turned(asked[:, None].expand(-1, len(starts), -1), starts, freqs)
             metrics[0, g] += (y * cost).flatten(0, 1).mT @ y.flatten(0, 1)
-            if gradient is not None:
-                added = torch.einsum("qft,ftd->qfd", along, kappa[g])
-                x = (y.float().mT @ added).flatten(0, 1)  # float32, as few GPUs are fast in float64
-                sums[0, g] += x.mT @ x
-    return costs, power
+    return metrics, power
 
 
 class _Layer:
@@ -321,15 +290,15 @@ class _Layer:
         self.freqs, self.every = freqs.to(q.device), every
         self.count = 0
         self.k_sum, self.moments = zeros(kv_heads, dim), zeros(2, kv_heads, dim, dim)
-        self.costs, self.power = zeros(2, 2, kv_heads, dim, dim), zeros(())
+        self.metrics, self.power = zeros(2, kv_heads, dim, dim), zeros(())
         self.rows: list[Tensor] = []
 
     def add(self, q: Tensor, k: Tensor, v: Tensor, gradient: Any, **options: Any) -> None:
         """A batch: q, k, v [B, heads, T, D], gradient [B, T, H, D] or None (of all batches)."""
         slopes: Any = [None] * len(q) if gradient is None else gradient.transpose(1, 2)
         for row in zip(q, k, v, slopes, strict=True):
-            costs, power = error_costs(*row, self.freqs, **options)
-            self.costs += costs
+            metrics, power = error_costs(*row, self.freqs, **options)
+            self.metrics += metrics
             self.power += power if gradient is None else 1.0
             self.add_tokens(row[1], row[2], options["sinks"])
 
@@ -348,17 +317,13 @@ class _Layer:
         k_moment, v_moment = (self.moments / self.count).cpu().unbind()
         k_rows, v_rows = torch.cat(self.rows, dim=2).unbind()
         k_moment = k_moment - mean[:, :, None] * mean[:, None]
-        metrics, sums = self.costs.cpu()
-        sums /= metrics.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-300)
-        metrics /= self.power.clamp_min(1e-300).cpu()
+        metrics = (self.metrics / self.power.clamp_min(1e-300)).cpu()
         if not metrics.isfinite().all():
             raise ValueError("model: expected finite gradients, got inf or NaN (float16 overflows)")
         floor = METRIC_FLOOR * metrics.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         metrics += floor * torch.eye(mean.shape[-1], dtype=torch.float64)
-        drawn = bool(sums.any())
-        k_sums, v_sums = sums if drawn else (None, None)
-        k = Side(k_moment, metrics[0], mean, k_rows, device, k_sums, False)
-        v = Side(v_moment, metrics[1], torch.zeros_like(mean), v_rows, device, v_sums, drawn)
+        k = Side(k_moment, metrics[0], mean, k_rows, device)
+        v = Side(v_moment, metrics[1], torch.zeros_like(mean), v_rows, device)
         return LayerStats(k, v, self.freqs.cpu())
 
 
@@ -627,36 +592,32 @@ def fit_encoder(rows: Tensor, scale: Tensor, metric: Tensor) -> Tensor:
     return (solved / (length * scale.double())[..., None]).mT
 
 
-def quantised(coefficients: Tensor, steps: Tensor, bits: Sequence[int]) -> Tensor:
-    """What codes of so many bits hold of coefficients [..., N, R], at steps [..., R]."""
-    most = torch.tensor([2.0**b for b in bits], device=steps.device) / 2 - 0.5
-    code = (coefficients / steps[..., None, :]).floor_().add_(0.5)
-    return torch.minimum(torch.maximum(code, -most), most).mul_(steps[..., None, :])
+def fit_steps(coefficients: Tensor, bits: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The quantiser step of each component with the least squared error over a sample.
 
-
-def fit_steps(coefficients: Tensor, bits: Sequence[int], margin: bool = True) -> Tensor:
-    """The quantiser step of each component with the least squared error over a sample, and MARGIN
-    wider.
-
-    8-bit components, which hold most of a key's length, are not clipped: their steps leave a margin
+    8-bit components, which hold most of a key's length, are not clipped: their steps leave HEADROOM
     for what the sample does not have.
 
     Args:
         coefficients: float32 [..., N, R].      bits: of each component.
-        margin: none is left where the plan takes tokens for independent.
     Returns:
-        float32 [..., R], positive.
+        (steps, mean squared errors), float32 [..., R]; steps are positive.
     """
     top = torch.tensor([2.0**b for b in bits], device=coefficients.device)
     largest = coefficients.abs().amax(-2)
     # A component without variance in the sample gets a step that later rows can use.
     least = (1e-6 * largest.amax(-1, keepdim=True)).clamp_min(1e-30)
     widest = torch.maximum(largest, least) * 2 / top
-    share = torch.where(top < 256, LEAST_SHARE ** (1 / (STEP_SHARES - 1)), 1.0)
-    steps = torch.stack([widest * share**n for n in range(STEP_SHARES)])
-    lost = [(quantised(coefficients, x, bits) - coefficients).square_().mean(-2) for x in steps]
-    best = steps.gather(0, torch.stack(lost).argmin(0, keepdim=True))[0]
-    return best * torch.tensor([MARGIN.get(b, 1.0) ** margin for b in bits], device=best.device)
+    best, least = widest, torch.full_like(widest, float("inf"))
+    for share in range(STEP_SHARES):
+        factor = LEAST_SHARE ** (share / (STEP_SHARES - 1))
+        step = torch.where(top < 256, factor, HEADROOM) * widest
+        code = coefficients / step[..., None, :]
+        code = torch.minimum(torch.maximum(code.floor_().add_(0.5), 0.5 - top / 2), top / 2 - 0.5)
+        error = code.mul_(step[..., None, :]).sub_(coefficients).square_().mean(-2)
+        best = torch.where(error < least, step, best)
+        least = torch.minimum(error, least)
+    return best, least
 
 
 def fit_side(side: Side, bands: Bands) -> tuple[Tensor, Tensor, Tensor]:
@@ -665,8 +626,9 @@ def fit_side(side: Side, bands: Bands) -> tuple[Tensor, Tensor, Tensor]:
         raise ValueError(f"bands: expected a rank of at most D = {dim}, got {bands}")
     rows, scale = quantise_basis(side.basis[:, : bands.rank])
     encoder = fit_encoder(rows, scale, side.metric)
-    steps, gain, _ = side.quantisers(encoder, bands.bits)
-    return rows, (scale * steps * gain).float(), (encoder / steps[:, None]).float().contiguous()
+    steps = fit_steps(side.coefficients(encoder), bands.bits)[0].cpu()
+    steps = steps * torch.tensor([MARGIN.get(bits, 1.0) for bits in bands.bits])
+    return rows, scale * steps, (encoder / steps.double()[:, None]).float().contiguous()
 
 
 def fit_codec(

@@ -364,14 +364,10 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     wider = {
         round(float(x), 3)
         for own, other in zip(kept["balanced"].layers, narrow, strict=True)
-        for x in (other.v_encoder / own.v_encoder).flatten()
+        for x in (own.v_scale / other.v_scale).flatten()
         if own.layout == other.layout
     }
     assert wider and wider <= {*calibrate.MARGIN.values()}
-    for name, gained in (("balanced", True), ("errors that do not add up, no gain", False)):
-        x = kept[name].layers[1]
-        back = (x.v_encoder.mT * x.v_basis * x.v_scale[..., None]).sum(-1)
-        assert torch.allclose(back, torch.ones_like(back), atol=1e-4) != gained, name
     assert "ablated_kl over 1 text(s)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         quality.main(["--ablate", str(tmp_path / "none.txt")])

@@ -78,7 +78,7 @@ def stats() -> ModelStats:
         full = torch.zeros(12, TOKENS, 128)
         full[:, -ASKED:] = q
         layer = calibrate._Layer(full[None], k, v, freqs, every)
-        layer.costs += calibrate.error_costs(
+        layer.metrics += calibrate.error_costs(
             full, k[0], v[0], None, freqs, queries=TOKENS // 4, **options
         )[0]
         layer.power += attend(q, k, v, FIT)[1].double().square().sum()
