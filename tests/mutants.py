@@ -9,8 +9,8 @@ A mutant is a file, a text that occurs in it once (its anchor), what stands ther
 smallest selection of tests that catches it without a GPU: kernels in Triton's interpreter, twins,
 codec, cache and adapter as they are. Each runs in a process of its own on a copy of the tree, the
 working tree is never touched. The selections must pass on the unchanged copy first. A mutant is
-killed if a test fails on what it asserts, or by a crash; one whose code does not even run counts as
-wrong.
+killed if a test fails on what it asserts, by a crash, or if its tests do not end within LIMIT; one
+whose code does not even run counts as wrong.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "tests" / "mutants.json"
 COPIED = ("spectral_kernels", "tests", "reference", "perf", "pyproject.toml")
+LIMIT = 300  # seconds that a selection of tests may take
 # What a mutant that never ran its defect raises.
 BROKEN = re.compile(r"NameError|SyntaxError|AttributeError|CompilationError|ImportError|KeyError")
 
@@ -966,11 +967,35 @@ OPTIONS = (
 IMPORTED = ("torch._dynamo.testing", "transformers.models.llama.modeling_llama", "triton", "vllm")
 
 
+def run_forked(tree: str, tests: Sequence[str], limit: float = LIMIT) -> tuple[int, str]:
+    """(exit code, output) of pytest on a tree in a child of this process, for selections one after
+    another, to the first failure; -SIGALRM if that takes more than `limit` seconds a selection."""
+    import pytest
+
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if child == 0:
+            signal.setitimer(signal.ITIMER_REAL, limit * len(tests))
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            os.chdir(tree)
+            sys.path.insert(0, tree)
+            for selection in tests:
+                code = pytest.main([*OPTIONS, *shlex.split(selection)])
+                if code:
+                    print(selection)
+                    break
+            sys.stdout.flush()
+            os._exit(int(code))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        return code, output.read()[-20000:]
+
+
 def serve() -> None:
     """Run pytest on trees, in forked children that share what this process imports: a JSON line
     {tree, tests} in, a JSON line {code, output} out."""
     sys.path.pop(0)  # of this file
-    import pytest
     import torch
 
     for name in IMPORTED:
@@ -980,24 +1005,8 @@ def serve() -> None:
     gc.freeze()
     for line in sys.stdin:
         job = json.loads(line)
-        with tempfile.TemporaryFile("w+") as output:
-            child = os.fork()
-            if child == 0:
-                signal.alarm(300 * len(job["tests"]))
-                os.dup2(output.fileno(), 1)
-                os.dup2(output.fileno(), 2)
-                os.chdir(job["tree"])
-                sys.path.insert(0, job["tree"])
-                for tests in job["tests"]:
-                    code = pytest.main([*OPTIONS, *shlex.split(tests)])
-                    if code:
-                        print(tests)
-                        break
-                sys.stdout.flush()
-                os._exit(int(code))
-            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            output.seek(0)
-            print(json.dumps({"code": code, "output": output.read()[-20000:]}), flush=True)
+        code, output = run_forked(job["tree"], job["tests"])
+        print(json.dumps({"code": code, "output": output}), flush=True)
 
 
 class Tree:
@@ -1050,6 +1059,8 @@ def judge(code: int, output: str) -> tuple[str, str]:
     """(killed, survived or wrong; what killed it or why it is wrong)."""
     if code == 0:
         return "survived", ""
+    if code == -signal.SIGALRM:
+        return "killed", f"no end within {LIMIT} s"
     if code < 0:
         return "killed", f"the process crashes (signal {-code})"
     failed = re.findall(r"^FAILED (\S+?::\S.*?)(?: - (.*))?$", output, re.M)

@@ -3,7 +3,10 @@ time all of them ran."""
 
 import ast
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -27,10 +30,11 @@ def test_a_lost_anchor_is_named(tmp_path):
 
 
 def test_every_mutant_is_python_and_another_program():
+    texts = {path: (ROOT / path).read_text() for path in {m.path for m in MUTANTS}}
+    before = {path: ast.dump(ast.parse(text)) for path, text in texts.items()}
     for mutant in MUTANTS:
-        text = (ROOT / mutant.path).read_text()
-        before, after = ast.dump(ast.parse(text)), ast.dump(ast.parse(mutated(mutant, text)))
-        assert before != after, mutant.name
+        after = ast.dump(ast.parse(mutated(mutant, texts[mutant.path])))
+        assert before[mutant.path] != after, mutant.name
 
 
 def test_there_are_enough_and_no_two_alike():
@@ -64,9 +68,26 @@ def test_the_readme_has_the_table():
         (1, "FAILED tests/test_x.py::test_y - Failed: DID NOT RAISE\n", "killed"),
         (1, "FAILED tests/test_x.py::test_y - NameError: name 'z' is not defined\n", "wrong"),
         (-11, "", "killed"),
+        (-14, "", "killed"),
         (2, "ERROR tests/test_x.py - SyntaxError", "wrong"),
         (5, "no tests ran", "wrong"),
     ],
 )
 def test_what_counts_as_killed(code, output, verdict):
     assert judge(code, output)[0] == verdict
+
+
+def test_a_run_without_an_end_is_killed(tmp_path):
+    """Beside one that passes, as mutants run: forked from a process that has little else."""
+    endless = "def test_a(): pass\ndef test_b():\n    while True: pass\n"
+    (tmp_path / "test_endless.py").write_text(endless)
+    program = (
+        "import sys; from tests.mutants import judge, run_forked; "
+        "print(*(judge(*run_forked(sys.argv[1], [f'test_endless.py::test_{x}'], 5)) for x in 'ab'))"
+    )
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=environment,
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout.split("\n")[0] == "('survived', '') ('killed', 'no end within 300 s')", done
