@@ -62,6 +62,29 @@ def test_the_wheel_needs_torch_and_triton_alone(wheel):
     assert extras >= {"hf", "vllm", "perf", "dev"}
 
 
+@pytest.mark.parametrize(
+    ("extra", "pattern"), [("hf", "spectral_kernels/hf.py"), ("perf", "perf/*.py")]
+)
+def test_an_extra_brings_what_its_modules_import(wheel, extra, pattern):
+    """Itself or by another extra that it names. What a function alone imports may be missing."""
+    names = zipfile.ZipFile(wheel)
+    [path] = [name for name in names.namelist() if name.endswith("METADATA")]
+    needed = names.read(path).decode()
+    brought, asked = {"torch", "triton"}, {extra}
+    while asked:
+        lines = re.findall(rf"Requires-Dist: (.*); extra == ['\"]{asked.pop()}['\"]", needed)
+        brought |= {re.match(r"[\w-]+", line)[0] for line in lines}
+        asked |= {x for line in lines for x in re.findall(r"\[(.*)\]", line)}
+    imported = set()
+    for node in (x for path in ROOT.glob(pattern) for x in ast.parse(path.read_text()).body):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module)
+    others = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
+    assert "transformers" in others and others <= brought | {"perf", "spectral_kernels"}
+
+
 def test_entry_points_lead_to_functions(wheel):
     """Without importing their modules, which may need vLLM."""
     names = zipfile.ZipFile(wheel)

@@ -232,6 +232,19 @@ def test_the_readme_states_the_presets_and_requirements():
         assert wanted in needed, f"{name} {least}"
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "CHANGELOG.md", "spectral_kernels/hf.py", "spectral_kernels/vllm.py"]
+)
+def test_releases_are_those_that_the_extras_take(page):
+    """The first and the last one."""
+    extras = PROJECT["optional-dependencies"]["hf"] + PROJECT["optional-dependencies"]["vllm"]
+    text = " ".join((ROOT / page).read_text().split())
+    found = re.findall(r"(transformers|vLLM) (\d+\.\d+) (?:to|and|or) (\d+)\.(\d+)", text)
+    assert found
+    for name, first, major, minor in found:
+        assert f"{name.lower()}>={first},<{major}.{int(minor) + 1}" in extras, (name, first)
+
+
 def test_the_readme_words_say_what_the_rows_say():
     """Figures in its sentences; those of its tables are written by perf.tables."""
     from perf import _cases, tables
