@@ -264,6 +264,13 @@ def test_the_readme_words_say_what_the_rows_say():
         count = f"of {right['dense']:.0f} right ones"
         lost = f"`quality` loses {lost[0]}, `balanced` {lost[1]}"
         wanted.append(f"asked for {words} in {context:,} tokens, {count} {lost}")
+    head = re.search(r"\| (\S+), ([\d,]+) tokens, mean of (\d+) texts", text)
+    of_cpu = {
+        row["text"] for row in tables.newest("quality")
+        if (row["model"], f"{row['context']:,}") == head.groups()[:2]
+        and row["scheme"] in PRESETS and "kl" in row and row["torch"].endswith("+cpu")
+    }  # fmt: skip
+    wanted += [f"but for {len(of_cpu)} of the {head[3]} texts: of a CPU"] if of_cpu else []
     steps = [x for x in tables.newest("end_to_end") if x["B"] == 1 and not x.get("gpus")]
     even = []
     for kind in (" compiled", ""):
