@@ -229,10 +229,10 @@ def rounded(row: Row) -> Row:
     return {name: float(f"{x:.4g}") if isinstance(x, float) else x for name, x in row.items()}
 
 
-def write_row(row: Row, path: Path | None) -> Row:
-    """Append a row, rounded, to a file, and to $OUT/rows.jsonl where that is set; return it."""
+def write_row(row: Row, *paths: Path | None) -> Row:
+    """Append a row, rounded, to files, and to $OUT/rows.jsonl where that is set; return it."""
     row, out = rounded(row), os.environ.get("OUT")
-    for target in filter(None, (path, Path(out) / "rows.jsonl" if out else None)):
+    for target in filter(None, (*paths, Path(out) / "rows.jsonl" if out else None)):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -241,8 +241,9 @@ def write_row(row: Row, path: Path | None) -> Row:
 
 def record(own: Row, same: Row, path: Path | None) -> Row:
     """Write and return a row of what a run's rows share and of its own, which is said."""
-    say("  ".join(f"{name} {x}" for name, x in rounded(own).items() if x is not None))
-    return write_row({**same, **own}, path)
+    row = write_row({**same, **own}, path)
+    say("  ".join(f"{name} {row[name]}" for name, x in own.items() if x is not None))
+    return row
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -39,7 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from perf._cases import LAYER, LOSSY, SCORE_STD, Shape, Step, check_close, check_state, make_steps
-from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record
+from perf._timing import Card, Row, begin, device_times, fail, parser_of, reason, record, rounded
 from spectral_kernels import _launch
 
 TABLE = ("1x2048", "1x8192", "1x32768", "1x131072", "8x32768", "16x65536", "64x8192")
@@ -264,15 +264,6 @@ def measure(shape: Shape, preset: str, card: Card) -> Row:
     }
 
 
-def beside(peers: dict[str, float | str]) -> Row:
-    """What a row says of the peers of its shape."""
-    (peer, peer_us), (fp8, fp8_us) = best(peers, False), best(peers, True)
-    return {
-        **{"best_peer": peer, "best_peer_us": peer_us, "best_fp8": fp8, "best_fp8_us": fp8_us},
-        "peers": {n: t if isinstance(t, str) else float(f"{t:.4g}") for n, t in peers.items()},
-    }
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("attention", __doc__)
     parser.add_argument("shapes", nargs="*", type=parse_shape, metavar="SHAPE", help="see above")
@@ -298,8 +289,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed += fail(f"{shape} {preset}", error)
         chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
         peers = time_peers(shape, chosen, card) if rows else {}
+        (peer, peer_us), (fp8, fp8_us) = best(peers, False), best(peers, True)
+        beside = {"best_peer": peer, "best_peer_us": peer_us, "best_fp8": fp8}
+        beside |= {"best_fp8_us": fp8_us, "peers": rounded(peers)}
         for row in rows:
-            record({**row, **beside(peers)}, same, args.json)
+            record(row | beside, same, args.json)
     return 1 if failed else 0
 
 

@@ -32,7 +32,6 @@ class Kernel:
     calls: Sequence[Call]  # the same work on one or several copies of the inputs
     nbytes: int  # what a call must read and write
     check: Call  # raises AssertionError where the first call's result is wrong
-    shape: str  # of the inputs, in words
 
 
 def tokens_of(card: Card, token_bytes: int) -> int:
@@ -47,8 +46,8 @@ def context_of(card: Card) -> int:
 
 
 def beside_twin(
-    module: Any, name: str, inputs: Sequence[tuple], nbytes: int, shape: str,
-    allowed: float = CLOSE, **options: Any,
+    module: Any, name: str, inputs: Sequence[tuple], nbytes: int, allowed: float = CLOSE,
+    **options: Any,
 ) -> Kernel:  # fmt: skip
     """An operation called with each of `inputs` and checked against its twin."""
     calls = [partial(getattr(module, name), *x, **options) for x in inputs]
@@ -59,7 +58,7 @@ def beside_twin(
         for one, other in pairs:
             _cases.check_close(one, other, allowed, name)
 
-    return Kernel(calls, nbytes, check, shape)
+    return Kernel(calls, nbytes, check)
 
 
 # rope.py
@@ -70,9 +69,8 @@ def turned(card: Card, name: str) -> Kernel:
     positions = torch.arange(x.shape[2], device=card.device)[None].int()
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
-    nbytes, words = 2 * x.nbytes + positions.nbytes, f"G={KV_HEADS} T={x.shape[2]} D={DIM}"
     inputs = [(x, positions, _cases.frequencies(DIM, card.device))]
-    return beside_twin(rope, name, inputs, nbytes, words, allowed, **options)
+    return beside_twin(rope, name, inputs, 2 * x.nbytes + positions.nbytes, allowed, **options)
 
 
 # compress.py
@@ -109,8 +107,7 @@ def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
     call = partial(compress.encode, *given, **options)
     check = partial(check_stored, step, call, partial(compress.encode_torch, *given, **options))
-    words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
-    return Kernel([call], x.nbytes + pages.nbytes, check, words)
+    return Kernel([call], x.nbytes + pages.nbytes, check)
 
 
 def append(card: Card, batch: int = 4) -> Kernel:
@@ -119,7 +116,7 @@ def append(card: Card, batch: int = 4) -> Kernel:
     codec = steps[0].codec
     check = partial(check_stored, steps[0], steps[0].append, partial(steps[0].append, twin=True))
     nbytes = 6 * steps[0].k.nbytes + codec.k_encoder.nbytes + codec.v_encoder.nbytes
-    return Kernel([s.append for s in steps], nbytes, check, f"B={batch} G={KV_HEADS} D={DIM}")
+    return Kernel([s.append for s in steps], nbytes, check)
 
 
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
@@ -127,9 +124,8 @@ def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     [step] = _cases.make_steps(_cases.Shape(1, *_cases.LAYER, tokens), PRESET, card, 1)
     pages = getattr(step, f"{side}_pages")
     given = (pages, step.codec, step.block_table, step.seq_lens)
-    words = f"G={KV_HEADS} T={tokens} D={DIM} {step.codec.layout.side(side)}"
     nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM
-    return beside_twin(compress, "decode", [given], nbytes, words, side=side)
+    return beside_twin(compress, "decode", [given], nbytes, side=side)
 
 
 # attention.py, window.py
@@ -143,8 +139,7 @@ def attend_spectral(card: Card, preset: str) -> Kernel:
         _cases.check_state(steps[0], steps[0].attend())
         _cases.check_state(steps[0], steps[0].attend(("pages",)), ("pages",))
 
-    words = f"{shape} {steps[0].codec.layout.token_bytes} bytes"
-    return Kernel([s.attend for s in steps], steps[0].nbytes, check, words)
+    return Kernel([s.attend for s in steps], steps[0].nbytes, check)
 
 
 def attend_window(card: Card) -> Kernel:
@@ -152,8 +147,7 @@ def attend_window(card: Card) -> Kernel:
     steps = _cases.make_steps(shape, PRESET, card, card.copies(1 << 20))
     calls, first = [partial(step.attend, ("exact",)) for step in steps], steps[0]
     nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
-    words = f"B=4 H={HEADS}/{KV_HEADS} D={DIM} {first.k_exact.shape[2]} tokens"
-    return Kernel(calls, nbytes, lambda: _cases.check_state(first, calls[0](), ("exact",)), words)
+    return Kernel(calls, nbytes, lambda: _cases.check_state(first, calls[0](), ("exact",)))
 
 
 # merge.py
@@ -172,7 +166,7 @@ def merge_states(card: Card, count: int) -> Kernel:
         return tuple(x[:, i].contiguous() for i in (0, 1) for x in (o, lse))
 
     inputs = [states() for _ in range(card.copies(nbytes))]
-    return beside_twin(merge, name, inputs, nbytes, f"{rows} x {count} states of {DIM}")
+    return beside_twin(merge, name, inputs, nbytes)
 
 
 KERNELS: dict[str, Callable[[Card], Kernel]] = {
@@ -191,7 +185,7 @@ def measured(kernel: Kernel, card: Card) -> Row:
     """Device time, bytes and bandwidth of a kernel, which is checked first."""
     kernel.check()
     times = device_times(kernel.calls)
-    row = {"gpu": card.properties.name, "dtype": str(card.dtype), "shape": kernel.shape}
+    row = {"gpu": card.properties.name, "dtype": str(card.dtype)}
     row |= {f"device_us_{name}": x for name, x in times._asdict().items()}
     gbs, reads = kernel.nbytes / 1e3 / times.p50, card.read_bandwidth / 1e9
     return {**row, "bytes": kernel.nbytes, "gbs": gbs, "read_gbs": reads, "share": gbs / reads}

@@ -20,7 +20,6 @@ Test: tests/test_serve.py; of the tokens: tests/serving.py.
 
 import argparse
 import importlib.metadata
-import json
 import os
 import re
 import statistics
@@ -38,7 +37,7 @@ from typing import Any
 import torch
 
 from perf._cases import LOSSY, SHAPES, frequencies, llama, random_model_codec
-from perf._timing import ROOT, Row, parser_of, read_rows, versions, write_row
+from perf._timing import ROOT, Row, parser_of, read_rows, say, versions, write_row
 from perf.tables import SERVE, columns
 
 FEW, MANY, REPEAT = 16, 112, 2  # new tokens whose time is compared, and how often
@@ -178,23 +177,18 @@ def file_of(folder: Path, backend: str, ending: str) -> Path:
 
 
 def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
-    begin, results = time.perf_counter(), file_of(folder, backend, ".jsonl")
-
-    def say(what: str) -> None:
-        print(f"PHASE {backend}: {what}, {time.perf_counter() - begin:.1f} s", flush=True)
+    results = file_of(folder, backend, ".jsonl")
 
     def done(row: Row) -> None:
-        row = write_row({**served.row, **row}, args.json)
-        with results.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        say(f"{row['B']}x{row['T']}")
+        write_row({**served.row, **row}, args.json, results)
+        say(f"PHASE {backend}: {row['B']}x{row['T']}")
 
     served = Served(args, backend, folder)
-    say("engine started")
+    say(f"PHASE {backend}: engine started")
     warm = min(args.chunk + 1024, longest(args) - 8)
     for batch, tokens in ((1, warm), (1, warm), (2, 300)):
         served.seconds(prompts(batch, tokens, served.vocabulary, first=9000), 4)
-        say(f"warm {batch}x{tokens}")
+        say(f"PHASE {backend}: warm {batch}x{tokens}")
     served.llm.reset_prefix_cache()
     results.with_suffix(".up").touch()
     earlier = args.backends[: args.backends.index(backend)]
@@ -250,7 +244,7 @@ def run_backend(
         for sign in (".up", ".ended"):  # others do not wait for one that failed
             results.with_suffix(sign).touch()
     lines = log.read_text().splitlines()
-    print(*(x for x in lines if x.startswith("PHASE")), sep="\n")
+    print(*(x for x in lines if "PHASE" in x), sep="\n")
     rows = read_rows(results)
     took = f"{time.perf_counter() - begin:.0f} s"
     print(f"{backend}: {len(rows)} rows, exit {done.returncode}, {took}", flush=True)

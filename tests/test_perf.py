@@ -173,9 +173,10 @@ def test_a_call_takes_its_share_of_a_replay(monkeypatch, drift):
 
 def test_rows_go_to_their_file_and_to_out(monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    _timing.write_row(_timing.rounded({"ms": 1.234567, "B": 123456}), tmp_path / "a.jsonl")
+    row = _timing.write_row({"ms": 1.234567, "B": 123456}, tmp_path / "a.jsonl", tmp_path / "b")
     _timing.write_row({"ms": 2}, None)
-    assert _timing.read_rows(tmp_path / "a.jsonl") == [{"ms": 1.235, "B": 123456}]
+    for name in ("a.jsonl", "b"):
+        assert _timing.read_rows(tmp_path / name) == [row] == [{"ms": 1.235, "B": 123456}]
     assert _timing.read_rows(tmp_path / "out" / "rows.jsonl") == [
         {"ms": 1.235, "B": 123456},
         {"ms": 2},
