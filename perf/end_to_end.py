@@ -5,8 +5,7 @@ and the spectral cache.
     python -m perf.end_to_end 8x32768 --what graph fp8 ours bare --presets balanced quality
     python -m perf.end_to_end 1x8192 8x8192 --what long
 
-Weights are random, and so is the codec (`_cases.random_codec`: bands of the preset in turns, random
-bases). Caches are filled with T random tokens but for prefill and long. Measured (--what):
+Weights, bases of codecs, and the T tokens in caches are random. Measured (--what):
 
     static    `model.generate`, StaticCache, decode compiled by generate itself (40 s and more)
     graph     the one-token forward as one CUDA graph over static keys and values, attention by the
@@ -15,14 +14,13 @@ bases). Caches are filled with T random tokens but for prefill and long. Measure
     fp8       the same with keys, values and queries of 8 bits ("graph" of preset "fp8")
     ours      `model.generate` after `enable(model, preset)`, a row a preset
     bare      the graph of the same step, replayed: without the host work of generate
-    prefill   seconds up to the first new token of a real prompt of T tokens (up to 32K, all rows
+    prefill   seconds up to the first new token after a prompt (up to 32K tokens, all rows
               together), with DynamicCache and with each preset in turns
-    long      2,000 tokens from a real prompt of T
+    long      2,000 tokens after a prompt
 
-With --compile the layers of graph, fp8, ours and bare are fused by torch.compile before they are
-captured (`hf.compiled_layers`): "graph compiled" and so on. What Triton and torch.compile make is
-made ahead, in processes side by side (not with several GPUs). Several GPUs, each its heads of every
-layer (tensor parallel, `tp_plan="auto"`), are a process each:
+With --compile layers of graph, fp8, ours and bare are fused by torch.compile: "graph compiled" and
+so on. What is compiled is compiled ahead, in processes side by side (not with several GPUs).
+Several GPUs (tensor parallel, `tp_plan="auto"`) are a process each:
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 -m perf.end_to_end 1x32768
 
@@ -190,8 +188,8 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     """The model without a cache of transformers': each layer's attention writes the new token to a
     peer's memory of T tokens and reads it."""
     model, shape, layers = cell.model, cell.layer, cell.model.config.num_hidden_layers
-    known = [peer for peer in IN_MODELS if peer.fp8 == fp8]
-    peers = time_peers(shape, known, cell.card)
+    known = {peer.name: peer for peer in IN_MODELS if peer.fp8 == fp8}
+    peers = time_peers(shape, [*known.values()], cell.card)
     backend, _ = best(peers, fp8)
     if backend is None:
         raise RuntimeError(f"no backend ran: {peers}")
@@ -201,8 +199,7 @@ def dense_graph(cell: Cell, fp8: bool = False) -> Row:
     held = min(layers, int(0.85 * cell.card.free - 2 * shape.dense_bytes) // size)
     if held < 1:
         raise torch.OutOfMemoryError("not even one layer's keys and values fit")
-    [peer] = [peer for peer in known if peer.name == backend]
-    steps = [PeerStep(peer, shape, cell.random_kv()) for _ in range(held)]
+    steps = [PeerStep(known[backend], shape, cell.random_kv()) for _ in range(held)]
     ids = cell.ids(1)
     given = {"input_ids": ids, "position_ids": torch.full_like(ids, cell.tokens - 1)}
     # Without a mask transformers would look for several texts in a row.

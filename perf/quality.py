@@ -4,34 +4,29 @@
     python -m perf.quality --model M --codecs FOLDER --text a.py b.txt --needles 10 \\
         --tasks all --lengths 4096 8192 --generate 2000 --json
 
-Texts. The model reads the first `context` tokens once, in the GPU's 16 bits. Each scheme stores
-those keys and values, and the model, in float32, predicts the rest (256 tokens of the text, then
-with --needles questions about codes hidden in the context, each with its answer) by dense attention
-over what the scheme gives back and the exact keys and values of the rest. The presets go through
-the product's cache (`enable`, `SpectralCache.past`), with the codec of --codecs (files of `python
--m spectral_kernels.calibrate --out FOLDER`) or what `enable` finds or calibrates; judge no text
-that it knows.
+Texts. The model reads `context` tokens in the GPU's 16 bits. Each scheme stores their keys and
+values; in float32 the model predicts the rest (256 tokens, with --needles then answers to questions
+about codes hidden in the context) by dense attention over what the scheme gives back. The presets
+go through the product's cache, with the codec of --codecs (`python -m spectral_kernels.calibrate
+--out FOLDER`) or what `enable` finds or calibrates; judge no text that it knows.
 
 --generate N. The dense model samples N tokens after each context; a preset's cache is fed these
-(teacher_forced_kl) and samples its own with the same random numbers (free_running_kl, of the last
-quarter free_running_kl_last), token by token as `generate` does: N are generated. KL is to the
-dense model on the same tokens. `exact` is what the number format costs.
+(teacher_forced_kl) and samples with the same random numbers (free_running_kl, of the last quarter
+free_running_kl_last): N are generated. KL is to the dense model; `exact`: what 16 bits cost.
 
---tasks. Greedy answers to the prompts of perf/_tasks.py, from what each scheme gives back of their
-context and exact questions and new tokens. Flips: prompts that only the dense model or only the
-scheme solves, p McNemar's, as if none shared a context or problem; `change`: 95 % interval of the
-score's. In bf16 another batch alone changes a tenth of humaneval's answers: flips want `--dtype
-float32`. There `dense, 16 bits` answers beside: what the number format flips.
+--tasks. Greedy answers to the prompts of perf/_tasks.py over what each scheme gives back of their
+context. Flips: prompts that only the dense model or only the scheme solves, p McNemar's, as if none
+shared a context or problem; `change`: 95 % interval of the score's. In bf16 another batch alone
+changes a tenth of humaneval's answers: flips want `--dtype float32`; there `dense, 16 bits` answers
+beside.
 
 Columns:
-    ratio       16-bit dense cache / all bytes of the scheme's for a sequence: coefficients, scales,
-                tables, exact tokens. A model's codec is not a sequence's.
+    ratio       16-bit dense cache / all bytes that a scheme has of a sequence (no codec of a model)
     ratio_long  the same in the limit of long contexts: without window and sinks
     kl          mean over all predicted tokens of KL(exact || scheme), nats
     kl_median   and percentiles: kl_p99, kl_p999
     top1        share of them whose likeliest token is the exact cache's; perplexity: its change
-    recalled    codes of which every token is the likeliest one (what greedy decoding would write);
-                exact_recalled: with the exact cache
+    recalled    codes that greedy decoding would write; exact_recalled: with the exact cache
     ablated_kl  kl of `balanced` without a part of its codec (--ablate; perf/_ablation.py)
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
@@ -39,19 +34,17 @@ exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrat
 text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
     fp8         e4m3, one scale for a head's keys and one for its values
     nvfp4       e2m1 in blocks of 16 along a token with an e4m3 scale, one scale a head
-    kivi-4/3/2  groups of 32: keys per channel over 32 tokens, values per token over 32 channels
-                (arXiv 2402.02750)
+    kivi-4/3/2  groups of 32: keys per channel, values per token (arXiv 2402.02750)
     saw-int4    H, then 4 bits a token and head, from least to greatest (2604.19157)
     oscar-2     K: H after the eigenvectors of the queries' covariance; V: of the values', weighted
                 by the scores; 2 bits a token and head, range clipped (2605.17757). Only where asked
                 for: it loses more than kivi-2 on Qwen2.5, perhaps by our fault
     kvarn-k4v2  tiles of 128 tokens: H, standard deviations of rows and columns evened out in turns;
                 K 4 bits per channel, V 2 bits per token (2606.03458)
-    turbo-3     a token's norm, then a random rotation and the 3-bit Lloyd-Max levels of a normal
-                variable (2504.19874)
+    turbo-3     a token's norm, a random rotation, Lloyd-Max levels of a normal (2504.19874)
 saw-int4, oscar-2, turbo-3 and kvarn get the mean key of a head taken out first, for no bytes: as
-published they rotate it into all channels, and keys with large biases (Qwen2.5: channels of 145
-beside deviations of 1) leave nothing of a token's range.
+published they rotate it into all channels, where a large one (Qwen2.5: 145 beside deviations of 1)
+leaves nothing of a token's range.
 
 Test: tests/test_quality.py.
 """
