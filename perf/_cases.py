@@ -21,7 +21,9 @@ from spectral_kernels.codec import Codec, ModelCodec
 from spectral_kernels.layout import PAGE_SIZE, Bands, PageLayout
 from spectral_kernels.rope import freqs_from_inv_freq
 
+Parts = Sequence[str]  # of the tokens: "exact", "pages"
 BOTH = ("exact", "pages")
+State = tuple[torch.Tensor, torch.Tensor]  # o [B, H, (Q,) D] and lse [B, H, (Q)]
 SCORE_STD = 2.0  # of real models: 1 to 3
 CLOSE = 2.0**-7  # relative, in norm: a unit in the last place of bf16
 THETA = 5e5
@@ -176,9 +178,7 @@ class Step:
             self.block_table, self.seq_lens, sinks=self.sinks,
         )  # fmt: skip
 
-    def attend(
-        self, parts: Sequence[str] = BOTH, *, after_append: bool = False, twin: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, parts: Parts = BOTH, after_append: bool = False, twin: bool = False) -> State:
         """(o, lse) over the pages, the exact tokens or, as a decode step has it, both."""
         options: Any = {"sinks": self.sinks, "window": self.window}
         exact = self.k_exact, self.v_exact
@@ -193,7 +193,7 @@ class Step:
             **options,
         )  # fmt: skip
 
-    def step(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self) -> State:
         """What a layer runs for new tokens."""
         self.append()
         return self.attend(after_append=True)
@@ -201,32 +201,24 @@ class Step:
     def part(self, b: int, g: int) -> "Step":
         """One row and one KV head."""
         row, head, group = slice(b, b + 1), slice(g, g + 1), self.q.shape[1] // self.codec.kv_heads
-        return dataclasses.replace(
-            self,
-            q=self.q[row, g * group : (g + 1) * group],
-            codec=self.codec.of_heads(g, 1),
-            **{name: getattr(self, name)[:, head] for name in ("k_pages", "v_pages")},
-            **{name: getattr(self, name)[row, head] for name in ("k", "v", "k_exact", "v_exact")},
-            **{name: getattr(self, name)[row] for name in ("block_table", "seq_lens")},
-        )
+        own: dict[str, Any] = {x: getattr(self, x)[:, head] for x in ("k_pages", "v_pages")}
+        own |= {x: getattr(self, x)[row, head] for x in ("k", "v", "k_exact", "v_exact")}
+        own |= {x: getattr(self, x)[row] for x in ("block_table", "seq_lens")}
+        own |= {"q": self.q[row, g * group : (g + 1) * group], "codec": self.codec.of_heads(g, 1)}
+        return dataclasses.replace(self, **own)
 
 
 def check_close(got: torch.Tensor, want: torch.Tensor, allowed: float, what: str) -> None:
     """Raise AssertionError unless the error, relative in norm, is at most `allowed`."""
     off = float((got.double() - want.double()).norm() / want.double().norm())
     if not off <= allowed:
-        raise AssertionError(
-            f"{what}: a relative error of {off:.3g}, expected at most {allowed:.3g}"
-        )
+        raise AssertionError(f"{what}: a relative error of {off:.3g}, above {allowed:.3g}")
 
 
-def check_state(
-    step: Step, state: tuple[torch.Tensor, torch.Tensor | None], parts: Sequence[str] = BOTH
-) -> float:
-    """The largest error of a state (o [B, H, (Q,) D], lse [B, H, (Q)] or None) over the heads of
-    two rows and KV heads (the first of the first row, the last of the last): of o relative, in norm
-    over D; of lse absolute. AssertionError: one is larger than CLOSE and one rounding of o, or a
-    number of the whole state is not finite."""
+def check_state(step: Step, state: State | tuple[torch.Tensor, None], parts: Parts = BOTH) -> float:
+    """The largest error of a state over the heads of two rows and KV heads (the first of the first
+    row, the last of the last): of o relative, in norm over D; of lse absolute. AssertionError: one
+    is above CLOSE and one rounding of o, or a number of the whole state is not finite."""
     o, lse = state
     if not all(x.isfinite().all() for x in state if x is not None):
         raise AssertionError("the state holds numbers that are not finite")
@@ -263,22 +255,14 @@ def make_steps(shape: Shape, preset: str, card: Any, copies: int | None = None) 
         for row, own in zip(table, torch.randperm(sum(used), **i32).split(used), strict=True):
             row[: len(own)] = own
         q = card.normal(batch, shape.heads, new, dim)
+        k, v = (card.normal(batch, groups, new, dim, std=std) for std in (SCORE_STD, 1.0))
+        stored = pages(codec.layout.k), pages(codec.layout.v)
         slots = (batch, groups, sinks + recent, dim)
+        exact = card.normal(*slots, std=SCORE_STD), card.normal(*slots)
         return Step(
-            q if new > 1 else q[:, :, 0],
-            card.normal(batch, groups, new, dim, std=SCORE_STD),
-            card.normal(batch, groups, new, dim),
-            deepcopy(codec),
-            pages(codec.layout.k),
-            pages(codec.layout.v),
-            card.normal(*slots, std=SCORE_STD),
-            card.normal(*slots),
-            table,
-            torch.tensor(shape.rows, **i32),
-            sinks,
-            recent,
-            matrix_units=False if shape.older_cards else None,
-        )
+            q if new > 1 else q[:, :, 0], k, v, deepcopy(codec), *stored, *exact, table,
+            torch.tensor(shape.rows, **i32), sinks, recent, False if shape.older_cards else None,
+        )  # fmt: skip
 
     first = step()
     return [first, *(step() for _ in range(1, copies or card.copies(first.nbytes)))]

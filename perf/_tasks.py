@@ -68,8 +68,6 @@ PASSED = 77  # status of one that came to its end: it may leave before its tests
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt and what should follow."""
-
     name: str
     ids: list[int]  # tokens of the prompt
     answers: tuple[str, ...]  # texts that should occur in the answer
@@ -231,10 +229,8 @@ def _common(write: Writer, rng: random.Random) -> list[Task]:
     def more() -> str:
         return "".join(rng.choice(often if rng.random() < 0.4 else rare) + "\n" for _ in range(9))
 
-    question = (
-        "\nQuestion: Which four words come most often in the list above?\n"
-        "Answer: The four most frequent words are"
-    )
+    question = "\nQuestion: Which four words come most often in the list above?\n"
+    question += "Answer: The four most frequent words are"
     [ids] = write([question], (), more, "A list of words:\n")
     return [Task("common", ids, tuple(often), 24)]
 
@@ -249,10 +245,8 @@ def _extraction(write: Writer, rng: random.Random) -> list[Task]:
     ]
     facts = [x if i % 6 else f"Document {i // 6 + 1}\n{x}" for i, x in enumerate(lines)]
     first, second, *others = (line for line in lines if line.startswith("ORDER"))
-    question = (
-        "\nTask: List every line of all documents that begins with ORDER, in order, without the "
-        f"cancelled ones, then END.\n{first}{second}"
-    )
+    question = "\nTask: List every line of all documents that begins with ORDER, in order, without "
+    question += f"the cancelled ones, then END.\n{first}{second}"
     [ids], answers = write([question], facts, partial(filler, rng)), tuple(map(str.strip, others))
     return [Task("extraction", ids, answers, 11 * len(answers), stop=("END", "\n\n", "Task"))]
 

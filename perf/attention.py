@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = [peer for peer in PEERS if peer.name in args.peers and not shape.case]
         peers = time_peers(shape, chosen, card) if rows else {}
         (peer, peer_us), (fp8, fp8_us) = best(peers, False), best(peers, True)
-        beside = {"best_peer": peer, "best_peer_us": peer_us, "best_fp8": fp8}
+        beside: Row = {"best_peer": peer, "best_peer_us": peer_us, "best_fp8": fp8}
         beside |= {"best_fp8_us": fp8_us, "peers": rounded(peers)}
         for row in rows:
             record(row | beside, same, args.json)

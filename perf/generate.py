@@ -32,9 +32,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: its new tokens and what they took."""
-
-    tokens: list[int]
+    tokens: list[int]  # new ones
     text: str
     cache_bytes: int  # of all keys and values at the end; of a ModelCache all that is allocated
     prompt_rate: float  # prompt tokens a second, up to the first new token

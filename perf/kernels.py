@@ -27,8 +27,6 @@ CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
 @dataclass
 class Kernel:
-    """A kernel with its inputs."""
-
     calls: Sequence[Call]  # the same work on one or several copies of the inputs
     nbytes: int  # what a call must read and write
     check: Call  # raises AssertionError where the first call's result is wrong

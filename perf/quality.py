@@ -93,8 +93,6 @@ TEMPERATURE = 0.8  # of --generate
 
 
 class Question(NamedTuple):
-    """A hidden fact."""
-
     fact: str  # the sentence that states it
     asked: str  # the text that asks for it
     answer: str  # what should follow
@@ -131,6 +129,7 @@ class Prefix:
         return sum(4 * k.shape[1] * k.shape[3] for k in self.k)
 
 
+Codecs = Path | ModelCodec | None  # a folder of a model's, one codec, or what enable finds
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys as rotated and values [B, G, T, D]
 
 
@@ -145,25 +144,21 @@ class Stored(NamedTuple):
 Scheme = Callable[[Prefix], Stored]
 
 
-def needle_questions(count: int, seed: int) -> list[Question]:
+def needle_questions(count: int, seed: int) -> Iterator[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
-    questions = []
     for i in range(count):
         place = PLACES[i % 12] + f" number {i // 12 + 1}" * (i > 11)
         code = "".join(str(d) for d in torch.randint(10, (6,), generator=generator).tolist())
         what = f"secret access code of the {place}"
         asked = f"Question: What is the {what}?\nAnswer: The {what} is"
-        questions.append(Question(f"The {what} is {code}.", asked, f" {code}"))
-    return questions
+        yield Question(f"The {what} is {code}.", asked, f" {code}")
 
 
-def text_case(
-    name: str, text: str, tokenizer: Any, *, context: int, needles: int, seed: int
-) -> Case:
+def text_case(name: str, text: str, tokenizer: Any, context: int, needles: int, seed: int) -> Case:
     """A text's first tokens with facts hidden at even distances, its next tokens, then questions
     and answers. ValueError: the text is too short."""
-    questions = needle_questions(needles, seed)
+    questions = [*needle_questions(needles, seed)]
     facts = [tokens_of(tokenizer, f"\n{q.fact}\n") for q in questions]
     plain = tokens_of(tokenizer, text, first=True)
     own = context - sum(map(len, facts))  # tokens of the text in the context
@@ -216,9 +211,7 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def attention32(
-    module: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, **options: Any
-) -> Any:
+def attention32(module: Any, q: Any, k: Any, v: Any, mask: Any, **options: Any) -> Any:
     """transformers' sdpa: q [B, H, Q, D], k and v [B, G, T, D]. In float32, for which PyTorch has
     no fused kernel of grouped heads, a step's queries become those of several tokens of G heads."""
     sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -243,8 +236,8 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, v, tokens = q.unflatten(1, (k.shape[1], -1)).float(), v.float(), q.shape[2]
         found[0].append(torch.einsum("bghtd,bghte->gde", q, q) / q[:, 0, :, :, 0].numel())
-        at = torch.linspace(tokens // 2, tokens - 1, min(WEIGHED, tokens - tokens // 2)).long()
-        at = at.to(q.device)
+        asked = min(WEIGHED, tokens - tokens // 2)
+        at = torch.linspace(tokens // 2, tokens - 1, asked, device=q.device).long()
         scores = scale * (q[:, :, :, at] @ k.float()[:, :, None].mT)  # [B, G, H/G, queries, T]
         later = torch.arange(tokens, device=q.device) > at[:, None]
         p = scores.masked_fill_(later, float("-inf")).softmax(-1).mean((2, 3))
@@ -308,9 +301,7 @@ def store_dense(prefix: Prefix) -> Stored:
     return Stored(layers, prefix.tokens * token, token)
 
 
-def enabled(
-    model: Any, preset: str, codecs: Path | ModelCodec | None, *, check: bool = True
-) -> Any:
+def enabled(model: Any, preset: str, codecs: Codecs, check: bool = True) -> Any:
     """The product's handle, with a codec or that of a folder if there is one."""
     if isinstance(codecs, Path):
         codecs = None if preset == "exact" else codecs / f"codec-{preset}.safetensors"
@@ -326,9 +317,7 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
 
 
 @torch.no_grad()
-def store_spectral(
-    prefix: Prefix, model: Any, preset: str, codecs: Path | ModelCodec | None = None
-) -> Stored:
+def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Codecs = None) -> Stored:
     """The prompt as the product's cache stores it: what a prompt after it would attend to."""
     tokens = prefix.tokens
     with enabled(model, preset, codecs, check=False) as handle:  # nothing attends here
@@ -351,8 +340,6 @@ Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Another scheme."""
-
     code: Code
     bits: Callable[[int], tuple[float, float]]  # of K and V a number, scales included
     run: int = GROUP  # tokens that are coded together

@@ -90,16 +90,15 @@ def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
 def attention_table(rows: Rows) -> str:
     """A table a kind of layer: time, as a multiple of that of the run's row without a case, share
     of the bandwidth, the best peers, times as fast."""
-    spec, rows = "B T:, case preset p50_us:.4g", latest(rows, KEYS["attention"])
+    spec = "B T:, case preset p50_us:.4g of_plain:.2f read_share:.0%"
+    spec += "".join(f" best_{x} best_{x}_us:.4g against_{x}:.2f" for x in ("peer", "fp8"))
+    rows = latest(rows, KEYS["attention"])
     alike = ("commit", *(name for name in KEYS["attention"] if name != "case"))
     plain = {tuple(map(row.get, alike)): row["p50_us"] for row in rows if not row.get("case")}
     for row in rows:
         us = plain.get(tuple(map(row.get, alike))) if row.get("case") else None
         row["of_plain"] = us and row["p50_us"] / us
-    spec += " of_plain:.2f read_share:.0%"
-    for peer in ("peer", "fp8"):
-        spec += f" best_{peer} best_{peer}_us:.4g against_{peer}:.2f"
-        for row in rows:
+        for peer in ("peer", "fp8"):
             us = row.get(f"best_{peer}_us")
             row[f"against_{peer}"] = us and us / row["p50_us"]
     title = "{}, {}/{} heads, D = {}, {} path"
