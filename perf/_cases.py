@@ -98,10 +98,10 @@ def random_codec(layout: PageLayout, kv_heads: int, freqs: torch.Tensor) -> Code
 
 
 def random_model_codec(
-    preset: str, *, layers: int, kv_heads: int, dim: int, freqs: torch.Tensor, first: int = 0
+    preset: str, *, layers: int, kv_heads: int, freqs: torch.Tensor, first: int = 0
 ) -> ModelCodec:
     """A codec of layers with memory of their own, whose layouts take turns from `first` on."""
-    known = [random_codec(layout, kv_heads, freqs) for layout in layouts(preset, dim)]
+    known = [random_codec(x, kv_heads, freqs) for x in layouts(preset, 2 * len(freqs))]
     codecs = tuple(deepcopy(known[(first + i) % len(known)]) for i in range(layers))
     return ModelCodec(codecs, PRESETS[preset].sinks, PRESETS[preset].window, preset, notes="random")
 

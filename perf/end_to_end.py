@@ -62,7 +62,6 @@ from perf._timing import Clock, Row, begin, capture, fail, parser_of, record, sa
 from perf.attention import IN_MODELS, PeerStep, best, parse_shape, time_peers
 from perf.tables import end_to_end_table
 from spectral_kernels.hf import CACHE, compiled_layers, enable
-from spectral_kernels.rope import freqs_from_inv_freq
 
 WHAT = ("static", "graph", "fp8", "ours", "bare", "prefill", "long")
 STEPS = ("graph", "fp8", "ours", "bare")  # whose layers --compile compiles
@@ -130,17 +129,15 @@ class Cell:
 
     def enabled(self, preset: str, compile: bool = False) -> Any:
         """enable() without its own check, which compiles for one row: rows are checked here."""
-        shape, inv_freq = self.layer, self.model.model.rotary_emb.inv_freq
+        config = self.model.config
         codec = _cases.random_model_codec(
-            preset, layers=self.model.config.num_hidden_layers, kv_heads=shape.kv_heads * GPUS,
-            dim=shape.dim, first=self.layout,
-            freqs=freqs_from_inv_freq(inv_freq.float().cpu(), device=self.model.device),
+            preset, layers=config.num_hidden_layers, kv_heads=config.num_key_value_heads,
+            freqs=_cases.frequencies(config.head_dim, self.model.device), first=self.layout,
         )  # fmt: skip
         return enable(self.model, preset, codec=codec, compile=compile, check=False)
 
 
 def generate(cell: Cell, ids: Any, new: int, cache: Any = None) -> Clock:
-    """Greedy decoding of so many new tokens."""
     clock, given = Clock(), {} if cache is None else {CACHE: cache}
     cell.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
@@ -152,7 +149,6 @@ def generate(cell: Cell, ids: Any, new: int, cache: Any = None) -> Clock:
 
 
 def percentiles(steps: Sequence[float]) -> Row:
-    """Median and 99th percentile."""
     return {"ms": statistics.median(steps), "p99_ms": sorted(steps)[len(steps) * 99 // 100]}
 
 

@@ -57,8 +57,8 @@ def make_config(shape: str) -> Any:
 def make_codec(shape: str, preset: str, path: Path) -> None:
     torch.manual_seed(0)
     _, _, layers, _, kv_heads, dim, _ = SHAPES[shape]
-    sizes: Any = {"layers": layers, "kv_heads": kv_heads, "dim": dim, "freqs": frequencies(dim)}
-    random_model_codec(preset, **sizes).save(path)
+    freqs = frequencies(dim)
+    random_model_codec(preset, layers=layers, kv_heads=kv_heads, freqs=freqs).save(path)
 
 
 def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[dict[str, Any]]:

@@ -85,7 +85,7 @@ def test_layouts_are_of_the_preset(preset, dim):
     for layout in chosen:
         assert 0.75 < layout.token_bytes * PRESETS[preset].ratio / (4 * dim) <= 1
     freqs = torch.arange(dim // 2)
-    codec = _cases.random_model_codec(preset, layers=5, kv_heads=2, dim=dim, freqs=freqs)
+    codec = _cases.random_model_codec(preset, layers=5, kv_heads=2, freqs=freqs)
     assert [layer.layout for layer in codec.layers] == [chosen[i % len(chosen)] for i in range(5)]
     assert len({layer.k_basis.data_ptr() for layer in codec.layers}) == 5
 
