@@ -129,7 +129,6 @@ class Prefix:
         return sum(4 * k.shape[1] * k.shape[3] for k in self.k)
 
 
-Codecs = Path | ModelCodec | None  # a folder of a model's, one codec, or what enable finds
 Layers = list[tuple[torch.Tensor, torch.Tensor]]  # keys as rotated and values [B, G, T, D]
 
 
@@ -301,13 +300,6 @@ def store_dense(prefix: Prefix) -> Stored:
     return Stored(layers, prefix.tokens * token, token)
 
 
-def enabled(model: Any, preset: str, codecs: Codecs, check: bool = True) -> Any:
-    """The product's handle, with a codec or that of a folder if there is one."""
-    if isinstance(codecs, Path):
-        codecs = None if preset == "exact" else codecs / f"codec-{preset}.safetensors"
-    return enable(model, preset, codec=codecs, check=check)
-
-
 @torch.no_grad()
 def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelCache:
     """The product's cache after prompts int64 [B, T], with room for `new` tokens."""
@@ -317,10 +309,10 @@ def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelC
 
 
 @torch.no_grad()
-def store_spectral(prefix: Prefix, model: Any, preset: str, codecs: Codecs = None) -> Stored:
+def store_spectral(prefix: Prefix, model: Any, preset: str, codec: Any = None) -> Stored:
     """The prompt as the product's cache stores it: what a prompt after it would attend to."""
     tokens = prefix.tokens
-    with enabled(model, preset, codecs, check=False) as handle:  # nothing attends here
+    with enable(model, preset, codec=codec, check=False) as handle:  # nothing attends here
         cache, codec = handle.new_cache(len(prefix.ids), tokens), handle.codec
         cache.start([0] * cache.batch, model.device)
         cache.advance(tokens, prefix.v[0].dtype)
@@ -618,7 +610,7 @@ def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterat
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
-            with enabled(model, preset, args.codecs) as handle:
+            with enable(model, preset, codec=args.codecs.get(preset)) as handle:
                 cache = filled_cache(model, handle, ids[:, :-1], count)
                 tokens, logits = stream(model, cache, last, count, args.seed, given)
                 token_bytes = handle.codec and handle.codec.token_bytes
@@ -653,8 +645,8 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
     """Rows of all that is asked for, of a float32 model."""
 
     def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
-        options = {"model": model, "codecs": args.codecs}
-        own = {name: partial(store_spectral, preset=name, **options) for name in args.presets}
+        ours = partial(store_spectral, model=model)
+        own = {x: partial(ours, preset=x, codec=args.codecs.get(x)) for x in args.presets}
         return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
 
     reader = cast(model, usual_dtype(model.device))
@@ -662,7 +654,7 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
     if args.ablate is not None:
         made = [*_ablation.ablations(reader, tokenizer, texts=args.ablate or None)]
         own = partial(store_spectral, model=model, preset=_ablation.PRESET)
-        tried, notes = {name: partial(own, codecs=codec) for name, codec in made}, made[0][1].notes
+        tried, notes = {name: partial(own, codec=codec) for name, codec in made}, made[0][1].notes
     for case in cases:
         begun = time.monotonic()
         if begun + took < until:
@@ -720,12 +712,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--context must be at least 1, --needles at least 0")
     if (embedded and args.text) or not (embedded or args.text or args.tasks):
         parser.error("--text or --tasks go with --model or --gguf; the embedded model has its own")
-    args.codecs = args.codecs or (TINY_MODEL if embedded else None)
+    folder: Any = args.codecs or (TINY_MODEL if embedded else None)
     try:
         if args.ablate is not None:
             args.ablate = [path.read_text(encoding="utf-8") for path in args.ablate]
             args.presets = args.yardsticks = []
-        notes = codec_notes(args.codecs, args.presets)
+        wanted = [preset for preset in args.presets if folder and preset != "exact"]
+        args.codecs = {x: ModelCodec.load(folder / f"codec-{x}.safetensors") for x in wanted}
         # KL in float32: bfloat16 alone costs about as much as the best schemes.
         model, tokenizer = load(args.model, gguf=args.gguf, device=args.device, dtype="float32")
         if (config := decoder_of(model).config)._attn_implementation == "sdpa":
@@ -734,6 +727,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ImportError, ValueError) as error:
         parser.error(str(error))
     name = Path(args.gguf).stem if args.gguf else args.model or "embedded"
+    notes = "; ".join(sorted({codec.notes for codec in args.codecs.values()}))
+    notes = f"{folder.name}: {notes}" if folder else "as enable finds it"
     head = {"model": Path(name).name, "codec": notes}
     same, rows = versions(args.commit), []  # now: the tree may change while this runs
     found = measured(model, tokenizer, cases, args)
@@ -741,14 +736,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(write_row({**head, **row, **same}, args.json))
     print(quality_table(rows))
     return 0
-
-
-def codec_notes(codecs: Path | None, presets: Sequence[str]) -> str:
-    """The folder's name and what the codecs were calibrated on, as their files say."""
-    if codecs is None:
-        return "as enable finds it"
-    paths = (codecs / f"codec-{preset}.safetensors" for preset in presets if preset != "exact")
-    return f"{codecs.name}: {'; '.join(sorted({ModelCodec.load(path).notes for path in paths}))}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,12 +40,14 @@ def embedded():
 
 
 @pytest.fixture(scope="module")
-def codecs(tmp_path_factory) -> Path:
-    """The shipped codecs with a window of 16: most tokens of a short context are coded."""
-    folder = tmp_path_factory.mktemp("codecs")
-    for path in TINY_MODEL.glob("codec-*.safetensors"):
-        replace(ModelCodec.load(path), window=16).save(folder / path.name)
-    return folder
+def shipped() -> dict[str, ModelCodec]:
+    return {name: ModelCodec.load(TINY_MODEL / f"codec-{name}.safetensors") for name in LOSSY}
+
+
+@pytest.fixture(scope="module")
+def codecs(shipped) -> dict[str, ModelCodec]:
+    """With a window of 16: most tokens of a short context are coded."""
+    return {name: replace(codec, window=16) for name, codec in shipped.items()}
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,14 @@ def exact(embedded, case, prefix) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def stored(embedded, prefix, codecs) -> dict[str, quality.Stored]:
-    return {p: quality.store_spectral(prefix, embedded[0], p, codecs) for p in ("exact", *LOSSY)}
+    stored = partial(quality.store_spectral, prefix, embedded[0])
+    return {p: stored(p, codecs.get(p)) for p in ("exact", *LOSSY)}
 
 
 @pytest.fixture(scope="module")
 def rows(embedded, case, codecs) -> dict[str, quality.Row]:
-    schemes = {p: lambda x, p=p: quality.store_spectral(x, embedded[0], p, codecs) for p in LOSSY}
+    ours = partial(quality.store_spectral, model=embedded[0])
+    schemes = {p: partial(ours, preset=p, codec=codecs[p]) for p in LOSSY}
     found = quality.measure(embedded[0], embedded[0], case, {**schemes, **quality.YARDSTICKS})
     return {row["scheme"]: row for row in found}
 
@@ -99,7 +102,7 @@ def test_what_is_measured_is_what_a_step_attends_to(
     token is in it), predicts as the rebuilt prefix does, a thousand times nearer than the exact
     cache."""
     model = embedded[0]
-    codec = ModelCodec.load(codecs / f"codec-{preset}.safetensors")
+    codec = codecs[preset]
     with enable(model, preset, codec=replace(codec, window=codec.window + 1)) as handle:
         cache = handle.new_cache(1, CONTEXT)
         model(input_ids=prefix.ids, logits_to_keep=1, **{CACHE: cache})
@@ -210,7 +213,7 @@ def test_yardsticks_count_their_exact_tokens(prefix, name, run, bits):
 def test_presets_count_their_bytes(prefix, codecs, stored):
     """All pages, their table, the exact tokens."""
     for preset in LOSSY:
-        codec = ModelCodec.load(codecs / f"codec-{preset}.safetensors")
+        codec = codecs[preset]
         layers = [layer.layout.token_bytes * layer.kv_heads for layer in codec.layers]
         token = sum(layers) + 4 / 64
         exact = (codec.sinks + codec.window) * prefix.token_bytes
@@ -298,7 +301,7 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
     monkeypatch.setattr(quality, "answers", answers)
     monkeypatch.setattr(quality, "measure", measure)
     monkeypatch.setattr(quality, "cast", lambda model, dtype: model)
-    options = {"presets": [], "yardsticks": [], "task_yardsticks": [], "codecs": None, "seed": 0}
+    options = {"presets": [], "yardsticks": [], "task_yardsticks": [], "codecs": {}, "seed": 0}
     options |= {"dtype": "float32", "tasks": ["needle", "multikey"], "lengths": [1000]}
     options["ablate"] = None
     options |= {"count": 9, "batch": 2000, "generate": 0}
@@ -683,7 +686,7 @@ def test_the_interval_by_simulation():
     assert few[0] == -few[1] and 0.05 < few[1] < 0.1  # 3 of 30 could be lost unseen
 
 
-def test_answers_come_from_each_cache(embedded):
+def test_answers_come_from_each_cache(embedded, shipped):
     """Two documents' facts: greedy decoding of the dense model, of a yardstick and of the product
     finds them, and a cache of another document does not."""
     model, tokenizer = embedded
@@ -704,7 +707,7 @@ def test_answers_come_from_each_cache(embedded):
             tokenizer,
             {
                 "quality": partial(
-                    quality.store_spectral, model=model, preset="quality", codecs=TINY_MODEL
+                    quality.store_spectral, model=model, preset="quality", codec=shipped["quality"]
                 ),
                 "kivi-3": quality.YARDSTICKS["kivi-3"],
             },
@@ -717,7 +720,7 @@ def test_answers_come_from_each_cache(embedded):
     assert _tasks.score(other, written[0]) == 0
 
 
-def test_contexts_are_read_in_the_usual_dtype(embedded, case, monkeypatch):
+def test_contexts_are_read_in_the_usual_dtype(embedded, shipped, case, monkeypatch):
     """Predicted from in float32, answered in the asked dtype: here as if on a GPU."""
     seen = []
     read, greedy, predict = quality.read_prefix, quality.greedy, quality.predict
@@ -742,7 +745,7 @@ def test_contexts_are_read_in_the_usual_dtype(embedded, case, monkeypatch):
     monkeypatch.setattr(quality, "predict", predicts)
     monkeypatch.setattr(quality, "greedy", writes)
     options = {"presets": ["quality"], "yardsticks": [], "task_yardsticks": [], "seed": 0}
-    options |= {"codecs": TINY_MODEL, "ablate": None, "seconds": math.inf, "generate": 0}
+    options |= {"codecs": shipped, "ablate": None, "seconds": math.inf, "generate": 0}
     options |= {"tasks": ["needle"], "lengths": [600], "count": 1, "batch": 1000}
     for dtype, used in (("float32", torch.float32), (None, torch.bfloat16)):
         args = Namespace(dtype=dtype, **options)
@@ -828,11 +831,11 @@ def test_answers_that_have_ended_leave_the_batch(embedded, case, monkeypatch):
     assert {*sizes} == {6}
 
 
-def test_streams_are_steps_of_the_cache(embedded, case):
+def test_streams_are_steps_of_the_cache(embedded, shipped, case):
     """Given tokens have the logits of sampled ones; the exact cache's are the model's own."""
     model, ids = embedded[0], case.ids[:, : case.context]
     for preset in ("exact", "quality"):
-        with quality.enabled(model, preset, TINY_MODEL) as handle:
+        with enable(model, preset, codec=shipped.get(preset)) as handle:
             caches = [quality.filled_cache(model, handle, ids[:, :-1], 40) for _ in range(2)]
             tokens, single = quality.stream(model, caches[0], ids[:, -1:], 40, seed=0)
             same, given = quality.stream(model, caches[1], ids[:, -1:], 40, seed=1, given=tokens)
@@ -842,7 +845,7 @@ def test_streams_are_steps_of_the_cache(embedded, case):
         assert kl.shape == (1, 40) and (kl.abs().max() < 1e-6) == (preset == "exact")
 
 
-def test_rows_of_streams(embedded, case, monkeypatch):
+def test_rows_of_streams(embedded, shipped, case, monkeypatch):
     """A preset is fed the exact cache's tokens, then runs by itself; the last quarter by itself."""
     fed = []
 
@@ -855,7 +858,7 @@ def test_rows_of_streams(embedded, case, monkeypatch):
 
     monkeypatch.setattr(quality, "stream", stream)
     monkeypatch.setattr(quality, "stream_kl", stream_kl)
-    args = Namespace(presets=["quality"], codecs=TINY_MODEL, generate=8, seed=0)
+    args = Namespace(presets=["quality"], codecs=shipped, generate=8, seed=0)
     exact, ours = quality.measure_stream(embedded[0], [case], args)
     names = ("teacher_forced_kl", "free_running_kl", "free_running_kl_last")
     assert [exact[name] for name in names] == [103.5, 103.5, 106.5]
@@ -883,14 +886,14 @@ def test_needles_through_the_presets(rows, case):
 
 
 @pytest.mark.parametrize("damage", ["k_scale", "k_mean", "v_scale"])
-def test_the_limits_have_teeth(embedded, codecs, case, prefix, exact, damage, tmp_path):
+def test_the_limits_have_teeth(embedded, codecs, case, prefix, exact, damage):
     """A codec with one part half as large again does not pass."""
-    codec = ModelCodec.load(codecs / "codec-quality.safetensors")
+    codec = codecs["quality"]
     layers = tuple(
         replace(layer, **{damage: 1.5 * getattr(layer, damage)}) for layer in codec.layers
     )
-    replace(codec, layers=layers).save(tmp_path / "codec-quality.safetensors")
-    stored = quality.store_spectral(prefix, embedded[0], "quality", tmp_path)
+    codec = replace(codec, layers=layers)
+    stored = quality.store_spectral(prefix, embedded[0], "quality", codec)
     assert (
         quality.compare(case, exact, quality.predict(embedded[0], case, stored.layers))["kl"]
         > LIMITS[0]
