@@ -81,7 +81,7 @@ from perf.tiny_model.recall import make_recall_contexts
 from spectral_kernels._model import decoder_of
 from spectral_kernels.calibrate import WINDOW, _tapped
 from spectral_kernels.codec import ModelCodec
-from spectral_kernels.hf import CACHE, PRESETS, ModelCache, enable
+from spectral_kernels.hf import CACHE, PRESETS, enable
 
 PREDICTED = 256  # tokens of the text after the context
 READ = 65_536  # tokens of contexts that a forward reads
@@ -301,14 +301,6 @@ def store_dense(prefix: Prefix) -> Stored:
 
 
 @torch.no_grad()
-def filled_cache(model: Any, handle: Any, ids: torch.Tensor, new: int) -> ModelCache:
-    """The product's cache after prompts int64 [B, T], with room for `new` tokens."""
-    cache = handle.new_cache(len(ids), ids.shape[1] + new)
-    model(input_ids=ids.to(model.device), logits_to_keep=1, use_cache=True, **{CACHE: cache})
-    return cache
-
-
-@torch.no_grad()
 def store_spectral(prefix: Prefix, model: Any, preset: str, codec: Any = None) -> Stored:
     """The prompt as the product's cache stores it: what a prompt after it would attend to."""
     tokens = prefix.tokens
@@ -487,10 +479,9 @@ def measure(model: Any, reader: Any, case: Case, schemes: dict[str, Scheme]) -> 
 
 
 def sizes(stored: Stored, prefix: Prefix) -> Row:
-    """Ratios to a dense 16-bit cache, and the bytes of a token and of what does not grow."""
+    """Ratios to a dense 16-bit cache, and the bytes of a token."""
     (_, nbytes, token), dense, tokens = stored, prefix.token_bytes, prefix.tokens
-    ratios = {"ratio": tokens * dense / nbytes, "ratio_long": dense / token}
-    return {**ratios, "token_bytes": token, "fixed_bytes": nbytes - tokens * token}
+    return {"ratio": tokens * dense / nbytes, "ratio_long": dense / token, "token_bytes": token}
 
 
 @torch.no_grad()
@@ -576,10 +567,12 @@ def measure_task(
 
 @torch.no_grad()
 def stream(
-    model: Any, cache: ModelCache, token: torch.Tensor, count: int, seed: int, given: Any = None
+    model: Any, handle: Any, ids: torch.Tensor, count: int, seed: int, given: Any = None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Tokens [B, count] after `token` [B, 1], and the logits [B, 1, V] of each, step by step: given
-    ones, else sampled with random numbers of `seed`."""
+    """Tokens [B, count] after contexts [B, N], and the logits [B, 1, V] of each, steps of the
+    product's cache: given ones, else sampled with random numbers of `seed`."""
+    cache, token = handle.new_cache(len(ids), ids.shape[1] - 1 + count), ids[:, -1:]
+    model(input_ids=ids[:, :-1], logits_to_keep=1, use_cache=True, **{CACHE: cache})
     generator = torch.Generator(model.device).manual_seed(seed)
     tokens, logits = [], []
     for i in range(count):
@@ -606,21 +599,18 @@ def stream_kl(model: Any, ids: torch.Tensor, tokens: torch.Tensor, logits: Any) 
 def measure_stream(model: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Teacher-forced and free-running KL over generated tokens after contexts of one length."""
     ids = torch.cat([case.ids[:, : case.context] for case in cases]).to(model.device)
-    last, count, text = ids[:, -1:], args.generate, None
+    count, text = args.generate, None
     for preset in dict.fromkeys(("exact", *args.presets)):
         kl: list[torch.Tensor] = []
         for given in (None,) if text is None else (text, None):
             with enable(model, preset, codec=args.codecs.get(preset)) as handle:
-                cache = filled_cache(model, handle, ids[:, :-1], count)
-                tokens, logits = stream(model, cache, last, count, args.seed, given)
-                token_bytes = handle.codec and handle.codec.token_bytes
-                del cache
+                tokens, logits = stream(model, handle, ids, count, args.seed, given)
             kl.append(stream_kl(model, ids, tokens, logits))
             text = tokens if text is None else text
             del logits
         for case, forced, free in zip(cases, kl[0], kl[-1], strict=True):
             row: Row = {"text": case.name, "context": case.context, "task": "generate"}
-            row |= {"scheme": preset, "generated": count, "token_bytes": token_bytes}
+            row |= {"scheme": preset, "generated": count}
             last_kl = float(free[-count // 4 :].mean())
             row |= {"teacher_forced_kl": float(forced.mean()), "free_running_kl_last": last_kl}
             yield row | {"free_running_kl": float(free.mean())}

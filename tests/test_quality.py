@@ -836,9 +836,8 @@ def test_streams_are_steps_of_the_cache(embedded, shipped, case):
     model, ids = embedded[0], case.ids[:, : case.context]
     for preset in ("exact", "quality"):
         with enable(model, preset, codec=shipped.get(preset)) as handle:
-            caches = [quality.filled_cache(model, handle, ids[:, :-1], 40) for _ in range(2)]
-            tokens, single = quality.stream(model, caches[0], ids[:, -1:], 40, seed=0)
-            same, given = quality.stream(model, caches[1], ids[:, -1:], 40, seed=1, given=tokens)
+            tokens, single = quality.stream(model, handle, ids, 40, seed=0)
+            same, given = quality.stream(model, handle, ids, 40, seed=1, given=tokens)
         assert torch.equal(same, tokens) and len({*tokens[0].tolist()}) > 5
         assert torch.equal(torch.cat(single), torch.cat(given))
         kl = quality.stream_kl(model, ids, tokens, single)
@@ -849,7 +848,7 @@ def test_rows_of_streams(embedded, shipped, case, monkeypatch):
     """A preset is fed the exact cache's tokens, then runs by itself; the last quarter by itself."""
     fed = []
 
-    def stream(model, cache, token, count, seed, given=None):
+    def stream(model, handle, ids, count, seed, given=None):
         fed.append(given)
         return torch.full((1, count), len(fed)), []
 
