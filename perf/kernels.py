@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from perf import _cases
+from perf._cases import LAYER, SCORE_STD, Shape, Step, make_steps
 from perf._timing import Call, Card, Row, device_times
 from spectral_kernels import compress, merge, rope
 from spectral_kernels.layout import unpack_pages
 
-HEADS, KV_HEADS, DIM = _cases.LAYER
+HEADS, KV_HEADS, DIM = LAYER
 PRESET = "balanced"  # where a kernel needs bands and does not run once for each preset
 CLOSE = 1e-5  # relative, in norm: float32 arithmetic in any order
 
@@ -59,11 +60,8 @@ def beside_twin(
     return Kernel(calls, nbytes, check)
 
 
-# rope.py
-
-
 def turned(card: Card, name: str) -> Kernel:
-    x = card.normal(1, KV_HEADS, tokens_of(card, 2 * KV_HEADS * DIM), DIM, std=_cases.SCORE_STD)
+    x = card.normal(1, KV_HEADS, tokens_of(card, 2 * KV_HEADS * DIM), DIM, std=SCORE_STD)
     positions = torch.arange(x.shape[2], device=card.device)[None].int()
     options = {"frame": 512} if name == "turn_back" else {}
     allowed = max(CLOSE, torch.finfo(x.dtype).eps)  # rounded to the dtype on both sides
@@ -71,10 +69,7 @@ def turned(card: Card, name: str) -> Kernel:
     return beside_twin(rope, name, inputs, 2 * x.nbytes + positions.nbytes, allowed, **options)
 
 
-# compress.py
-
-
-def check_stored(step: _cases.Step, run: Call, twin: Call) -> None:
+def check_stored(step: Step, run: Call, twin: Call) -> None:
     """Raise AssertionError unless both store the same into pages and exact slots, and do; where a
     coefficient lies at the boundary of two codes, either (one in 1,000)."""
     tensors = (step.k_pages, step.v_pages, step.k_exact, step.v_exact)
@@ -98,8 +93,8 @@ def check_stored(step: _cases.Step, run: Call, twin: Call) -> None:
 
 def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 2 * KV_HEADS * DIM)
-    [step] = _cases.make_steps(_cases.Shape(1, *_cases.LAYER, tokens), PRESET, card, 1)
-    x = card.normal(1, KV_HEADS, tokens, DIM, std=_cases.SCORE_STD)
+    [step] = make_steps(Shape(1, *LAYER, tokens), PRESET, card, 1)
+    x = card.normal(1, KV_HEADS, tokens, DIM, std=SCORE_STD)
     pages, exact = getattr(step, f"{side}_pages"), getattr(step, f"{side}_exact")
     given = (x, step.codec, pages, step.block_table, step.seq_lens)
     options: Any = {"side": side, "exact": exact, "sinks": step.sinks}
@@ -109,8 +104,7 @@ def encode(card: Card, side: str, tokens: int | None = None) -> Kernel:
 
 
 def append(card: Card, batch: int = 4) -> Kernel:
-    shape = _cases.Shape(batch, *_cases.LAYER, 512)
-    steps = _cases.make_steps(shape, PRESET, card, card.copies(1 << 22))
+    steps = make_steps(Shape(batch, *LAYER, 512), PRESET, card, card.copies(1 << 22))
     codec = steps[0].codec
     check = partial(check_stored, steps[0], steps[0].append, partial(steps[0].append, twin=True))
     nbytes = 6 * steps[0].k.nbytes + codec.k_encoder.nbytes + codec.v_encoder.nbytes
@@ -119,19 +113,15 @@ def append(card: Card, batch: int = 4) -> Kernel:
 
 def decode(card: Card, side: str, tokens: int | None = None) -> Kernel:
     tokens = tokens or tokens_of(card, 4 * KV_HEADS * DIM)
-    [step] = _cases.make_steps(_cases.Shape(1, *_cases.LAYER, tokens), PRESET, card, 1)
+    [step] = make_steps(Shape(1, *LAYER, tokens), PRESET, card, 1)
     pages = getattr(step, f"{side}_pages")
     given = (pages, step.codec, step.block_table, step.seq_lens)
     nbytes = pages.nbytes + 4 * KV_HEADS * tokens * DIM
     return beside_twin(compress, "decode", [given], nbytes, side=side)
 
 
-# attention.py, window.py
-
-
 def attend_spectral(card: Card, preset: str) -> Kernel:
-    shape = _cases.Shape(4, *_cases.LAYER, context_of(card))
-    steps = _cases.make_steps(shape, preset, card)
+    steps = make_steps(Shape(4, *LAYER, context_of(card)), preset, card)
 
     def check() -> None:
         _cases.check_state(steps[0], steps[0].attend())
@@ -141,14 +131,10 @@ def attend_spectral(card: Card, preset: str) -> Kernel:
 
 
 def attend_window(card: Card) -> Kernel:
-    shape = _cases.Shape(4, *_cases.LAYER, 512)
-    steps = _cases.make_steps(shape, PRESET, card, card.copies(1 << 20))
+    steps = make_steps(Shape(4, *LAYER, 512), PRESET, card, card.copies(1 << 20))
     calls, first = [partial(step.attend, ("exact",)) for step in steps], steps[0]
     nbytes = first.k_exact.nbytes + first.v_exact.nbytes + 2 * first.q.nbytes
     return Kernel(calls, nbytes, lambda: _cases.check_state(first, calls[0](), ("exact",)))
-
-
-# merge.py
 
 
 def merge_states(card: Card, count: int) -> Kernel:
