@@ -1,9 +1,9 @@
 """A layer's decode step on random data, built on the device, and a check of what it gives.
 
-Weights of perf's models are random, and so are pages here: a calibration would mean nothing.
-`random_codec` has random orthogonal bases in the bands of a preset; codes are uniform, steps fall
-as in a spectrum. The check is against the twin of plain PyTorch, which tests/ hold to the oracle,
-on the same inputs: one row and KV head at a time, as 128K tokens of all would not fit.
+Weights of perf's models are random: a calibration would mean nothing. `random_codec` has random
+orthogonal bases in the bands of a preset; codes are uniform, steps fall as in a spectrum. The check
+is against the twin of plain PyTorch, which tests/ hold to the oracle: one row and KV head at a
+time, as 128K tokens of all would not fit.
 """
 
 import dataclasses

@@ -7,13 +7,12 @@ A shape is BxT, or several joined by + (rows of different lengths), and after co
 KV heads (default 32/8), dD (head dimension, default 128), qQ (queries a row, default 1), poolT
 (room of the block table), old (the path of cards before sm_80).
 
-A step is what a layer runs for new tokens: `append` (they go to their pages and exact slots) and
-`attend_spectral` over pages and exact tokens. A peer writes the token to its cache (one copy) and
-reads all T tokens; its plan of a batch is made beforehand, and fp8 queries come as such. Peers run
-where all rows are alike: PyTorch's backends, FA3 of an installed vLLM (as that calls it), and
-FlashInfer; a row says why one has no time. Queries, keys and values are bf16, before sm_80 fp16.
-Steps and peers are checked first: ours against its twin (perf/_cases.py; error: relative), a peer
-against float64 within the rounding of its weights and output. Times: perf/_timing.py.
+A step is what a layer runs for new tokens: `append` and `attend_spectral`. A peer writes the token
+to its cache (one copy) and reads all T tokens; its plan of a batch is made beforehand, and fp8
+queries come as such. Peers run where all rows are alike: PyTorch's backends, FA3 of an installed
+vLLM (as that calls it), FlashInfer; a row says why one has no time. Queries, keys and values are
+bf16, before sm_80 fp16. Steps and peers are checked first: ours against its twin (perf/_cases.py;
+error: relative), a peer against float64 within the rounding of its weights and output.
 `read_share`: the bytes that a step must read over its time, as a share of the bandwidth of a
 read-only pass in the same run. Bands of a preset: `_cases.layouts`, the middle one.
 
@@ -266,14 +265,13 @@ def measure(shape: Shape, preset: str, card: Card) -> Row:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = parser_of("attention", __doc__)
-    parser.add_argument("shapes", nargs="*", type=parse_shape, metavar="SHAPE", help="see above")
+    shapes: Any = {"type": parse_shape, "default": [parse_shape(text) for text in SHAPES]}
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="see above", **shapes)
     text = "default balanced, and of the first shapes quality too"
     parser.add_argument("--presets", nargs="*", choices=LOSSY, help=text)
     names = [peer.name for peer in PEERS]
     parser.add_argument("--peers", nargs="*", choices=names, default=names, help="default all")
-    args = parser.parse_args(argv)
-    args.shapes = args.shapes or [parse_shape(text) for text in SHAPES]
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,8 +3,7 @@
     python -m perf.compress [--tokens 32768] [--json]
 
 Encode and decode of one row of T tokens, append of one token; 8 KV heads, D = 128, preset balanced;
-device times with a cold L2, each checked first (perf/kernels.py). What it adds to a whole model's
-prompt: perf.end_to_end --what prefill.
+checked first (perf/kernels.py). What it adds to a model's prompt: perf.end_to_end --what prefill.
 
 Row: gpu commit torch triton date read_gbs T encode_us (K and V) append_us decode_us encode_share
 (of the read bandwidth).   Test: tests/test_perf.py.

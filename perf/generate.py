@@ -4,10 +4,9 @@
     python -m perf.generate --model Qwen/Qwen2.5-0.5B --prompt-file notes.txt --preset quality
 
 Prints the text and, with --compare, the dense model's: how many tokens are the same, the bytes of
-both caches, prompt and new tokens a second. The spectral prompt time includes the encoding. On a
-GPU each model first runs unmeasured for two tokens, so that no kernel is compiled and no graph
-captured on the clock. The embedded model ships its codecs; another model is calibrated once, or
---codec names the file.
+both caches, prompt and new tokens a second. On a GPU each first runs unmeasured for two tokens: no
+kernel is compiled and no graph captured on the clock. The embedded model ships its codecs; another
+model is calibrated once, or --codec names the file.
 """
 
 import argparse

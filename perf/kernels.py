@@ -3,9 +3,8 @@
     pytest perf --benchmark-only           with pytest-benchmark (perf/test_benchmarks.py)
     python -m perf.compress                those that store tokens
 
-One builder a stem of the package gives inputs, bytes and check. Inputs are larger than the L2
-cache, or several copies are used in turn. Bytes are those that a kernel must read and write once.
-Checks: the twin of plain PyTorch on the same inputs, which tests/ hold to the oracle.
+Builders give inputs (larger than the L2 cache, or several copies in turn), the bytes that a kernel
+must read and write once, and a check: the twin of plain PyTorch, which tests/ hold to the oracle.
 """
 
 from collections.abc import Callable, Sequence

@@ -4,10 +4,9 @@ second with the pool full, a backend after another.
     python -m perf.serve --cells 1x8192 1x32768 8x32768 1x131072
                          --backends FLASH_ATTN FLASH_ATTN:fp8 SPECTRAL:balanced --json
 
-An engine with random weights of a shape (or --model with --codec) runs in a process of its own for
-each backend, one after another with the same share of the card's memory, or with --kv-gb side by
-side, timed in the order of --backends; one that fails leaves the others alone. GiB of pages may
-differ: tokens admitted, and the full pool, are those of the smallest.
+An engine with random weights of a shape (or --model with --codec) runs in a process for each
+backend, one after another, or with --kv-gb side by side, timed in the order of --backends (tokens
+admitted, and the full pool, are those of the fewest GiB); one that fails leaves the others alone.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
 cached. tpot_ms: the time of MANY new tokens over that of FEW, by the tokens between; the median
@@ -231,7 +230,6 @@ def run_backend(
     """Rows of one engine, in a process that runs the module with --one."""
     kind, results = backend.partition(":")[2], file_of(folder, backend, ".jsonl")
     extra = ["--one", backend, str(folder)]
-    begin = time.perf_counter()
     log = file_of(Path(os.environ.get("OUT", folder)), backend, ".log")
     try:
         if kind in LOSSY and not args.codec:
@@ -246,8 +244,7 @@ def run_backend(
     lines = log.read_text().splitlines()
     print(*(x for x in lines if "PHASE" in x), sep="\n")
     rows = read_rows(results)
-    took = f"{time.perf_counter() - begin:.0f} s"
-    print(f"{backend}: {len(rows)} rows, exit {done.returncode}, {took}", flush=True)
+    say(f"{backend}: {len(rows)} rows, exit {done.returncode}")
     if done.returncode:  # the cause is often not in the last lines
         causes = [x for x in lines[:-25] if "Error" in x]
         print(*causes[-10:], *lines[-25:], sep="\n", flush=True)

@@ -1,9 +1,8 @@
 """Every public kernel under pytest-benchmark: `pytest perf --benchmark-only --benchmark-json=FILE`.
 
-pytest-benchmark's own times are the host's, launch and synchronisation included. The names in its
-table end in the device's: p50 of CUDA-graph replays with a cold L2, and the share of the read
-bandwidth measured in the same session; `extra_info` has p20, p80, bytes and GB/s too. Without a
-CUDA card nothing is measured.
+pytest-benchmark's times are the host's, launch and synchronisation included. The names in its table
+end in the device's: p50 with a cold L2 (perf/_timing.py), and the share of the read bandwidth;
+`extra_info` has p20, p80, bytes and GB/s too. Without a CUDA card nothing is measured.
 """
 
 import itertools
