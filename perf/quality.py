@@ -683,11 +683,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--lengths", type=int, nargs="+", default=[4096], help="tokens of a task's prompt (4096)")
     add("--count", type=int, default=16, help="contexts a task (16); humaneval: 164 a round")
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
-    late = "begin no text or batch of prompts that would not end by then; tasks share what is left"
-    add("--seconds", type=float, default=math.inf, help=late)
+    add("--seconds", type=float, default=math.inf, help="begin nothing that would not end by then")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
-    parts = "instead of presets: balanced, calibrated on these texts (default: what lies about), "
-    parts += "and the same without one part of the codec at a time"
+    parts = "instead of presets: balanced, of these texts, and without one part of it at a time"
     add("--ablate", type=Path, nargs="*", metavar="FILE", help=parts)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")

@@ -180,17 +180,15 @@ def mean(rows: Rows, name: str) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def means(rows: Rows, needed: str) -> list[Row]:
+def means(rows: Rows, needed: str) -> Iterator[Row]:
     """A row a model, context and scheme, of means over the texts of rows that have the field
     `needed`; texts: how many the model and context have."""
-    found: list[Row] = []
     own = [row for row in rows if needed in row]
     for (model, context), panel in grouped(own, ("model", "context")).items():
         head = {"model": model, "context": context, "texts": len({row["text"] for row in panel})}
         for (scheme,), alike in grouped(panel, ("scheme",)).items():
             names = {name for row in alike for name, x in row.items() if isinstance(x, int | float)}
-            found.append({name: mean(alike, name) for name in names} | head | {"scheme": scheme})
-    return found
+            yield {name: mean(alike, name) for name in names} | head | {"scheme": scheme}
 
 
 def quality_table(rows: Rows) -> str:
@@ -204,14 +202,13 @@ def quality_table(rows: Rows) -> str:
     ablated = "scheme ratio:.2f ratio_long:.2f ablated_kl:.5f top1:.3f recalled:.1f"
     fields = {"kl": predicted, "free_running_kl": generated, "ablated_kl": ablated}
     for needed, spec in fields.items():
-        found = means(rows, needed)
-        found.sort(key=lambda x: (x["model"], x["context"], x.get("ratio") or 0))
+        order = ("model", "context", "ratio")
+        found = sorted(means(rows, needed), key=lambda x: [x.get(name) or 0 for name in order])
         title = "{}, {:,} tokens, " + needed + " over {} text(s)"
         text += sections(found, ("model", "context", "texts"), title, spec)
     tasks, names = [row for row in rows if "score" in row], ("model", "context", "scheme")
-    solved = []
-    for alike in grouped(tasks, names).values():
-        solved.append(alike[0] | {row["task"]: task_cell(row) for row in alike})
+    alike = grouped(tasks, names).values()
+    solved = [own[0] | {row["task"]: task_cell(row) for row in own} for own in alike]
     solved.sort(key=lambda x: (x["model"], x["context"], x["ratio"], x["scheme"]))
     spec = " ".join(["scheme", *sorted({row["task"] for row in tasks})])
     title = "{}, {:,} tokens: tasks solved, change in points ± 95 % or [lost, won]"
@@ -308,7 +305,7 @@ def headline(results: Path = RESULTS) -> str:
 
 def losses(results: Path = RESULTS) -> str:
     """README's table of what a scheme loses: of the model and context with the most texts."""
-    rows = means(newest("quality", results), "kl")
+    rows = [*means(newest("quality", results), "kl")]
     if not rows:
         return NO_ROW.format("quality")
     top = max(rows, key=lambda row: row["texts"])
