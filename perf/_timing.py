@@ -148,8 +148,7 @@ def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
 def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
     """Times of one of `calls`, which do the same work on different inputs (see `Card.copies`). A
     sample: as many replays of a graph of all as fill half a millisecond; 5 to 100 in `seconds`. Of
-    few calls the graph has all several times: a model's step has many layers, and what a replay
-    takes besides is not a layer's."""
+    few calls the graph has all several times: what a replay takes besides is not a call's."""
     calls = [*calls] * -(-LEAST_CALLS // len(calls))
     graph = capture(calls)
 

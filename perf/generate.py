@@ -42,9 +42,8 @@ def load(
     model: str | None = None, *, gguf: str | None = None, device: Any = None, dtype: Any = None
 ) -> tuple[Any, Any]:
     """(a causal language model, its tokenizer): path or id, by default the embedded one; or path of
-    a GGUF file, whose weights are dequantised (needs the package gguf). By default on a GPU if
-    there is one, in bfloat16 if it has that, else float16; float32 on a CPU. OSError, ImportError:
-    there is no such file, or no package gguf."""
+    a GGUF file, whose weights are dequantised. By default on a GPU if there is one, in its usual
+    dtype. OSError, ImportError: there is no such file, or no package gguf."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source, options = model or str(TINY_MODEL), dict[str, Any]()
     if gguf is not None:

@@ -414,11 +414,10 @@ def write(root: Path = ROOT) -> None:
     readme.write_text(fill(readme.read_text(), results))
     (root / "perf" / "RESULTS.md").write_text(results_page(results))
     for name, (make, x, y) in PLOTS.items():
-        path, plot = root / "perf" / "plots" / f"{name}.svg", make(results)
-        if plot:
+        path = root / "perf" / "plots" / f"{name}.svg"
+        path.unlink(missing_ok=True)
+        if plot := make(results):
             draw(plot, x, y, path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
