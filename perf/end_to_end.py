@@ -3,7 +3,6 @@ and the spectral cache.
 
     python -m perf.end_to_end 1x8192 1x32768 1x131072 --compile --json
     python -m perf.end_to_end 8x32768 --what graph fp8 ours bare --presets balanced quality
-    python -m perf.end_to_end 1x8192 8x8192 --what long
 
 Weights, bases of codecs, and the T tokens in caches are random. Measured (--what):
 
@@ -181,8 +180,7 @@ def replayed(graph: Any, steps: int) -> Row:
 
 
 def dense_graph(cell: Cell, fp8: bool = False) -> Row:
-    """The model without a cache of transformers': each layer's attention writes the new token to a
-    peer's memory of T tokens and reads it."""
+    """Each layer's attention writes the new token to a peer's memory of T tokens and reads it."""
     model, shape, layers = cell.model, cell.layer, cell.model.config.num_hidden_layers
     known = {peer.name: peer for peer in IN_MODELS if peer.fp8 == fp8}
     peers = time_peers(shape, [*known.values()], cell.card)
@@ -302,9 +300,8 @@ def free_memory() -> None:
 
 
 def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> Iterator[Row]:
-    """Seconds of a real prompt, dense and with each preset: medians of rounds in turns, each the
-    second prompt of two (the first allocates, and in the first round compiles); a card at its limit
-    of power drifts by more than a cache adds."""
+    """Seconds of a prompt, dense and with each preset: medians of rounds in turns, as a card at its
+    limit of power drifts; of a round the second prompt of two (the first allocates, compiles)."""
     ids = cell.ids(cell.tokens)
     found: dict[str | None, list[Row]] = {name: [] for name in (None, *presets)}
     for turn in range(rounds):
@@ -326,8 +323,8 @@ def prefill(cell: Cell, presets: Sequence[str], rounds: int = 3) -> Iterator[Row
 
 
 def long_generation(cell: Cell, preset: str) -> Row:
-    """LONG_STEPS tokens from a real prompt: how even steps are, and how many kernels Triton
-    compiles or loads for them after a short generation in the same cache."""
+    """LONG_STEPS tokens: how even steps are, and how many kernels Triton compiles or loads for them
+    after a short generation in the same cache."""
     compiled: list[Any] = []
     with cell.enabled(preset) as handle:
         cache = handle.new_cache(cell.batch, cell.tokens + LONG_STEPS)
@@ -357,9 +354,9 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
         yield "long", preset, partial(long_generation, cell, preset)
 
 
-def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
+def ahead(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """Runs of one layer, of each batch size and layout, which leave in caches what they compile."""
-    jobs, batches = [], sorted({batch for batch, _ in args.cells})
+    batches = sorted({batch for batch, _ in args.cells})
     dim = _cases.llama(args.shape).head_dim
     count = max(len(_cases.layouts(preset, dim)) for preset in args.presets)
     for batch, layout in product(batches, range(count)):
@@ -368,8 +365,8 @@ def ahead(args: argparse.Namespace) -> list[argparse.Namespace]:
         own = {"what": [x for x in args.what if x in known], "layout": layout, "json": None}
         own["cells"] = [(batch, min(tokens for b, tokens in args.cells if b == batch))]
         own["compile"] = args.compile and not layout
-        jobs += [argparse.Namespace(**{**vars(args), **own})] * bool(own["what"])
-    return jobs
+        if own["what"]:
+            yield argparse.Namespace(**{**vars(args), **own})
 
 
 def alone(args: argparse.Namespace) -> str:
@@ -405,7 +402,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], int]:
     whole = args.layout is None
     card, same = begin(args.commit, reads=whole)
     warnings.filterwarnings("ignore", module="transformers")
-    jobs = ahead(args) if whole and GPUS == 1 and card.device.type == "cuda" else []
+    jobs = [*ahead(args)] if whole and GPUS == 1 and card.device.type == "cuda" else []
     if not whole:
         inductor.compile_threads = 1  # there are processes enough
     with ProcessPoolExecutor(max(1, len(jobs)), get_context("spawn")) as pool:

@@ -17,8 +17,7 @@ free_running_kl_last): N are generated. KL is to the dense model; `exact`: what 
 --tasks. Greedy answers to the prompts of perf/_tasks.py over what each scheme gives back of their
 context. Flips: prompts that only the dense model or only the scheme solves, p McNemar's, as if none
 shared a context or problem; `change`: 95 % interval of the score's. In bf16 another batch alone
-changes a tenth of humaneval's answers: flips want `--dtype float32`; there `dense, 16 bits` answers
-beside.
+changes a tenth of humaneval's answers: flips want `--dtype float32`, where `dense, 16 bits` is one.
 
 Columns:
     ratio       16-bit dense cache / all bytes that a scheme has of a sequence (no codec of a model)
@@ -44,9 +43,7 @@ text itself, which favours them. H is the Hadamard matrix, keys are as rotated.
     turbo-3     a token's norm, a random rotation, Lloyd-Max levels of a normal (2504.19874)
 saw-int4, oscar-2, turbo-3 and kvarn get the mean key of a head taken out first, for no bytes: as
 published they rotate it into all channels, where a large one (Qwen2.5: 145 beside deviations of 1)
-leaves nothing of a token's range.
-
-Test: tests/test_quality.py.
+leaves nothing of a token's range.   Test: tests/test_quality.py.
 """
 
 import copy
@@ -110,14 +107,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Contexts of equal length but their last token, one a row; a tensor a layer; moments where
-    asked for."""
+    """Contexts of equal length but their last token, one a row; a tensor a layer."""
 
     ids: torch.Tensor  # int64 [B, N - 1]
     k: list[torch.Tensor]  # exact, [B, G, N - 1, D], as rotated
     v: list[torch.Tensor]
-    q_moments: list[torch.Tensor] | None = None  # [G, D, D], mean of q^T q over queries
-    v_moments: list[torch.Tensor] | None = None  # of v^T v, weighted by the scores of some
+    # Of layers, where asked for: the means [G, D, D] of q^T q, and of v^T v, weighted by scores.
+    moments: list[list[torch.Tensor]] | None = None
 
     @property
     def tokens(self) -> int:
@@ -254,7 +250,7 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
         some = [part.pop(0) for part in parts]
         layers.append([torch.cat(x) if len(x) > 1 else x[0] for x in zip(*some, strict=True)])
     k, v = map(list, zip(*layers, strict=True))
-    return Prefix(ids, k, v, *(found if moments else ()))
+    return Prefix(ids, k, v, found if moments else None)
 
 
 def dense_cache(model: Any, layers: Layers) -> DynamicCache:
@@ -295,7 +291,6 @@ def compare(case: Case, exact: torch.Tensor, other: torch.Tensor) -> dict[str, f
 
 
 def store_dense(prefix: Prefix) -> Stored:
-    """All as it is, in 16 bits."""
     layers, token = list(zip(prefix.k, prefix.v, strict=True)), prefix.token_bytes
     return Stored(layers, prefix.tokens * token, token)
 
@@ -399,9 +394,8 @@ def code_saw(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch
 
 
 def code_oscar(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
-    moments = prefix.q_moments if is_key else prefix.v_moments
-    assert moments is not None, "read_prefix(moments=True)"
-    vectors = torch.linalg.eigh(moments[layer].double())[1].float()
+    assert prefix.moments is not None, "read_prefix(moments=True)"
+    vectors = torch.linalg.eigh(prefix.moments[not is_key][layer].double())[1].float()
     turn = vectors @ hadamard(x.shape[-1]).to(x.device)  # [G, D, D]
     y = x @ turn
     tries = [even_levels(y, -1, 2, clip) for clip in CLIPS]
@@ -529,8 +523,7 @@ def answers(
 
 
 def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 1) -> Iterator[Row]:
-    """A row a scheme, from scores of a kind of task's prompts, `each` over a context, and sizes;
-    flips against "dense"."""
+    """A row a scheme, from (scores, sizes) of prompts, `each` over a context; flips to "dense"."""
     dense = found["dense"][0]
     for scheme, (scores, size) in found.items():
         pairs = [*zip(dense, scores, strict=True)]

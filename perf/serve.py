@@ -177,11 +177,6 @@ def file_of(folder: Path, backend: str, ending: str) -> Path:
 
 def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
     results = file_of(folder, backend, ".jsonl")
-
-    def done(row: Row) -> None:
-        write_row({**served.row, **row}, args.json, results)
-        say(f"PHASE {backend}: {row['B']}x{row['T']}")
-
     served = Served(args, backend, folder)
     say(f"PHASE {backend}: engine started")
     warm = min(args.chunk + 1024, longest(args) - 8)
@@ -195,10 +190,10 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
     signs += [file_of(folder, x, ".ended") for x in earlier]
     while args.kv_gb and not all(x.exists() for x in signs):
         time.sleep(0.2)  # no engine starts or ends while another is timed
-    for batch, tokens in args.cells:
-        done(served.time(batch, tokens))
-    if args.full:
-        done(served.fill(args))
+    cells = (served.time(batch, tokens) for batch, tokens in args.cells)
+    for row in chain(cells, (served.fill(args) for _ in range(args.full))):
+        write_row({**served.row, **row}, args.json, results)
+        say(f"PHASE {backend}: {row['B']}x{row['T']}")
 
 
 def environment(folder: Path) -> dict[str, str]:

@@ -52,7 +52,6 @@ def latest(rows: Rows, key: Sequence[str]) -> list[Row]:
 
 
 def grouped(rows: Rows, names: Sequence[str]) -> dict[tuple, list[Row]]:
-    """Rows by their values of `names`."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         found.setdefault(tuple(row.get(name) for name in names), []).append(row)
@@ -88,8 +87,7 @@ def sections(rows: Rows, names: Sequence[str], title: str, spec: str) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    """A table a kind of layer: time, as a multiple of that of the run's row without a case, share
-    of the bandwidth, the best peers, times as fast."""
+    """A table a kind of layer; of_plain: a multiple of the time of the run's row without a case."""
     spec = "B T:, case preset p50_us:.4g of_plain:.2f read_share:.0%"
     spec += "".join(f" best_{x} best_{x}_us:.4g against_{x}:.2f" for x in ("peer", "fp8"))
     rows = latest(rows, KEYS["attention"])
@@ -181,8 +179,7 @@ def mean(rows: Rows, name: str) -> float | None:
 
 
 def means(rows: Rows, needed: str) -> Iterator[Row]:
-    """A row a model, context and scheme, of means over the texts of rows that have the field
-    `needed`; texts: how many the model and context have."""
+    """A row a model, context and scheme: means over the texts of rows with the field `needed`."""
     own = [row for row in rows if needed in row]
     for (model, context), panel in grouped(own, ("model", "context")).items():
         head = {"model": model, "context": context, "texts": len({row["text"] for row in panel})}
@@ -192,8 +189,7 @@ def means(rows: Rows, needed: str) -> Iterator[Row]:
 
 
 def quality_table(rows: Rows) -> str:
-    """Means over texts of each scheme: of predicted tokens, of generated ones, of codecs without a
-    part of theirs; then tasks."""
+    """Means over texts of each scheme (tokens predicted, generated, less of a codec); tasks."""
     text, rows = "", latest(rows, KEYS["quality"])
     predicted = "scheme ratio:.2f ratio_long:.2f kl:.5f kl_median:.5f kl_p999:.3f top1:.3f"
     predicted += " perplexity:+.2% recalled:.1f exact_recalled:.1f"
@@ -305,12 +301,11 @@ def headline(results: Path = RESULTS) -> str:
 
 def losses(results: Path = RESULTS) -> str:
     """README's table of what a scheme loses: of the model and context with the most texts."""
-    rows = [*means(newest("quality", results), "kl")]
-    if not rows:
+    panels = grouped(means(newest("quality", results), "kl"), ("model", "context")).values()
+    if not panels:
         return NO_ROW.format("quality")
-    top = max(rows, key=lambda row: row["texts"])
-    same = [row for row in rows if (row["model"], row["context"]) == (top["model"], top["context"])]
-    found = {row["scheme"]: row for row in same}
+    panel = max(panels, key=lambda rows: rows[0]["texts"])
+    top, found = panel[0], {row["scheme"]: row for row in panel}
     schemes = [name for name in LOSSES if name in found]
     forms = {"times smaller": ("ratio", "{:.2f}x"), "likeliest token as dense": ("top1", "{:.1%}")}
     forms["perplexity"] = "perplexity", "{:+.2%}"

@@ -636,7 +636,7 @@ def test_kernels_are_compiled_ahead():
     from perf import end_to_end
 
     given = ["1x32768", "8x256", "1x8192", "--compile", "--what", "graph", "static", "bare"]
-    runs = end_to_end.ahead(end_to_end.parse([*given, "--json"]))
+    runs = [*end_to_end.ahead(end_to_end.parse([*given, "--json"]))]
     assert [args.layout for args in runs] == [0, 1, 2] * 2
     assert [args.cells for args in runs] == [[(1, 8192)]] * 3 + [[(8, 256)]] * 3
     for args in runs:

@@ -432,7 +432,7 @@ def test_yardsticks_have_no_more_levels_than_their_bits(prefix):
             (v.unflatten(-1, (-1, 32)), -1, -3),
         ):
             assert 2**bits / 2 < spread(groups, dim) <= 2**bits < spread(groups, other), bits
-    turn = torch.linalg.eigh(prefix.q_moments[1].double())[1].float() @ h
+    turn = torch.linalg.eigh(prefix.moments[0][1].double())[1].float() @ h
     assert 2 < spread(read("oscar-2", True) @ turn, -1) <= 4
     assert 4 < spread(read("turbo-3", False) @ quality.random_rotation(x.shape[-1]), -1) <= 8
     blocks = read("nvfp4", True).unflatten(-1, (-1, 16)).abs()
