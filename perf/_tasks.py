@@ -93,8 +93,7 @@ def score(task: Task, text: str) -> float:
     if task.program is not None:
         return float(passes(task.program[0] + answer + task.program[1]))
     if task.name == "arithmetic":
-        numbers = re.findall(r"-?\d+", answer)
-        return float(bool(numbers) and numbers[-1] == task.answers[0])
+        return float(re.findall(r"-?\d+", answer)[-1:] == [*task.answers])
     if task.name == "extraction":
         found = {" ".join(line.strip(" -").split()) for line in answer.splitlines()} - {""}
         right = len(found & set(task.answers))

@@ -54,7 +54,6 @@ FP8 = torch.float8_e4m3fn
 
 
 def parse_shape(text: str) -> Shape:
-    """See the module. Raises ValueError."""
     first, *words = text.split(":")
     parts = [[int(x) for x in part.split("x")] for part in first.split("+")]
     rows = [tokens for batch, tokens in parts for _ in range(batch)]

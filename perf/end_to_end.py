@@ -356,16 +356,16 @@ def jobs_of(args: argparse.Namespace, cell: Cell) -> Iterator[tuple[str, str | N
 
 def ahead(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
     """Runs of one layer, of each batch size and layout, which leave in caches what they compile."""
-    batches = sorted({batch for batch, _ in args.cells})
+    shortest = dict(sorted(args.cells, reverse=True))  # tokens of each batch size
     dim = _cases.llama(args.shape).head_dim
     count = max(len(_cases.layouts(preset, dim)) for preset in args.presets)
-    for batch, layout in product(batches, range(count)):
+    for cell, layout in product(sorted(shortest.items()), range(count)):
         # What torch.compile makes is the same for all layouts, and dense steps have none.
         known = ("ours", "bare", "prefill") if layout else (*STEPS, "prefill")
-        own = {"what": [x for x in args.what if x in known], "layout": layout, "json": None}
-        own["cells"] = [(batch, min(tokens for b, tokens in args.cells if b == batch))]
+        what = [x for x in args.what if x in known]
+        own = {"what": what, "cells": [cell], "layout": layout, "json": None}
         own["compile"] = args.compile and not layout
-        if own["what"]:
+        if what:
             yield argparse.Namespace(**{**vars(args), **own})
 
 

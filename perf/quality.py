@@ -136,9 +136,6 @@ class Stored(NamedTuple):
     token_bytes: float
 
 
-Scheme = Callable[[Prefix], Stored]
-
-
 def needle_questions(count: int, seed: int) -> Iterator[Question]:
     """Random access codes of places, six digits each."""
     generator = torch.Generator().manual_seed(seed)
@@ -315,6 +312,7 @@ def store_spectral(prefix: Prefix, model: Any, preset: str, codec: Any = None) -
 
 # (x, is_key, layer, prefix) -> x as read back; [B, G, T, D] float32
 Code = Callable[[torch.Tensor, bool, int, Prefix], torch.Tensor]
+Scheme = Callable[[Prefix], Stored]
 
 
 @dataclass(frozen=True)
@@ -395,7 +393,7 @@ def code_saw(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch
 
 def code_oscar(x: torch.Tensor, is_key: bool, layer: int, prefix: Prefix) -> torch.Tensor:
     assert prefix.moments is not None, "read_prefix(moments=True)"
-    vectors = torch.linalg.eigh(prefix.moments[not is_key][layer].double())[1].float()
+    vectors = torch.linalg.eigh(prefix.moments[0 if is_key else 1][layer].double())[1].float()
     turn = vectors @ hadamard(x.shape[-1]).to(x.device)  # [G, D, D]
     y = x @ turn
     tries = [even_levels(y, -1, 2, clip) for clip in CLIPS]

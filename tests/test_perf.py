@@ -131,8 +131,9 @@ def test_copies_of_a_case_share_nothing_that_is_read():
 
 
 def test_perf_is_small():
-    lines = {path.name: len(path.read_text().splitlines()) for path in PERF.rglob("*.py")}
-    assert sum(lines.values()) <= 3800, lines
+    lines = {path: len(path.read_text().splitlines()) for path in PERF.rglob("*.py")}
+    assert sum(lines[path] for path in PERF.glob("*.py")) <= 3500, lines
+    assert sum(lines.values()) <= 3632, lines  # with the embedded model's language
 
 
 # perf._timing
