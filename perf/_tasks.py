@@ -83,8 +83,7 @@ def shared(tasks: Sequence[Task]) -> int:
 
 def answer_of(task: Task, text: str) -> str:
     """The text up to the first stop text."""
-    ends = [text.find(stop) for stop in (*task.stop, "<|")]
-    return text[: min((end for end in ends if end >= 0), default=len(text))]
+    return re.split("|".join(map(re.escape, (*task.stop, "<|"))), text, maxsplit=1)[0]
 
 
 def score(task: Task, text: str) -> float:

@@ -17,7 +17,8 @@ free_running_kl_last): N are generated. KL is to the dense model; `exact`: what 
 --tasks. Greedy answers to the prompts of perf/_tasks.py over what each scheme gives back of their
 context. Flips: prompts that only the dense model or only the scheme solves, p McNemar's, as if none
 shared a context or problem; `change`: 95 % interval of the score's. In bf16 another batch alone
-changes a tenth of humaneval's answers: flips want `--dtype float32`, where `dense, 16 bits` is one.
+changes a tenth of humaneval's answers: flips want `--dtype float32`; there `dense, 16 bits` says
+what the number format flips.
 
 Columns:
     ratio       16-bit dense cache / all bytes that a scheme has of a sequence (no codec of a model)
@@ -521,7 +522,7 @@ def answers(
 
 
 def task_rows(name: str, found: dict[str, tuple[list[float], Row]], each: int = 1) -> Iterator[Row]:
-    """A row a scheme, from (scores, sizes) of prompts, `each` over a context; flips to "dense"."""
+    """A row a scheme, from its scores and sizes, `each` of a context; flips against "dense"."""
     dense = found["dense"][0]
     for scheme, (scores, size) in found.items():
         pairs = [*zip(dense, scores, strict=True)]
