@@ -677,7 +677,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch", type=int, default=100_000, help="tokens of prompts answered at once (100,000)")
     add("--seconds", type=float, default=math.inf, help="begin nothing that would not end by then")
     add("--task-yardsticks", default=["kivi-2", "kvarn-k4v2"], **names)
-    parts = "instead of presets: balanced, of these texts, and without one part of it at a time"
+    parts = "instead of presets: balanced, of these texts or what lies about, and less a part each"
     add("--ablate", type=Path, nargs="*", metavar="FILE", help=parts)
     add("--device", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     add("--dtype", choices=list(DTYPES), help="of tasks and --generate (default: the GPU's 16-bit)")
