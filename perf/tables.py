@@ -207,7 +207,7 @@ def quality_table(rows: Rows) -> str:
     solved = [own[0] | {row["task"]: task_cell(row) for row in own} for own in alike]
     solved.sort(key=lambda x: (x["model"], x["context"], x["ratio"], x["scheme"]))
     spec = " ".join(["scheme", *sorted({row["task"] for row in tasks})])
-    title = "{}, {:,} tokens: tasks solved, change in points ± 95 % or [lost, won]"
+    title = "{}, {:,} tokens: tasks solved, points ± 95 % or [lost, won] to dense on these prompts"
     return text + sections(solved, names[:2], title, spec)
 
 
