@@ -170,7 +170,7 @@ def device_times(calls: Sequence[Call], *, seconds: float = 0.1) -> Times:
 
 
 def versions(commit: str | None = None) -> Row:
-    """What ran: commit (unless given git's, with "+" where files differ from it), torch, triton."""
+    """What ran: commit (git's unless given; with "+" where files differ), torch, triton."""
     if not commit:
         describe = "git describe --always --exclude='*' --dirty=+"
         done = subprocess.run(describe, shell=True, cwd=ROOT, capture_output=True, text=True)

@@ -404,15 +404,15 @@ def draw(plot: Plot, x: str, y: str, path: Path) -> None:
 
 def write(root: Path = ROOT) -> None:
     """All that is generated, in a checkout."""
-    results = root / "perf" / "results"
-    readme = root / "README.md"
+    results, readme = root / "perf" / "results", root / "README.md"
     readme.write_text(fill(readme.read_text(), results))
     (root / "perf" / "RESULTS.md").write_text(results_page(results))
     for name, (make, x, y) in PLOTS.items():
-        path = root / "perf" / "plots" / f"{name}.svg"
-        path.unlink(missing_ok=True)
-        if plot := make(results):
+        path, plot = root / "perf" / "plots" / f"{name}.svg", make(results)
+        if plot:
             draw(plot, x, y, path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
