@@ -190,8 +190,8 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
     signs += [file_of(folder, x, ".ended") for x in earlier]
     while args.kv_gb and not all(x.exists() for x in signs):
         time.sleep(0.2)  # no engine starts or ends while another is timed
-    cells = (served.time(batch, tokens) for batch, tokens in args.cells)
-    for row in chain(cells, (served.fill(args) for _ in range(args.full))):
+    for cell in [*args.cells, *[None] * args.full]:  # None: the full pool
+        row = served.time(*cell) if cell else served.fill(args)
         write_row({**served.row, **row}, args.json, results)
         say(f"PHASE {backend}: {row['B']}x{row['T']}")
 
