@@ -15,7 +15,7 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
     steps     of least squared error on sampled rows, a little wider
     plan      bands of every layer: least sum of costs under one byte budget
 
-    stats = collect(model, token_sequences(tokenizer, 131072))
+    stats = collect(model, token_sequences(tokenizer, 65536))
     codec = fit_codec(stats, plan(stats, "balanced"), "balanced")  # or calibrate(model, tokenizer)
 
 Oracle: reference/calibrate.py.   Test: tests/test_calibrate.py.
@@ -52,7 +52,7 @@ QUERIES = 256  # that costs of errors are estimated from, a head and sequence: m
 LENGTH = 16384  # tokens of a sequence: by shorter ones' costs long contexts lose what they recall
 SHORT = 4096  # of one where few are read in all, or where memory is too small
 WINDOW = 128  # newest tokens that the presets keep exact
-GPU_TOKENS, CPU_TOKENS = 131072, 8192  # tokens that are read by default
+GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
 LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary more than outputs do
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to metrics: few queries told them
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
@@ -843,7 +843,7 @@ def calibrate(
         source: its tokenizer, or sequences of token ids; None: that of model.name_or_path.
         preset: a name of PRESETS, or a Preset.
         texts: to calibrate on; default `default_texts()`.
-        tokens: to read; default 131,072 on a GPU, 8,192 on a CPU. Breadth matters more than length.
+        tokens: to read; default 65,536 on a GPU, 8,192 on a CPU. Breadth matters more than length.
         progress: a bar, and words on the time it took, on stderr; default True.
     """
     _, preset = preset_of(preset)
