@@ -47,7 +47,7 @@ LAYERS = {
     "__main__": 11,
 }
 MAX_CLASS, MAX_FUNCTION, MAX_PARAMETERS, MAX_COLUMNS = 300, 100, 35, 100
-MAX_KERNELS, MAX_ADAPTERS = 5250, 2505  # lines of all that is no adapter, and of the adapters
+MAX_KERNELS, MAX_ADAPTERS = 5330, 2505  # lines of all that is no adapter, and of the adapters
 
 
 def module_of(stem: str) -> ModuleType:
