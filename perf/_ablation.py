@@ -57,6 +57,7 @@ def ablations(model: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[str,
 
     stats = read({})
     yield PRESET, (whole := fit(stats))
+    yield "errors of outputs, not of predictions", fit(read({"LEAST_DRAWN": 1 << 60}))
     for name, change in {"K: plain squared error": plain, "no mean key": uncentred}.items():
         layers = tuple(replace(x, k=change(x.k)) for x in stats.layers)
         yield name, fit(replace(stats, layers=layers))
@@ -67,6 +68,6 @@ def ablations(model: Any, tokenizer: Any, **options: Any) -> Iterator[tuple[str,
     yield "frames of 4,096 positions", fit(read(wide), **wide)
     yield "sequences of 4,096 tokens", fit(read({"LENGTH": 4096}))
     few = read({}, tokens=max(512, stats.tokens // 8))
-    yield "an eighth of the tokens", fit(few)
+    yield "an eighth of the tokens, errors of outputs", fit(few)
     yield "window 16", replace(whole, window=16)
     yield "no sinks", replace(whole, sinks=0)

@@ -225,7 +225,7 @@ def read_prefix(model: Any, ids: torch.Tensor, *, moments: bool = False) -> Pref
     ids = ids[:, :-1].to(model.device)
     found: list[list[torch.Tensor]] = [[], []]
 
-    def take(module: Any, q: Any, k: Any, v: Any, scale: float | None) -> None:
+    def take(module: Any, q: Any, k: Any, v: Any, out: Any, scale: float | None) -> None:
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         q, v, tokens = q.unflatten(1, (k.shape[1], -1)).float(), v.float(), q.shape[2]
         found[0].append(torch.einsum("bghtd,bghte->gde", q, q) / q[:, 0, :, :, 0].numel())

@@ -43,6 +43,7 @@ def error_costs(
     q: ArrayLike,
     k: ArrayLike,
     v: ArrayLike,
+    gradient: ArrayLike | None,
     inv_freq: ArrayLike,
     at: Sequence[int],
     *,
@@ -51,13 +52,15 @@ def error_costs(
     window: int,
     frame: int,
 ) -> tuple[F64, float]:
-    """What errors of the older tokens i = sinks .. m - window change the outputs o of the queries m
-    in `at` of each head by, squared; q [H, T, D], k, v [G, T, D].
+    """What errors of the older tokens i = sinks .. m - window cost where the outputs o of the
+    queries m in `at` of each head have the gradients g; q, gradient [H, T, D], k, v [G, T, D].
+    Without: the sum over gradients along each of the D directions.
 
-    Returns the sums over m, i of scale^2 p_i^2 |v_i - o|^2 y y^T, y = R(-t0) q_m with t0 the start
-    of i's frame, and of p_i^2 in all directions [2, G, D, D]; of |o|^2 over m.
+    Returns the sums over m, i of scale^2 p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the
+    start of i's frame, and of p_i^2 g g^T [2, G, D, D]; of |o|^2 over m.
     """
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    slopes = None if gradient is None else np.asarray(gradient, np.float64)
     kv_heads, tokens, dim = k.shape
     turns = [rotation(-start, inv_freq, dim) for start in range(0, tokens, frame)]
     metrics, power = np.zeros((2, kv_heads, dim, dim)), 0.0
@@ -71,9 +74,10 @@ def error_costs(
             power += float(o @ o)
             for i in range(sinks, m - window + 1):
                 y = turns[i // frame] @ q[h, m]
-                moved = scale * p[i] * (v[head, i] - o)
-                metrics[0, head] += moved @ moved * np.outer(y, y)
-                metrics[1, head] += p[i] ** 2 * np.eye(dim)
+                for g in np.eye(dim) if slopes is None else slopes[h, m, None]:
+                    along = scale * p[i] * (g @ (v[head, i] - o))
+                    metrics[0, head] += along**2 * np.outer(y, y)
+                    metrics[1, head] += p[i] ** 2 * np.outer(g, g)
     return metrics, power
 
 

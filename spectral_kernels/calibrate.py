@@ -4,9 +4,11 @@ With kappa = R(-t0) k (rope.py), over tokens of texts of several kinds, a KV hea
 
     costs     errors dk of keys i and dv of values change the outputs o of queries q, with softmax
               weights p, to first order by do = sum_i p_i (scale (y . dk_i) (v_i - o) + dv_i),
-              y = R(-t0) q: |do|^2 in units of sum |o|^2
-    metric    of K: sum of scale^2 p_i^2 |v_i - o|^2 y y^T over queries and the frames of the keys
-              they meet; of V: sum of p_i^2, all directions alike
+              y = R(-t0) q, and the model's predictions by a KL of E (g . do)^2 / 2, with g the
+              gradient at o of the log-probability of tokens drawn from the predictions. On few
+              tokens gradients are left out (|do|^2 in units of sum |o|^2): too few tell too little
+    metric    of K: sum of scale^2 p_i^2 (g . (v_i - o))^2 y y^T over queries and the frames of the
+              keys they meet; of V: sum of p_i^2 g g^T
     basis     x ~ c B of least M-weighted error: M = L L^T, L^T cov(x) L = V S V^T,
               B = V_R^T L^(-1); int8 rows; of K less its mean, of V as it is
     encoder   E = M B^T (B M B^T)^(-1), B as int8 holds it, in units of the quantisers' steps
@@ -48,9 +50,10 @@ FRAME = 512  # positions of a frame
 SAMPLE = 2048  # rows a KV head that quantiser steps are fitted on
 QUERIES = 256  # that costs of errors are estimated from, a head and sequence: more of a long one
 LENGTH = 16384  # tokens of a sequence: by shorter ones' costs long contexts lose what they recall
-SHORT = 4096  # of one at least, where few are read in all or memory is too small
+SHORT = 4096  # of one where few are read in all, or where memory is too small
 WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
+LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary more than outputs do
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to metrics: few queries told them
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model
@@ -211,6 +214,7 @@ def error_costs(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    gradient: Tensor | None,
     freqs: Tensor,
     *,
     scale: float,
@@ -219,19 +223,20 @@ def error_costs(
     queries: int = QUERIES,
     frame: int = FRAME,
 ) -> tuple[Tensor, Tensor]:
-    """What errors of older keys and values change outputs by, squared, to first order.
+    """What errors of older keys and values cost the model's predictions, to first order.
 
     By queries of the second half, evenly, the same of all heads (of long ones each eighth). With p
-    the softmax weights of a query m, o its output, tokens i older than the window:
+    the softmax weights of a query m, o its output, g its gradient, tokens i older than the window:
 
     Args:
-        q: [H, T, D]; k, v: [G, T, D]; q and k as the model rotated them; floating point.
+        q, gradient: [H, T, D]; k, v: [G, T, D]; q and k as the model rotated them; floating point.
+            No gradient: all directions count alike, g g^T is the identity.
         freqs: int64 [pairs].      scale: of scores.
         sinks, window: first tokens and newest ones that are exact, and have no errors.
     Returns:
         metrics: of K and V, float64 [2, G, D, D], sums over queries m of
-            scale^2 sum_i p_i^2 |v_i - o|^2 y y^T, y = R(-t0) q_m with t0 the start of i's frame; of
-            sum_i p_i^2, on the diagonal.
+            scale^2 sum_i p_i^2 (g . (v_i - o))^2 y y^T, y = R(-t0) q_m with t0 the start of i's
+            frame; of sum_i p_i^2 g g^T.
         power: float64 [], the sum of |o|^2.
     """
     heads, tokens, dim = q.shape
@@ -254,8 +259,14 @@ def error_costs(
             square = o.square().sum(-1, keepdim=True)
             power += square.sum()
             p = p.masked_fill((positions < sinks) | (age < window), 0.0).square()
-            metrics[1, g].diagonal().add_(p.sum())
-            off = (values.square().sum(-1) - 2 * (o @ values.mT) + square).clamp_min(0)
+            weight = p.sum(-1, keepdim=True)
+            if gradient is None:  # |v_i - o|^2
+                off = (values.square().sum(-1) - 2 * (o @ values.mT) + square).clamp_min(0)
+                metrics[1, g].diagonal().add_(weight.sum())
+            else:  # (g . (v_i - o))^2
+                grad = gradient[h, part].float()
+                off = (grad @ values.mT - (grad * o).sum(-1, keepdim=True)).square()
+                metrics[1, g] += (weight * grad).mT @ grad
             cost = torch.nn.functional.pad(scale**2 * p * off, (0, -tokens % frame))
             cost = cost.unflatten(-1, (-1, frame)).sum(-1, keepdim=True)
             y = turned(asked[:, None].expand(-1, len(starts), -1), starts, freqs)
@@ -282,12 +293,13 @@ class _Layer:
         self.metrics, self.power = zeros(2, kv_heads, dim, dim), zeros(())
         self.rows: list[Tensor] = []
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
-        """A batch: q, k, v [B, heads, T, D]."""
-        for row in zip(q, k, v, strict=True):
+    def add(self, q: Tensor, k: Tensor, v: Tensor, gradient: Any, **options: Any) -> None:
+        """A batch: q, k, v [B, heads, T, D], gradient [B, T, H, D] or None (of all batches)."""
+        slopes: Any = [None] * len(q) if gradient is None else gradient.transpose(1, 2)
+        for row in zip(q, k, v, slopes, strict=True):
             metrics, power = error_costs(*row, self.freqs, **options)
             self.metrics += metrics
-            self.power += power
+            self.power += power if gradient is None else 1.0
             self.add_tokens(row[1], row[2], options["sinks"])
 
     def add_tokens(self, k: Tensor, v: Tensor, sinks: int) -> None:
@@ -307,7 +319,7 @@ class _Layer:
         k_moment = k_moment - mean[:, :, None] * mean[:, None]
         metrics = (self.metrics / self.power.clamp_min(1e-300)).cpu()
         if not metrics.isfinite().all():
-            raise ValueError("model: expected finite keys and values, got inf or NaN")
+            raise ValueError("model: expected finite gradients, got inf or NaN (float16 overflows)")
         floor = METRIC_FLOOR * metrics.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         metrics += floor * torch.eye(mean.shape[-1], dtype=torch.float64)
         k = Side(k_moment, metrics[0], mean, k_rows, device)
@@ -319,7 +331,7 @@ _TAPS: dict[int, Callable[..., None]] = {}  # by id of a module of a model that 
 
 
 def _attention(module: Any, q: Any, k: Any, v: Any, *args: Any, original: str, **kwargs: Any):
-    """transformers' attention function while a model is read: attends, hands q, k, v over."""
+    """transformers' attention function while a model is read: attends, hands q, k, v, o over."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attend = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -328,7 +340,7 @@ def _attention(module: Any, q: Any, k: Any, v: Any, *args: Any, original: str, *
     found = attend(module, q, k, v, *args, **kwargs)
     take = _TAPS.get(id(module))  # None: another model, of the same config object
     if take is not None:
-        take(module, q, k, v, kwargs.get("scaling"))
+        take(module, q, k, v, found[0], kwargs.get("scaling"))
     return found
 
 
@@ -350,8 +362,8 @@ def _configs(model: Any) -> list[Any]:
 
 @contextmanager
 def _tapped(model: Any, take: Callable[..., None]) -> Iterator[None]:
-    """Inside, attention layers hand q, k, v [B, heads, T, D] and the scale over to `take`.
-    Afterwards the model is as it was."""
+    """Inside, attention layers hand q, k, v [B, heads, T, D], outputs [B, T, H, D] and the scale
+    over to `take`. Afterwards the model is as it was."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -401,6 +413,39 @@ def layer_freqs(model: Any, module: Any, head_dim: int) -> Tensor:
     return freqs_from_inv_freq(1e4**-exponent)
 
 
+@contextmanager
+def _differentiable(model: Any) -> Iterator[list[Tensor]]:
+    """Inside, outputs have gradients with respect to the embeddings, which the list holds, and a
+    layer runs again on the way back instead of keeping what it computed."""
+    from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+    from ._model import decoder_of, wrapped_layers
+
+    embedded: list[Tensor] = []
+
+    def begin(module: Any, args: Any, out: Tensor) -> Tensor:
+        embedded[:] = [out.detach().requires_grad_()]
+        return embedded[0].clone()  # a leaf must not be changed in place
+
+    again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    wrapped = wrapped_layers(decoder_of(model), again)
+    whole = set_checkpoint_early_stop(False)  # to the end, where accelerate's hooks wait
+    hook = model.get_input_embeddings().register_forward_hook(begin)
+    with hook, torch.inference_mode(False), torch.enable_grad(), whole, wrapped:
+        yield embedded
+
+
+def drawn_gradient(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """At logits [..., V], of -log p of a token drawn from each row: p, less 1 at the drawn."""
+    found = torch.empty_like(logits)
+    parts = (x.flatten(0, -2).split(256) for x in (found, logits.detach()))
+    for out, part in zip(*parts, strict=True):
+        p = part.float().softmax(-1)
+        drawn = torch.multinomial(p, 1, generator=generator)
+        out.copy_(p.scatter_add(-1, drawn, -torch.ones_like(p[:, :1])))
+    return found
+
+
 def collect(
     model: Any,
     sequences: Iterable[Tensor],
@@ -410,7 +455,7 @@ def collect(
     progress: bool = False,
 ) -> ModelStats:
     """Read sequences of tokens; note what full-attention layers' keys, values, queries are like,
-    and what their errors cost.
+    and what their errors cost the model's predictions.
 
     Args:
         model: a transformers causal language model that calls the attention interface
@@ -422,9 +467,12 @@ def collect(
         progress: a bar.
     Raises:
         TypeError, ValueError: sequences are not as above; no layer with full attention was met;
-            head dimensions that no page layout holds; keys or values that are not finite.
-    Memory: one forward without a cache, of one sequence; D x D sums in float64 a KV head on each
-    layer's device.
+            head dimensions that no page layout holds; gradients that are not finite.
+    Of LEAST_DRAWN tokens or more, gradients are asked for. If none come back (weights in a format
+    that has none or made under torch.inference_mode; no memory for SHORT) all layers do without.
+    Memory: one sequence's q, k, v, outputs' gradients and inputs of all layers; logits of half of
+    it, twice (of all of it, where the model has no logits_to_keep): beside Llama 8B's weights 19 GB
+    of 16,384 tokens in 16 bits. D x D sums in float64 a KV head on each layer's device.
     """
     from inspect import signature
 
@@ -443,9 +491,12 @@ def collect(
     total = sum(x.numel() for x in sequences)
     layers: dict[int, _Layer] = {}  # by id of the attention module
     full = full_layers(decoder_of(model).config)
+    drawn = total >= LEAST_DRAWN and not any(x.is_inference() for x in model.parameters())
+    reads: list[Any] | None = None  # calls that wait for gradients; None: layers run again
+    gradients: dict[int, Tensor] = {}  # at the outputs of reads
 
-    def take(module: Any, q: Tensor, k: Tensor, v: Tensor, scale: Any) -> None:
-        if getattr(module, "layer_idx", None) not in full:
+    def take(module: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: Any) -> None:
+        if reads is None or getattr(module, "layer_idx", None) not in full:
             return
         if q.shape[2] != k.shape[2]:
             raise ValueError(f"model: expected {q.shape[2]} keys, got {k.shape[2]}")
@@ -453,13 +504,35 @@ def collect(
             freqs = layer_freqs(model, module, q.shape[-1])
             layers[id(module)] = _Layer(q, k, v, freqs, max(1, total // SAMPLE) | 1)
         options: Any = {"scale": scale or q.shape[-1] ** -0.5, "sinks": sinks, "window": window}
-        layers[id(module)].add(q, k, v, **options)
+        add: Any = partial(layers[id(module)].add, q.detach(), k.detach(), v.detach(), **options)
+        if not drawn:
+            return add(None)
+        if out.requires_grad:
+            out.register_hook(partial(gradients.__setitem__, len(reads)))
+        reads.append(add)
 
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    takes_keep = "logits_to_keep" in signature(model.forward).parameters
+    differentiable: Any = _differentiable(model) if drawn else torch.no_grad()
     bar = tqdm(total=total, desc="calibrating", unit="tok", unit_scale=True, disable=not progress)
-    with _tapped(model, take), torch.no_grad(), bar:
-        for x in sequences:
-            model(input_ids=x.to(model.device), use_cache=False, **keep)
+    with _tapped(model, take), differentiable as embedded, bar:
+        for n, x in enumerate(sequences):
+            reads, later = [], x.shape[1] - x.shape[1] // 2  # those that costs are asked from
+            keep = {"logits_to_keep": later if drawn else 1} if takes_keep else {}
+            logits = model(input_ids=x.to(model.device, copy=True), use_cache=False, **keep).logits
+            known, reads = reads, None
+            if drawn and logits.requires_grad:
+                logits, seeded = logits[:, -later:], torch.Generator(logits.device).manual_seed(n)
+                try:
+                    logits.backward(drawn_gradient(logits, seeded), inputs=embedded)
+                except RuntimeError as error:  # of a product without a derivative, or of memory
+                    if n or (x.shape[1] > SHORT and isinstance(error, torch.OutOfMemoryError)):
+                        raise
+                    warnings.warn(f"calibrating without gradients: {error}", stacklevel=2)
+            drawn = drawn and len(gradients) == len(known)
+            for i in range(len(known)):
+                known.pop(0)(gradients[i] if drawn else None)
+            del logits
+            gradients.clear()
             bar.update(x.numel())
     if not layers:
         raise ValueError("model: expected full attention through AttentionInterface, got none")
@@ -800,7 +873,7 @@ def read(
         source = AutoTokenizer.from_pretrained(model.name_or_path)
     if callable(source):
         longest = getattr(model.config, "max_position_embeddings", None) or LENGTH
-        length = min(longest, LENGTH, max(SHORT, tokens // 4))
+        length = min(longest, LENGTH if tokens >= LEAST_DRAWN else SHORT)
         source = token_sequences(source, tokens, length=length, texts=texts)
     start, source = time.monotonic(), [*source]
     while True:
@@ -813,10 +886,10 @@ def read(
         warnings.warn(f"sequences of {longest} tokens take too much memory: halved", stacklevel=2)
         source = [y for x in source for y in x.chunk(1 + (x.shape[-1] > SHORT), -1)]
     if progress and on_cpu and stats.tokens < GPU_TOKENS:
-        took = time.monotonic() - start
+        took, passes = time.monotonic() - start, 3 if stats.tokens < LEAST_DRAWN else 1
         print(
             f"calibrated on {stats.tokens} tokens in {took:.0f} s; {GPU_TOKENS} would take about "
-            f"{took / 60 * GPU_TOKENS / stats.tokens:.0f} min and lose less",
+            f"{took / 60 * passes * GPU_TOKENS / stats.tokens:.0f} min and lose less",
             file=sys.stderr,
         )
     return stats

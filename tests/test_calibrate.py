@@ -1,6 +1,7 @@
 """spectral_kernels/calibrate.py against reference/calibrate.py."""
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,13 +45,14 @@ def rejects(mutant, expected, budget, mistake):
 
 
 def costs_case(rng, heads=4, kv_heads=2, tokens=90, dim=16):
-    q = rng.standard_normal((heads, tokens, dim)).astype(np.float32)
-    return q, *rng.standard_normal((2, kv_heads, tokens, dim)).astype(np.float32)
+    q, gradient = rng.standard_normal((2, heads, tokens, dim)).astype(np.float32)
+    k, v = rng.standard_normal((2, kv_heads, tokens, dim)).astype(np.float32)
+    return q, k, v, gradient
 
 
-def costs_budgets(q, k, v, expected, scale):
-    """Scores are float32 sums of D products; p is off by as much, and by the softmax; |v - o|^2 is
-    a difference of squares.
+def costs_budgets(q, k, v, gradient, expected, scale):
+    """Scores are float32 sums of D products; p is off by as much, and by the softmax; g . (v - o)
+    is a difference of such sums. Without gradients |v - o|^2 is a difference of squares.
     """
     (metrics, power), dim = expected, q.shape[-1]
     longest, value = np.linalg.norm(q, axis=-1).max(), np.linalg.norm(v, axis=-1).max()
@@ -58,22 +60,29 @@ def costs_budgets(q, k, v, expected, scale):
     relative = np.expm1(2 * score) + (q.shape[1] + 16) * ACC  # of p
     size = np.sqrt(np.diagonal(metrics, axis1=2, axis2=3))  # entries are at most products of these
     size = size[..., :, None] * size[..., None, :]
-    off, added = relative * value, (dim + 8) * ACC * 4 * value**2
-    # Sums of scale^2 p^2 |q|^2 are at most this, as V's metric has those of p^2; what is off by
-    # `off` is weighed by them: Cauchy and Schwarz.
-    squares = metrics[1, :, 0, 0]
+    least, off, added = dim, relative * value, (dim + 8) * ACC * 4 * value**2
+    if gradient is not None:
+        slopes = np.linalg.norm(gradient, axis=-1)
+        largest = np.abs(gradient @ v.repeat(len(q) // len(v), 0).swapaxes(1, 2)).max()  # of g . v
+        least, added = slopes.min() ** 2, 0.0
+        off = relative * largest + 2 * (dim + 4) * ACC * slopes.max() * value
+    # Sums of scale^2 p^2 |q|^2 are at most this, as traces of V's metric are of p^2 |g|^2; what is
+    # off by `off` is weighed by them: Cauchy and Schwarz.
+    squares = np.trace(metrics[1], axis1=1, axis2=2) / least
     squares = (scale * np.abs(q).max()) ** 2 * squares[:, None, None]
     k_budget = 4 * relative * size[0] + 2 * off * np.sqrt(size[0] * squares)
     return k_budget + (off**2 + added) * squares, 4 * relative * size[1], 4 * relative * power
 
 
+@pytest.mark.parametrize("drawn", [True, False])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (2, 2), (3, 1)])
-def test_error_costs(rng, heads, kv_heads):
+def test_error_costs(rng, heads, kv_heads, drawn):
     arrays = costs_case(rng, heads, kv_heads)
+    arrays = arrays if drawn else (*arrays[:3], None)
     inv_freq, options = inv_freq_of(8), {"scale": 0.3, "sinks": 3, "window": 5, "frame": 32}
     expected = oracle.error_costs(*arrays, inv_freq, oracle.query_positions(90, 8), **options)
     budgets = costs_budgets(*arrays, expected, 0.3)
-    q, k, v = tensors = [torch.from_numpy(x) for x in arrays]
+    q, k, v, gradient = tensors = [x if x is None else torch.from_numpy(x) for x in arrays]
     freqs = freqs_from_inv_freq(inv_freq)
 
     def costs(tensors=tensors, freqs=freqs, queries=8, **change):
@@ -88,8 +97,10 @@ def test_error_costs(rng, heads, kv_heads):
         "window": costs(window=6),
         "other queries": costs(queries=7),
     }
+    if drawn:
+        mistakes["gradients of the next query"] = costs((q, k, v, gradient.roll(1, 1)))
     if kv_heads > 1:
-        mistakes["KV heads exchanged"] = costs((q, k.flip(0), v))
+        mistakes["KV heads exchanged"] = costs((q, k.flip(0), v, gradient))
     for mistake, mutant in mistakes.items():
         for got, wanted, budget in zip(mutant[:2], expected, budgets, strict=False):
             rejects(got, wanted, budget, mistake)
@@ -98,8 +109,10 @@ def test_error_costs(rng, heads, kv_heads):
         "not turned": costs(freqs=0 * freqs),
         "another frame": costs(frame=64),
         "scale": costs(scale=0.31),
-        "values of the next token": costs((q, k, v.roll(1, 1))),
+        "values of the next token": costs((q, k, v.roll(1, 1), gradient)),
     }
+    if heads > kv_heads and drawn:
+        mistakes["heads exchanged"] = costs((q, k, v, gradient.flip(0)))
     for mistake, mutant in mistakes.items():
         rejects(mutant[0], expected[0], budgets[0], mistake)
     rejects(costs(queries=7)[2], expected[2], budgets[2], "outputs of other queries")
@@ -109,11 +122,11 @@ def test_error_costs(rng, heads, kv_heads):
     rejects(costs(queries=8)[0], longer[0][0], budget, "other queries")
 
 
-def test_costs_are_what_errors_of_keys_and_values_change_outputs_by(rng):
+def test_costs_are_what_errors_of_keys_and_values_cost_along_the_gradient(rng):
     """A small error of one key at a time, the same in its frame, and of one value at a time."""
-    q, k, v = (x.astype(np.float64) for x in costs_case(rng, 1, 1, 60, 8))
+    q, k, v, slope = (x[:1].astype(np.float64) for x in costs_case(rng, 1, 1, 60, 8))
     inv_freq, options = inv_freq_of(4), {"scale": 0.3, "sinks": 2, "window": 3, "frame": 16}
-    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    tensors = [torch.from_numpy(x) for x in (q, k, v, slope)]
     freqs = freqs_from_inv_freq(inv_freq)
     metrics = calibrate.error_costs(*tensors, freqs, **options, queries=6)[0][:, 0].numpy()
     size, error, cost = 1e-4, rng.standard_normal(8), np.zeros(2)
@@ -129,10 +142,21 @@ def test_costs_are_what_errors_of_keys_and_values_change_outputs_by(rng):
             key[0, i] += size * oracle.rotation(i // 16 * 16, inv_freq, 8) @ error
             value[0, i] += size * error
             for side, changed in enumerate((output(key, v, m), output(k, value, m))):
-                cost[side] += np.square((changed - output(k, v, m)) / size).sum()
+                cost[side] += (slope[0, m] @ (changed - output(k, v, m)) / size) ** 2
     # The second order of an error of 1e-4 of a key, and float32.
     assert abs(error @ metrics[0] @ error - cost[0]) <= 1e-3 * cost[0]
     assert abs(error @ metrics[1] @ error - cost[1]) <= 1e-4 * cost[1]
+
+
+def test_gradients_are_those_of_tokens_drawn_from_the_predictions():
+    """A token's gradient is p less 1 at the drawn one; tokens come as often as predicted."""
+    logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).repeat(2, 4000, 1)
+    found = calibrate.drawn_gradient(logits, torch.Generator().manual_seed(0))
+    p, drawn = logits.softmax(-1), found < 0
+    assert (drawn.sum(-1) == 1).all()
+    assert torch.allclose(found + drawn.float(), p, atol=4 * ACC)
+    off = drawn.float().mean((0, 1)) - p[0, 0]
+    assert (off.abs() <= 5 * (p[0, 0] / 8000).sqrt()).all()  # five deviations of a share
 
 
 # Bases, encoders, steps.
@@ -435,7 +459,9 @@ def state_of(model):
     )
 
 
-def test_moments_are_those_of_the_tokens_as_the_model_rotated_them(tiny):
+@pytest.mark.parametrize("drawn", [True, False])
+def test_moments_are_those_of_the_tokens_as_the_model_rotated_them(tiny, drawn, monkeypatch):
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 600 + (not drawn))
     model, tokenizer = tiny
     ids = recall_tokens(tokenizer, 600)
     seen = {}
@@ -443,8 +469,10 @@ def test_moments_are_those_of_the_tokens_as_the_model_rotated_them(tiny):
     def note(module, q, k, v, *args, **kwargs):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        seen[module.layer_idx] = [x[0].double().numpy() for x in (q, k, v)]
-        return sdpa_attention_forward(module, q, k, v, *args, **kwargs)
+        out = sdpa_attention_forward(module, q, k, v, *args, **kwargs)
+        out[0].retain_grad()
+        seen[module.layer_idx] = [x[0].detach().double().numpy() for x in (q, k, v)], out[0]
+        return out
 
     from transformers import AttentionInterface
 
@@ -452,21 +480,24 @@ def test_moments_are_those_of_the_tokens_as_the_model_rotated_them(tiny):
     before = model.config._attn_implementation
     try:
         model.config._attn_implementation = "note"
-        with torch.no_grad():
-            model(input_ids=ids[None])
+        logits = model(input_ids=ids[None]).logits[:, 300:]
+        logits.backward(calibrate.drawn_gradient(logits, torch.Generator().manual_seed(0)))
+        model.zero_grad()
     finally:
         model.config._attn_implementation = before
     stats = calibrate.collect(model, [ids], window=16)
     inv_freq = model.model.rotary_emb.inv_freq.numpy()
     assert len(stats.layers) == len(seen) == 4 and stats.tokens == 600
-    (q, k, v), layer = seen[2], stats.layers[2]
+    (q, k, v), out = seen[2]
+    layer = stats.layers[2]
     tensors = [torch.from_numpy(x).float() for x in (q, k, v)]
     options = {"scale": 64**-0.5, "sinks": 4, "window": 16}
-    metrics, power = calibrate.error_costs(*tensors, layer.freqs, **options)
-    metrics = (metrics / power).numpy()
+    slopes = out.grad[0].transpose(0, 1) if drawn else None
+    metrics, power = calibrate.error_costs(*tensors, slopes, layer.freqs, **options)
+    metrics = (metrics / (1 if drawn else power)).numpy()
     for side, metric in zip((layer.k, layer.v), metrics, strict=True):
         floor = 0.1 * np.trace(metric, axis1=1, axis2=2)[:, None, None] / 64 * np.eye(64)
-        # Of keys that float32 sums of the model's last layers gave, twice.
+        # Of gradients that float32 sums of the model's last layers gave, twice.
         check(side.metric, metric + floor, 1e-4 * metric.max())
         rejects(side.metric, metric, 1e-4 * metric.max(), "no floor")
     kappa, v = oracle.turned_back(k, inv_freq, 512)[:, 4:], v[:, 4:]
@@ -523,8 +554,10 @@ def test_sequences_in_a_batch_count_like_sequences_one_by_one(tiny):
         assert x.v.rows.shape == y.v.rows.shape
 
 
+@pytest.mark.parametrize("least", [1, 10**9], ids=["drawn", "few"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_collecting_changes_nothing(tiny, implementation):
+def test_collecting_changes_nothing(tiny, implementation, least, monkeypatch):
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", least)
     model, tokenizer = tiny
     ids = recall_tokens(tokenizer, 100)
     before_all = model.config._attn_implementation
@@ -543,7 +576,9 @@ def test_collecting_changes_nothing(tiny, implementation):
         model.set_attn_implementation(before_all)
 
 
-def test_the_model_is_as_before_after_an_exception(tiny, monkeypatch):
+@pytest.mark.parametrize("least", [1, 10**9], ids=["drawn", "few"])
+def test_the_model_is_as_before_after_an_exception(tiny, least, monkeypatch):
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", least)
     model, tokenizer = tiny
     model.train()
     before = state_of(model)
@@ -569,9 +604,68 @@ def other_tiny(change, dtype=torch.float32):
     return model
 
 
-@pytest.mark.parametrize("case", ["compiled", "inference mode"])
-def test_callers_compile_and_want_no_gradients(tiny, case):
+def opaque(out):
+    """A product that has no derivative, as those of some formats."""
+    weight = torch.zeros(4, out.shape[-1], dtype=torch.int8)
+    lost = torch._weight_int8pack_mm(out[0].bfloat16(), weight, torch.zeros(4).bfloat16())
+    return out + lost[None, :, :1].float()
+
+
+@pytest.mark.parametrize("form", ["detached", "opaque", "inference"])
+def test_without_gradients_all_directions_count_alike(tiny, form, monkeypatch):
+    """Few tokens, weights in a format whose products have no backward pass, or of inference."""
     model, tokenizer = tiny
+    change = {"detached": torch.Tensor.detach, "opaque": opaque}.get(form, torch.Tensor.clone)
+    with torch.inference_mode(form == "inference"):
+        frozen = other_tiny(change).double().float()  # new weights
+    before = state_of(frozen)
+    ids = [recall_tokens(tokenizer, 300, seed) for seed in (0, 1)]
+    few = calibrate.collect(model, ids, window=16)
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 600)
+    with warnings.catch_warnings(record=True) as texts:
+        warnings.simplefilter("always")
+        none, drawn = (calibrate.collect(x, ids, window=16) for x in (frozen, model))
+    assert sum("without gradients" in str(x.message) for x in texts) == (form == "opaque")
+    assert state_of(frozen) == before
+    for a, b, c in zip(few.layers, none.layers, drawn.layers, strict=True):
+        eye = torch.eye(64, dtype=torch.float64)
+        assert torch.equal(a.v.metric, a.v.metric[:, :1, :1] * eye)
+        # The same float32 sums in the same order.
+        for x, y, z in ((a.k, b.k, c.k), (a.v, b.v, c.v)):
+            assert torch.allclose(x.metric, y.metric, rtol=1e-5)
+            assert not torch.allclose(x.metric, z.metric, rtol=0.1)
+            assert torch.allclose(x.moment, y.moment, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_is_freed_before_the_next_is_read(tiny, monkeypatch):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    model, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
+    add, seen, kept = calibrate._Layer.add, [], []
+
+    def note(layer, *row, **options):
+        seen.extend(StorageWeakRef(x.untyped_storage()) for x in row)  # q, k, v and a gradient
+        add(layer, *row, **options)
+
+    def count(*args):
+        kept.append(sum(not x.expired() for x in seen))
+
+    monkeypatch.setattr(calibrate._Layer, "add", note)
+    hook = model.register_forward_pre_hook(count)
+    try:
+        calibrate.collect(model, [recall_tokens(tokenizer, 100, i) for i in range(3)], window=16)
+    finally:
+        hook.remove()
+    count()
+    assert len(seen) == 3 * 4 * 4 and kept[0] == kept[3] == 0
+    assert max(kept) <= 4  # of one layer of four
+
+
+@pytest.mark.parametrize("case", ["compiled", "inference mode"])
+def test_callers_compile_and_want_no_gradients(tiny, case, monkeypatch):
+    model, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
     plain = calibrate.collect(model, [recall_tokens(tokenizer, 100)], window=16)
     other = torch.compile(model, backend="eager") if case == "compiled" else model
     with torch.inference_mode(case == "inference mode"):
@@ -580,9 +674,11 @@ def test_callers_compile_and_want_no_gradients(tiny, case):
         assert torch.equal(x.k.metric, y.k.metric) and torch.equal(x.v.metric, y.v.metric)
 
 
-def test_weights_that_accelerate_moves_are_as_before(tiny, tmp_path):
+def test_weights_that_accelerate_moves_are_as_before(tiny, tmp_path, monkeypatch):
+    """On the way back too they leave the device again."""
     accelerate = pytest.importorskip("accelerate")
     model, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
     ids = recall_tokens(tokenizer, 100)
     expected = calibrate.collect(model, [ids], window=16)
     names = ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1", "layers.2")
@@ -599,25 +695,35 @@ def test_weights_that_accelerate_moves_are_as_before(tiny, tmp_path):
     found = calibrate.collect(split, [ids], window=16)
     assert state() == before and split.model.layers[3].mlp.down_proj.weight.is_meta
     for x, y in zip(found.layers, expected.layers, strict=True):
-        assert torch.allclose(x.k.metric, y.k.metric, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(x.v.metric, y.v.metric, rtol=1e-4, atol=1e-6)
 
 
-def test_keys_that_are_not_finite_are_refused(tiny):
+def test_gradients_that_are_not_finite_are_refused(tiny, monkeypatch):
     _, tokenizer = tiny
-    broken = other_tiny(lambda out: out * torch.inf)
-    with pytest.raises(ValueError, match="model: expected finite keys and values, got inf or NaN"):
-        calibrate.collect(broken, [recall_tokens(tokenizer, 100)], window=16)
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
+
+    def broken(out):
+        out.register_hook(lambda gradient: gradient * torch.inf)
+        return out
+
+    with pytest.raises(ValueError, match="model: expected finite gradients, got inf or NaN"):
+        calibrate.collect(other_tiny(broken), [recall_tokens(tokenizer, 100)], window=16)
 
 
-def test_too_little_memory_takes_shorter_sequences(tiny, monkeypatch):
-    """Halves, down to SHORT."""
+@pytest.mark.parametrize("where", ["on the way", "on the way back"])
+def test_too_little_memory_takes_shorter_sequences(tiny, where, monkeypatch):
+    """Halves, down to SHORT; of these, gradients are given up where there is no memory for them."""
     _, tokenizer = tiny
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 1)
     monkeypatch.setattr(calibrate, "SHORT", 600)
     left, lengths, collect = [1000], [], calibrate.collect
 
-    def tight(out):
+    def fail(gradient=None):
         if lengths[-1][0] > left[0]:
             raise torch.OutOfMemoryError("no room")
+
+    def tight(out):
+        out.register_hook(fail) if where == "on the way back" else fail()
         return out
 
     def watched(model, sequences, **options):
@@ -629,15 +735,26 @@ def test_too_little_memory_takes_shorter_sequences(tiny, monkeypatch):
     ids = [recall_tokens(tokenizer, 1500), recall_tokens(tokenizer, 500)]
     with pytest.warns(UserWarning, match="sequences of 1500 tokens take too much memory: halved"):
         stats = calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
-    assert lengths == [[1500, 500], [750, 750, 500]] and stats.tokens == 2000
+    assert lengths == [[1500, 500], [750, 750, 500]]
+    eye = torch.eye(64, dtype=torch.float64)
+    metric = stats.layers[0].v.metric  # of gradients
+    assert stats.tokens == 2000 and not torch.equal(metric, metric[:, :1, :1] * eye)
     left[0] = 0
-    with pytest.warns(UserWarning, match="halved"), pytest.raises(torch.OutOfMemoryError):
-        calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+    with pytest.warns(UserWarning, match="halved"):
+        if where == "on the way":
+            with pytest.raises(torch.OutOfMemoryError):
+                calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+        else:
+            with pytest.warns(UserWarning, match="calibrating without gradients: no room"):
+                stats = calibrate.read(other_tiny(tight), ids, sinks=4, window=16)
+            metric = stats.layers[0].v.metric
+            assert stats.tokens == 2000 and torch.equal(metric, metric[:, :1, :1] * eye)
     assert lengths[2:] == [[1500, 500], [750, 750, 500], [375, 375, 375, 375, 500]]
 
 
 def test_sequences_are_as_long_as_the_model_takes(tiny, monkeypatch):
-    """Costs of a context's keys depend on its length. Few tokens are of several sequences."""
+    """Costs of a context's keys depend on its length. Few tokens, whose costs are of outputs, are
+    of several sequences."""
     model, tokenizer = tiny
     seen = []
     monkeypatch.setattr(calibrate, "collect", lambda model, ids, **options: seen.append(ids))
@@ -645,10 +762,9 @@ def test_sequences_are_as_long_as_the_model_takes(tiny, monkeypatch):
     calibrate.read(model, tokenizer, tokens=65536, **options)
     monkeypatch.setattr(model.config, "max_position_embeddings", 32768)
     calibrate.read(model, tokenizer, tokens=65536, **options)
-    for tokens in (32768, 8192, 4096):
-        calibrate.read(model, tokenizer, tokens=tokens, **options)
+    calibrate.read(model, tokenizer, tokens=calibrate.LEAST_DRAWN - 4096, **options)
     lengths = [[len(x) for x in ids] for ids in seen]
-    assert lengths == [[8192] * 8, [16384] * 4, [8192] * 4, [4096] * 2, [4096]]
+    assert lengths == [[8192] * 8, [16384] * 4, [4096] * 11]
 
 
 def test_bad_sequences_are_refused(tiny):
@@ -848,7 +964,7 @@ def test_real_keys_and_values_keep_their_outputs():
         padded = torch.nn.functional.pad(q, (0, 0, 3584, 0))
         tap = calibrate._Layer(padded[None], k[None], v[None], freqs, 3)
         options = {"scale": 128**-0.5, "sinks": 4, "window": 16}
-        tap.add(padded[None], k[None], v[None], **options)
+        tap.add(padded[None], k[None], v[None], None, **options)
         tap.count, tap.rows = 0, []
         tap.k_sum.zero_(), tap.moments.zero_()
         tap.add_tokens(k[:, :known], v[:, :known], 4)

@@ -324,10 +324,11 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
 
 
 def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
-    """Eleven codecs of the same text and as many bytes a token; the first is the product's."""
+    """Twelve codecs of the same text and as many bytes a token; the first is the product's."""
     (document,) = make_recall_contexts(1, 6, distance=(300, 900), seed=4)
     (tmp_path / "a.txt").write_text(document.text)
     monkeypatch.setattr(calibrate, "CPU_TOKENS", 600)
+    monkeypatch.setattr(calibrate, "LEAST_DRAWN", 512)
     kept, ablations = {}, quality._ablation.ablations
 
     def watched(*args, **options):
@@ -340,7 +341,7 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     arguments = ["--ablate", str(tmp_path / "a.txt"), "--context", "700", "--device", "cpu"]
     assert quality.main([*arguments, "--json", str(out)]) == 0
     rows = {row["scheme"]: row for row in map(json.loads, out.read_text().splitlines())}
-    assert [*rows] == [*kept] and len(rows) == 11
+    assert [*rows] == [*kept] and len(rows) == 12
     whole = rows["balanced"]
     for name, row in rows.items():
         assert row["task"] == "ablation" and "kl" not in row and row["ablated_kl"] > 0, name
@@ -359,9 +360,9 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     text = [(tmp_path / "a.txt").read_text()]
     codec = calibrate.calibrate(model, tokenizer, "balanced", texts=text, progress=False)
     assert torch.allclose(codec.layers[0].k_scale, kept["balanced"].layers[0].k_scale, rtol=1e-3)
-    assert "calibrated on 512 tokens" in kept["an eighth of the tokens"].notes
-    plain = kept["K: plain squared error"].layers[1]
-    assert not torch.equal(plain.k_basis, codec.layers[1].k_basis)
+    assert "calibrated on 512 tokens" in kept["an eighth of the tokens, errors of outputs"].notes
+    for name in ("errors of outputs, not of predictions", "K: plain squared error"):
+        assert not torch.equal(kept[name].layers[1].k_basis, codec.layers[1].k_basis), name
     narrow = kept["steps of least error, no wider"].layers
     wider = {
         round(float(x), 3)

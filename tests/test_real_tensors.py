@@ -79,7 +79,7 @@ def stats() -> ModelStats:
         full[:, -ASKED:] = q
         layer = calibrate._Layer(full[None], k, v, freqs, every)
         layer.metrics += calibrate.error_costs(
-            full, k[0], v[0], freqs, queries=TOKENS // 4, **options
+            full, k[0], v[0], None, freqs, queries=TOKENS // 4, **options
         )[0]
         layer.power += attend(q, k, v, FIT)[1].double().square().sum()
         layer.add_tokens(k[0], v[0], SINKS)
