@@ -27,7 +27,8 @@ Columns:
     kl_median   and percentiles: kl_p99, kl_p999
     top1        share of them whose likeliest token is the exact cache's; perplexity: its change
     recalled    codes that greedy decoding would write; exact_recalled: with the exact cache
-    ablated_kl  kl of `balanced` without a part of its codec (--ablate; perf/_ablation.py)
+    ablated_kl  kl of `balanced` without a part of its codec (--ablate; perf/_ablation.py), which
+                --tasks asks, too: "multikey, ablated"
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
 exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrated on the judged
@@ -625,23 +626,20 @@ def cases_of(args: Namespace, tokenizer: Any) -> Iterator[Case]:
 
 def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace) -> Iterator[Row]:
     """Rows of all that is asked for, of a float32 model."""
-
-    def schemes(yardsticks: Sequence[str]) -> dict[str, Scheme]:
-        ours = partial(store_spectral, model=model)
-        own = {x: partial(ours, preset=x, codec=args.codecs.get(x)) for x in args.presets}
-        return {**own, **{name: YARDSTICKS[name] for name in yardsticks}}
-
-    reader = cast(model, usual_dtype(model.device))
-    until, took, tried = time.monotonic() + args.seconds, 0.0, schemes(args.yardsticks)
+    ours, reader = partial(store_spectral, model=model), cast(model, usual_dtype(model.device))
+    own: Any = {x: partial(ours, preset=x, codec=args.codecs.get(x)) for x in args.presets}
+    tried = own | {name: YARDSTICKS[name] for name in args.yardsticks}
+    asked = own | {name: YARDSTICKS[name] for name in args.task_yardsticks}
+    until, took, notes = time.monotonic() + args.seconds, 0.0, ""
     if args.ablate is not None:
         made = [*_ablation.ablations(reader, tokenizer, texts=args.ablate or None)]
-        own = partial(store_spectral, model=model, preset=_ablation.PRESET)
-        tried, notes = {name: partial(own, codec=codec) for name, codec in made}, made[0][1].notes
+        ours, notes = partial(ours, preset=_ablation.PRESET), made[0][1].notes
+        tried = asked = {name: partial(ours, codec=codec) for name, codec in made}
     for case in cases:
         begun = time.monotonic()
         if begun + took < until:
             for row in measure(model, reader, case, tried):
-                if args.ablate is not None:
+                if notes:
                     row |= {"task": "ablation", "codec": notes, "ablated_kl": row.pop("kl")}
                 yield row
             took = time.monotonic() - begun
@@ -649,9 +647,10 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
     names = TASKS if "all" in args.tasks else args.tasks
     cells = [(name, length) for length in args.lengths for name in names]
     for i, cell in enumerate(cells):
-        now, yardsticks = time.monotonic(), schemes(args.task_yardsticks)
+        now = time.monotonic()
         share = now + (until - now) / (len(cells) - i)
-        yield from measure_task(model, reader, tokenizer, args, yardsticks, *cell, share)
+        for row in measure_task(model, reader, tokenizer, args, asked, *cell, share):
+            yield row | ({"task": f"{row['task']}, ablated", "codec": notes} if notes else {})
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)

@@ -324,7 +324,8 @@ def test_what_would_not_end_in_time_is_not_begun(embedded, monkeypatch):
 
 
 def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
-    """Twelve codecs of the same text and as many bytes a token; the first is the product's."""
+    """Twelve codecs of the same text and as many bytes a token; the first is the product's. All
+    are judged by KL and asked a task."""
     (document,) = make_recall_contexts(1, 6, distance=(300, 900), seed=4)
     (tmp_path / "a.txt").write_text(document.text)
     monkeypatch.setattr(calibrate, "CPU_TOKENS", 600)
@@ -339,8 +340,14 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality._ablation, "ablations", watched)
     out = tmp_path / "rows.jsonl"
     arguments = ["--ablate", str(tmp_path / "a.txt"), "--context", "700", "--device", "cpu"]
+    arguments += ["--tasks", "needle", "--lengths", "400", "--count", "1"]
     assert quality.main([*arguments, "--json", str(out)]) == 0
-    rows = {row["scheme"]: row for row in map(json.loads, out.read_text().splitlines())}
+    found = [*map(json.loads, out.read_text().splitlines())]
+    rows = {row["scheme"]: row for row in found if row["task"] == "ablation"}
+    asked = {row["scheme"]: row for row in found if row["task"] == "needle, ablated"}
+    assert len(found) == len(rows) + len(asked) and [*asked] == ["dense", *rows]
+    assert {row["codec"] for row in asked.values()} == {rows["balanced"]["codec"]}
+    assert asked["window 16"]["ratio"] > asked["balanced"]["ratio"] > asked["dense"]["ratio"] == 1
     assert [*rows] == [*kept] and len(rows) == 12
     whole = rows["balanced"]
     for name, row in rows.items():
