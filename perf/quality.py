@@ -28,7 +28,7 @@ Columns:
     top1        share of them whose likeliest token is the exact cache's; perplexity: its change
     recalled    codes that greedy decoding would write; exact_recalled: with the exact cache
     ablated_kl  kl of `balanced` without a part of its codec (--ablate; perf/_ablation.py), which
-                --tasks asks, too: "multikey, ablated"
+                --tasks asks, too: ablated_multikey
 
 Yardsticks (scales and zero points in 16 bits). All keep 4 sinks and the last 128 to 159 tokens
 exact (kvarn to 255), no fewer than the presets; what they calibrate is calibrated on the judged
@@ -650,7 +650,7 @@ def measured(model: Any, tokenizer: Any, cases: Sequence[Case], args: Namespace)
         now = time.monotonic()
         share = now + (until - now) / (len(cells) - i)
         for row in measure_task(model, reader, tokenizer, args, asked, *cell, share):
-            yield row | ({"task": f"{row['task']}, ablated", "codec": notes} if notes else {})
+            yield row | ({"task": f"ablated_{row['task']}", "codec": notes} if notes else {})
     if args.generate:
         first = [case for case in cases if case.context == args.context[0]]
         yield from measure_stream(model, first, args)

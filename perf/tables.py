@@ -202,13 +202,14 @@ def quality_table(rows: Rows) -> str:
         found = sorted(means(rows, needed), key=lambda x: [x.get(name) or 0 for name in order])
         title = "{}, {:,} tokens, " + needed + " over {} text(s)"
         text += sections(found, ("model", "context", "texts"), title, spec)
-    tasks, names = [row for row in rows if "score" in row], ("model", "context", "scheme")
+    tasks = [row | {"ablated": "ablated" in row["task"]} for row in rows if "score" in row]
+    names = ("model", "context", "ablated", "scheme")
     alike = grouped(tasks, names).values()
     solved = [own[0] | {row["task"]: task_cell(row) for row in own} for own in alike]
-    solved.sort(key=lambda x: (x["model"], x["context"], x["ratio"], x["scheme"]))
+    solved.sort(key=lambda x: [x[n] for n in ("ablated", "model", "context", "ratio", "scheme")])
     spec = " ".join(["scheme", *sorted({row["task"] for row in tasks})])
     title = "{}, {:,} tokens: tasks solved, points ± 95 % or [lost, won] to dense on these prompts"
-    return text + sections(solved, names[:2], title, spec)
+    return text + sections(solved, names[:3], title, spec)
 
 
 def task_cell(row: Row) -> str:

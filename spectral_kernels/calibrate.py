@@ -53,7 +53,9 @@ LENGTH = 16384  # tokens of a sequence: by shorter ones' costs long contexts los
 SHORT = 4096  # of one where few are read in all, or where memory is too small
 WINDOW = 128  # newest tokens that the presets keep exact
 GPU_TOKENS, CPU_TOKENS = 65536, 8192  # tokens that are read by default
-LEAST_DRAWN = 49152  # tokens from which on gradients are asked for: they vary more than outputs do
+# Tokens from which on gradients are asked for: they vary more than outputs do. Without them long
+# contexts' keys are told apart less well, which KL hides: ablated_multikey in perf/RESULTS.md.
+LEAST_DRAWN = 49152
 METRIC_FLOOR = 0.1  # of the mean eigenvalue, added to metrics: few queries told them
 STEP_SHARES, LEAST_SHARE = 32, 0.2  # steps tried: from the widest, which clips nothing, to a fifth
 MAX_LAYOUTS = 4  # different ones in a model

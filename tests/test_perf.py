@@ -847,13 +847,16 @@ def test_the_quality_table():
     stream |= {"generated": 2000, "teacher_forced_kl": 0.1, "free_running_kl": 0.2}
     less = quality_row("no mean key", 8.0, 0) | {"task": "ablation", "ablated_kl": 0.3}
     del less["kl"]
-    text = tables.quality_table([*rows, *tasks, stream, less])
+    asked = tasks[1] | {"task": "ablated_records", "scheme": "no sinks"}
+    text = tables.quality_table([*rows, asked, *tasks, stream, less])
     assert cells_of(text, "fp8")[:4] == ["fp8", "2.00", "2.00", "0.01000"]
     assert cells_of(text, "small")[1:4] == ["11.00", "11.00", "0.17321"]
     assert cells_of(text, "small")[-2:] == ["+1.00%", "7.0"] and "kl over 2 text(s)" in text
     assert "| scheme | humaneval | records |" in text
     assert cells_of(text, "dense") == ["dense", "0.90", "0.90"]
     assert cells_of(text, "balanced") == ["balanced", "0.80 [3, 1]", "0.80 -10.0 ± 4.0"]
+    assert "| scheme | ablated_records |" in text and text.index("no sinks") > text.index("dense")
+    assert cells_of(text, "no sinks") == ["no sinks", "0.80 -10.0 ± 4.0"]
     assert cells_of(text, "exact") == ["exact", "2000", "0.10000", "0.20000"]
     assert cells_of(text, "no mean key")[:4] == ["no mean key", "8.00", "8.00", "0.30000"]
 

@@ -344,7 +344,7 @@ def test_a_codec_without_its_parts(tmp_path, capsys, monkeypatch):
     assert quality.main([*arguments, "--json", str(out)]) == 0
     found = [*map(json.loads, out.read_text().splitlines())]
     rows = {row["scheme"]: row for row in found if row["task"] == "ablation"}
-    asked = {row["scheme"]: row for row in found if row["task"] == "needle, ablated"}
+    asked = {row["scheme"]: row for row in found if row["task"] == "ablated_needle"}
     assert len(found) == len(rows) + len(asked) and [*asked] == ["dense", *rows]
     assert {row["codec"] for row in asked.values()} == {rows["balanced"]["codec"]}
     assert asked["window 16"]["ratio"] > asked["balanced"]["ratio"] > asked["dense"]["ratio"] == 1
