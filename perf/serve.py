@@ -8,10 +8,9 @@ An engine with random weights of a shape (or --model with --codec) runs in a pro
 backend, one after another, or with --kv-gb side by side, timed in the order of --backends (tokens
 admitted, and the full pool, are those of the fewest GiB); one that fails leaves the others alone.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
-Cell BxT: B distinct prompts of T tokens. ttft_ms: until all B have their first token, nothing
-cached. tpot_ms: the time of MANY new tokens over that of FEW, by the tokens between; the median
-of REPEAT. Full: prompts of --lengths in turns, as many as fit; throughput: output tokens a second
-of all together, once each has its first. There ttft_ms is of the last, tpot_ms of a step.
+Cell BxT: B distinct prompts of T tokens; full: prompts of --lengths in turns, as many as fit.
+ttft_ms: until all have their first token, nothing cached. tpot_ms: of a step from then on, over
+MANY; throughput: output tokens a second of all together.
 
 Row: gpu gpus commit vllm backend kv_dtype B T ttft_ms tpot_ms kv_tokens throughput.
 Test: tests/test_serve.py; of the tokens: tests/serving.py.
@@ -39,8 +38,8 @@ from perf._cases import LOSSY, SHAPES, frequencies, llama, random_model_codec
 from perf._timing import ROOT, Row, parser_of, read_rows, say, versions, write_row
 from perf.tables import SERVE, columns
 
-FEW, MANY, REPEAT = 16, 112, 2  # new tokens whose time is compared, and how often
-PATIENCE = 200.0  # seconds that filling the pool may take
+MANY = 128  # steps that are timed
+PATIENCE = 200.0  # seconds until all prompts have their first token, at most
 GROUP = "vllm.general_plugins"
 
 
@@ -98,6 +97,7 @@ class Served:
         self.vocabulary = config.model_config.get_vocab_size()
         blocks = int(config.cache_config.num_gpu_blocks * share)
         self.kv_tokens = blocks * config.cache_config.block_size
+        self.asked = 0  # prompts so far
         card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         self.row: Row = {
             "gpu": card, "gpus": args.tp, "commit": versions(args.commit)["commit"],
@@ -105,29 +105,8 @@ class Served:
             "kv_tokens": self.kv_tokens,
         }  # fmt: skip
 
-    def seconds(self, given: list[dict[str, Any]], new: int) -> float:
-        """That so many new tokens of each prompt take."""
-        begin = time.perf_counter()
-        outs = self.llm.generate(given, self.sampling(max_tokens=new), use_tqdm=False)
-        taken = time.perf_counter() - begin
-        counts = {len(x.outputs[0].token_ids) for x in outs}
-        if counts != {new}:
-            raise AssertionError(f"expected {new} tokens of each prompt, got {counts}")
-        return taken
-
-    def time(self, batch: int, tokens: int) -> Row:
-        given = prompts(batch, tokens, self.vocabulary)
-        first = self.seconds(given, 1)
-        self.seconds(given, FEW)
-        steps = []
-        for _ in range(REPEAT):
-            few, many = (self.seconds(given, n) for n in (FEW, MANY))
-            steps.append(1e3 * (many - few) / (MANY - FEW))
-        self.llm.reset_prefix_cache()
-        return times(batch, tokens, 1e3 * first, statistics.median(steps))
-
-    def fill(self, args: argparse.Namespace) -> Row:
-        """As many prompts as the pool takes, all decoding."""
+    def lengths_that_fit(self, args: argparse.Namespace) -> list[int]:
+        """Of as many prompts as the pool takes, all decoding."""
         lengths: list[int] = []
         for tokens in islice(cycle(args.lengths), args.seqs):
             more = [*lengths, tokens]
@@ -136,28 +115,28 @@ class Served:
             if sum(more) + spare > self.kv_tokens:
                 break
             lengths = more
-        engine, started, made = self.llm.llm_engine, set[str](), 0
-        sampling = self.sampling(max_tokens=sum(lengths) // args.chunk + MANY + 512)
-        for i, tokens in enumerate(lengths):
-            (given,) = prompts(1, tokens, self.vocabulary, first=100 + i)
-            engine.add_request(f"full-{i}", given, sampling)
-        begin = time.perf_counter()
-        while len(started) < len(lengths):
+        return lengths
+
+    def time(self, lengths: list[int], chunk: int) -> Row:
+        """What a row says of prompts of these lengths, which no earlier one shares a token with;
+        chunk: tokens of prompts that a step takes at most."""
+        first, self.asked = self.asked, self.asked + len(lengths)
+        given = [prompts(1, n, self.vocabulary, first + i)[0] for i, n in enumerate(lengths)]
+        sampling = self.sampling(max_tokens=sum(lengths) // chunk + MANY + 512)
+        engine, started, made, begin = self.llm.llm_engine, set[str](), 0, time.perf_counter()
+        for i, prompt in enumerate(given):
+            engine.add_request(str(first + i), prompt, sampling)
+        while len(started) < len(given):
             started |= {x.request_id for x in engine.step() if x.outputs[0].token_ids}
             if time.perf_counter() - begin > PATIENCE:
-                raise TimeoutError(f"{len(started)} of {len(lengths)} prompts in {PATIENCE} s")
-        first, begin = time.perf_counter() - begin, time.perf_counter()
-        while made < len(lengths) * MANY:
+                raise TimeoutError(f"{len(started)} of {len(given)} prompts in {PATIENCE} s")
+        wait, begin = time.perf_counter() - begin, time.perf_counter()
+        while made < len(given) * MANY:
             made += sum(not x.finished for x in engine.step())
-        step = (time.perf_counter() - begin) * len(lengths) / made
+        step = 1e3 * (time.perf_counter() - begin) * len(given) / made
         engine.abort_request([*started])
-        return times(len(lengths), round(statistics.mean(lengths)), 1e3 * first, 1e3 * step)
-
-
-def times(batch: int, tokens: int, first_ms: float, step_ms: float) -> Row:
-    """What a row says of a cell; throughput: output tokens a second."""
-    row = {"B": batch, "T": tokens, "ttft_ms": first_ms, "tpot_ms": step_ms}
-    return {**row, "throughput": 1e3 * batch / step_ms}
+        row = {"B": len(given), "T": round(statistics.mean(lengths)), "ttft_ms": 1e3 * wait}
+        return {**row, "tpot_ms": step, "throughput": 1e3 * len(given) / step}
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
@@ -179,19 +158,18 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
     results = file_of(folder, backend, ".jsonl")
     served = Served(args, backend, folder)
     say(f"PHASE {backend}: engine started")
-    warm = min(args.chunk + 1024, longest(args) - 8)
-    for batch, tokens in ((1, warm), (1, warm), (2, 300)):
-        served.seconds(prompts(batch, tokens, served.vocabulary, first=9000), 4)
-        say(f"PHASE {backend}: warm {batch}x{tokens}")
-    served.llm.reset_prefix_cache()
+    warm = min(args.chunk + 1024, longest(args) - MANY - 576)
+    for lengths in ([warm], [warm], [300, 300]):
+        served.time(lengths, args.chunk)
+        say(f"PHASE {backend}: warm {lengths}")
     results.with_suffix(".up").touch()
     earlier = args.backends[: args.backends.index(backend)]
     signs = [file_of(folder, x, ".up") for x in args.backends]
     signs += [file_of(folder, x, ".ended") for x in earlier]
     while args.kv_gb and not all(x.exists() for x in signs):
         time.sleep(0.2)  # no engine starts or ends while another is timed
-    for cell in [*args.cells, *[None] * args.full]:  # None: the full pool
-        row = served.time(*cell) if cell else served.fill(args)
+    for lengths in [[tokens] * batch for batch, tokens in args.cells] + [[]] * args.full:
+        row = served.time(lengths or served.lengths_that_fit(args), args.chunk)
         write_row({**served.row, **row}, args.json, results)
         say(f"PHASE {backend}: {row['B']}x{row['T']}")
 

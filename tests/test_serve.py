@@ -42,9 +42,8 @@ def test_model_and_codec_are_of_one_shape(tmp_path: Path):
 def test_engines_side_by_side_are_timed_in_turn(tmp_path: Path, monkeypatch):
     """The second once the first has ended, which is not timed before both are up."""
     served = argparse.Namespace(
-        row={}, vocabulary=512, seconds=lambda *_: None, time=lambda *_: {"B": 1, "T": 512},
-        llm=argparse.Namespace(reset_prefix_cache=lambda: None),
-    )  # fmt: skip
+        row={}, time=lambda *_: {"B": 1, "T": 512}, lengths_that_fit=lambda _: [300, 900]
+    )
     monkeypatch.setattr(serve, "Served", lambda *_: served)
     backends = ["FLASH_ATTN:fp8", "SPECTRAL:balanced"]
     given = vars(ARGS) | {"backends": backends, "kv_gb": [2, 1], "full": False, "chunk": 64}
@@ -67,6 +66,52 @@ def test_engines_side_by_side_are_timed_in_turn(tmp_path: Path, monkeypatch):
     second.join(2)
     assert not second.is_alive()
     assert len((tmp_path / "SPECTRAL-balanced.jsonl").read_text().splitlines()) == 2
+
+
+class Engine:
+    """A step a second; in step n the first n prompts have tokens."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[str, list[int]] = {}
+        self.aborted: list[str] = []
+        self.steps = 0
+
+    def add_request(self, name: str, prompt: dict[str, list[int]], sampling: Any) -> None:
+        assert sampling >= serve.MANY + len(self.prompts), "none ends while others are timed"
+        assert name not in self.prompts
+        self.prompts[name] = prompt["prompt_token_ids"]
+
+    def step(self) -> list[SimpleNamespace]:
+        self.steps += 1
+        live = [x for x in self.prompts if x not in self.aborted][: self.steps]
+        tokens = SimpleNamespace(token_ids=[1] * self.steps)
+        return [SimpleNamespace(request_id=x, outputs=[tokens], finished=False) for x in live]
+
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted, self.steps = [*self.aborted, *names], 0
+
+
+def test_steps_are_timed_once_all_prompts_decode(monkeypatch):
+    engine = Engine()
+    monkeypatch.setattr(serve.time, "perf_counter", lambda: float(engine.steps))
+    served = object.__new__(serve.Served)
+    served.llm, served.asked, served.vocabulary = SimpleNamespace(llm_engine=engine), 0, 512
+    served.sampling, served.kv_tokens = (lambda max_tokens: max_tokens), 4000
+    row = served.time([40, 60, 80], 64)
+    assert row == {"B": 3, "T": 60, "ttft_ms": 3e3, "tpot_ms": 1e3, "throughput": 3}
+    assert served.time([50], 64)["ttft_ms"] == 1e3
+    assert [len(x) for x in engine.prompts.values()] == [40, 60, 80, 50]
+    assert {*engine.aborted} == {*engine.prompts}, "none is left over"
+    assert len({tuple(x[:8]) for x in engine.prompts.values()}) == 4, "a prefix would be found"
+    monkeypatch.setattr(serve, "PATIENCE", 0.5)
+    with pytest.raises(TimeoutError, match="1 of 2 prompts"):
+        served.time([50, 50], 64)
+    args = argparse.Namespace(lengths=[300, 900], seqs=40, chunk=64)
+    lengths = served.lengths_that_fit(args)
+    assert lengths == [300, 900, 300, 900]
+    needed = sum(lengths) + (sum(lengths) // 64 + serve.MANY) * len(lengths)
+    assert needed <= served.kv_tokens
+    assert served.lengths_that_fit(argparse.Namespace(lengths=[300], seqs=2, chunk=64)) == [300] * 2
 
 
 @pytest.mark.parametrize(("lead", "code"), [(0.01, 0), (1.0, 1)])
