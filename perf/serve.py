@@ -9,7 +9,7 @@ backend, one after another, or with --kv-gb side by side, timed in the order of 
 admitted, and the full pool, are those of the fewest GiB); one that fails leaves the others alone.
 NAME:fp8 is a kv_cache_dtype, SPECTRAL:PRESET a preset, with a codec of random bases in its bands.
 Cell BxT: B distinct prompts of T tokens; full: prompts of --lengths in turns, as many as fit.
-ttft_ms: until all have their first token, nothing cached. tpot_ms: of a step from then on, over
+ttft_ms: until all have their first token, nothing cached. tpot_ms: of a step from then on, of
 MANY; throughput: output tokens a second of all together.
 
 Row: gpu gpus commit vllm backend kv_dtype B T ttft_ms tpot_ms kv_tokens throughput.
@@ -59,11 +59,11 @@ def make_codec(shape: str, preset: str, path: Path) -> None:
     random_model_codec(preset, layers=layers, kv_heads=kv_heads, freqs=freqs).save(path)
 
 
-def prompts(batch: int, tokens: int, vocabulary: int, first: int = 0) -> list[dict[str, Any]]:
-    """Prompts number first, first + 1, ..: a longer one starts as a shorter one of its number."""
-    seeds = (torch.Generator().manual_seed(1000 + i) for i in range(first, first + batch))
-    ids = (torch.randint(10, vocabulary - 300, (tokens,), generator=x) for x in seeds)
-    return [{"prompt_token_ids": x.tolist()} for x in ids]
+def prompt(number: int, tokens: int, vocabulary: int) -> dict[str, Any]:
+    """A longer one starts as a shorter one of its number."""
+    generator = torch.Generator().manual_seed(1000 + number)
+    ids = torch.randint(10, vocabulary - 300, (tokens,), generator=generator)
+    return {"prompt_token_ids": ids.tolist()}
 
 
 class Served:
@@ -118,21 +118,29 @@ class Served:
         return lengths
 
     def time(self, lengths: list[int], chunk: int) -> Row:
-        """What a row says of prompts of these lengths, which no earlier one shares a token with;
+        """What a row says of prompts of these lengths, which share no page with earlier ones;
         chunk: tokens of prompts that a step takes at most."""
         first, self.asked = self.asked, self.asked + len(lengths)
-        given = [prompts(1, n, self.vocabulary, first + i)[0] for i, n in enumerate(lengths)]
+        given = {str(i): prompt(i, n, self.vocabulary) for i, n in enumerate(lengths, first)}
         sampling = self.sampling(max_tokens=sum(lengths) // chunk + MANY + 512)
         engine, started, made, begin = self.llm.llm_engine, set[str](), 0, time.perf_counter()
-        for i, prompt in enumerate(given):
-            engine.add_request(str(first + i), prompt, sampling)
+
+        def stepped() -> list[Any]:
+            """Of those that have tokens. A step of an engine with no request left never ends."""
+            outs = engine.step()
+            if any(x.finished for x in outs):
+                raise RuntimeError(f"{len(given)} prompts: some ended before others had begun")
+            return outs
+
+        for name, ids in given.items():
+            engine.add_request(name, ids, sampling)
         while len(started) < len(given):
-            started |= {x.request_id for x in engine.step() if x.outputs[0].token_ids}
+            started |= {x.request_id for x in stepped() if x.outputs[0].token_ids}
             if time.perf_counter() - begin > PATIENCE:
                 raise TimeoutError(f"{len(started)} of {len(given)} prompts in {PATIENCE} s")
         wait, begin = time.perf_counter() - begin, time.perf_counter()
         while made < len(given) * MANY:
-            made += sum(not x.finished for x in engine.step())
+            made += len(stepped())
         step = 1e3 * (time.perf_counter() - begin) * len(given) / made
         engine.abort_request([*started])
         row = {"B": len(given), "T": round(statistics.mean(lengths)), "ttft_ms": 1e3 * wait}
@@ -145,9 +153,13 @@ def sizes(args: argparse.Namespace) -> list[int]:
     return sorted(cells | {1 << i for i in range(max(cells).bit_length())})
 
 
+def longest_prompt(args: argparse.Namespace) -> int:
+    return max([t for _, t in args.cells] + args.lengths * args.full)
+
+
 def longest(args: argparse.Namespace) -> int:
     """max_model_len."""
-    return max([t for _, t in args.cells] + args.lengths * args.full) + MANY + 576
+    return longest_prompt(args) + MANY + 576
 
 
 def file_of(folder: Path, backend: str, ending: str) -> Path:
@@ -158,7 +170,7 @@ def run_one(args: argparse.Namespace, backend: str, folder: Path) -> None:
     results = file_of(folder, backend, ".jsonl")
     served = Served(args, backend, folder)
     say(f"PHASE {backend}: engine started")
-    warm = min(args.chunk + 1024, longest(args) - MANY - 576)
+    warm = min(args.chunk + 1024, longest_prompt(args))
     for lengths in ([warm], [warm], [300, 300]):
         served.time(lengths, args.chunk)
         say(f"PHASE {backend}: warm {lengths}")

@@ -61,7 +61,7 @@ def tokens_of(served: serve.Served) -> Row:
     """Tokens of a few prompts at once, twice: the second time some of their pages are known, and of
     three the first time, from the step that computes them; by how many nats each is likelier than
     the next; requests that were preempted."""
-    given = [serve.prompts(1, n, served.vocabulary, first=i)[0] for i, n in enumerate(PROMPTS)]
+    given = [serve.prompt(i, n, served.vocabulary) for i, n in enumerate(PROMPTS)]
     for prompt in given[5:]:
         prompt["prompt_token_ids"][:500] = given[3]["prompt_token_ids"][:500]
     sampling = served.sampling(max_tokens=32, logprobs=2)

@@ -22,9 +22,9 @@ def test_what_an_engine_is_asked_for():
     assert serve.sizes(ARGS) == [1, 2, 4, 8, 16, 32, 40]
     assert serve.longest(ARGS) >= 900 + serve.MANY
     assert serve.cell("8x32768") == (8, 32768)
-    (long,), (short,) = serve.prompts(1, 200, 512, first=3), serve.prompts(1, 50, 512, first=3)
+    long, short = serve.prompt(3, 200, 512), serve.prompt(3, 50, 512)
     assert long["prompt_token_ids"][:50] == short["prompt_token_ids"]
-    assert serve.prompts(2, 50, 512)[0] != serve.prompts(2, 50, 512)[1]
+    assert serve.prompt(0, 50, 512) != serve.prompt(1, 50, 512)
 
 
 def test_model_and_codec_are_of_one_shape(tmp_path: Path):
@@ -71,6 +71,8 @@ def test_engines_side_by_side_are_timed_in_turn(tmp_path: Path, monkeypatch):
 class Engine:
     """A step a second; in step n the first n prompts have tokens."""
 
+    most = 1000  # steps until one has all its tokens
+
     def __init__(self) -> None:
         self.prompts: dict[str, list[int]] = {}
         self.aborted: list[str] = []
@@ -85,7 +87,8 @@ class Engine:
         self.steps += 1
         live = [x for x in self.prompts if x not in self.aborted][: self.steps]
         tokens = SimpleNamespace(token_ids=[1] * self.steps)
-        return [SimpleNamespace(request_id=x, outputs=[tokens], finished=False) for x in live]
+        ended = self.steps >= self.most
+        return [SimpleNamespace(request_id=x, outputs=[tokens], finished=ended) for x in live]
 
     def abort_request(self, names: list[str]) -> None:
         self.aborted, self.steps = [*self.aborted, *names], 0
@@ -105,6 +108,10 @@ def test_steps_are_timed_once_all_prompts_decode(monkeypatch):
     assert len({tuple(x[:8]) for x in engine.prompts.values()}) == 4, "a prefix would be found"
     monkeypatch.setattr(serve, "PATIENCE", 0.5)
     with pytest.raises(TimeoutError, match="1 of 2 prompts"):
+        served.time([50, 50], 64)
+    monkeypatch.undo()
+    monkeypatch.setattr(Engine, "most", 20)
+    with pytest.raises(RuntimeError, match="2 prompts: some ended"):
         served.time([50, 50], 64)
     args = argparse.Namespace(lengths=[300, 900], seqs=40, chunk=64)
     lengths = served.lengths_that_fit(args)
